@@ -1,0 +1,73 @@
+"""Errors a user can cause, one class per kind, each with the exit code the commands return for it.
+
+Every message names what is wrong, the value and the limit, and what to do. Anything else that escapes is a bug in
+FrameFusion-AOT and keeps its traceback. Exit code 1 is left to such bugs, 2 to the command line parser.
+"""
+
+from __future__ import annotations
+
+
+class FrameFusionError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+    exit_code = 3
+
+
+class BudgetError(FrameFusionError):
+    """A cost, threshold or schedule that is out of range or cannot be reached by this model and depth."""
+
+    exit_code = 10
+
+
+class VideoError(FrameFusionError):
+    """A video that is missing, unreadable, empty, truncated or too short for the sampling asked."""
+
+    exit_code = 11
+
+
+class PromptError(FrameFusionError):
+    """A prompt that does not fit the bundle: too long, or with placeholders that match no video."""
+
+    exit_code = 12
+
+
+class BundleError(FrameFusionError):
+    """A bundle with a missing, truncated, altered or too new part."""
+
+    exit_code = 13
+
+
+class CheckpointError(FrameFusionError):
+    """A checkpoint with a missing or unexpected tensor, file or configuration value."""
+
+    exit_code = 14
+
+
+class UnknownFamilyError(CheckpointError):
+    """A `model_type` that no family declares."""
+
+    exit_code = 15
+
+
+class StorageError(FrameFusionError):
+    """A disk that is full, or a folder that cannot be written."""
+
+    exit_code = 16
+
+
+class CheckFailedError(FrameFusionError):
+    """A bundle that does not reproduce the eager model within its tolerance."""
+
+    exit_code = 17
+
+
+class BackendError(FrameFusionError):
+    """A package or device that a backend needs and this machine lacks, or an engine that refuses its inputs."""
+
+    exit_code = 18
+
+
+class InterruptedBuildError(FrameFusionError):
+    """Ctrl-C during a build: what is complete stays and the next build resumes from it."""
+
+    exit_code = 130
