@@ -1,0 +1,258 @@
+"""The bundle: a folder that says everything about itself, its format, and the checks before it is used.
+
+    manifest.json     what this module describes
+    segments/NAME/    graph.onnx (and decode.onnx in the fixed mode) over one weights.bin
+    vision/           graph.onnx over weights.bin
+    embedding.bin     the rows of the embedding table, memory-mapped
+    tokenizer.json
+
+Knows the format only: it neither builds nor runs one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from framefusion.budget import FixedSchedule
+from framefusion.errors import BundleError
+from framefusion.runtime.preprocess import Preprocessing
+from framefusion.runtime.prompt import PromptTemplate
+from framefusion.runtime.records import RecordError, from_json, to_json
+from framefusion.runtime.sampling import GenerationConfig
+from framefusion.runtime.video import FrameSampling
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+VERIFIED = ".verified.json"
+_CHUNK = 1 << 22
+
+Mode = Literal["none", "fixed", "adaptive"]
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Geometry of the LLM, as far as stitching and planning need it."""
+
+    family: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int  # rows that the checkpoint has; a token id beyond is never produced
+    rope_theta: float
+    mrope_section: tuple[int, ...] | None
+    importance_rows: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the bundle was built for."""
+
+    max_input_len: int
+    max_kv_cache_capacity: int  # input and generated tokens together
+
+
+@dataclass(frozen=True)
+class ReductionRecord:
+    """How tokens are reduced, by default; an adaptive bundle takes other thresholds at run time."""
+
+    mode: Mode
+    cost: float = 1.0
+    similarity_lower_bound: float = 1.0
+    ratio_lower_bound: float = 0.1
+    depth: int | None = None  # deepest layer whose attention a reduction may follow
+    schedule: FixedSchedule | None = None
+
+
+@dataclass(frozen=True)
+class FixedRecord:
+    """Sizes that the prefill graph of the fixed mode was built for."""
+
+    max_text: int
+    max_visual: int
+    max_track: int  # longest track, in temporal grids
+    lengths: tuple[int, ...]  # tokens that enter each layer, padding included
+    drops: tuple[int, ...]  # most tokens each reduction drops
+
+
+@dataclass(frozen=True)
+class SegmentRecord:
+    """One segment: its graph and the layers whose caches it holds."""
+
+    name: str
+    graph: str
+    attention_layers: tuple[int, ...]
+    num_mlps: int
+    scores: bool
+    head: bool
+    weight_bytes: int
+    buckets: tuple[int, ...] | None  # sizes of a prefill; None runs every length as it is
+    decode_graph: str | None = None  # where decoding needs another graph than the prefill
+
+
+@dataclass(frozen=True)
+class VisionRecord:
+    """The vision tower with its projector."""
+
+    graph: str
+    patch_width: int
+    head_dim: int
+    embed_dim: int
+    mlp_width: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class EmbeddingRecord:
+    """The embedding table: raw rows, to be memory-mapped."""
+
+    file: str
+    dtype: Literal["float32", "float16", "bfloat16"]
+    rows: int
+    width: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Identity of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a bundle says about itself."""
+
+    schema_version: int
+    tools: Mapping[str, str]
+    model: ModelRecord
+    limits: Limits
+    dialect: str
+    reduction: ReductionRecord
+    segments: tuple[SegmentRecord, ...]
+    vision: VisionRecord
+    embedding: EmbeddingRecord
+    prompt: PromptTemplate
+    preprocessing: Preprocessing
+    sampling: FrameSampling
+    generation: GenerationConfig
+    files: Mapping[str, FileRecord]
+    fixed: FixedRecord | None = None
+    check: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Bundle:
+    """A bundle on disk whose manifest has been read.
+
+    Args:
+        folder: the bundle.
+        verify: compare sizes and hashes of all files first. Hashes that were right once are not computed again while
+            size and modification time stay.
+
+    Raises:
+        BundleError: something is missing, truncated, altered, or newer than this package reads.
+    """
+
+    def __init__(self, folder: Path | str, *, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        if verify:
+            verify_files(self.folder, self.manifest.files)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights that a process holds, the embedding table (mapped, paged in by row) left out."""
+        return sum(segment.weight_bytes for segment in self.manifest.segments) + self.manifest.vision.weight_bytes
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check manifest.json."""
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if folder.is_dir():
+            raise BundleError(f"{folder} holds no {MANIFEST}: it is no bundle, or unfinished; build it") from None
+        raise BundleError(f"no bundle at {folder}: build one with ff-export build") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is not readable ({error}): rebuild or copy the bundle again") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int):
+        raise BundleError(f"{path} has no schema_version: it is no manifest of a bundle")
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {version}, this package reads up to {SCHEMA_VERSION}: upgrade framefusion-aot"
+        )
+    try:
+        return from_json(Manifest, raw)
+    except RecordError as error:
+        raise BundleError(f"{path}: {error}: rebuild the bundle") from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json."""
+    text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Hash a file chunk by chunk; `progress` is told the bytes of each."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+def file_record(path: Path) -> FileRecord:
+    """Identity of a file as it is now."""
+    return FileRecord(path.stat().st_size, sha256_of(path))
+
+
+def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Compare every file with its record; sizes of all first, because that is instant."""
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{path} is missing: copy the bundle again or rebuild it")
+        size = path.stat().st_size
+        if size != record.size:
+            kind = "truncated" if size < record.size else "altered"
+            raise BundleError(f"{path} is {kind}: {size} bytes, {record.size} expected; copy it again or rebuild")
+    stamps = _read_stamps(folder)
+    fresh: dict[str, list[Any]] = {}
+    for name, record in files.items():
+        path = folder / name
+        stamp = [path.stat().st_mtime_ns, record.sha256]
+        if stamps.get(name) != stamp and sha256_of(path) != record.sha256:
+            raise BundleError(f"{path} is altered: its sha256 is not the manifest's; copy it again or rebuild")
+        fresh[name] = stamp
+    if fresh != stamps:
+        _write_stamps(folder, fresh)
+
+
+def _read_stamps(folder: Path) -> dict[str, Any]:
+    try:
+        stamps = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}
+
+
+def _write_stamps(folder: Path, stamps: Mapping[str, Any]) -> None:
+    try:
+        (folder / VERIFIED).write_text(json.dumps(stamps), encoding="utf-8")
+    except OSError:
+        return  # a read-only bundle is hashed at every start

@@ -1,0 +1,250 @@
+"""A bundle and a conversation in, text out: the main path of the runtime, readable in one sitting.
+
+turns, files -> frames -> patches -> vision graph -> rows of visual tokens
+             -> token ids -> rows of the embedding table, visual rows put in their places
+             -> prefill through the segments -> decode -> sampling -> text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import PromptError
+from framefusion.policy import CallRecord, RandomReduction, Reduction, ReductionSettings, ReductionState
+from framefusion.runtime.backends import Backend
+from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.embedding import Embedding
+from framefusion.runtime.positions import decode_positions, rope_tables, vision_rope_tables
+from framefusion.runtime.preprocess import Patches, patchify
+from framefusion.runtime.prompt import Prompt, Turn, Visual, build_prompt, check_length
+from framefusion.runtime.sampling import GenerationConfig, Sampler
+from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch, TokenRows
+from framefusion.runtime.tokenizer import Tokenizer
+from framefusion.runtime.video import FrameSampling, read_image, read_video
+
+MAX_NEW_TOKENS = 128
+PATCHES_AT_ONCE = 4096  # of the vision graph: bounds its activations, large enough to keep the processor busy
+
+
+@dataclass(frozen=True)
+class Request:
+    """What may differ from one generation to the next; None takes the bundle's own value."""
+
+    max_new_tokens: int = MAX_NEW_TOKENS
+    cost: float | None = None
+    similarity_lower_bound: float | None = None
+    ratio_lower_bound: float | None = None
+    generation: GenerationConfig | None = None
+    seed: int | None = None
+    random_reduction: bool = False  # the baseline at the same cost
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer and how it came about."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop" or "length"
+    prompt_tokens: int
+    visual_tokens: int
+    reduction: tuple[CallRecord, ...]
+    kv_lengths: tuple[int, ...]  # tokens in each layer's cache after the prefill
+    seconds: dict[str, float]
+
+
+class Pipeline:
+    """One bundle, ready to answer. Holds no state of a request, so one object serves many.
+
+    Args:
+        bundle: read and verified.
+        backend: what executes the graphs; None takes ONNX Runtime.
+        threads: of the default backend; 0 takes the physical cores.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend | None = None, threads: int = 0) -> None:
+        self.bundle, self.manifest = bundle, bundle.manifest
+        self.backend: Backend = backend or OnnxRuntimeBackend(bundle.folder, threads)
+        self.tokenizer = Tokenizer.from_file(bundle.folder / "tokenizer.json")
+        self.embedding = Embedding(bundle.folder, self.manifest.embedding)
+        self.stitcher = Stitcher(self.manifest, self.backend)
+
+    def read_visuals(
+        self, turns: Sequence[Turn], files: Sequence[Path | str], sampling: FrameSampling, stopwatch: Stopwatch
+    ) -> list[Patches]:
+        """The files that the turns show, in their order, as patches."""
+        kinds = [part for turn in turns for part in turn.parts if isinstance(part, Visual)]
+        if len(kinds) != len(files):
+            raise PromptError(f"the conversation shows {len(kinds)} video(s) and image(s), {len(files)} were given")
+        visuals = []
+        for kind, file in zip(kinds, files, strict=True):
+            with stopwatch.stage("video"):
+                frames = read_video(file, sampling).frames if kind is Visual.VIDEO else read_image(file)[None]
+            with stopwatch.stage("preprocess"):
+                visuals.append(patchify(frames, self.manifest.preprocessing))
+        return visuals
+
+    def encode_visual(self, patches: Patches) -> NDArray[np.float32]:
+        """Rows [T*h*w/merge^2, D] of one video's or image's tokens."""
+        vision, merge = self.manifest.vision, self.manifest.preprocessing.merge_size
+        tables = vision_rope_tables(patches.grid.height, patches.grid.width, merge, vision.head_dim)
+        in_frame = patches.values.shape[1]
+        at_once = max(1, PATCHES_AT_ONCE // in_frame)
+        cos, sin = (np.ascontiguousarray(table[None, :, : vision.head_dim // 2]) for table in tables)
+        rows = []
+        for start in range(0, patches.grid.frames, at_once):
+            values = np.ascontiguousarray(patches.values[start : start + at_once])
+            tokens = np.empty((len(values) * in_frame // merge**2, self.manifest.model.hidden_size), np.float32)
+            inputs = {"patches": values, "cos": cos, "sin": sin}
+            self.backend.bind(vision.graph, inputs, {"tokens": tokens}, cache=None).run()
+            rows.append(tokens)
+        return np.concatenate(rows)
+
+    def prompt(self, turns: Sequence[Turn], visuals: Iterable[Patches]) -> Prompt:
+        """Tokens, labels and positions of a conversation.
+
+        Raises:
+            PromptError: it is longer than the bundle takes.
+        """
+        grids = [patches.grid for patches in visuals]
+        prompt = build_prompt(
+            self.manifest.prompt, self.tokenizer, turns, grids, self.manifest.preprocessing.merge_size
+        )
+        check_length(prompt, self.manifest.limits.max_input_len)
+        return prompt
+
+    def embed(self, prompt: Prompt, visual_rows: Sequence[NDArray[np.float32]]) -> TokenRows:
+        """Rows of all tokens of a prompt, and their rotary tables."""
+        hidden = self.embedding(prompt.token_ids)
+        for span, rows in zip(prompt.visual_spans, visual_rows, strict=True):
+            hidden[span.start : span.start + span.length] = rows
+        return TokenRows(hidden, *self.rope(prompt.positions), np.arange(len(hidden)))
+
+    def rope(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """cos and sin [S, hd/2] of positions [3, S]."""
+        model = self.manifest.model
+        places = positions if model.mrope_section else positions[0]
+        cos, sin = rope_tables(places, model.head_dim, model.rope_theta, model.mrope_section)
+        half = model.head_dim // 2
+        return np.ascontiguousarray(cos[:, :half]), np.ascontiguousarray(sin[:, :half])
+
+    def reduction(self, prompt: Prompt, request: Request) -> ReductionState | None:
+        """The policy's state for a request; None where the bundle does not reduce between segments."""
+        record = self.manifest.reduction
+        if record.mode != "adaptive":
+            if request.cost not in (None, record.cost):
+                raise PromptError(
+                    f"this bundle's reduction is {record.mode} and its cost {record.cost} is built in, {request.cost} "
+                    "was asked: build with --reduction adaptive to choose the cost at run time"
+                )
+            return None
+        assert record.depth is not None
+        settings = ReductionSettings(
+            record.cost if request.cost is None else request.cost,
+            _given(request.similarity_lower_bound, record.similarity_lower_bound),
+            _given(request.ratio_lower_bound, record.ratio_lower_bound),
+            self.manifest.model.num_layers,
+            record.depth,
+        )
+        if request.random_reduction:
+            return RandomReduction(settings, prompt.labels, request.seed or 0)
+        return None if settings.cost == 1.0 else Reduction(settings, prompt.labels)
+
+    def prefill(self, prompt: Prompt, rows: TokenRows, request: Request, stopwatch: Stopwatch) -> Prefilled:
+        """Run a prompt through the segments, reduced as the request says."""
+        reduction = self.reduction(prompt, request)
+        if self.manifest.reduction.mode == "fixed":
+            return self.stitcher.prefill_fixed(rows, prompt.labels, request.max_new_tokens, stopwatch)
+        return self.stitcher.prefill(rows, reduction, request.max_new_tokens, stopwatch)
+
+    def generate(
+        self,
+        turns: Sequence[Turn],
+        files: Sequence[Path | str] = (),
+        request: Request | None = None,
+        *,
+        sampling: FrameSampling | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """Answer a conversation.
+
+        Args:
+            turns: what was said, the last one the user's.
+            files: the videos and images that the turns show, in order.
+            request: limits, reduction and sampling of tokens.
+            sampling: of frames; None takes the bundle's.
+            on_text: called with each new piece of text.
+
+        Raises:
+            VideoError, PromptError, BudgetError: see `framefusion.errors`.
+        """
+        stopwatch, request = Stopwatch(), request or Request()
+        visuals = self.read_visuals(turns, files, sampling or self.manifest.sampling, stopwatch)
+        prompt = self.prompt(turns, visuals)
+        request = self._bounded(request, prompt)
+        with stopwatch.stage("vision"):
+            visual_rows = [self.encode_visual(patches) for patches in visuals]
+        with stopwatch.stage("embed"):
+            rows = self.embed(prompt, visual_rows)
+        prefilled = self.prefill(prompt, rows, request, stopwatch)
+        kv_lengths = tuple(int(length) for cache in prefilled.caches for length in cache.lengths)
+        with stopwatch.stage("decode"):
+            token_ids, text = self._decode(prompt, prefilled, request, on_text)
+        stopped = bool(token_ids) and token_ids[-1] in self._config(request).eos_token_ids
+        return Generation(
+            text, tuple(token_ids), "stop" if stopped else "length", prompt.token_ids.size, prompt.num_visual,
+            tuple(prefilled.history), kv_lengths, stopwatch.seconds,
+        )  # fmt: skip
+
+    def _config(self, request: Request) -> GenerationConfig:
+        return request.generation or self.manifest.generation
+
+    def _bounded(self, request: Request, prompt: Prompt) -> Request:
+        """The request with no more new tokens than the bundle's caches hold."""
+        room = self.manifest.limits.max_kv_cache_capacity - prompt.token_ids.size
+        if request.max_new_tokens < 1 or room < 1:
+            raise PromptError(
+                f"{request.max_new_tokens} new tokens after {prompt.token_ids.size} of prompt, the bundle holds "
+                f"{self.manifest.limits.max_kv_cache_capacity}: ask for 1 to {max(room, 1)}"
+            )
+        return replace(request, max_new_tokens=min(request.max_new_tokens, room))
+
+    def _decode(
+        self, prompt: Prompt, prefilled: Prefilled, request: Request, on_text: Callable[[str], None] | None
+    ) -> tuple[list[int], str]:
+        config = self._config(request)
+        # a table may have more rows than the tokenizer has tokens: nothing was ever trained to say those
+        limit = min(self.manifest.model.vocab_size, self.tokenizer.vocab_size)
+        sampler = Sampler(config, request.seed, limit)
+        stream, pieces = self.tokenizer.stream(), [""]
+        seen = np.concatenate([prompt.token_ids, np.zeros(request.max_new_tokens, np.int64)])
+        length = prompt.token_ids.size
+        cos, sin = self.rope(decode_positions(length, prompt.rope_delta, request.max_new_tokens))
+        logits, decoder = prefilled.logits, self.stitcher.decoder(prefilled)
+        token_ids: list[int] = []
+        while True:
+            index = len(token_ids)
+            token_ids.append(sampler.next_token(logits, seen[: length + index]))
+            seen[length + index] = token_ids[-1]
+            if token_ids[-1] in config.eos_token_ids:
+                break
+            pieces.append(stream.push(token_ids[-1]))
+            if on_text is not None and pieces[-1]:
+                on_text(pieces[-1])
+            if len(token_ids) == request.max_new_tokens:
+                break
+            logits = decoder.step(self.embedding(np.array(token_ids[-1:]))[0], cos[index], sin[index])
+        pieces.append(stream.flush())
+        if on_text is not None and pieces[-1]:
+            on_text(pieces[-1])
+        return token_ids, "".join(pieces)
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

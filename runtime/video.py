@@ -1,0 +1,195 @@
+"""Frames from a file: which frames a family samples, and how they are read with PyAV.
+
+Knows nothing of pixels wanted by a vision tower (preprocess.py) nor of tokens. Only the sampled frames are ever held.
+
+How a video is read, fastest way first, each step checked by the next:
+
+1. The packets are listed without decoding: their number is the number of frames, whatever the header claims.
+2. For each sampled frame the decoder starts at the key frame before it, unless it is already past that key frame.
+3. A frame that does not turn up under its own timestamp means that the packets lied too: then everything is decoded,
+   once to count and once to pick.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import BundleError, VideoError
+from framefusion.runtime.container import Listing, check_pixels, existing_file, film, open_video
+
+MAX_FRAME_PIXELS = 8192 * 4320
+MAX_BYTES = 8 << 30
+
+# A seek throws away what the decoder's threads have begun: closer than this, decoding on is cheaper.
+SEEK_DISTANCE = 16
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """How many frames of a video are seen, and which: a rule's name and its numbers."""
+
+    rule: str = "qwen2_vl"
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    frame_factor: int = 2
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise BundleError(
+                f"sampling rule {self.rule!r} is unknown, known are {', '.join(RULES)}: update this package"
+            )
+        if self.fps <= 0 or self.frame_factor < 1 or self.max_frames < self.frame_factor:
+            raise VideoError(
+                f"sampling of fps={self.fps}, max_frames={self.max_frames} takes no frame: "
+                f"give fps > 0 and max_frames >= {self.frame_factor}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for a manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> FrameSampling:
+        """From a manifest's plain values."""
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise BundleError(f"frame sampling {fields} is not understood ({error}): rebuild the bundle") from error
+
+
+@dataclass(frozen=True)
+class Video:
+    """The sampled frames of one video, and where in it they stood."""
+
+    frames: NDArray[np.uint8]  # [N, H, W, 3] RGB, upright
+    indices: NDArray[np.int64]  # [N] frame numbers in the file
+    fps: float  # of the file
+    total_frames: int  # of the file, counted
+    duration: float  # seconds of film
+    seconds: float  # spent reading
+
+
+def _linspace_fp32(last: int, count: int) -> NDArray[np.float32]:
+    """`torch.linspace(0, last, count)` bit for bit: fp32, one rounding a value, each half counted from its own end.
+
+    Positions that fall midway between two frames are common, and float64 would round some of them the other way.
+    """
+    if count == 1:
+        return np.zeros(1, np.float32)
+    step = np.float64(np.float32(last) / np.float32(count - 1))
+    i = np.arange(count, dtype=np.float64)
+    return np.where(i < count // 2, step * i, last - step * (count - 1 - i)).astype(np.float32)
+
+
+def _qwen2_vl_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> NDArray[np.int64]:
+    """Evenly spread frames, first and last included; their number is a multiple of `frame_factor`."""
+    factor = sampling.frame_factor
+    low = -(-sampling.min_frames // factor) * factor
+    high = sampling.max_frames // factor * factor
+    wanted = min(max(total_frames / video_fps * sampling.fps, low), high, total_frames)
+    count = int(wanted // factor) * factor
+    if count < factor:
+        raise VideoError(
+            f"the video has {total_frames} frame(s), the model needs {factor} or more: give a longer clip, or an image"
+        )
+    return _linspace_fp32(total_frames - 1, count).round().astype(np.int64)
+
+
+RULES: dict[str, Callable[[int, float, FrameSampling], NDArray[np.int64]]] = {
+    "qwen2_vl": _qwen2_vl_indices,
+}
+
+
+def sample_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> NDArray[np.int64]:
+    """Numbers of the frames to look at, ascending [N], by the family's rule."""
+    if total_frames < 1:
+        raise VideoError("the video has no frame: give a video with a picture")
+    if not video_fps > 0:
+        raise VideoError(f"the video's frame rate is {video_fps}: convert it to a constant frame rate (ffmpeg -r 25)")
+    return RULES[sampling.rule](total_frames, video_fps, sampling)
+
+
+def read_video(
+    path: str | Path,
+    sampling: FrameSampling,
+    *,
+    max_frame_pixels: int = MAX_FRAME_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> Video:
+    """Read the sampled frames of a video file, upright, as RGB."""
+    start = time.perf_counter()
+    source = existing_file(path)
+    with open_video(source) as container:
+        listing = Listing.from_container(container)
+    listing.check_size(source, max_frame_pixels)
+    listing.check_complete(source, len(listing.packets))
+
+    frames, total = None, len(listing.pts)
+    if listing.tells_frames_apart():
+        indices = sample_indices(total, listing.fps, sampling)
+        listing.check_bytes(source, indices.size, max_bytes)
+        frames = _decode_by_seeking(source, listing, indices)
+    if frames is None:
+        total = sum(1 for _ in _decode_all(source))
+        listing.check_complete(source, total + listing.discarded)
+        indices = sample_indices(total, listing.fps, sampling)
+        listing.check_bytes(source, indices.size, max_bytes)
+        chosen = set(indices.tolist())
+        frames = [_upright(frame, listing) for i, frame in enumerate(_decode_all(source)) if i in chosen]
+    seconds = time.perf_counter() - start
+    return Video(np.stack(frames), indices, listing.fps, total, total / listing.fps, seconds)
+
+
+def read_image(path: str | Path, *, max_frame_pixels: int = MAX_FRAME_PIXELS) -> NDArray[np.uint8]:
+    """Read a still picture as RGB [H, W, 3], upright; what is transparent becomes white."""
+    from PIL import Image, ImageOps
+
+    source = existing_file(path)
+    try:
+        with Image.open(source) as image:
+            check_pixels(source, image.height, image.width, max_frame_pixels)
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{source} cannot be read as an image ({error}): give a PNG, JPEG or WebP file") from error
+    white = Image.new("RGBA", upright.size, "white")
+    return np.asarray(Image.alpha_composite(white, upright).convert("RGB"))
+
+
+def _decode_all(source: Path) -> Iterator[Any]:
+    with open_video(source) as container:
+        yield from container.decode(film(container))
+
+
+def _decode_by_seeking(source: Path, listing: Listing, indices: NDArray[np.int64]) -> list[NDArray[np.uint8]] | None:
+    """The frames at `indices`, or None when one does not turn up under its timestamp."""
+    frames = []
+    with open_video(source) as container:
+        stream = film(container)
+        decoder, reached = container.decode(stream), 0
+        for index, pts in zip(indices.tolist(), listing.pts[indices].tolist(), strict=True):
+            key_pts, seek_to = listing.keys[np.searchsorted(listing.keys[:, 0], pts, side="right") - 1].tolist()
+            if np.searchsorted(listing.pts, key_pts) - reached > SEEK_DISTANCE:
+                container.seek(seek_to, stream=stream)
+                decoder = container.decode(stream)
+            # A decoder may show a few frames from before the key frame; one without a timestamp cannot be placed.
+            frame = next((frame for frame in decoder if frame.pts is None or frame.pts >= pts), None)
+            if frame is None or frame.pts != pts:
+                return None
+            frames.append(_upright(frame, listing))
+            reached = index
+    return frames
+
+
+def _upright(frame: Any, listing: Listing) -> NDArray[np.uint8]:
+    """RGB [H, W, 3] as a player shows it: phones store films lying on their side, with a note."""
+    # A film may change its size on the way; all its frames get the size that was checked.
+    pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", width=listing.width, height=listing.height)
+    return np.rot90(pixels, round(frame.rotation / 90) % 4)

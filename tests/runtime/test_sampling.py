@@ -1,0 +1,126 @@
+"""Tokens kept and probabilities given equal Hugging Face's processors and warpers, in their order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from framefusion.errors import BackendError, BundleError, PromptError
+from framefusion.runtime.sampling import GenerationConfig, Sampler
+
+
+def logits_of(seed: int, size: int = 300) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(0, 3, size).astype(np.float32)
+
+
+def reference(config: GenerationConfig, logits: NDArray[np.float32], ids: list[int]) -> NDArray[np.float32]:
+    """Probabilities of all tokens after Hugging Face's own chain."""
+    from transformers.generation.logits_process import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(config.repetition_penalty)])
+    if config.do_sample:
+        chain.append(TemperatureLogitsWarper(config.temperature))
+        if config.top_k:
+            chain.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1:
+            chain.append(TopPLogitsWarper(config.top_p))
+    scores = chain(torch.LongTensor([ids]), torch.from_numpy(logits)[None])
+    return np.asarray(scores.softmax(-1)[0].numpy(), np.float32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "penalty"),
+    [
+        (1.0, 0, 1.0, 1.0),
+        (0.7, 20, 0.8, 1.05),
+        (1.5, 0, 0.9, 1.3),
+        (0.1, 50, 0.001, 1.05),
+        (2.0, 1000, 0.5, 0.8),
+    ],
+)
+def test_probabilities_equal_hugging_face(
+    seed: int, temperature: float, top_k: int, top_p: float, penalty: float
+) -> None:
+    config = GenerationConfig(True, temperature, top_k, top_p, penalty)
+    logits, ids = logits_of(seed), [3, 3, 7, 200, 299]
+    sampler = Sampler(config, 0)
+    kept, probabilities = sampler._candidates(sampler._penalised(logits, np.array(ids)))
+    found = np.zeros(logits.size)
+    found[kept] = probabilities / probabilities.sum()
+    np.testing.assert_allclose(found, reference(config, logits, ids), rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_greedy_obeys_the_repetition_penalty(seed: int) -> None:
+    logits = logits_of(seed)
+    ids = np.argsort(logits)[-3:].tolist()  # the prompt holds the best tokens
+    config = GenerationConfig(repetition_penalty=5.0)
+    chosen = Sampler(config).next_token(logits, ids)
+    assert chosen == reference(config, logits, ids).argmax() != logits.argmax()
+
+
+def test_draws_follow_the_probabilities_and_the_seed() -> None:
+    logits = np.log(np.array([0.1, 0.2, 0.7], np.float32))
+    config = GenerationConfig(do_sample=True, top_k=0)
+    sampler = Sampler(config, 3)
+    drawn = [sampler.next_token(logits, []) for _ in range(4000)]
+    np.testing.assert_allclose(np.bincount(drawn) / 4000, [0.1, 0.2, 0.7], atol=0.03)
+    again = Sampler(config, 3)
+    assert drawn[:50] == [again.next_token(logits, []) for _ in range(50)]
+
+
+def test_ids_beyond_the_vocabulary_are_never_chosen() -> None:
+    logits = np.array([0.0, 1.0, 9.0, 9.0], np.float32)
+    assert Sampler(GenerationConfig(), vocab_limit=2).next_token(logits, [3]) == 1
+    sampler = Sampler(GenerationConfig(do_sample=True, repetition_penalty=1.1), 0, vocab_limit=2)
+    assert {sampler.next_token(logits, [3]) for _ in range(50)} == {0, 1}
+
+
+def test_extreme_logits_and_half_precision() -> None:
+    logits = np.array([-6e4, 6e4, 5.9e4], np.float16)
+    config = GenerationConfig(do_sample=True, temperature=0.01)
+    assert Sampler(config, 0).next_token(logits, []) == 1
+    assert Sampler(GenerationConfig(do_sample=True, temperature=0)).next_token(logits, []) == 1
+    assert logits[0] == -6e4  # the caller's array is left alone
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_no_numbers(bad: float) -> None:
+    with pytest.raises(BackendError, match=r"largest logit is (nan|inf)"):
+        Sampler(GenerationConfig()).next_token(np.array([0.0, bad], np.float32), [])
+
+
+def test_settings_from_a_checkpoint() -> None:
+    config = GenerationConfig.from_dict(
+        {"eos_token_id": [5, 6], "top_k": None, "top_p": 0.001, "transformers_version": "4"}
+    )
+    assert (config.eos_token_ids, config.top_k, config.top_p, config.greedy) == ((5, 6), 50, 0.001, True)
+    assert GenerationConfig.from_dict({"eos_token_id": 5}).eos_token_ids == (5,)
+    assert GenerationConfig.from_dict({}).eos_token_ids == ()
+    assert GenerationConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", np.nan),
+        ("top_k", -1),
+        ("top_p", 1.5),
+        ("repetition_penalty", 0.0),
+    ],
+)
+def test_settings_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(PromptError, match=f"{name} is {value}: give a number"):
+        GenerationConfig(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(BundleError, match="are not numbers"):
+        GenerationConfig.from_dict({name: "warm"})
