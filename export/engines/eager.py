@@ -1,0 +1,82 @@
+"""The segments in eager torch, behind the runtime's backend interface: the reference a compiled bundle is checked with.
+
+Parameters are read from the checkpoint when a graph is first bound. Slow on purpose: no fusion, caches are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from framefusion.export.graph.decoder import Segment
+from framefusion.export.graph.fixed import FixedPrefill
+from framefusion.export.signatures import cache_names
+from framefusion.runtime.backends import Array
+from framefusion.runtime.kv_cache import SegmentCache
+
+Load = Callable[[], nn.Module]
+
+
+class EagerBackend:
+    """Torch modules by the name of the graph they stand for.
+
+    Args:
+        loaders: graph -> function that returns its module with weights.
+    """
+
+    name = "eager"
+
+    def __init__(self, loaders: Mapping[str, Load]) -> None:
+        self._loaders = loaders
+        self._modules: dict[str, nn.Module] = {}
+
+    def bind(
+        self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array], cache: SegmentCache | None
+    ) -> EagerSegment:
+        """See `framefusion.runtime.backends.Backend.bind`."""
+        if graph not in self._modules:
+            self._modules[graph] = self._loaders[graph]()
+        return EagerSegment(self._modules[graph], inputs, outputs, cache)
+
+
+@dataclass
+class EagerSegment:
+    """A module and the arrays it reads and writes."""
+
+    module: nn.Module
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    cache: SegmentCache | None
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Call the module and copy its results to where a compiled segment would have written them."""
+        tensors = {name: torch.from_numpy(array) for name, array in self.inputs.items()}
+        buffers = [] if self.cache is None else list(zip(self.cache.keys, self.cache.values, strict=True))
+        past = [(torch.from_numpy(key), torch.from_numpy(value)) for key, value in buffers]
+        results = call_by_name(self.module, tensors, past)
+        for name, array in self.outputs.items():
+            torch.from_numpy(array).copy_(results[name])
+        for j, pair in enumerate(past):
+            for part, buffer in zip(("key", "value"), pair, strict=True):
+                buffer.copy_(results[f"present_{part}_{j}"])
+
+
+def call_by_name(
+    module: nn.Module, tensors: Mapping[str, Tensor], past: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Call a segment, a fixed prefill or a tower with named inputs, and name its outputs as the graphs do."""
+    rows = [tensors.get(name) for name in ("hidden", "cos", "sin", "kv_len")]
+    presents = cache_names("present", len(past))
+    if isinstance(module, FixedPrefill):
+        results = module(*rows, *(tensors[name] for name in ("last", "label", "order", "drops")), past)
+        return dict(zip(["logits", "origin", *presents], results, strict=True))
+    if isinstance(module, Segment):
+        previous = tensors.get("previous") if module.scores else None
+        results = module(*rows, previous, tensors["last"], past)
+        first = ["logits"] if module.head else ["hidden_out"] + ["similarity", "importance"] * module.scores
+        return dict(zip([*first, *presents], results, strict=True))
+    return {"tokens": module(tensors["patches"], tensors["cos"], tensors["sin"])}

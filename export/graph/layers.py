@@ -1,0 +1,49 @@
+"""The layers that decoder and towers are made of: a linear map stored as the compiled graph wants it, and norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def weight(*shape: int) -> nn.Parameter:
+    """A parameter without a value: graphs are traced on the meta device and weights go to disk by another way."""
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """x @ weight + bias with the weight as [in, out]: a plain MatMul, no transpose left for the compiled graph."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = weight(in_features, out_features)
+        self.bias = weight(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        product = x @ self.weight
+        return product if self.bias is None else product + self.bias
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with a weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight(width), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, width] -> the same shape."""
+        return torch.ops.framefusion.rms_norm(x, self.weight, self.eps)  # type: ignore[no-any-return]
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance norm with weight and bias."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.width, self.eps = weight(width), weight(width), width, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> the same shape."""
+        return nn.functional.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)

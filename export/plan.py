@@ -1,0 +1,264 @@
+"""What a build will write, worked out from configuration and headers alone: geometry, segments, sizes, records.
+
+Reads no weight and writes nothing; `build.py` carries a plan out, `check.py` repeats it in eager torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from framefusion.budget import FixedSchedule, check_cost, drop_counts, scale_schedule, schedule_for_cost, smallest_cost
+from framefusion.errors import BudgetError, CheckpointError
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.dialects import DIALECTS, Dialect
+from framefusion.export.families import Family, family_of, reading
+from framefusion.export.graph.decoder import DecoderConfig
+from framefusion.export.graph.fixed import FixedPrefill
+from framefusion.export.segments import SegmentPlan, cut_after_attentions, whole_decoder
+from framefusion.export.signatures import segment_module
+from framefusion.export.weights import Source, load_parameters, parameter_bytes
+from framefusion.policy import ReductionSettings
+from framefusion.runtime.bundle import (
+    FixedRecord,
+    Limits,
+    Mode,
+    ModelRecord,
+    ReductionRecord,
+    SegmentRecord,
+    VisionRecord,
+)
+from framefusion.runtime.preprocess import Preprocessing
+from framefusion.runtime.video import FrameSampling
+
+DType = Literal["float32"]
+DEFAULT_DEPTH = 7  # merging of the published models ends within the first handful of layers
+DEFAULT_INPUT = 8192
+DEFAULT_NEW_TOKENS = 1024
+DEFAULT_TEXT = 512
+BUCKET_RATIO = 0.8  # of neighbouring buckets: at most a quarter of a bucket is padding, an eighth on average
+BUCKET_MULTIPLE = 16
+VISION_GRAPH = "vision/graph.onnx"
+GRAPH, DECODE_GRAPH, WEIGHTS = "graph.onnx", "decode.onnx", "weights.bin"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user may choose; None takes what checkpoint, family or the other options imply."""
+
+    reduction: Mode = "adaptive"
+    cost: float = 0.3
+    similarity_lower_bound: float | None = None
+    ratio_lower_bound: float = 0.1
+    depth: int | None = None
+    merge_shares: tuple[float, ...] | None = None
+    prune_layer: int | None = None
+    dialect: str = "gqa"
+    buckets: tuple[int, ...] | None = None
+    max_input_len: int | None = None
+    max_kv_cache_capacity: int | None = None
+    max_text_len: int = DEFAULT_TEXT
+    dtype: DType = "float32"
+    num_decoder_layer: int | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+class BuildPlan:
+    """The plan of one bundle.
+
+    Raises:
+        UnknownFamilyError, CheckpointError, BudgetError: before anything is written.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: BuildOptions) -> None:
+        self.checkpoint, self.options = checkpoint, options
+        self.family: Family = family_of(str(checkpoint.config.get("model_type")))
+        self.config: DecoderConfig = reading.decoder_config(checkpoint, self.family, options.num_decoder_layer)
+        self.tower, self.tower_sources = self.family.build_tower(checkpoint)
+        self.dialect = _dialect(options.dialect)
+        self.limits = _limits(checkpoint, options)
+        self.reduction = _reduction(self.family, self.config, options)
+        self.sampling = self._sampling()
+        self.preprocessing = self._preprocessing()
+        self.fixed = self._fixed()
+        self.segments: tuple[SegmentPlan, ...] = (
+            cut_after_attentions(self.config.num_layers, self.reduction.depth)
+            if self.reduction.mode == "adaptive" and self.reduction.depth is not None
+            else whole_decoder(self.config.num_layers)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights in the bundle."""
+        dtype: torch.dtype = getattr(torch, self.options.dtype)
+        return dtype
+
+    def sources(self, plan: SegmentPlan) -> dict[str, Source]:
+        """Where the parameters of a segment are in the checkpoint."""
+        return reading.decoder_sources(self.checkpoint, self.family, plan)
+
+    def model_record(self) -> ModelRecord:
+        """The manifest's part on geometry."""
+        names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        names += ("vocab_size", "rope_theta", "mrope_section", "importance_rows")  # type: ignore[assignment]
+        facts = {name: getattr(self.config, name) for name in names}
+        model_type = str(self.checkpoint.config["model_type"])
+        return ModelRecord(self.family.name, model_type, dtype=self.options.dtype, **facts)
+
+    def segment_record(self, plan: SegmentPlan) -> SegmentRecord:
+        """The manifest's part on one segment."""
+        folder = f"segments/{plan.name}"
+        fixed = self.reduction.mode == "fixed"
+        return SegmentRecord(
+            name=plan.name,
+            graph=f"{folder}/{GRAPH}",
+            attention_layers=plan.attention_layers,
+            num_mlps=sum(block.kind == "mlp" for block in plan.blocks),
+            scores=plan.scores,
+            head=plan.head,
+            weight_bytes=parameter_bytes(segment_module(self.config, plan), self.dtype),
+            buckets=None if fixed else self.buckets(),
+            decode_graph=f"{folder}/{DECODE_GRAPH}" if fixed else None,
+        )
+
+    def vision_record(self) -> VisionRecord:
+        """The manifest's part on the vision tower."""
+        tower = self.tower.config
+        assert not isinstance(tower, (torch.Tensor, nn.Module))
+        facts = {name: getattr(tower, name) for name in ("patch_width", "head_dim", "embed_dim", "mlp_width")}
+        return VisionRecord(VISION_GRAPH, weight_bytes=parameter_bytes(self.tower, self.dtype), **facts)
+
+    def buckets(self) -> tuple[int, ...] | None:
+        """Sizes of a prefill: as given, none where the dialect runs every length, else a ladder down to the cost."""
+        longest, chosen = self.limits.max_input_len, self.options.buckets
+        if chosen is None:
+            return None if self.dialect.exact_shapes else bucket_ladder(longest, self.reduction.cost)
+        if min(chosen) < 1 or max(chosen) < longest:
+            raise BudgetError(
+                f"--buckets {','.join(map(str, chosen))} do not reach --max-input-len {longest}: add {longest} to them"
+            )
+        return tuple(sorted(set(chosen)))
+
+    def fixed_module(self) -> FixedPrefill:
+        """The static prefill of the fixed mode, on the meta device."""
+        assert self.fixed is not None
+        assert self.reduction.schedule is not None
+        with torch.device("meta"):
+            return FixedPrefill(self.config, self.reduction.schedule, self.fixed)
+
+    def eager_loaders(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Graph of the bundle -> the torch module it was made of, with weights."""
+
+        def load(module: nn.Module, sources: Mapping[str, Source]) -> Callable[[], nn.Module]:
+            return lambda: load_parameters(module, self.checkpoint, sources, torch.float32)
+
+        loaders = {VISION_GRAPH: load(self.tower, self.tower_sources)}
+        for plan in self.segments:
+            record, sources = self.segment_record(plan), self.sources(plan)
+            loaders[record.decode_graph or record.graph] = load(segment_module(self.config, plan), sources)
+            if record.decode_graph is not None:
+                loaders[record.graph] = load(self.fixed_module(), sources)
+        return loaders
+
+    def _sampling(self) -> FrameSampling:
+        told, options = reading.sampling(self.checkpoint, self.family), self.options
+        frames = options.max_frames or told.max_frames
+        return replace(told, fps=options.fps or told.fps, max_frames=frames, min_frames=min(told.min_frames, frames))
+
+    def _preprocessing(self) -> Preprocessing:
+        told, options = reading.preprocessing(self.checkpoint, self.family), self.options
+        high = options.max_pixels or told.max_pixels
+        low = options.min_pixels or min(told.min_pixels, high)
+        return replace(told, min_pixels=low, max_pixels=high)
+
+    def _fixed(self) -> FixedRecord | None:
+        """Static sizes: text and visual tokens have their own maximum, because only the latter are dropped."""
+        schedule, text = self.reduction.schedule, self.options.max_text_len
+        if schedule is None:
+            return None
+        visual = self.limits.max_input_len - text
+        if visual < 1:
+            raise BudgetError(
+                f"--max-text-len {text} leaves no room for video in --max-input-len {self.limits.max_input_len}"
+            )
+        track = -(-self.sampling.max_frames // self.preprocessing.temporal_patch_size)
+        drops = drop_counts(schedule, visual, num_tracks=0)
+        lengths, present = [], text + visual
+        calls = dict(zip([*range(len(schedule.merge_shares)), schedule.prune_layer + 1], drops, strict=True))
+        for layer in range(self.config.num_layers):
+            present -= calls.get(layer, 0)
+            lengths.append(present)
+        return FixedRecord(text, visual, min(track, visual), tuple(lengths), tuple(drops))
+
+
+def bucket_ladder(longest: int, cost: float) -> tuple[int, ...]:
+    """Sizes from the longest input down to its share `cost`, each BUCKET_RATIO of the next."""
+    sizes, size = [longest], longest
+    while size > max(cost * longest, BUCKET_MULTIPLE):
+        size = max(math.ceil(size * BUCKET_RATIO / BUCKET_MULTIPLE) * BUCKET_MULTIPLE, 1)
+        if size >= sizes[-1]:
+            break
+        sizes.append(size)
+    return tuple(sorted(sizes))
+
+
+def _dialect(name: str) -> Dialect:
+    if name not in DIALECTS:
+        raise BudgetError(f"dialect {name!r} is unknown; known are {', '.join(DIALECTS)}")
+    return DIALECTS[name]
+
+
+def _limits(checkpoint: Checkpoint, options: BuildOptions) -> Limits:
+    trained = reading.text_config(checkpoint).get("max_position_embeddings")
+    longest = options.max_input_len or min(DEFAULT_INPUT, int(trained or DEFAULT_INPUT))
+    if trained is not None and longest > trained:
+        raise CheckpointError(
+            f"--max-input-len {longest} is beyond max_position_embeddings {trained} of the checkpoint"
+        )
+    capacity = options.max_kv_cache_capacity or longest + DEFAULT_NEW_TOKENS
+    if capacity <= longest:
+        raise BudgetError(
+            f"--max-kv-cache-capacity {capacity} leaves no room for new tokens after --max-input-len {longest}"
+        )
+    return Limits(longest, capacity)
+
+
+def _reduction(family: Family, config: DecoderConfig, options: BuildOptions) -> ReductionRecord:
+    if options.reduction not in get_args(Mode):
+        raise BudgetError(f"reduction {options.reduction!r} is unknown; known are {', '.join(get_args(Mode))}")
+    if options.reduction == "none":
+        return ReductionRecord("none")
+    check_cost(options.cost, smallest_cost(config.num_layers))
+    similarity = options.similarity_lower_bound
+    similarity = family.similarity_lower_bound if similarity is None else similarity
+    if options.reduction == "adaptive":
+        depth = min(DEFAULT_DEPTH, config.num_layers - 2) if options.depth is None else options.depth
+        ReductionSettings(options.cost, similarity, options.ratio_lower_bound, config.num_layers, depth)  # refuses
+        return ReductionRecord("adaptive", options.cost, similarity, options.ratio_lower_bound, depth)
+    schedule = _schedule(options, config.num_layers)
+    return ReductionRecord("fixed", options.cost, similarity, options.ratio_lower_bound, schedule=schedule)
+
+
+def _schedule(options: BuildOptions, num_layers: int) -> FixedSchedule:
+    if options.merge_shares is None or options.prune_layer is None:
+        raise BudgetError("the fixed mode needs its schedule: give --merge-shares and --prune-layer, or --calibrate")
+    try:
+        return schedule_for_cost(options.cost, options.merge_shares, options.prune_layer, num_layers)
+    except BudgetError:
+        # merges that alone reach less than the cost are scaled down; a cost out of reach is refused there as well
+        return scale_schedule(options.merge_shares, options.prune_layer, options.cost, num_layers)
+
+
+def identity_of(checkpoint: Checkpoint) -> Mapping[str, object]:
+    """What tells one checkpoint from another without reading its weights: its files' names, sizes and times."""
+    files: set[Path] = {*checkpoint.files.values(), *checkpoint.folder.glob("*.json")}
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files) if path.is_file()}

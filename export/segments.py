@@ -1,0 +1,57 @@
+"""Where the decoder is cut. Reduction happens between an attention and its MLP, so segments run from MLP to attention.
+
+    segment 0:      attention of layer 0                                   -> hidden, similarity, importance
+    segment k:      MLP of layer k-1, attention of layer k                 -> hidden, similarity, importance
+    last segment:   MLP of layer D, layers D+1 .. L-1, final norm, lm_head on the last token
+
+Knows no weights and no targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from framefusion.export.graph.decoder import Block
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """A run of blocks and how it ends."""
+
+    name: str
+    blocks: tuple[Block, ...]
+    scores: bool
+    head: bool
+
+    @property
+    def structure(self) -> tuple[tuple[str, ...], bool, bool]:
+        """Segments of equal structure share one traced graph."""
+        return tuple(block.kind for block in self.blocks), self.scores, self.head
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers whose attention, and so whose cache, this segment holds."""
+        return tuple(block.layer for block in self.blocks if block.kind == "attention")
+
+
+def half_layers(num_layers: int) -> tuple[Block, ...]:
+    """All blocks of a decoder in order."""
+    kinds = ("attention", "mlp")
+    return tuple(Block(kind, layer) for layer in range(num_layers) for kind in kinds)  # type: ignore[arg-type]
+
+
+def whole_decoder(num_layers: int, name: str = "decoder") -> tuple[SegmentPlan, ...]:
+    """One segment: nothing looks inside."""
+    return (SegmentPlan(name, half_layers(num_layers), scores=False, head=True),)
+
+
+def cut_after_attentions(num_layers: int, depth: int) -> tuple[SegmentPlan, ...]:
+    """Cut after the attention of layers 0 .. depth (D above); depth <= num_layers - 2."""
+    blocks = half_layers(num_layers)
+    ends = [2 * layer + 1 for layer in range(depth + 1)]
+    starts = [0, *ends[:-1]]
+    looked_at = [
+        SegmentPlan(f"layer{layer:02d}", blocks[start:end], scores=True, head=False)
+        for layer, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+    return (*looked_at, SegmentPlan("rest", blocks[ends[-1] :], scores=False, head=True))

@@ -1,0 +1,132 @@
+"""The kinds of graph a bundle holds: example arguments, names and dynamic axes of each. Traces, writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from framefusion import static_reduction
+from framefusion.export.dialects import Dialect
+from framefusion.export.graph.decoder import DecoderConfig, Segment
+from framefusion.export.graph.fixed import FixedPrefill
+from framefusion.export.graph.qwen2_vl_tower import Tower
+from framefusion.export.segments import SegmentPlan
+from framefusion.export.trace import trace
+
+# Example sizes: distinct, and none of them 1, so that no axis looks fixed or equal to another.
+_LENGTH, _CAPACITY, _GRIDS, _PATCHES = 9, 17, 3, 20
+_FREE = torch.export.Dim.DYNAMIC
+
+
+def segment_module(config: DecoderConfig, plan: SegmentPlan) -> Segment:
+    """The torch module of a segment, on the meta device."""
+    with torch.device("meta"):
+        return Segment(config, plan.blocks, scores=plan.scores, head=plan.head)
+
+
+def cache_names(prefix: str, count: int) -> list[str]:
+    """Names of the caches of `count` attention blocks: past_key_0, past_value_0, ..."""
+    return [f"{prefix}_{part}_{j}" for j in range(count) for part in ("key", "value")]
+
+
+def trace_segment(config: DecoderConfig, plan: SegmentPlan, dialect: Dialect) -> ir.Model:
+    """A segment with any number of tokens and cache slots."""
+    half, layers = config.head_dim // 2, len(plan.attention_layers)
+    arguments = (
+        _float(1, _LENGTH, config.hidden_size),
+        _float(1, _LENGTH, half),
+        _float(1, _LENGTH, half),
+        _int(layers),
+        _int(_LENGTH) if plan.scores else None,
+        _int(1) if plan.scores or plan.head else None,
+        [_cache(config, _CAPACITY + j) for j in range(layers)],
+    )
+    axes = ({1: _FREE}, {1: _FREE}, {1: _FREE}, None, {0: _FREE} if plan.scores else None, None, _cache_axes(layers))
+    inputs = ["hidden", "cos", "sin", "kv_len"]
+    inputs += ["previous"] * plan.scores + ["last"] * (plan.scores or plan.head) + cache_names("past", layers)
+    outputs = ["logits" if plan.head else "hidden_out"] + ["similarity", "importance"] * plan.scores
+    outputs += cache_names("present", layers)
+    model = trace(segment_module(config, plan), arguments, axes, dialect, inputs, outputs)
+    return _name_axes(model, layers)
+
+
+def trace_tower(tower: Tower, dialect: Dialect) -> ir.Model:
+    """The vision tower with any number of temporal grids and patches."""
+    config, blocks = tower.config, tower.config.merge_size**2
+    half, patches = config.head_dim // 2, _PATCHES * blocks
+    arguments = (_float(_GRIDS, patches, config.patch_width), _float(1, patches, half), _float(1, patches, half))
+    axis = torch.export.Dim("merge_blocks", min=2, max=1 << 20) * blocks
+    model = trace(
+        tower, arguments, ({0: _FREE, 1: axis}, {1: axis}, {1: axis}), dialect, ["patches", "cos", "sin"], ["tokens"]
+    )
+    for name, axis_name in (("patches", 1), ("cos", 1), ("sin", 1)):
+        _set_axis(model, name, axis_name, "patches")
+    _set_axis(model, "patches", 0, "grids")
+    return model
+
+
+def trace_fixed_prefill(module: FixedPrefill, dialect: Dialect) -> ir.Model:
+    """The static prefill of the fixed mode; only the cache capacities are free."""
+    config, record = module.config, module.record
+    half, layers, size = config.head_dim // 2, config.num_layers, record.max_text + record.max_visual
+    arguments = (
+        _float(1, size, config.hidden_size),
+        _float(1, size, half),
+        _float(1, size, half),
+        _int(layers),
+        _int(1),
+        _int(size),
+        _int(size),
+        _int(len(record.drops)),
+        [_cache(config, size + _CAPACITY + j) for j in range(layers)],
+    )
+    axes = (*[None] * 8, _cache_axes(layers))
+    inputs = ["hidden", "cos", "sin", "kv_len", "last", "label", "order", "drops", *cache_names("past", layers)]
+    outputs = ["logits", "origin", *cache_names("present", layers)]
+    model = trace(module, arguments, axes, dialect, inputs, outputs, static_reduction.DECOMPOSITIONS)
+    return _name_axes(model, layers)
+
+
+def _float(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def _int(length: int) -> Tensor:
+    return torch.empty(length, dtype=torch.int64, device="meta")
+
+
+def _cache(config: DecoderConfig, capacity: int) -> tuple[Tensor, Tensor]:
+    shape = (1, config.num_kv_heads, capacity, config.head_dim)
+    return _float(*shape), _float(*shape)
+
+
+def _cache_axes(layers: int) -> list[Any]:
+    return [({2: _FREE}, {2: _FREE})] * layers
+
+
+def _name_axes(model: ir.Model, layers: int) -> ir.Model:
+    """Say `tokens` and `capacity_j` where the exporter numbered its symbols, for whoever opens the graph."""
+    names = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+    for name, axis in (("hidden", 1), ("cos", 1), ("sin", 1), ("hidden_out", 1), *_vectors()):
+        if name in names:
+            _set_axis(model, name, axis, "tokens")
+    for prefix in ("past", "present"):
+        for j, name in enumerate(cache_names(prefix, layers)):
+            _set_axis(model, name, 2, f"capacity_{j // 2}")
+    return model
+
+
+def _vectors() -> Sequence[tuple[str, int]]:
+    return [(name, 0) for name in ("previous", "similarity", "importance")]
+
+
+def _set_axis(model: ir.Model, name: str, axis: int, symbol: str) -> None:
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name == name and value.shape is not None:
+            dims: list[Any] = list(value.shape)
+            dims[axis] = symbol
+            value.shape = ir.Shape(dims)
