@@ -8,23 +8,27 @@ largest magnitude of the reference; fp32 against fp32 in another order of sums d
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from framefusion.errors import BundleError, CheckpointError
+from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.engines.eager import EagerBackend
-from framefusion.runtime.bundle import Bundle
+from framefusion.export.options import BuildOptions
+from framefusion.export.plan import BuildPlan
+from framefusion.runtime.bundle import Bundle, read_manifest
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.preprocess import Patches, patchify
 from framefusion.runtime.prompt import Prompt, Turn, Visual
+from framefusion.runtime.records import RecordError, from_json
 from framefusion.runtime.stitching import Prefilled, Stopwatch, TokenRows
-
-if TYPE_CHECKING:
-    from framefusion.export.plan import BuildPlan
 
 LIMIT = 1e-4
 DECODED = 16
@@ -63,6 +67,29 @@ def check_bundle(folder: Path, plan: BuildPlan) -> dict[str, Any]:
     return {"passed": not failures, "reference": reference, "lines": lines, "failures": failures} | kept
 
 
+def check_again(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Repeat the comparison for a bundle that was published, from the options in its manifest.
+
+    Raises:
+        BundleError: the manifest does not say how it was built.
+        CheckpointError: the checkpoint is not the one that the bundle was built from.
+    """
+    manifest = read_manifest(folder)
+    try:
+        options = from_json(BuildOptions, manifest.options)
+    except RecordError as error:
+        raise BundleError(f"{folder} does not say how it was built ({error}): rebuild it") from None
+    plan = BuildPlan(checkpoint, options)
+    ours, theirs = asdict(manifest.model), asdict(plan.model_record())
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise CheckpointError(
+                f"{checkpoint.folder} has {name} {theirs[name]}, the bundle was built from one with {value}: "
+                "give the checkpoint that it was built from"
+            )
+    return check_bundle(folder, plan)
+
+
 class Case:
     """One prompt with a drawn clip, prepared for the compiled and the eager pipeline."""
 
@@ -80,8 +107,8 @@ class Case:
         """Prefill and decode both ways from the same rows; decoding follows the eager model's tokens."""
         rows = self.eager.embed(self.prompt, [self.eager_visual])
         ours, theirs = (self._prefill(pipeline, rows, request) for pipeline in (self.compiled, self.eager))
-        self.dense_logits, self.kept_tokens = ours.logits.copy(), len(ours.kept)
-        differing = float(np.setxor1d(ours.kept, theirs.kept).size)
+        self.dense_logits, self.kept_tokens = ours.logits.copy(), len(ours.kept[-1])
+        differing = float(sum(np.setxor1d(a, b).size for a, b in zip(ours.kept, theirs.kept, strict=True)))
         if differing:
             return {"kept tokens": differing}  # the logits of other tokens say nothing
         errors = {"kept tokens": 0.0, "logits": relative_error(ours.logits, theirs.logits)}
@@ -131,7 +158,8 @@ def transformers_logits(plan: BuildPlan, prompt: Prompt, patches: Patches) -> Ar
     import transformers
 
     load: Callable[..., Any] = getattr(transformers, plan.family.reference).from_pretrained
-    model = load(plan.checkpoint.folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True)
+    with _no_progress_bars():
+        model = load(plan.checkpoint.folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True)
     visual = torch.from_numpy(prompt.labels >= 0)
     video_id = plan.family.prompt_template(plan.checkpoint).video_pad_id
     with torch.inference_mode():
@@ -146,6 +174,20 @@ def transformers_logits(plan: BuildPlan, prompt: Prompt, patches: Patches) -> Ar
     assert video_id in prompt.token_ids
     logits: Array = result.logits[0, -1].numpy()
     return logits
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own bars over ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _line(what: str, value: float) -> dict[str, Any]:

@@ -125,8 +125,9 @@ def _vectors() -> Sequence[tuple[str, int]]:
 
 
 def _set_axis(model: ir.Model, name: str, axis: int, symbol: str) -> None:
+    """Name an axis that is free; one that is fixed stays a number."""
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.name == name and value.shape is not None:
+        if value.name == name and value.shape is not None and not isinstance(value.shape[axis], int):
             dims: list[Any] = list(value.shape)
             dims[axis] = symbol
             value.shape = ir.Shape(dims)

@@ -77,7 +77,7 @@ class Prefilled:
     logits: Rows  # [V]
     caches: list[SegmentCache]
     history: list[CallRecord]
-    kept: NDArray[np.int64]  # places in the prompt of the tokens that reached the last segment
+    kept: list[NDArray[np.int64]]  # per segment: places in the prompt of the tokens that entered it
 
 
 class Stitcher:
@@ -100,6 +100,7 @@ class Stitcher:
         with stopwatch.stage("reduction"):
             rows = _reduce_embeddings(rows, reduction)
         caches: list[SegmentCache] = []
+        kept: list[NDArray[np.int64]] = []
         outputs: Mapping[str, Array] = {}
         for record in self.manifest.segments:
             length = len(rows.hidden)
@@ -109,12 +110,13 @@ class Stitcher:
                 bound.run()
             cache.lengths[:] = length
             caches.append(cache)
+            kept.append(rows.origin)
             outputs = bound.outputs
             if not record.head:
                 with stopwatch.stage("reduction"):
                     rows = TokenRows(outputs["hidden_out"][0, :length], rows.cos, rows.sin, rows.origin)
                     rows = _reduce(rows, reduction, outputs)
-        return Prefilled(outputs["logits"][0], caches, reduction.history if reduction else [], rows.origin)
+        return Prefilled(outputs["logits"][0], caches, reduction.history if reduction else [], kept)
 
     def _bind_prefill(
         self, record: SegmentRecord, rows: TokenRows, reduction: ReductionState | None, max_new_tokens: int
@@ -169,7 +171,7 @@ class Stitcher:
         with stopwatch.stage("prefill"):
             bound.run()
         cache.lengths[:] = lengths
-        kept = outputs["origin"][: lengths[-1]]
+        kept = [outputs["origin"][: lengths[-1]]]
         return Prefilled(outputs["logits"][0], [cache], _fixed_history(labels, calls, drops), kept)
 
     def decoder(self, prefilled: Prefilled) -> Decoder:
