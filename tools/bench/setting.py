@@ -1,0 +1,200 @@
+"""What the benchmarks share: a checkpoint of random weights at a real shape, a prompt with redundancy, the machine.
+
+Random weights are good for speed and memory, which depend on shapes and on how many tokens are kept, not on meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.export.build import build
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.plan import BuildOptions
+from framefusion.runtime.bundle import ModelRecord
+from framefusion.runtime.pipeline import Pipeline
+from framefusion.runtime.positions import Grid, mrope_positions
+from framefusion.runtime.prompt import Prompt, VisualSpan
+from framefusion.runtime.stitching import TokenRows
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tools" / "bench" / "results"
+TOKENIZER = ROOT / "tests" / "models" / "tiny_qwen2_vl" / "tokenizer.json"
+SEED = 0
+MODULES = {"prefill": "tools.bench.prefill", "memory": "tools.bench.memory", "accuracy": "tools.accuracy"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """LLM sizes of a published model; the vision tower is a small one, it is not what is measured."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    tied: bool
+
+
+SHAPES = {
+    "qwen2-0.5b": Shape(896, 4864, 24, 14, 2, 151936, True),
+    "qwen2-1.5b": Shape(1536, 8960, 28, 12, 2, 151936, True),
+    "qwen2-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+def write_checkpoint(shape: Shape, folder: Path) -> Path:
+    """A Qwen2-VL checkpoint of random bf16 weights, written once; transformers loads it too."""
+    if (folder / "config.json").is_file():
+        return folder
+    import torch
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    ids = special_ids()
+    half = shape.hidden_size // shape.num_heads // 2
+    section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    config = Qwen2VLConfig(
+        text_config={
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_hidden_layers": shape.num_layers,
+            "num_attention_heads": shape.num_heads,
+            "num_key_value_heads": shape.num_kv_heads,
+            "vocab_size": shape.vocab_size,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": shape.tied,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+        },
+        vision_config={"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": shape.hidden_size},
+        tie_word_embeddings=shape.tied,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    torch.manual_seed(SEED)
+    model = Qwen2VLForConditionalGeneration(config).to(torch.bfloat16)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    return folder
+
+
+def special_ids() -> dict[str, int]:
+    """Ids of the special tokens in the tokenizer that the random checkpoint borrows."""
+    added = json.loads(TOKENIZER.read_text(encoding="utf-8"))["added_tokens"]
+    return {token["content"]: token["id"] for token in added}
+
+
+def open_bundle(checkpoint: Path, folder: Path, options: BuildOptions) -> Path:
+    """Build a bundle unless it stands there already. Not checked against eager: the benchmark compares outputs."""
+    if not folder.exists():
+        build(Checkpoint(checkpoint), folder, options, verify=False)
+    return folder
+
+
+@dataclass(frozen=True)
+class Film:
+    """A prompt of one video, as rows for the LLM."""
+
+    prompt: Prompt
+    hidden: NDArray[np.float32]  # [S, D]
+
+    def rows(self, pipeline: Pipeline) -> TokenRows:
+        """Rows with the rotary tables of a pipeline's model."""
+        return TokenRows(self.hidden.copy(), *pipeline.rope(self.prompt.positions), np.arange(len(self.hidden)))
+
+
+def draw_film(model: ModelRecord, grid: Grid, before: int, after: int, stillness: float = 0.5) -> Film:
+    """Embeddings of a film: each place is like its predecessor or not, a share `stillness` of the time.
+
+    Args:
+        model: geometry.
+        grid: of tokens, after merging.
+        before: text tokens in front.
+        after: text tokens behind.
+        stillness: share of the tokens that nearly repeat the one before them in their track.
+    """
+    random = np.random.default_rng(SEED)
+    places = grid.height * grid.width
+    frames = random.standard_normal((grid.frames, places, model.hidden_size)).astype(np.float32)
+    for t in range(1, grid.frames):
+        still = random.random(places) < stillness
+        frames[t, still] = frames[t - 1, still] + 0.3 * frames[t, still]
+    text = random.standard_normal((before + after, model.hidden_size)).astype(np.float32)
+    hidden = np.concatenate([text[:before], frames.reshape(-1, model.hidden_size), text[before:]]) * np.float32(0.02)
+    labels = np.full(len(hidden), -1, np.int64)
+    labels[before : before + grid.size] = np.tile(np.arange(places), grid.frames)
+    positions, delta = mrope_positions([before, grid, after], merge_size=1)
+    span = VisualSpan(before, grid.size, grid)
+    return Film(Prompt(np.zeros(len(hidden), np.int64), labels, positions, delta, (span,)), hidden)
+
+
+def layer_flops(model: ModelRecord, attended: int, through_mlp: int) -> float:
+    """Floating point operations of one layer: projections and causal attention of some tokens, MLP of others."""
+    heads = model.num_heads * model.head_dim
+    projections = 2 * model.hidden_size * (2 * heads + 2 * model.num_kv_heads * model.head_dim)
+    attention = 2 * 2 * heads * (attended + 1) / 2
+    mlp = 2 * 3 * model.hidden_size * model.intermediate_size
+    return attended * (projections + attention) + through_mlp * mlp
+
+
+def prefill_flops(model: ModelRecord, lengths: list[int]) -> float:
+    """Operations of a prefill whose layer i sees lengths[i] tokens; the last MLP and the head see one token."""
+    total = 2.0 * model.hidden_size * model.vocab_size
+    for layer, length in enumerate(lengths):
+        through_mlp = lengths[layer + 1] if layer + 1 < len(lengths) else 1
+        total += layer_flops(model, length, through_mlp)
+    return total
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and extremes."""
+    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
+
+
+def machine() -> dict[str, Any]:
+    """The machine as far as it matters for a figure."""
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    import onnxruntime
+    import torch
+
+    return {
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+        "torch": torch.__version__,
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def commit() -> str:
+    """The commit the figures belong to."""
+    found = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def report(name: str, figures: dict[str, Any], *, write: bool) -> None:
+    """Print the figures, and write them under results/ when asked."""
+    command = f"python -m {MODULES[name]} " + " ".join(sys.argv[1:])
+    text = json.dumps({"command": command, "commit": commit(), "machine": machine()} | figures, indent=2)
+    print(text)
+    if write:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(text + "\n")
