@@ -15,34 +15,45 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from torch import nn
 
 import framefusion
-from framefusion.errors import CheckFailedError, CheckpointError
+from framefusion.errors import CheckFailedError, CheckpointError, InterruptedBuildError
 from framefusion.export import check, signatures, staging
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families import reading
+from framefusion.export.options import BuildOptions
 from framefusion.export.plan import (
     DECODE_GRAPH,
     GRAPH,
     VISION_GRAPH,
     WEIGHTS,
-    BuildOptions,
     BuildPlan,
     identity_of,
 )
 from framefusion.export.segments import SegmentPlan
 from framefusion.export.staging import Staging
 from framefusion.export.trace import save_graph
-from framefusion.export.weights import parameter_bytes, write_parameters, write_rows
-from framefusion.runtime.bundle import SCHEMA_VERSION, EmbeddingRecord, Manifest, write_manifest
+from framefusion.export.weights import (
+    STORED,
+    OnBytes,
+    Placement,
+    Source,
+    ignore,
+    parameter_bytes,
+    write_parameters,
+    write_rows,
+)
+from framefusion.runtime.bundle import MANIFEST, SCHEMA_VERSION, EmbeddingRecord, Manifest, write_manifest
+from framefusion.runtime.records import to_json
 from framefusion.runtime.tokenizer import Tokenizer
 
 EMBEDDING_FILE, TOKENIZER_FILE = "embedding.bin", "tokenizer.json"
+CONVERTED_TOKENIZER = 1 << 22  # bytes set aside for a tokenizer that is made from vocabulary files
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
-_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Progress = Callable[[str, int, int], None]
-"""Told the part that begins, bytes done before it, and bytes of all parts."""
+"""Told the part that is written, bytes done so far, and bytes of all parts; `check` is the last part."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,10 @@ class Built:
 
 
 class Builder:
-    """Carries out one plan."""
+    """Carries out one plan; tells `on_bytes` of what it writes."""
 
-    def __init__(self, plan: BuildPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: BuildPlan, on_bytes: OnBytes = ignore) -> None:
+        self.plan, self._on_bytes = plan, on_bytes
         self._graphs: dict[Any, ir.Model] = {}  # traced once for each structure
 
     def sizes(self) -> dict[str, int]:
@@ -67,21 +78,18 @@ class Builder:
         rows, width = plan.checkpoint.shape(self._embedding_key())
         parts["vision"] = parameter_bytes(plan.tower, plan.dtype)
         parts["embedding"] = rows * width * (4 if self._embedding_dtype() == "float32" else 2)
-        parts["tokenizer"] = 1 << 22
+        source = plan.checkpoint.folder / TOKENIZER_FILE
+        parts["tokenizer"] = source.stat().st_size if source.is_file() else CONVERTED_TOKENIZER
         return parts
 
     def producers(self) -> dict[str, Callable[[Path], list[str]]]:
-        """What writes each part; each returns the names of its files."""
-        producers = {f"segments/{s.name}": self._segment_producer(s) for s in self.plan.segments}
-        others = {"vision": self._write_vision, "embedding": self._write_embedding, "tokenizer": self._write_tokenizer}
-        return producers | others
+        """What writes each part; each returns the names of its files. What may be refused comes first."""
+        first = {"tokenizer": self._write_tokenizer, "embedding": self._write_embedding, "vision": self._write_vision}
+        return first | {f"segments/{s.name}": self._segment_producer(s) for s in self.plan.segments}
 
     def manifest(self, staged: Staging) -> Manifest:
         """The manifest of the parts staged."""
         plan = self.plan
-        tokenizer = Tokenizer.from_file(staged.folder / TOKENIZER_FILE)
-        prompt = plan.family.prompt_template(plan.checkpoint)
-        prompt.check(tokenizer)
         rows, width = plan.checkpoint.shape(self._embedding_key())
         return Manifest(
             schema_version=SCHEMA_VERSION,
@@ -93,12 +101,13 @@ class Builder:
             segments=tuple(plan.segment_record(segment) for segment in plan.segments),
             vision=plan.vision_record(),
             embedding=EmbeddingRecord(EMBEDDING_FILE, self._embedding_dtype(), rows, width),  # type: ignore[arg-type]
-            prompt=prompt,
+            prompt=plan.family.prompt_template(plan.checkpoint),
             preprocessing=plan.preprocessing,
             sampling=plan.sampling,
             generation=reading.generation(plan.checkpoint),
             files=staged.files,
             fixed=plan.fixed,
+            options=to_json(plan.options),
         )
 
     def _segment_producer(self, segment: SegmentPlan) -> Callable[[Path], list[str]]:
@@ -108,7 +117,7 @@ class Builder:
         plan, target = self.plan, folder / "segments" / segment.name
         target.mkdir(parents=True, exist_ok=True)
         module = signatures.segment_module(plan.config, segment)
-        places = write_parameters(module, plan.checkpoint, plan.sources(segment), plan.dtype, target / WEIGHTS)
+        places = self._write_weights(module, plan.sources(segment), target / WEIGHTS)
         graph = self._traced(segment.structure, lambda: signatures.trace_segment(plan.config, segment, plan.dialect))
         names = [WEIGHTS, GRAPH]
         if plan.fixed is not None:  # the reductions are in the prefill graph; decoding runs the plain one
@@ -118,6 +127,9 @@ class Builder:
         save_graph(graph, target / GRAPH, WEIGHTS, places)
         return [f"segments/{segment.name}/{name}" for name in names]
 
+    def _write_weights(self, module: nn.Module, sources: Mapping[str, Source], path: Path) -> dict[str, Placement]:
+        return write_parameters(module, self.plan.checkpoint, sources, self.plan.dtype, path, self._on_bytes)
+
     def _traced(self, structure: Any, trace: Callable[[], ir.Model]) -> ir.Model:
         if structure not in self._graphs:
             self._graphs[structure] = trace()
@@ -126,12 +138,12 @@ class Builder:
     def _write_vision(self, folder: Path) -> list[str]:
         plan, path = self.plan, folder / VISION_GRAPH
         path.parent.mkdir(exist_ok=True)
-        places = write_parameters(plan.tower, plan.checkpoint, plan.tower_sources, plan.dtype, path.parent / WEIGHTS)
+        places = self._write_weights(plan.tower, plan.tower_sources, path.parent / WEIGHTS)
         save_graph(signatures.trace_tower(plan.tower, plan.dialect), path, WEIGHTS, places)  # type: ignore[arg-type]
         return [VISION_GRAPH, f"{Path(VISION_GRAPH).parent}/{WEIGHTS}"]
 
     def _write_embedding(self, folder: Path) -> list[str]:
-        write_rows(self.plan.checkpoint, self._embedding_key(), folder / EMBEDDING_FILE)
+        write_rows(self.plan.checkpoint, self._embedding_key(), folder / EMBEDDING_FILE, self._on_bytes)
         return [EMBEDDING_FILE]
 
     def _write_tokenizer(self, folder: Path) -> list[str]:
@@ -140,6 +152,8 @@ class Builder:
             shutil.copyfile(source / TOKENIZER_FILE, folder / TOKENIZER_FILE)
         else:
             _convert_tokenizer(source, folder / TOKENIZER_FILE)
+        tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
+        self.plan.family.prompt_template(self.plan.checkpoint).check(tokenizer)
         return [TOKENIZER_FILE]
 
     def _embedding_key(self) -> str:
@@ -147,9 +161,29 @@ class Builder:
 
     def _embedding_dtype(self) -> str:
         stored = self.plan.checkpoint.dtype(self._embedding_key())
-        if stored not in _STORED:
-            raise CheckpointError(f"the embedding table is stored as {stored}; known are {', '.join(_STORED)}")
-        return _STORED[stored]
+        if stored not in STORED:
+            raise CheckpointError(f"the embedding table is stored as {stored}; known are {', '.join(STORED)}")
+        return STORED[stored]
+
+
+class Meter:
+    """What was written so far, passed on as `Progress`."""
+
+    def __init__(self, progress: Progress | None, sizes: Mapping[str, int]) -> None:
+        self._progress, self._sizes, self._total = progress, sizes, sum(sizes.values())
+        self._part, self._before, self._written = "", 0, 0
+
+    def begin(self, part: str) -> None:
+        """All of the part before it is there, written now or taken over."""
+        self._before += self._sizes.get(self._part, 0)
+        self._part, self._written = part, 0
+        self.add(0)
+
+    def add(self, size: int) -> None:
+        """Some more of the part is written."""
+        self._written += size
+        if self._progress is not None:
+            self._progress(self._part, self._before + self._written, self._total)
 
 
 def build(
@@ -172,29 +206,38 @@ def build(
         progress: told of each part.
 
     Raises:
-        CheckFailedError: the bundle does not reproduce the eager model; it stays in NAME.partial.
+        CheckFailedError: the bundle does not reproduce the eager model; its parts stay in NAME.partial.
         FrameFusionError: see `framefusion.errors`; nothing half-written has the output's name.
     """
-    plan = BuildPlan(checkpoint, options)
-    builder = Builder(plan)
-    key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
-    staged = Staging(output, key, force=force)
-    sizes, done = builder.sizes(), 0
-    staged.check_space(sizes)
-    for part, produce in builder.producers().items():
-        if progress is not None:
-            progress(part, done, sum(sizes.values()))
-        staged.write(part, produce)
-        done += sizes[part]
-    manifest = builder.manifest(staged)
-    write_manifest(staged.folder, manifest)
-    if verify:
-        if progress is not None:
-            progress("check", done, sum(sizes.values()))
-        manifest = replace(manifest, check=_check(staged.folder, plan))
-        write_manifest(staged.folder, manifest)
-    staged.publish()
+    try:
+        plan = BuildPlan(checkpoint, options)
+        key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
+        with Staging(output, key, force=force) as staged:
+            manifest = _write_parts(plan, staged, progress)
+            if verify:
+                manifest = replace(manifest, check=_check(staged.folder, plan))
+                with staged.writing(MANIFEST):
+                    write_manifest(staged.folder, manifest)
+            staged.publish()
+    except KeyboardInterrupt:
+        raise InterruptedBuildError("interrupted before anything was written: run the same command again") from None
     return Built(output, manifest)
+
+
+def _write_parts(plan: BuildPlan, staged: Staging, progress: Progress | None) -> Manifest:
+    """Write what is not complete yet, then the manifest."""
+    sizes = Builder(plan).sizes()
+    staged.check_space(sizes)
+    meter = Meter(progress, sizes)
+    builder = Builder(plan, meter.add)
+    for part, produce in builder.producers().items():
+        meter.begin(part)
+        staged.write(part, produce)
+    meter.begin("check")
+    manifest = builder.manifest(staged)
+    with staged.writing(MANIFEST):
+        write_manifest(staged.folder, manifest)
+    return manifest
 
 
 def _check(folder: Path, plan: BuildPlan) -> Mapping[str, Any]:

@@ -19,11 +19,11 @@ from onnxscript.values import Op, Opset
 
 import framefusion.ops
 
-OPSET = 24
 Symbol = Any  # a symbolic tensor of the exporter
 Translation = Callable[..., Any]
 
-_op = Opset("", OPSET)
+_op = Opset("", 23)
+_op24 = Opset("", 24)
 _contrib = Opset("com.microsoft", 1)
 _Schema = onnx.defs.OpSchema
 _INT, _FLOAT = _Schema.AttrType.INT, _Schema.AttrType.FLOAT
@@ -67,7 +67,7 @@ _ATTENTION = declare_op(
     _op, "Attention", dict.fromkeys(("Q", "K", "V"), "T"), ("Y",), {"q_num_heads": _INT, "kv_num_heads": _INT}
 )
 _CACHE_ATTENTION = declare_op(
-    _op,
+    _op24,
     "Attention",
     dict.fromkeys(("Q", "K", "V", "attn_mask", "past_key", "past_value"), "T") | {"nonpad_kv_seqlen": "N"},
     ("Y",),
@@ -113,8 +113,8 @@ def portable_cache_attention(
     def split(x: Symbol, count: int) -> Symbol:  # [B, S, n*hd] -> [B, n, S, hd]
         return _op.Transpose(_op.Reshape(x, _ints(0, 0, count, -1)), perm=[0, 2, 1, 3])
 
-    present_key = _op.TensorScatter(past_key, split(key, kv), start, axis=2)
-    present_value = _op.TensorScatter(past_value, split(value, kv), start, axis=2)
+    present_key = _op24.TensorScatter(past_key, split(key, kv), start, axis=2)
+    present_value = _op24.TensorScatter(past_value, split(value, kv), start, axis=2)
     out = _CACHE_ATTENTION(split(query, heads), present_key, present_value, None, None, None, kv_len, is_causal=1)
     merged = _op.Reshape(_op.Transpose(out, perm=[0, 2, 1, 3]), _ints(0, 0, -1))
     return merged, present_key, present_value
@@ -181,6 +181,7 @@ class Dialect:
     description: str
     translations: Mapping[str, Translation]
     exact_shapes: bool  # True: any length runs as it is; False: one static size a bucket
+    opset: int  # the lowest that has its operators: older runtimes refuse newer ones
 
     def table(self) -> dict[Any, Translation]:
         """As torch's exporter wants it: overload -> function."""
@@ -206,6 +207,7 @@ DIALECTS = {
                 "swish": contrib_swish,
             },
             exact_shapes=True,
+            opset=23,
         ),
         Dialect(
             "portable",
@@ -217,6 +219,7 @@ DIALECTS = {
                 "swish": portable_swish,
             },
             exact_shapes=False,
+            opset=24,
         ),
     )
 }

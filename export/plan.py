@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -21,9 +21,10 @@ from framefusion.export.dialects import DIALECTS, Dialect
 from framefusion.export.families import Family, family_of, reading
 from framefusion.export.graph.decoder import DecoderConfig
 from framefusion.export.graph.fixed import FixedPrefill
+from framefusion.export.options import BuildOptions as BuildOptions  # part of this module's interface
 from framefusion.export.segments import SegmentPlan, cut_after_attentions, whole_decoder
 from framefusion.export.signatures import segment_module
-from framefusion.export.weights import Source, load_parameters, parameter_bytes
+from framefusion.export.weights import Source, check_parameters, load_parameters, parameter_bytes
 from framefusion.policy import ReductionSettings
 from framefusion.runtime.bundle import (
     FixedRecord,
@@ -37,39 +38,13 @@ from framefusion.runtime.bundle import (
 from framefusion.runtime.preprocess import Preprocessing
 from framefusion.runtime.video import FrameSampling
 
-DType = Literal["float32"]
 DEFAULT_DEPTH = 7  # merging of the published models ends within the first handful of layers
 DEFAULT_INPUT = 8192
 DEFAULT_NEW_TOKENS = 1024
-DEFAULT_TEXT = 512
 BUCKET_RATIO = 0.8  # of neighbouring buckets: at most a quarter of a bucket is padding, an eighth on average
 BUCKET_MULTIPLE = 16
 VISION_GRAPH = "vision/graph.onnx"
 GRAPH, DECODE_GRAPH, WEIGHTS = "graph.onnx", "decode.onnx", "weights.bin"
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What a user may choose; None takes what checkpoint, family or the other options imply."""
-
-    reduction: Mode = "adaptive"
-    cost: float = 0.3
-    similarity_lower_bound: float | None = None
-    ratio_lower_bound: float = 0.1
-    depth: int | None = None
-    merge_shares: tuple[float, ...] | None = None
-    prune_layer: int | None = None
-    dialect: str = "gqa"
-    buckets: tuple[int, ...] | None = None
-    max_input_len: int | None = None
-    max_kv_cache_capacity: int | None = None
-    max_text_len: int = DEFAULT_TEXT
-    dtype: DType = "float32"
-    num_decoder_layer: int | None = None
-    fps: float | None = None
-    max_frames: int | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
 
 
 class BuildPlan:
@@ -84,6 +59,7 @@ class BuildPlan:
         self.family: Family = family_of(str(checkpoint.config.get("model_type")))
         self.config: DecoderConfig = reading.decoder_config(checkpoint, self.family, options.num_decoder_layer)
         self.tower, self.tower_sources = self.family.build_tower(checkpoint)
+        _check_widths(checkpoint, self.family, self.config, self.tower)
         self.dialect = _dialect(options.dialect)
         self.limits = _limits(checkpoint, options)
         self.reduction = _reduction(self.family, self.config, options)
@@ -95,6 +71,9 @@ class BuildPlan:
             if self.reduction.mode == "adaptive" and self.reduction.depth is not None
             else whole_decoder(self.config.num_layers)
         )
+        for segment in self.segments:
+            check_parameters(segment_module(self.config, segment), checkpoint, self.sources(segment))
+        check_parameters(self.tower, checkpoint, self.tower_sources)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,6 +190,17 @@ def bucket_ladder(longest: int, cost: float) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
+def _check_widths(checkpoint: Checkpoint, family: Family, config: DecoderConfig, tower: nn.Module) -> None:
+    """Refuse rows that would not fit side by side: the embedding table's and the tower's."""
+    key = reading.llm_prefix(checkpoint, family) + reading.EMBEDDING
+    assert not isinstance(tower.config, (torch.Tensor, nn.Module))
+    for what, width in ((key, checkpoint.shape(key)[-1]), ("the vision tower", tower.config.out_width)):
+        if width != config.hidden_size:
+            raise CheckpointError(
+                f"{what} gives rows of {width}, hidden_size is {config.hidden_size}: config.json is another one's"
+            )
+
+
 def _dialect(name: str) -> Dialect:
     if name not in DIALECTS:
         raise BudgetError(f"dialect {name!r} is unknown; known are {', '.join(DIALECTS)}")
@@ -235,6 +225,8 @@ def _limits(checkpoint: Checkpoint, options: BuildOptions) -> Limits:
 def _reduction(family: Family, config: DecoderConfig, options: BuildOptions) -> ReductionRecord:
     if options.reduction not in get_args(Mode):
         raise BudgetError(f"reduction {options.reduction!r} is unknown; known are {', '.join(get_args(Mode))}")
+    if options.reduction != "fixed" and (options.merge_shares, options.prune_layer) != (None, None):
+        raise BudgetError(f"--merge-shares and --prune-layer belong to --reduction fixed, not {options.reduction}")
     if options.reduction == "none":
         return ReductionRecord("none")
     check_cost(options.cost, smallest_cost(config.num_layers))

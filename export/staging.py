@@ -13,12 +13,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from framefusion.errors import InterruptedBuildError, StorageError
-from framefusion.runtime.bundle import FileRecord, file_record
+from framefusion.runtime.bundle import MANIFEST, FileRecord, file_record
 from framefusion.runtime.records import from_json, to_json
 
 JOURNAL = "journal.json"
@@ -32,22 +32,22 @@ def identity(*values: Any) -> str:
 
 
 class Staging:
-    """The staging folder of one output, locked against a second build.
+    """The staging folder of one output, locked against a second build. A context manager: however its body ends, no
+    half-written file stays, only complete parts and the journal; nothing at all where no part is complete.
 
     Args:
         output: the bundle to be.
         key: `identity` of the build; parts of another one are not taken over.
-        force: replace an output that exists.
+        force: replace a bundle that exists.
 
     Raises:
         StorageError: the output exists, its place cannot be written, or another build holds it.
     """
 
     def __init__(self, output: Path, key: str, *, force: bool) -> None:
-        if output.exists() and not force:
-            raise StorageError(f"{output} exists: choose another place or say --force to replace it")
-        self.output, self.key = output, key
-        self.folder = output.with_name(output.name + ".partial")
+        self.output, self.key, self._force = Path(os.path.abspath(output)), key, force
+        self._check_output()
+        self.folder = self.output.with_name(self.output.name + ".partial")
         self._parts: dict[str, dict[str, FileRecord]] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,19 @@ class Staging:
         except OSError as error:
             raise StorageError(f"{self.folder} cannot be written ({error.strerror}): choose another place") from None
         self._take_over()
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Remove what is not complete, and turn Ctrl-C into an error that says how to go on."""
+        if kind is not None and self.folder.exists():
+            self._sweep()
+            if not self._parts:
+                shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            raise InterruptedBuildError(f"interrupted: {self._done()}") from None
 
     @property
     def files(self) -> dict[str, FileRecord]:
@@ -79,37 +92,55 @@ class Staging:
         """Produce a part unless it is complete. `produce` gets the folder and returns the names of its files."""
         if part in self._parts:
             return
-        with self._explained(part):
+        with self.writing(part):
             names = produce(self.folder)
             self._parts[part] = {name: file_record(self.folder / name) for name in names}
             self._save()
 
     def publish(self) -> None:
         """Give the folder its name; what stood there goes, after the new one is complete."""
-        with self._explained("rename"):
-            for name in (JOURNAL, LOCK):
-                (self.folder / name).unlink(missing_ok=True)
+        self._check_output()  # another build may have been faster
+        with self.writing("the finished bundle"):
             if self.output.exists():
-                old = self.output.with_name(self.output.name + ".old")
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(self.output, old)
-                os.replace(self.folder, self.output)
-                shutil.rmtree(old, ignore_errors=True)
+                self._replace_output()
             else:
                 os.replace(self.folder, self.output)
-        self._lock.close()
+            for name in (JOURNAL, LOCK):
+                (self.output / name).unlink(missing_ok=True)
+
+    def _replace_output(self) -> None:
+        old = self.output.with_name(self.output.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(self.output, old)
+        try:
+            os.replace(self.folder, self.output)
+        except BaseException:
+            os.replace(old, self.output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _check_output(self) -> None:
+        """Refuse an output that exists, unless it is a bundle that may be replaced."""
+        if not self.output.exists():
+            return
+        if not self._force:
+            raise StorageError(f"{self.output} exists: choose another place or say --force to replace it")
+        if not (self.output / MANIFEST).is_file() and not _is_empty_folder(self.output):
+            raise StorageError(f"{self.output} is no bundle, --force does not remove it: choose another place")
 
     @contextmanager
-    def _explained(self, part: str) -> Iterator[None]:
-        """Turn Ctrl-C and a full disk into errors of their own kind."""
-        done = f"{len(self._parts)} complete parts stay in {self.folder}; run the same command to resume"
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn a full disk into an error of its own kind."""
         try:
             yield
-        except KeyboardInterrupt:
-            raise InterruptedBuildError(f"interrupted while writing {part}: {done}") from None
         except OSError as error:
             reason = "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror or error)
-            raise StorageError(f"{part} could not be written, {reason}: {done} after making room") from None
+            raise StorageError(f"{what} could not be written, {reason}: make room; {self._done()}") from None
+
+    def _done(self) -> str:
+        if not self._parts:
+            return "nothing was complete yet, run the same command to start again"
+        return f"{len(self._parts)} complete part(s) stay in {self.folder}, run the same command to resume"
 
     def _take_over(self) -> None:
         """Keep the parts of an earlier try whose hashes stand; remove all else."""
@@ -122,9 +153,18 @@ class Staging:
                 records = {name: from_json(FileRecord, record) for name, record in files.items()}
                 if all(_stands(self.folder / name, record) for name, record in records.items()):
                     self._parts[part] = records
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what belongs to no complete part; on the way up, so that folders are empty when their turn comes."""
         keep = {self.folder / name for name in (*self.files, LOCK)}
-        for path in self.folder.rglob("*"):
-            if path.is_file() and path not in keep:
+        if self._parts:
+            keep.add(self.folder / JOURNAL)
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # not empty
+                    path.rmdir()
+            elif path not in keep:
                 path.unlink()
 
     def _save(self) -> None:
@@ -146,3 +186,7 @@ def _lock(path: Path) -> IO[str]:
         handle.close()
         raise StorageError(f"another build is writing {path.parent}: wait for it or choose another place") from None
     return handle
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

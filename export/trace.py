@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from framefusion.export.dialects import OPSET, Dialect
+from framefusion.export.dialects import Dialect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +69,7 @@ def trace(
         exported = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=dialect.opset,
             custom_translation_table=dialect.table(),
             optimize=False,  # its folding would read the weights
             verbose=False,

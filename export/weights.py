@@ -5,8 +5,9 @@ One tensor is in memory at a time. Knows no family: a family hands over the `Sou
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from framefusion.export.checkpoint import Checkpoint
 
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
+STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by the names of safetensors
+
+OnBytes = Callable[[int], object]
+"""Told the bytes of each write."""
+
+
+def ignore(_: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +58,45 @@ def read_parameter(checkpoint: Checkpoint, source: Source, shape: tuple[int, ...
     """The tensor of a parameter, in the graph's layout and type.
 
     Raises:
-        CheckpointError: its shape is not the one that the configuration says.
+        CheckpointError: see `check_parameter`.
     """
+    check_parameter(checkpoint, source, shape)
     tensor = checkpoint.tensor(source.key, None if source.rows is None else slice(*source.rows))
     if source.flatten:
         tensor = tensor.flatten(1)
     if source.transpose:
         tensor = tensor.T
-    if tuple(tensor.shape) != shape:
-        found = tuple(checkpoint.shape(source.key))
-        raise CheckpointError(
-            f"{source.key} has shape {found}, the graph needs {shape}, [in, out]: is config.json of another model?"
-        )
     return tensor.to(dtype).contiguous()
+
+
+def check_parameter(checkpoint: Checkpoint, source: Source, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor that cannot be this parameter, from the header alone.
+
+    Raises:
+        CheckpointError: it is missing, its shape is not the one that the configuration says, or its type is not known.
+    """
+    stored = found = checkpoint.shape(source.key)
+    if source.rows is not None:
+        found = (max(min(source.rows[1], stored[0]) - source.rows[0], 0), *found[1:])
+    if source.flatten:
+        found = (found[0], math.prod(found[1:]))
+    if source.transpose:
+        found = found[::-1]
+    if found != shape:
+        raise CheckpointError(
+            f"{source.key} has shape {stored}, the graph needs {shape}, [in, out]: is config.json of another model?"
+        )
+    if checkpoint.dtype(source.key) not in STORED:
+        raise CheckpointError(
+            f"{source.key} is stored as {checkpoint.dtype(source.key)}, known are {', '.join(STORED)}: "
+            "give the checkpoint before it was quantized"
+        )
+
+
+def check_parameters(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:
+    """`check_parameter` for all parameters of a (meta) module."""
+    for name, parameter in module.named_parameters():
+        check_parameter(checkpoint, sources[name], tuple(parameter.shape))
 
 
 def load_parameters(
@@ -76,7 +111,12 @@ def load_parameters(
 
 
 def write_parameters(
-    module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source], dtype: torch.dtype, path: Path
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    dtype: torch.dtype,
+    path: Path,
+    on_bytes: OnBytes = ignore,
 ) -> dict[str, Placement]:
     """Write every parameter of a (meta) module to one aligned file and return where each lies."""
     placements: dict[str, Placement] = {}
@@ -87,6 +127,7 @@ def write_parameters(
             offset = file.tell()
             file.write(_bytes(tensor))
             placements[name] = Placement(offset, tensor.numel() * tensor.element_size(), tuple(tensor.shape))
+            on_bytes(placements[name].length)
     return placements
 
 
@@ -100,10 +141,12 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def write_rows(checkpoint: Checkpoint, key: str, path: Path, rows_at_once: int = 8192) -> None:
+def write_rows(
+    checkpoint: Checkpoint, key: str, path: Path, on_bytes: OnBytes = ignore, rows_at_once: int = 8192
+) -> None:
     """Write a matrix as it is stored, some rows at a time."""
     count = checkpoint.shape(key)[0]
     with path.open("wb") as file:
         for start in range(0, count, rows_at_once):
             rows = checkpoint.tensor(key, slice(start, min(start + rows_at_once, count)))
-            file.write(_bytes(rows.contiguous()))
+            on_bytes(file.write(_bytes(rows.contiguous())))

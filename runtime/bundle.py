@@ -149,6 +149,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     fixed: FixedRecord | None = None
     check: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # what the build was asked, in the exporter's own names
 
 
 class Bundle:
@@ -170,9 +171,13 @@ class Bundle:
             verify_files(self.folder, self.manifest.files)
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights that a process holds, the embedding table (mapped, paged in by row) left out."""
-        return sum(segment.weight_bytes for segment in self.manifest.segments) + self.manifest.vision.weight_bytes
+    def graphs(self) -> list[str]:
+        """All graphs, the heaviest first: while one is loaded its largest tensor is there twice."""
+        manifest = self.manifest
+        heavy = [(segment.weight_bytes, segment.graph) for segment in manifest.segments]
+        heavy += [(s.weight_bytes, s.decode_graph) for s in manifest.segments if s.decode_graph is not None]
+        heavy.append((manifest.vision.weight_bytes, manifest.vision.graph))
+        return [graph for _, graph in sorted(heavy, reverse=True)]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -221,8 +226,14 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, sha256_of(path))
 
 
-def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Compare every file with its record; sizes of all first, because that is instant."""
+def verify_files(folder: Path, files: Mapping[str, FileRecord], *, trust_stamps: bool = True) -> None:
+    """Compare every file with its record; sizes of all first, because that is instant.
+
+    Args:
+        folder: the bundle.
+        files: name -> record.
+        trust_stamps: spare the hash of files that were right before and have the modification time they had then.
+    """
     for name, record in files.items():
         path = folder / name
         if not path.is_file():
@@ -231,7 +242,7 @@ def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> None:
         if size != record.size:
             kind = "truncated" if size < record.size else "altered"
             raise BundleError(f"{path} is {kind}: {size} bytes, {record.size} expected; copy it again or rebuild")
-    stamps = _read_stamps(folder)
+    stamps = _read_stamps(folder) if trust_stamps else {}
     fresh: dict[str, list[Any]] = {}
     for name, record in files.items():
         path = folder / name

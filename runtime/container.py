@@ -153,6 +153,11 @@ def film(container: Any) -> Any:
     return next((track for track in tracks if not track.disposition & track.disposition.attached_pic), None)
 
 
+def _lenient(av: Any) -> dict[str, str]:
+    """What makes PyAV pass over metadata that is not UTF-8: since 19 it does so unasked."""
+    return {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 @contextmanager
 def open_video(source: Path) -> Iterator[Any]:
     """A PyAV container that has a moving picture; what FFmpeg finds wrong becomes a VideoError."""
@@ -160,7 +165,7 @@ def open_video(source: Path) -> Iterator[Any]:
 
     try:
         # A playlist must not make this process fetch other addresses.
-        with av.open(str(source), options={"protocol_whitelist": "file"}, metadata_errors="ignore") as container:
+        with av.open(str(source), options={"protocol_whitelist": "file"}, **_lenient(av)) as container:
             _check_kind(source, container)
             film(container).thread_type = "AUTO"
             yield container

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from framefusion.errors import BundleError
 from framefusion.runtime.bundle import EmbeddingRecord
 
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16
@@ -18,9 +19,11 @@ class Embedding:
 
     def __init__(self, folder: Path, record: EmbeddingRecord) -> None:
         self._bfloat16 = record.dtype == "bfloat16"
-        self._table: NDArray[Any] = np.memmap(
-            folder / record.file, _STORED[record.dtype], mode="r", shape=(record.rows, record.width)
-        )
+        path, shape = folder / record.file, (record.rows, record.width)
+        try:
+            self._table: NDArray[Any] = np.memmap(path, _STORED[record.dtype], mode="r", shape=shape)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} is missing or truncated ({error}): copy it again or rebuild") from None
 
     def __call__(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """[S] -> [S, D]. Ids beyond the table (placeholders of videos) give zeros."""

@@ -32,6 +32,10 @@ MAX_NEW_TOKENS = 128
 PATCHES_AT_ONCE = 4096  # of the vision graph: bounds its activations, large enough to keep the processor busy
 
 
+Source = Path | str | NDArray[np.uint8]
+"""A file, or RGB frames [N, H, W, 3] that someone else has read and sampled."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What may differ from one generation to the next; None takes the bundle's own value."""
@@ -58,6 +62,13 @@ class Generation:
     kv_lengths: tuple[int, ...]  # tokens in each layer's cache after the prefill
     seconds: dict[str, float]
 
+    @property
+    def cost(self) -> float:
+        """The share of the computation over visual tokens that was kept; 1 where there was nothing to drop."""
+        text = self.prompt_tokens - self.visual_tokens
+        kept = sum(length - text for length in self.kv_lengths)
+        return kept / (self.visual_tokens * len(self.kv_lengths)) if self.visual_tokens else 1.0
+
 
 class Pipeline:
     """One bundle, ready to answer. Holds no state of a request, so one object serves many.
@@ -74,18 +85,19 @@ class Pipeline:
         self.tokenizer = Tokenizer.from_file(bundle.folder / "tokenizer.json")
         self.embedding = Embedding(bundle.folder, self.manifest.embedding)
         self.stitcher = Stitcher(self.manifest, self.backend)
+        self.backend.open(bundle.graphs)
 
     def read_visuals(
-        self, turns: Sequence[Turn], files: Sequence[Path | str], sampling: FrameSampling, stopwatch: Stopwatch
+        self, turns: Sequence[Turn], files: Sequence[Source], sampling: FrameSampling, stopwatch: Stopwatch
     ) -> list[Patches]:
-        """The files that the turns show, in their order, as patches."""
+        """What the turns show, in their order, as patches."""
         kinds = [part for turn in turns for part in turn.parts if isinstance(part, Visual)]
         if len(kinds) != len(files):
             raise PromptError(f"the conversation shows {len(kinds)} video(s) and image(s), {len(files)} were given")
         visuals = []
         for kind, file in zip(kinds, files, strict=True):
             with stopwatch.stage("video"):
-                frames = read_video(file, sampling).frames if kind is Visual.VIDEO else read_image(file)[None]
+                frames = _frames(kind, file, sampling)
             with stopwatch.stage("preprocess"):
                 visuals.append(patchify(frames, self.manifest.preprocessing))
         return visuals
@@ -166,7 +178,7 @@ class Pipeline:
     def generate(
         self,
         turns: Sequence[Turn],
-        files: Sequence[Path | str] = (),
+        files: Sequence[Source] = (),
         request: Request | None = None,
         *,
         sampling: FrameSampling | None = None,
@@ -176,7 +188,7 @@ class Pipeline:
 
         Args:
             turns: what was said, the last one the user's.
-            files: the videos and images that the turns show, in order.
+            files: the videos and images that the turns show, in order; frames already sampled come as an array.
             request: limits, reduction and sampling of tokens.
             sampling: of frames; None takes the bundle's.
             on_text: called with each new piece of text.
@@ -187,11 +199,24 @@ class Pipeline:
         stopwatch, request = Stopwatch(), request or Request()
         visuals = self.read_visuals(turns, files, sampling or self.manifest.sampling, stopwatch)
         prompt = self.prompt(turns, visuals)
-        request = self._bounded(request, prompt)
+        self._bounded(request, prompt)  # refuse before the vision tower has worked
         with stopwatch.stage("vision"):
             visual_rows = [self.encode_visual(patches) for patches in visuals]
         with stopwatch.stage("embed"):
             rows = self.embed(prompt, visual_rows)
+        del visuals, visual_rows  # pixels and features are large, and spent
+        return self.answer(prompt, rows, request, stopwatch, on_text)
+
+    def answer(
+        self,
+        prompt: Prompt,
+        rows: TokenRows,
+        request: Request,
+        stopwatch: Stopwatch | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """Answer a prompt whose rows are at hand: `generate` without files and vision."""
+        stopwatch, request = stopwatch or Stopwatch(), self._bounded(request, prompt)
         prefilled = self.prefill(prompt, rows, request, stopwatch)
         kv_lengths = tuple(int(length) for cache in prefilled.caches for length in cache.lengths)
         with stopwatch.stage("decode"):
@@ -244,6 +269,13 @@ class Pipeline:
         if on_text is not None and pieces[-1]:
             on_text(pieces[-1])
         return token_ids, "".join(pieces)
+
+
+def _frames(kind: Visual, source: Source, sampling: FrameSampling) -> NDArray[np.uint8]:
+    """Frames [N, H, W, 3] of a file, or the array itself."""
+    if isinstance(source, np.ndarray):
+        return source
+    return read_video(source, sampling).frames if kind is Visual.VIDEO else read_image(source)[None]
 
 
 def _given(value: float | None, default: float) -> float:

@@ -7,9 +7,8 @@ tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,19 +59,6 @@ class Preprocessing:
             return self.max_pixels
         share = self.total_pixels / num_frames * self.temporal_patch_size
         return min(self.max_pixels, max(share, int(self.min_pixels * 1.05)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for a manifest."""
-        return asdict(self) | {"image_mean": list(self.image_mean), "image_std": list(self.image_std)}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
-        """From a manifest's plain values."""
-        try:
-            tuples = {name: tuple(fields[name]) for name in ("image_mean", "image_std") if name in fields}
-            return cls(**{**fields, **tuples})
-        except TypeError as error:
-            raise BundleError(f"preprocessing {fields} is not understood ({error}): rebuild the bundle") from error
 
 
 class Patches(NamedTuple):

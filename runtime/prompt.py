@@ -5,10 +5,10 @@ Knows the layout of a prompt, never a pixel: of videos and images it is given th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,18 +56,6 @@ class PromptTemplate:
     image_end: str
     video_pad_id: int
     image_pad_id: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for a manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> PromptTemplate:
-        """From a manifest's plain values."""
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise BundleError(f"prompt template {fields} is not understood ({error}): rebuild the bundle") from error
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Refuse a tokenizer in which the pad tokens are others."""

@@ -6,7 +6,7 @@ Knows no model and no text. The repetition penalty counts the prompt too and act
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,6 @@ class GenerationConfig:
     def greedy(self) -> bool:
         """Whether the best token is taken instead of one drawn."""
         return not self.do_sample or self.temperature == 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, in the names of generation_config.json."""
-        fields = asdict(self)
-        return fields | {"eos_token_id": list(fields.pop("eos_token_ids"))}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> GenerationConfig:

@@ -83,7 +83,15 @@ class Tokenizer:
         return ids + self.encode_plain(text)
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of text that holds no control token, even if it spells one."""
+        """Ids of text that holds no control token, even if it spells one.
+
+        Raises:
+            PromptError: it is no Unicode, or cannot be said without a control token.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the text {text[:80]!r} is not Unicode ({error.reason}): give it as UTF-8") from None
         ids = self._encode(text)
         if not self._spells_control(ids):
             return ids
@@ -152,10 +160,13 @@ class _WindowStream:
         self._printed = 0  # ids of the window whose text is out; kept since decoders treat the first id differently
 
     def push(self, index: int) -> str:
+        piece = self._tokenizer.piece(index)
+        if not piece or index in self._tokenizer.special_ids:
+            return ""  # not in the text; the bytes on both sides of it are neighbours
         self._window.append(index)
         text = self._new_text()
         # Decoders read a run of byte tokens as a whole: one bad byte at its end changes the text of those before it.
-        if not text or text.endswith("\ufffd") or BYTE_TOKEN.fullmatch(self._tokenizer.piece(index)):
+        if not text or text.endswith("\ufffd") or BYTE_TOKEN.fullmatch(piece):
             return ""
         self._window = self._window[self._printed :]
         self._printed = len(self._window)

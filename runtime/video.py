@@ -13,8 +13,8 @@ How a video is read, fastest way first, each step checked by the next:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,6 @@ class FrameSampling:
                 f"sampling of fps={self.fps}, max_frames={self.max_frames} takes no frame: "
                 f"give fps > 0 and max_frames >= {self.frame_factor}"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for a manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> FrameSampling:
-        """From a manifest's plain values."""
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise BundleError(f"frame sampling {fields} is not understood ({error}): rebuild the bundle") from error
 
 
 @dataclass(frozen=True)

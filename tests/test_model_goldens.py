@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.dialects import DIALECTS
@@ -66,11 +67,11 @@ class Recorded:
         settings = json.loads((GOLDENS / self.model / "e2e.json").read_text())["settings"]
         return next(setting for setting in settings if setting["name"] == self.name)
 
-    def arrays(self, variant: str) -> dict[str, np.ndarray]:
+    def arrays(self, variant: str) -> dict[str, NDArray[Any]]:
         with np.load(GOLDENS / self.model / f"{self.name}.{variant}.npz") as loaded:
             return dict(loaded)
 
-    def labels(self) -> np.ndarray:
+    def labels(self) -> NDArray[Any]:
         given = self.arrays("input")
         if "patch_type" in given:
             return given["patch_type"][0]
@@ -80,7 +81,7 @@ class Recorded:
         labels[ids == video] = np.arange(int((ids == video).sum())) % places
         return labels
 
-    def embeddings_and_positions(self) -> tuple[np.ndarray, np.ndarray]:
+    def embeddings_and_positions(self) -> tuple[NDArray[Any], NDArray[Any]]:
         if self.model == "qwen2_vl":
             dense = self.arrays("dense")
             return dense["inputs_embeds"][0], dense["position_ids"][:, 0].astype(np.int64)
@@ -113,7 +114,7 @@ def manifest_of(model: str, dialect: str) -> Manifest:
         ),
         vision=VisionRecord("", 0, 0, 0, 0, 0),
         embedding=EmbeddingRecord("", "float32", 0, 0),
-        prompt=PromptTemplate(*[""] * 10, 0, 0),
+        prompt=PromptTemplate("", "", "", "", "", "", "", "", "", "", 0, 0),
         preprocessing=Preprocessing(),
         sampling=FrameSampling(),
         generation=GenerationConfig(),
@@ -156,7 +157,7 @@ def stitchers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     return make
 
 
-def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+def relative(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
@@ -175,7 +176,7 @@ def test_equals_the_recording(
         thresholds = ReductionSettings(setting["cost"], setting["sim"], setting["ratio"], layers, DEPTH)
         reduction = Reduction(thresholds, recorded.labels())
 
-    def tables(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def tables(places: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         cos, sin = rope_tables(places, config.head_dim, config.rope_theta, config.mrope_section)
         half = config.head_dim // 2
         return np.ascontiguousarray(cos[:, :half]), np.ascontiguousarray(sin[:, :half])

@@ -5,7 +5,7 @@ Parameters are read from the checkpoint when a graph is first bound. Slow on pur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,9 @@ class EagerBackend:
     def __init__(self, loaders: Mapping[str, Load]) -> None:
         self._loaders = loaders
         self._modules: dict[str, nn.Module] = {}
+
+    def open(self, graphs: Sequence[str]) -> None:
+        """Nothing: a module is read when it is first bound."""
 
     def bind(
         self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array], cache: SegmentCache | None

@@ -6,7 +6,7 @@ wanted, in place. So a decode loop binds once and then only writes a token's row
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -33,6 +33,9 @@ class BoundSegment(Protocol):
 
 class Backend(Protocol):
     """What executes the graphs of one bundle."""
+
+    def open(self, graphs: Sequence[str]) -> None:
+        """Get graphs ready, in this order, so that no request waits for it."""
 
     def bind(
         self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array], cache: SegmentCache | None

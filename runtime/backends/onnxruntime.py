@@ -6,7 +6,7 @@ their activations may take the same memory. Memory patterns are off: they reserv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ class OnnxRuntimeBackend:
     def __init__(self, folder: Path, threads: int = 0) -> None:
         self._folder, self._threads = folder, threads
         self._sessions: dict[str, Any] = {}
+
+    def open(self, graphs: Sequence[str]) -> None:
+        """See `Backend.open`. Packing a tensor holds it twice for a moment."""
+        for graph in graphs:
+            self.session(graph)
 
     def session(self, graph: str) -> Any:
         """The session of a graph, named by its path in the bundle."""

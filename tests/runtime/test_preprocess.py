@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from framefusion.errors import BundleError, VideoError
 from framefusion.runtime.positions import Grid
 from framefusion.runtime.preprocess import Preprocessing, grid_of, patchify, smart_resize
+from framefusion.runtime.records import RecordError, from_json, to_json
 
 
 def frames(count: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -83,7 +84,7 @@ def test_the_cap_never_falls_under_the_minimum() -> None:
 
 def test_survives_a_manifest() -> None:
     preprocessing = Preprocessing(total_pixels=9e7, image_mean=(0.5, 0.5, 0.5))
-    assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
+    assert from_json(Preprocessing, to_json(preprocessing)) == preprocessing
 
 
 def test_bad_settings_and_frames_are_refused() -> None:
@@ -91,8 +92,8 @@ def test_bad_settings_and_frames_are_refused() -> None:
         Preprocessing(min_pixels=100, max_pixels=99)
     with pytest.raises(BundleError, match="three numbers"):
         Preprocessing(image_std=(1.0, 1.0))
-    with pytest.raises(BundleError, match="not understood"):
-        Preprocessing.from_dict({"crop": 3})
+    with pytest.raises(RecordError, match="image_mean: expected a list, found 3"):
+        from_json(Preprocessing, {"image_mean": 3})
     with pytest.raises(VideoError, match=r"shape \(48, 64, 3\)"):
         patchify(frames(1, 48, 64)[0], Preprocessing())
     with pytest.raises(VideoError, match="2x900 is too long"):

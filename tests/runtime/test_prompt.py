@@ -12,6 +12,7 @@ import pytest
 from framefusion.errors import BundleError, PromptError
 from framefusion.runtime.positions import Grid, mrope_positions
 from framefusion.runtime.prompt import PromptTemplate, Turn, Visual, build_prompt, check_length
+from framefusion.runtime.records import RecordError, from_json, to_json
 from framefusion.runtime.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parents[1] / "models/tiny_qwen2_vl"
@@ -151,9 +152,9 @@ def test_length_limit(template: PromptTemplate, tokenizer: Tokenizer) -> None:
 
 
 def test_templates_survive_a_manifest_and_are_checked(template: PromptTemplate, tokenizer: Tokenizer) -> None:
-    assert PromptTemplate.from_dict(template.to_dict()) == template
-    with pytest.raises(BundleError, match="not understood"):
-        PromptTemplate.from_dict({"style": "chatml"})
+    assert from_json(PromptTemplate, to_json(template)) == template
+    with pytest.raises(RecordError, match="default_system is missing"):
+        from_json(PromptTemplate, {"style": "chatml"})
     other = dataclasses.replace(template, video_pad_id=1)
     with pytest.raises(BundleError, match=r"<\|video_pad\|> is id \d+ in the tokenizer, the bundle says 1"):
         build_prompt(other, tokenizer, [Turn("user", ("x",))], [], 2)

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from framefusion.errors import BackendError, BundleError, PromptError
+from framefusion.runtime.records import from_json, to_json
 from framefusion.runtime.sampling import GenerationConfig, Sampler
 
 
@@ -106,7 +107,7 @@ def test_settings_from_a_checkpoint() -> None:
     assert (config.eos_token_ids, config.top_k, config.top_p, config.greedy) == ((5, 6), 50, 0.001, True)
     assert GenerationConfig.from_dict({"eos_token_id": 5}).eos_token_ids == (5,)
     assert GenerationConfig.from_dict({}).eos_token_ids == ()
-    assert GenerationConfig.from_dict(config.to_dict()) == config
+    assert from_json(GenerationConfig, to_json(config)) == config
 
 
 @pytest.mark.parametrize(

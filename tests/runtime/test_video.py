@@ -18,6 +18,7 @@ from PIL import Image
 
 from framefusion.errors import BundleError, VideoError
 from framefusion.runtime import video as video_module
+from framefusion.runtime.records import RecordError, from_json, to_json
 from framefusion.runtime.video import FrameSampling, read_image, read_video, sample_indices
 
 
@@ -92,14 +93,14 @@ def test_number_of_frames(total: int, fps: float, sampling: FrameSampling, count
 
 def test_sampling_survives_a_manifest() -> None:
     sampling = FrameSampling(fps=1.0, max_frames=32)
-    assert FrameSampling.from_dict(sampling.to_dict()) == sampling
+    assert from_json(FrameSampling, to_json(sampling)) == sampling
 
 
 def test_bad_sampling_is_refused() -> None:
     with pytest.raises(BundleError, match="unknown, known are qwen2_vl"):
         FrameSampling(rule="guess")
-    with pytest.raises(BundleError, match="frames_per_second"):
-        FrameSampling.from_dict({"frames_per_second": 2})
+    with pytest.raises(RecordError, match="fps: expected float, found 'two'"):
+        from_json(FrameSampling, {"fps": "two"})
     with pytest.raises(VideoError, match="max_frames=1 takes no frame"):
         FrameSampling(max_frames=1)
     with pytest.raises(VideoError, match="frame rate is 0"):

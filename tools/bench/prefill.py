@@ -136,7 +136,7 @@ class Eager:
 
 
 def median(runs: list[Run], name: str) -> float:
-    return statistics.median(getattr(run, name) for run in runs)
+    return float(statistics.median(getattr(run, name) for run in runs))
 
 
 def figures_of(runs: list[Run], dense: list[Run], full: float, flops: float) -> dict[str, Any]:

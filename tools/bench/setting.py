@@ -88,7 +88,8 @@ def write_checkpoint(shape: Shape, folder: Path) -> Path:
         vision_end_token_id=ids["<|vision_end|>"],
     )
     torch.manual_seed(SEED)
-    model = Qwen2VLForConditionalGeneration(config).to(torch.bfloat16)
+    model: Any = Qwen2VLForConditionalGeneration(config)
+    model.to(torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())

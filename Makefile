@@ -1,0 +1,69 @@
+# `make demo` and `make test` each work as the only command typed on a fresh machine: they set up .venv first.
+# Choose another interpreter with `make test PYTHON=python3.12`; a pip mirror or an index with CPU builds of torch
+# with pip's own PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Measured on two cores.
+SETUP_TIME := 3 minutes
+TEST_TIME := 1 to 2 minutes
+DEMO_TIME := 1 minute
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test slow test-gpu lint clean
+
+help:
+	@echo "make demo      build a bundle from the tiny checkpoint and ask it about videos, about $(DEMO_TIME)"
+	@echo "make test      fast tests, about $(TEST_TIME)"
+	@echo "make slow      slow tests: the wheel, the large comparisons"
+	@echo "make test-gpu  tests that need a GPU"
+	@echo "make lint      ruff, ruff format --check, mypy"
+	@echo "make clean     remove .venv, caches and demo-out"
+
+# Says what is coming before anything slow begins.
+define announce
+	@if [ -f $(STAMP) ] && [ ! pyproject.toml -nt $(STAMP) ]; then echo "$@: about $(1)."; \
+	else echo "$@: set-up first, about $(SETUP_TIME) once, then about $(1)."; fi
+	@$(MAKE) --no-print-directory -s setup
+endef
+
+setup: $(STAMP)
+
+# The CPU build of torch where the index offers one; otherwise what the index calls by this version.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is older than 3.11; choose another one with PYTHON=..." >&2; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch $(TORCH)"
+	@$(BIN)/python -m pip install -qq 'torch==$(TORCH)+cpu' 2>/dev/null || $(BIN)/python -m pip install -qq 'torch==$(TORCH)'
+	@echo "installing framefusion-aot and its tools"
+	@$(BIN)/python -m pip install -qq -e '.[dev]'
+	@touch $@
+
+demo:
+	$(call announce,$(DEMO_TIME))
+	@$(BIN)/python -m tools.demo
+
+test:
+	$(call announce,$(TEST_TIME))
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+slow: setup
+	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+test-gpu: setup
+	@$(BIN)/python -m pytest -q -m gpu
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

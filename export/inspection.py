@@ -1,0 +1,177 @@
+"""What a bundle says about itself, for people and for programs: `ff-export inspect`. Reads manifests, runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from framefusion.budget import describe_cost
+from framefusion.console import in_bytes, table
+from framefusion.errors import PromptError
+from framefusion.runtime.bundle import MANIFEST, Manifest, read_manifest
+from framefusion.runtime.memory import MemoryPlan, expected_lengths, memory_plan
+
+TEXT = 64  # tokens of text taken for granted where only the length of a prompt is asked
+
+
+@dataclass(frozen=True)
+class Question:
+    """The prompt that lengths and memory are worked out for; None takes the longest, mostly visual."""
+
+    input_len: int | None = None
+    visual_len: int | None = None
+    max_new_tokens: int = 128
+    cost: float | None = None
+
+
+def report(folder: Path, question: Question) -> dict[str, Any]:
+    """All facts as plain values.
+
+    Raises:
+        BundleError, PromptError, BudgetError: no bundle, or the prompt asked for does not fit it.
+    """
+    manifest = read_manifest(folder)
+    tokens, visual = _prompt(manifest, question)
+    lengths = expected_lengths(manifest, tokens, visual, question.cost)
+    plans = {
+        "worst": memory_plan(manifest, tokens, visual, question.max_new_tokens),
+        "expected": memory_plan(manifest, tokens, visual, question.max_new_tokens, lengths=lengths),
+    }
+    return {
+        "bundle": str(folder),
+        "model": asdict(manifest.model),
+        "dialect": manifest.dialect,
+        "limits": asdict(manifest.limits),
+        "reduction": reduction_facts(manifest, question.cost),
+        "prompt": {"input_len": tokens, "visual_len": visual, "max_new_tokens": question.max_new_tokens},
+        "segments": _segments(manifest, plans),
+        "buckets": padding(manifest.segments[0].buckets or ()),
+        "bytes": bytes_by_part(folder, manifest),
+        "memory": {name: asdict(plan) | {"total": plan.total} for name, plan in plans.items()},
+        "check": dict(manifest.check) or None,
+        "tools": dict(manifest.tools),
+    }
+
+
+def reduction_facts(manifest: Manifest, cost: float | None = None) -> dict[str, Any]:
+    """The reduction with its cost in both senses."""
+    record = manifest.reduction
+    cost = record.cost if cost is None else cost
+    return asdict(record) | {"cost": cost, "text": f"{record.mode}, {describe_cost(cost)}"}
+
+
+def padding(buckets: tuple[int, ...]) -> list[dict[str, Any]]:
+    """For each bucket the lengths it takes, and which share of it is padding: at worst, and over all its lengths."""
+    rows, below = [], 0
+    for size in buckets:
+        first, below = below + 1, size
+        worst = (size - first) / size
+        rows.append({"bucket": size, "first": first, "last": size, "expected": worst / 2, "worst": worst})
+    return rows
+
+
+def bytes_by_part(folder: Path, manifest: Manifest) -> dict[str, int]:
+    """Bytes on disk: one entry a segment, and one each for the other parts."""
+    sizes: dict[str, int] = {}
+    for name, record in manifest.files.items():
+        parts = Path(name).parts
+        part = "/".join(parts[:2]) if parts[0] == "segments" else Path(parts[0]).stem
+        sizes[part] = sizes.get(part, 0) + record.size
+    return sizes | {"manifest": (folder / MANIFEST).stat().st_size}
+
+
+def _prompt(manifest: Manifest, question: Question) -> tuple[int, int]:
+    longest = manifest.limits.max_input_len
+    tokens = question.input_len or longest
+    visual = max(tokens - TEXT, 0) if question.visual_len is None else question.visual_len
+    if tokens > longest:
+        raise PromptError(f"--input-len {tokens} is beyond the bundle's longest input {longest}: ask for less")
+    if visual > tokens:
+        raise PromptError(f"--visual-len {visual} is beyond --input-len {tokens}: it is a part of it")
+    return tokens, visual
+
+
+def _segments(manifest: Manifest, plans: Mapping[str, MemoryPlan]) -> list[dict[str, Any]]:
+    rows, first = [], 0
+    for index, record in enumerate(manifest.segments):
+        rows.append(
+            {
+                "name": record.name,
+                "mlp_layers": list(range(first, first + record.num_mlps)),
+                "attention_layers": list(record.attention_layers),
+                "weight_bytes": record.weight_bytes,
+                "buckets": list(record.buckets or ()),
+                "kv_length": {name: plan.lengths[index] for name, plan in plans.items()},
+                "kv_bytes": {name: plan.caches_by_segment[index] for name, plan in plans.items()},
+            }
+        )
+        first += record.num_mlps
+    return rows
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The report as tables."""
+    model, limits, prompt = facts["model"], facts["limits"], facts["prompt"]
+    head = [
+        f"{facts['bundle']}: {model['family']} ({model['model_type']}), {model['num_layers']} layers, "
+        f"hidden {model['hidden_size']}, {model['num_heads']}/{model['num_kv_heads']} heads of {model['head_dim']}, "
+        f"vocabulary {model['vocab_size']}, {model['dtype']}",
+        f"reduction: {facts['reduction']['text']}",
+        f"dialect: {facts['dialect']}",
+        f"limits: {limits['max_input_len']} tokens of prompt, {limits['max_kv_cache_capacity']} with the answer",
+        f"below: a prompt of {prompt['input_len']} tokens, {prompt['visual_len']} of them visual, "
+        f"{prompt['max_new_tokens']} new ones",
+    ]
+    blocks = ["\n".join(head), _segment_table(facts["segments"]), _bucket_table(facts["buckets"])]
+    blocks += [_byte_table(facts["bytes"]), _memory_table(facts["memory"]), _check_table(facts["check"])]
+    return "\n\n".join(blocks)
+
+
+def _segment_table(segments: list[dict[str, Any]]) -> str:
+    names = ("segment", "MLPs", "attentions", "weights", "buckets", "KV worst", "KV expected", "KV bytes worst")
+    rows = [
+        (
+            row["name"], _span(row["mlp_layers"]), _span(row["attention_layers"]), in_bytes(row["weight_bytes"]),
+            len(row["buckets"]) or "any length", row["kv_length"]["worst"], row["kv_length"]["expected"],
+            in_bytes(row["kv_bytes"]["worst"]),
+        )
+        for row in segments
+    ]  # fmt: skip
+    return table(names, rows)
+
+
+def _span(layers: list[int]) -> str:
+    if len(layers) < 2:
+        return "".join(map(str, layers)) or "-"
+    return f"{layers[0]}-{layers[-1]}"
+
+
+def _bucket_table(buckets: list[dict[str, Any]]) -> str:
+    if not buckets:
+        return "buckets: none, every length runs as it is, without padding"
+    rows = [
+        (row["bucket"], f"{row['first']}-{row['last']}", f"{row['expected']:.1%}", f"{row['worst']:.1%}")
+        for row in buckets
+    ]
+    return table(("bucket", "lengths", "padding expected", "padding worst"), rows)
+
+
+def _byte_table(sizes: Mapping[str, int]) -> str:
+    rows = [(part, size, in_bytes(size)) for part, size in sizes.items()]
+    total = sum(sizes.values())
+    return table(("part", "bytes", ""), [*rows, ("total", total, in_bytes(total))])
+
+
+def _memory_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
+    names = ("process", "weights", "embedding", "activations", "rows", "caches", "total")
+    rows = [(name, *(in_bytes(plan[name]) for plan in plans.values())) for name in names]
+    return table(("memory", *plans), rows)
+
+
+def _check_table(check: Mapping[str, Any] | None) -> str:
+    if check is None:
+        return "not checked against the eager model"
+    rows = [(line["what"], f"{line['value']:.3g}", f"{line['limit']:.3g}") for line in check["lines"]]
+    return f"checked against {check['reference']}\n" + table(("compared", "error", "limit"), rows)

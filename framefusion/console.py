@@ -1,0 +1,115 @@
+"""What both commands share: errors to messages and exit codes, one JSON object on stdout, tables, progress on stderr.
+
+Knows click, no model. In JSON mode stdout carries exactly one object, the result or the error; all else goes
+to stderr. A wrong flag is the parser's own business: usage on stderr, exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from framefusion.errors import FrameFusionError, InterruptedBuildError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_JSON = "framefusion.json"
+_UNITS = ("B", "kB", "MB", "GB")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class CommandGroup(click.Group):
+    """Commands whose users see a message and an exit code where they made a mistake, and a traceback only for a bug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command named."""
+        try:
+            return super().invoke(ctx)
+        except FrameFusionError as error:
+            _report(ctx, type(error).__name__, str(error))
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            _report(ctx, "Interrupted", "interrupted")
+            ctx.exit(InterruptedBuildError.exit_code)
+
+
+def json_option(command: Command) -> Command:
+    """Add --json to a command; `show` looks it up."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.meta[_JSON] = value
+
+    text = "Print one JSON object on stdout, all else on stderr."
+    return click.option("--json", is_flag=True, expose_value=False, is_eager=True, callback=remember, help=text)(
+        command
+    )
+
+
+def wants_json(ctx: click.Context | None = None) -> bool:
+    """Whether --json was given."""
+    return bool((ctx or click.get_current_context()).meta.get(_JSON))
+
+
+def show(report: Any, render: Callable[[Any], str]) -> None:
+    """Print a report: as one JSON object, or as `render` lays it out."""
+    click.echo(json.dumps(report) if wants_json() else render(report))
+
+
+def log(message: str) -> None:
+    """One line on stderr."""
+    click.echo(message, err=True)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as their widest cell; those of numbers stand to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    right = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        parts = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes in the unit that people read: 1.5 GB."""
+    unit = 0
+    while size >= 1000 and unit < len(_UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.3g} {_UNITS[unit]}" if size < 1000 else f"{size:.0f} {_UNITS[unit]}"
+
+
+@contextmanager
+def progress_by_part() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over bytes on a terminal, else one log line a part; yields what a build calls with (part, done, total)."""
+    if not sys.stderr.isatty():
+        begun: set[str] = set()
+
+        def log_part(part: str, done: int, total: int) -> None:
+            if part not in begun:
+                log(f"{part}: {in_bytes(done)} of {in_bytes(total)} done before it")
+            begun.add(part)
+
+        yield log_part
+        return
+    with click.progressbar(length=1, file=sys.stderr, item_show_func=str, show_pos=False) as bar:
+
+        def show_part(part: str, done: int, total: int) -> None:
+            bar.length = max(total, 1)
+            bar.update(done - bar.pos, part)
+
+        yield show_part
+
+
+def _report(ctx: click.Context, kind: str, message: str) -> None:
+    if wants_json(ctx):
+        click.echo(json.dumps({"error": {"kind": kind, "message": message}}))
+    click.echo(f"error: {message}", err=True)

@@ -1,0 +1,157 @@
+"""What memory a generation takes, worked out from the manifest alone.
+
+The peak of a process is the sum of these, or what is there while the vision tower runs, whichever is more:
+
+    process      interpreter and libraries (BASE, measured), and the tokenizer's tables
+    weights      all segments and the vision tower, once for each graph over them: ONNX Runtime packs its own copy
+    embedding    rows of the memory-mapped table that the prompt touches, a page for each at least
+    activations  one arena for all graphs, which never shrinks:
+                   a segment with MLPs   padded tokens * (4 intermediate + 5 hidden) * 4 bytes
+                   a segment without     padded tokens * 6 hidden * 4 bytes
+                   the vision tower      patches at once * (2 MLP + 9 width) * 4 bytes
+                 the largest segment's share and the tower's together, less OVERLAP of the smaller: where a block that
+                 one of them left is large enough, it serves the other
+    rows         outside the arena: hidden states of the prompt, into a segment and out of it, with their rotary tables,
+                 tokens * (3 hidden + head_dim) * 4 bytes
+    caches       keys and values, 2 * heads * head_dim * 4 bytes a layer and slot; slots: tokens there + new ones
+
+    while the tower runs: process, all weights, the tower's activations, patches of the video and its features
+
+Frames at the film's own size are not in it: they are gone before the first graph runs. The constants were measured with
+ONNX Runtime on the CPU. Knows no other backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from framefusion.budget import check_cost
+from framefusion.errors import PromptError
+from framefusion.runtime.bundle import Manifest, SegmentRecord
+from framefusion.runtime.pipeline import PATCHES_AT_ONCE
+from framefusion.runtime.stitching import bucket_for
+
+FLOAT = 4
+PAGE = 4096
+BASE = 95_000_000
+OVERLAP = 0.4
+TOKENIZER_FACTOR = 15  # bytes in memory for each byte of tokenizer.json
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes at the peak, by what takes them, and tokens in the cache of each segment after the prefill."""
+
+    process: int
+    weights: int
+    embedding: int
+    activations: int
+    rows: int
+    caches: int
+    vision_peak: int  # of the process while the tower runs
+    lengths: tuple[int, ...]
+    caches_by_segment: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        generating = self.process + self.weights + self.embedding + self.activations + self.rows + self.caches
+        return max(generating, self.vision_peak)
+
+
+def memory_plan(
+    manifest: Manifest,
+    tokens: int,
+    visual: int | None = None,
+    max_new_tokens: int = 128,
+    *,
+    lengths: Sequence[int] | None = None,
+) -> MemoryPlan:
+    """Plan the memory of one generation; see the module for the formula.
+
+    Args:
+        manifest: of the bundle.
+        tokens: of the prompt.
+        visual: tokens among them that are visual; None takes all.
+        max_new_tokens: cache slots behind the prompt.
+        lengths: tokens in each segment; None takes the worst case, in which every segment gets the whole prompt.
+    """
+    visual = tokens if visual is None else visual
+    lengths = worst_lengths(manifest, tokens) if lengths is None else tuple(lengths)
+    if len(lengths) != len(manifest.segments):
+        raise PromptError(f"{len(lengths)} lengths for {len(manifest.segments)} segments: give one for each")
+    caches = tuple(_cache_bytes(manifest, index, n, max_new_tokens) for index, n in enumerate(lengths))
+    process = BASE + TOKENIZER_FACTOR * manifest.files["tokenizer.json"].size
+    tower = _tower_bytes(manifest, visual)
+    segment = max(_segment_bytes(manifest, record, n) for record, n in zip(manifest.segments, lengths, strict=True))
+    rows = tokens * (3 * manifest.model.hidden_size + manifest.model.head_dim) * FLOAT
+    weights = _weight_bytes(manifest)
+    vision_peak = process + weights + tower + _video_bytes(manifest, visual)
+    return MemoryPlan(
+        process=process,
+        weights=weights,
+        embedding=_embedding_bytes(manifest, tokens - visual + max_new_tokens),
+        activations=segment + tower - round(OVERLAP * min(segment, tower)),
+        rows=rows,
+        caches=sum(caches),
+        vision_peak=vision_peak if visual else 0,
+        lengths=lengths,
+        caches_by_segment=caches,
+    )
+
+
+def worst_lengths(manifest: Manifest, tokens: int) -> tuple[int, ...]:
+    """The whole prompt in every segment."""
+    return (tokens,) * len(manifest.segments)
+
+
+def expected_lengths(manifest: Manifest, tokens: int, visual: int, cost: float | None = None) -> tuple[int, ...]:
+    """Where an adaptive bundle reduces: the last segment holds the text and the share `cost` of the visual tokens.
+
+    The segments before it are taken to hold all, an upper bound: which of them reduces depends on the video.
+    """
+    lengths = worst_lengths(manifest, tokens)
+    if manifest.reduction.mode != "adaptive":
+        return lengths
+    cost = manifest.reduction.cost if cost is None else cost
+    check_cost(cost, 1 / manifest.model.num_layers)
+    return (*lengths[:-1], tokens - visual + round(cost * visual))
+
+
+def _weight_bytes(manifest: Manifest) -> int:
+    graphs = sum(record.weight_bytes * (1 + (record.decode_graph is not None)) for record in manifest.segments)
+    return graphs + manifest.vision.weight_bytes
+
+
+def _embedding_bytes(manifest: Manifest, touched: int) -> int:
+    record = manifest.embedding
+    row = record.width * (FLOAT if record.dtype == "float32" else 2)
+    return min(record.rows * row, touched * max(row, PAGE))
+
+
+def _tower_bytes(manifest: Manifest, visual: int) -> int:
+    vision, merge = manifest.vision, manifest.preprocessing.merge_size
+    patches = min(visual * merge**2, PATCHES_AT_ONCE)
+    return patches * (2 * vision.mlp_width + 9 * vision.embed_dim) * FLOAT
+
+
+def _video_bytes(manifest: Manifest, visual: int) -> int:
+    """Patches of the video, and the tokens that the tower makes of them."""
+    patch = manifest.preprocessing.merge_size**2 * manifest.vision.patch_width
+    return visual * (patch + manifest.model.hidden_size) * FLOAT
+
+
+def _segment_bytes(manifest: Manifest, record: SegmentRecord, length: int) -> int:
+    model, fixed = manifest.model, manifest.fixed
+    widest = 4 * model.intermediate_size + 5 * model.hidden_size if record.num_mlps else 6 * model.hidden_size
+    padded = max(fixed.lengths) if fixed is not None else bucket_for(record, length)
+    return padded * widest * FLOAT
+
+
+def _cache_bytes(manifest: Manifest, index: int, length: int, max_new_tokens: int) -> int:
+    record, model, fixed = manifest.segments[index], manifest.model, manifest.fixed
+    slot = 2 * model.num_kv_heads * model.head_dim * FLOAT
+    if fixed is not None:
+        return slot * sum(max(n, min(length, n) + max_new_tokens) for n in fixed.lengths)
+    return slot * len(record.attention_layers) * max(bucket_for(record, length), length + max_new_tokens)

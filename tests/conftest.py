@@ -1,0 +1,60 @@
+"""What many tests share: one tiny random checkpoint and an adaptive bundle of it, made once a session."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.pipeline import Pipeline
+from tests.films import write_film, write_picture
+from tests.random_checkpoint import random_checkpoint
+
+COST = 0.4  # what the bundle below is built for
+
+
+# torch tells its trace in thousands of debug lines, which pytest would format and keep.
+logging.getLogger("torch.__trace").propagate = False
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", pixels=112 * 112)
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adaptive; nobody may change it: copy it first."""
+    from framefusion.export.build import build
+    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.options import BuildOptions
+
+    options = BuildOptions(cost=COST, similarity_lower_bound=0.9, depth=1, max_input_len=512)
+    return build(Checkpoint(checkpoint), tmp_path_factory.mktemp("bundles") / "tiny", options).folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(bundle: Path) -> Pipeline:
+    return Pipeline(Bundle(bundle), threads=1)
+
+
+@pytest.fixture(scope="session")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_film(tmp_path_factory.mktemp("films") / "film.mp4")
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_picture(tmp_path_factory.mktemp("pictures") / "picture.png")
+
+
+@pytest.fixture
+def instant_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds that skip the tracing: for tests of what happens around the graphs."""
+    from framefusion.export import build, signatures
+
+    for name in ("trace_segment", "trace_tower"):
+        monkeypatch.setattr(signatures, name, lambda *_: None)
+    monkeypatch.setattr(build, "save_graph", lambda _model, path, *_: path.write_bytes(b"graph"))

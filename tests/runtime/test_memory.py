@@ -1,0 +1,89 @@
+"""The memory plan: what it counts, and that a real process peaks where it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framefusion.errors import PromptError
+from framefusion.runtime.bundle import Manifest, read_manifest
+from framefusion.runtime.memory import expected_lengths, memory_plan
+from tests.films import write_film
+from tests.random_checkpoint import random_checkpoint
+
+PEAK = """
+import json, sys
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.prompt import Turn, Visual
+turn = Turn("user", (Visual.VIDEO, "What happens?"))
+answer = Pipeline(Bundle(sys.argv[1])).generate([turn], [sys.argv[2]], Request(32, cost=json.loads(sys.argv[3])))
+status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+peak = int(status["VmHWM"].split()[0]) * 1024
+print(json.dumps([peak, answer.prompt_tokens, answer.visual_tokens, answer.kv_lengths]))
+"""
+
+
+@pytest.fixture
+def manifest(bundle: Path) -> Manifest:
+    return read_manifest(bundle)
+
+
+def test_caches_are_those_of_the_slots(manifest: Manifest) -> None:
+    plan = memory_plan(manifest, 300, 200, 20)
+    slot = 2 * manifest.model.num_kv_heads * manifest.model.head_dim * 4
+    assert plan.lengths == (300, 300, 300)
+    assert plan.caches == manifest.model.num_layers * 320 * slot
+
+
+def test_what_is_dropped_is_saved(manifest: Manifest) -> None:
+    lengths = expected_lengths(manifest, 300, 200, 0.5)
+    assert lengths == (300, 300, 200)
+    worst, expected = memory_plan(manifest, 300, 200), memory_plan(manifest, 300, 200, lengths=lengths)
+    assert expected.caches < worst.caches
+    assert expected.weights == worst.weights
+
+
+def test_text_alone_runs_no_tower(manifest: Manifest) -> None:
+    text, video = memory_plan(manifest, 100, 0), memory_plan(manifest, 100, 100)
+    assert text.activations < video.activations
+    assert (text.vision_peak, text.weights) == (0, video.weights)
+
+
+def test_lengths_and_segments_must_pair(manifest: Manifest) -> None:
+    with pytest.raises(PromptError, match="2 lengths for 3 segments"):
+        memory_plan(manifest, 100, 0, lengths=(100, 100))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("options", "cost"),
+    [
+        ({"reduction": "none"}, None),
+        ({"cost": 0.3}, 0.3),
+        ({"cost": 0.3}, 1.0),
+        ({"reduction": "fixed", "merge_shares": (0.4, 0.1), "prune_layer": 2, "max_text_len": 200}, None),
+    ],
+)
+def test_a_process_peaks_where_the_plan_says(tmp_path: Path, options: dict[str, Any], cost: float | None) -> None:
+    from framefusion.export.build import build
+    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.options import BuildOptions
+
+    sizes: dict[str, Any] = {"layers": 8, "hidden": 512, "intermediate": 1536, "heads": 8, "vision": (4, 384, 6)}
+    checkpoint = random_checkpoint(tmp_path / "checkpoint", pixels=448 * 448, **sizes)
+    manifest = build(Checkpoint(checkpoint), tmp_path / "bundle", BuildOptions(**options), verify=False).manifest
+    film = write_film(tmp_path / "film.mp4", frames=32, fps=4, size=448)
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "bundle"), str(film), json.dumps(cost)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    peak, tokens, visual, kv_lengths = json.loads(done.stdout)
+    lengths = [kv_lengths[segment.attention_layers[0]] for segment in manifest.segments if segment.attention_layers]
+    plan = memory_plan(manifest, tokens, visual, 32, lengths=lengths)
+    assert plan.total == pytest.approx(peak, rel=0.15)

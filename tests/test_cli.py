@@ -1,0 +1,198 @@
+"""The two commands: help without torch, one JSON object on stdout, and numbers that add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from framefusion import console
+from framefusion.errors import CheckFailedError
+from framefusion.export.cli import ff_export
+from framefusion.export.inspection import padding
+from framefusion.export.options import BuildOptions
+from framefusion.runtime.bundle import read_manifest
+from framefusion.runtime.cli import ff_run, visuals_in_order
+from tests.random_checkpoint import random_checkpoint
+
+HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime", "av")
+
+
+def invoke(command: click.Command, *arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def answer(command: click.Command, *arguments: object) -> dict[str, Any]:
+    """The JSON object that a command prints, and prints alone."""
+    result = invoke(command, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    loaded: dict[str, Any] = json.loads(result.stdout)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "arguments"),
+    [
+        ("export", "ff_export", ["--help"]),
+        ("export", "ff_export", ["build", "--help"]),
+        ("export", "ff_export", ["families"]),
+        ("runtime", "ff_run", ["generate", "--help"]),
+    ],
+)
+def test_help_needs_no_heavy_package(module: str, command: str, arguments: list[str]) -> None:
+    code = f"""
+import sys
+from framefusion.{module}.cli import {command}
+try:
+    {command}({arguments})
+except SystemExit as done:
+    assert not done.code, done
+loaded = [name for name in {HEAVY} if name in sys.modules]
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inspect_needs_no_torch(bundle: Path) -> None:
+    code = f"""
+import sys
+from framefusion.export.cli import ff_export
+try:
+    ff_export(["inspect", {str(bundle)!r}])
+except SystemExit as done:
+    assert not done.code, done
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+
+
+def test_every_build_option_has_its_flag() -> None:
+    flags = {parameter.name: parameter.opts for parameter in ff_export.commands["build"].params}
+    for other in ("checkpoint", "output", "clips", "force", "no_check", "json"):
+        del flags[other]
+    names = [field.name for field in dataclasses.fields(BuildOptions)]
+    assert flags == {name: [f"--{name.replace('_', '-')}"] for name in names}
+
+
+def test_choices_on_the_command_line_are_those_of_the_library() -> None:
+    from framefusion.export.dialects import DIALECTS
+
+    text = next(parameter for parameter in ff_export.commands["build"].params if parameter.name == "dialect")
+    assert isinstance(text, click.Option)
+    assert all(name in (text.help or "") for name in DIALECTS)
+
+
+@pytest.mark.usefixtures("instant_traces")
+def test_build_takes_its_flags_and_reports(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("--cost", 0.6, "--depth", 1, "--max-input-len", 256, "--max-frames", 8, "--buckets", "128,256")
+    report = answer(ff_export, "build", checkpoint, "-o", tmp_path / "bundle", "--no-check", *arguments)
+    assert report["reduction"]["text"] == "adaptive, keeps 60 %, drops 40 %"
+    assert report["check"] is None
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.options["buckets"] == [128, 256]
+    assert manifest.segments[0].buckets == (128, 256)
+    assert (manifest.sampling.max_frames, manifest.limits.max_input_len) == (8, 256)
+
+
+@pytest.mark.parametrize("flags", [("--buckets", "128,x"), ("--max-input-len", "-4"), ("--reduction", "some")])
+def test_wrong_flags_are_the_parsers_business(checkpoint: Path, tmp_path: Path, flags: tuple[str, str]) -> None:
+    result = invoke(ff_export, "build", checkpoint, "-o", tmp_path / "bundle", *flags)
+    assert result.exit_code == 2
+    assert flags[0] in result.stderr
+
+
+def test_check_hashes_and_compares(bundle: Path, checkpoint: Path) -> None:
+    report = answer(ff_export, "check", bundle)
+    assert report["comparison"] is None
+    assert report["files"]["count"] == len(read_manifest(bundle).files)
+    text = invoke(ff_export, "check", bundle, "--checkpoint", checkpoint).stdout
+    assert "check passed, reference: transformers" in text
+    assert "reduced decoded logits" in text
+
+
+def test_a_failing_comparison_has_its_exit_code(bundle: Path, tmp_path: Path) -> None:
+    other = random_checkpoint(tmp_path / "other", seed=1, pixels=112 * 112)
+    result = invoke(ff_export, "check", bundle, "--checkpoint", other, "--json")
+    assert result.exit_code == CheckFailedError.exit_code
+    assert json.loads(result.stdout)["comparison"]["failures"]
+    assert "does not reproduce" in result.stderr
+
+
+def test_inspect_adds_up_to_the_files_on_disk(bundle: Path) -> None:
+    report = answer(ff_export, "inspect", bundle)
+    on_disk = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file() and path.name[0] != ".")
+    assert sum(report["bytes"].values()) == on_disk
+    for plan in report["memory"].values():
+        parts = ("process", "weights", "embedding", "activations", "rows", "caches")
+        assert plan["total"] == max(sum(plan[name] for name in parts), plan["vision_peak"])
+        assert sum(plan["caches_by_segment"]) == plan["caches"]
+    layers = [layer for segment in report["segments"] for layer in segment["attention_layers"]]
+    mlps = [layer for segment in report["segments"] for layer in segment["mlp_layers"]]
+    assert layers == mlps == list(range(report["model"]["num_layers"]))
+
+
+def test_inspect_answers_for_a_prompt(bundle: Path) -> None:
+    report = answer(ff_export, "inspect", bundle, "--input-len", 300, "--visual-len", 200, "--cost", 0.5)
+    last = report["segments"][-1]["kv_length"]
+    assert last == {"worst": 300, "expected": 200}
+    assert report["reduction"]["text"] == "adaptive, keeps 50 %, drops 50 %"
+    text = invoke(ff_export, "inspect", bundle, "--input-len", 300, "--visual-len", 200).stdout
+    for word in ("layer00", "rest", "keeps 40 %, drops 60 %", "total", "checked against transformers"):
+        assert word in text
+    assert invoke(ff_export, "inspect", bundle, "--input-len", 9999).exit_code == 12
+
+
+def test_padding_of_buckets() -> None:
+    rows = padding((8, 16))
+    assert [(row["first"], row["last"]) for row in rows] == [(1, 8), (9, 16)]
+    assert rows[1]["worst"] == 7 / 16
+    assert rows[1]["expected"] == sum(16 - length for length in range(9, 17)) / 8 / 16
+
+
+def test_families_lists_the_table() -> None:
+    rows = answer(ff_export, "families")["families"]
+    assert "qwen2_vl" in [row["name"] for row in rows]
+    assert set(rows[0]) == {"name", "model_types", "checkpoints", "verified"}
+    assert "Qwen/Qwen2-VL-7B-Instruct" in invoke(ff_export, "families").stdout
+
+
+def test_generate_streams_text_and_sums_up(bundle: Path, film: Path) -> None:
+    result = invoke(ff_run, "generate", bundle, "--video", film, "--prompt", "What?", "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+    for word in ("prompt: ", "keeps", "drops", "prefill", "tokens/s"):
+        assert word in result.stderr
+    report = answer(ff_run, "generate", bundle, "--video", film, "--prompt", "What?", "--max-new-tokens", 4)
+    assert report["text"] + "\n" == result.stdout
+    assert {"video", "preprocess", "vision", "prefill", "reduction", "decode"} <= set(report["seconds"])
+    assert {"call", "kind", "tokens_before", "tokens_after"} <= set(report["reduction"][0])
+    assert report["cost"]["reached"] == pytest.approx(0.4, abs=0.02)
+
+
+def test_videos_and_images_keep_their_order() -> None:
+    paths = [Path(name) for name in "abc"]
+    ordered = visuals_in_order(["image", "video", "image"], [paths[1]], [paths[0], paths[2]])
+    assert ordered == [("image", paths[0]), ("video", paths[1]), ("image", paths[2])]
+    assert visuals_in_order(["video", "image"], [paths[0]], []) == [("video", paths[0])]
+
+
+def test_both_orders_run(bundle: Path, film: Path, picture: Path) -> None:
+    shared = ("--prompt", "What?", "--max-new-tokens", 1)
+    first = answer(ff_run, "generate", bundle, "--image", picture, "--video", film, *shared)
+    second = answer(ff_run, "generate", bundle, "--video", film, f"--image={picture}", *shared)
+    assert first["visual_tokens"] == second["visual_tokens"]
+
+
+def test_tables_and_units() -> None:
+    assert console.table(("name", "size"), [("a", 1), ("bb", 22)]).splitlines() == [
+        "name  size", "----  ----", "a        1", "bb      22",
+    ]  # fmt: skip
+    assert [console.in_bytes(size) for size in (999, 1000, 1234567, 5e12)] == ["999 B", "1 kB", "1.23 MB", "5000 GB"]

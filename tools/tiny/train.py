@@ -1,0 +1,207 @@
+"""Train the tiny Qwen2-VL from scratch on drawn clips: `python -m tools.tiny.train`.
+
+Two stages, both on fresh clips at every step. First the vision tower alone learns to tell, for each merged token,
+which colours, shapes and motions are in its cell; then the whole model learns to answer, with that as a side task.
+Several questions share one pass over a video (`tools.tiny.model.Layout`), with the loss on answer tokens only.
+
+glibc gives freed memory back at once, and a CPU step then waits for page faults; this keeps it:
+`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 python -m tools.tiny.train`. On a shared machine one thread
+(`--threads 1`) is faster than two: every operation waits for the slower thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import Counter, deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from tools.tiny import clips
+from tools.tiny import model as tiny
+from tools.tiny.checkpoint import save_checkpoint
+from tools.tiny.muon import Muon
+from tools.tiny.prompt import Prompts, build_tokenizer
+
+ASKED = ("color", "color", "shape", "direction", "count", "order")
+WARMUP = 50  # steps
+BRANCH = 20  # tokens a question and its answer may take
+
+
+class Grids(Dataset[tuple[Tensor, Tensor]]):
+    """For the first stage: some temporal grids of a scene, and what is in each of their cells."""
+
+    def __init__(self, first_seed: int, count: int, per_scene: int = 8) -> None:
+        self.first_seed, self.count, self.per_scene = first_seed, count, per_scene
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((self.first_seed + index, 9))
+        scene = clips.make_scene(self.first_seed + index)
+        # Mostly moments at which something is seen.
+        busy = [g for g in range(16) if any(thing.seen(g + 0.25) for thing in scene.things)]
+        chosen = rng.choice(busy if rng.random() < 0.9 else np.arange(16), self.per_scene)
+        times = (chosen[:, None] + np.array([0.0, 0.5])).ravel()
+        frames = clips.degrade(clips.render(scene, times), rng)
+        return torch.from_numpy(np.array(frames)), torch.from_numpy(clips.cell_labels(scene, times))
+
+
+class Talks(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
+    """For the second stage: a clip, its cells, and the token ids and targets of its questions."""
+
+    def __init__(self, prompts: Prompts, first_seed: int, count: int, frames: int) -> None:
+        self.prompts, self.first_seed, self.count, self.frames = prompts, first_seed, count, frames
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rng = np.random.default_rng((self.first_seed + index, 8))
+        scene = clips.make_scene(self.first_seed + index, self.frames / 2)
+        times = np.arange(self.frames) / 2
+        frames = clips.degrade(clips.render(scene, times), rng)
+        ids, targets = np.full((2, len(ASKED), BRANCH), self.prompts.pad)
+        targets[:] = -100
+        for row, kind in enumerate(ASKED):
+            question = clips.ask(scene, "color" if kind == "order" and len(scene.things) < 2 else kind, rng)
+            asked, answer = self.prompts.question(question.text), self.prompts.answer(question.answer)
+            ids[row, : len(asked) + len(answer)] = asked + answer
+            targets[row, len(asked) - 1 : len(asked) + len(answer) - 1] = answer
+        cells = clips.cell_labels(scene, times)
+        return torch.from_numpy(np.array(frames)), torch.from_numpy(cells), *map(torch.from_numpy, (ids, targets))
+
+
+class Trainer:
+    """The model, its optimizer and the log of one run."""
+
+    def __init__(self, seed: int, out: Path) -> None:
+        self.tokenizer = build_tokenizer()
+        self.prompts = Prompts(self.tokenizer)
+        self.model = tiny.new_model(self.tokenizer, seed)
+        self.probe = nn.Linear(128, len(clips.CELL_FACTS))
+        self.seed, self.out, self.step, self.started = seed, out, 0, time.time()
+        self.log: list[dict[str, Any]] = []
+
+    def loader(self, data: Dataset[Any], batch: int) -> DataLoader[Any]:
+        return DataLoader(data, batch_size=batch, num_workers=1, prefetch_factor=4, drop_last=True)
+
+    def optimizers(self, steps: int, rate: float, final: float) -> list[tuple[torch.optim.Optimizer, Any]]:
+        """Muon for the matrices inside the layers, AdamW for the rest, each with its schedule."""
+        named = [*self.model.named_parameters(), *self.probe.named_parameters(prefix="probe")]
+        inner = [p for n, p in named if p.ndim == 2 and "embed" not in n and "probe" not in n]
+        known = set(map(id, inner))
+        rest = [p for _, p in named if id(p) not in known]
+        pair = [
+            Muon(inner, lr=rate, weight_decay=0.02),
+            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.97), weight_decay=0.0, fused=True),
+        ]
+
+        def schedule(step: int) -> float:
+            cosine = 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+            return min((step + 1) / WARMUP, final + (1 - final) * cosine)
+
+        return [(one, torch.optim.lr_scheduler.LambdaLR(one, schedule)) for one in pair]
+
+    def cell_loss(self, features: Tensor, cells: Tensor) -> Tensor:
+        logits = self.probe(features)
+        return F.binary_cross_entropy_with_logits(logits, cells.reshape(logits.shape).float()) * 10
+
+    def train_vision(self, steps: int, batch: int, rate: float) -> None:
+        optimizers = self.optimizers(steps, rate, 0.3)
+        recent: deque[float] = deque(maxlen=50)
+        for frames, cells in self.loader(Grids(self.seed * 10_000_000, steps * batch), batch):
+            loss = self.cell_loss(tiny.vision_features(self.model, tiny.patch_batch(frames)), cells)
+            self._descend(loss, optimizers)
+            recent.append(float(loss.detach()))
+            if self.step % 50 == 0:
+                self._report(stage="vision", loss=float(np.mean(recent)))
+
+    def train_answers(self, frames: int, steps: int, batch: int, rate: float, final: float) -> None:
+        optimizers = self.optimizers(steps, rate, final)
+        data = Talks(self.prompts, self.seed * 10_000_000 + frames * 200_000, steps * batch, frames)
+        layout = tiny.Layout(self.model, len(self.prompts.before), frames // 2, len(ASKED), BRANCH)
+        recent: deque[tuple[float, float]] = deque(maxlen=50)
+        right: Counter[str] = Counter()
+        for clip, cells, ids, targets in self.loader(data, batch):
+            seen, logits = self._answer(clip, ids, targets, layout)
+            wanted = targets[targets >= 0]
+            answer_loss = F.cross_entropy(logits, wanted)
+            cell_loss = self.cell_loss(seen, cells)
+            self._descend(answer_loss + cell_loss, optimizers)
+            recent.append((float(answer_loss.detach()), float(cell_loss.detach())))
+            right += _right_by_kind(logits.argmax(-1), targets)
+            if self.step % 50 == 0:
+                means = np.mean(recent, 0)
+                share = {kind: round(right[kind] / (50 * batch * ASKED.count(kind)), 3) for kind in clips.KINDS}
+                self._report(stage=f"answers{frames}", loss=float(means[0]), cells=float(means[1]), right=share)
+                right.clear()
+            if self.step % 200 == 0:
+                save_checkpoint(self.model, self.tokenizer, self.out)
+
+    def _answer(self, clip: Tensor, ids: Tensor, targets: Tensor, layout: tiny.Layout) -> tuple[Tensor, Tensor]:
+        """Vision features and the logits at the target positions."""
+        embed = self.model.model.language_model.embed_tokens
+        seen = tiny.vision_features(self.model, tiny.patch_batch(clip))
+        video = seen.reshape(len(clip), -1, seen.shape[-1])
+        before = embed(torch.tensor(self.prompts.before)).expand(len(clip), -1, -1)
+        x = torch.cat([before, video, embed(ids.flatten(1))], dim=1)
+        hidden = tiny.answer_hidden(self.model, x, layout)
+        return seen, F.linear(hidden[targets.flatten(1) >= 0], embed.weight)
+
+    def _descend(self, loss: Tensor, optimizers: list[tuple[torch.optim.Optimizer, Any]]) -> None:
+        for optimizer, _ in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, schedule in optimizers:
+            optimizer.step()
+            schedule.step()
+        self.step += 1
+
+    def _report(self, **facts: Any) -> None:
+        line = {"step": self.step, "seconds": round(time.time() - self.started, 1), **facts}
+        self.log.append(line)
+        print(json.dumps(line), flush=True)
+
+
+def _right_by_kind(said: Tensor, targets: Tensor) -> Counter[str]:
+    """How many questions of each kind have every answer token right; `said` holds the predicted target tokens."""
+    wrong = torch.zeros_like(targets)
+    wrong[targets >= 0] = (said != targets[targets >= 0]).long()
+    right = (wrong.sum(-1) == 0).sum(0)
+    tally: Counter[str] = Counter()
+    for kind, number in zip(ASKED, right.tolist(), strict=True):
+        tally[kind] += number
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("tests/models/tiny_qwen2_vl"))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    trainer = Trainer(args.seed, args.out)
+    save_checkpoint(trainer.model, trainer.tokenizer, args.out)
+    trainer.train_vision(round(2200 * args.scale), 8, 4e-3)
+    trainer.train_answers(16, round(150 * args.scale), 16, 4e-3, 0.6)
+    trainer.train_answers(32, round(750 * args.scale), 8, 3e-3, 0.01)
+    save_checkpoint(trainer.model, trainer.tokenizer, args.out)
+    facts = {"seed": args.seed, "steps": trainer.step, "seconds": trainer.log[-1]["seconds"], "log": trainer.log[3::4]}
+    (args.out / "TRAINING.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
