@@ -153,7 +153,7 @@ def film(container: Any) -> Any:
     return next((track for track in tracks if not track.disposition & track.disposition.attached_pic), None)
 
 
-def _lenient(av: Any) -> dict[str, str]:
+def _lenient(av: Any) -> dict[str, Any]:
     """What makes PyAV pass over metadata that is not UTF-8: since 19 it does so unasked."""
     return {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 

@@ -74,7 +74,7 @@ class Recorded:
     def labels(self) -> NDArray[Any]:
         given = self.arrays("input")
         if "patch_type" in given:
-            return given["patch_type"][0]
+            return np.asarray(given["patch_type"][0])
         ids, video = given["input_ids"][0], Checkpoint(GOLDENS / self.model).config["video_token_id"]
         labels = np.full(ids.size, -1)
         places = int(given["video_grid_thw"][0, 1:].prod()) // 4  # 2x2 patches are a token
