@@ -51,7 +51,7 @@ demo:
 
 test:
 	$(call announce,$(TEST_TIME))
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 
 slow: setup
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"

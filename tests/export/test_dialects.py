@@ -134,7 +134,7 @@ def test_a_padded_prefill_then_decode_equals_an_exact_one(dialect: str) -> None:
 
 
 def test_the_fixed_graph_keeps_what_the_policy_keeps(checkpoint: Path) -> None:
-    """The in-graph choice against its numpy twin, driven through segments that can be looked between."""
+    """The in-graph choice against its numpy twin, which sees segments; torch.compile takes it without a graph break."""
     options = BuildOptions(
         reduction="fixed", cost=0.5, merge_shares=(0.3, 0.2), prune_layer=1, max_input_len=128, max_text_len=32
     )
@@ -153,12 +153,17 @@ def test_the_fixed_graph_keeps_what_the_policy_keeps(checkpoint: Path) -> None:
     order = np.argsort(np.where(padded < 0, 10**6, padded), kind="stable")
     capacity = [(torch.zeros(1, config.num_kv_heads, size, config.head_dim),) * 2] * config.num_layers
     hidden[:, text:] = 7.0
+    operands = (
+        hidden, table.cos(), table.sin(), torch.tensor(plan.fixed.lengths), torch.tensor([text - 1]),
+        torch.from_numpy(padded), torch.from_numpy(order), torch.tensor(drops), capacity,
+    )  # fmt: skip
     with torch.inference_mode():
-        found = fixed(
-            hidden, table.cos(), table.sin(), torch.tensor(plan.fixed.lengths), torch.tensor([text - 1]),
-            torch.from_numpy(padded), torch.from_numpy(order), torch.tensor(drops), capacity,
-        )[1]  # fmt: skip
+        logits, found, *_ = fixed(*operands)
+        whole_graph = torch.compile(fixed, fullgraph=True, backend="aot_eager")
+        compiled_logits, compiled_found, *_ = whole_graph(*operands)
     np.testing.assert_array_equal(found[: len(origin)], origin)
+    np.testing.assert_array_equal(compiled_found, found)
+    assert_close(compiled_logits.numpy(), logits)
 
 
 def segment_by_segment(plan: BuildPlan, hidden: Tensor, table: Tensor, twin: FixedReduction) -> np.ndarray:
