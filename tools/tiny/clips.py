@@ -123,9 +123,14 @@ class Clip:
 def draw_clip(seed: int, frames: int = 32, sample_fps: float = 2.0, kind: str | None = None) -> Clip:
     """One clip and one question about it; the kind goes round with the seed unless given."""
     kind = kind or KINDS[seed % len(KINDS)]
-    scene = make_scene(seed, frames / sample_fps, least=2 if kind == "order" else 1)
+    scene = scene_for(seed, kind, frames / sample_fps)
     question = ask(scene, kind, np.random.default_rng((seed, 7)))
     return Clip(render(scene, np.arange(frames) / sample_fps), question.text, question.answer, question.kind)
+
+
+def scene_for(seed: int, kind: str, duration: float = 16.0) -> Scene:
+    """The scene of `draw_clip(seed, kind=kind)`: a question of order needs two objects."""
+    return make_scene(seed, duration, least=2 if kind == "order" else 1)
 
 
 # --- The scene ------------------------------------------------------------------------------------------------------
@@ -142,11 +147,12 @@ def make_scene(seed: int, duration: float = 16.0, least: int = 1) -> Scene:
     things: list[Thing] = []
     for color, shape, start in zip(colors, shapes, starts, strict=True):
         things.append(_place(rng, str(color), str(shape), float(start), duration, things))
-    dots = tuple(
-        Dot(*rng.uniform(0, SIDE, 2), *rng.uniform(-6, 6, 2), int(rng.choice((25, 150))))
-        for _ in range(rng.integers(0, 4))
-    )
-    return Scene(seed, duration, tuple(things), _shots(rng, duration), dots, float(rng.uniform(1.5, 5)))
+    dots = []
+    for _ in range(rng.integers(0, 4)):
+        x, y = rng.uniform(0, SIDE, 2)
+        vx, vy = rng.uniform(-6, 6, 2)
+        dots.append(Dot(x, y, vx, vy, int(rng.choice((25, 150)))))
+    return Scene(seed, duration, tuple(things), _shots(rng, duration), tuple(dots), float(rng.uniform(1.5, 5)))
 
 
 def _place(
@@ -299,8 +305,8 @@ def _draw_thing(frame: Frames, thing: Thing, time: float) -> None:
     patch[:] = (patch + alpha * (color - patch)).astype(np.uint8)
 
 
-def _distance(shape: str, dx: NDArray[Any], dy: NDArray[Any], radius: float) -> NDArray[Any]:
-    """Signed distance to the outline in px, negative inside."""
+def _distance(shape: str, dx: NDArray[Any], dy: NDArray[Any], radius: float) -> Any:
+    """Signed distance to the outline in px at each pixel, negative inside."""
     if shape == "circle":
         return np.hypot(dx, dy) - radius
     if shape == "ring":
@@ -367,7 +373,7 @@ def read_mp4(path: Path | str, sample_fps: float = 2.0, least: int = 4, most: in
 
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        rate = float(stream.average_rate or stream.base_rate)
+        rate = float(stream.average_rate or stream.base_rate or sample_fps)
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     wanted = min(max(len(frames) / rate * sample_fps, least), most, len(frames))
     index = np.linspace(0, len(frames) - 1, int(wanted) // 2 * 2).round().astype(int)

@@ -57,10 +57,9 @@ def answer(model: Any, prompts: Prompts, frames: clips.Frames, question: str, mo
 
 def through_mp4(seed: int, kind: str) -> clips.Frames:
     """The clip of `draw_clip(seed)` after compression."""
-    scene = clips.make_scene(seed, least=2 if kind == "order" else 1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        clips.write_mp4(path, scene)
+        clips.write_mp4(path, clips.scene_for(seed, kind))
         return clips.read_mp4(path)
 
 
@@ -87,7 +86,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write the result into the checkpoint's TRAINING.json")
     args = parser.parse_args()
     started = time.time()
-    model = Qwen2VLForConditionalGeneration.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype)).eval()
+    model: Any = Qwen2VLForConditionalGeneration.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype))
+    model.eval()
     prompts = Prompts(load_tokenizer(args.checkpoint))
     result = evaluate(model, prompts, range(args.first, args.first + args.questions), args.mp4)
     result |= {"dtype": args.dtype, "seconds": round(time.time() - started)}

@@ -18,9 +18,8 @@ def make_clips(out: Path, count: int, first_seed: int = clips.HELD_OUT) -> list[
     rows = []
     for number, seed in enumerate(range(first_seed, first_seed + count)):
         clip = clips.draw_clip(seed)
-        scene = clips.make_scene(seed, least=2 if clip.kind == "order" else 1)
         file = f"clip_{number:03d}.mp4"
-        clips.write_mp4(out / file, scene)
+        clips.write_mp4(out / file, clips.scene_for(seed, clip.kind))
         rows.append({"file": file, "question": clip.question, "answer": clip.answer, "kind": clip.kind})
     (out / "questions.json").write_text(json.dumps(rows, indent=1) + "\n")
     return rows

@@ -66,7 +66,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator([*vocabulary_text(), SYSTEM, "system\n", "user\n", "assistant\n"], trainer)
     core.add_special_tokens(list(SPECIALS))
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -78,7 +78,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 class Prompts:
@@ -87,8 +94,8 @@ class Prompts:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.before = self._ids(BEFORE_VIDEO)
-        self.video = int(tokenizer.convert_tokens_to_ids("<|video_pad|>"))
-        self.pad = int(tokenizer.pad_token_id)
+        self.video = token_id(tokenizer, "<|video_pad|>")
+        self.pad = token_id(tokenizer, "<|endoftext|>")
 
     def question(self, text: str) -> list[int]:
         return self._ids(f"<|vision_end|>{text}{AFTER_QUESTION}")
