@@ -25,7 +25,7 @@ from framefusion.runtime.positions import Grid, decode_positions
 from framefusion.runtime.stitching import Prefilled, Stopwatch
 from tools.bench.setting import SHAPES, Film, draw_film, open_bundle, prefill_flops, report, summary, write_checkpoint
 
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 
 
 def main() -> None:
@@ -162,7 +162,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=16, help="temporal grids of 128 tokens")
     parser.add_argument("--costs", type=lambda text: [float(x) for x in text.split(",")], default=[1.0, 0.5, 0.3])
     parser.add_argument("--depth", type=int, default=7)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("/tmp/framefusion-bench"), help="checkpoint and bundle")
     parser.add_argument("--write", action="store_true", help="write results/prefill.json")
