@@ -48,6 +48,7 @@ def report(folder: Path, question: Question) -> dict[str, Any]:
         "prompt": {"input_len": tokens, "visual_len": visual, "max_new_tokens": question.max_new_tokens},
         "segments": _segments(manifest, plans),
         "buckets": padding(manifest.segments[0].buckets or ()),
+        "fixed": None if manifest.fixed is None else asdict(manifest.fixed),
         "bytes": bytes_by_part(folder, manifest),
         "memory": {name: asdict(plan) | {"total": plan.total} for name, plan in plans.items()},
         "check": dict(manifest.check) or None,
@@ -103,7 +104,11 @@ def _segments(manifest: Manifest, plans: Mapping[str, MemoryPlan]) -> list[dict[
                 "attention_layers": list(record.attention_layers),
                 "weight_bytes": record.weight_bytes,
                 "buckets": list(record.buckets or ()),
-                "kv_length": {name: plan.lengths[index] for name, plan in plans.items()},
+                "static": manifest.fixed is not None,
+                "kv_length": {
+                    name: plan.lengths[index] if manifest.fixed is None else max(manifest.fixed.lengths)
+                    for name, plan in plans.items()
+                },
                 "kv_bytes": {name: plan.caches_by_segment[index] for name, plan in plans.items()},
             }
         )
@@ -124,7 +129,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"below: a prompt of {prompt['input_len']} tokens, {prompt['visual_len']} of them visual, "
         f"{prompt['max_new_tokens']} new ones",
     ]
-    blocks = ["\n".join(head), _segment_table(facts["segments"]), _bucket_table(facts["buckets"])]
+    blocks = ["\n".join(head), _segment_table(facts["segments"]), _shapes(facts)]
     blocks += [_byte_table(facts["bytes"]), _memory_table(facts["memory"]), _check_table(facts["check"])]
     return "\n\n".join(blocks)
 
@@ -134,8 +139,8 @@ def _segment_table(segments: list[dict[str, Any]]) -> str:
     rows = [
         (
             row["name"], _span(row["mlp_layers"]), _span(row["attention_layers"]), in_bytes(row["weight_bytes"]),
-            len(row["buckets"]) or "any length", row["kv_length"]["worst"], row["kv_length"]["expected"],
-            in_bytes(row["kv_bytes"]["worst"]),
+            "static" if row["static"] else len(row["buckets"]) or "any length",
+            row["kv_length"]["worst"], row["kv_length"]["expected"], in_bytes(row["kv_bytes"]["worst"]),
         )
         for row in segments
     ]  # fmt: skip
@@ -146,6 +151,31 @@ def _span(layers: list[int]) -> str:
     if len(layers) < 2:
         return "".join(map(str, layers)) or "-"
     return f"{layers[0]}-{layers[-1]}"
+
+
+def _shapes(facts: Mapping[str, Any]) -> str:
+    """What sizes a prefill may have: the static ones of the fixed mode, or buckets."""
+    fixed = facts["fixed"]
+    if fixed is None:
+        return _bucket_table(facts["buckets"])
+    schedule, size = facts["reduction"]["schedule"], fixed["max_text"] + fixed["max_visual"]
+    merges = ", ".join(f"call {call} merges {share:.1%}" for call, share in enumerate(schedule["merge_shares"]))
+    rows = [(_span(layers), length, f"{length / size:.1%}") for length, layers in _runs(fixed["lengths"])]
+    return (
+        f"static: up to {fixed['max_text']} tokens of text and {fixed['max_visual']} visual ones, padded to {size}\n"
+        f"schedule: {merges or 'no merge'}; after layer {schedule['prune_layer']} {schedule['prune_share']:.1%} "
+        "of the visual tokens are pruned\n" + table(("layers", "tokens and KV", "of the input"), rows)
+    )
+
+
+def _runs(lengths: list[int]) -> list[tuple[int, list[int]]]:
+    """Neighbouring layers of equal length."""
+    runs: list[tuple[int, list[int]]] = []
+    for layer, length in enumerate(lengths):
+        if not runs or runs[-1][0] != length:
+            runs.append((length, []))
+        runs[-1][1].append(layer)
+    return runs
 
 
 def _bucket_table(buckets: list[dict[str, Any]]) -> str:

@@ -55,6 +55,6 @@ def instant_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds that skip the tracing: for tests of what happens around the graphs."""
     from framefusion.export import build, signatures
 
-    for name in ("trace_segment", "trace_tower"):
+    for name in ("trace_segment", "trace_tower", "trace_fixed_prefill"):
         monkeypatch.setattr(signatures, name, lambda *_: None)
     monkeypatch.setattr(build, "save_graph", lambda _model, path, *_: path.write_bytes(b"graph"))

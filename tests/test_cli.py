@@ -15,8 +15,10 @@ from click.testing import CliRunner, Result
 
 from framefusion import console
 from framefusion.errors import CheckFailedError
+from framefusion.export.build import build
+from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.cli import ff_export
-from framefusion.export.inspection import padding
+from framefusion.export.inspection import Question, padding, render, report
 from framefusion.export.options import BuildOptions
 from framefusion.runtime.bundle import read_manifest
 from framefusion.runtime.cli import ff_run, visuals_in_order
@@ -65,6 +67,8 @@ assert not loaded, loaded
 def test_inspect_needs_no_torch(bundle: Path) -> None:
     code = f"""
 import sys
+from framefusion.export.build import build
+from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.cli import ff_export
 try:
     ff_export(["inspect", {str(bundle)!r}])
@@ -196,3 +200,17 @@ def test_tables_and_units() -> None:
         "name  size", "----  ----", "a        1", "bb      22",
     ]  # fmt: skip
     assert [console.in_bytes(size) for size in (999, 1000, 1234567, 5e12)] == ["999 B", "1 kB", "1.23 MB", "5000 GB"]
+
+
+def test_inspect_tells_the_static_lengths_of_a_fixed_bundle(
+    checkpoint: Path, tmp_path: Path, instant_traces: None
+) -> None:
+    options = BuildOptions(
+        reduction="fixed", cost=0.5, merge_shares=(0.3,), prune_layer=1, max_input_len=160, max_text_len=60
+    )
+    folder = build(Checkpoint(checkpoint), tmp_path / "fixed", options, verify=False).folder
+    facts = report(folder, Question())
+    assert facts["fixed"]["lengths"][0] == 160 - 30  # 30 % of 100 visual tokens are merged before layer 0
+    text = render(facts)
+    assert "call 0 merges 30.0%" in text
+    assert f"{facts['fixed']['lengths'][-1]}" in text
