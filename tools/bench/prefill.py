@@ -4,7 +4,8 @@
 
 The limit a reduction can reach is the ratio of floating point operations at the tokens actually kept. Reported are the
 ratios of medians, that limit, the share of it reached, and what of a prefill is not layers (scores on the host, plans,
-compaction, binding). Outputs of ours and of transformers are compared in the same run.
+compaction, binding). Outputs of ours and of transformers are compared in the same run. So is the speed of the
+matrix product that both spend most of their time in.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from framefusion.export.plan import BuildOptions
-from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.bundle import Bundle, ModelRecord
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.positions import Grid, decode_positions
 from framefusion.runtime.stitching import Prefilled, Stopwatch
@@ -58,6 +59,7 @@ def main() -> None:
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "dense_logits_relative_error": float(error),
+        "matmul_gflops": matmul_gflops(model, len(film.hidden), arguments.threads),
         "eager": {"prefill": summary(eager_prefill), "decode_per_token": summary(eager_decode)},
         "dense_speed_up_over_eager": statistics.median(eager_prefill) / median(dense, "prefill"),
     }
@@ -133,6 +135,34 @@ class Eager:
         if keep:
             self.logits = logits[0].numpy()
         return out.past_key_values
+
+
+def matmul_gflops(model: ModelRecord, tokens: int, threads: int) -> dict[str, float]:
+    """The MLP's first product in torch and in ONNX Runtime: billions of operations a second."""
+    import onnx_ir as ir
+    import onnxruntime
+    import torch
+
+    shapes = ((tokens, model.hidden_size), (model.hidden_size, model.intermediate_size))
+    left, right = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in shapes)
+    x = ir.Value(name="x", shape=ir.Shape(shapes[0]), type=ir.TensorType(ir.DataType.FLOAT))
+    weight = ir.Value(name="weight", const_value=ir.tensor(right, name="weight"))
+    node = ir.node("MatMul", [x, weight])
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 23}, name="product")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), options)
+    pair = torch.from_numpy(left), torch.from_numpy(right)
+    ways: dict[str, Callable[[], Any]] = {"torch": lambda: pair[0] @ pair[1]}
+    ways["onnxruntime"] = lambda: session.run(None, {"x": left})
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(6):
+        for name, multiply in ways.items():
+            start = time.perf_counter()
+            multiply()
+            seconds[name].append(time.perf_counter() - start)
+    operations = 2 * tokens * model.hidden_size * model.intermediate_size
+    return {name: round(operations / statistics.median(own) / 1e9) for name, own in seconds.items()}
 
 
 def median(runs: list[Run], name: str) -> float:

@@ -1,0 +1,107 @@
+"""The tables under "Numbers" in README.md, made from tools/bench/results/*.json so that no figure is typed by hand.
+
+python -m tools.numbers            # writes them into README.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "tools" / "bench" / "results"
+START, END = "<!-- numbers -->", "<!-- /numbers -->"
+KINDS = ("color", "shape", "direction", "count", "order")
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(with_numbers(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def with_numbers(readme: str) -> str:
+    """README.md with the tables between its markers."""
+    blocks = [prefill(load("prefill")), memory(load("memory")), accuracy(load("accuracy"))]
+    tables = "\n\n".join(blocks)
+    return re.sub(f"{START}.*{END}", lambda _: f"{START}\n\n{tables}\n\n{END}", readme, flags=re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def prefill(told: dict[str, Any]) -> str:
+    eager, products = told["eager"], told["matmul_gflops"]
+    rows = [("transformers, eager torch", *seconds(eager), *["-"] * 4)]
+    for name, own in told.items():
+        if name.startswith("ours at cost"):
+            rows.append(
+                (
+                    name, *seconds(own), f"{own['speed_up']:.2f}", f"{own['flop_limit']:.2f}",
+                    f"{own['share_of_limit']:.0%}", f"{own['not_layers_share']:.1%}",
+                )
+            )  # fmt: skip
+    names = ("", "prefill s", "decode ms a token", "speed-up", "FLOP limit", "of the limit", "not layers")
+    return (
+        f"Prefill of {told['tokens']} tokens, {told['shape']} shape, fp32, {told['threads']} threads "
+        f"(`{told['command']}`; {machine(told)}):\n\n{table(names, rows)}\n\n"
+        "Speed-up and limit are against ours at cost 1. Ours dense is "
+        f"{told['dense_speed_up_over_eager']:.2f} times as fast as eager torch on this machine: what it gains in the "
+        f"matrix products ({products['onnxruntime']} GFLOP/s against {products['torch']}), its attention over the whole "
+        "prompt loses."
+    )
+
+
+def seconds(own: dict[str, Any]) -> tuple[str, str]:
+    return f"{own['prefill']['median_s']:.2f}", f"{1000 * own['decode_per_token']['median_s']:.0f}"
+
+
+def memory(told: dict[str, Any]) -> str:
+    rows = [
+        (name, own["prompt_tokens"], own["measured_mb"], own["planned_mb"], f"{own['measured_over_planned']:.3f}")
+        for name, own in told.items()
+        if name.startswith("cost")
+    ]
+    names = ("", "tokens of prompt", "measured MB", "planned MB", "ratio")
+    return (
+        f"Peak resident memory of the runtime on a real film, {told['shape']} shape, beside the plan of "
+        f"`ff-export inspect` (`{told['command']}`):\n\n{table(names, rows)}"
+    )
+
+
+def accuracy(told: dict[str, Any]) -> str:
+    rows = []
+    for name, own in told["accuracy"].items():
+        low, high = own["interval"]
+        left = told["visual_tokens_in_last_segment"][name]
+        shares = (percent(own[kind]) for kind in KINDS)
+        rows.append((name, f"{left:g}", percent(own["all"]), f"{percent(low)}-{percent(high)}", *shares))
+    asked = sum(told["questions"].values())
+    names = ("", "visual tokens left", "right %", "95 % interval", *KINDS)
+    return (
+        f"Right answers of the tiny trained model on {asked} held-out clips of 32 frames (`{told['command']}`; "
+        f"similarity bound {told['similarity_lower_bound']:g}, ratio bound {told['ratio_lower_bound']:g}):"
+        f"\n\n{table(names, rows)}"
+    )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def machine(told: dict[str, Any]) -> str:
+    facts = told["machine"]
+    return f"{facts['cpu']}, {facts['cores']} cores, onnxruntime {facts['onnxruntime']}, torch {facts['torch']}"
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
