@@ -67,8 +67,6 @@ assert not loaded, loaded
 def test_inspect_needs_no_torch(bundle: Path) -> None:
     code = f"""
 import sys
-from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.cli import ff_export
 try:
     ff_export(["inspect", {str(bundle)!r}])
