@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # Measured on two cores.
-SETUP_TIME := 3 minutes
-TEST_TIME := 1 to 2 minutes
+SETUP_TIME := 2 minutes
+TEST_TIME := 1 minute
 DEMO_TIME := 1 minute
 
 .DEFAULT_GOAL := help

@@ -116,7 +116,7 @@ def ask_about_film() -> None:
     film = film_path()
     title(f"A real film: {film.name}")
     print("The tiny model has only learned coloured shapes: its answer here would mean nothing. What counts")
-    print("are tokens and times; each run is a new process, and `reduction` includes opening the graphs.\n")
+    print("are tokens and times; each run is a new process, its graphs opened before the clock starts.\n")
     widths = (6, 14, *(11 for _ in STAGES))
     show(widths, ("cost", "visual tokens", *STAGES))
     for cost in (DENSE, REDUCED):
