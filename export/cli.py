@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from framefusion.export.build import Built
     from framefusion.export.options import BuildOptions
 
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # generic only since click 8.2
+
 Number = TypeVar("Number", int, float)
 FOLDER = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 
 
-class CommaList(click.ParamType["tuple[Number, ...]"], Generic[Number]):
+class CommaList(ParamType, Generic[Number]):
     """Numbers with commas between them."""
 
     def __init__(self, kind: type[Number]) -> None:
