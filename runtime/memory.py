@@ -6,11 +6,12 @@ The peak of a process is the sum of these, or what is there while the vision tow
     weights      all segments and the vision tower, once for each graph over them: ONNX Runtime packs its own copy
     embedding    rows of the memory-mapped table that the prompt touches, a page for each at least
     activations  one arena for all graphs, which never shrinks:
-                   a segment with MLPs   padded tokens * (4 intermediate + 5 hidden) * 4 bytes
-                   a segment without     padded tokens * 6 hidden * 4 bytes
+                   a segment with MLPs   tokens of a chunk * (4 intermediate + 5 hidden) * 4 bytes
+                   a segment without     tokens of a chunk * 6 hidden * 4 bytes
                    the vision tower      patches at once * (2 MLP + 9 width) * 4 bytes
                  the largest segment's share and the tower's together, less OVERLAP of the smaller: where a block that
                  one of them left is large enough, it serves the other
+                 a chunk is the padded prompt; in the last segment it may be a part of it (stitching.CHUNK)
     rows         outside the arena: hidden states of the prompt, into a segment and out of it, with their rotary tables,
                  tokens * (3 hidden + head_dim) * 4 bytes
     caches       keys and values, 2 * heads * head_dim * 4 bytes a layer and slot; slots: tokens there + new ones
@@ -30,7 +31,7 @@ from framefusion.budget import check_cost
 from framefusion.errors import PromptError
 from framefusion.runtime.bundle import Manifest, SegmentRecord
 from framefusion.runtime.pipeline import PATCHES_AT_ONCE
-from framefusion.runtime.stitching import bucket_for
+from framefusion.runtime.stitching import bucket_for, chunks_of
 
 FLOAT = 4
 PAGE = 4096
@@ -145,8 +146,10 @@ def _video_bytes(manifest: Manifest, visual: int) -> int:
 def _segment_bytes(manifest: Manifest, record: SegmentRecord, length: int) -> int:
     model, fixed = manifest.model, manifest.fixed
     widest = 4 * model.intermediate_size + 5 * model.hidden_size if record.num_mlps else 6 * model.hidden_size
-    padded = max(fixed.lengths) if fixed is not None else bucket_for(record, length)
-    return padded * widest * FLOAT
+    if fixed is not None:
+        return max(fixed.lengths) * widest * FLOAT
+    longest = max(end - start for start, end in chunks_of(record, bucket_for(record, length)))
+    return longest * widest * FLOAT
 
 
 def _cache_bytes(manifest: Manifest, index: int, length: int, max_new_tokens: int) -> int:

@@ -28,6 +28,10 @@ from framefusion.runtime.kv_cache import SegmentCache
 
 Rows = NDArray[np.float32]
 
+CHUNK = 512
+"""Tokens of the last segment's prefill at a time. An attention kernel that computes the masked half as well pays for
+less of it, and the activations of the longest segment stop growing with the prompt."""
+
 
 class Stopwatch:
     """Seconds by stage."""
@@ -60,6 +64,11 @@ class TokenRows:
             return self
         kept = plan.kept
         return TokenRows(apply_plan(self.hidden, plan), self.cos[kept], self.sin[kept], self.origin[kept])
+
+    def part(self, start: int, end: int) -> TokenRows:
+        """Some of the rows."""
+        tokens = slice(start, end)
+        return TokenRows(self.hidden[tokens], self.cos[tokens], self.sin[tokens], self.origin[tokens])
 
     def padded(self, length: int) -> TokenRows:
         """The rows with zeros behind them."""
@@ -105,13 +114,14 @@ class Stitcher:
         for record in self.manifest.segments:
             length = len(rows.hidden)
             with stopwatch.stage("reduction"):
-                bound, cache = self._bind_prefill(record, rows, reduction, max_new_tokens)
+                chunks, cache = self._bind_prefill(record, rows, reduction, max_new_tokens)
             with stopwatch.stage("prefill"):
-                bound.run()
+                for chunk in chunks:
+                    chunk.run()
             cache.lengths[:] = length
             caches.append(cache)
             kept.append(rows.origin)
-            outputs = bound.outputs
+            outputs = chunks[-1].outputs
             if not record.head:
                 with stopwatch.stage("reduction"):
                     rows = TokenRows(outputs["hidden_out"][0, :length], rows.cos, rows.sin, rows.origin)
@@ -120,19 +130,25 @@ class Stitcher:
 
     def _bind_prefill(
         self, record: SegmentRecord, rows: TokenRows, reduction: ReductionState | None, max_new_tokens: int
-    ) -> tuple[BoundSegment, SegmentCache]:
+    ) -> tuple[list[BoundSegment], SegmentCache]:
+        """The runs that make up a segment's prefill: one, or chunks of which only the last gives an output."""
         length = len(rows.hidden)
         size = bucket_for(record, length)
-        model = self.manifest.model
+        model, layers = self.manifest.model, len(record.attention_layers)
         capacity = max(size, length + max_new_tokens)
-        cache = SegmentCache.empty(model.num_kv_heads, model.head_dim, [capacity] * len(record.attention_layers))
-        inputs = _row_inputs(rows.padded(size)) | {
-            "kv_len": np.full(len(record.attention_layers), size, np.int64),
-            "last": np.array([length - 1], np.int64),
-        }
-        if record.scores:
-            inputs["previous"] = _previous(reduction, size)
-        return self.backend.bind(record.graph, inputs, self._outputs(record, size), cache), cache
+        cache = SegmentCache.empty(model.num_kv_heads, model.head_dim, [capacity] * layers)
+        rows = rows.padded(size)
+        chunks = []
+        for start, end in chunks_of(record, size):
+            inputs = _row_inputs(rows.part(start, end)) | {
+                "kv_len": np.full(layers, end, np.int64),
+                "last": np.array([min(length, end) - start - 1], np.int64),
+            }
+            if record.scores:
+                inputs["previous"] = _previous(reduction, size)
+            outputs = self._outputs(record, end - start) if end == size else {}
+            chunks.append(self.backend.bind(record.graph, inputs, outputs, cache))
+        return chunks, cache
 
     def prefill_fixed(
         self, rows: TokenRows, labels: NDArray[np.int64], max_new_tokens: int, stopwatch: Stopwatch
@@ -223,6 +239,12 @@ class Decoder:
             cache.lengths[:] = kv_len
         logits: Rows = self._segments[-1].outputs["logits"][0]
         return logits
+
+
+def chunks_of(record: SegmentRecord, size: int) -> list[tuple[int, int]]:
+    """Begin and end of each chunk of a prefill; only a segment that ends in logits and has no buckets has several."""
+    step = CHUNK if record.head and record.buckets is None else size
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def bucket_for(record: SegmentRecord, length: int) -> int:

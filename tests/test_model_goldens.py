@@ -29,6 +29,7 @@ from framefusion.export.signatures import segment_module, trace_segment
 from framefusion.export.trace import save_graph
 from framefusion.export.weights import load_parameters, write_parameters
 from framefusion.policy import Reduction, ReductionSettings
+from framefusion.runtime import stitching
 from framefusion.runtime.backends import Backend
 from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from framefusion.runtime.bundle import (
@@ -211,6 +212,17 @@ def test_equals_the_recording(
         if step < 7:
             logits = decoder.step(table[tokens[-1]], cos[0], sin[0])
     assert tokens == told["decode_tokens"]
+
+
+@pytest.mark.parametrize("variant", ["dense", "layers_true_6"])
+@pytest.mark.parametrize("kind", ["eager", "gqa"])
+def test_equals_the_recording_in_chunks(
+    kind: str, variant: str, stitchers: Callable[[str, str], Stitcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last segment's prefill in parts of 48 tokens, the last part a short one."""
+    monkeypatch.setattr(stitching, "CHUNK", 48)
+    for model, name in CASES:
+        test_equals_the_recording(model, name, kind, variant, stitchers)
 
 
 def test_vision_tower_equals_the_recording() -> None:

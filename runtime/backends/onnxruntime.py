@@ -91,7 +91,11 @@ class OnnxRuntimeSegment:
         outputs: Mapping[str, Array],
         cache: SegmentCache | None,
     ) -> None:
+        import onnxruntime as ort
+
         self._session, self._binding, self._cache = session, session.io_binding(), cache
+        self._options = ort.RunOptions()
+        self._options.only_execute_path_to_fetches = True  # a chunk whose logits nobody wants has no head
         wanted = {value.name for value in session.get_inputs()}  # a graph drops inputs it has no use for
         self.inputs = {name: array for name, array in inputs.items() if name in wanted}
         self.outputs = outputs
@@ -114,7 +118,7 @@ class OnnxRuntimeSegment:
     def run(self) -> None:
         """Run the graph; outputs and caches change in place."""
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             shapes = {name: array.shape for name, array in self.inputs.items()}
             raise BackendError(f"onnxruntime refused inputs of shapes {shapes} ({error})") from error
