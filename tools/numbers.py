@@ -52,7 +52,7 @@ def prefill(told: dict[str, Any]) -> str:
         "Speed-up and limit are against ours at cost 1. Ours dense is "
         f"{told['dense_speed_up_over_eager']:.2f} times as fast as eager torch on this machine: what it gains in the "
         f"matrix products ({products['onnxruntime']} GFLOP/s against {products['torch']}), its attention over the "
-        "whole prompt loses."
+        "whole prompt mostly loses again."
     )
 
 
