@@ -302,7 +302,7 @@ def _fixed_drops(manifest: Manifest, labels: NDArray[np.int64]) -> list[int]:
     visual = tracks.count_visual(labels)
     for what, found, limit, flag in (
         ("text tokens", labels.size - visual, fixed.max_text, "--max-text-len"),
-        ("visual tokens", visual, fixed.max_visual, "--max-visual-len"),
+        ("visual tokens", visual, fixed.max_visual, "--max-input-len"),
         ("temporal grids in a track", tracks.longest_track(labels), fixed.max_track, "--max-frames"),
     ):
         if found > limit:
@@ -310,14 +310,13 @@ def _fixed_drops(manifest: Manifest, labels: NDArray[np.int64]) -> list[int]:
                 f"the prompt has {found} {what}, the bundle takes {limit}: sample less, or rebuild: {flag}"
             )
     drops = drop_counts(schedule, visual, tracks.count_tracks(labels))
-    dropped = 0
-    for drop, most in zip(np.cumsum(drops), np.cumsum(fixed.drops), strict=True):
-        dropped = int(drop)
-        if labels.size - dropped > fixed.max_text + fixed.max_visual - int(most):
+    left, room = labels.size, fixed.max_text + fixed.max_visual
+    for drop, most in zip(drops, fixed.drops, strict=True):
+        left, room = left - drop, room - most
+        if left > room or drop > most:
             raise BudgetError(
-                f"{labels.size - dropped} tokens are left where the graph has room for "
-                f"{fixed.max_text + fixed.max_visual - int(most)}: too few of them can merge (one frame?); "
-                "use an adaptive bundle for such input"
+                f"a reduction drops {drop} tokens and leaves {left}, the graph drops up to {most} and has room for "
+                f"{room}: too few tokens can merge before it (one frame?); use an adaptive bundle for such input"
             )
     return drops
 
