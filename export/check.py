@@ -161,7 +161,6 @@ def transformers_logits(plan: BuildPlan, prompt: Prompt, patches: Patches) -> Ar
     with _no_progress_bars():
         model = load(plan.checkpoint.folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True)
     visual = torch.from_numpy(prompt.labels >= 0)
-    video_id = plan.family.prompt_template(plan.checkpoint).video_pad_id
     with torch.inference_mode():
         result = model.eval()(
             input_ids=torch.from_numpy(prompt.token_ids)[None],
@@ -171,7 +170,6 @@ def transformers_logits(plan: BuildPlan, prompt: Prompt, patches: Patches) -> Ar
             mm_token_type_ids=torch.where(visual, 2, 0)[None].int(),
             logits_to_keep=1,
         )
-    assert video_id in prompt.token_ids
     logits: Array = result.logits[0, -1].numpy()
     return logits
 

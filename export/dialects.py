@@ -17,7 +17,7 @@ import onnx
 import torch
 from onnxscript.values import Op, Opset
 
-import framefusion.ops
+from framefusion.tracks import DISSIMILAR
 
 Symbol = Any  # a symbolic tensor of the exporter
 Translation = Callable[..., Any]
@@ -150,7 +150,7 @@ def similarity(hidden: Symbol, previous: Symbol) -> Symbol:
     scale = _op.Mul(norms, _op.Gather(norms, index, axis=0))
     comparable = _op.And(_op.GreaterOrEqual(previous, _ints(0)), _op.Greater(scale, _float(0.0)))
     tiny = _float(float(torch.finfo(torch.float32).tiny))
-    return _op.Where(comparable, _op.Div(dots, _op.Max(scale, tiny)), _float(framefusion.ops.NOT_SIMILAR))
+    return _op.Where(comparable, _op.Div(dots, _op.Max(scale, tiny)), _float(DISSIMILAR))
 
 
 def importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, kv: int) -> Symbol:

@@ -74,10 +74,6 @@ class Staging:
         """Files of all complete parts."""
         return {name: record for files in self._parts.values() for name, record in files.items()}
 
-    def is_complete(self, part: str) -> bool:
-        """Whether a part was written before and its files are what they were."""
-        return part in self._parts
-
     def check_space(self, sizes: Mapping[str, int]) -> None:
         """Refuse a disk that cannot hold the parts that are still to be written; `sizes` is bytes by part."""
         missing = sum(size for part, size in sizes.items() if part not in self._parts) + _SPARE

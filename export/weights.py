@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,10 +39,6 @@ class Source:
     rows: tuple[int, int] | None = None  # part of a stacked tensor
     transpose: bool = False  # checkpoints hold [out, in], graphs [in, out]
     flatten: bool = False  # a convolution used as a matrix: [out, ...] -> [out, n]
-
-    def as_matrix(self) -> Source:
-        """The same source, turned to [in, out]."""
-        return replace(self, transpose=True)
 
 
 @dataclass(frozen=True)

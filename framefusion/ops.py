@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from framefusion.tracks import DISSIMILAR
+
 NAMESPACE = "framefusion"
-NOT_SIMILAR = -2.0
-"""Similarity of a token that has no previous token in its track, or of a zero token: below every allowed bound."""
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
@@ -128,7 +128,7 @@ def similarity(hidden: Tensor, previous: Tensor) -> Tensor:
     scale = norms * norms[previous.clamp(min=0)]
     comparable = (previous >= 0) & (scale > 0)
     cosine = (rows * before).sum(-1) / scale.clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(comparable, cosine, torch.full_like(cosine, NOT_SIMILAR))
+    return torch.where(comparable, cosine, torch.full_like(cosine, DISSIMILAR))
 
 
 @similarity.register_fake

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-TEXT = -1
-DISSIMILAR = -2.0
+from framefusion.tracks import DISSIMILAR, TEXT
 
 _LARGEST = 2.0**126  # scores beyond it count as equal: the next power of two has no successor in fp32
 _NUM_STRETCHES = 509  # 254 powers of two, negative and positive, and 0

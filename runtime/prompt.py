@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from framefusion.errors import BundleError, PromptError
 from framefusion.runtime.positions import Grid, mrope_positions
 from framefusion.runtime.tokenizer import Tokenizer
+from framefusion.tracks import TEXT
 
 ROLES = ("system", "user", "assistant")
-TEXT_LABEL = -1
 
 
 class Visual(Enum):
@@ -162,7 +162,7 @@ def _text_and_grids(spans: Sequence[VisualSpan], length: int) -> list[int | Grid
 
 
 def _labels(spans: Sequence[VisualSpan], length: int) -> NDArray[np.int64]:
-    labels = np.full(length, TEXT_LABEL, np.int64)
+    labels = np.full(length, TEXT, np.int64)
     first = 0
     for span in spans:
         in_frame = span.length // span.grid.frames
