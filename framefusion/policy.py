@@ -178,7 +178,8 @@ class Reduction(ReductionState):
         share, needed = int(np.count_nonzero(similar)) / self.num_visual, self._required_drop()
         if share >= needed:  # the threshold overshoots the budget: the most similar ones that meet it
             self.finished = True
-            return merge_plan(self.labels, top(similarity, math.floor(needed * self.num_visual), among=mergeable))
+            count = math.floor(needed * self.num_visual)
+            return merge_plan(self.labels, top(tracks.settled(similarity), count, among=mergeable))
         if self._overdraws(share):
             return self._prune(importance)
         self._merging = share >= self.settings.ratio_lower_bound and self.call < self.settings.depth
@@ -220,7 +221,7 @@ class FixedReduction(ReductionState):
 
     def _decide(self, similarity: Scores | None, importance: Scores | None) -> Plan:
         if self.wants_similarity:
-            scores, drop = self._scores("similarity", similarity), self._drops[self.call]
+            scores, drop = tracks.settled(self._scores("similarity", similarity)), self._drops[self.call]
             return merge_plan(self.labels, top(scores, drop, among=tracks.previous_in_track(self.labels) >= 0))
         if not self.wants_importance:
             return keep_all(self.labels)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from framefusion.tracks import DISSIMILAR, TEXT
+from framefusion.tracks import DISSIMILAR, IDENTICAL, TEXT
 
 _LARGEST = 2.0**126  # scores beyond it count as equal: the next power of two has no successor in fp32
 _NUM_STRETCHES = 509  # 254 powers of two, negative and positive, and 0
@@ -34,7 +34,7 @@ class TokenState(NamedTuple):
     """The tokens present and all that travels with them. Text comes with label -1, and so does padding at the end.
 
     Attributes:
-        hidden: [S, D]
+        hidden: what merging averages: hidden states, and beside them what else follows a token by mean.  [S, D]
         cos: rotary table of each token.  [S, hd]
         sin: as cos.
         label: patch_type.  [S] int64
@@ -94,7 +94,8 @@ def _merge_by_rank(
     max_run: int,
 ) -> State:
     place = _inverse(order)
-    merged = exactly(drop, similarity, among=_take(_follows(_take(label, order)), place))
+    settled = torch.where(similarity >= IDENTICAL, 1.0, similarity)  # see tracks.settled
+    merged = exactly(drop, settled, among=_take(_follows(_take(label, order)), place))
     means = _take(_run_means(_take(hidden, order), _take(merged, order), max_run), place)
     return _compact(TokenState(means, cos, sin, label, order, origin), ~merged, out_len)
 

@@ -14,6 +14,9 @@ import numpy.typing as npt
 TEXT = -1
 # Below every cosine: the similarity of a token that has nothing it could merge into.
 DISSIMILAR = -2.0
+# Cosines from here on are 1 but for rounding. Separators and still pictures repeat one row many times: which of them
+# merges must not hang on the last bit of a sum, which differs from one machine to the next.
+IDENTICAL = 1 - 1e-6
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -94,6 +97,11 @@ def track_similarity(hidden: npt.NDArray[np.floating], labels: IntArray) -> Floa
         rows = tokens[start : start + _ROWS_AT_ONCE]
         similarity[rows] = _cosine(hidden[rows], hidden[previous[rows]])
     return similarity
+
+
+def settled(similarity: FloatArray) -> FloatArray:
+    """Return the similarity with identical tokens at exactly 1, so that they tie and the first ones go.  [S]"""
+    return np.where(similarity >= IDENTICAL, np.float32(1), similarity)
 
 
 def _cosine(left: npt.NDArray[np.floating], right: npt.NDArray[np.floating]) -> FloatArray:

@@ -263,3 +263,19 @@ def test_the_smallest_cost_itself_is_reached(layers: int) -> None:
     assert reduction.wants_importance
     reduction.step(np.zeros(46), np.ones(46))
     assert mean_entering(reduction, layers) == pytest.approx(45 / layers)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_repeat_tie_whatever_the_last_bit_says(seed: int) -> None:
+    """Two machines sum in another order: of identical separators the same ones must merge on both."""
+    labels = np.array([*np.tile(np.arange(4), 6), -1])
+    noise = np.random.default_rng(seed).uniform(-3e-7, 3e-7, labels.size)
+    similarity = np.where(labels == 3, 1 + noise, 0.8).astype(np.float32)
+    fixed = FixedReduction(budget.FixedSchedule((0.1,), 0, 0.5), labels).step(similarity, None)
+    settings = ReductionSettings(0.6, 0.6, 0.1, 4, 2)
+    adaptive = Reduction(settings, labels)
+    plan = adaptive.step(similarity, None)
+    dropped = np.setdiff1d(np.arange(labels.size), fixed.kept)
+    assert dropped.tolist() == [7, 11]  # the first of the separators that have one before them
+    again = Reduction(settings, labels).step(np.where(labels == 3, 1.0, 0.8).astype(np.float32), None)
+    np.testing.assert_array_equal(plan.kept, again.kept)
