@@ -1,59 +1,37 @@
 """The main path of the toolchain: a checkpoint to a checked bundle.
 
-    checkpoint -> plan -> [weights, graph] for each segment, vision, embedding, tokenizer -> manifest -> check -> rename
+    checkpoint -> plan -> [weights, graph] for each segment, vision, embedding, tokenizer (parts.py) -> manifest
+    -> check (verify.py) -> model card -> manifest -> rename
 
-Each part is written, hashed and journaled before the next, one tensor in memory at a time.
+Each part is written, hashed and journaled before the next.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-from torch import nn
-
 import framefusion
-from framefusion.errors import CheckFailedError, CheckpointError, InterruptedBuildError
-from framefusion.export import check, signatures, staging
+from framefusion.errors import BundleError, CheckFailedError, CheckpointError, InterruptedBuildError, StorageError
+from framefusion.export import staging
+from framefusion.export.card import write_card
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families import reading
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import (
-    DECODE_GRAPH,
-    GRAPH,
-    VISION_GRAPH,
-    WEIGHTS,
-    BuildPlan,
-    identity_of,
-)
-from framefusion.export.segments import SegmentPlan
+from framefusion.export.parts import Builder
+from framefusion.export.plan import BuildPlan, identity_of
 from framefusion.export.staging import Staging
-from framefusion.export.trace import save_graph
-from framefusion.export.weights import (
-    STORED,
-    OnBytes,
-    Placement,
-    Source,
-    ignore,
-    parameter_bytes,
-    write_parameters,
-    write_rows,
-)
-from framefusion.runtime.bundle import MANIFEST, SCHEMA_VERSION, EmbeddingRecord, Manifest, write_manifest
-from framefusion.runtime.records import to_json
-from framefusion.runtime.tokenizer import Tokenizer
+from framefusion.export.verify import Scope, report, scope_of
+from framefusion.progress import Meter, Progress
+from framefusion.runtime.bundle import MANIFEST, SCHEMA_VERSION, Manifest, read_manifest, write_manifest
+from framefusion.runtime.records import RecordError, from_json
 
-EMBEDDING_FILE, TOKENIZER_FILE = "embedding.bin", "tokenizer.json"
-CONVERTED_TOKENIZER = 1 << 22  # bytes set aside for a tokenizer that is made from vocabulary files
-TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
-
-Progress = Callable[[str, int, int], None]
-"""Told the part that is written, bytes done so far, and bytes of all parts; `check` is the last part."""
+CARD = "card"  # the part of the model card
 
 
 @dataclass(frozen=True)
@@ -64,128 +42,6 @@ class Built:
     manifest: Manifest
 
 
-class Builder:
-    """Carries out one plan; tells `on_bytes` of what it writes."""
-
-    def __init__(self, plan: BuildPlan, on_bytes: OnBytes = ignore) -> None:
-        self.plan, self._on_bytes = plan, on_bytes
-        self._graphs: dict[Any, ir.Model] = {}  # traced once for each structure
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each part, graphs left out."""
-        plan = self.plan
-        parts = {f"segments/{segment.name}": plan.segment_record(segment).weight_bytes for segment in plan.segments}
-        rows, width = plan.checkpoint.shape(self._embedding_key())
-        parts["vision"] = parameter_bytes(plan.tower, plan.dtype)
-        parts["embedding"] = rows * width * (4 if self._embedding_dtype() == "float32" else 2)
-        source = plan.checkpoint.folder / TOKENIZER_FILE
-        parts["tokenizer"] = source.stat().st_size if source.is_file() else CONVERTED_TOKENIZER
-        return parts
-
-    def producers(self) -> dict[str, Callable[[Path], list[str]]]:
-        """What writes each part; each returns the names of its files. What may be refused comes first."""
-        first = {"tokenizer": self._write_tokenizer, "embedding": self._write_embedding, "vision": self._write_vision}
-        return first | {f"segments/{s.name}": self._segment_producer(s) for s in self.plan.segments}
-
-    def manifest(self, staged: Staging) -> Manifest:
-        """The manifest of the parts staged."""
-        plan = self.plan
-        rows, width = plan.checkpoint.shape(self._embedding_key())
-        return Manifest(
-            schema_version=SCHEMA_VERSION,
-            tools={"framefusion-aot": framefusion.__version__} | {tool: version(tool) for tool in TOOLS},
-            model=plan.model_record(),
-            limits=plan.limits,
-            dialect=plan.dialect.name,
-            reduction=plan.reduction,
-            segments=tuple(plan.segment_record(segment) for segment in plan.segments),
-            vision=plan.vision_record(),
-            embedding=EmbeddingRecord(EMBEDDING_FILE, self._embedding_dtype(), rows, width),  # type: ignore[arg-type]
-            prompt=plan.family.prompt_template(plan.checkpoint),
-            preprocessing=plan.preprocessing,
-            sampling=plan.sampling,
-            generation=reading.generation(plan.checkpoint),
-            files=staged.files,
-            fixed=plan.fixed,
-            options=to_json(plan.options),
-        )
-
-    def _segment_producer(self, segment: SegmentPlan) -> Callable[[Path], list[str]]:
-        return lambda folder: self._write_segment(folder, segment)
-
-    def _write_segment(self, folder: Path, segment: SegmentPlan) -> list[str]:
-        plan, target = self.plan, folder / "segments" / segment.name
-        target.mkdir(parents=True, exist_ok=True)
-        module = signatures.segment_module(plan.config, segment)
-        places = self._write_weights(module, plan.sources(segment), target / WEIGHTS)
-        graph = self._traced(segment.structure, lambda: signatures.trace_segment(plan.config, segment, plan.dialect))
-        names = [WEIGHTS, GRAPH]
-        if plan.fixed is not None:  # the reductions are in the prefill graph; decoding runs the plain one
-            save_graph(graph, target / DECODE_GRAPH, WEIGHTS, places)
-            graph = signatures.trace_fixed_prefill(plan.fixed_module(), plan.dialect)
-            names.append(DECODE_GRAPH)
-        save_graph(graph, target / GRAPH, WEIGHTS, places)
-        return [f"segments/{segment.name}/{name}" for name in names]
-
-    def _write_weights(self, module: nn.Module, sources: Mapping[str, Source], path: Path) -> dict[str, Placement]:
-        return write_parameters(module, self.plan.checkpoint, sources, self.plan.dtype, path, self._on_bytes)
-
-    def _traced(self, structure: Any, trace: Callable[[], ir.Model]) -> ir.Model:
-        if structure not in self._graphs:
-            self._graphs[structure] = trace()
-        return self._graphs[structure]
-
-    def _write_vision(self, folder: Path) -> list[str]:
-        plan, path = self.plan, folder / VISION_GRAPH
-        path.parent.mkdir(exist_ok=True)
-        places = self._write_weights(plan.tower, plan.tower_sources, path.parent / WEIGHTS)
-        save_graph(signatures.trace_tower(plan.tower, plan.dialect), path, WEIGHTS, places)  # type: ignore[arg-type]
-        return [VISION_GRAPH, f"{Path(VISION_GRAPH).parent}/{WEIGHTS}"]
-
-    def _write_embedding(self, folder: Path) -> list[str]:
-        write_rows(self.plan.checkpoint, self._embedding_key(), folder / EMBEDDING_FILE, self._on_bytes)
-        return [EMBEDDING_FILE]
-
-    def _write_tokenizer(self, folder: Path) -> list[str]:
-        source = self.plan.checkpoint.folder
-        if (source / TOKENIZER_FILE).is_file():
-            shutil.copyfile(source / TOKENIZER_FILE, folder / TOKENIZER_FILE)
-        else:
-            _convert_tokenizer(source, folder / TOKENIZER_FILE)
-        tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
-        self.plan.family.prompt_template(self.plan.checkpoint).check(tokenizer)
-        return [TOKENIZER_FILE]
-
-    def _embedding_key(self) -> str:
-        return reading.llm_prefix(self.plan.checkpoint, self.plan.family) + reading.EMBEDDING
-
-    def _embedding_dtype(self) -> str:
-        stored = self.plan.checkpoint.dtype(self._embedding_key())
-        if stored not in STORED:
-            raise CheckpointError(f"the embedding table is stored as {stored}; known are {', '.join(STORED)}")
-        return STORED[stored]
-
-
-class Meter:
-    """What was written so far, passed on as `Progress`."""
-
-    def __init__(self, progress: Progress | None, sizes: Mapping[str, int]) -> None:
-        self._progress, self._sizes, self._total = progress, sizes, sum(sizes.values())
-        self._part, self._before, self._written = "", 0, 0
-
-    def begin(self, part: str) -> None:
-        """All of the part before it is there, written now or taken over."""
-        self._before += self._sizes.get(self._part, 0)
-        self._part, self._written = part, 0
-        self.add(0)
-
-    def add(self, size: int) -> None:
-        """Some more of the part is written."""
-        self._written += size
-        if self._progress is not None:
-            self._progress(self._part, self._before + self._written, self._total)
-
-
 def build(
     checkpoint: Checkpoint,
     output: Path,
@@ -193,6 +49,7 @@ def build(
     *,
     force: bool = False,
     verify: bool = True,
+    tolerance: float | None = None,
     progress: Progress | None = None,
 ) -> Built:
     """Build a bundle, check it against the eager model, and give it its name.
@@ -203,7 +60,8 @@ def build(
         options: see `BuildOptions`.
         force: replace an output that exists.
         verify: run the check; without it the manifest says so.
-        progress: told of each part.
+        tolerance: largest error that passes the check, see `check.check_bundle`; None takes its default.
+        progress: told of each part and of the bytes of it; `check` is the last part.
 
     Raises:
         CheckFailedError: the bundle does not reproduce the eager model; its parts stay in NAME.partial.
@@ -211,48 +69,99 @@ def build(
     """
     try:
         plan = BuildPlan(checkpoint, options)
+        scope = scope_of(plan) if verify else None
         key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
-        with Staging(output, key, force=force) as staged:
-            manifest = _write_parts(plan, staged, progress)
-            if verify:
-                manifest = replace(manifest, check=_check(staged.folder, plan))
-                with staged.writing(MANIFEST):
-                    write_manifest(staged.folder, manifest)
+        with Staging(output, key, force=force, progress=progress) as staged:
+            staged.forget(CARD)
+            meter = Meter(progress, sizes_of(plan, scope))
+            manifest = _write_parts(plan, staged, meter)
+            if scope is not None:
+                scratch = partial(scratch_bundle, checkpoint, staged.folder, meter)
+                checked = report(staged.folder, plan, scope, tolerance, scratch)
+                manifest = replace(manifest, check=_passed(checked, staged.folder))
+            manifest = _describe(manifest, checkpoint, staged)
             staged.publish()
     except KeyboardInterrupt:
         raise InterruptedBuildError("interrupted before anything was written: run the same command again") from None
     return Built(output, manifest)
 
 
-def _write_parts(plan: BuildPlan, staged: Staging, progress: Progress | None) -> Manifest:
-    """Write what is not complete yet, then the manifest."""
+def sizes_of(plan: BuildPlan, scope: Scope | None) -> dict[str, int]:
+    """Bytes of each part that will be written, the bundle that only the check needs among them."""
     sizes = Builder(plan).sizes()
-    staged.check_space(sizes)
-    meter = Meter(progress, sizes)
-    builder = Builder(plan, meter.add)
+    if scope is None:
+        return sizes
+    other = None if scope.options is None else Builder(BuildPlan(plan.checkpoint, scope.options)).sizes()
+    return sizes | {"check": sum(other.values()) if other else 0}
+
+
+@contextmanager
+def scratch_bundle(checkpoint: Checkpoint, place: Path, meter: Meter, options: BuildOptions) -> Iterator[Path]:
+    """A bundle of other options in a folder of its own in `place`, gone when the body ends.
+
+    In a staging folder what a killed process leaves is removed by the next build.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".check-", dir=place))
+    except OSError as error:
+        raise StorageError(f"{place} cannot be written ({error.strerror}): the check builds a bundle there") from None
+    try:
+        yield build(checkpoint, folder / "bundle", options, verify=False, progress=meter.within).folder
+    except InterruptedBuildError:
+        raise KeyboardInterrupt from None  # what it says is of the scratch bundle
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_parts(plan: BuildPlan, staged: Staging, meter: Meter) -> Manifest:
+    """Write what is not complete yet, then the manifest."""
+    staged.check_space(meter.sizes)
+    builder = Builder(plan, meter)
     for part, produce in builder.producers().items():
         meter.begin(part)
         staged.write(part, produce)
-    meter.begin("check")
-    manifest = builder.manifest(staged)
+    meter.begin("check" if "check" in meter.sizes else "manifest")
+    manifest = builder.manifest(staged.files, staged.folder)
     with staged.writing(MANIFEST):
         write_manifest(staged.folder, manifest)
     return manifest
 
 
-def _check(folder: Path, plan: BuildPlan) -> Mapping[str, Any]:
-    report = check.check_bundle(folder, plan)
+def _describe(manifest: Manifest, checkpoint: Checkpoint, staged: Staging) -> Manifest:
+    """Write the model card, which says what was checked, then the manifest, which has the card's hash."""
+    staged.write(CARD, lambda folder: write_card(folder, manifest, checkpoint.folder))
+    described = replace(manifest, files=staged.files)
+    with staged.writing(MANIFEST):
+        write_manifest(staged.folder, described)
+    return described
+
+
+def _passed(report: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     if not report["passed"]:
         failed = ", ".join(f"{line['what']}: {line['value']:.3g} > {line['limit']:.3g}" for line in report["failures"])
         raise CheckFailedError(f"{folder} does not reproduce the eager model ({failed}); it was not published")
     return report
 
 
-def _convert_tokenizer(source: Path, target: Path) -> None:
-    """Make tokenizer.json of a checkpoint that has only vocabulary files."""
-    from transformers import AutoTokenizer
+def check_again(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Repeat the comparison for a bundle that was published, from the options in its manifest.
 
+    Raises:
+        BundleError: the manifest does not say how it was built.
+        CheckpointError: the checkpoint is not the one that the bundle was built from.
+    """
+    manifest = read_manifest(folder)
     try:
-        AutoTokenizer.from_pretrained(source).backend_tokenizer.save(str(target))
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{source} has no {TOKENIZER_FILE} and none can be made of it ({error})") from None
+        options = from_json(BuildOptions, manifest.options)
+    except RecordError as error:
+        raise BundleError(f"{folder} does not say how it was built ({error}): rebuild it") from None
+    plan = BuildPlan(checkpoint, options)
+    ours, theirs = asdict(manifest.model), asdict(plan.model_record())
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise CheckpointError(
+                f"{checkpoint.folder} has {name} {theirs[name]}, the bundle was built from one with {value}: "
+                "give the checkpoint that it was built from"
+            )
+    scratch = partial(scratch_bundle, checkpoint, folder.absolute().parent, Meter())
+    return report(folder, plan, scope_of(plan), manifest.check.get("tolerance"), scratch)

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from framefusion.errors import BudgetError
-from framefusion.export.build import Builder
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.engines.eager import EagerBackend
+from framefusion.export.parts import Builder
 from framefusion.export.plan import BuildOptions, BuildPlan
 from framefusion.export.staging import Staging
 from framefusion.policy import CallRecord
@@ -71,9 +71,11 @@ def _eager_pipeline(plan: BuildPlan, folder: Path) -> Pipeline:
     with Staging(folder, "calibration", force=False) as staged:
         for part in ("embedding", "tokenizer"):
             staged.write(part, producers[part])
-        write_manifest(staged.folder, builder.manifest(staged))
+        write_manifest(staged.folder, builder.manifest(staged.files, staged.folder))
         staged.publish()
-    return Pipeline(Bundle(folder), EagerBackend(plan.eager_loaders()))
+    bundle = Bundle(folder)
+    in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
+    return Pipeline(in_fp32, EagerBackend(plan.eager_loaders()))
 
 
 def _history(pipeline: Pipeline, clip: Path) -> Sequence[CallRecord]:

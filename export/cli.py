@@ -6,63 +6,22 @@ torch and its kin are imported by the commands that need them, so that help, `in
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import framefusion
 from framefusion import console
 from framefusion.errors import BackendError, BudgetError, CheckFailedError
+from framefusion.export.flags import BUNDLE_REVISION, CHECKPOINT_REVISION, COUNT, TOLERANCE, build_options
+from framefusion.progress import progress_lines
 
 if TYPE_CHECKING:
     from framefusion.export.build import Built
+    from framefusion.export.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
 
-    ParamType = click.ParamType[Any]
-else:
-    ParamType = click.ParamType  # generic only since click 8.2
-
-Number = TypeVar("Number", int, float)
 FOLDER = click.Path(path_type=Path)
-COUNT = click.IntRange(min=1)
-
-
-class CommaList(ParamType, Generic[Number]):
-    """Numbers with commas between them."""
-
-    def __init__(self, kind: type[Number]) -> None:
-        self.kind: type[Number] = kind
-        self.name = f"{kind.__name__},..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Number, ...]:
-        """Read "0.4,0.1"."""
-        try:
-            return value if isinstance(value, tuple) else tuple(map(self.kind, value.split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is no list of {self.kind.__name__} with commas between them", param, ctx)
-
-
-# One option for each field of BuildOptions; what is not given keeps that class's default.
-BUILD_OPTIONS = (
-    click.option("--reduction", type=click.Choice(("none", "fixed", "adaptive")), help="Where tokens are dropped."),
-    click.option("--cost", type=float, help="Share of the computation over visual tokens that is kept, in (0, 1]."),
-    click.option("--similarity-lower-bound", type=float, help="Tokens at least this alike merge (adaptive)."),
-    click.option("--ratio-lower-bound", type=float, help="Merging ends when a smaller share merges (adaptive)."),
-    click.option("--depth", type=click.IntRange(min=0), help="Deepest layer a reduction may follow (adaptive)."),
-    click.option("--merge-shares", type=CommaList(float), help="Share merged at calls 0, 1, ... (fixed)."),
-    click.option("--prune-layer", type=click.IntRange(min=0), help="Layer the prune follows (fixed)."),
-    click.option("--dialect", help="How the graphs say attention: gqa (ONNX Runtime) or portable."),
-    click.option("--buckets", type=CommaList(int), help="Sizes of a prefill; the gqa dialect needs none."),
-    click.option("--max-input-len", type=COUNT, help="Longest prompt in tokens."),
-    click.option("--max-kv-cache-capacity", type=COUNT, help="Longest prompt and answer together."),
-    click.option("--max-text-len", type=COUNT, help="Longest text of a prompt (fixed)."),
-    click.option("--dtype", type=click.Choice(("float32",)), help="Of the weights in the bundle."),
-    click.option("--num-decoder-layer", type=COUNT, help="Take only the first layers, for a smoke test."),
-    click.option("--fps", type=click.FloatRange(min=0, min_open=True), help="Frames sampled from a second of film."),
-    click.option("--max-frames", type=COUNT, help="Most frames sampled."),
-    click.option("--min-pixels", type=COUNT, help="Smallest frame."),
-    click.option("--max-pixels", type=COUNT, help="Largest frame."),
-)
 
 
 @click.group(cls=console.CommandGroup)
@@ -71,37 +30,54 @@ def ff_export() -> None:
     """Export a video LVLM with token reduction inside its LLM."""
 
 
-def _with_build_options(command: Any) -> Any:
-    for option in reversed(BUILD_OPTIONS):
-        command = option(command)
-    return command
-
-
 @ff_export.command()
-@click.argument("checkpoint", type=FOLDER)
+@click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=FOLDER, help="Folder of the bundle.")
-@_with_build_options
+@CHECKPOINT_REVISION
+@build_options
 @click.option("--calibrate", "clips", multiple=True, type=FOLDER, help="Film to set the fixed schedule by; repeatable.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @click.option("--no-check", is_flag=True, help="Do not compare the bundle with the eager model.")
+@TOLERANCE
 @console.json_option
-def build(checkpoint: Path, output: Path, clips: tuple[Path, ...], force: bool, no_check: bool, **fields: Any) -> None:
-    """Make a bundle of the folder CHECKPOINT and check it against the eager model."""
+def build(
+    checkpoint: str,
+    output: Path,
+    revision: str | None,
+    clips: tuple[Path, ...],
+    force: bool,
+    no_check: bool,
+    tolerance: float | None,
+    **fields: Any,
+) -> None:
+    """Make a bundle of CHECKPOINT and check it.
+
+    CHECKPOINT is a folder, or an id on the Hugging Face hub: ORGANISATION/MODEL. The bundle gets its name when it was
+    compared with the eager model.
+    """
     from framefusion.export.options import BuildOptions
 
     options = BuildOptions(**{name: value for name, value in fields.items() if value is not None})
-    with console.progress_by_part() as progress:
-        built = _build(checkpoint, output, options, clips, force=force, verify=not no_check, progress=progress)
+    source = _open(checkpoint, revision)
+    with progress_lines() as progress:
+        how: dict[str, Any] = {"force": force, "verify": not no_check, "tolerance": tolerance, "progress": progress}
+        built = _build(source, output, options, clips, **how)
     console.show(_built_report(built), _render_built)
 
 
-def _build(checkpoint: Path, output: Path, options: BuildOptions, clips: tuple[Path, ...], **how: Any) -> Built:
+def _open(name: str, revision: str | None) -> Checkpoint:
+    """A checkpoint by folder or id; a package that is missing is told before anything is downloaded."""
     try:
-        from framefusion.export.build import build as build_bundle
+        import framefusion.export.build  # noqa: F401  what the callers need
         from framefusion.export.checkpoint import Checkpoint
     except ImportError as error:
         raise _missing(error) from None
-    source = Checkpoint(checkpoint)
+    return Checkpoint.named(name, revision)
+
+
+def _build(source: Checkpoint, output: Path, options: BuildOptions, clips: tuple[Path, ...], **how: Any) -> Built:
+    from framefusion.export.build import build as build_bundle
+
     if clips:
         if options.reduction != "fixed":
             raise BudgetError(f"--calibrate sets the schedule of --reduction fixed, not of {options.reduction}")
@@ -138,17 +114,41 @@ def _render_built(report: dict[str, Any]) -> str:
 
 def _render_lines(check: dict[str, Any]) -> str:
     """The comparison as a table."""
-    rows = [(line["what"], f"{line['value']:.3g}", f"{line['limit']:.3g}") for line in check["lines"]]
+    from framefusion.export.inspection import comparison
+
     verdict = "passed" if check["passed"] else "FAILED"
-    return f"check {verdict}, reference: {check['reference']}\n" + console.table(("compared", "error", "limit"), rows)
+    return f"check {verdict}, reference: {check['reference']}\n{comparison(check)}"
+
+
+@ff_export.command()
+@click.argument("checkpoint")
+@click.option("-o", "--output", type=FOLDER, default=Path("."), help="Where the bundle is to be; default: here.")
+@CHECKPOINT_REVISION
+@build_options
+@click.option("--no-check", is_flag=True, help="Of a build that leaves the check out.")
+@console.json_option
+def plan(checkpoint: str, output: Path, revision: str | None, no_check: bool, **fields: Any) -> None:
+    """Say what a build of CHECKPOINT will write and take, from its configuration and headers alone.
+
+    The flags are those of `build`. Nothing is written and no weight is read.
+    """
+    from framefusion.export.options import BuildOptions
+
+    options = BuildOptions(**{name: value for name, value in fields.items() if value is not None})
+    source = _open(checkpoint, revision)
+    from framefusion.export.forecast import forecast, render
+    from framefusion.export.plan import BuildPlan
+
+    console.show(forecast(BuildPlan(source, options), output, verify=not no_check), render)
 
 
 @ff_export.command()
 @click.argument("bundle", type=FOLDER)
-@click.option("--checkpoint", type=FOLDER, help="Compare with the eager model again; the folder it was built from.")
+@click.option("--checkpoint", help="Compare with the eager model again: the folder or id that it was built from.")
+@BUNDLE_REVISION
 @console.json_option
 @click.pass_context
-def check(ctx: click.Context, bundle: Path, checkpoint: Path | None) -> None:
+def check(ctx: click.Context, bundle: Path, checkpoint: str | None, revision: str | None) -> None:
     """Verify the files of BUNDLE, all of them hashed afresh."""
     from framefusion.runtime.bundle import read_manifest, verify_files
 
@@ -156,20 +156,20 @@ def check(ctx: click.Context, bundle: Path, checkpoint: Path | None) -> None:
     verify_files(bundle, manifest.files, trust_stamps=False)
     size = sum(record.size for record in manifest.files.values())
     files = {"count": len(manifest.files), "bytes": size}
-    comparison = None if checkpoint is None else _compare(bundle, checkpoint)
+    if revision is None and manifest.source is not None and checkpoint == manifest.source.name:
+        revision = None if Path(checkpoint).is_dir() else manifest.source.commit
+    comparison = None if checkpoint is None else _compare(bundle, checkpoint, revision)
     console.show({"bundle": str(bundle), "files": files, "comparison": comparison}, _render_check)
     if comparison is not None and not comparison["passed"]:
         console.log(f"error: {bundle} does not reproduce the eager model of {checkpoint}: rebuild it")
         ctx.exit(CheckFailedError.exit_code)
 
 
-def _compare(bundle: Path, checkpoint: Path) -> dict[str, Any]:
-    try:
-        from framefusion.export.check import check_again
-        from framefusion.export.checkpoint import Checkpoint
-    except ImportError as error:
-        raise _missing(error) from None
-    return check_again(bundle, Checkpoint(checkpoint))
+def _compare(bundle: Path, checkpoint: str, revision: str | None) -> dict[str, Any]:
+    source = _open(checkpoint, revision)
+    from framefusion.export.build import check_again
+
+    return check_again(bundle, source)
 
 
 def _render_check(report: dict[str, Any]) -> str:
@@ -195,20 +195,27 @@ def inspect(bundle: Path, **question: Any) -> None:
 @ff_export.command()
 @console.json_option
 def families() -> None:
-    """List the model families that can be exported."""
+    """List the model families, and what each was verified against."""
     from framefusion.export.families import FAMILIES
 
-    names = ("name", "model_types", "checkpoints", "verified")
+    names = ("name", "architectures", "llm_architectures", "model_types", "checkpoints", "verified", "reference")
     rows = [{name: getattr(family, name) for name in names} for family in FAMILIES]
     console.show({"families": rows}, _render_families)
 
 
 def _render_families(report: dict[str, Any]) -> str:
-    rows = [
-        (row["name"], ", ".join(row["model_types"]), ", ".join(row["checkpoints"]), row["verified"])
-        for row in report["families"]
-    ]
-    return console.table(("name", "model_types", "checkpoints", "verified"), rows)
+    blocks = ["A checkpoint belongs to the family that its config.json names by architecture."]
+    for row in report["families"]:
+        within = f" with {' or '.join(row['llm_architectures'])} within" if row["llm_architectures"] else ""
+        facts = {
+            "family": row["name"],
+            "architecture": ", ".join(row["architectures"]) + within,
+            "declared for": ", ".join(row["checkpoints"]),
+            "verified against": row["verified"],
+            "a build compares": f"with {row['reference'] or 'eager torch alone'}",
+        }
+        blocks.append(console.labelled(facts))
+    return "\n\n".join(blocks)
 
 
 def main() -> None:

@@ -63,6 +63,20 @@ _GQA = declare_op(
 _MULTI_HEAD = declare_op(
     _contrib, "MultiHeadAttention", dict.fromkeys(("query", "key", "value"), "T"), ("output",), {"num_heads": _INT}
 )
+_MASKED_MULTI_HEAD = declare_op(
+    _contrib,
+    "MultiHeadAttention",
+    dict.fromkeys(("query", "key", "value", "bias"), "T") | {"key_padding_mask": "M"} | {"attention_bias": "T"},
+    ("output",),
+    {"num_heads": _INT},
+)
+_MASKED_ATTENTION = declare_op(
+    _op,
+    "Attention",
+    dict.fromkeys(("Q", "K", "V", "attn_mask"), "T"),
+    ("Y",),
+    {"q_num_heads": _INT, "kv_num_heads": _INT},
+)
 _ATTENTION = declare_op(
     _op, "Attention", dict.fromkeys(("Q", "K", "V"), "T"), ("Y",), {"q_num_heads": _INT, "kv_num_heads": _INT}
 )
@@ -130,6 +144,16 @@ def portable_full_attention(query: Symbol, key: Symbol, value: Symbol, heads: in
     return _ATTENTION(query, key, value, q_num_heads=heads, kv_num_heads=heads)
 
 
+def contrib_masked_attention(query: Symbol, key: Symbol, value: Symbol, bias: Symbol, heads: int) -> Symbol:
+    """As above, the mask added to the scores."""
+    return _MASKED_MULTI_HEAD(query, key, value, None, None, bias, num_heads=heads)
+
+
+def portable_masked_attention(query: Symbol, key: Symbol, value: Symbol, bias: Symbol, heads: int) -> Symbol:
+    """As above, the mask added to the scores."""
+    return _MASKED_ATTENTION(query, key, value, bias, q_num_heads=heads, kv_num_heads=heads)
+
+
 def contrib_swish(x: Symbol, alpha: float) -> Symbol:
     """One pass over memory instead of two or three."""
     return _QUICK_GELU(x, alpha=alpha)
@@ -182,6 +206,7 @@ class Dialect:
     translations: Mapping[str, Translation]
     exact_shapes: bool  # True: any length runs as it is; False: one static size a bucket
     opset: int  # the lowest that has its operators: older runtimes refuse newer ones
+    head_dim_multiple: int = 1  # of the channels of a head, as its kernels want them
 
     def table(self) -> dict[Any, Translation]:
         """As torch's exporter wants it: overload -> function."""
@@ -204,10 +229,12 @@ DIALECTS = {
             | {
                 "cache_attention": gqa_cache_attention,
                 "full_attention": contrib_full_attention,
+                "masked_attention": contrib_masked_attention,
                 "swish": contrib_swish,
             },
             exact_shapes=True,
             opset=23,
+            head_dim_multiple=8,
         ),
         Dialect(
             "portable",
@@ -216,6 +243,7 @@ DIALECTS = {
             | {
                 "cache_attention": portable_cache_attention,
                 "full_attention": portable_full_attention,
+                "masked_attention": portable_masked_attention,
                 "swish": portable_swish,
             },
             exact_shapes=False,

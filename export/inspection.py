@@ -10,7 +10,14 @@ from typing import Any
 from framefusion.budget import describe_cost
 from framefusion.console import in_bytes, table
 from framefusion.errors import PromptError
-from framefusion.runtime.bundle import MANIFEST, Manifest, read_manifest
+from framefusion.runtime.bundle import (
+    MANIFEST,
+    UNKNOWN_LICENSE,
+    FileRecord,
+    Manifest,
+    SourceRecord,
+    read_manifest,
+)
 from framefusion.runtime.memory import MemoryPlan, expected_lengths, memory_plan
 
 TEXT = 64  # tokens of text taken for granted where only the length of a prompt is asked
@@ -41,6 +48,7 @@ def report(folder: Path, question: Question) -> dict[str, Any]:
     }
     return {
         "bundle": str(folder),
+        "source": None if manifest.source is None else asdict(manifest.source),
         "model": asdict(manifest.model),
         "dialect": manifest.dialect,
         "limits": asdict(manifest.limits),
@@ -75,12 +83,31 @@ def padding(buckets: tuple[int, ...]) -> list[dict[str, Any]]:
 
 def bytes_by_part(folder: Path, manifest: Manifest) -> dict[str, int]:
     """Bytes on disk: one entry a segment, and one each for the other parts."""
+    return bytes_of_files(manifest.files) | {"manifest": (folder / MANIFEST).stat().st_size}
+
+
+def bytes_of_files(files: Mapping[str, FileRecord]) -> dict[str, int]:
+    """The same for the files that a manifest records."""
     sizes: dict[str, int] = {}
-    for name, record in manifest.files.items():
+    for name, record in files.items():
         parts = Path(name).parts
         part = "/".join(parts[:2]) if parts[0] == "segments" else Path(parts[0]).stem
         sizes[part] = sizes.get(part, 0) + record.size
-    return sizes | {"manifest": (folder / MANIFEST).stat().st_size}
+    return sizes
+
+
+def base_model(source: SourceRecord) -> str:
+    """The checkpoint in a line: its id with the commit, or the folder's name."""
+    if not source.on_hub:
+        return f"{source.name}, a folder"
+    return f"{source.name} at {source.commit}" + (f" ({source.revision})" if source.revision != source.commit else "")
+
+
+def licence(source: SourceRecord) -> str:
+    """What the checkpoint says of its licence, in a line."""
+    if source.license == UNKNOWN_LICENSE:
+        return "unknown: the checkpoint does not state one"
+    return (source.license_name or source.license) + (f" ({source.license_link})" if source.license_link else "")
 
 
 def _prompt(manifest: Manifest, question: Question) -> tuple[int, int]:
@@ -123,6 +150,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"{facts['bundle']}: {model['family']} ({model['model_type']}), {model['num_layers']} layers, "
         f"hidden {model['hidden_size']}, {model['num_heads']}/{model['num_kv_heads']} heads of {model['head_dim']}, "
         f"vocabulary {model['vocab_size']}, {model['dtype']}",
+        *_source_lines(facts["source"]),
         f"reduction: {facts['reduction']['text']}",
         f"dialect: {facts['dialect']}",
         f"limits: {limits['max_input_len']} tokens of prompt, {limits['max_kv_cache_capacity']} with the answer",
@@ -134,11 +162,18 @@ def render(facts: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def _source_lines(source: Mapping[str, Any] | None) -> list[str]:
+    if source is None:
+        return []
+    record = SourceRecord(**source)
+    return [f"base model: {base_model(record)}", f"licence: {licence(record)}"]
+
+
 def _segment_table(segments: list[dict[str, Any]]) -> str:
     names = ("segment", "MLPs", "attentions", "weights", "buckets", "KV worst", "KV expected", "KV bytes worst")
     rows = [
         (
-            row["name"], _span(row["mlp_layers"]), _span(row["attention_layers"]), in_bytes(row["weight_bytes"]),
+            row["name"], span(row["mlp_layers"]), span(row["attention_layers"]), in_bytes(row["weight_bytes"]),
             "static" if row["static"] else len(row["buckets"]) or "any length",
             row["kv_length"]["worst"], row["kv_length"]["expected"], in_bytes(row["kv_bytes"]["worst"]),
         )
@@ -147,7 +182,8 @@ def _segment_table(segments: list[dict[str, Any]]) -> str:
     return table(names, rows)
 
 
-def _span(layers: list[int]) -> str:
+def span(layers: list[int]) -> str:
+    """First and last of some layers in a row: 3-9."""
     if len(layers) < 2:
         return "".join(map(str, layers)) or "-"
     return f"{layers[0]}-{layers[-1]}"
@@ -160,7 +196,7 @@ def _shapes(facts: Mapping[str, Any]) -> str:
         return _bucket_table(facts["buckets"])
     schedule, size = facts["reduction"]["schedule"], fixed["max_text"] + fixed["max_visual"]
     merges = ", ".join(f"call {call} merges {share:.1%}" for call, share in enumerate(schedule["merge_shares"]))
-    rows = [(_span(layers), length, f"{length / size:.1%}") for length, layers in _runs(fixed["lengths"])]
+    rows = [(span(layers), length, f"{length / size:.1%}") for length, layers in _runs(fixed["lengths"])]
     return (
         f"static: up to {fixed['max_text']} tokens of text and {fixed['max_visual']} visual ones, padded to {size}\n"
         f"schedule: {merges or 'no merge'}; after layer {schedule['prune_layer']} {schedule['prune_share']:.1%} "
@@ -203,5 +239,11 @@ def _memory_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
 def _check_table(check: Mapping[str, Any] | None) -> str:
     if check is None:
         return "not checked against the eager model"
+    return f"checked against {check['reference']}\n{comparison(check)}"
+
+
+def comparison(check: Mapping[str, Any]) -> str:
+    """What was compared, as a table; above it why it was not the bundle itself, below it what is to be known."""
     rows = [(line["what"], f"{line['value']:.3g}", f"{line['limit']:.3g}") for line in check["lines"]]
-    return f"checked against {check['reference']}\n" + table(("compared", "error", "limit"), rows)
+    why = [check["why"]] if check.get("why") else []
+    return "\n".join([*why, table(("compared", "error", "limit"), rows), *check.get("notes", ())])

@@ -7,7 +7,7 @@ from typing import Literal
 
 from framefusion.runtime.bundle import Mode
 
-DType = Literal["float32"]
+DType = Literal["float32", "float16", "bfloat16"]
 DEFAULT_TEXT = 512
 
 
@@ -24,9 +24,12 @@ class BuildOptions:
         dialect: how the graphs say attention over a cache.
         buckets: sizes of a prefill.
         max_input_len, max_kv_cache_capacity, max_text_len: longest prompt; prompt and answer; text of a prompt (fixed).
-        dtype: of the weights in the bundle.
+        dtype: of the graphs: weights, activations and caches. The embedding table stays as it is stored.
         num_decoder_layer: take only the first layers, for a smoke test.
         fps, max_frames, min_pixels, max_pixels: sampling of frames and their size.
+        mm_spatial_pool_mode: how the patches of a frame are pooled (LLaVA).
+        max_slice_nums: most slices that a frame of a video is cut into (MiniCPM-V).
+        max_tiles: most tiles that an image is cut into (InternVL, NVILA, LLaVA).
     """
 
     reduction: Mode = "adaptive"
@@ -47,3 +50,6 @@ class BuildOptions:
     max_frames: int | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    max_slice_nums: int | None = None
+    max_tiles: int | None = None
+    mm_spatial_pool_mode: str | None = None

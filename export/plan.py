@@ -5,11 +5,13 @@ Reads no weight and writes nothing; `build.py` carries a plan out, `check.py` re
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -18,13 +20,22 @@ from framefusion.budget import FixedSchedule, check_cost, drop_counts, scale_sch
 from framefusion.errors import BudgetError, CheckpointError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.dialects import DIALECTS, Dialect
-from framefusion.export.families import Family, family_of, reading
+from framefusion.export.families import decoders, family_of, reading
+from framefusion.export.families.family import Family
+from framefusion.export.families.towers import TowerPlan
 from framefusion.export.graph.decoder import DecoderConfig
 from framefusion.export.graph.fixed import FixedPrefill
 from framefusion.export.options import BuildOptions as BuildOptions  # part of this module's interface
 from framefusion.export.segments import SegmentPlan, cut_after_attentions, whole_decoder
 from framefusion.export.signatures import segment_module
-from framefusion.export.weights import Source, check_parameters, load_parameters, parameter_bytes
+from framefusion.export.weights import (
+    AnySource,
+    Source,
+    check_parameter,
+    check_parameters,
+    load_parameters,
+    parameter_bytes,
+)
 from framefusion.policy import ReductionSettings
 from framefusion.runtime.bundle import (
     FixedRecord,
@@ -35,8 +46,8 @@ from framefusion.runtime.bundle import (
     SegmentRecord,
     VisionRecord,
 )
+from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.preprocess import Preprocessing
-from framefusion.runtime.video import FrameSampling
 
 DEFAULT_DEPTH = 7  # merging of the published models ends within the first handful of layers
 DEFAULT_INPUT = 8192
@@ -56,24 +67,27 @@ class BuildPlan:
 
     def __init__(self, checkpoint: Checkpoint, options: BuildOptions) -> None:
         self.checkpoint, self.options = checkpoint, options
-        self.family: Family = family_of(str(checkpoint.config.get("model_type")))
-        self.config: DecoderConfig = reading.decoder_config(checkpoint, self.family, options.num_decoder_layer)
-        self.tower, self.tower_sources = self.family.build_tower(checkpoint)
-        _check_widths(checkpoint, self.family, self.config, self.tower)
-        self.dialect = _dialect(options.dialect)
-        self.limits = _limits(checkpoint, options)
-        self.reduction = _reduction(self.family, self.config, options)
+        self.family: Family = family_of(checkpoint.config)
+        self.tower: TowerPlan = self.family.plan_tower(checkpoint)
+        config = decoders.decoder_config(checkpoint, self.family, options.num_decoder_layer)
+        self.config: DecoderConfig = replace(config, deepstack=self.tower.deepstack)
+        self.embedding_key = decoders.embedding_key(checkpoint, self.family)
+        self._check_widths()
+        self.dialect = _dialect(options.dialect, self.config.head_dim)
         self.sampling = self._sampling()
         self.preprocessing = self._preprocessing()
+        self.limits = self._limits()
+        self.reduction = _reduction(self.family, self.config, options)
+        self.template = self.family.template(checkpoint)
         self.fixed = self._fixed()
         self.segments: tuple[SegmentPlan, ...] = (
-            cut_after_attentions(self.config.num_layers, self.reduction.depth)
+            cut_after_attentions(self.config.num_layers, self.reduction.depth, self.config.deepstack)
             if self.reduction.mode == "adaptive" and self.reduction.depth is not None
-            else whole_decoder(self.config.num_layers)
+            else whole_decoder(self.config.num_layers, deepstack=self.config.deepstack)
         )
         for segment in self.segments:
             check_parameters(segment_module(self.config, segment), checkpoint, self.sources(segment))
-        check_parameters(self.tower, checkpoint, self.tower_sources)
+        check_parameters(self.tower.module, checkpoint, self.tower.sources)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,16 +95,16 @@ class BuildPlan:
         dtype: torch.dtype = getattr(torch, self.options.dtype)
         return dtype
 
-    def sources(self, plan: SegmentPlan) -> dict[str, Source]:
+    def sources(self, plan: SegmentPlan) -> dict[str, AnySource]:
         """Where the parameters of a segment are in the checkpoint."""
-        return reading.decoder_sources(self.checkpoint, self.family, plan)
+        return decoders.decoder_sources(self.checkpoint, self.family, plan)
 
     def model_record(self) -> ModelRecord:
         """The manifest's part on geometry."""
         names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-        names += ("vocab_size", "rope_theta", "mrope_section", "importance_rows")  # type: ignore[assignment]
+        names += ("vocab_size", "rope_theta", "mrope_section", "mrope_interleaved", "importance_rows")  # type: ignore[assignment]
         facts = {name: getattr(self.config, name) for name in names}
-        model_type = str(self.checkpoint.config["model_type"])
+        model_type = str(self.checkpoint.config.get("model_type"))
         return ModelRecord(self.family.name, model_type, dtype=self.options.dtype, **facts)
 
     def segment_record(self, plan: SegmentPlan) -> SegmentRecord:
@@ -107,14 +121,14 @@ class BuildPlan:
             weight_bytes=parameter_bytes(segment_module(self.config, plan), self.dtype),
             buckets=None if fixed else self.buckets(),
             decode_graph=f"{folder}/{DECODE_GRAPH}" if fixed else None,
+            deepstack=plan.deepstack,
         )
 
     def vision_record(self) -> VisionRecord:
         """The manifest's part on the vision tower."""
-        tower = self.tower.config
-        assert not isinstance(tower, (torch.Tensor, nn.Module))
-        facts = {name: getattr(tower, name) for name in ("patch_width", "head_dim", "embed_dim", "mlp_width")}
-        return VisionRecord(VISION_GRAPH, weight_bytes=parameter_bytes(self.tower, self.dtype), **facts)
+        told = {field.name for field in fields(VisionRecord)} & {field.name for field in fields(TowerPlan)}
+        facts: dict[str, Any] = {name: getattr(self.tower, name) for name in told}
+        return VisionRecord(VISION_GRAPH, weight_bytes=parameter_bytes(self.tower.module, self.dtype), **facts)
 
     def buckets(self) -> tuple[int, ...] | None:
         """Sizes of a prefill: as given, none where the dialect runs every length, else a ladder down to the cost."""
@@ -135,29 +149,80 @@ class BuildPlan:
             return FixedPrefill(self.config, self.reduction.schedule, self.fixed)
 
     def eager_loaders(self) -> Mapping[str, Callable[[], nn.Module]]:
-        """Graph of the bundle -> the torch module it was made of, with weights."""
+        """Graph of the bundle -> the torch module it was made of, with weights.
 
-        def load(module: nn.Module, sources: Mapping[str, Source]) -> Callable[[], nn.Module]:
-            return lambda: load_parameters(module, self.checkpoint, sources, torch.float32)
+        The plan's own modules stay without them; what the loaders give is freed with the loaders.
+        """
 
-        loaders = {VISION_GRAPH: load(self.tower, self.tower_sources)}
+        def load(module: nn.Module, sources: Mapping[str, AnySource]) -> Callable[[], nn.Module]:
+            return cache(lambda: load_parameters(copy.deepcopy(module), self.checkpoint, sources, torch.float32))
+
+        def share(plain: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+            def shared() -> nn.Module:
+                module = self.fixed_module()
+                module.load_state_dict(plain().state_dict(), assign=True)
+                return module
+
+            return shared
+
+        loaders = {VISION_GRAPH: load(self.tower.module, self.tower.sources)}
         for plan in self.segments:
             record, sources = self.segment_record(plan), self.sources(plan)
             loaders[record.decode_graph or record.graph] = load(segment_module(self.config, plan), sources)
             if record.decode_graph is not None:
-                loaders[record.graph] = load(self.fixed_module(), sources)
+                loaders[record.graph] = share(loaders[record.decode_graph])
         return loaders
 
+    def _check_widths(self) -> None:
+        """Refuse rows that would not fit side by side: the embedding table's, the tower's and learned ones."""
+        key, width = self.embedding_key, self.config.hidden_size
+        for what, found in ((key, self.checkpoint.shape(key)[-1]), ("the vision tower", self.tower.out_width)):
+            if found != width:
+                raise CheckpointError(
+                    f"{what} gives rows of {found}, hidden_size is {width}: config.json is another one's"
+                )
+        for key in self.tower.extra_rows.values():
+            check_parameter(self.checkpoint, Source(key), (width,))
+
+    def _limits(self) -> Limits:
+        """As asked; else room for the longest video that is sampled, within what the LLM was trained for."""
+        options, config = self.options, reading.text_config(self.checkpoint)
+        trained = config.get("max_position_embeddings")
+        usual = max(DEFAULT_INPUT, self.preprocessing.video_tokens(self.sampling.max_frames) + options.max_text_len)
+        window = reading.attention_window(config)
+        room = usual if window is None else max(window - DEFAULT_NEW_TOKENS, window // 2)
+        longest = options.max_input_len or min(usual, room, int(trained or usual))
+        if trained is not None and longest > trained:
+            raise CheckpointError(
+                f"--max-input-len {longest} is beyond max_position_embeddings {trained} of the checkpoint"
+            )
+        capacity = options.max_kv_cache_capacity or longest + DEFAULT_NEW_TOKENS
+        if capacity <= longest:
+            raise BudgetError(
+                f"--max-kv-cache-capacity {capacity} leaves no room for new tokens after --max-input-len {longest}"
+            )
+        if window is not None and capacity > window:
+            raise CheckpointError(
+                f"--max-kv-cache-capacity {capacity} is beyond sliding_window {window}, from where on the checkpoint's "
+                f"attention forgets and this package's does not: give {window} or less"
+            )
+        if trained is not None and capacity > trained and reading.rope_type(config) == "dynamic":
+            raise CheckpointError(
+                f"--max-kv-cache-capacity {capacity} is beyond max_position_embeddings {trained}, where dynamic RoPE "
+                f"changes: give {trained} or less"
+            )
+        return Limits(longest, capacity)
+
     def _sampling(self) -> FrameSampling:
-        told, options = reading.sampling(self.checkpoint, self.family), self.options
+        told, options = self.family.sampling(self.checkpoint), self.options
         frames = options.max_frames or told.max_frames
-        return replace(told, fps=options.fps or told.fps, max_frames=frames, min_frames=min(told.min_frames, frames))
+        low, force = min(told.min_frames, frames), told.force and options.fps is None
+        return replace(told, fps=options.fps or told.fps, max_frames=frames, min_frames=low, force=force)
 
     def _preprocessing(self) -> Preprocessing:
-        told, options = reading.preprocessing(self.checkpoint, self.family), self.options
-        high = options.max_pixels or told.max_pixels
-        low = options.min_pixels or min(told.min_pixels, high)
-        return replace(told, min_pixels=low, max_pixels=high)
+        told, options = self.family.preprocessing(self.checkpoint), self.options
+        names = ("min_pixels", "max_pixels", "max_slice_nums", "max_tiles", "mm_spatial_pool_mode")
+        return told.with_options(**{name: getattr(options, name) for name in names})
 
     def _fixed(self) -> FixedRecord | None:
         """Static sizes: text and visual tokens have their own maximum, because only the latter are dropped."""
@@ -169,7 +234,7 @@ class BuildPlan:
             raise BudgetError(
                 f"--max-text-len {text} leaves no room for video in --max-input-len {self.limits.max_input_len}"
             )
-        track = -(-self.sampling.max_frames // self.preprocessing.temporal_patch_size)
+        track = self.preprocessing.longest_track(self.sampling.max_frames)
         drops = drop_counts(schedule, visual, num_tracks=0)
         lengths, present = [], text + visual
         calls = dict(zip([*range(len(schedule.merge_shares)), schedule.prune_layer + 1], drops, strict=True))
@@ -190,36 +255,17 @@ def bucket_ladder(longest: int, cost: float) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-def _check_widths(checkpoint: Checkpoint, family: Family, config: DecoderConfig, tower: nn.Module) -> None:
-    """Refuse rows that would not fit side by side: the embedding table's and the tower's."""
-    key = reading.llm_prefix(checkpoint, family) + reading.EMBEDDING
-    assert not isinstance(tower.config, (torch.Tensor, nn.Module))
-    for what, width in ((key, checkpoint.shape(key)[-1]), ("the vision tower", tower.config.out_width)):
-        if width != config.hidden_size:
-            raise CheckpointError(
-                f"{what} gives rows of {width}, hidden_size is {config.hidden_size}: config.json is another one's"
-            )
-
-
-def _dialect(name: str) -> Dialect:
+def _dialect(name: str, head_dim: int) -> Dialect:
     if name not in DIALECTS:
         raise BudgetError(f"dialect {name!r} is unknown; known are {', '.join(DIALECTS)}")
-    return DIALECTS[name]
-
-
-def _limits(checkpoint: Checkpoint, options: BuildOptions) -> Limits:
-    trained = reading.text_config(checkpoint).get("max_position_embeddings")
-    longest = options.max_input_len or min(DEFAULT_INPUT, int(trained or DEFAULT_INPUT))
-    if trained is not None and longest > trained:
-        raise CheckpointError(
-            f"--max-input-len {longest} is beyond max_position_embeddings {trained} of the checkpoint"
-        )
-    capacity = options.max_kv_cache_capacity or longest + DEFAULT_NEW_TOKENS
-    if capacity <= longest:
+    dialect = DIALECTS[name]
+    if head_dim % dialect.head_dim_multiple:
+        fitting = ", ".join(other.name for other in DIALECTS.values() if head_dim % other.head_dim_multiple == 0)
         raise BudgetError(
-            f"--max-kv-cache-capacity {capacity} leaves no room for new tokens after --max-input-len {longest}"
+            f"head_dim {head_dim} is no multiple of {dialect.head_dim_multiple}, as the {name} dialect's kernels want: "
+            f"build with --dialect {fitting}"
         )
-    return Limits(longest, capacity)
+    return dialect
 
 
 def _reduction(family: Family, config: DecoderConfig, options: BuildOptions) -> ReductionRecord:
@@ -252,5 +298,8 @@ def _schedule(options: BuildOptions, num_layers: int) -> FixedSchedule:
 
 def identity_of(checkpoint: Checkpoint) -> Mapping[str, object]:
     """What tells one checkpoint from another without reading its weights: its files' names, sizes and times."""
-    files: set[Path] = {*checkpoint.files.values(), *checkpoint.folder.glob("*.json")}
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files) if path.is_file()}
+    files: set[Path] = set(checkpoint.files.values())
+    for folder in (checkpoint.folder, *checkpoint.parts.values()):  # a chat template decides what is built, too
+        files |= {path for pattern in ("*.json", "*.jinja") for path in folder.glob(pattern)}
+    stats = {path.relative_to(checkpoint.folder).as_posix(): path.stat() for path in sorted(files) if path.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

@@ -24,30 +24,38 @@ class SegmentPlan:
     head: bool
 
     @property
-    def structure(self) -> tuple[tuple[str, ...], bool, bool]:
+    def structure(self) -> tuple[tuple[tuple[str, bool], ...], bool, bool]:
         """Segments of equal structure share one traced graph."""
-        return tuple(block.kind for block in self.blocks), self.scores, self.head
+        return tuple((block.kind, block.deepstack) for block in self.blocks), self.scores, self.head
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers whose attention, and so whose cache, this segment holds."""
         return tuple(block.layer for block in self.blocks if block.kind == "attention")
 
+    @property
+    def deepstack(self) -> int:
+        """How many of its MLPs add visual features."""
+        return sum(block.deepstack for block in self.blocks)
 
-def half_layers(num_layers: int) -> tuple[Block, ...]:
-    """All blocks of a decoder in order."""
-    kinds = ("attention", "mlp")
-    return tuple(Block(kind, layer) for layer in range(num_layers) for kind in kinds)  # type: ignore[arg-type]
+
+def half_layers(num_layers: int, deepstack: int = 0) -> tuple[Block, ...]:
+    """All blocks of a decoder in order; the first `deepstack` layers add visual features after their MLPs."""
+    return tuple(
+        block
+        for layer in range(num_layers)
+        for block in (Block("attention", layer), Block("mlp", layer, deepstack=layer < deepstack))
+    )
 
 
-def whole_decoder(num_layers: int, name: str = "decoder") -> tuple[SegmentPlan, ...]:
+def whole_decoder(num_layers: int, name: str = "decoder", deepstack: int = 0) -> tuple[SegmentPlan, ...]:
     """One segment: nothing looks inside."""
-    return (SegmentPlan(name, half_layers(num_layers), scores=False, head=True),)
+    return (SegmentPlan(name, half_layers(num_layers, deepstack), scores=False, head=True),)
 
 
-def cut_after_attentions(num_layers: int, depth: int) -> tuple[SegmentPlan, ...]:
+def cut_after_attentions(num_layers: int, depth: int, deepstack: int = 0) -> tuple[SegmentPlan, ...]:
     """Cut after the attention of layers 0 .. depth (D above); depth <= num_layers - 2."""
-    blocks = half_layers(num_layers)
+    blocks = half_layers(num_layers, deepstack)
     ends = [2 * layer + 1 for layer in range(depth + 1)]
     starts = [0, *ends[:-1]]
     looked_at = [

@@ -13,13 +13,12 @@ from framefusion import static_reduction
 from framefusion.export.dialects import Dialect
 from framefusion.export.graph.decoder import DecoderConfig, Segment
 from framefusion.export.graph.fixed import FixedPrefill
-from framefusion.export.graph.qwen2_vl_tower import Tower
+from framefusion.export.graph.tower import FREE, Tower, meta
 from framefusion.export.segments import SegmentPlan
 from framefusion.export.trace import trace
 
 # Example sizes: distinct, and none of them 1, so that no axis looks fixed or equal to another.
-_LENGTH, _CAPACITY, _GRIDS, _PATCHES = 9, 17, 3, 20
-_FREE = torch.export.Dim.DYNAMIC
+_LENGTH, _CAPACITY = 9, 17
 
 
 def segment_module(config: DecoderConfig, plan: SegmentPlan) -> Segment:
@@ -33,50 +32,52 @@ def cache_names(prefix: str, count: int) -> list[str]:
     return [f"{prefix}_{part}_{j}" for j in range(count) for part in ("key", "value")]
 
 
-def trace_segment(config: DecoderConfig, plan: SegmentPlan, dialect: Dialect) -> ir.Model:
+def trace_segment(
+    config: DecoderConfig, plan: SegmentPlan, dialect: Dialect, dtype: torch.dtype = torch.float32
+) -> ir.Model:
     """A segment with any number of tokens and cache slots."""
     half, layers = config.head_dim // 2, len(plan.attention_layers)
-    arguments = (
-        _float(1, _LENGTH, config.hidden_size),
-        _float(1, _LENGTH, half),
-        _float(1, _LENGTH, half),
+    arguments: tuple[Any, ...] = (
+        meta(1, _LENGTH, config.hidden_size),
+        meta(1, _LENGTH, half),
+        meta(1, _LENGTH, half),
         _int(layers),
         _int(_LENGTH) if plan.scores else None,
         _int(1) if plan.scores or plan.head else None,
         [_cache(config, _CAPACITY + j) for j in range(layers)],
     )
-    axes = ({1: _FREE}, {1: _FREE}, {1: _FREE}, None, {0: _FREE} if plan.scores else None, None, _cache_axes(layers))
+    axes: tuple[Any, ...] = (
+        {1: FREE}, {1: FREE}, {1: FREE}, None, {0: FREE} if plan.scores else None, None, _cache_axes(layers)
+    )  # fmt: skip
+    if plan.deepstack:
+        arguments, axes = (*arguments, meta(plan.deepstack, _LENGTH, config.hidden_size)), (*axes, {1: FREE})
     inputs = ["hidden", "cos", "sin", "kv_len"]
     inputs += ["previous"] * plan.scores + ["last"] * (plan.scores or plan.head) + cache_names("past", layers)
+    inputs += ["deepstack"] * (plan.deepstack > 0)
     outputs = ["logits" if plan.head else "hidden_out"] + ["similarity", "importance"] * plan.scores
     outputs += cache_names("present", layers)
-    model = trace(segment_module(config, plan), arguments, axes, dialect, inputs, outputs)
+    model = trace(segment_module(config, plan), arguments, axes, dialect, inputs, outputs, dtype=dtype)
     return _name_axes(model, layers)
 
 
-def trace_tower(tower: Tower, dialect: Dialect) -> ir.Model:
-    """The vision tower with any number of temporal grids and patches."""
-    config, blocks = tower.config, tower.config.merge_size**2
-    half, patches = config.head_dim // 2, _PATCHES * blocks
-    arguments = (_float(_GRIDS, patches, config.patch_width), _float(1, patches, half), _float(1, patches, half))
-    axis = torch.export.Dim("merge_blocks", min=2, max=1 << 20) * blocks
-    model = trace(
-        tower, arguments, ({0: _FREE, 1: axis}, {1: axis}, {1: axis}), dialect, ["patches", "cos", "sin"], ["tokens"]
-    )
-    for name, axis_name in (("patches", 1), ("cos", 1), ("sin", 1)):
-        _set_axis(model, name, axis_name, "patches")
-    _set_axis(model, "patches", 0, "grids")
+def trace_tower(tower: Tower, dialect: Dialect, dtype: torch.dtype = torch.float32) -> ir.Model:
+    """A vision tower, with the sizes free that it says are."""
+    told = tower.signature()
+    model = trace(tower, told.arguments, told.dynamic_shapes, dialect, told.inputs, told.outputs, dtype=dtype)
+    for name, axes in told.axes.items():
+        for axis, word in axes.items():
+            _set_axis(model, name, axis, word)
     return model
 
 
-def trace_fixed_prefill(module: FixedPrefill, dialect: Dialect) -> ir.Model:
+def trace_fixed_prefill(module: FixedPrefill, dialect: Dialect, dtype: torch.dtype = torch.float32) -> ir.Model:
     """The static prefill of the fixed mode; only the cache capacities are free."""
     config, record = module.config, module.record
     half, layers, size = config.head_dim // 2, config.num_layers, record.max_text + record.max_visual
-    arguments = (
-        _float(1, size, config.hidden_size),
-        _float(1, size, half),
-        _float(1, size, half),
+    arguments: tuple[Any, ...] = (
+        meta(1, size, config.hidden_size),
+        meta(1, size, half),
+        meta(1, size, half),
         _int(layers),
         _int(1),
         _int(size),
@@ -84,34 +85,33 @@ def trace_fixed_prefill(module: FixedPrefill, dialect: Dialect) -> ir.Model:
         _int(len(record.drops)),
         [_cache(config, size + _CAPACITY + j) for j in range(layers)],
     )
-    axes = (*[None] * 8, _cache_axes(layers))
+    axes: tuple[Any, ...] = (*[None] * 8, _cache_axes(layers))
     inputs = ["hidden", "cos", "sin", "kv_len", "last", "label", "order", "drops", *cache_names("past", layers)]
+    if module.deepstack:
+        arguments, axes = (*arguments, meta(module.deepstack, size, config.hidden_size)), (*axes, None)
+        inputs.append("deepstack")
     outputs = ["logits", "origin", *cache_names("present", layers)]
-    model = trace(module, arguments, axes, dialect, inputs, outputs, static_reduction.DECOMPOSITIONS)
+    model = trace(module, arguments, axes, dialect, inputs, outputs, static_reduction.DECOMPOSITIONS, dtype)
     return _name_axes(model, layers)
 
 
-def _float(*shape: int) -> Tensor:
-    return torch.empty(*shape, device="meta")
-
-
 def _int(length: int) -> Tensor:
-    return torch.empty(length, dtype=torch.int64, device="meta")
+    return meta(length, dtype=torch.int64)
 
 
 def _cache(config: DecoderConfig, capacity: int) -> tuple[Tensor, Tensor]:
     shape = (1, config.num_kv_heads, capacity, config.head_dim)
-    return _float(*shape), _float(*shape)
+    return meta(*shape), meta(*shape)
 
 
 def _cache_axes(layers: int) -> list[Any]:
-    return [({2: _FREE}, {2: _FREE})] * layers
+    return [({2: FREE}, {2: FREE})] * layers
 
 
 def _name_axes(model: ir.Model, layers: int) -> ir.Model:
     """Say `tokens` and `capacity_j` where the exporter numbered its symbols, for whoever opens the graph."""
     names = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
-    for name, axis in (("hidden", 1), ("cos", 1), ("sin", 1), ("hidden_out", 1), *_vectors()):
+    for name, axis in (("hidden", 1), ("cos", 1), ("sin", 1), ("deepstack", 1), ("hidden_out", 1), *_vectors()):
         if name in names:
             _set_axis(model, name, axis, "tokens")
     for prefix in ("past", "present"):

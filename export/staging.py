@@ -12,18 +12,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from framefusion.errors import InterruptedBuildError, StorageError
-from framefusion.runtime.bundle import MANIFEST, FileRecord, file_record
+from framefusion.progress import Meter, Progress
+from framefusion.runtime.bundle import MANIFEST, FileRecord, file_record, sha256_of
 from framefusion.runtime.records import from_json, to_json
 
 JOURNAL = "journal.json"
 LOCK = ".lock"
-_SPARE = 1 << 24  # bytes beyond the plan: graphs, manifest, journal
+SPARE = 1 << 24  # bytes beyond the plan: graphs, manifest, journal
+
+Produced = Sequence[str] | Mapping[str, FileRecord]
 
 
 def identity(*values: Any) -> str:
@@ -39,12 +42,13 @@ class Staging:
         output: the bundle to be.
         key: `identity` of the build; parts of another one are not taken over.
         force: replace a bundle that exists.
+        progress: told of the bytes that are hashed to see which parts of an earlier try stand.
 
     Raises:
         StorageError: the output exists, its place cannot be written, or another build holds it.
     """
 
-    def __init__(self, output: Path, key: str, *, force: bool) -> None:
+    def __init__(self, output: Path, key: str, *, force: bool, progress: Progress | None = None) -> None:
         self.output, self.key, self._force = Path(os.path.abspath(output)), key, force
         self._check_output()
         self.folder = self.output.with_name(self.output.name + ".partial")
@@ -54,7 +58,7 @@ class Staging:
             self._lock = _lock(self.folder / LOCK)
         except OSError as error:
             raise StorageError(f"{self.folder} cannot be written ({error.strerror}): choose another place") from None
-        self._take_over()
+        self._take_over(progress)
 
     def __enter__(self) -> Staging:
         return self
@@ -76,21 +80,32 @@ class Staging:
 
     def check_space(self, sizes: Mapping[str, int]) -> None:
         """Refuse a disk that cannot hold the parts that are still to be written; `sizes` is bytes by part."""
-        missing = sum(size for part, size in sizes.items() if part not in self._parts) + _SPARE
+        missing = sum(size for part, size in sizes.items() if part not in self._parts) + SPARE
         free = shutil.disk_usage(self.folder).free
         if missing > free:
+            checked = sizes.get("check", 0)
+            part = f" ({checked / 1e9:.2f} GB of them for a bundle that only the check needs)" if checked else ""
             raise StorageError(
-                f"the build writes {missing / 1e9:.2f} GB to {self.folder.parent}, {free / 1e9:.2f} GB are free: "
+                f"the build writes {missing / 1e9:.2f} GB to {self.folder.parent}{part}, {free / 1e9:.2f} GB are free: "
                 "make room or choose another place"
             )
 
-    def write(self, part: str, produce: Callable[[Path], list[str]]) -> None:
-        """Produce a part unless it is complete. `produce` gets the folder and returns the names of its files."""
+    def write(self, part: str, produce: Callable[[Path], Produced]) -> None:
+        """Produce a part unless it is complete.
+
+        `produce` gets the folder and returns its files: their records where it hashed them on the way, else names.
+        """
         if part in self._parts:
             return
         with self.writing(part):
-            names = produce(self.folder)
-            self._parts[part] = {name: file_record(self.folder / name) for name in names}
+            made = produce(self.folder)
+            known = made if isinstance(made, Mapping) else {}
+            self._parts[part] = {name: known.get(name) or file_record(self.folder / name) for name in made}
+            self._save()
+
+    def forget(self, part: str) -> None:
+        """Do not take a part over from an earlier try: what it says is of that try."""
+        if self._parts.pop(part, None) is not None:
             self._save()
 
     def publish(self) -> None:
@@ -138,16 +153,22 @@ class Staging:
             return "nothing was complete yet, run the same command to start again"
         return f"{len(self._parts)} complete part(s) stay in {self.folder}, run the same command to resume"
 
-    def _take_over(self) -> None:
+    def _take_over(self, progress: Progress | None) -> None:
         """Keep the parts of an earlier try whose hashes stand; remove all else."""
         try:
             journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             journal = {}
         if journal.get("key") == self.key:
-            for part, files in journal["parts"].items():
-                records = {name: from_json(FileRecord, record) for name, record in files.items()}
-                if all(_stands(self.folder / name, record) for name, record in records.items()):
+            parts = {
+                part: {name: from_json(FileRecord, record) for name, record in files.items()}
+                for part, files in journal["parts"].items()
+            }
+            total = sum(record.size for records in parts.values() for record in records.values())
+            meter = Meter(progress, {"resuming": total})
+            meter.begin("resuming")
+            for part, records in parts.items():
+                if all(_stands(self.folder / name, record, meter) for name, record in records.items()):
                     self._parts[part] = records
         self._sweep()
 
@@ -170,8 +191,11 @@ class Staging:
         os.replace(fresh, self.folder / JOURNAL)
 
 
-def _stands(path: Path, record: FileRecord) -> bool:
-    return path.is_file() and path.stat().st_size == record.size and file_record(path) == record
+def _stands(path: Path, record: FileRecord, meter: Meter) -> bool:
+    if not path.is_file() or path.stat().st_size != record.size:
+        return False
+    meter.doing(f"comparing {path.parent.name}/{path.name}")
+    return sha256_of(path, meter.add) == record.sha256
 
 
 def _lock(path: Path) -> IO[str]:

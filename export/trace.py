@@ -6,6 +6,7 @@ and offsets its initializers name.
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import warnings
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from framefusion.export.dialects import Dialect
 
@@ -50,6 +52,7 @@ def trace(
     inputs: Sequence[str],
     outputs: Sequence[str],
     decompositions: Mapping[Any, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> ir.Model:
     """Trace a module and say it in a dialect.
 
@@ -61,7 +64,9 @@ def trace(
         inputs: names of the graph's inputs, in the order of the flattened arguments.
         outputs: names of the graph's outputs.
         decompositions: custom ops to be inlined as plain torch before the translation.
+        dtype: of parameters and of all inputs that are floats; modules come in fp32.
     """
+    module, arguments = _typed(module, arguments, dtype)
     with _quiet(), torch.no_grad():
         program = torch.export.export(module, arguments, dynamic_shapes=dynamic_shapes, strict=False)
         if decompositions:
@@ -78,6 +83,17 @@ def trace(
     _rename(exported.model.graph.inputs, inputs)
     _rename(exported.model.graph.outputs, outputs)
     return _plain(exported.model)
+
+
+def _typed(module: nn.Module, arguments: Arguments, dtype: torch.dtype) -> tuple[nn.Module, Arguments]:
+    """Module and example inputs in another type; the caller's module stays as it is."""
+    if dtype == torch.float32:
+        return module, arguments
+
+    def typed(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return copy.deepcopy(module).to(dtype), tree_map(typed, arguments)
 
 
 def _rename(values: Sequence[ir.Value], names: Sequence[str]) -> None:

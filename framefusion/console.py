@@ -1,4 +1,4 @@
-"""What both commands share: errors to messages and exit codes, one JSON object on stdout, tables, progress on stderr.
+"""What both commands share: errors to messages and exit codes, one JSON object on stdout, tables.
 
 Knows click, no model. In JSON mode stdout carries exactly one object, the result or the error; all else goes
 to stderr. A wrong flag is the parser's own business: usage on stderr, exit code 2.
@@ -7,18 +7,16 @@ to stderr. A wrong flag is the parser's own business: usage on stderr, exit code
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import click
 
 from framefusion.errors import FrameFusionError, InterruptedBuildError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+WIDTH = 100
 _JSON = "framefusion.json"
 _UNITS = ("B", "kB", "MB", "GB")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -79,34 +77,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, cells)])
 
 
+def labelled(facts: Mapping[str, str]) -> str:
+    """A line for each fact, its label before it; wrapped to the terminal, at most WIDTH columns."""
+    indent = max(map(len, facts)) + 2
+    width = min(shutil.get_terminal_size().columns, WIDTH)
+    lines = [
+        textwrap.fill(
+            text, width, initial_indent=label.ljust(indent), subsequent_indent=" " * indent, break_on_hyphens=False
+        )
+        for label, text in facts.items()
+    ]
+    return "\n".join(lines)
+
+
 def in_bytes(size: float) -> str:
     """A number of bytes in the unit that people read: 1.5 GB."""
     unit = 0
     while size >= 1000 and unit < len(_UNITS) - 1:
         size, unit = size / 1000, unit + 1
     return f"{size:.3g} {_UNITS[unit]}" if size < 1000 else f"{size:.0f} {_UNITS[unit]}"
-
-
-@contextmanager
-def progress_by_part() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over bytes on a terminal, else one log line a part; yields what a build calls with (part, done, total)."""
-    if not sys.stderr.isatty():
-        begun: set[str] = set()
-
-        def log_part(part: str, done: int, total: int) -> None:
-            if part not in begun:
-                log(f"{part}: {in_bytes(done)} of {in_bytes(total)} done before it")
-            begun.add(part)
-
-        yield log_part
-        return
-    with click.progressbar(length=1, file=sys.stderr, item_show_func=str, show_pos=False) as bar:
-
-        def show_part(part: str, done: int, total: int) -> None:
-            bar.length = max(total, 1)
-            bar.update(done - bar.pos, part)
-
-        yield show_part
 
 
 def _report(ctx: click.Context, kind: str, message: str) -> None:

@@ -8,7 +8,8 @@ own node. The eager kernels here are the reference each translation is tested ag
     swish              x [...]; alpha 1 is SiLU, 1.702 is quick GELU                              [...]
     rotary             x [B, S, H*hd], cos and sin [B, S, hd/2], rotate-half layout               [B, S, H*hd]
     cache_attention    q [B, S, H*hd], k and v [B, S, Hkv*hd], caches [B, Hkv, C, hd], kv_len [1] out, caches
-    full_attention     q, k, v [B, S, H*hd], every token sees every token                         [B, S, H*hd]
+    full_attention     q [B, S, H*hd], k and v [B, T, H*hd], each of S sees all of T              [B, S, H*hd]
+    masked_attention   q, k, v [B, S, H*hd], bias [1 or B, 1, S, S] added to the scores           [B, S, H*hd]
     similarity         hidden [B, S, D], previous [S] (-1: first of its track)                    fp32 [S]
     importance         q [B, S, H*hd], k [B, S, Hkv*hd], last [1]                                 fp32 [S]
 """
@@ -116,6 +117,20 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) ->
 
 @full_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    return torch.empty_like(query)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::masked_attention", mutates_args=())
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+    """Attention with an additive mask, as a vision tower with windows of unequal size uses it."""
+    out = torch.nn.functional.scaled_dot_product_attention(
+        _heads(query, num_heads), _heads(key, num_heads), _heads(value, num_heads), attn_mask=bias.to(query.dtype)
+    )
+    return out.transpose(1, 2).reshape(query.shape)
+
+
+@masked_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     return torch.empty_like(query)
 
 

@@ -5,33 +5,41 @@
     vision/           graph.onnx over weights.bin
     embedding.bin     the rows of the embedding table, memory-mapped
     tokenizer.json
+    README.md         the model card, and beside it the licence files of the checkpoint
 
 Knows the format only: it neither builds nor runs one.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from framefusion.budget import FixedSchedule
-from framefusion.errors import BundleError
+from framefusion.errors import BackendError, BundleError
+from framefusion.runtime.families import RULES as RULES  # makes every rule of preprocessing known
+from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.preprocess import Preprocessing
 from framefusion.runtime.prompt import PromptTemplate
 from framefusion.runtime.records import RecordError, from_json, to_json
 from framefusion.runtime.sampling import GenerationConfig
-from framefusion.runtime.video import FrameSampling
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"
+UNKNOWN_LICENSE = "unknown"  # the hub's word where nothing is stated
 _CHUNK = 1 << 22
 
 Mode = Literal["none", "fixed", "adaptive"]
+FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FLOAT_TYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float16": np.float16}
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,22 @@ class ModelRecord:
     rope_theta: float
     mrope_section: tuple[int, ...] | None
     importance_rows: int
-    dtype: str
+    dtype: str  # of hidden states, rotary tables, caches and weights: a name of FLOAT_BYTES
+    mrope_interleaved: bool = False  # the axes take turns channel by channel (Qwen3-VL), instead of three blocks
+
+    @property
+    def float_type(self) -> type[np.floating[Any]]:
+        """numpy's type of the buffers that graphs are bound to.
+
+        Raises:
+            BackendError: the bundle is in bfloat16, for which neither numpy nor ONNX Runtime's CPU kernels have a type.
+        """
+        if self.dtype not in _FLOAT_TYPES:
+            raise BackendError(
+                f"the bundle is in {self.dtype}, the CPU runtime runs {' and '.join(_FLOAT_TYPES)}: "
+                "build it again with --dtype float16"
+            )
+        return _FLOAT_TYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -97,6 +120,7 @@ class SegmentRecord:
     weight_bytes: int
     buckets: tuple[int, ...] | None  # sizes of a prefill; None runs every length as it is
     decode_graph: str | None = None  # where decoding needs another graph than the prefill
+    deepstack: int = 0  # of its MLPs, how many add visual features
 
 
 @dataclass(frozen=True)
@@ -104,11 +128,15 @@ class VisionRecord:
     """The vision tower with its projector."""
 
     graph: str
+    kind: str  # what the graph wants beside patches: see framefusion.runtime.vision
     patch_width: int
     head_dim: int
     embed_dim: int
     mlp_width: int
     weight_bytes: int
+    patches_per_token: float
+    deepstack: int = 0  # further outputs, one for each of the first layers of the LLM
+    settings: Mapping[str, Any] = field(default_factory=dict)  # numbers of the kind
 
 
 @dataclass(frozen=True)
@@ -119,6 +147,21 @@ class EmbeddingRecord:
     dtype: Literal["float32", "float16", "bfloat16"]
     rows: int
     width: int
+    extra: tuple[str, ...] = ()  # learned rows of no token id, behind the table's: a prompt's pieces name them
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """The checkpoint that a bundle was made of; never a path of the machine that made it."""
+
+    name: str  # id on the hub, or the folder's name
+    on_hub: bool
+    revision: str | None  # as asked; None for a folder
+    commit: str | None  # what the revision stood for
+    config_sha256: str
+    license: str = UNKNOWN_LICENSE  # as the hub writes it
+    license_name: str | None = None  # where `license` is "other"
+    license_link: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +193,7 @@ class Manifest:
     fixed: FixedRecord | None = None
     check: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)  # what the build was asked, in the exporter's own names
+    source: SourceRecord | None = None
 
 
 class Bundle:
@@ -169,6 +213,12 @@ class Bundle:
         self.manifest = read_manifest(self.folder)
         if verify:
             verify_files(self.folder, self.manifest.files)
+
+    def seen_as(self, **changes: Any) -> Bundle:
+        """The same files under a manifest with some entries changed: the same weights in another way of running."""
+        other = copy.copy(self)
+        other.manifest = replace(self.manifest, **changes)
+        return other
 
     @property
     def graphs(self) -> list[str]:
@@ -194,6 +244,10 @@ def read_manifest(folder: Path) -> Manifest:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(version, int):
         raise BundleError(f"{path} has no schema_version: it is no manifest of a bundle")
+    if version < SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {version}, this package reads {SCHEMA_VERSION}: rebuild the bundle"
+        )
     if version > SCHEMA_VERSION:
         raise BundleError(
             f"{path} has schema version {version}, this package reads up to {SCHEMA_VERSION}: upgrade framefusion-aot"

@@ -18,9 +18,9 @@ from framefusion import console
 from framefusion.budget import describe_cost
 
 if TYPE_CHECKING:
+    from framefusion.runtime.frame_sampling import FrameSampling
     from framefusion.runtime.pipeline import Generation, Pipeline
     from framefusion.runtime.sampling import GenerationConfig
-    from framefusion.runtime.video import FrameSampling
 
 FILE = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -116,7 +116,8 @@ def drawing(
 def frame_sampling(told: FrameSampling, fps: float | None, max_frames: int | None) -> FrameSampling:
     """The bundle's sampling of frames with what was asked."""
     most = max_frames or told.max_frames
-    return replace(told, fps=fps or told.fps, max_frames=most, min_frames=min(told.min_frames, most))
+    low, force = min(told.min_frames, most), told.force and fps is None
+    return replace(told, fps=fps or told.fps, max_frames=most, min_frames=low, force=force)
 
 
 def _print_piece(text: str) -> None:

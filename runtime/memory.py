@@ -13,8 +13,13 @@ The peak of a process is the sum of these, or what is there while the vision tow
                  one of them left is large enough, it serves the other
                  a chunk is the padded prompt; in the last segment it may be a part of it (stitching.CHUNK)
     rows         outside the arena: hidden states of the prompt, into a segment and out of it, with their rotary tables,
-                 tokens * (3 hidden + head_dim) * 4 bytes
+                 tokens * (3 hidden + head_dim) * 4 bytes; a hidden state more for each layer that adds visual features,
+                 and for each of those that one segment takes
     caches       keys and values, 2 * heads * head_dim * 4 bytes a layer and slot; slots: tokens there + new ones
+
+    in float16   rows and caches take 2 bytes a number, and the fp32 rows that were embedded stay beside them. ONNX
+                 Runtime's CPU kernels multiply in fp32: weights are held widened, activations have their cast beside
+                 them (WITH_CAST), and attention writes its scores out: heads * tokens of a chunk * tokens * SCORE bytes
 
     while the tower runs: process, all weights, the tower's activations, patches of the video and its features
 
@@ -29,7 +34,7 @@ from dataclasses import dataclass
 
 from framefusion.budget import check_cost
 from framefusion.errors import PromptError
-from framefusion.runtime.bundle import Manifest, SegmentRecord
+from framefusion.runtime.bundle import FLOAT_BYTES, Manifest, SegmentRecord
 from framefusion.runtime.pipeline import PATCHES_AT_ONCE
 from framefusion.runtime.stitching import bucket_for, chunks_of
 
@@ -37,6 +42,8 @@ FLOAT = 4
 PAGE = 4096
 BASE = 95_000_000
 OVERLAP = 0.4
+WITH_CAST = 1.5
+SCORE = 6
 TOKENIZER_FACTOR = 15  # bytes in memory for each byte of tokenizer.json
 
 
@@ -86,7 +93,10 @@ def memory_plan(
     process = BASE + TOKENIZER_FACTOR * manifest.files["tokenizer.json"].size
     tower = _tower_bytes(manifest, visual)
     segment = max(_segment_bytes(manifest, record, n) for record, n in zip(manifest.segments, lengths, strict=True))
-    rows = tokens * (3 * manifest.model.hidden_size + manifest.model.head_dim) * FLOAT
+    states = 3 + manifest.vision.deepstack + max(record.deepstack for record in manifest.segments)
+    model = manifest.model
+    rows = tokens * (states * model.hidden_size + model.head_dim) * FLOAT_BYTES[model.dtype]
+    rows += tokens * (model.hidden_size + model.head_dim) * FLOAT if _is_half(manifest) else 0
     weights = _weight_bytes(manifest)
     vision_peak = process + weights + tower + _video_bytes(manifest, visual)
     return MemoryPlan(
@@ -122,7 +132,15 @@ def expected_lengths(manifest: Manifest, tokens: int, visual: int, cost: float |
 
 def _weight_bytes(manifest: Manifest) -> int:
     graphs = sum(record.weight_bytes * (1 + (record.decode_graph is not None)) for record in manifest.segments)
-    return graphs + manifest.vision.weight_bytes
+    return (graphs + manifest.vision.weight_bytes) * FLOAT // FLOAT_BYTES[manifest.model.dtype]
+
+
+def _is_half(manifest: Manifest) -> bool:
+    return FLOAT_BYTES[manifest.model.dtype] < FLOAT
+
+
+def _activations(manifest: Manifest, numbers: int) -> int:
+    return round(numbers * FLOAT * (WITH_CAST if _is_half(manifest) else 1))
 
 
 def _embedding_bytes(manifest: Manifest, touched: int) -> int:
@@ -132,29 +150,34 @@ def _embedding_bytes(manifest: Manifest, touched: int) -> int:
 
 
 def _tower_bytes(manifest: Manifest, visual: int) -> int:
-    vision, merge = manifest.vision, manifest.preprocessing.merge_size
-    patches = min(visual * merge**2, PATCHES_AT_ONCE)
-    return patches * (2 * vision.mlp_width + 9 * vision.embed_dim) * FLOAT
+    vision = manifest.vision
+    at_once = max(PATCHES_AT_ONCE, int(vision.settings.get("patches", 0)))  # never less than one picture
+    patches = min(round(visual * vision.patches_per_token), at_once)
+    return _activations(manifest, patches * (2 * vision.mlp_width + 9 * vision.embed_dim))
 
 
 def _video_bytes(manifest: Manifest, visual: int) -> int:
     """Patches of the video, and the tokens that the tower makes of them."""
-    patch = manifest.preprocessing.merge_size**2 * manifest.vision.patch_width
-    return visual * (patch + manifest.model.hidden_size) * FLOAT
+    patch = round(manifest.vision.patches_per_token * manifest.vision.patch_width)
+    return _activations(manifest, visual * (patch + (1 + manifest.vision.deepstack) * manifest.model.hidden_size))
 
 
 def _segment_bytes(manifest: Manifest, record: SegmentRecord, length: int) -> int:
     model, fixed = manifest.model, manifest.fixed
-    widest = 4 * model.intermediate_size + 5 * model.hidden_size if record.num_mlps else 6 * model.hidden_size
-    if fixed is not None:
-        return max(fixed.lengths) * widest * FLOAT
-    longest = max(end - start for start, end in chunks_of(record, bucket_for(record, length)))
-    return longest * widest * FLOAT
+    attention = 6 * model.hidden_size
+    widest = 4 * model.intermediate_size + 5 * model.hidden_size if record.num_mlps else attention
+    scores = model.num_heads * SCORE if _is_half(manifest) else 0
+    if fixed is not None:  # one run of many lengths: what one layer left is too small or too large for the next
+        return _activations(manifest, max(fixed.lengths) * widest) + scores * max(fixed.lengths) ** 2
+    size = bucket_for(record, length)
+    longest = max(end - start for start, end in chunks_of(record, size))
+    mlp, attends = (_activations(manifest, longest * width) for width in (widest, attention))
+    return max(mlp, attends + scores * longest * size)
 
 
 def _cache_bytes(manifest: Manifest, index: int, length: int, max_new_tokens: int) -> int:
     record, model, fixed = manifest.segments[index], manifest.model, manifest.fixed
-    slot = 2 * model.num_kv_heads * model.head_dim * FLOAT
+    slot = 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
     if fixed is not None:
         return slot * sum(max(n, min(length, n) + max_new_tokens) for n in fixed.lengths)
     return slot * len(record.attention_layers) * max(bucket_for(record, length), length + max_new_tokens)

@@ -7,9 +7,10 @@ turns, files -> frames -> patches -> vision graph -> rows of visual tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,16 @@ from framefusion.runtime.backends import Backend
 from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.embedding import Embedding
-from framefusion.runtime.positions import decode_positions, rope_tables, vision_rope_tables
-from framefusion.runtime.preprocess import Patches, patchify
+from framefusion.runtime.frame_sampling import FrameSampling
+from framefusion.runtime.positions import decode_positions, rope_tables
+from framefusion.runtime.preprocess import check_frames
 from framefusion.runtime.prompt import Prompt, Turn, Visual, build_prompt, check_length
 from framefusion.runtime.sampling import GenerationConfig, Sampler
 from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch, TokenRows
 from framefusion.runtime.tokenizer import Tokenizer
-from framefusion.runtime.video import FrameSampling, read_image, read_video
+from framefusion.runtime.video import Video, read_image, read_video
+from framefusion.runtime.vision import tower_call
+from framefusion.runtime.visual_input import Tiles, VisualInput
 
 MAX_NEW_TOKENS = 128
 PATCHES_AT_ONCE = 4096  # of the vision graph: bounds its activations, large enough to keep the processor busy
@@ -89,60 +93,70 @@ class Pipeline:
 
     def read_visuals(
         self, turns: Sequence[Turn], files: Sequence[Source], sampling: FrameSampling, stopwatch: Stopwatch
-    ) -> list[Patches]:
-        """What the turns show, in their order, as patches."""
+    ) -> list[VisualInput]:
+        """What the turns show, in their order, preprocessed."""
         kinds = [part for turn in turns for part in turn.parts if isinstance(part, Visual)]
         if len(kinds) != len(files):
             raise PromptError(f"the conversation shows {len(kinds)} video(s) and image(s), {len(files)} were given")
-        visuals = []
-        for kind, file in zip(kinds, files, strict=True):
+        visuals, rule = [], self.manifest.preprocessing.for_images(kinds.count(Visual.IMAGE))
+        for place, (kind, file) in enumerate(zip(kinds, files, strict=True)):
+            index = kinds[:place].count(kind)
             with stopwatch.stage("video"):
-                frames = _frames(kind, file, sampling)
+                seen = as_video(file, sampling) if kind is Visual.VIDEO else as_image(file)
             with stopwatch.stage("preprocess"):
-                visuals.append(patchify(frames, self.manifest.preprocessing))
+                visuals.append(rule.video(seen, index) if isinstance(seen, Video) else rule.image(seen, index))
         return visuals
 
-    def encode_visual(self, patches: Patches) -> NDArray[np.float32]:
-        """Rows [T*h*w/merge^2, D] of one video's or image's tokens."""
-        vision, merge = self.manifest.vision, self.manifest.preprocessing.merge_size
-        tables = vision_rope_tables(patches.grid.height, patches.grid.width, merge, vision.head_dim)
-        in_frame = patches.values.shape[1]
-        at_once = max(1, PATCHES_AT_ONCE // in_frame)
-        cos, sin = (np.ascontiguousarray(table[None, :, : vision.head_dim // 2]) for table in tables)
-        rows = []
-        for start in range(0, patches.grid.frames, at_once):
-            values = np.ascontiguousarray(patches.values[start : start + at_once])
-            tokens = np.empty((len(values) * in_frame // merge**2, self.manifest.model.hidden_size), np.float32)
-            inputs = {"patches": values, "cos": cos, "sin": sin}
-            self.backend.bind(vision.graph, inputs, {"tokens": tokens}, cache=None).run()
-            rows.append(tokens)
-        return np.concatenate(rows)
+    def encode_visual(self, visual: VisualInput) -> NDArray[np.float32]:
+        """Rows [1+K, n, D] of one video or image: what the prompt shows, then what the first K layers add to it."""
+        rows = np.concatenate([self._encode(tiles) for tiles in visual.tiles], axis=1)
+        return rows if visual.rows is None else np.stack([visual.rows.apply(one) for one in rows])
 
-    def prompt(self, turns: Sequence[Turn], visuals: Iterable[Patches]) -> Prompt:
+    def _encode(self, tiles: Tiles) -> NDArray[np.float32]:
+        """Rows [1+K, N*Q, D] of pictures of one size, some pictures at once."""
+        vision, (count, patches, _) = self.manifest.vision, tiles.values.shape
+        call, model, parts = tower_call(vision, tiles), self.manifest.model, []
+        at_once, shared = max(1, PATCHES_AT_ONCE // patches), _typed(call.inputs, model.float_type)
+        for start in range(0, count, at_once):
+            values = np.ascontiguousarray(tiles.values[start : start + at_once], model.float_type)
+            rows = np.empty((1 + vision.deepstack, len(values) * call.rows, model.hidden_size), model.float_type)
+            outputs = {"tokens": rows[0]} | ({"deepstack": rows[1:]} if vision.deepstack else {})
+            self.backend.bind(vision.graph, {"patches": values, **shared}, outputs, cache=None).run()
+            parts.append(rows.astype(np.float32, copy=False))
+        return np.concatenate(parts, axis=1)
+
+    def read(self, turns: Sequence[Turn], files: Sequence[Source] = ()) -> tuple[Prompt, TokenRows]:
+        """A conversation up to the prefill: for asking the same thing in several ways."""
+        visuals = self.read_visuals(turns, files, self.manifest.sampling, Stopwatch())
+        prompt = self.prompt(turns, visuals)
+        return prompt, self.embed(prompt, [self.encode_visual(visual) for visual in visuals])
+
+    def prompt(self, turns: Sequence[Turn], visuals: Sequence[VisualInput]) -> Prompt:
         """Tokens, labels and positions of a conversation.
 
         Raises:
             PromptError: it is longer than the bundle takes.
         """
-        grids = [patches.grid for patches in visuals]
-        prompt = build_prompt(
-            self.manifest.prompt, self.tokenizer, turns, grids, self.manifest.preprocessing.merge_size
-        )
+        prompt = build_prompt(self.manifest.prompt, self.tokenizer, turns, visuals, self.manifest.embedding.extra)
         check_length(prompt, self.manifest.limits.max_input_len)
         return prompt
 
     def embed(self, prompt: Prompt, visual_rows: Sequence[NDArray[np.float32]]) -> TokenRows:
         """Rows of all tokens of a prompt, and their rotary tables."""
-        hidden = self.embedding(prompt.token_ids)
-        for span, rows in zip(prompt.visual_spans, visual_rows, strict=True):
-            hidden[span.start : span.start + span.length] = rows
-        return TokenRows(hidden, *self.rope(prompt.positions), np.arange(len(hidden)))
+        hidden, deepstack = self.embedding(prompt.token_ids), None
+        if visual_rows:
+            shown, *added = np.concatenate(visual_rows, axis=1)
+            hidden[prompt.row_places] = shown
+            deepstack = np.zeros((len(added), *hidden.shape), np.float32) if added else None
+            for features, rows in zip(deepstack if deepstack is not None else (), added, strict=True):
+                features[prompt.row_places] = rows
+        return TokenRows(hidden, *self.rope(prompt.positions), np.arange(len(hidden)), deepstack)
 
     def rope(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """cos and sin [S, hd/2] of positions [3, S]."""
         model = self.manifest.model
         places = positions if model.mrope_section else positions[0]
-        cos, sin = rope_tables(places, model.head_dim, model.rope_theta, model.mrope_section)
+        cos, sin = rope_tables(places, model.head_dim, model.rope_theta, model.mrope_section, model.mrope_interleaved)
         half = model.head_dim // 2
         return np.ascontiguousarray(cos[:, :half]), np.ascontiguousarray(sin[:, :half])
 
@@ -201,7 +215,7 @@ class Pipeline:
         prompt = self.prompt(turns, visuals)
         self._bounded(request, prompt)  # refuse before the vision tower has worked
         with stopwatch.stage("vision"):
-            visual_rows = [self.encode_visual(patches) for patches in visuals]
+            visual_rows = [self.encode_visual(visual) for visual in visuals]
         with stopwatch.stage("embed"):
             rows = self.embed(prompt, visual_rows)
         del visuals, visual_rows  # pixels and features are large, and spent
@@ -271,11 +285,29 @@ class Pipeline:
         return token_ids, "".join(pieces)
 
 
-def _frames(kind: Visual, source: Source, sampling: FrameSampling) -> NDArray[np.uint8]:
-    """Frames [N, H, W, 3] of a file, or the array itself."""
-    if isinstance(source, np.ndarray):
-        return source
-    return read_video(source, sampling).frames if kind is Visual.VIDEO else read_image(source)[None]
+def as_video(source: Source, sampling: FrameSampling) -> Video:
+    """A file's sampled frames; an array is taken as frames that stand at the sampling's rate."""
+    if not isinstance(source, np.ndarray):
+        return read_video(source, sampling)
+    check_frames(source)
+    count = len(source)
+    return Video(source, np.arange(count), sampling.fps, count, count / sampling.fps, 0.0)
+
+
+def as_image(source: Source) -> NDArray[np.uint8]:
+    """RGB [H, W, 3] of a file, or of an array [H, W, 3] or [1, H, W, 3]."""
+    if not isinstance(source, np.ndarray):
+        return read_image(source)
+    check_frames(source if source.ndim == 4 else source[None])
+    return source[0] if source.ndim == 4 else source
+
+
+def _typed(inputs: Mapping[str, NDArray[Any]], float_type: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    """Inputs of a graph with all that is fp32 in the bundle's type."""
+    return {
+        name: array.astype(float_type, copy=False) if array.dtype == np.float32 else array
+        for name, array in inputs.items()
+    }
 
 
 def _given(value: float | None, default: float) -> float:

@@ -42,15 +42,22 @@ class MropePositions(NamedTuple):
     rope_delta: int  # next position - S
 
 
-def mrope_positions(spans: Sequence[int | Grid], merge_size: int) -> MropePositions:
-    """Positions of spans in prompt order: an int is that many text tokens, a Grid the patches of a video or image."""
+def grid_places(grid: Grid, interval: float = 1.0) -> NDArray[np.int64]:
+    """Offsets [3, n] of a grid of tokens from where it begins: temporal, row, column.
+
+    Temporal grids are `interval` apart, rounded down; in fp32, as transformers has it.
+    """
+    places = np.indices(grid, np.int64).reshape(3, -1)
+    places[0] = np.floor(places[0].astype(np.float32) * np.float32(interval))
+    return places
+
+
+def mrope_positions(spans: Sequence[int | NDArray[np.int64]]) -> MropePositions:
+    """Positions of spans in prompt order: an int is that many text tokens, an array [3, n] the offsets of a run."""
     blocks = [np.zeros((3, 0), np.int64)]
     start = 0
     for span in spans:
-        if isinstance(span, Grid):
-            block = np.indices(span.merged(merge_size), np.int64).reshape(3, -1)
-        else:
-            block = np.broadcast_to(np.arange(span), (3, span))
+        block = np.broadcast_to(np.arange(span), (3, span)) if isinstance(span, int) else span
         blocks.append(start + block)
         start += int(block.max(initial=-1)) + 1
     positions = np.concatenate(blocks, axis=1)
@@ -67,16 +74,22 @@ def rope_tables(
     head_dim: int,
     theta: float,
     mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """cos and sin [S, head_dim] for rotate-half attention: the frequencies, twice in a row.
 
-    With `mrope_section` the frequencies are dealt out to the temporal, row and column positions, in that order.
+    With `mrope_section` the frequencies are dealt out to the temporal, row and column positions: in three blocks in
+    that order, or interleaved one by one until rows and columns have theirs, the temporal axis taking the rest.
     """
     frequencies = _inverse_frequencies(head_dim, theta)  # [head_dim / 2]
     if mrope_section is None:
         axis_of_frequency = np.zeros(frequencies.size, np.intp)
     elif sum(mrope_section) == frequencies.size and len(mrope_section) == 3:
         axis_of_frequency = np.repeat(np.arange(3), mrope_section)
+        if mrope_interleaved:
+            axis_of_frequency = np.zeros(frequencies.size, np.intp)
+            for axis in (1, 2):
+                axis_of_frequency[axis : 3 * mrope_section[axis] : 3] = axis
     else:
         raise ValueError(f"mrope_section {list(mrope_section)} must be three numbers that sum to {frequencies.size}")
     places = np.atleast_2d(positions).astype(np.float32)  # [1 or 3, S]
@@ -95,6 +108,18 @@ def vision_rope_tables(
     places = places.transpose(0, 1, 3, 2, 4).reshape(2, -1, 1)  # [2, h * w, 1]
     angles = places * _inverse_frequencies(head_dim // 2, theta)  # [2, h * w, head_dim / 4]
     return _tables(np.concatenate(list(angles), axis=-1))
+
+
+def sincos_table(height: int, width: int, dim: int, theta: float = 10000.0) -> NDArray[np.float32]:
+    """[height * width, dim] for a frame's patches in raster order: columns before rows, sines before cosines."""
+    exponents = np.arange(dim // 4, dtype=np.float32) / np.float32(dim / 4)
+    frequencies = np.float32(1) / np.float32(theta) ** exponents  # all in fp32, as the checkpoints were trained
+    axes = []
+    for count in (width, height):
+        angles = np.arange(count, dtype=np.float32)[:, None] * frequencies
+        axes.append(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1))  # [count, dim / 2]
+    columns, rows = (np.broadcast_to(table, (height, width, dim // 2)) for table in (axes[0][None], axes[1][:, None]))
+    return np.concatenate([columns, rows], axis=-1).reshape(height * width, dim)
 
 
 def _inverse_frequencies(dim: int, theta: float) -> NDArray[np.float32]:

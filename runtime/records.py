@@ -1,4 +1,7 @@
-"""Frozen dataclasses to plain JSON values and back, with an error that names the place. Knows no bundle."""
+"""Frozen dataclasses to plain JSON values and back, with an error that names the place. Knows no bundle.
+
+A class with `record_tag` stands for its subclasses: the tag names the class attribute that tells them apart.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ class RecordError(ValueError):
 def to_json(record: Any) -> Any:
     """A dataclass, or a container of them, as values that json.dumps takes."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {field.name: to_json(getattr(record, field.name)) for field in dataclasses.fields(record)}
+        tag = getattr(record, "record_tag", None)
+        tagged = {} if tag is None else {tag: getattr(record, tag)}
+        return tagged | {field.name: to_json(getattr(record, field.name)) for field in dataclasses.fields(record)}
     if isinstance(record, Mapping):
         return {str(key): to_json(value) for key, value in record.items()}
     if isinstance(record, (list, tuple)):
@@ -35,6 +40,7 @@ def from_json(kind: type[Record], value: Any, where: str = "") -> Record:
     """
     if not isinstance(value, Mapping):
         raise RecordError(f"{where or kind.__name__}: expected an object, found {value!r:.60}")
+    kind = _told_apart(kind, value, where)
     hints = get_type_hints(kind)
     arguments = {}
     for field in dataclasses.fields(cast(Any, kind)):
@@ -44,6 +50,21 @@ def from_json(kind: type[Record], value: Any, where: str = "") -> Record:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise RecordError(f"{place} is missing")
     return kind(**arguments)
+
+
+def _told_apart(kind: type[Record], value: Mapping[str, Any], where: str) -> type[Record]:
+    """The subclass that a tagged value is of; any other class is itself."""
+    tag = getattr(kind, "record_tag", None)
+    if tag is None:
+        return kind
+    kinds: dict[str, type[Record]] = {}
+    pending = [kind]
+    while pending:
+        one = pending.pop()
+        pending += one.__subclasses__()
+        if hasattr(one, tag):
+            kinds[getattr(one, tag)] = one
+    return kinds[_expect(value.get(tag) in kinds, value.get(tag), f"one of {', '.join(kinds)}", f"{where}.{tag}")]
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

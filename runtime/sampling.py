@@ -82,7 +82,7 @@ class Sampler:
         scores = logits[: self._vocab_limit].astype(np.float32)
         penalty = np.float32(self._config.repetition_penalty)
         if penalty != 1:
-            seen = previous_ids[previous_ids < scores.size]
+            seen = previous_ids[(previous_ids >= 0) & (previous_ids < scores.size)]  # a video's rows have no id
             scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
         return scores
 

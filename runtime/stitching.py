@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from framefusion.runtime.backends import Array, Backend, BoundSegment
 from framefusion.runtime.bundle import Manifest, SegmentRecord
 from framefusion.runtime.kv_cache import SegmentCache
 
-Rows = NDArray[np.float32]
+Rows = NDArray[np.floating[Any]]  # in the bundle's type, scores and logits always fp32
 
 CHUNK = 512
 """Tokens of the last segment's prefill at a time. An attention kernel that computes the masked half as well pays for
@@ -57,18 +58,27 @@ class TokenRows:
     cos: Rows  # [S, hd/2]
     sin: Rows
     origin: NDArray[np.int64]  # place in the prompt
+    deepstack: Rows | None = None  # [K, S, D] visual features that the next K layers add, zeros for text
 
     def reduced(self, plan: Plan) -> TokenRows:
         """The rows after a plan; kept tokens keep the tables of their original positions."""
         if plan.kind == "none":
             return self
         kept = plan.kept
-        return TokenRows(apply_plan(self.hidden, plan), self.cos[kept], self.sin[kept], self.origin[kept])
+        features = None if self.deepstack is None else np.stack([apply_plan(rows, plan) for rows in self.deepstack])
+        return TokenRows(apply_plan(self.hidden, plan), self.cos[kept], self.sin[kept], self.origin[kept], features)
+
+    def typed(self, float_type: type[np.floating[Any]]) -> TokenRows:
+        """The rows in another type; themselves where they have it."""
+        hidden, cos, sin = (table.astype(float_type, copy=False) for table in (self.hidden, self.cos, self.sin))
+        features = None if self.deepstack is None else self.deepstack.astype(float_type, copy=False)
+        return TokenRows(hidden, cos, sin, self.origin, features)
 
     def part(self, start: int, end: int) -> TokenRows:
         """Some of the rows."""
         tokens = slice(start, end)
-        return TokenRows(self.hidden[tokens], self.cos[tokens], self.sin[tokens], self.origin[tokens])
+        features = None if self.deepstack is None else self.deepstack[:, tokens]
+        return TokenRows(self.hidden[tokens], self.cos[tokens], self.sin[tokens], self.origin[tokens], features)
 
     def padded(self, length: int) -> TokenRows:
         """The rows with zeros behind them."""
@@ -76,7 +86,13 @@ class TokenRows:
             return self
         extra = ((0, length - len(self.hidden)), (0, 0))
         hidden, cos, sin = (np.pad(table, extra) for table in (self.hidden, self.cos, self.sin))
-        return TokenRows(hidden, cos, sin, self.origin)
+        features = None if self.deepstack is None else np.pad(self.deepstack, ((0, 0), *extra))
+        return TokenRows(hidden, cos, sin, self.origin, features)
+
+    def after(self, hidden: Rows, added: int) -> TokenRows:
+        """The rows behind a segment that left `hidden` and added the first `added` of the features."""
+        features = None if self.deepstack is None or len(self.deepstack) <= added else self.deepstack[added:]
+        return TokenRows(hidden, self.cos, self.sin, self.origin, features)
 
 
 @dataclass
@@ -94,6 +110,7 @@ class Stitcher:
 
     def __init__(self, manifest: Manifest, backend: Backend) -> None:
         self.manifest, self.backend = manifest, backend
+        self._float_type = manifest.model.float_type
 
     def prefill(
         self, rows: TokenRows, reduction: ReductionState | None, max_new_tokens: int, stopwatch: Stopwatch
@@ -107,7 +124,7 @@ class Stitcher:
             stopwatch: gets the stages "prefill" (segments) and "reduction" (scores, plans, compaction, binding).
         """
         with stopwatch.stage("reduction"):
-            rows = _reduce_embeddings(rows, reduction)
+            rows = _reduce_embeddings(rows, reduction).typed(self._float_type)  # sums in fp32, rounded once
         caches: list[SegmentCache] = []
         kept: list[NDArray[np.int64]] = []
         outputs: Mapping[str, Array] = {}
@@ -124,7 +141,7 @@ class Stitcher:
             outputs = chunks[-1].outputs
             if not record.head:
                 with stopwatch.stage("reduction"):
-                    rows = TokenRows(outputs["hidden_out"][0, :length], rows.cos, rows.sin, rows.origin)
+                    rows = rows.after(outputs["hidden_out"][0, :length], record.deepstack)
                     rows = _reduce(rows, reduction, outputs)
         return Prefilled(outputs["logits"][0], caches, reduction.history if reduction else [], kept)
 
@@ -136,11 +153,11 @@ class Stitcher:
         size = bucket_for(record, length)
         model, layers = self.manifest.model, len(record.attention_layers)
         capacity = max(size, length + max_new_tokens)
-        cache = SegmentCache.empty(model.num_kv_heads, model.head_dim, [capacity] * layers)
+        cache = SegmentCache.empty(model.num_kv_heads, model.head_dim, [capacity] * layers, self._float_type)
         rows = rows.padded(size)
         chunks = []
         for start, end in chunks_of(record, size):
-            inputs = _row_inputs(rows.part(start, end)) | {
+            inputs = _row_inputs(rows.part(start, end), record) | {
                 "kv_len": np.full(layers, end, np.int64),
                 "last": np.array([min(length, end) - start - 1], np.int64),
             }
@@ -169,10 +186,10 @@ class Stitcher:
             calls = [*range(len(schedule.merge_shares)), schedule.prune_layer + 1]
             lengths = _lengths_by_layer(len(labels), dict(zip(calls, drops, strict=True)), model.num_layers)
             capacities = [max(size, n + max_new_tokens) for size, n in zip(fixed.lengths, lengths, strict=True)]
-            cache = SegmentCache.empty(model.num_kv_heads, model.head_dim, capacities)
+            cache = SegmentCache.empty(model.num_kv_heads, model.head_dim, capacities, self._float_type)
             size = fixed.max_text + fixed.max_visual
             padded_labels = np.pad(labels, (0, size - len(labels)), constant_values=tracks.TEXT)
-            inputs = _row_inputs(rows.padded(size)) | {
+            inputs = _row_inputs(rows.typed(self._float_type).padded(size), record) | {
                 "kv_len": np.array(fixed.lengths, np.int64),
                 "last": np.array([len(labels) - 1], np.int64),
                 "label": padded_labels,
@@ -198,7 +215,7 @@ class Stitcher:
         if record.head:
             return {"logits": _floats(1, self.manifest.model.vocab_size)}
         scores = {"similarity": _floats(size), "importance": _floats(size)} if record.scores else {}
-        return {"hidden_out": _floats(1, size, self.manifest.model.hidden_size)} | scores
+        return {"hidden_out": np.empty((1, size, self.manifest.model.hidden_size), self._float_type)} | scores
 
 
 class Decoder:
@@ -209,19 +226,20 @@ class Decoder:
         half = model.head_dim // 2
         self._caches = caches
         widths = (model.hidden_size, half, half)
-        hidden, cos, sin = (np.zeros((1, width), np.float32) for width in widths)
+        hidden, cos, sin = (np.zeros((1, width), model.float_type) for width in widths)
         self._rows = TokenRows(hidden, cos, sin, np.zeros(1, np.int64))
         self._kv_lens: list[NDArray[np.int64]] = []
         self._segments: list[BoundSegment] = []
-        inputs: dict[str, Array] = dict(_row_inputs(self._rows))
+        chained: dict[str, Array] = {}  # the very array that the segment before writes
         for record, cache in zip(stitcher.manifest.segments, caches, strict=True):
             self._kv_lens.append(np.zeros(len(record.attention_layers), np.int64))
+            inputs = _row_inputs(self._rows, record) | chained
             inputs |= {"kv_len": self._kv_lens[-1], "last": np.zeros(1, np.int64), "previous": np.full(1, -1, np.int64)}
             graph = record.decode_graph or record.graph
-            bound = stitcher.backend.bind(graph, dict(inputs), stitcher._outputs(record, 1), cache)
+            bound = stitcher.backend.bind(graph, inputs, stitcher._outputs(record, 1), cache)
             self._segments.append(bound)
             if not record.head:
-                inputs["hidden"] = bound.outputs["hidden_out"]
+                chained = {"hidden": bound.outputs["hidden_out"]}
 
     def step(self, hidden: Rows, cos: Rows, sin: Rows) -> Rows:
         """One token's embedding [D] and tables [hd/2] -> logits [V], valid until the next step.
@@ -264,12 +282,18 @@ def bucket_for(record: SegmentRecord, length: int) -> int:
     )
 
 
-def _floats(*shape: int) -> Rows:
+def _floats(*shape: int) -> NDArray[np.float32]:
     return np.empty(shape, np.float32)
 
 
-def _row_inputs(rows: TokenRows) -> dict[str, Array]:
-    return {"hidden": rows.hidden[None], "cos": rows.cos[None], "sin": rows.sin[None]}
+def _row_inputs(rows: TokenRows, record: SegmentRecord) -> dict[str, Array]:
+    inputs: dict[str, Array] = {"hidden": rows.hidden[None], "cos": rows.cos[None], "sin": rows.sin[None]}
+    if record.deepstack:  # generated tokens and prompts of text alone have nothing to add
+        added = np.zeros((record.deepstack, *rows.hidden.shape), rows.hidden.dtype)
+        if rows.deepstack is not None:
+            added[:] = rows.deepstack[: record.deepstack]
+        inputs["deepstack"] = added
+    return inputs
 
 
 def _previous(reduction: ReductionState | None, size: int) -> NDArray[np.int64]:

@@ -44,7 +44,7 @@ class Tokenizer:
         if not source.is_file():
             raise BundleError(f"{source} is missing: rebuild the bundle from a checkpoint with a tokenizer.json")
         try:
-            return cls(tokenizers.Tokenizer.from_str(source.read_text(encoding="utf-8")))
+            return cls(tokenizers.Tokenizer.from_str(_without_first_mark(source.read_text(encoding="utf-8"))))
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"{source} is no tokenizer ({error}): rebuild the bundle") from error
 
@@ -180,6 +180,22 @@ class _WindowStream:
     def _new_text(self) -> str:
         before = self._tokenizer.decode(self._window[: self._printed])
         return self._tokenizer.decode(self._window)[len(before) :]
+
+
+def _without_first_mark(text: str) -> str:
+    """A tokenizer.json that marks the first word of a text as one behind a space, made to mark none.
+
+    The texts between the control tokens of a prompt are encoded one by one, and only one of them is the first: the
+    bundle's template has the space where it belongs.
+    """
+    if '"first"' not in text:
+        return text
+    parsed = json.loads(text)
+    splitter = parsed.get("pre_tokenizer") or {}
+    for part in (splitter, *splitter.get("pretokenizers", ())):
+        if part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "never"
+    return json.dumps(parsed)
 
 
 def _byte_alphabet() -> dict[str, int]:

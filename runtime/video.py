@@ -1,4 +1,4 @@
-"""Frames from a file: which frames a family samples, and how they are read with PyAV.
+"""Frames from a file, read with PyAV: those that a family's rule picks (frame_sampling.py).
 
 Knows nothing of pixels wanted by a vision tower (preprocess.py) nor of tokens. Only the sampled frames are ever held.
 
@@ -13,7 +13,7 @@ How a video is read, fastest way first, each step checked by the next:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,36 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.errors import BundleError, VideoError
+from framefusion.errors import VideoError
 from framefusion.runtime.container import Listing, check_pixels, existing_file, film, open_video
+from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
 
 MAX_FRAME_PIXELS = 8192 * 4320
 MAX_BYTES = 8 << 30
 
 # A seek throws away what the decoder's threads have begun: closer than this, decoding on is cheaper.
 SEEK_DISTANCE = 16
-
-
-@dataclass(frozen=True)
-class FrameSampling:
-    """How many frames of a video are seen, and which: a rule's name and its numbers."""
-
-    rule: str = "qwen2_vl"
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 768
-    frame_factor: int = 2
-
-    def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise BundleError(
-                f"sampling rule {self.rule!r} is unknown, known are {', '.join(RULES)}: update this package"
-            )
-        if self.fps <= 0 or self.frame_factor < 1 or self.max_frames < self.frame_factor:
-            raise VideoError(
-                f"sampling of fps={self.fps}, max_frames={self.max_frames} takes no frame: "
-                f"give fps > 0 and max_frames >= {self.frame_factor}"
-            )
 
 
 @dataclass(frozen=True)
@@ -64,45 +43,10 @@ class Video:
     duration: float  # seconds of film
     seconds: float  # spent reading
 
-
-def _linspace_fp32(last: int, count: int) -> NDArray[np.float32]:
-    """`torch.linspace(0, last, count)` bit for bit: fp32, one rounding a value, each half counted from its own end.
-
-    Positions that fall midway between two frames are common, and float64 would round some of them the other way.
-    """
-    if count == 1:
-        return np.zeros(1, np.float32)
-    step = np.float64(np.float32(last) / np.float32(count - 1))
-    i = np.arange(count, dtype=np.float64)
-    return np.where(i < count // 2, step * i, last - step * (count - 1 - i)).astype(np.float32)
-
-
-def _qwen2_vl_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> NDArray[np.int64]:
-    """Evenly spread frames, first and last included; their number is a multiple of `frame_factor`."""
-    factor = sampling.frame_factor
-    low = -(-sampling.min_frames // factor) * factor
-    high = sampling.max_frames // factor * factor
-    wanted = min(max(total_frames / video_fps * sampling.fps, low), high, total_frames)
-    count = int(wanted // factor) * factor
-    if count < factor:
-        raise VideoError(
-            f"the video has {total_frames} frame(s), the model needs {factor} or more: give a longer clip, or an image"
-        )
-    return _linspace_fp32(total_frames - 1, count).round().astype(np.int64)
-
-
-RULES: dict[str, Callable[[int, float, FrameSampling], NDArray[np.int64]]] = {
-    "qwen2_vl": _qwen2_vl_indices,
-}
-
-
-def sample_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> NDArray[np.int64]:
-    """Numbers of the frames to look at, ascending [N], by the family's rule."""
-    if total_frames < 1:
-        raise VideoError("the video has no frame: give a video with a picture")
-    if not video_fps > 0:
-        raise VideoError(f"the video's frame rate is {video_fps}: convert it to a constant frame rate (ffmpeg -r 25)")
-    return RULES[sampling.rule](total_frames, video_fps, sampling)
+    @property
+    def times(self) -> NDArray[np.float64]:
+        """[N] seconds from the beginning of the film."""
+        return self.indices / self.fps
 
 
 def read_video(
@@ -124,7 +68,7 @@ def read_video(
     if listing.tells_frames_apart():
         indices = sample_indices(total, listing.fps, sampling)
         listing.check_bytes(source, indices.size, max_bytes)
-        frames = _decode_by_seeking(source, listing, indices)
+        frames = _decode_by_seeking(source, listing, np.unique(indices))
     if frames is None:
         total = sum(1 for _ in _decode_all(source))
         listing.check_complete(source, total + listing.discarded)
@@ -133,7 +77,9 @@ def read_video(
         chosen = set(indices.tolist())
         frames = [_upright(frame, listing) for i, frame in enumerate(_decode_all(source)) if i in chosen]
     seconds = time.perf_counter() - start
-    return Video(np.stack(frames), indices, listing.fps, total, total / listing.fps, seconds)
+    each = np.unique(indices, return_inverse=True)[1]  # some rules look at a frame of a short film more than once
+    pixels = np.stack([frames[i] for i in each.tolist()])
+    return Video(pixels, indices, listing.fps, total, total / listing.fps, seconds)
 
 
 def read_image(path: str | Path, *, max_frame_pixels: int = MAX_FRAME_PIXELS) -> NDArray[np.uint8]:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from framefusion.export.families import CHATML
+from framefusion.export.families.family import CHATML
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 PADS = ("<|image_pad|>", "<|video_pad|>")
-CORPUS = ("What happens in this video?", "Say what you see, in one word.", *CHATML.values(), "system\nuser\n") * 3
+QUESTIONS = ("What happens in this video?", "Say what you see, in one word.")
+CORPUS = (*QUESTIONS, CHATML.default_system, "system\nuser\nassistant\n") * 3
 
 
 def write_tokenizer(folder: Path) -> dict[str, int]:

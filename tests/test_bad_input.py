@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from framefusion import errors
 from tests.commands import assert_refused, export, run
 from tests.films import write_film
+from tests.random_checkpoint import random_checkpoint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Edit = Callable[[Path], object]
@@ -107,6 +108,12 @@ def test_a_cost_out_of_reach_of_a_late_prune(checkpoint: Path, tmp_path: Path) -
     assert not any(tmp_path.iterdir())
 
 
+def test_heads_that_the_dialect_has_no_kernels_for(tmp_path: Path) -> None:
+    narrow = random_checkpoint(tmp_path / "narrow", hidden=24)
+    result = export("build", narrow, "-o", tmp_path / "bundle")
+    assert_refused(result, errors.BudgetError, "head_dim 12 is no multiple of 8", "--dialect portable")
+
+
 @pytest.mark.parametrize("flags", [("--merge-shares", "0.3"), ("--prune-layer", 1), ("--calibrate", "film.mp4")])
 def test_a_schedule_belongs_to_the_fixed_mode(checkpoint: Path, tmp_path: Path, flags: tuple[str, object]) -> None:
     result = export("build", checkpoint, "-o", tmp_path / "bundle", *flags)
@@ -151,7 +158,7 @@ def make_newer(bundle: Path) -> None:
 
 
 def spoil_manifest(bundle: Path) -> None:
-    (bundle / "manifest.json").write_text('{"schema_version": 1, "model"')
+    (bundle / "manifest.json").write_text('{"schema_version": 2, "model"')
 
 
 def remove_manifest(bundle: Path) -> None:
@@ -232,7 +239,8 @@ def other_hidden_size(folder: Path) -> None:
 
 def other_model_type(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    other = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    (folder / "config.json").write_text(json.dumps(config | other))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +252,7 @@ def other_model_type(folder: Path) -> None:
         (remove_shard, errors.CheckpointError, "model-00001-of-00002.safetensors is missing"),
         (remove_config, errors.CheckpointError, "config.json is missing"),
         (other_hidden_size, errors.CheckpointError, "hidden_size is 48"),
-        (other_model_type, errors.UnknownFamilyError, "known are qwen2_vl"),
+        (other_model_type, errors.UnknownFamilyError, "is unknown; known are"),
         (shutil.rmtree, errors.CheckpointError, "no checkpoint folder"),
     ],
 )

@@ -20,6 +20,7 @@ from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.cli import ff_export
 from framefusion.export.inspection import Question, padding, render, report
 from framefusion.export.options import BuildOptions
+from framefusion.export.plan import DEFAULT_DEPTH, DEFAULT_INPUT, DEFAULT_NEW_TOKENS
 from framefusion.runtime.bundle import read_manifest
 from framefusion.runtime.cli import ff_run, visuals_in_order
 from tests.random_checkpoint import random_checkpoint
@@ -79,10 +80,20 @@ assert "torch" not in sys.modules
 
 def test_every_build_option_has_its_flag() -> None:
     flags = {parameter.name: parameter.opts for parameter in ff_export.commands["build"].params}
-    for other in ("checkpoint", "output", "clips", "force", "no_check", "json"):
+    for other in ("checkpoint", "output", "revision", "clips", "force", "no_check", "tolerance", "json"):
         del flags[other]
     names = [field.name for field in dataclasses.fields(BuildOptions)]
     assert flags == {name: [f"--{name.replace('_', '-')}"] for name in names}
+
+
+def test_defaults_told_are_those_of_the_library() -> None:
+    texts = {option.name: option.help or "" for option in ff_export.commands["build"].params if hasattr(option, "help")}
+    for field in dataclasses.fields(BuildOptions):
+        if field.default is not None:
+            assert texts[field.name].endswith(f"default: {field.default}.")
+    assert f"default: {DEFAULT_DEPTH}." in texts["depth"]
+    assert f"default: {DEFAULT_INPUT}, or" in texts["max_input_len"]
+    assert f"default: {DEFAULT_NEW_TOKENS} beyond" in texts["max_kv_cache_capacity"]
 
 
 def test_choices_on_the_command_line_are_those_of_the_library() -> None:
@@ -163,8 +174,12 @@ def test_padding_of_buckets() -> None:
 def test_families_lists_the_table() -> None:
     rows = answer(ff_export, "families")["families"]
     assert "qwen2_vl" in [row["name"] for row in rows]
-    assert set(rows[0]) == {"name", "model_types", "checkpoints", "verified"}
-    assert "Qwen/Qwen2-VL-7B-Instruct" in invoke(ff_export, "families").stdout
+    assert all(row["architectures"] and row["checkpoints"] and row["verified"] for row in rows)
+    text = invoke(ff_export, "families").stdout
+    assert max(map(len, text.splitlines())) <= console.WIDTH
+    words = {word.strip(",") for word in text.split()}
+    assert {name for row in rows for name in (row["name"], *row["architectures"], *row["checkpoints"])} <= words
+    assert " ".join(rows[0]["verified"].split()) in " ".join(text.split())
 
 
 def test_generate_streams_text_and_sums_up(bundle: Path, film: Path) -> None:

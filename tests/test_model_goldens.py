@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.dialects import DIALECTS
 from framefusion.export.engines.eager import EagerBackend
-from framefusion.export.families import family_of, reading
-from framefusion.export.families.qwen2_vl import tower
+from framefusion.export.families import decoders, qwen2_vl
+from framefusion.export.families.qwen2_vl_tower import tower
+from framefusion.export.hashed_file import HashedFile
 from framefusion.export.segments import SegmentPlan, cut_after_attentions
 from framefusion.export.signatures import segment_module, trace_segment
 from framefusion.export.trace import save_graph
@@ -33,6 +34,7 @@ from framefusion.runtime import stitching
 from framefusion.runtime.backends import Backend
 from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from framefusion.runtime.bundle import (
+    SCHEMA_VERSION,
     EmbeddingRecord,
     Limits,
     Manifest,
@@ -41,12 +43,12 @@ from framefusion.runtime.bundle import (
     SegmentRecord,
     VisionRecord,
 )
+from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
+from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.positions import rope_tables, vision_rope_tables
-from framefusion.runtime.preprocess import Preprocessing
 from framefusion.runtime.prompt import PromptTemplate
 from framefusion.runtime.sampling import GenerationConfig
 from framefusion.runtime.stitching import Stitcher, Stopwatch, TokenRows
-from framefusion.runtime.video import FrameSampling
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 2e-5
@@ -93,8 +95,8 @@ class Recorded:
 @cache
 def parts(model: str) -> tuple[Checkpoint, Any, Any, tuple[SegmentPlan, ...]]:
     checkpoint = Checkpoint(GOLDENS / model)
-    family = replace(family_of("qwen2_vl"), importance_rows=4 if model == "qwen2_vl" else 1)
-    config = reading.decoder_config(checkpoint, family)
+    family = replace(qwen2_vl.ROW, importance_rows=4 if model == "qwen2_vl" else 1)
+    config = decoders.decoder_config(checkpoint, family)
     return checkpoint, family, config, cut_after_attentions(config.num_layers, DEPTH)
 
 
@@ -103,7 +105,7 @@ def manifest_of(model: str, dialect: str) -> Manifest:
     facts = {name: getattr(config, name) for name in ModelRecord.__dataclass_fields__ if hasattr(config, name)}
     buckets = None if dialect != "portable" else (64, 96, 128, 192, 224, 256, 288, 320)
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         tools={},
         model=ModelRecord(family=family.name, model_type=model, dtype="float32", **facts),
         limits=Limits(512, 1024),
@@ -113,10 +115,10 @@ def manifest_of(model: str, dialect: str) -> Manifest:
             SegmentRecord(p.name, f"{p.name}/graph.onnx", p.attention_layers, 1, p.scores, p.head, 0, buckets)
             for p in plans
         ),
-        vision=VisionRecord("", 0, 0, 0, 0, 0),
+        vision=VisionRecord("", "rope_2d", 0, 0, 0, 0, 0, 4),
         embedding=EmbeddingRecord("", "float32", 0, 0),
-        prompt=PromptTemplate("", "", "", "", "", "", "", "", "", "", 0, 0),
-        preprocessing=Preprocessing(),
+        prompt=PromptTemplate({}, ""),
+        preprocessing=QwenVLPreprocessing(),
         sampling=FrameSampling(),
         generation=GenerationConfig(),
         files={},
@@ -129,9 +131,10 @@ def compiled(model: str, dialect: str, folder: Path) -> Backend:
     for plan in plans:
         target = folder / plan.name
         target.mkdir(parents=True)
-        sources = reading.decoder_sources(checkpoint, family, plan)
+        sources = decoders.decoder_sources(checkpoint, family, plan)
         module = segment_module(config, plan)
-        places = write_parameters(module, checkpoint, sources, torch.float32, target / "weights.bin")
+        with HashedFile(target / "weights.bin") as file:
+            places = write_parameters(module, checkpoint, sources, torch.float32, file)
         if plan.structure not in graphs:
             graphs[plan.structure] = trace_segment(config, plan, DIALECTS[dialect])
         save_graph(graphs[plan.structure], target / "graph.onnx", "weights.bin", places)
@@ -142,7 +145,7 @@ def eager(model: str) -> Backend:
     checkpoint, family, config, plans = parts(model)
 
     def loader(plan: SegmentPlan) -> Callable[[], torch.nn.Module]:
-        sources = reading.decoder_sources(checkpoint, family, plan)
+        sources = decoders.decoder_sources(checkpoint, family, plan)
         return lambda: load_parameters(segment_module(config, plan), checkpoint, sources, torch.float32)
 
     return EagerBackend({f"{plan.name}/graph.onnx": loader(plan) for plan in plans})
@@ -227,12 +230,12 @@ def test_equals_the_recording_in_chunks(
 
 def test_vision_tower_equals_the_recording() -> None:
     recorded, checkpoint = Recorded("qwen2_vl", "v1_merge_then_prune"), parts("qwen2_vl")[0]
-    module, sources = tower(checkpoint)
-    load_parameters(module, checkpoint, sources, torch.float32)
+    plan = tower(checkpoint)
+    module = load_parameters(plan.module, checkpoint, plan.sources, torch.float32)
     given = recorded.arrays("input")
     grids, height, width = given["video_grid_thw"][0]
-    cos, sin = vision_rope_tables(int(height), int(width), 2, module.config.head_dim)
-    half = module.config.head_dim // 2
+    cos, sin = vision_rope_tables(int(height), int(width), 2, plan.head_dim)
+    half = plan.head_dim // 2
     patches = torch.from_numpy(given["pixel_values_videos"]).reshape(int(grids), int(height * width), -1)
     with torch.inference_mode():
         tokens = module(patches, *(torch.from_numpy(table[None, :, :half].copy()) for table in (cos, sin)))

@@ -13,7 +13,6 @@ from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.preprocess import patchify
 from framefusion.runtime.prompt import Turn, Visual
 from tools.tiny import clips
 
@@ -44,9 +43,7 @@ def test_answers_mean_something(bundle: Bundle) -> None:
     right = dict.fromkeys(REQUESTS, 0)
     for seed in range(clips.HELD_OUT + 500_000, clips.HELD_OUT + 500_000 + QUESTIONS):
         clip = clips.draw_clip(seed)
-        patches = patchify(clip.frames, pipeline.manifest.preprocessing)
-        prompt = pipeline.prompt([Turn("user", (Visual.VIDEO, clip.question))], [patches])
-        rows = pipeline.embed(prompt, [pipeline.encode_visual(patches)])
+        prompt, rows = pipeline.read([Turn("user", (Visual.VIDEO, clip.question))], [clip.frames])
         for name, request in REQUESTS.items():
             right[name] += pipeline.answer(prompt, rows, request).text.strip() == clip.answer
     assert right["dense"] > 0.85 * QUESTIONS

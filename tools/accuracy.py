@@ -28,7 +28,6 @@ from framefusion.export.engines.eager import EagerBackend
 from framefusion.export.plan import BuildOptions, BuildPlan
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.preprocess import patchify
 from framefusion.runtime.prompt import Turn, Visual
 from tools.bench.setting import ROOT, report
 from tools.tiny import clips
@@ -89,9 +88,7 @@ def ask_some(folder: Path, checkpoint: Path, options: BuildOptions, asked: list[
         clip = clips.draw_clip(seed, kind=kind)
         turns = [Turn("user", (Visual.VIDEO, clip.question))]
         for name, pipeline in pipelines.items():
-            patches = patchify(clip.frames, pipeline.manifest.preprocessing)
-            prompt = pipeline.prompt(turns, [patches])
-            rows = pipeline.embed(prompt, [pipeline.encode_visual(patches)])
+            prompt, rows = pipeline.read(turns, [clip.frames])
             for column, request in columns(seed, name).items():
                 answer = pipeline.answer(prompt, rows, request)
                 label = f"{name}: {column}"

@@ -1,4 +1,4 @@
-"""The tables under "Numbers" in README.md, made from tools/bench/results/*.json so that no figure is typed by hand.
+"""The tables of README.md: figures from tools/bench/results/*.json, families from their rows; nothing typed by hand.
 
 python -m tools.numbers            # writes them into README.md
 """
@@ -11,22 +11,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from framefusion.export.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
-START, END = "<!-- numbers -->", "<!-- /numbers -->"
 KINDS = ("color", "shape", "direction", "count", "order")
 
 
 def main() -> None:
     readme = ROOT / "README.md"
-    readme.write_text(with_numbers(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def with_numbers(readme: str) -> str:
+def with_tables(readme: str) -> str:
     """README.md with the tables between its markers."""
-    blocks = [prefill(load("prefill")), memory(load("memory")), accuracy(load("accuracy"))]
-    tables = "\n\n".join(blocks)
-    return re.sub(f"{START}.*{END}", lambda _: f"{START}\n\n{tables}\n\n{END}", readme, flags=re.DOTALL)
+    numbers = [prefill(load("prefill")), memory(load("memory")), accuracy(load("accuracy"))]
+    for marker, tables in (("numbers", "\n\n".join(numbers)), ("families", families())):
+        start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+        block = f"{start}\n\n{tables}\n\n{end}"
+        readme = re.sub(f"{start}.*{end}", lambda _, block=block: block, readme, flags=re.DOTALL)  # type: ignore[misc]
+    return readme
+
+
+def families() -> str:
+    rows = [(f"`{row.name}`", ", ".join(row.checkpoints), row.verified) for row in FAMILIES]
+    return table(("family", "checkpoints", "verified against"), rows)
 
 
 def load(name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from framefusion.export.graph.decoder import Segment
 from framefusion.export.graph.fixed import FixedPrefill
+from framefusion.export.graph.tower import Tower
 from framefusion.export.signatures import cache_names
 from framefusion.runtime.backends import Array
 from framefusion.runtime.kv_cache import SegmentCache
@@ -75,11 +76,16 @@ def call_by_name(
     rows = [tensors.get(name) for name in ("hidden", "cos", "sin", "kv_len")]
     presents = cache_names("present", len(past))
     if isinstance(module, FixedPrefill):
-        results = module(*rows, *(tensors[name] for name in ("last", "label", "order", "drops")), past)
+        inside = (tensors[name] for name in ("last", "label", "order", "drops"))
+        results = module(*rows, *inside, past, tensors.get("deepstack"))
         return dict(zip(["logits", "origin", *presents], results, strict=True))
     if isinstance(module, Segment):
         previous = tensors.get("previous") if module.scores else None
-        results = module(*rows, previous, tensors["last"], past)
+        results = module(*rows, previous, tensors["last"], past, tensors.get("deepstack"))
         first = ["logits"] if module.head else ["hidden_out"] + ["similarity", "importance"] * module.scores
         return dict(zip([*first, *presents], results, strict=True))
-    return {"tokens": module(tensors["patches"], tensors["cos"], tensors["sin"])}
+    if isinstance(module, Tower):
+        told = module.signature()
+        results = module(*(tensors[name] for name in told.inputs))
+        return dict(zip(told.outputs, (results,) if isinstance(results, Tensor) else results, strict=True))
+    raise TypeError(f"{type(module).__name__} is no graph of a bundle")

@@ -2,29 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families.reading import required
-from framefusion.export.graph.qwen2_vl_tower import Tower, TowerConfig
-from framefusion.export.weights import Source
+from framefusion.export.families.towers import TowerPlan
+from framefusion.export.families.vit import linear_sources, norm_sources
+from framefusion.export.graph.qwen2_vl_tower import Qwen2VLTower, TowerConfig
+from framefusion.export.weights import AnySource, Source
+from framefusion.runtime.prompt import Prompt
+from framefusion.runtime.visual_input import VisualInput
 
 PREFIXES = ("model.visual.", "visual.")  # newest first
+LINEARS: Mapping[str, str] = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 
 
-def tower(checkpoint: Checkpoint) -> tuple[Tower, dict[str, Source]]:
+def tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower on the meta device, and the sources of its parameters."""
-    prefix = _prefix(checkpoint)
+    prefix = find_prefix(checkpoint)
     config = tower_config(checkpoint)
     with torch.device("meta"):
-        module = Tower(config)
-    return module, tower_sources(prefix, config)
+        module = Qwen2VLTower(config)
+    return TowerPlan(
+        module,
+        tower_sources(prefix, config),
+        "rope_2d",
+        patch_width=config.patch_width,
+        head_dim=config.head_dim,
+        embed_dim=config.embed_dim,
+        mlp_width=config.mlp_width,
+        out_width=config.out_width,
+        patches_per_token=config.merge_size**2,
+        settings={"merge_size": config.merge_size},
+    )
+
+
+def transformers_logits(
+    name: str, checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[VisualInput]
+) -> NDArray[np.float32]:
+    """Logits [V] of the last token after videos, by the class of transformers that has this name.
+
+    Positions are passed explicitly: transformers 5 places text after a video by another rule (see positions.py).
+    """
+    import transformers
+
+    model = getattr(transformers, name).from_pretrained(
+        checkpoint.folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    )
+    tiles = [tiles for visual in visuals for tiles in visual.tiles]
+    with torch.inference_mode():
+        result = model.eval()(
+            input_ids=torch.from_numpy(prompt.token_ids)[None],
+            position_ids=torch.from_numpy(prompt.positions)[:, None],
+            pixel_values_videos=torch.cat([torch.from_numpy(t.values).flatten(0, 1) for t in tiles]),
+            video_grid_thw=torch.tensor([list(t.grid) for t in tiles]),
+            mm_token_type_ids=torch.where(torch.from_numpy(prompt.labels >= 0), 2, 0)[None].int(),
+            logits_to_keep=1,
+        )
+    logits: NDArray[np.float32] = result.logits[0, -1].numpy()
+    return logits
+
+
+reference_logits = partial(transformers_logits, "Qwen2VLForConditionalGeneration")
 
 
 def tower_config(checkpoint: Checkpoint) -> TowerConfig:
     """Geometry from config.json; widths from the tensors themselves."""
-    vision, prefix = required(checkpoint.config, "vision_config", checkpoint), _prefix(checkpoint)
+    vision, prefix = required(checkpoint.config, "vision_config", checkpoint), find_prefix(checkpoint)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
     width = 1
     for size in patch:
@@ -40,36 +90,33 @@ def tower_config(checkpoint: Checkpoint) -> TowerConfig:
     )
 
 
-def tower_sources(prefix: str, config: TowerConfig) -> dict[str, Source]:
+def tower_sources(prefix: str, config: TowerConfig) -> dict[str, AnySource]:
     """Parameter of `Tower` -> place in the checkpoint; q, k and v are stacked there, in this order."""
-    sources = {
+    sources: dict[str, AnySource] = {
         "patch_embed.weight": Source(f"{prefix}patch_embed.proj.weight", flatten=True, transpose=True),
-        "merger_norm.weight": Source(f"{prefix}merger.ln_q.weight"),
-        "merger_norm.bias": Source(f"{prefix}merger.ln_q.bias"),
+        **norm_sources("merger_norm", f"{prefix}merger.ln_q"),
     }
     for name, key in (("merger_fc1", "merger.mlp.0"), ("merger_fc2", "merger.mlp.2")):
-        sources |= _linear(name, prefix + key)
+        sources |= linear_sources(name, prefix + key)
     for index in range(config.depth):
-        ours, theirs = f"blocks.{index}.", f"{prefix}blocks.{index}."
-        for norm in ("norm1", "norm2"):
-            sources[f"{ours}{norm}.weight"] = Source(f"{theirs}{norm}.weight")
-            sources[f"{ours}{norm}.bias"] = Source(f"{theirs}{norm}.bias")
-        for position, part in enumerate("qkv"):
-            rows = (position * config.embed_dim, (position + 1) * config.embed_dim)
-            sources |= _linear(ours + part, f"{theirs}attn.qkv", rows)
-        for name, key in (("proj", "attn.proj"), ("fc1", "mlp.fc1"), ("fc2", "mlp.fc2")):
-            sources |= _linear(ours + name, theirs + key)
+        sources |= block_sources(f"blocks.{index}.", f"{prefix}blocks.{index}.", config.embed_dim, LINEARS)
     return sources
 
 
-def _linear(name: str, key: str, rows: tuple[int, int] | None = None) -> dict[str, Source]:
-    return {
-        f"{name}.weight": Source(f"{key}.weight", rows, transpose=True),
-        f"{name}.bias": Source(f"{key}.bias", rows),
-    }
+def block_sources(ours: str, theirs: str, width: int, linears: Mapping[str, str]) -> dict[str, AnySource]:
+    """Norms, attention and MLP of one block; `linears` is parameter -> key below the block's prefix."""
+    sources: dict[str, AnySource] = {}
+    for norm in ("norm1", "norm2"):
+        sources |= norm_sources(ours + norm, theirs + norm)
+    for position, part in enumerate("qkv"):
+        sources |= linear_sources(ours + part, f"{theirs}attn.qkv", (position * width, (position + 1) * width))
+    for name, key in linears.items():
+        sources |= linear_sources(ours + name, theirs + key)
+    return sources
 
 
-def _prefix(checkpoint: Checkpoint) -> str:
+def find_prefix(checkpoint: Checkpoint) -> str:
+    """The prefix of the tower's keys in this checkpoint."""
     for prefix in PREFIXES:
         if f"{prefix}patch_embed.proj.weight" in checkpoint:
             return prefix

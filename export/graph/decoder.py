@@ -12,9 +12,10 @@ Inputs of a segment, in order (B is 1):
     previous    [S]                int64   scores: previous token of the track, -1 for none
     last        [1]                int64   scores or head: index of the last real token
     past_key_j, past_value_j       [B, Hkv, C_j, hd]   one pair for each attention block j
+    deepstack   [n, S, D]          float   n of its MLPs are those of the first layers, which add visual features
 
-Outputs: hidden [B, S, D] or logits [B, vocab]; similarity [S] and importance [S] with scores; present_key_j and
-present_value_j, which a runtime binds to the memory of the past ones.
+Outputs: hidden [B, S, D] or logits fp32 [B, vocab]; similarity and importance, fp32 [S], with scores; present_key_j and
+present_value_j, which a runtime binds to the memory of the past ones. float is the module's own type.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class DecoderConfig:
     rms_norm_eps: float
     rope_theta: float
     mrope_section: tuple[int, ...] | None = None  # channels (of head_dim / 2) for time, height, width
+    mrope_interleaved: bool = False  # one channel after the other, instead of three blocks
+    deepstack: int = 0  # first layers behind which visual features are added to the hidden states (Qwen3-VL)
     qkv_bias: bool = True
     qk_norm: bool = False  # RMSNorm of each head before RoPE (Qwen3)
     importance_rows: int = 1  # query rows the importance is averaged over; a fact of the family
@@ -55,6 +58,7 @@ class Block:
 
     kind: Literal["attention", "mlp"]
     layer: int
+    deepstack: bool = False  # adds visual features: an MLP of the first layers, where the family has them
 
 
 class AttentionBlock(nn.Module):
@@ -119,8 +123,8 @@ class Head(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, 1, D] -> logits [B, vocab]."""
-        logits: Tensor = self.lm_head(self.norm(hidden))[:, 0]
+        """[B, 1, D] -> logits [B, vocab], always fp32: sampling happens outside."""
+        logits: Tensor = self.lm_head(self.norm(hidden))[:, 0].float()
         return logits
 
 
@@ -143,19 +147,23 @@ class Segment(nn.Module):
         previous: Tensor | None,
         last: Tensor | None,
         past: Sequence[tuple[Tensor, Tensor]],
+        deepstack: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """See the module's table."""
         presents: list[Tensor] = []
-        final = len(self.blocks) - 1
+        final, added = len(self.blocks) - 1, 0
         for index, block in enumerate(self.blocks):
             if self.head is not None and index == final and last is not None:
                 hidden = hidden.index_select(1, last)  # only this token's logits are wanted: its MLP is enough
+                deepstack = None if deepstack is None else deepstack.index_select(1, last)
             if isinstance(block, AttentionBlock):
                 slot = len(presents) // 2
                 hidden, states, present = block(hidden, (cos, sin), kv_len[slot : slot + 1], past[slot])
                 presents += present
             else:
                 hidden = block(hidden)
+                if self.plan[index].deepstack and deepstack is not None:
+                    hidden, added = hidden + deepstack[added : added + 1], added + 1
         if self.head is not None:
             return self.head(hidden), *presents
         if not self.scores:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import framefusion.ops  # noqa: F401  (registers the ops)
 from framefusion.export.graph.layers import LayerNorm, Linear
+from framefusion.export.graph.tower import FREE, Tower, TowerSignature, meta
+from framefusion.export.graph.vit import Activation, activate
 
-QUICK_GELU = 1.702
-"""alpha of x * sigmoid(alpha * x) in CLIP's approximation of GELU."""
 NORM_EPS = 1e-6
 
 
@@ -33,6 +33,7 @@ class TowerConfig:
     patch_width: int  # channels * temporal patch * patch * patch
     merge_size: int
     out_width: int
+    activation: Activation = "quick_gelu"
 
     @property
     def head_dim(self) -> int:
@@ -45,7 +46,7 @@ class TowerBlock(nn.Module):
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
-        self.num_heads, width = config.num_heads, config.embed_dim
+        self.num_heads, self.activation, width = config.num_heads, config.activation, config.embed_dim
         self.norm1, self.norm2 = LayerNorm(width, NORM_EPS), LayerNorm(width, NORM_EPS)
         self.q, self.k, self.v, self.proj = (Linear(width, width, bias=True) for _ in range(4))
         self.fc1, self.fc2 = Linear(width, config.mlp_width, bias=True), Linear(config.mlp_width, width, bias=True)
@@ -57,10 +58,10 @@ class TowerBlock(nn.Module):
         key = rotary(self.k(normed), cos, sin, self.num_heads)
         out = torch.ops.framefusion.full_attention(query, key, self.v(normed), self.num_heads)
         hidden = hidden + self.proj(out)
-        return hidden + self.fc2(torch.ops.framefusion.swish(self.fc1(self.norm2(hidden)), QUICK_GELU))  # type: ignore[no-any-return]
+        return hidden + self.fc2(activate(self.fc1(self.norm2(hidden)), self.activation))  # type: ignore[no-any-return]
 
 
-class Tower(nn.Module):
+class Qwen2VLTower(Tower):
     """Patch embedding, blocks, merger."""
 
     def __init__(self, config: TowerConfig) -> None:
@@ -72,6 +73,18 @@ class Tower(nn.Module):
         self.merger_norm = LayerNorm(config.embed_dim, NORM_EPS)
         self.merger_fc1 = Linear(merged, merged, bias=True)
         self.merger_fc2 = Linear(merged, config.out_width, bias=True)
+
+    def signature(self) -> TowerSignature:
+        """Any number of temporal grids, and of patches in whole merge blocks."""
+        blocks, half = self.config.merge_size**2, self.config.head_dim // 2
+        patches = 20 * blocks  # unlike every other size, so that no axis looks equal to another
+        axis = torch.export.Dim("merge_blocks", min=2, max=1 << 20) * blocks
+        return TowerSignature(
+            (meta(3, patches, self.config.patch_width), meta(1, patches, half), meta(1, patches, half)),
+            ({0: FREE, 1: axis}, {1: axis}, {1: axis}),
+            ("patches", "cos", "sin"),
+            axes={"patches": {0: "grids", 1: "patches"}, "cos": {1: "patches"}, "sin": {1: "patches"}},
+        )
 
     def forward(self, patches: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """See the module's table."""

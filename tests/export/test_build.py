@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from framefusion.errors import CheckpointError
 from framefusion.export import signatures
-from framefusion.export.build import Builder, build
-from framefusion.export.check import check_again
+from framefusion.export.build import build, check_again
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
+from framefusion.export.parts import Builder
 from framefusion.export.plan import BuildPlan
+from framefusion.progress import Step
 from framefusion.runtime.bundle import Manifest, read_manifest
 from framefusion.runtime.records import from_json
 from tests.random_checkpoint import random_checkpoint
@@ -81,7 +82,7 @@ def test_a_check_sees_other_weights(bundle: Path, checkpoint: Path, tmp_path: Pa
 @pytest.mark.usefixtures("instant_traces")
 def test_a_structure_is_traced_once(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[str] = []
-    monkeypatch.setattr(signatures, "trace_segment", lambda _config, segment, _dialect: traced.append(segment.name))
+    monkeypatch.setattr(signatures, "trace_segment", lambda _config, segment, *_: traced.append(segment.name))
     built = build(Checkpoint(checkpoint), tmp_path / "bundle", BuildOptions(depth=2), verify=False)
     assert [segment.name for segment in built.manifest.segments] == ["layer00", "layer01", "layer02", "rest"]
     assert traced == ["layer00", "layer01", "rest"]
@@ -99,17 +100,19 @@ def test_weights_of_the_manifest_are_the_weights_on_disk(checkpoint: Path, tmp_p
 
 @pytest.mark.usefixtures("instant_traces")
 def test_progress_goes_forward_to_all_bytes(checkpoint: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    build(
-        Checkpoint(checkpoint), tmp_path / "bundle", BuildOptions(depth=0), verify=False,
-        progress=lambda *told_now: told.append(told_now),
-    )  # fmt: skip
-    assert list(dict.fromkeys(part for part, _, _ in told)) == [
-        "tokenizer", "embedding", "vision", "segments/layer00", "segments/rest", "check",
+    told: list[Step] = []
+    options = BuildOptions(depth=0)
+    build(Checkpoint(checkpoint), tmp_path / "bundle", options, verify=False, progress=told.append)
+    assert list(dict.fromkeys(step.part for step in told)) == [
+        "tokenizer", "embedding", "vision", "segments/layer00", "segments/rest", "manifest",
     ]  # fmt: skip
-    done = [now for _, now, _ in told]
-    assert done == sorted(done)
-    assert done[-1] == told[-1][2]
+    written = [step.written for step in told]
+    assert written == sorted(written)
+    assert written[-1] == told[-1].total
+    for part in ("vision", "segments/rest"):
+        steps = [step for step in told if step.part == part]
+        assert list(dict.fromkeys(step.doing for step in steps)) == ["", "weights.bin", "tracing"]
+        assert 0 <= steps[-1].size - steps[-1].done < 4096  # the last tensor of a file is not followed by padding
 
 
 # --- Where weights come from ------------------------------------------------------------------------------------------

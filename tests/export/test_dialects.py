@@ -74,6 +74,9 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "quick_gelu": (lambda x: OPS.swish(x, 1.702), [QUERY]),
     "rotary": (lambda x, c, s: OPS.rotary(x, c, s, HEADS), [QUERY, TABLE.cos(), TABLE.sin()]),
     "full_attention": (lambda q, k, v: OPS.full_attention(q, k, v, HEADS), [QUERY, draw(1, 11, 48), QUERY]),
+    "full attention of few queries": (
+        lambda q, k, v: OPS.full_attention(q, k, v, HEADS), [QUERY, draw(1, 29, 48), draw(1, 29, 48)],
+    ),
     "similarity": (OPS.similarity, [QUERY, PREVIOUS]),
     "similarity of zero tokens": (OPS.similarity, [QUERY * (torch.arange(LENGTH) % 3 > 0)[None, :, None], PREVIOUS]),
     "importance": (lambda q, k, n: OPS.importance(q, k, n, 1, HEADS, KV_HEADS), [QUERY, KEY, torch.tensor([10])]),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from framefusion.runtime.positions import (
     Grid,
     decode_positions,
+    grid_places,
     mrope_positions,
     rope_tables,
     vision_rope_tables,
@@ -43,14 +44,14 @@ def positions_by_loop(spans: list[int | Grid], merge: int) -> list[tuple[int, in
 @given(spans_of_a_prompt)
 def test_positions_equal_a_loop(spans: list[int | Grid]) -> None:
     expected = np.array(positions_by_loop(spans, 2), np.int64).reshape(-1, 3).T
-    positions, delta = mrope_positions(spans, 2)
+    positions, delta = mrope_positions([s if isinstance(s, int) else grid_places(s.merged(2)) for s in spans])
     assert positions.dtype == np.int64
     np.testing.assert_array_equal(positions, expected)
     assert delta == expected.max(initial=-1) + 1 - expected.shape[1]
 
 
 def test_text_alone_counts_up() -> None:
-    positions, delta = mrope_positions([7], 2)
+    positions, delta = mrope_positions([7])
     np.testing.assert_array_equal(positions, [list(range(7))] * 3)
     assert delta == 0
 
@@ -60,7 +61,7 @@ def test_positions_equal_the_reference_run() -> None:
     ids = np.load(GOLDENS / "v1_merge_then_prune.input.npz")
     grid = Grid(*ids["video_grid_thw"][0].tolist())
     expected = np.load(GOLDENS / "v1_merge_then_prune.dense.npz")["position_ids"][:, 0]
-    positions, delta = mrope_positions([7, grid, 21], 2)
+    positions, delta = mrope_positions([7, grid_places(grid.merged(2)), 21])
     np.testing.assert_array_equal(positions, expected)
     assert delta == -180
     np.testing.assert_array_equal(decode_positions(220, delta, 2), [[40, 41]] * 3)
@@ -68,7 +69,7 @@ def test_positions_equal_the_reference_run() -> None:
 
 def test_a_grid_that_does_not_merge_is_a_bug() -> None:
     with pytest.raises(ValueError, match="3x4 patches does not divide into blocks of 2"):
-        mrope_positions([Grid(1, 3, 4)], 2)
+        Grid(1, 3, 4).merged(2)
 
 
 def test_mrope_tables_equal_the_modelling_code() -> None:
@@ -77,9 +78,22 @@ def test_mrope_tables_equal_the_modelling_code() -> None:
 
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     config: Any = Qwen2VLTextConfig(hidden_size=256, num_attention_heads=2, rope_parameters=rope)
-    positions = mrope_positions([500, Grid(16, 40, 72), 30000], 2).positions
+    positions = mrope_positions([500, grid_places(Grid(16, 20, 36)), 30000]).positions
     expected = Qwen2VLRotaryEmbedding(config)(torch.zeros(1), torch.from_numpy(positions)[:, None])
     found = rope_tables(positions, 128, 1e6, [16, 24, 24])
+    compare_tables(found, (expected[0][0].numpy(), expected[1][0].numpy()))
+
+
+@pytest.mark.parametrize(("width", "section"), [(256, [24, 20, 20]), (48, [6, 3, 3]), (32, [2, 3, 3])])
+def test_interleaved_tables_equal_the_modelling_code(width: int, section: list[int]) -> None:
+    from transformers import Qwen3VLTextConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section, "mrope_interleaved": True}
+    config = Qwen3VLTextConfig(hidden_size=64, num_attention_heads=2, head_dim=width // 2, rope_parameters=rope)
+    positions = mrope_positions([500, grid_places(Grid(16, 20, 36)), 30000]).positions
+    expected = Qwen3VLTextRotaryEmbedding(config)(torch.zeros(1), torch.from_numpy(positions)[:, None])
+    found = rope_tables(positions, width // 2, 1e6, section, True)
     compare_tables(found, (expected[0][0].numpy(), expected[1][0].numpy()))
 
 

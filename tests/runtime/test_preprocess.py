@@ -11,16 +11,19 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError, VideoError
+from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of, patchify, smart_resize
 from framefusion.runtime.positions import Grid
-from framefusion.runtime.preprocess import Preprocessing, grid_of, patchify, smart_resize
+from framefusion.runtime.preprocess import Preprocessing
 from framefusion.runtime.records import RecordError, from_json, to_json
+
+ANY_RULE: Any = Preprocessing  # abstract: the value says which subclass it is
 
 
 def frames(count: int, height: int, width: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def reference(preprocessing: Preprocessing, images: NDArray[np.uint8]) -> Any:
+def reference(preprocessing: QwenVLPreprocessing, images: NDArray[np.uint8]) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(min_pixels=preprocessing.min_pixels, max_pixels=preprocessing.max_pixels)
@@ -29,7 +32,7 @@ def reference(preprocessing: Preprocessing, images: NDArray[np.uint8]) -> Any:
 
 @pytest.mark.parametrize(("height", "width"), [(56, 84), (100, 150), (300, 200), (20, 500)])
 def test_images_equal_hugging_face(height: int, width: int) -> None:
-    preprocessing = Preprocessing(min_pixels=56 * 56, max_pixels=168 * 168)
+    preprocessing = QwenVLPreprocessing(min_pixels=56 * 56, max_pixels=168 * 168)
     image = frames(1, height, width)
     expected = reference(preprocessing, image)
     patches = patchify(image, preprocessing)
@@ -39,7 +42,7 @@ def test_images_equal_hugging_face(height: int, width: int) -> None:
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_videos_equal_hugging_face(count: int) -> None:
-    preprocessing = Preprocessing(min_pixels=56 * 56, max_pixels=112 * 112)
+    preprocessing = QwenVLPreprocessing(min_pixels=56 * 56, max_pixels=112 * 112)
     film = frames(count, 90, 130)
     # The reference makes one patch of each frame, repeated: take each frame's own half of it.
     stills = reference(preprocessing, film)["pixel_values"].reshape(count, -1, 3, 2, 14, 14)[:, :, :, 0]
@@ -73,28 +76,28 @@ def test_sizes_equal_hugging_face(height: int, width: int, min_pixels: int, fact
     ],
 )
 def test_pixels_per_frame(num_frames: int, max_pixels: int, grid: Grid) -> None:
-    preprocessing = Preprocessing(max_pixels=max_pixels, total_pixels=128000 * 784 * 0.9)
+    preprocessing = QwenVLPreprocessing(max_pixels=max_pixels, total_pixels=128000 * 784 * 0.9)
     assert grid_of(num_frames, 720, 1280, preprocessing) == grid
 
 
 def test_the_cap_never_falls_under_the_minimum() -> None:
-    preprocessing = Preprocessing(total_pixels=1.0)
+    preprocessing = QwenVLPreprocessing(total_pixels=1.0)
     assert preprocessing.frame_max_pixels(10) == int(preprocessing.min_pixels * 1.05)
 
 
 def test_survives_a_manifest() -> None:
-    preprocessing = Preprocessing(total_pixels=9e7, image_mean=(0.5, 0.5, 0.5))
-    assert from_json(Preprocessing, to_json(preprocessing)) == preprocessing
+    preprocessing = QwenVLPreprocessing(total_pixels=9e7, image_mean=(0.5, 0.5, 0.5))
+    assert from_json(ANY_RULE, to_json(preprocessing)) == preprocessing
 
 
 def test_bad_settings_and_frames_are_refused() -> None:
     with pytest.raises(BundleError, match="min_pixels <= max_pixels"):
-        Preprocessing(min_pixels=100, max_pixels=99)
+        QwenVLPreprocessing(min_pixels=100, max_pixels=99)
     with pytest.raises(BundleError, match="three numbers"):
-        Preprocessing(image_std=(1.0, 1.0))
+        QwenVLPreprocessing(image_std=(1.0, 1.0))
     with pytest.raises(RecordError, match="image_mean: expected a list, found 3"):
-        from_json(Preprocessing, {"image_mean": 3})
+        from_json(ANY_RULE, {"rule": "qwen_vl", "image_mean": 3})
     with pytest.raises(VideoError, match=r"shape \(48, 64, 3\)"):
-        patchify(frames(1, 48, 64)[0], Preprocessing())
+        patchify(frames(1, 48, 64)[0], QwenVLPreprocessing())
     with pytest.raises(VideoError, match="2x900 is too long"):
-        patchify(frames(1, 900, 2), Preprocessing())
+        patchify(frames(1, 900, 2), QwenVLPreprocessing())

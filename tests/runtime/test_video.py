@@ -18,8 +18,9 @@ from PIL import Image
 
 from framefusion.errors import BundleError, VideoError
 from framefusion.runtime import video as video_module
+from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.records import RecordError, from_json, to_json
-from framefusion.runtime.video import FrameSampling, read_image, read_video, sample_indices
+from framefusion.runtime.video import read_image, read_video
 
 
 def bunny() -> Path:

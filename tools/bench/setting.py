@@ -24,15 +24,17 @@ from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.plan import BuildOptions
 from framefusion.runtime.bundle import ModelRecord
 from framefusion.runtime.pipeline import Pipeline
-from framefusion.runtime.positions import Grid, mrope_positions
-from framefusion.runtime.prompt import Prompt, VisualSpan
+from framefusion.runtime.positions import Grid, grid_places, mrope_positions
+from framefusion.runtime.prompt import Prompt
 from framefusion.runtime.stitching import TokenRows
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tools" / "bench" / "results"
 TOKENIZER = ROOT / "tests" / "models" / "tiny_qwen2_vl" / "tokenizer.json"
 SEED = 0
-MODULES = {"prefill": "tools.bench.prefill", "memory": "tools.bench.memory", "accuracy": "tools.accuracy"}
+MODULES = {name: f"tools.bench.{name}" for name in ("prefill", "memory", "export_memory")} | {
+    "accuracy": "tools.accuracy"
+}
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,9 @@ def draw_film(model: ModelRecord, grid: Grid, before: int, after: int, stillness
     hidden = np.concatenate([text[:before], frames.reshape(-1, model.hidden_size), text[before:]]) * np.float32(0.02)
     labels = np.full(len(hidden), -1, np.int64)
     labels[before : before + grid.size] = np.tile(np.arange(places), grid.frames)
-    positions, delta = mrope_positions([before, grid, after], merge_size=1)
-    span = VisualSpan(before, grid.size, grid)
-    return Film(Prompt(np.zeros(len(hidden), np.int64), labels, positions, delta, (span,)), hidden)
+    positions, delta = mrope_positions([before, grid_places(grid), after])
+    rows = np.arange(before, before + grid.size)
+    return Film(Prompt(np.zeros(len(hidden), np.int64), labels, positions, delta, rows), hidden)
 
 
 def layer_flops(model: ModelRecord, attended: int, through_mlp: int) -> float:

@@ -1,0 +1,80 @@
+"""LLaVA by transformers' own classes, in fp32: what a bundle's dense logits are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.families import llava
+from framefusion.export.families.composition import fill, last_logits, pixels, qwen2, siglip
+from framefusion.export.families.llava_tower import original_tower
+from framefusion.export.graph.llava_tower import LlavaTower
+from framefusion.runtime.prompt import Prompt
+from framefusion.runtime.visual_input import Tiles, VisualInput
+
+
+def hf_logits(checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[VisualInput]) -> NDArray[Any]:
+    """Logits [V] of the last token, by the class that config.json names; images are laid out by this project's rule."""
+    import transformers
+
+    load: Callable[..., Any] = getattr(transformers, checkpoint.config["architectures"][0]).from_pretrained
+    model = load(checkpoint.folder, dtype=torch.float32, local_files_only=True).eval()
+    config, pool_first = model.config, hasattr(model.model, "vision_resampler")
+    size, patch = (getattr(config.vision_config, name) for name in ("image_size", "patch_size"))
+
+    def rows(tiles: Tiles) -> Tensor:
+        pictures, project = pixels(tiles, size, patch), model.model.multi_modal_projector
+        if tiles.pool == ("average" if pool_first else "bilinear"):  # as the class itself pools
+            own: Tensor = model.get_video_features(pictures[None]).pooler_output[0]
+            return own
+        states = model.model.vision_tower(pictures, output_hidden_states=True).hidden_states
+        hidden: Tensor = states[config.vision_feature_layer]
+        hidden = hidden[:, 1:] if config.vision_feature_select_strategy == "default" else hidden
+        hidden = project(_pooled(hidden, tiles)) if pool_first else _pooled(project(hidden), tiles)
+        return hidden.flatten(0, 1)
+
+    with torch.inference_mode():
+        return last_logits(model, prompt, visuals, rows, model.model.image_newline)
+
+
+def original_logits(checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[VisualInput]) -> NDArray[Any]:
+    """Logits [V] of the last token, by SiglipVisionModel and Qwen2ForCausalLM with LLaVA's steps between them."""
+    tower, projector, model = _original_parts(checkpoint)
+    told = llava.preprocessing(checkpoint)
+
+    def rows(tiles: Tiles) -> Tensor:
+        hidden = tower(pixels(tiles, told.image_size, told.patch_size), output_hidden_states=True).hidden_states[-1]
+        return _pooled(projector(hidden), tiles).flatten(0, 1)
+
+    with torch.inference_mode():
+        return last_logits(model, prompt, visuals, rows, checkpoint.tensor("model.image_newline").float())
+
+
+def _original_parts(checkpoint: Checkpoint) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Vision tower, projector and LLM."""
+    told, plan = llava.preprocessing(checkpoint), original_tower(checkpoint)
+    assert isinstance(plan.module, LlavaTower)
+    vit = plan.module.config.vit
+    tower = siglip(checkpoint, llava.VISION_PREFIX, vit, told.image_size, told.patch_size)
+    projector = nn.Sequential(
+        nn.Linear(vit.width, plan.out_width), nn.GELU(), nn.Linear(plan.out_width, plan.out_width)
+    )
+    fill(projector, checkpoint, "model.mm_projector.")
+    return tower, projector, qwen2(checkpoint, checkpoint.config)
+
+
+def _pooled(hidden: Tensor, tiles: Tiles) -> Tensor:
+    """[N, P, D] -> [N, Q, D], as the checkpoint's authors pool."""
+    if not tiles.pool:
+        return hidden
+    grid = hidden.reshape(*tiles.grid, -1).permute(0, 3, 1, 2)
+    if tiles.pool == "average":
+        pooled = nn.functional.avg_pool2d(grid, 2)
+    else:
+        pooled = nn.functional.interpolate(grid, size=[-(-side // 2) for side in tiles.grid[1:]], mode="bilinear")
+    return pooled.flatten(2).transpose(1, 2)

@@ -1,0 +1,103 @@
+"""Qwen2.5-VL's vision tower: its geometry and where its weights are in a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from framefusion.errors import CheckpointError
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.families.qwen2_vl_tower import block_sources, find_prefix, transformers_logits
+from framefusion.export.families.reading import required
+from framefusion.export.families.towers import TowerPlan
+from framefusion.export.families.vit import linear_sources
+from framefusion.export.graph.qwen2_5_vl_tower import Qwen25VLTower, WindowTowerConfig
+from framefusion.export.weights import AnySource, Source
+
+LINEARS: Mapping[str, str] = {
+    "proj": "attn.proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+reference_logits = partial(transformers_logits, "Qwen2_5_VLForConditionalGeneration")
+
+
+def tower(checkpoint: Checkpoint) -> TowerPlan:
+    """The tower on the meta device, and the sources of its parameters."""
+    prefix, config = find_prefix(checkpoint), tower_config(checkpoint)
+    with torch.device("meta"):
+        module = Qwen25VLTower(config)
+    return TowerPlan(
+        module,
+        tower_sources(prefix, config),
+        "rope_2d_windows",
+        patch_width=config.patch_width,
+        head_dim=config.head_dim,
+        embed_dim=config.embed_dim,
+        mlp_width=config.mlp_width,
+        out_width=config.out_width,
+        patches_per_token=config.merge_size**2,
+        settings={"merge_size": config.merge_size, "window": config.window},
+    )
+
+
+def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:
+    """Geometry from config.json; widths from the tensors themselves."""
+    vision, prefix = required(checkpoint.config, "vision_config", checkpoint), find_prefix(checkpoint)
+    embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
+    check_activation(vision, "silu", checkpoint)
+    merge = int(required(vision, "spatial_merge_size", checkpoint))
+    size, patch_size = required(vision, "window_size", checkpoint), patch[-1]
+    window = int(size) // merge // patch_size
+    if window < 1:
+        raise CheckpointError(
+            f"window_size {size} of {checkpoint.folder}/config.json holds no block of {merge} x {merge} patches of "
+            f"{patch_size} pixels: it must be {merge * patch_size} or more"
+        )
+    depth = int(required(vision, "depth", checkpoint))
+    return WindowTowerConfig(
+        depth=depth,
+        embed_dim=embed_dim,
+        num_heads=int(required(vision, "num_heads", checkpoint)),
+        mlp_width=checkpoint.shape(f"{prefix}blocks.0.mlp.gate_proj.weight")[0],
+        patch_width=math.prod(patch),
+        merge_size=merge,
+        out_width=checkpoint.shape(f"{prefix}merger.mlp.2.weight")[0],
+        window=window,
+        full_layers=layer_list(vision, "fullatt_block_indexes", depth, checkpoint),
+    )
+
+
+def layer_list(vision: Mapping[str, object], key: str, depth: int, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Indices of the tower's layers that config.json lists under a key."""
+    told = required(vision, key, checkpoint)
+    if not isinstance(told, list) or not all(isinstance(layer, int) and 0 <= layer < depth for layer in told):
+        raise CheckpointError(f"{checkpoint.folder}/config.json: {key} {told} are not layers 0 .. {depth - 1}")
+    return tuple(told)
+
+
+def check_activation(vision: Mapping[str, object], expected: str, checkpoint: Checkpoint) -> None:
+    """Refuse a tower whose MLPs are not what its graph computes."""
+    found = vision.get("hidden_act", expected)
+    if found != expected:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: hidden_act {found!r} of vision_config is not supported, {expected!r} is"
+        )
+
+
+def tower_sources(prefix: str, config: WindowTowerConfig) -> dict[str, AnySource]:
+    """Parameter of `Qwen25VLTower` -> place in the checkpoint."""
+    sources: dict[str, AnySource] = {
+        "patch_embed.weight": Source(f"{prefix}patch_embed.proj.weight", flatten=True, transpose=True),
+        "merger_norm.weight": Source(f"{prefix}merger.ln_q.weight"),
+        **linear_sources("merger_fc1", f"{prefix}merger.mlp.0"),
+        **linear_sources("merger_fc2", f"{prefix}merger.mlp.2"),
+    }
+    for index in range(config.depth):
+        sources |= block_sources(f"blocks.{index}.", f"{prefix}blocks.{index}.", config.embed_dim, LINEARS)
+    return sources

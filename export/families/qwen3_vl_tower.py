@@ -1,0 +1,85 @@
+"""Qwen3-VL's vision tower: its geometry and where its weights are in a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from framefusion.errors import CheckpointError
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.families.qwen2_5_vl_tower import check_activation, layer_list
+from framefusion.export.families.qwen2_vl_tower import block_sources, find_prefix, transformers_logits
+from framefusion.export.families.reading import required
+from framefusion.export.families.towers import TowerPlan
+from framefusion.export.families.vit import linear_sources, norm_sources
+from framefusion.export.graph.qwen3_vl_tower import DeepstackTowerConfig, Qwen3VLTower
+from framefusion.export.weights import AnySource, Source
+
+LINEARS: Mapping[str, str] = {"proj": "attn.proj", "fc1": "mlp.linear_fc1", "fc2": "mlp.linear_fc2"}
+
+reference_logits = partial(transformers_logits, "Qwen3VLForConditionalGeneration")
+
+
+def tower(checkpoint: Checkpoint) -> TowerPlan:
+    """The tower on the meta device, and the sources of its parameters."""
+    prefix, config = find_prefix(checkpoint), tower_config(checkpoint)
+    with torch.device("meta"):
+        module = Qwen3VLTower(config)
+    return TowerPlan(
+        module,
+        tower_sources(prefix, config),
+        "rope_2d_table",
+        patch_width=config.patch_width,
+        head_dim=config.head_dim,
+        embed_dim=config.embed_dim,
+        mlp_width=config.mlp_width,
+        out_width=config.out_width,
+        patches_per_token=config.merge_size**2,
+        deepstack=len(config.deepstack_layers),
+        settings={"merge_size": config.merge_size, "table_side": math.isqrt(config.num_positions)},
+    )
+
+
+def tower_config(checkpoint: Checkpoint) -> DeepstackTowerConfig:
+    """Geometry from config.json; widths from the tensors themselves."""
+    vision, prefix = required(checkpoint.config, "vision_config", checkpoint), find_prefix(checkpoint)
+    embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
+    check_activation(vision, "gelu_pytorch_tanh", checkpoint)
+    rows, depth = checkpoint.shape(f"{prefix}pos_embed.weight")[0], int(required(vision, "depth", checkpoint))
+    if math.isqrt(rows) ** 2 != rows:
+        raise CheckpointError(
+            f"{prefix}pos_embed.weight has {rows} rows, they are no square: the checkpoint is another's"
+        )
+    return DeepstackTowerConfig(
+        depth=depth,
+        embed_dim=embed_dim,
+        num_heads=int(required(vision, "num_heads", checkpoint)),
+        mlp_width=checkpoint.shape(f"{prefix}blocks.0.mlp.linear_fc1.weight")[0],
+        patch_width=math.prod(patch),
+        merge_size=int(required(vision, "spatial_merge_size", checkpoint)),
+        out_width=checkpoint.shape(f"{prefix}merger.linear_fc2.weight")[0],
+        activation="gelu_tanh",
+        num_positions=rows,
+        deepstack_layers=layer_list(vision, "deepstack_visual_indexes", depth, checkpoint),
+    )
+
+
+def tower_sources(prefix: str, config: DeepstackTowerConfig) -> dict[str, AnySource]:
+    """Parameter of `Qwen3VLTower` -> place in the checkpoint."""
+    sources: dict[str, AnySource] = {
+        "patch_embed.weight": Source(f"{prefix}patch_embed.proj.weight", flatten=True, transpose=True),
+        "patch_embed.bias": Source(f"{prefix}patch_embed.proj.bias"),
+        "positions": Source(f"{prefix}pos_embed.weight"),
+    }
+    mergers = {"merger": "merger"}
+    mergers |= {f"deepstack_mergers.{i}": f"deepstack_merger_list.{i}" for i in range(len(config.deepstack_layers))}
+    for ours, theirs in mergers.items():
+        sources |= norm_sources(f"{ours}.norm", f"{prefix}{theirs}.norm")
+        for part in ("fc1", "fc2"):
+            sources |= linear_sources(f"{ours}.{part}", f"{prefix}{theirs}.linear_{part}")
+    for index in range(config.depth):
+        sources |= block_sources(f"blocks.{index}.", f"{prefix}blocks.{index}.", config.embed_dim, LINEARS)
+    return sources

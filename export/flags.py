@@ -1,0 +1,87 @@
+"""The flags of a build, as click takes them: one for each field of BuildOptions. No torch here.
+
+A flag that is not given leaves the field to that class; the default told is its own, or says whose it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # generic only since click 8.2
+
+Number = TypeVar("Number", int, float)
+Command = TypeVar("Command", bound=Callable[..., Any])
+COUNT = click.IntRange(min=1)
+LAYER = click.IntRange(min=0)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+OF_FAMILY, OF_CHECKPOINT = "the family's", "the checkpoint's"
+
+
+class CommaList(ParamType, Generic[Number]):
+    """Numbers with commas between them."""
+
+    def __init__(self, kind: type[Number]) -> None:
+        self.kind: type[Number] = kind
+        self.name = f"{kind.__name__},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Number, ...]:
+        """Read "0.4,0.1"."""
+        try:
+            return value if isinstance(value, tuple) else tuple(map(self.kind, value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is no list of {self.kind.__name__} with commas between them", param, ctx)
+
+
+def _flag(name: str, kind: Any, text: str, default: str | None = None) -> Callable[[Command], Command]:
+    """An option without a default of its own; `default` is only told."""
+    return click.option(name, type=kind, help=text if default is None else f"{text[:-1]}; default: {default}.")
+
+
+BUILD_OPTIONS = (
+    _flag("--reduction", click.Choice(("none", "fixed", "adaptive")), "Where tokens are dropped.", "adaptive"),
+    _flag("--cost", float, "Share of the computation over visual tokens that is kept, in (0, 1].", "0.3"),
+    _flag("--similarity-lower-bound", float, "Tokens at least this alike merge (adaptive).", OF_FAMILY),
+    _flag("--ratio-lower-bound", float, "Merging ends when a smaller share merges (adaptive).", "0.1"),
+    _flag("--depth", LAYER, "Deepest layer a reduction may follow (adaptive).", "7"),
+    _flag("--merge-shares", CommaList(float), "Share merged at calls 0, 1, ... (fixed)."),
+    _flag("--prune-layer", LAYER, "Layer the prune follows (fixed)."),
+    _flag("--dialect", str, "How the graphs say attention: gqa (ONNX Runtime) or portable.", "gqa"),
+    _flag("--buckets", CommaList(int), "Sizes of a prefill; the gqa dialect needs none."),
+    _flag("--max-input-len", COUNT, "Longest prompt in tokens.", "8192, or what the LLM was trained for"),
+    _flag("--max-kv-cache-capacity", COUNT, "Longest prompt and answer together.", "1024 beyond the prompt"),
+    _flag("--max-text-len", COUNT, "Longest text of a prompt (fixed).", "512"),
+    _flag(
+        "--dtype", click.Choice(("float32", "float16", "bfloat16")), "Of weights, activations and caches.", "float32"
+    ),
+    _flag("--num-decoder-layer", COUNT, "Take only the first layers, for a smoke test.", "all"),
+    _flag("--fps", POSITIVE, "Frames sampled from a second of film.", OF_CHECKPOINT),
+    _flag("--max-frames", COUNT, "Most frames sampled.", OF_CHECKPOINT),
+    _flag("--min-pixels", COUNT, "Smallest frame.", OF_CHECKPOINT),
+    _flag("--max-pixels", COUNT, "Largest frame.", OF_CHECKPOINT),
+    _flag(
+        "--mm-spatial-pool-mode",
+        click.Choice(("bilinear", "average")),
+        "Pooling of a frame's patches (LLaVA).",
+        OF_CHECKPOINT,
+    ),
+    _flag("--max-slice-nums", COUNT, "Most slices of a frame (MiniCPM-V).", OF_FAMILY),
+    _flag("--max-tiles", COUNT, "Most tiles of an image.", OF_FAMILY),
+)
+CHECKPOINT_REVISION = _flag("--revision", str, "Branch, tag or commit of a checkpoint on the hub.", "main")
+BUNDLE_REVISION = _flag("--revision", str, "Branch, tag or commit of that id.", "the bundle's own")
+TOLERANCE = _flag(
+    "--tolerance", POSITIVE, "Largest error that passes, relative to the reference's maximum.", "by --dtype"
+)
+
+
+def build_options(command: Command) -> Command:
+    """Add all of BUILD_OPTIONS to a command."""
+    for option in reversed(BUILD_OPTIONS):
+        command = option(command)
+    return command

@@ -1,0 +1,152 @@
+"""What a build will write and take, before anything is written: `ff-export plan`. Reads config.json and headers alone.
+
+Bytes of weights, table and tokenizer are exact; graphs are left out, some hundred kilobytes each. Time and memory of
+the build follow from constants measured on two cores and a disk of 0.27 GB/s (tools/bench/export_memory.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from framefusion.console import in_bytes, table
+from framefusion.export.build import sizes_of
+from framefusion.export.inspection import TEXT, reduction_facts, span
+from framefusion.export.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
+from framefusion.export.plan import WEIGHTS, BuildPlan
+from framefusion.export.staging import SPARE
+from framefusion.export.verify import memory_of_check, scope_of
+from framefusion.progress import in_time
+from framefusion.runtime.bundle import FLOAT_BYTES, FileRecord, Manifest
+from framefusion.runtime.memory import expected_lengths, memory_plan
+
+BYTES_A_SECOND = 180e6  # read, converted, hashed, written and on the disk
+TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
+PROCESS = 650_000_000  # bytes of a process that traces, without a tensor in it
+NEW_TOKENS = 128
+
+
+def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str, Any]:
+    """All facts as plain values.
+
+    Args:
+        plan: of the build.
+        output: where the bundle is to be.
+        verify: whether the build will check it.
+    """
+    scope = scope_of(plan) if verify else None
+    sizes = sizes_of(plan, scope)
+    manifest = predicted(plan, sizes)
+    checked = sizes.pop("check", 0)
+    total, free = sum(sizes.values()), _free(output)
+    tokens = plan.limits.max_input_len
+    visual = max(tokens - TEXT, 0)
+    lengths = expected_lengths(manifest, tokens, visual)
+    plans = {
+        "worst": memory_plan(manifest, tokens, visual, NEW_TOKENS),
+        "expected": memory_plan(manifest, tokens, visual, NEW_TOKENS, lengths=lengths),
+    }
+    return {
+        "checkpoint": str(plan.checkpoint.folder),
+        "family": plan.family.name,
+        "model": asdict(manifest.model),
+        "dialect": plan.dialect.name,
+        "limits": asdict(plan.limits),
+        "reduction": reduction_facts(manifest),
+        "segments": [_segment(manifest, index) for index in range(len(manifest.segments))],
+        "files": _files(sizes),
+        "bytes": total,
+        "kv_bytes_per_token": sum(_slot(manifest) * len(s.attention_layers) for s in manifest.segments),
+        "prompt": {"input_len": tokens, "visual_len": visual, "max_new_tokens": NEW_TOKENS},
+        "memory": {
+            "build": _build_memory(plan),
+            "run": {name: one.total for name, one in plans.items()},
+            "check": None if scope is None else memory_of_check(plan),
+        },
+        "check": None if scope is None else {"method": scope.method, "why": scope.why, "scratch_bytes": checked},
+        "seconds": _seconds(plan, total + checked),
+        "disk": {"folder": str(output), "needed": total + checked + SPARE, "free": free,
+                 "fits": total + checked + SPARE <= free},
+    }  # fmt: skip
+
+
+def predicted(plan: BuildPlan, sizes: Mapping[str, int]) -> Manifest:
+    """The manifest as far as it is known now: no graph, no hash."""
+    files = {name: FileRecord(size, "") for name, size in _files(sizes).items()}
+    return Builder(plan).manifest(files, None)
+
+
+def _files(sizes: Mapping[str, int]) -> dict[str, int]:
+    """File of the bundle -> bytes."""
+    single = {"embedding": EMBEDDING_FILE, "tokenizer": TOKENIZER_FILE}
+    return {single.get(part, f"{part}/{WEIGHTS}"): size for part, size in sizes.items() if part != "check"}
+
+
+def _segment(manifest: Manifest, index: int) -> dict[str, Any]:
+    record = manifest.segments[index]
+    first = sum(segment.num_mlps for segment in manifest.segments[:index])
+    return {
+        "name": record.name,
+        "mlp_layers": list(range(first, first + record.num_mlps)),
+        "attention_layers": list(record.attention_layers),
+        "weight_bytes": record.weight_bytes,
+        "kv_bytes_per_token": _slot(manifest) * len(record.attention_layers),
+    }
+
+
+def _slot(manifest: Manifest) -> int:
+    """Bytes of one token's key and value in one layer."""
+    model = manifest.model
+    return 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
+
+
+def _build_memory(plan: BuildPlan) -> int:
+    """Bytes at the peak: the largest tensor as it is stored, and the process."""
+    segments = (source for segment in plan.segments for source in plan.sources(segment).values())
+    keys = {key for source in (*segments, *plan.tower.sources.values()) for key in source.keys}
+    return PROCESS + max(plan.checkpoint.nbytes(key) for key in keys if key in plan.checkpoint)
+
+
+def _seconds(plan: BuildPlan, size: int) -> float:
+    structures = {segment.structure: len(plan.sources(segment)) for segment in plan.segments}
+    graphs = 1 if plan.fixed is None else 2
+    return size / BYTES_A_SECOND + TRACING * (graphs * sum(structures.values()) + len(plan.tower.sources))
+
+
+def _free(output: Path) -> int:
+    """Bytes free where the output would be: at the nearest folder that exists."""
+    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    return shutil.disk_usage(place).free
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The report as tables."""
+    model, memory, disk, check = facts["model"], facts["memory"], facts["disk"], facts["check"]
+    prompt = facts["prompt"]
+    head = [
+        f"{facts['checkpoint']}: {facts['family']}, {model['num_layers']} layers, hidden {model['hidden_size']}, "
+        f"vocabulary {model['vocab_size']}, to be built in {model['dtype']}, dialect {facts['dialect']}",
+        f"reduction: {facts['reduction']['text']}",
+        f"KV cache: {in_bytes(facts['kv_bytes_per_token'])} a token, all segments together",
+    ]
+    rows = [
+        (row["name"], span(row["mlp_layers"]), span(row["attention_layers"]), in_bytes(row["kv_bytes_per_token"]))
+        for row in facts["segments"]
+    ]
+    files = [(name, size, in_bytes(size)) for name, size in facts["files"].items()]
+    tail = [
+        f"memory of the build: about {in_bytes(memory['build'])}",
+        f"memory of a run, {prompt['input_len']} tokens of prompt and {prompt['max_new_tokens']} new ones: "
+        f"{in_bytes(memory['run']['expected'])} expected, {in_bytes(memory['run']['worst'])} at worst",
+        "check: left out" if check is None else f"check: {check['why'] or 'full'}",
+        f"time: about {in_time(facts['seconds'])} to write, at {BYTES_A_SECOND / 1e9:.2f} GB/s and "
+        f"{TRACING:g} s of tracing for each parameter of a graph",
+        f"disk at {disk['folder']}: {in_bytes(disk['needed'])} needed, {in_bytes(disk['free'])} free: "
+        + ("it fits" if disk["fits"] else "it does NOT fit"),
+    ]
+    blocks = ["\n".join(head), table(("segment", "MLPs", "attentions", "KV a token"), rows)]
+    blocks += [table(("file", "bytes", ""), [*files, ("total", facts["bytes"], in_bytes(facts["bytes"]))])]
+    return "\n\n".join([*blocks, "\n".join(tail)])

@@ -1,0 +1,117 @@
+"""One safetensors file by plain reads: its header at once, tensors or some of their rows when they are asked for.
+
+A memory map would count every page it touched as memory of this process and keep it until somebody else needs room;
+a read leaves the process with the tensor and nothing else. Knows no checkpoint and no model.
+
+The format: 8 bytes with the header's length (little endian), the header as JSON (name -> dtype, shape, data_offsets),
+then the tensors, which fill the rest of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LARGEST_HEADER = 100_000_000  # the format's own limit
+_AT_ONCE = 1 << 26  # bytes of one read: the kernel takes no more than 2 GiB
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class TensorFileError(ValueError):
+    """The file is truncated or no safetensors file; the message says why."""
+
+
+class Entry(NamedTuple):
+    """A tensor as the header tells it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # in the file
+    end: int
+
+
+class TensorFile:
+    """A file whose header was read and checked against its size.
+
+    Raises:
+        FileNotFoundError, OSError: it cannot be opened.
+        TensorFileError: it is not what it says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+                raise TensorFileError(f"a header of {length} bytes in a file of {size}")
+            self.entries: Mapping[str, Entry] = _entries(file.read(length), size)
+        self.path = path
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows, as new memory.
+
+        Raises:
+            TensorFileError: the file became shorter, or its type is not known to torch.
+        """
+        entry = self.entries[name]
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise TensorFileError(f"{name} is stored as {entry.dtype}, which torch does not know")
+        first, last, _ = (rows or slice(None)).indices(entry.shape[0]) if entry.shape else (0, 1, 1)
+        count = max(last - first, 0)
+        row = (entry.end - entry.begin) // max(entry.shape[0] if entry.shape else 1, 1)
+        flat = torch.empty(count * row, dtype=torch.uint8)
+        self._fill(flat, entry.begin + first * row, name)
+        return flat.view(dtype).view(count, *entry.shape[1:]) if entry.shape else flat.view(dtype)[0]
+
+    def _fill(self, flat: Tensor, begin: int, name: str) -> None:
+        target = flat.numpy().data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            done = 0
+            while done < len(target):
+                got = file.readinto(target[done : done + _AT_ONCE])
+                if not got:
+                    raise TensorFileError(f"{name} ends after {done} of {len(target)} bytes")
+                done += got
+
+
+def _entries(header: bytes, size: int) -> dict[str, Entry]:
+    """What the header of a file of `size` bytes promises, as far as it can be true."""
+    data = 8 + len(header)
+    try:
+        told = json.loads(header)
+        told.pop("__metadata__", None)
+        found = {
+            name: Entry(one["dtype"], tuple(one["shape"]), *(data + at for at in one["data_offsets"]))
+            for name, one in told.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TensorFileError(f"its header is not readable ({type(error).__name__}: {error})") from None
+    for name, entry in found.items():
+        _check(name, entry, data, size)
+    end = max((entry.end for entry in found.values()), default=data)
+    if end != size:
+        raise TensorFileError(f"its tensors end at byte {end}, the file has {size}")
+    return found
+
+
+def _check(name: str, entry: Entry, data: int, size: int) -> None:
+    """Refuse a tensor that lies outside the file or has another length than its shape says."""
+    if not data <= entry.begin <= entry.end <= size:
+        raise TensorFileError(f"{name} lies at bytes {entry.begin} to {entry.end} of {size}")
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is not None and entry.end - entry.begin != math.prod(entry.shape) * dtype.itemsize:
+        raise TensorFileError(f"{name} {entry.dtype} {entry.shape} takes {entry.end - entry.begin} bytes")

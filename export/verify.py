@@ -1,0 +1,170 @@
+"""Which check a build gets, and the checks that need no whole model in memory.
+
+    full        the bundle and the eager model (check.py), where memory holds them
+    truncated   else: a bundle of the first layers, built with the same options in a scratch folder
+    in float32  where the runtime has no kernels for the type (bfloat16): the same graphs, built and checked in float32
+
+Where it was not the bundle itself that was checked, tensors of each of its files are read back and compared with the
+checkpoint byte by byte. What was done, and why, is in the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from framefusion.budget import cost_of_shares
+from framefusion.export import check
+from framefusion.export.options import BuildOptions
+from framefusion.export.plan import GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan
+from framefusion.export.signatures import segment_module
+from framefusion.export.weights import AnySource, blocks_of
+
+FEWEST_LAYERS = 4  # a segment of each kind: first, middle and last
+SAMPLES = 8  # tensors of a file that are read back
+PROCESS = 900_000_000  # bytes of a process with torch and ONNX Runtime in it, measured
+FLOAT = 4  # bytes: the eager model is in fp32, and ONNX Runtime's CPU kernels multiply fp16 in fp32
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a build will check.
+
+    Attributes:
+        method: "full", "truncated", "in float32", or "weights": nothing is run.
+        why: in words, for the manifest and for whoever reads the output.
+        options: of the bundle that is checked in its place; None for the bundle itself and where nothing is run.
+    """
+
+    method: str
+    why: str = ""
+    options: BuildOptions | None = None
+
+
+def scope_of(plan: BuildPlan) -> Scope:
+    """Decide from the plan and the memory that is free now."""
+    runs = plan.options.dtype != "bfloat16"
+    options = plan.options if runs else replace(plan.options, dtype="float32")
+    untried = "" if runs else "onnxruntime's CPU kernels do not compute bfloat16: the same graphs in float32 were run"
+    needed, free = memory_of_check(plan), check.available_memory()
+    if needed <= free:
+        return Scope("full") if runs else Scope("in float32", untried, options)
+    short = f"the full check needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    smaller = truncated(plan, options)
+    if smaller is None or memory_of_check(BuildPlan(plan.checkpoint, smaller)) > free:
+        return Scope("weights", f"nothing was run: {short}")
+    layers = f"truncated to {smaller.num_decoder_layer} of {plan.config.num_layers} layers: {short}"
+    return Scope("truncated", "; ".join(filter(None, (layers, untried))), smaller)
+
+
+def report(
+    folder: Path,
+    plan: BuildPlan,
+    scope: Scope,
+    tolerance: float | None,
+    scratch: Callable[[BuildOptions], AbstractContextManager[Path]],
+) -> dict[str, Any]:
+    """Carry a scope out.
+
+    Args:
+        folder: the bundle.
+        plan: what it was built from.
+        scope: of this plan.
+        tolerance: see `check.check_bundle`.
+        scratch: builds a bundle of other options, and removes it when it was checked.
+
+    Returns:
+        as `check.check_bundle`, with the method and why it was chosen.
+    """
+    done = {"method": scope.method, "why": scope.why}
+    if scope.method == "full":
+        return check.check_bundle(folder, plan, tolerance) | done
+    found: dict[str, Any] = {"tolerance": tolerance, "reference": "the checkpoint's weights", "lines": [], "notes": []}
+    if scope.options is not None:
+        with scratch(scope.options) as other:
+            found = check.check_bundle(other, BuildPlan(plan.checkpoint, scope.options), tolerance)
+    weights = weight_report(folder, plan)
+    line = {"what": "tensors written that are not the checkpoint's", "value": len(weights["differing"]), "limit": 0.0}
+    lines = [*found["lines"], line]
+    failures = [line for line in lines if not line["value"] <= line["limit"]]
+    note = f"{weights['tensors']} tensors of all files of weights, {weights['bytes'] / 1e9:.2f} GB, were read back"
+    notes = [*found["notes"], note, *weights["differing"]]
+    return found | done | {"passed": not failures, "lines": lines, "failures": failures, "notes": notes}
+
+
+def memory_of_check(plan: BuildPlan) -> int:
+    """Bytes at the peak: the eager model and the bundle are there one after the other, both with fp32 weights.
+
+    While ONNX Runtime packs a tensor it has it twice.
+    """
+    copies = 1 if plan.fixed is None else 2  # a second graph over the same weights has a copy of its own
+    tower = [parameter.numel() for parameter in plan.tower.module.parameters()]
+    modules = (segment_module(plan.config, segment) for segment in plan.segments)
+    segments = [parameter.numel() for module in modules for parameter in module.parameters()]
+    return FLOAT * (copies * sum(segments) + sum(tower) + max(*segments, *tower)) + PROCESS
+
+
+def truncated(plan: BuildPlan, options: BuildOptions) -> BuildOptions | None:
+    """Options of the first layers with the same segments in kind; None where that would be all layers.
+
+    A schedule keeps its layers and shares, so the cost is the one that it has in the smaller model.
+    """
+    schedule, record = plan.reduction.schedule, plan.reduction
+    layers = max(FEWEST_LAYERS, math.ceil(1 / record.cost), schedule.prune_layer + 2 if schedule else 0)
+    if layers >= plan.config.num_layers:
+        return None
+    smaller = replace(options, num_decoder_layer=layers)
+    if schedule is not None:
+        return replace(smaller, cost=cost_of_shares(schedule.shares, layers), merge_shares=schedule.merge_shares)
+    return smaller if record.depth is None else replace(smaller, depth=min(record.depth, layers - 2))
+
+
+def weight_report(folder: Path, plan: BuildPlan) -> dict[str, Any]:
+    """Compare some tensors of each file of weights with the checkpoint.
+
+    Returns:
+        tensors and bytes compared, and the names of those that differ.
+    """
+    compared, size, differing = 0, 0, []
+    for graph, module, sources in _graphs(plan):
+        for name, tensor in _sampled(folder / graph, [name for name, _ in module.named_parameters()]):
+            compared, size = compared + 1, size + tensor.nbytes
+            if not _stands(folder / Path(graph).parent / WEIGHTS, tensor, plan, sources[name]):
+                differing.append(f"{graph}: {name}")
+    return {"tensors": compared, "bytes": size, "differing": differing}
+
+
+def _graphs(plan: BuildPlan) -> Iterator[tuple[str, nn.Module, Mapping[str, AnySource]]]:
+    yield VISION_GRAPH, plan.tower.module, plan.tower.sources
+    for segment in plan.segments:
+        yield f"segments/{segment.name}/{GRAPH}", segment_module(plan.config, segment), plan.sources(segment)
+
+
+def _sampled(graph: Path, names: Sequence[str]) -> Iterator[tuple[str, ir.ExternalTensor]]:
+    """First and last of the parameters, and some between, as the graph itself says where they are."""
+    initializers = ir.load(graph).graph.initializers
+    between = random.Random(str(graph.parent.name)).sample(names[1:-1], min(SAMPLES - 2, len(names[1:-1])))
+    for name in dict.fromkeys((names[0], names[-1], *between)):
+        tensor = initializers[name].const_value
+        assert isinstance(tensor, ir.ExternalTensor), name
+        yield name, tensor
+
+
+def _stands(weights: Path, tensor: ir.ExternalTensor, plan: BuildPlan, source: AnySource) -> bool:
+    """Whether the file has at the tensor's place what the checkpoint gives for it."""
+    with weights.open("rb") as file:
+        file.seek(tensor.offset or 0)
+        for block in blocks_of(source.make(plan.checkpoint), plan.dtype):
+            expected = block.contiguous().view(-1).view(torch.uint8).numpy().data
+            if file.read(len(expected)) != expected:
+                return False
+        return file.tell() - (tensor.offset or 0) == tensor.length

@@ -1,0 +1,7 @@
+"""Where optimum-cli looks for `export framefusion`. The folders are a namespace of optimum's: none has __init__.py."""
+
+from optimum.commands.export.base import ExportCommand
+
+from framefusion.export.optimum_command import FrameFusionExportCommand
+
+REGISTER_COMMANDS = [(FrameFusionExportCommand, ExportCommand)]

@@ -1,0 +1,112 @@
+"""InternVL's rule: a video's frames are one square tile each; an image is cut into tiles, a small view of it added.
+
+    video   Frame1: <img> Q rows </img> \\n Frame2: <img> Q rows </img>
+    image   <img> Q rows for each tile, line by line, then for the small view </img>
+
+Q is a quarter of a tile's patches: the tower joins blocks of 2 x 2. FrameFusion's patch_type of a frame's rows is their
+place in the frame; what is written between frames is text, so the reference's window of pruning, which covers it, is
+not followed there. Knows neither tower nor tokenizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import BundleError
+from framefusion.runtime.families.anyres import cut_tiles, nearest_tiling
+from framefusion.runtime.positions import Grid
+from framefusion.runtime.preprocess import Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.video import Video
+from framefusion.runtime.visual_input import Piece, Rows, Tiles, VisualInput
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SEPARATOR_TOKENS = 12  # of the text between two frames, at most: a tokenizer may split every digit
+
+
+@dataclass(frozen=True, kw_only=True)
+class InternVLPreprocessing(Preprocessing):
+    """Attributes:
+    tile_size: side of a tile in pixels.
+    merge_size: side of the blocks of patches that the tower joins.
+    min_tiles, max_tiles: how many tiles an image may be cut into, the small view not counted; 1 and 1: never cut.
+    thumbnail: show the small view of an image that is cut.
+    start, pad, end: tokens before, at and after the rows.
+    """
+
+    rule: ClassVar[str] = "internvl"
+
+    image_mean: tuple[float, ...] = IMAGENET_MEAN
+    image_std: tuple[float, ...] = IMAGENET_STD
+    tile_size: int = 448
+    merge_size: int = 2
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+    start: str = "<img>"
+    pad: str = "<IMG_CONTEXT>"
+    end: str = "</img>"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        block = self.patch_size * self.merge_size
+        if self.merge_size < 1 or self.tile_size < block or self.tile_size % block:
+            raise BundleError(
+                f"tiles of {self.tile_size} pixels are no whole blocks of {self.merge_size} patches of "
+                f"{self.patch_size} pixels: the checkpoint is of another kind"
+            )
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise BundleError(
+                f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles} allow no image: give 1 <= min <= max"
+            )
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Rows of the prompt for each tile."""
+        return (self.tile_size // self.patch_size // self.merge_size) ** 2
+
+    def video(self, video: Video, index: int = 0) -> VisualInput:
+        """One tile a frame; a place of the tile is a track."""
+        check_frames(video.frames)
+        tiles = np.stack([self._squeezed(frame) for frame in video.frames])
+        pieces: list[Piece] = []
+        for number in range(len(tiles)):
+            pieces += [f"{self.end}\nFrame{number + 1}: {self.start}", self._rows(1)]
+        pieces[0] = f"Frame1: {self.start}"
+        return VisualInput((self._tiles(tiles),), (*pieces, self.end))
+
+    def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
+        """Nothing merges within an image: each of its rows is a track of its own."""
+        check_frames(pixels[None])
+        rows, columns = self.tiling(*pixels.shape[:2])
+        size = self.tile_size
+        tiles = cut_tiles(resize(pixels, rows * size, columns * size, self.resample), size)
+        if self.thumbnail and len(tiles) > 1:
+            tiles = np.concatenate((tiles, self._squeezed(pixels)[None]))
+        return VisualInput((self._tiles(tiles),), (self.start, self._rows(len(tiles)), self.end))
+
+    def longest_track(self, max_frames: int) -> int:
+        """A token for each frame."""
+        return max_frames
+
+    def video_tokens(self, max_frames: int) -> int:
+        """Rows of each frame, and the text between two."""
+        return max_frames * (self.rows_per_tile + SEPARATOR_TOKENS)
+
+    def tiling(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles for an image."""
+        return nearest_tiling(height, width, self.tile_size, self.min_tiles, self.max_tiles)
+
+    def _squeezed(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return resize(picture, self.tile_size, self.tile_size, self.resample)
+
+    def _rows(self, tiles: int) -> Rows:
+        return Rows(np.arange(tiles * self.rows_per_tile), pad=self.pad)
+
+    def _tiles(self, tiles: NDArray[np.uint8]) -> Tiles:
+        side = self.tile_size // self.patch_size
+        return Tiles(cut_patches(tiles, self), Grid(len(tiles), side, side))

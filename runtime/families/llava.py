@@ -1,0 +1,189 @@
+"""LLaVA's rule: every frame or image becomes square pictures of the one size that the vision tower takes.
+
+    video   each frame squeezed to the square, or its middle cut out; its patches pooled by two in each direction
+    image   a small view of all of it, then the tiles of a large one of about its shape; nothing pooled
+    image   among others, where the family has it so: one picture, padded to a square
+
+A learned row ends each line of patches, each frame, or the visual. Shared by LLaVA-Video, LLaVA-OneVision and
+LLaVA-NeXT-Video; the numbers of this class tell them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import BundleError
+from framefusion.runtime.families.anyres import (
+    best_tiling,
+    cut_tiles,
+    fitted,
+    padded_square,
+    rows_shown,
+    unpadded,
+)
+from framefusion.runtime.positions import Grid
+from framefusion.runtime.preprocess import Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.scales import tile_places
+from framefusion.runtime.video import Video
+from framefusion.runtime.visual_input import Piece, Rows, Tiles, Token, VisualInput
+from framefusion.tracks import TEXT
+
+NEWLINE = "image_newline"
+"""The learned row, by its name in `EmbeddingRecord.extra`."""
+SHRINK_FROM = 1.1
+"""A tiled image with this many times the lines of `max_tiles` tiles, or more, is shrunk to them."""
+
+TIME_TOKENS, SENTENCE_TOKENS = 9, 64
+"""Room for a time such as "1234.56s," and for the words around the times: Qwen2's tokenizer splits every digit."""
+
+PoolMode = Literal["average", "bilinear"]
+NewlinePosition = Literal["grid", "frame", "one_token", "no_token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaPreprocessing(Preprocessing):
+    """Field names that start with mm_ are those of the checkpoints' config.json.
+
+    Attributes:
+        image_size: side of a picture as the tower takes it, in pixels.
+        mm_spatial_pool_mode: how the patches of a frame are pooled.
+        mm_newline_position: where the learned row stands in a video.
+        crop: cut the middle out of a frame, its shape kept, instead of squeezing all of it.
+        tilings: sizes [height, width] in pixels that an image's tiles may make up, in the order tried; none: no tiles.
+        max_tiles: an image of more patches than this many tiles have is shrunk to them; 0: never.
+        tile_each: tile every image; False tiles one that is the only image of its conversation.
+        pad_square: pad an image that is not tiled to a square instead of squeezing it.
+        unpad_digits: decimals kept before the padding of a tiled image is counted in patches; None keeps all.
+        time_instruction: tell the length of a video and the times of its frames.
+        round_fps: the times of frames taken once a second count whole seconds.
+        video_pad, image_pad: tokens shown at the rows' places, where the family has such.
+    """
+
+    rule: ClassVar[str] = "llava"
+
+    image_size: int
+    mm_spatial_pool_mode: PoolMode = "bilinear"
+    mm_newline_position: NewlinePosition = "grid"
+    crop: bool = False
+    tilings: tuple[tuple[int, ...], ...] = ()
+    max_tiles: int = 0
+    tile_each: bool = True
+    pad_square: bool = True
+    unpad_digits: int | None = None
+    time_instruction: bool = False
+    round_fps: bool = False
+    video_pad: str = ""
+    image_pad: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size < self.patch_size or any(
+            side % self.image_size or side < 1 for side in sum(self.tilings, ())
+        ):
+            raise BundleError(
+                f"pictures of {self.image_size} pixels, patches of {self.patch_size} and tilings {self.tilings} do "
+                "not fit: a picture needs a patch, a tiling whole pictures"
+            )
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a picture."""
+        return self.image_size // self.patch_size
+
+    def for_images(self, count: int) -> LlavaPreprocessing:
+        """An image among others may be shown as one picture."""
+        return self if count == 1 or self.tile_each else replace(self, tilings=())
+
+    def video(self, video: Video, index: int = 0) -> VisualInput:
+        """A place of the pooled grid is a track; rows that end a line or a frame are one too, as in the reference."""
+        check_frames(video.frames)
+        pictures = np.stack([self._frame(frame) for frame in video.frames])
+        pieces = self._video_pieces(len(pictures))
+        told = (time_instruction(video, self.round_fps),) if self.time_instruction else ()
+        return VisualInput((self._tiles(pictures, self.mm_spatial_pool_mode),), (*pieces, *told))
+
+    def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
+        """Nothing merges within an image: each of its rows is a track of its own; rows that end a line are text."""
+        check_frames(pixels[None])
+        if self.tilings:
+            return self._tiled(pixels)
+        squared = (
+            padded_square(pixels, tuple(int(255 * mean) for mean in self.image_mean)) if self.pad_square else pixels
+        )
+        picture = resize(squared, self.image_size, self.image_size, self.resample)
+        pieces = (Rows(np.arange(self.side**2), pad=self.image_pad), Token(NEWLINE, TEXT))
+        return VisualInput((self._tiles(picture[None]),), pieces)
+
+    def longest_track(self, max_frames: int) -> int:
+        """A token for each frame."""
+        return max_frames
+
+    def video_tokens(self, max_frames: int) -> int:
+        """The pieces' own, and the sentence that tells the times of the frames."""
+        shown = sum(piece.labels.size if isinstance(piece, Rows) else 1 for piece in self._video_pieces(max_frames))
+        return shown + (TIME_TOKENS * max_frames + SENTENCE_TOKENS) * self.time_instruction
+
+    def _tiles(self, pictures: NDArray[np.uint8], pool: str = "") -> Tiles:
+        grid = Grid(len(pictures), self.side, self.side)
+        return Tiles(cut_patches(pictures, self), grid, pool)
+
+    def _frame(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        size = self.image_size
+        if not self.crop:
+            return resize(frame, size, size, self.resample)
+        height, width, _ = frame.shape
+        short = min(height, width)
+        frame = resize(frame, int(size * height / short), int(size * width / short), self.resample)
+        top, left = ((side - size) // 2 for side in frame.shape[:2])
+        return frame[top : top + size, left : left + size]
+
+    def _video_pieces(self, num_frames: int) -> tuple[Piece, ...]:
+        side = self.side // 2 if self.mm_spatial_pool_mode == "average" else -(-self.side // 2)
+        position, pad = self.mm_newline_position, self.video_pad
+        if position == "grid":
+            lines = np.arange(side * (side + 1)).reshape(side, side + 1)
+            frame = [
+                piece for *line, end in lines for piece in (Rows(np.array(line), pad=pad), Token(NEWLINE, int(end)))
+            ]
+            return (*frame,) * num_frames
+        if position == "frame":
+            return (Rows(np.arange(side**2), pad=pad), Token(NEWLINE, side**2)) * num_frames
+        rows = Rows(np.tile(np.arange(side**2), num_frames), pad=pad)
+        return (rows, Token(NEWLINE, TEXT)) if position == "one_token" else (rows,)
+
+    def _tiled(self, pixels: NDArray[np.uint8]) -> VisualInput:
+        """The small view first, then the lines of the large one without its padding."""
+        size, side, (height, width, _) = self.image_size, self.side, pixels.shape
+        tiling, small = best_tiling(height, width, self.tilings), self.side**2
+        tiles = cut_tiles(fitted(pixels, tiling, self.resample), size)
+        pictures = np.concatenate((resize(pixels, size, size, self.resample)[None], tiles))
+
+        places = small + tile_places(tiling[0] // size, tiling[1] // size, side)
+        places = unpadded(places, height, width, self.unpad_digits)
+        lines, columns = self._shrunk(places.shape)
+        pieces: list[Piece] = [Rows(np.arange(small), pad=self.image_pad)]
+        for line in small + np.arange(lines * columns).reshape(lines, columns):
+            pieces += [Rows(line, pad=self.image_pad), Token(NEWLINE, TEXT)]
+        return VisualInput((self._tiles(pictures),), tuple(pieces), rows_shown(small, places, (lines, columns)))
+
+    def _shrunk(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Lines and columns of patches that are left of a tiled image."""
+        times = math.sqrt(math.prod(shape) / (self.max_tiles * self.side**2)) if self.max_tiles else 0.0
+        return tuple(int(length // times) for length in shape) if times > SHRINK_FROM else shape
+
+
+def time_instruction(video: Video, round_fps: bool) -> str:
+    """The sentence that LLaVA-Video was trained to read after a video."""
+    step = max(round(video.fps), 1)
+    once_a_second = round_fps and np.array_equal(video.indices, np.arange(0, video.total_frames, step))
+    times = video.indices / (step if once_a_second else video.fps)
+    return (
+        f"The video lasts for {video.total_frames / video.fps:.2f} seconds, and {len(times)} frames are uniformly "
+        f"sampled from it. These frames are located at {','.join(f'{time:.2f}s' for time in times)}."
+        "Please answer the following questions related to this video."
+    )

@@ -1,0 +1,207 @@
+"""MiniCPM-V 2.6's rule: each frame as an overview and, where it is large, slices of it, all near 448 x 448 pixels.
+
+    <image> Q rows </image> [<slice> Q rows </slice> <slice> Q rows </slice> ... "\\n" between rows of slices]
+
+Frames, and what follows them in their turn, are joined by a line feed. In a video FrameFusion's patch_type counts the
+tags and line feeds of a frame as places too (they repeat in every frame, so they merge), from the first row of the
+first frame to the line feed behind the last; the first `<image>` alone is text. A single picture has no track to merge
+along: its tags are text, and each row is a place of its own. Knows neither tower nor tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import BundleError
+from framefusion.runtime.positions import Grid
+from framefusion.runtime.preprocess import (
+    MAX_ASPECT_RATIO,
+    Preprocessing,
+    check_frames,
+    check_shape,
+    cut_patches,
+    resize,
+)
+from framefusion.runtime.video import Video
+from framefusion.runtime.visual_input import Piece, RowMap, Rows, Tiles, Token, VisualInput
+
+LINE_FEED = "\n"
+
+
+class Layout(NamedTuple):
+    """How a picture is cut; sides in patches."""
+
+    overview: tuple[int, int]  # rows, columns
+    grid: tuple[int, int]  # rows and columns of slices; (0, 0) where the overview is all
+    slice: tuple[int, int]  # rows, columns of each
+
+    @property
+    def num_slices(self) -> int:
+        """Slices beside the overview."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniCpmVPreprocessing(Preprocessing):
+    """What config.json and preprocessor_config.json say, and how finely frames of a video are cut."""
+
+    rule: ClassVar[str] = "minicpmv"
+    pixels: ClassVar[str] = "pictures are cut by --max-slice-nums"
+
+    query_num: int  # rows of the tower a picture
+    scale_resolution: int  # side of the square whose area each picture gets
+    image_slices: int  # most slices of an image
+    max_slice_nums: int = 2  # most slices of a frame of a video
+    use_image_id: bool = True  # images are numbered; frames never are
+    image_start: str = "<image>"
+    image_end: str = "</image>"
+    slice_start: str = "<slice>"
+    slice_end: str = "</slice>"
+    id_start: str = "<image_id>"
+    id_end: str = "</image_id>"
+    pad: str = "<unk>"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("query_num", "scale_resolution", "image_slices", "max_slice_nums"):
+            if getattr(self, name) < 1:
+                raise BundleError(f"{name} {getattr(self, name)} is impossible: it must be 1 or more")
+
+    def video(self, video: Video, index: int = 0) -> VisualInput:
+        """Overviews of all frames, then slices of all frames; the prompt shows them frame by frame."""
+        check_frames(video.frames)
+        count, height, width, _ = video.frames.shape
+        layout = layout_of(height, width, self.max_slice_nums, self)
+        tiles, rows = cut(video.frames, layout, self), self._row_map(layout, count)
+        if count == 1:
+            return VisualInput(tiles, self._picture(layout), rows)
+        frame = self._frame(layout)
+        places = sum(piece.labels.size if isinstance(piece, Rows) else 1 for piece in frame)
+        between = (Token(LINE_FEED, places), Token(self.image_start, places + 1))
+        pieces = (self.image_start, *frame, *(between + frame) * (count - 1))
+        return VisualInput(tiles, pieces, rows, joint=places)
+
+    def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
+        """A picture cut as finely as the checkpoint asks, with its number in front."""
+        frames = pixels[None]
+        check_frames(frames)
+        height, width, _ = pixels.shape
+        layout = layout_of(height, width, self.image_slices, self)
+        number = f"{self.id_start}{index}{self.id_end}" if self.use_image_id else ""
+        pieces = (number, *self._picture(layout))
+        return VisualInput(cut(frames, layout, self), pieces, self._row_map(layout, 1))
+
+    def longest_track(self, max_frames: int) -> int:
+        """A token for each frame."""
+        return max_frames
+
+    def video_tokens(self, max_frames: int) -> int:
+        """Rows and tags of each frame at its finest cut, and the line feed behind it."""
+        pictures = 1 if self.max_slice_nums == 1 else 1 + self.max_slice_nums
+        return max_frames * pictures * (self.query_num + 3)
+
+    def _tags(self, layout: Layout) -> Iterator[str | None]:
+        """One picture: its tags, with None where the rows of a tile stand."""
+        yield from (self.image_start, None, self.image_end)
+        rows, columns = layout.grid
+        for row in range(rows):
+            yield from (LINE_FEED,) if row else ()
+            yield from (self.slice_start, None, self.slice_end) * columns
+
+    def _frame(self, layout: Layout) -> tuple[Rows | Token, ...]:
+        """A frame of a video behind its first tag: rows, tags and line feeds are all places of the frame."""
+        pieces: list[Rows | Token] = []
+        place = 0
+        for tag in list(self._tags(layout))[1:]:
+            rows = self.query_num if tag is None else 1
+            pieces.append(Token(tag, place) if tag else Rows(np.arange(place, place + rows), pad=self.pad))
+            place += rows
+        return tuple(pieces)
+
+    def _picture(self, layout: Layout) -> tuple[Piece, ...]:
+        """A single picture: tags are text, every row is a place of its own."""
+        pieces: list[Piece] = []
+        first = 0
+        for tag in self._tags(layout):
+            pieces.append(tag or Rows(np.arange(first, first + self.query_num), pad=self.pad))
+            first += 0 if tag else self.query_num
+        return tuple(pieces)
+
+    def _row_map(self, layout: Layout, count: int) -> RowMap | None:
+        """The prompt's rows: those of a frame's overview, then those of its slices."""
+        if not layout.num_slices:
+            return None
+        rows = np.arange(count * (1 + layout.num_slices) * self.query_num)
+        overviews, slices = np.split(rows, [count * self.query_num])
+        by_frame = np.concatenate((overviews.reshape(count, -1), slices.reshape(count, -1)), axis=1)
+        return RowMap(by_frame.reshape(-1, 1))
+
+
+def layout_of(height: int, width: int, most_slices: int, preprocessing: MiniCpmVPreprocessing) -> Layout:
+    """How a picture of this size is cut into at most `most_slices` slices.
+
+    Raises:
+        VideoError: it is too long and thin.
+    """
+    check_shape(height, width)
+    area = preprocessing.scale_resolution**2
+    overview = _scaled(height, width, preprocessing)
+    wanted = min(math.ceil(width * height / area), most_slices)
+    if wanted <= 1:
+        return Layout(overview, (0, 0), (0, 0))
+    rows, columns = _best_grid(height, width, wanted, most_slices)
+    return Layout(overview, (rows, columns), _scaled(round(height / rows), round(width / columns), preprocessing))
+
+
+def _best_grid(height: int, width: int, wanted: int, most: int) -> tuple[int, int]:
+    """Rows and columns of about `wanted` slices whose outline is nearest to the picture's, fewer columns at a tie."""
+    grids = [
+        (count // columns, columns)
+        for count in (wanted - 1, wanted, wanted + 1)
+        if 1 < count <= most
+        for columns in range(1, count + 1)
+        if count % columns == 0
+    ]
+    aspect = math.log(width / height)
+    return min(grids, key=lambda grid: abs(aspect - math.log(grid[1] / grid[0])))
+
+
+def _scaled(height: int, width: int, preprocessing: MiniCpmVPreprocessing) -> tuple[int, int]:
+    """Rows and columns of patches of a picture scaled to the area of the square, its shape kept."""
+    aspect = width / height
+    scaled_height = int(preprocessing.scale_resolution / math.sqrt(aspect))
+    sides = (scaled_height, int(scaled_height * aspect))
+    rows, columns = (max(round(side / preprocessing.patch_size), 1) for side in sides)
+    return rows, columns
+
+
+def longest_side(preprocessing: MiniCpmVPreprocessing) -> int:
+    """Most patches along one axis of any picture."""
+    longest = preprocessing.scale_resolution * math.sqrt(MAX_ASPECT_RATIO)
+    return math.ceil(longest / preprocessing.patch_size) + 1
+
+
+def cut(frames: NDArray[np.uint8], layout: Layout, preprocessing: MiniCpmVPreprocessing) -> tuple[Tiles, ...]:
+    """Overviews of frames [N, H, W, 3], and slices where the layout has any: frame by frame, row by row."""
+    tiles = [_tiles(frames, layout.overview, (1, 1), preprocessing)]
+    if layout.num_slices:
+        tiles.append(_tiles(frames, layout.slice, layout.grid, preprocessing))
+    return tuple(tiles)
+
+
+def _tiles(
+    frames: NDArray[np.uint8], size: tuple[int, int], grid: tuple[int, int], preprocessing: MiniCpmVPreprocessing
+) -> Tiles:
+    """Each frame resized to a grid of tiles of this many patches, and cut along it."""
+    height, width = (side * preprocessing.patch_size for side in size)
+    (rows, columns), count = grid, len(frames) * grid[0] * grid[1]
+    whole = [resize(frame, rows * height, columns * width, preprocessing.resample) for frame in frames]
+    pictures = np.stack(whole).reshape(len(frames), rows, height, columns, width, 3).swapaxes(2, 3)
+    values = cut_patches(pictures.reshape(count, height, width, 3), preprocessing)
+    return Tiles(values, Grid(count, *size))

@@ -1,0 +1,164 @@
+"""NVILA's rule: square frames, some averaged to one, a line feed behind each; a single image may be cut into tiles.
+
+    video    (Q rows, "\\n") for each group of frames
+    image    Q rows, "\\n"
+    tiles    (Q rows, "\\n", the text "\\n") for each tile, line by line, then for the small view
+    scales   Q rows for each tile of the finest scale, line by line across all tiles, "\\n"
+
+Q is what is left of a picture after the tower has joined blocks of patches, and of a video's after pooling too.
+FrameFusion's patch_type of a video's rows is their place in the frame, and the line feed is the place after them.
+Knows neither tower nor tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import BundleError, VideoError
+from framefusion.runtime.families.anyres import cut_tiles, nearest_tiling
+from framefusion.runtime.positions import Grid
+from framefusion.runtime.preprocess import BICUBIC, Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.scales import tile_places
+from framefusion.runtime.video import Video
+from framefusion.runtime.visual_input import Piece, RowMap, Rows, Tiles, Token, VisualInput
+
+ASPECTS = ("resize", "dynamic", "dynamic_s2")
+AVERAGE, SCALES = "average", "scales"
+"""What the tower does to tiles: average rows within a frame, bring all scales of an image together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NvilaPreprocessing(Preprocessing):
+    """What config.json says of pictures.
+
+    Attributes:
+        image_size: side of a frame, an image and a tile in pixels.
+        merge_size: side of the blocks of patches that the tower joins.
+        pool_sizes: frames, lines and columns of blocks that are averaged to one, in a video.
+        image_aspect_ratio: what becomes of an image that is the only one of its conversation: "resize" makes it one
+            picture, "dynamic" tiles, "dynamic_s2" tiles at several scales. Of several images each is one picture.
+        min_tiles, max_tiles: how many tiles, the small view not counted.
+        scales: tiles along one side at each scale, coarsest first; the finest one takes the image's shape.
+        video_end, image_end: what stands behind each picture, a token; "" for nothing.
+    """
+
+    rule: ClassVar[str] = "nvila"
+
+    image_size: int = 448
+    merge_size: int = 2
+    pool_sizes: tuple[int, ...] = (1, 1, 1)
+    image_aspect_ratio: str = "resize"
+    min_tiles: int = 1
+    max_tiles: int = 12
+    scales: tuple[int, ...] = ()
+    video_end: str = "\n"
+    image_end: str = "\n"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge_size < 1 or self.image_size < self.patch_size * self.merge_size:
+            raise BundleError(
+                f"pictures of {self.image_size} pixels hold no block of {self.merge_size} patches of {self.patch_size}"
+            )
+        if len(self.pool_sizes) != 3 or min(self.pool_sizes) < 1 or any(self.blocks % p for p in self.pool_sizes[1:]):
+            raise BundleError(
+                f"pool_sizes {self.pool_sizes} do not divide {self.blocks} x {self.blocks} blocks: "
+                "give frames, lines and columns of whole parts"
+            )
+        if self.image_aspect_ratio not in ASPECTS:
+            raise BundleError(f"image_aspect_ratio {self.image_aspect_ratio!r} is unknown: use {', '.join(ASPECTS)}")
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise BundleError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}: give 1 <= min <= max")
+        if self.image_aspect_ratio == "dynamic_s2" and (not self.scales or min(self.scales) < 1):
+            raise BundleError(f"scales {self.scales} show no image: give the tiles along one side at each scale")
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def blocks(self) -> int:
+        """Blocks along one side of a picture; those at the edge may be padded."""
+        return -(-self.side // self.merge_size)
+
+    def for_images(self, count: int) -> NvilaPreprocessing:
+        """What shows each image of a conversation with `count` of them: tiles are for a single one."""
+        return self if count == 1 else replace(self, image_aspect_ratio="resize")
+
+    def video(self, video: Video, index: int = 0) -> VisualInput:
+        """A place of the pooled frame is a track, and the line feed behind each is one, too."""
+        check_frames(video.frames)
+        (pooled, tall, wide), frames = self.pool_sizes, len(video.frames)
+        if frames % pooled:
+            fit = max(frames // pooled, 1) * pooled
+            raise VideoError(
+                f"{frames} frames were sampled and this model averages {pooled} to one: sample a multiple of {pooled}, "
+                f"such as --max-frames {fit}"
+            )
+        pictures = np.stack([self._squeezed(frame) for frame in video.frames])
+        rows = self.blocks**2 // (tall * wide)
+        pieces = list(self._ended(rows, 0, self.video_end)) * (frames // pooled)
+        return VisualInput((self._tiles(pictures, pooled, AVERAGE if tall * wide > 1 else ""),), tuple(pieces))
+
+    def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
+        """Nothing merges within an image: each of its rows is a track of its own."""
+        check_frames(pixels[None])
+        if self.image_aspect_ratio == "dynamic_s2":
+            return self._scaled(pixels)
+        tiled = self.image_aspect_ratio == "dynamic"
+        pictures = self._cut(pixels) if tiled else self._squeezed(pixels)[None]
+        rows, pieces = self.blocks**2, list[Piece]()
+        for number in range(len(pictures)):
+            pieces += self._ended(rows, number * (rows + 1), self.image_end)
+            pieces += ["\n"] * tiled
+        return VisualInput((self._tiles(pictures, 1),), tuple(pieces))
+
+    def longest_track(self, max_frames: int) -> int:
+        """A token for each group of frames."""
+        return -(-max_frames // self.pool_sizes[0])
+
+    def video_tokens(self, max_frames: int) -> int:
+        """Rows of each group of frames and the line feed behind them."""
+        rows = self.blocks**2 // (self.pool_sizes[1] * self.pool_sizes[2])
+        return self.longest_track(max_frames) * (rows + 1)
+
+    def _cut(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Tiles of the tiling nearest to the image's shape and, where they are several, the whole image small."""
+        size = self.image_size
+        height, width, _ = pixels.shape
+        rows, columns = nearest_tiling(height, width, size, self.min_tiles, self.max_tiles)
+        tiles = cut_tiles(resize(pixels, rows * size, columns * size, BICUBIC), size)
+        return tiles if len(tiles) == 1 else np.concatenate((tiles, resize(pixels, size, size, BICUBIC)[None]))
+
+    def _scaled(self, pixels: NDArray[np.uint8]) -> VisualInput:
+        """All scales one after the other; only the finest has the image's shape, and only its places are rows."""
+        size, (height, width, _), (*coarse, finest) = self.image_size, pixels.shape, self.scales
+        rows, columns = nearest_tiling(height, width, size, finest**2, self.max_tiles)
+        tilings = [(count, count) for count in coarse] + [(rows, columns)]
+        tiles = [cut_tiles(resize(pixels, tall * size, wide * size, BICUBIC), size) for tall, wide in tilings]
+        patches = cut_patches(np.concatenate(tiles), self)
+        grid = Grid(1, rows * self.side, columns * self.side)
+        order = tile_places(rows, columns, self.blocks).reshape(-1, 1)
+        pieces = tuple(self._ended(order.size, 0, self.image_end))
+        return VisualInput((Tiles(patches.reshape(1, -1, patches.shape[-1]), grid, SCALES),), pieces, RowMap(order))
+
+    def _squeezed(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return resize(picture, self.image_size, self.image_size, self.resample)
+
+    def _ended(self, rows: int, first: int, end: str) -> Iterator[Piece]:
+        """A picture's rows and the token behind them, at the places from `first` on."""
+        yield Rows(np.arange(first, first + rows))
+        if end:
+            yield Token(end, first + rows)
+
+    def _tiles(self, pictures: NDArray[np.uint8], pooled: int, pool: str = "") -> Tiles:
+        """Groups of `pooled` pictures, whose patches stand one picture after the other."""
+        patches = cut_patches(pictures, self)
+        grid = Grid(len(pictures) // pooled, pooled * self.side, self.side)
+        return Tiles(patches.reshape(grid.frames, -1, patches.shape[-1]), grid, pool)

@@ -1,0 +1,34 @@
+"""Qwen2.5-VL's rule: Qwen2-VL's, with temporal positions that tell how many seconds lie between the grids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from framefusion.errors import BundleError
+from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, patchify
+from framefusion.runtime.video import Video
+from framefusion.runtime.visual_input import VisualInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen25VLPreprocessing(QwenVLPreprocessing):
+    """Pixel limits are per frame."""
+
+    rule: ClassVar[str] = "qwen2_5_vl"
+
+    tokens_per_second: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tokens_per_second > 0:
+            raise BundleError(f"tokens_per_second {self.tokens_per_second} is impossible: it must be more than 0")
+
+    def video(self, video: Video, index: int = 0) -> VisualInput:
+        """As Qwen2-VL's; a temporal grid is `tokens_per_second` positions a second after the one before."""
+        sampled_fps = len(video.indices) / video.total_frames * video.fps
+        seconds = np.float32(self.temporal_patch_size / sampled_fps)  # of a grid; rounded where transformers rounds
+        interval = float(np.float32(self.tokens_per_second) * seconds)
+        return self.shown(patchify(video.frames, self), self.video_pad, interval)

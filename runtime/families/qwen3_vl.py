@@ -1,0 +1,77 @@
+"""Qwen3-VL's rule: each temporal grid is shown after its time, `<1.5 seconds>`, and pixels are limited over a video.
+
+    <0.2 seconds><|vision_start|> rows of grid 0 <|vision_end|><1.2 seconds><|vision_start|> rows of grid 1 ...
+
+The numbers are those of Hugging Face's Qwen3-VL video processor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, patchify
+from framefusion.runtime.positions import Grid, grid_places
+from framefusion.runtime.preprocess import HALF, check_shape
+from framefusion.runtime.video import Video
+from framefusion.runtime.visual_input import Piece, Rows, VisualInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3VLPreprocessing(QwenVLPreprocessing):
+    """`min_pixels` and `max_pixels` are of all frames of a video together, those of images of the one picture."""
+
+    rule: ClassVar[str] = "qwen3_vl"
+
+    patch_size: int = 16
+    min_pixels: int = 128 * 32 * 32
+    max_pixels: int = 768 * 32 * 32
+    image_min_pixels: int | None = 56 * 56
+    image_max_pixels: int | None = 1280 * 28 * 28
+    image_mean: tuple[float, ...] = HALF
+    image_std: tuple[float, ...] = HALF
+    max_frame_tokens: int | None = None  # further limit of each frame, in merge blocks; None has no such limit
+
+    def video(self, video: Video, index: int = 0) -> VisualInput:
+        """A run of rows for each temporal grid, behind the mean time of its frames; a place of the grid is a track."""
+        tiles = patchify(video.frames, self)
+        grid = tiles.grid.merged(self.merge_size)
+        labels, places = np.arange(grid.height * grid.width), grid_places(Grid(1, grid.height, grid.width))
+        depth = self.temporal_patch_size
+        times = np.pad(video.times, (0, -len(video.times) % depth), mode="edge").reshape(-1, depth)
+        pieces: list[Piece] = []
+        for first, last in times[:, [0, -1]].tolist():
+            pieces += [
+                f"<{(first + last) / 2:.1f} seconds>{self.start}",
+                Rows(labels, places, self.video_pad),
+                self.end,
+            ]
+        return VisualInput((tiles,), tuple(pieces))
+
+    def frame_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels that each of so many frames is resized to, from the limits of all together."""
+        factor, depth = self.factor, self.temporal_patch_size
+        if min(height, width) < factor:  # what is smaller than one token grows first, shape kept
+            scale = max(factor / height, factor / width)
+            height, width = int(height * scale), int(width * scale)
+        check_shape(height, width)
+        rows, columns = round(height / factor) * factor, round(width / factor) * factor
+        seen, most = round(num_frames / depth) * depth * rows * columns, self.video_max_pixels(num_frames)
+        if seen > most:
+            scale = math.sqrt(num_frames * height * width / most)
+            rows = max(factor, math.floor(height / scale / factor) * factor)
+            columns = max(factor, math.floor(width / scale / factor) * factor)
+        elif seen < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / (num_frames * height * width))
+            rows, columns = (math.ceil(size * scale / factor) * factor for size in (height, width))
+        return rows, columns
+
+    def video_max_pixels(self, num_frames: int) -> int:
+        """The limit of all frames together."""
+        if self.max_frame_tokens is None:
+            return self.max_pixels
+        share = min(self.max_frame_tokens * self.factor**2, self.max_pixels // num_frames)
+        return max(share, int(self.min_pixels * 1.05)) * num_frames

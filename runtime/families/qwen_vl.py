@@ -1,0 +1,161 @@
+"""Qwen2-VL's rule: frames of any shape within pixel limits, two frames to a temporal grid, patches in merge blocks.
+
+The numbers are those of Hugging Face's Qwen2-VL image processor, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import BundleError
+from framefusion.runtime.positions import Grid, grid_places
+from framefusion.runtime.preprocess import Preprocessing, check_frames, check_shape, normalised_levels, resize
+from framefusion.runtime.video import Video
+from framefusion.runtime.visual_input import Piece, Rows, Tiles, VisualInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenVLPreprocessing(Preprocessing):
+    """Pixel limits are per frame."""
+
+    rule: ClassVar[str] = "qwen_vl"
+
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    min_pixels: int = 128 * 28 * 28
+    max_pixels: int = 768 * 28 * 28
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    # The pixels of all frames together, shared out evenly (qwen_vl_utils: 128000 * 28 * 28 * 0.9); None = no such cap.
+    total_pixels: float | None = None
+    image_min_pixels: int | None = None  # limits of single images; None takes those of a frame
+    image_max_pixels: int | None = None
+    start: str = "<|vision_start|>"
+    end: str = "<|vision_end|>"
+    video_pad: str = "<|video_pad|>"
+    image_pad: str = "<|image_pad|>"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = (self.merge_size, self.temporal_patch_size, self.min_pixels)
+        if min(sizes) < 1 or self.max_pixels < self.min_pixels:
+            raise BundleError(
+                f"preprocessing with sizes {sizes} and max_pixels {self.max_pixels} is impossible: "
+                "all must be positive and min_pixels <= max_pixels"
+            )
+        if self.image_max_pixels is not None and (self.image_min_pixels or 0) > self.image_max_pixels:
+            raise BundleError(
+                f"image_min_pixels {self.image_min_pixels} is above image_max_pixels {self.image_max_pixels}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a token."""
+        return self.patch_size * self.merge_size
+
+    def frame_max_pixels(self, num_frames: int) -> float:
+        """The limit for each of `num_frames` frames, never so low that it falls under `min_pixels`."""
+        if self.total_pixels is None:
+            return self.max_pixels
+        share = self.total_pixels / num_frames * self.temporal_patch_size
+        return min(self.max_pixels, max(share, int(self.min_pixels * 1.05)))
+
+    def with_options(self, **given: Any) -> QwenVLPreprocessing:
+        """A limit that is given draws the other one with it."""
+        low, high = given.get("min_pixels"), given.get("max_pixels")
+        if high is not None and low is None:
+            given["min_pixels"] = min(self.min_pixels, high)
+        if high is not None and self.image_max_pixels is not None:
+            given["image_max_pixels"] = min(self.image_max_pixels, high)
+            given["image_min_pixels"] = min(self.image_min_pixels or self.min_pixels, high)
+        return super().with_options(**given)
+
+    def frame_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels that each of so many frames is resized to."""
+        return smart_resize(height, width, self.factor, self.min_pixels, self.frame_max_pixels(num_frames))
+
+    def image_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels that an image is resized to."""
+        if self.image_max_pixels is None:
+            return self.frame_size(1, height, width)
+        low = self.min_pixels if self.image_min_pixels is None else self.image_min_pixels
+        return smart_resize(height, width, self.factor, low, self.image_max_pixels)
+
+    def video(self, video: Video, index: int = 0) -> VisualInput:
+        """One run of rows between the start and the end token; a place of the grid is a track."""
+        return self.shown(patchify(video.frames, self), self.video_pad)
+
+    def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
+        """A video of one temporal grid."""
+        check_frames(pixels[None])
+        size = self.image_size(*pixels.shape[:2])
+        return self.shown(patchify(pixels[None], self, size), self.image_pad)
+
+    def longest_track(self, max_frames: int) -> int:
+        """A token for each temporal grid."""
+        return -(-max_frames // self.temporal_patch_size)
+
+    def shown(self, tiles: Tiles, pad: str, interval: float = 1.0) -> VisualInput:
+        """One run of rows between start and end; temporal grids are `interval` positions apart, rounded down."""
+        grid = tiles.grid.merged(self.merge_size)
+        labels = np.tile(np.arange(grid.height * grid.width), grid.frames)
+        pieces: tuple[Piece, ...] = (self.start, Rows(labels, grid_places(grid, interval), pad), self.end)
+        return VisualInput((tiles,), pieces)
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+    """The nearest size whose sides divide by `factor` and whose area lies within the limits, shape kept."""
+    check_shape(height, width)
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        rows = max(factor, math.floor(height / scale / factor) * factor)
+        columns = max(factor, math.floor(width / scale / factor) * factor)
+    elif rows * columns < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * scale / factor) * factor
+        columns = math.ceil(width * scale / factor) * factor
+    return rows, columns
+
+
+def grid_of(num_frames: int, height: int, width: int, preprocessing: QwenVLPreprocessing) -> Grid:
+    """The grid that `patchify` will make of frames of this size, without touching a pixel."""
+    return _grid(num_frames, preprocessing.frame_size(num_frames, height, width), preprocessing)
+
+
+def _grid(num_frames: int, size: tuple[int, int], preprocessing: QwenVLPreprocessing) -> Grid:
+    patch = preprocessing.patch_size
+    return Grid(-(-num_frames // preprocessing.temporal_patch_size), size[0] // patch, size[1] // patch)
+
+
+def patchify(
+    frames: NDArray[np.uint8], preprocessing: QwenVLPreprocessing, size: tuple[int, int] | None = None
+) -> Tiles:
+    """Cut frames [N, H, W, 3] (an image is N = 1) into normalised patches [T, h * w, 3 * depth * patch ** 2].
+
+    They are resized to `size`, height and width in pixels; None takes that of a video's frames.
+
+    Frames stand `temporal_patch_size` to a patch, the last one repeated until they do. Patches stand in merge blocks:
+    block row, block column, row in block, column in block; within a patch: channel, frame, row, column.
+    """
+    check_frames(frames)
+    num_frames, height, width, _ = frames.shape
+    grid = _grid(num_frames, size or preprocessing.frame_size(num_frames, height, width), preprocessing)
+    depth, patch, merge = preprocessing.temporal_patch_size, preprocessing.patch_size, preprocessing.merge_size
+    blocks = (grid.height // merge, grid.width // merge)
+    values = np.empty((grid.frames, *blocks, merge, merge, 3, depth, patch, patch), np.float32)
+    levels = normalised_levels(preprocessing)
+    for i, frame in enumerate(frames):
+        resized = resize(frame, grid.height * patch, grid.width * patch, preprocessing.resample)
+        for channel in range(3):
+            plane = levels[channel].take(resized[:, :, channel])  # [h * patch, w * patch]
+            plane = plane.reshape(blocks[0], merge, patch, blocks[1], merge, patch)
+            values[i // depth, ..., channel, i % depth, :, :] = plane.transpose(0, 3, 1, 4, 2, 5)
+    last = (num_frames - 1) % depth
+    values[-1, ..., last + 1 :, :, :] = values[-1, ..., last : last + 1, :, :]
+    return Tiles(values.reshape(grid.frames, grid.height * grid.width, -1), grid)

@@ -1,0 +1,95 @@
+"""`ff-export plan`: what a build will write, from headers alone, beside what one writes; disks that are too small."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framefusion import errors
+from framefusion.export.build import build
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.forecast import forecast
+from framefusion.export.options import BuildOptions
+from framefusion.export.plan import BuildPlan
+from tests.commands import assert_refused, export
+from tools.bench.big_checkpoint import BIG_SHAPES, tensors_of, write_big_checkpoint
+
+GB = 1e9
+SHAPE = BIG_SHAPES["72b"]
+
+
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Names, types and shapes of a 72B, on a few hundred kilobytes of disk."""
+    return write_big_checkpoint(SHAPE, tmp_path_factory.mktemp("big") / "72b", headers_only=True)
+
+
+def test_headers_are_all_there_is(headers: Path) -> None:
+    size = sum(path.stat().st_size for path in headers.iterdir())
+    on_disk = sum(path.stat().st_blocks * 512 for path in headers.iterdir())
+    assert size > 140 * GB
+    assert on_disk < 2e6
+    checkpoint = Checkpoint(headers)
+    assert {key: checkpoint.shape(key) for key in checkpoint.files} == tensors_of(SHAPE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_72b_is_planned_in_a_moment(headers: Path, tmp_path: Path, dtype: Any) -> None:
+    start = time.perf_counter()
+    facts = forecast(BuildPlan(Checkpoint(headers), BuildOptions(dtype=dtype)), tmp_path / "bundle")
+    assert time.perf_counter() - start < 5  # a second on an idle core
+    llm, number = SHAPE.llm, {"float32": 4, "float16": 2}[dtype]
+    layers = llm.num_layers * 3 * llm.hidden_size * llm.intermediate_size  # MLPs alone are more than half of it
+    assert number * layers < facts["bytes"] < 1.3 * number * layers
+    assert facts["kv_bytes_per_token"] == 2 * llm.num_layers * llm.num_kv_heads * 128 * number
+    assert [segment["name"] for segment in facts["segments"]] == [f"layer{i:02}" for i in range(8)] + ["rest"]
+    assert sum(facts["files"].values()) == facts["bytes"]
+    assert facts["memory"]["run"]["worst"] > 4 * facts["bytes"] / number  # the CPU's kernels multiply in fp32
+    assert facts["memory"]["build"] < 6 * GB
+    assert facts["check"]["method"] in ("truncated", "weights")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_too_small_is_refused_before_the_first_byte(headers: Path, tmp_path: Path) -> None:
+    place = tmp_path / "no" / "such" / "folder"
+    facts = json.loads(export("plan", headers, "-o", place, "--dtype", "float16", "--json").stdout)
+    if facts["disk"]["fits"]:
+        pytest.skip("this disk holds a 72B")
+    result = export("build", headers, "-o", place / "bundle", "--dtype", "float16")
+    needed = f"writes {facts['disk']['needed'] / GB:.2f} GB"
+    assert_refused(result, errors.StorageError, needed, "GB are free", "make room or choose another place")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        BuildOptions(depth=1, max_input_len=512),
+        BuildOptions(dtype="float16", reduction="none", max_input_len=512),
+        BuildOptions(reduction="fixed", merge_shares=(0.3,), prune_layer=1, cost=0.6, max_input_len=900),
+    ],
+)
+@pytest.mark.usefixtures("instant_traces")
+def test_files_are_as_large_as_was_said(checkpoint: Path, tmp_path: Path, options: BuildOptions) -> None:
+    facts = forecast(BuildPlan(Checkpoint(checkpoint), options), tmp_path / "bundle", verify=False)
+    folder = build(Checkpoint(checkpoint), tmp_path / "bundle", options, verify=False).folder
+    for name, size in facts["files"].items():
+        assert 0 <= size - (folder / name).stat().st_size < 4096  # the last tensor of a file is not followed by padding
+    assert facts["check"] is None
+    assert facts["disk"]["fits"]
+
+
+def test_the_command_says_it_in_tables(checkpoint: Path, tmp_path: Path) -> None:
+    text = export("plan", checkpoint, "-o", tmp_path / "bundle", "--cost", 0.5, "--depth", 1).stdout
+    for word in ("keeps 50 %, drops 50 %", "segments/rest/weights.bin", "KV cache", "check: full", "it fits", "total"):
+        assert word in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_build_refuses_the_plan_refuses(checkpoint: Path) -> None:
+    assert_refused(export("plan", checkpoint, "--cost", 3), errors.BudgetError, "3")
+    assert_refused(export("plan", checkpoint / "no"), errors.CheckpointError, "no")

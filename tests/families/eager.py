@@ -1,0 +1,31 @@
+"""A pipeline over a family's torch graphs: a bundle whose graphs were never traced, and a backend that needs none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from framefusion.export import build, parts, plan, signatures
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.engines.eager import EagerBackend
+from framefusion.export.options import BuildOptions
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.pipeline import Pipeline
+
+
+def eager_pipeline(folder: Path, bundle: Path, options: BuildOptions) -> Pipeline:
+    """The torch graphs of a checkpoint under the runtime's own pipeline.
+
+    Args:
+        folder: the checkpoint.
+        bundle: where to put what is no graph; must not exist.
+        options: of the build.
+    """
+    checkpoint = Checkpoint(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("trace_segment", "trace_tower", "trace_fixed_prefill"):
+            patch.setattr(signatures, name, lambda *_: None)
+        patch.setattr(parts, "save_graph", lambda _model, path, *_: path.write_bytes(b"graph"))
+        built = build.build(checkpoint, bundle, options, verify=False)
+    return Pipeline(Bundle(built.folder), EagerBackend(plan.BuildPlan(checkpoint, options).eager_loaders()))

@@ -1,0 +1,207 @@
+"""Every family through the same questions: features, prompts, labels, logits, sixteen tokens, dense and reduced.
+
+Quick: the torch graphs of each family's first checkpoint under the runtime's own pipeline. Slow: compiled bundles of
+every checkpoint variant and every kind of conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from framefusion import tracks
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.families import FAMILIES
+from framefusion.export.options import BuildOptions
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.pipeline import Pipeline, Request, as_image, as_video
+from framefusion.runtime.prompt import Prompt, Turn, Visual
+from framefusion.runtime.stitching import Stopwatch, TokenRows
+from framefusion.runtime.video import Video, read_video
+from framefusion.runtime.visual_input import Rows, VisualInput
+from tests.families import CASES
+from tests.families.case import CONVERSATIONS, FamilyCase, Reference, Seen, relative_error
+from tests.films import write_film
+
+NEW = 16
+COST = 0.5
+OPTIONS = BuildOptions(cost=COST)
+FILMS = ((9, 25), (40, 10), (75, 30))  # frames and rate of mp4 files
+
+
+@dataclass
+class Subject:
+    """A family's tiny checkpoint, a bundle of it, and the reference."""
+
+    case: FamilyCase
+    folder: Path
+    pipeline: Pipeline
+    reference: Reference
+
+
+@dataclass
+class Asked:
+    """A conversation as the runtime reads it."""
+
+    turns: Sequence[Turn]
+    seen: list[Seen]
+    visuals: list[VisualInput]
+    prompt: Prompt
+    features: list[NDArray[np.float32]]
+    rows: TokenRows
+
+
+def name_of(case: FamilyCase) -> str:
+    return case.family
+
+
+def variants(cases: Sequence[FamilyCase]) -> list[Any]:
+    return [pytest.param(case, variant, id=f"{case.family}-{variant}") for case in cases for variant in case.variants]
+
+
+@pytest.fixture(params=CASES, ids=name_of, scope="module")
+def eager(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """The first variant's torch graphs: a bundle whose graphs were never traced, and a backend that needs none."""
+    from tests.families.eager import eager_pipeline
+
+    case: FamilyCase = request.param
+    folder = tmp_path_factory.mktemp(case.family)
+    case.write(folder, case.variants[0])
+    pipeline = eager_pipeline(folder, tmp_path_factory.mktemp("bundle") / "b", OPTIONS)
+    return Subject(case, folder, pipeline, case.reference(folder))
+
+
+def ask(subject: Subject, name: str) -> Asked:
+    turns, shown = CONVERSATIONS[name]
+    pipeline, sampling = subject.pipeline, subject.pipeline.manifest.sampling
+    kinds = [part for turn in turns for part in turn.parts if isinstance(part, Visual)]
+    seen: list[Seen] = [
+        as_video(pixels, sampling) if kind is Visual.VIDEO else as_image(pixels)
+        for kind, pixels in zip(kinds, shown, strict=True)
+    ]
+    visuals = pipeline.read_visuals(turns, shown, sampling, Stopwatch())
+    prompt = pipeline.prompt(turns, visuals)
+    features = [pipeline.encode_visual(visual) for visual in visuals]
+    return Asked(turns, seen, visuals, prompt, features, pipeline.embed(prompt, features))
+
+
+def test_every_row_has_a_case() -> None:
+    assert sorted(case.family for case in CASES) == sorted(family.name for family in FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["video", "mixed"])
+def test_torch_graphs(eager: Subject, name: str) -> None:
+    asked = ask(eager, name)
+    compare_prompt(eager, asked)
+    compare_pixels(eager, asked)
+    compare_features(eager, asked)
+    compare_answers(eager, asked)
+    compare_reduced(eager, asked)
+
+
+@pytest.mark.parametrize("name", [name for name in CONVERSATIONS if name not in ("video", "mixed")])
+def test_prompts(eager: Subject, name: str) -> None:
+    asked = ask(eager, name)
+    compare_prompt(eager, asked)
+    compare_pixels(eager, asked)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_frames(case: FamilyCase, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    case.write(folder, case.variants[0])
+    checkpoint = Checkpoint(folder)
+    (family,) = (family for family in FAMILIES if family.name == case.family)
+    sampling = family.sampling(checkpoint)
+    for frames, rate in FILMS:
+        film = write_film(tmp_path / f"{frames}-{rate}.mp4", frames=frames, fps=rate)
+        assert read_video(film, sampling).indices.tolist() == case.indices(frames, rate), (frames, rate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "variant"), variants(CASES))
+def test_bundles(case: FamilyCase, variant: str, tmp_path: Path) -> None:
+    """`ff-export build` with nothing but a cost: everything else is told by the checkpoint."""
+    from framefusion.export.build import build
+
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    case.write(folder, variant)
+    built = build(Checkpoint(folder), tmp_path / "bundle", OPTIONS)
+    assert built.manifest.check["passed"]
+    subject = Subject(case, folder, Pipeline(Bundle(built.folder), threads=1), case.reference(folder))
+    for name in CONVERSATIONS if variant in (case.variants[0], *case.thorough) else ("video",):
+        asked = ask(subject, name)
+        compare_prompt(subject, asked)
+        compare_features(subject, asked)
+        compare_answers(subject, asked)
+        compare_reduced(subject, asked)
+
+
+def compare_prompt(subject: Subject, asked: Asked) -> None:
+    """Ids and labels, token by token."""
+    ids = np.maximum(asked.prompt.token_ids, -2).tolist()
+    assert ids == subject.case.prompt_ids(subject.folder, asked.turns, asked.seen)
+    assert asked.prompt.labels.tolist() == subject.case.labels(subject.folder, ids, asked.seen)
+    rule = subject.pipeline.manifest.preprocessing
+    for one, visual in zip(asked.seen, asked.visuals, strict=True):
+        room = rule.video_tokens(len(one.frames)) if isinstance(one, Video) else 0
+        placed = sum(piece.labels.size if isinstance(piece, Rows) else 1 for piece in visual.pieces)
+        assert room == 0 or room >= placed, "a video of the sampling's own length would not fit --max-input-len"
+    shown = sum(visual.num_rows for visual in asked.visuals)
+    assert shown == asked.prompt.row_places.size == sum(rows.shape[1] for rows in asked.features)
+
+
+def compare_pixels(subject: Subject, asked: Asked) -> None:
+    """What the tower sees, to one rounding of fp32."""
+    for seen, visual in zip(asked.seen, asked.visuals, strict=True):
+        expected = subject.case.pixels_among(subject.folder, seen, asked.seen)
+        assert [tiles.values.shape for tiles in visual.tiles] == [values.shape for values in expected]
+        for tiles, values in zip(visual.tiles, expected, strict=True):
+            np.testing.assert_allclose(tiles.values, values, rtol=0, atol=1e-6)
+
+
+def compare_features(subject: Subject, asked: Asked) -> None:
+    if asked.seen:
+        ours = np.concatenate([rows[0] for rows in asked.features])
+        assert relative_error(ours, subject.reference.features(asked.seen)) < subject.case.limit
+
+
+def compare_answers(subject: Subject, asked: Asked) -> None:
+    """Dense: sixteen tokens, and the logits that each of them was chosen by."""
+    pipeline, prompt = subject.pipeline, asked.prompt
+    prefilled = pipeline.stitcher.prefill(asked.rows, None, NEW, Stopwatch())
+    decoder = pipeline.stitcher.decoder(prefilled)
+    places = prompt.token_ids.size + prompt.rope_delta + np.arange(NEW)
+    cos, sin = pipeline.rope(np.broadcast_to(places, (3, NEW)))
+    limit = min(pipeline.manifest.model.vocab_size, pipeline.tokenizer.vocab_size)
+    logits, answer = [prefilled.logits[:limit].copy()], []
+    for step in range(NEW):
+        answer.append(int(logits[-1].argmax()))
+        row = pipeline.embedding(np.array(answer[-1:]))[0]
+        logits.append(decoder.step(row, cos[step], sin[step])[:limit].copy())
+    expected = subject.reference.logits(prompt, asked.seen, answer)[-NEW - 1 :, :limit]
+    assert relative_error(np.stack(logits), expected) < subject.case.limit
+    assert answer == expected[:NEW].argmax(-1).tolist()
+
+
+def compare_reduced(subject: Subject, asked: Asked) -> None:
+    """Reduced: the cost is met, text is never dropped, and an answer comes."""
+    pipeline, prompt = subject.pipeline, asked.prompt
+    answer = pipeline.answer(prompt, asked.rows, Request(max_new_tokens=2))
+    assert len(answer.token_ids) in (1, 2)
+    if not prompt.num_visual:
+        assert set(answer.kv_lengths) == {prompt.token_ids.size}
+        return
+    assert answer.cost == pytest.approx(COST, abs=0.01 + 1 / prompt.num_visual)
+    reduction = pipeline.reduction(prompt, Request())
+    kept = pipeline.stitcher.prefill(asked.rows, reduction, 1, Stopwatch()).kept[-1]
+    assert set(np.flatnonzero(prompt.labels == tracks.TEXT)) <= set(kept.tolist())
+    assert len(kept) < prompt.token_ids.size
