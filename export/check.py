@@ -6,11 +6,12 @@ bundle's type is. One after the other is in memory: first the eager model, then 
 Errors are relative to the largest magnitude of the reference; fp32 against fp32 in another order of sums differs by
 about 1e-6 a layer.
 
-In half precision each of the two sums a layer adds to the residual stream rounds by up to half a unit u (fp16: 2^-11),
-and independent roundings add up like a random walk: 4 u sqrt(2 layers), four standard deviations, is the limit. Two
-tokens may be nearer to each other than that, so the bundle repeats the eager model's decisions and the scores behind
-them are compared (replay.py); how many tokens it chooses otherwise by itself is told. The static graph of the fixed
-mode shows no scores: there the tokens themselves are compared, and up to MOST_SWAPPED of them may be others.
+In half precision a layer rounds ROUNDINGS times what is on its way (norm, projections, attention, projection, sum;
+norm, gate and up, product, down, sum), each by u / sqrt(3) in the mean, u being half a unit (fp16: 2^-11), and
+independent roundings add up like a random walk: the limit is four standard deviations, 4 u sqrt(ROUNDINGS / 3 layers).
+Two tokens may be nearer to each other than that, so the bundle repeats the eager model's decisions and the scores
+behind them are compared (replay.py); how many tokens it chooses otherwise by itself is told. The static graph of the
+fixed mode shows no scores: there the tokens themselves are compared, and up to MOST_SWAPPED of them may be others.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from framefusion.runtime.visual_input import VisualInput
 LIMIT = 1e-4
 KEPT, SWAPPED = "kept tokens", "share of swapped tokens"  # what is compared has limits of its own
 MOST_SWAPPED = 0.05
+ROUNDINGS = 10
 _MEMORY_SHARE = 0.4  # of the free memory that transformers' model in fp32 may take
 
 
@@ -87,7 +89,7 @@ def default_tolerance(plan: BuildPlan) -> float:
     """The limit of all errors of a build: see the module."""
     if plan.dtype == torch.float32:
         return LIMIT
-    return 4 * torch.finfo(plan.dtype).eps / 2 * math.sqrt(2 * plan.config.num_layers)
+    return 4 * torch.finfo(plan.dtype).eps / 2 * math.sqrt(ROUNDINGS / 3 * plan.config.num_layers)
 
 
 class Comparison:

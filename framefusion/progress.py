@@ -72,8 +72,10 @@ def progress_lines(stream: TextIO | None = None) -> Iterator[Progress]:
     lines = TerminalLines(stream) if stream.isatty() else LogLines(stream)
     try:
         yield lines
-    finally:
-        lines.close()
+    except BaseException:
+        lines.close(complete=False)
+        raise
+    lines.close()
 
 
 class LogLines:
@@ -89,7 +91,7 @@ class LogLines:
             self._stream.write(f"{step.part}: {in_bytes(step.written)} of {in_bytes(step.total)} before it\n")
             self._stream.flush()
 
-    def close(self) -> None:
+    def close(self, *, complete: bool = True) -> None:
         """Nothing is left open."""
 
 
@@ -116,9 +118,13 @@ class TerminalLines:
         self._step, self._drawn = step, now
         self._draw(line_of(step, self._left(step, now)))
 
-    def close(self) -> None:
-        """Leave the cursor on a line of its own."""
-        self._finish()
+    def close(self, *, complete: bool = True) -> None:
+        """Leave the cursor on a line of its own; the last part is told as done only if it is."""
+        if complete:
+            self._finish()
+        elif self._step is not None:
+            self._stream.write("\n")
+            self._stream.flush()
 
     def _left(self, step: Step, now: float) -> float | None:
         """Seconds to go at the rate so far; None where nothing is known of it yet."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +23,20 @@ COST = 0.4  # what the bundle below is built for
 logging.getLogger("torch.__trace").propagate = False
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """What one worker makes and the others wait for."""
+    folder = factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name).exists():
+            make(folder / name)
+    return folder / name
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", pixels=112 * 112)
+    return made_once(tmp_path_factory, "tiny-checkpoint", partial(random_checkpoint, pixels=112 * 112))
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +47,7 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from framefusion.export.options import BuildOptions
 
     options = BuildOptions(cost=COST, similarity_lower_bound=0.9, depth=1, max_input_len=512)
-    return build(Checkpoint(checkpoint), tmp_path_factory.mktemp("bundles") / "tiny", options).folder
+    return made_once(tmp_path_factory, "tiny-bundle", lambda folder: build(Checkpoint(checkpoint), folder, options))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -58,6 +59,40 @@ def test_an_interrupted_build_resumes(checkpoint: Path, tmp_path: Path, monkeypa
     after = written(tmp_path / "bundle")
     assert {name: after[name] for name in before} == before  # taken over, not written again
     assert not (tmp_path / "bundle.partial").exists()
+
+
+@pytest.mark.usefixtures("instant_traces")
+def test_a_killed_build_resumes_and_says_what_it_compares(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process leaves: half of a file, and the scratch bundle of a check."""
+    from framefusion.export.build import build
+    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.options import BuildOptions
+    from framefusion.export.staging import Staging
+    from framefusion.progress import Step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "__exit__", lambda *_: None)  # nobody tidies up after a kill
+        patch.setattr(Staging, "publish", lambda _: None)
+        build(Checkpoint(checkpoint), tmp_path / "bundle", BuildOptions(depth=0), verify=False)
+    staged = tmp_path / "bundle.partial"
+    weights = staged / "segments/rest/weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    journal = json.loads((staged / "journal.json").read_text())["parts"]
+    del journal["segments/rest"]
+    (staged / ".check-abc" / "bundle.partial").mkdir(parents=True)
+    (staged / ".check-abc" / "bundle.partial" / "weights.bin").write_bytes(b"left")
+    before, told = written(staged), list[Step]()
+    built = build(
+        Checkpoint(checkpoint), tmp_path / "bundle", BuildOptions(depth=0), verify=False, progress=told.append
+    )
+    after = written(built.folder)
+    assert [name for name in after if after[name] != before[name]] == ["segments/rest/weights.bin"]
+    assert [path.name for path in built.folder.glob(".check*")] == []
+    compared = [step for step in told if step.part == "resuming"]
+    assert told[0].part == "resuming"
+    assert compared[-1].done == sum(record["size"] for files in journal.values() for record in files.values())
 
 
 def written(folder: Path) -> dict[str, int]:

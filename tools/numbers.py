@@ -25,7 +25,8 @@ def main() -> None:
 
 def with_tables(readme: str) -> str:
     """README.md with the tables between its markers."""
-    numbers = [prefill(load("prefill")), memory(load("memory")), accuracy(load("accuracy"))]
+    numbers = [prefill(load("prefill")), memory(load("memory")), exporting(load("export_memory"))]
+    numbers.append(accuracy(load("accuracy")))
     for marker, tables in (("numbers", "\n\n".join(numbers)), ("families", families())):
         start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
         block = f"{start}\n\n{tables}\n\n{end}"
@@ -79,6 +80,20 @@ def memory(told: dict[str, Any]) -> str:
     return (
         f"Peak resident memory of the runtime on a real film, {told['shape']} shape, beside the plan of "
         f"`ff-export inspect` (`{told['command']}`):\n\n{table(names, rows)}"
+    )
+
+
+def exporting(told: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [("cp of the checkpoint", f"{told['copy']['seconds']:.0f}", "1.00", "-", "-")]
+    for mode in ("adaptive", "fixed"):
+        own = told[mode]
+        peaks = (f"{own[name]:.2f}" for name in ("high_water_gb", "anonymous_gb"))
+        rows.append((f"build, {mode}", f"{own['seconds']:.0f}", f"{own['times_the_copy']:.2f}", *peaks))
+    names = ("", "seconds", "times the copy", "peak RSS GB", "of it anonymous GB")
+    return (
+        f"A checkpoint of the true Qwen2-VL {told['shape'].upper()} shape, {told['checkpoint_gb']:.1f} GB of bf16, to "
+        f"float16 segments without the check, each run from a cold page cache until its bytes are on the disk "
+        f"(`{told['command']}`; {machine(told)}, a disk of {told['copy']['mb_per_s']} MB/s):\n\n{table(names, rows)}"
     )
 
 

@@ -80,6 +80,18 @@ def test_bytes_that_were_there_do_not_make_the_rest_look_fast() -> None:
     assert "was there" in stream.getvalue()
 
 
+def test_a_part_that_was_interrupted_is_not_told_as_done() -> None:
+    clock, stream = Clock(), io.StringIO()
+    lines = TerminalLines(stream, clock)
+    meter = Meter(lines, SIZES)
+    meter.begin("table")
+    clock.time += 1
+    meter.add(500_000)
+    lines.close(complete=False)
+    assert stream.getvalue().endswith("500 kB of 1 MB all 12%\x1b[K\n")
+    assert " in " not in stream.getvalue()
+
+
 def test_a_log_has_a_line_for_each_part() -> None:
     stream = io.StringIO()
     with progress_lines(stream) as progress:

@@ -193,6 +193,7 @@ def test_eager_of_a_long_video_equals_the_twin() -> None:
     check_against_twin(eager(LARGE), LARGE, 41, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ties", [False, True])
 def test_onnx_equals_the_twin(compiled: onnx.ModelProto, ties: bool) -> None:
     run = session(compiled)
@@ -200,6 +201,7 @@ def test_onnx_equals_the_twin(compiled: onnx.ModelProto, ties: bool) -> None:
         check_against_twin(run, LARGE, frames, seed, ties)
 
 
+@pytest.mark.slow
 def test_onnx_keeps_to_the_ops_that_engines_take(compiled: onnx.ModelProto) -> None:
     nodes = [*compiled.graph.node, *(node for function in compiled.functions for node in function.node)]
     assert {node.op_type for node in nodes}.isdisjoint(FORBIDDEN)
@@ -210,6 +212,7 @@ def test_onnx_keeps_to_the_ops_that_engines_take(compiled: onnx.ModelProto) -> N
         assert attributes.get("to") != onnx.TensorProto.DOUBLE
 
 
+@pytest.mark.slow
 def test_onnx_shapes_are_static(compiled: onnx.ModelProto) -> None:
     inferred = onnx.shape_inference.infer_shapes(compiled, data_prop=True).graph
     for value in [*inferred.input, *inferred.output]:

@@ -69,6 +69,8 @@ def test_lengths_and_segments_must_pair(manifest: Manifest) -> None:
         ({"cost": 0.3}, 0.3),
         ({"cost": 0.3}, 1.0),
         ({"reduction": "fixed", "merge_shares": (0.4, 0.1), "prune_layer": 2, "max_text_len": 200}, None),
+        ({"reduction": "none", "dtype": "float16"}, None),
+        ({"cost": 0.3, "dtype": "float16"}, 1.0),
     ],
 )
 def test_a_process_peaks_where_the_plan_says(tmp_path: Path, options: dict[str, Any], cost: float | None) -> None:
