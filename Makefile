@@ -54,7 +54,7 @@ test:
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 
 slow: setup
-	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow and not gpu"
 
 test-gpu: setup
 	@$(BIN)/python -m pytest -q -m gpu

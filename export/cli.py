@@ -128,9 +128,9 @@ def _render_lines(check: dict[str, Any]) -> str:
 @click.option("--no-check", is_flag=True, help="Of a build that leaves the check out.")
 @console.json_option
 def plan(checkpoint: str, output: Path, revision: str | None, no_check: bool, **fields: Any) -> None:
-    """Say what a build of CHECKPOINT will write and take, from its configuration and headers alone.
+    """Say what a build of CHECKPOINT would write and take.
 
-    The flags are those of `build`. Nothing is written and no weight is read.
+    From configuration and headers alone. The flags are those of `build`. Nothing is written and no weight is read.
     """
     from framefusion.export.options import BuildOptions
 

@@ -3,15 +3,15 @@
 What is computed here depends on the size of the pictures alone, so all pictures of one size share it. numpy only; knows
 no file and no prompt.
 
-    kind      inputs beside patches [N, P, W]                      rows of a picture
-    plain     none                                                 settings.rows, or P
-    rope_2d   cos, sin [1, P, hd/2]                                P / settings.merge_size^2
-    rope_2d_windows   those, and units [V, U], slots, mask         as rope_2d
-    rope_2d_table     those, and corners, shares [4, P]            as rope_2d
-    pooled    pool [Q, P], a matrix that averages patches          Q
-    block_pooled      pool [Q, settings.blocks^2], an average      Q
-    scales    taps, shares [K, S * places of the finest scale]     tiles of the finest scale * settings.rows
-    resampler places [P], sincos [1, P, settings.width]            settings.rows
+    kind             inputs beside patches [N, P, W]                    rows of a picture
+    plain            none                                               settings.rows, or P
+    rope_2d          cos, sin [1, P, hd/2]                              P / settings.merge_size^2
+    rope_2d_windows  those, and units [V, U], slots, mask               as rope_2d
+    rope_2d_table    those, and corners, shares [4, P]                  as rope_2d
+    pooled           pool [Q, P], a matrix that averages patches        Q
+    block_pooled     pool [Q, settings.blocks^2], an average            Q
+    scales           taps, shares [K, S * places of the finest scale]   tiles of the finest scale * settings.rows
+    resampler        places [P], sincos [1, P, settings.width]          settings.rows
 """
 
 from __future__ import annotations

@@ -6,11 +6,9 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-import torch
-
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.qwen2_vl_tower import block_sources, find_prefix, transformers_logits
+from framefusion.export.families.qwen2_vl_tower import block_sources, find_prefix, plan_of, transformers_logits
 from framefusion.export.families.reading import required
 from framefusion.export.families.towers import TowerPlan
 from framefusion.export.families.vit import linear_sources
@@ -29,21 +27,9 @@ reference_logits = partial(transformers_logits, "Qwen2_5_VLForConditionalGenerat
 
 def tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower on the meta device, and the sources of its parameters."""
-    prefix, config = find_prefix(checkpoint), tower_config(checkpoint)
-    with torch.device("meta"):
-        module = Qwen25VLTower(config)
-    return TowerPlan(
-        module,
-        tower_sources(prefix, config),
-        "rope_2d_windows",
-        patch_width=config.patch_width,
-        head_dim=config.head_dim,
-        embed_dim=config.embed_dim,
-        mlp_width=config.mlp_width,
-        out_width=config.out_width,
-        patches_per_token=config.merge_size**2,
-        settings={"merge_size": config.merge_size, "window": config.window},
-    )
+    config = tower_config(checkpoint)
+    sources = tower_sources(find_prefix(checkpoint), config)
+    return plan_of("rope_2d_windows", Qwen25VLTower, config, sources, window=config.window)
 
 
 def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:

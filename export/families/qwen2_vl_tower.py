@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from framefusion.export.families.reading import required
 from framefusion.export.families.towers import TowerPlan
 from framefusion.export.families.vit import linear_sources, norm_sources
 from framefusion.export.graph.qwen2_vl_tower import Qwen2VLTower, TowerConfig
+from framefusion.export.graph.tower import Tower
 from framefusion.export.weights import AnySource, Source
 from framefusion.runtime.prompt import Prompt
 from framefusion.runtime.visual_input import VisualInput
@@ -25,21 +27,34 @@ LINEARS: Mapping[str, str] = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp
 
 def tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower on the meta device, and the sources of its parameters."""
-    prefix = find_prefix(checkpoint)
     config = tower_config(checkpoint)
+    return plan_of("rope_2d", Qwen2VLTower, config, tower_sources(find_prefix(checkpoint), config))
+
+
+def plan_of(
+    kind: str,
+    tower_of: Callable[[Any], Tower],
+    config: TowerConfig,
+    sources: Mapping[str, AnySource],
+    *,
+    deepstack: int = 0,
+    **settings: int,
+) -> TowerPlan:
+    """What the towers of all Qwen-VL releases have in common; `settings` are the kind's beside the merge size."""
     with torch.device("meta"):
-        module = Qwen2VLTower(config)
+        module = tower_of(config)
     return TowerPlan(
         module,
-        tower_sources(prefix, config),
-        "rope_2d",
+        sources,
+        kind,
         patch_width=config.patch_width,
         head_dim=config.head_dim,
         embed_dim=config.embed_dim,
         mlp_width=config.mlp_width,
         out_width=config.out_width,
         patches_per_token=config.merge_size**2,
-        settings={"merge_size": config.merge_size},
+        deepstack=deepstack,
+        settings={"merge_size": config.merge_size, **settings},
     )
 
 

@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-import torch
-
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families.qwen2_5_vl_tower import check_activation, layer_list
-from framefusion.export.families.qwen2_vl_tower import block_sources, find_prefix, transformers_logits
+from framefusion.export.families.qwen2_vl_tower import block_sources, find_prefix, plan_of, transformers_logits
 from framefusion.export.families.reading import required
 from framefusion.export.families.towers import TowerPlan
 from framefusion.export.families.vit import linear_sources, norm_sources
@@ -25,22 +23,10 @@ reference_logits = partial(transformers_logits, "Qwen3VLForConditionalGeneration
 
 def tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower on the meta device, and the sources of its parameters."""
-    prefix, config = find_prefix(checkpoint), tower_config(checkpoint)
-    with torch.device("meta"):
-        module = Qwen3VLTower(config)
-    return TowerPlan(
-        module,
-        tower_sources(prefix, config),
-        "rope_2d_table",
-        patch_width=config.patch_width,
-        head_dim=config.head_dim,
-        embed_dim=config.embed_dim,
-        mlp_width=config.mlp_width,
-        out_width=config.out_width,
-        patches_per_token=config.merge_size**2,
-        deepstack=len(config.deepstack_layers),
-        settings={"merge_size": config.merge_size, "table_side": math.isqrt(config.num_positions)},
-    )
+    config = tower_config(checkpoint)
+    sources, side = tower_sources(find_prefix(checkpoint), config), math.isqrt(config.num_positions)
+    features = len(config.deepstack_layers)
+    return plan_of("rope_2d_table", Qwen3VLTower, config, sources, deepstack=features, table_side=side)
 
 
 def tower_config(checkpoint: Checkpoint) -> DeepstackTowerConfig:
