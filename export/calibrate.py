@@ -14,12 +14,9 @@ from pathlib import Path
 
 from framefusion.errors import BudgetError
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.engines.eager import EagerBackend
-from framefusion.export.parts import Builder
 from framefusion.export.plan import BuildOptions, BuildPlan
-from framefusion.export.staging import Staging
+from framefusion.export.uncompiled import eager_pipeline
 from framefusion.policy import CallRecord
-from framefusion.runtime.bundle import Bundle, write_manifest
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.prompt import Turn, Visual
 from framefusion.runtime.stitching import Stopwatch
@@ -39,7 +36,7 @@ def calibrate(checkpoint: Checkpoint, options: BuildOptions, clips: Sequence[Pat
     adaptive = replace(options, reduction="adaptive", dialect="gqa", buckets=None, merge_shares=None, prune_layer=None)
     plan = BuildPlan(checkpoint, adaptive)
     with tempfile.TemporaryDirectory() as folder:
-        pipeline = _eager_pipeline(plan, Path(folder) / "calibration")
+        pipeline = eager_pipeline(plan, Path(folder) / "calibration")
         shares = [merge_shares(_history(pipeline, clip)) for clip in clips]
     merges = median_shares(shares)
     return replace(options, merge_shares=merges, prune_layer=max(len(merges) - 1, 0))
@@ -62,20 +59,6 @@ def median_shares(shares: Sequence[Sequence[float]]) -> tuple[float, ...]:
             break
         merges.append(median)
     return tuple(merges)
-
-
-def _eager_pipeline(plan: BuildPlan, folder: Path) -> Pipeline:
-    """A bundle without segments, its graphs run in eager torch."""
-    builder = Builder(plan)
-    producers = builder.producers()
-    with Staging(folder, "calibration", force=False) as staged:
-        for part in ("embedding", "tokenizer"):
-            staged.write(part, producers[part])
-        write_manifest(staged.folder, builder.manifest(staged.files, staged.folder))
-        staged.publish()
-    bundle = Bundle(folder)
-    in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
-    return Pipeline(in_fp32, EagerBackend(plan.eager_loaders()))
 
 
 def _history(pipeline: Pipeline, clip: Path) -> Sequence[CallRecord]:

@@ -32,7 +32,6 @@ from framefusion.export.observation import (
     Array,
     Observed,
     Run,
-    dense_pipeline,
     dense_request,
     observe,
     run,
@@ -41,7 +40,7 @@ from framefusion.export.plan import BuildPlan
 from framefusion.export.replay import Replayed
 from framefusion.policy import ReductionState
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
 from framefusion.runtime.prompt import Prompt
 from framefusion.runtime.visual_input import VisualInput
 

@@ -5,6 +5,7 @@ torch and its kin are imported by the commands that need them, so that help, `in
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,13 @@ from framefusion import console
 from framefusion.errors import BackendError, BudgetError, CheckFailedError
 from framefusion.export.flags import BUNDLE_REVISION, CHECKPOINT_REVISION, COUNT, TOLERANCE, build_options
 from framefusion.progress import progress_lines
+from framefusion.runtime.flags import COMPARE, OUTPUT, THREADS, Question, VisualCommand, question_options
 
 if TYPE_CHECKING:
     from framefusion.export.build import Built
     from framefusion.export.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
+    from framefusion.runtime.pipeline import Pipeline
 
 FOLDER = click.Path(path_type=Path)
 
@@ -190,6 +193,44 @@ def inspect(bundle: Path, **question: Any) -> None:
     from framefusion.export.inspection import Question, render, report
 
     console.show(report(bundle, Question(**question)), render)
+
+
+@ff_export.command(cls=VisualCommand)
+@click.argument("model", metavar="BUNDLE|CHECKPOINT")
+@CHECKPOINT_REVISION
+@OUTPUT
+@COMPARE
+@question_options
+@THREADS
+@console.json_option
+def view(model: str, revision: str | None, output: Path, compare: bool, threads: int, **asked: Any) -> None:
+    """Answer a question and draw what became of each token: one HTML page.
+
+    A bundle runs as `ff-run view` runs it; a checkpoint runs in eager torch, in fp32, and nothing is built.
+    """
+    from framefusion.runtime.bundle import MANIFEST, Bundle
+    from framefusion.runtime.cli import show_page
+    from framefusion.runtime.pipeline import Pipeline
+
+    question = Question.from_flags(**asked)
+    if (Path(model) / MANIFEST).is_file():
+        show_page(Pipeline(Bundle(model), threads=threads), Path(model).resolve().name, question, output, compare)
+        return
+    source = _open(model, revision)
+    with tempfile.TemporaryDirectory() as folder:
+        show_page(_uncompiled(source, Path(folder) / "parts", threads), source.origin.name, question, output, compare)
+
+
+def _uncompiled(source: Checkpoint, folder: Path, threads: int) -> Pipeline:
+    import torch
+
+    from framefusion.export.options import BuildOptions
+    from framefusion.export.plan import BuildPlan
+    from framefusion.export.uncompiled import eager_pipeline
+
+    if threads:
+        torch.set_num_threads(threads)
+    return eager_pipeline(BuildPlan(source, BuildOptions()), folder)
 
 
 @ff_export.command()

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from framefusion.export.engines.eager import EagerBackend
 from framefusion.export.plan import BuildPlan
-from framefusion.export.replay import Decision, Recorded
-from framefusion.policy import Reduction, ReductionState
-from framefusion.runtime.bundle import Bundle, Manifest, ReductionRecord
-from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.policy import Decision, ReductionState
+from framefusion.runtime.bundle import Bundle, Manifest
+from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
 from framefusion.runtime.prompt import Prompt, Turn, Visual
 from framefusion.runtime.stitching import Stopwatch, TokenRows
 from framefusion.runtime.visual_input import VisualInput
@@ -58,12 +57,12 @@ def observe(bundle: Bundle, plan: BuildPlan) -> Observed:
     features = eager.encode_visual(visuals[0])
     rows = eager.embed(prompt, [features])
     dense = run(dense_pipeline(eager), prompt, rows, dense_request(eager.manifest))
-    reduced, decisions, request = None, [], Request(DECODED)
+    reduced, decisions, request = None, list[Decision](), Request(DECODED)
     if eager.manifest.reduction.mode != "none":
         reduction = eager.reduction(prompt, request)
-        recorded = Recorded(reduction) if isinstance(reduction, Reduction) else None
-        reduced = run(eager, prompt, rows, request, recorded)
-        decisions = recorded.decisions if recorded is not None else []
+        if reduction is not None:
+            reduction.observer = decisions.append
+        reduced = run(eager, prompt, rows, request, reduction)
     return Observed(visuals, prompt, features, rows, dense, reduced, decisions)
 
 
@@ -106,16 +105,6 @@ def run(
 def dense_request(manifest: Manifest) -> Request:
     """A request that keeps all tokens."""
     return Request(DECODED, cost=1.0 if manifest.reduction.mode == "adaptive" else None)
-
-
-def dense_pipeline(pipeline: Pipeline) -> Pipeline:
-    """In the fixed mode the decoding graphs, which take any length and reduce nothing; else the pipeline itself."""
-    manifest = pipeline.manifest
-    if manifest.reduction.mode != "fixed":
-        return pipeline
-    segments = tuple(replace(s, graph=s.decode_graph or s.graph, decode_graph=None) for s in manifest.segments)
-    plain = pipeline.bundle.seen_as(segments=segments, fixed=None, reduction=ReductionRecord("none"))
-    return Pipeline(plain, pipeline.backend)
 
 
 def draw_clip() -> NDArray[np.uint8]:

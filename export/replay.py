@@ -1,4 +1,4 @@
-"""A reduction's decisions taken down in one model and repeated in another, to compare the two token for token.
+"""A reduction's decisions in one model repeated in another, to compare the two token for token.
 
 In half precision two similarities can be nearer to each other than rounding: two models that agree then keep different
 tokens, and their logits say nothing of each other. Repeating the decisions keeps the tokens the same, and the scores
@@ -8,38 +8,14 @@ that the decisions were made from can be compared number by number. Knows no bun
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from framefusion.policy import Plan, Reduction, ReductionState
+from framefusion.policy import Decision, Plan, ReductionState
 from framefusion.tracks import DISSIMILAR
 
 Scores = npt.NDArray[np.float32]
-
-
-class Decision(NamedTuple):
-    """One call: the scores it read, and what it did."""
-
-    similarity: Scores | None
-    importance: Scores | None
-    plan: Plan
-
-
-class Recorded(Reduction):
-    """The adaptive policy, taking down what it decides."""
-
-    def __init__(self, like: Reduction) -> None:
-        super().__init__(like.settings, like.labels)
-        self.decisions: list[Decision] = []
-
-    def _decide(self, similarity: Scores | None, importance: Scores | None) -> Plan:
-        read = similarity if self.wants_similarity else None, importance if self.wants_importance else None
-        plan = super()._decide(similarity, importance)
-        first, second = (None if scores is None else scores.copy() for scores in read)  # buffers are overwritten
-        self.decisions.append(Decision(first, second, plan))
-        return plan
 
 
 class Replayed(ReductionState):

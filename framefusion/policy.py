@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,8 +99,25 @@ class CallRecord:
     visual_after: int
 
 
+@dataclass(frozen=True)
+class Decision:
+    """One call: the scores it read, and what it did."""
+
+    similarity: Scores | None
+    importance: Scores | None
+    plan: Plan
+
+
+Observer = Callable[[Decision], None]
+
+
 class ReductionState(ABC):
-    """One request on its way through the calls: the tokens present and what was done to them so far."""
+    """One request on its way through the calls: the tokens present and what was done to them so far.
+
+    `observer`, where one is set, is told each call that decides; nothing is copied or kept without one.
+    """
+
+    observer: Observer | None = None
 
     def __init__(self, labels: npt.ArrayLike) -> None:
         self.labels = tracks.request_labels(labels)  # of the tokens present
@@ -133,12 +151,21 @@ class ReductionState(ABC):
 
     def step(self, similarity: Scores | None, importance: Scores | None) -> Plan:
         """Plan the next call and take it as done. A vector that is not wanted may be None.  [S] and [S] -> Plan"""
-        plan = keep_all(self.labels) if self.finished else self._decide(similarity, importance)
+        plan = keep_all(self.labels) if self.finished else self._observed(similarity, importance)
         before = self.labels
         self.labels = tracks.compact(before, plan.kept)
         visual = tracks.count_visual(before), self.num_visual
         self.shares.append((visual[0] - visual[1]) / visual[0] if visual[0] else 0.0)
         self.history.append(CallRecord(self.call, plan.kind, before.size, self.labels.size, *visual))
+        return plan
+
+    def _observed(self, similarity: Scores | None, importance: Scores | None) -> Plan:
+        if self.observer is None:
+            return self._decide(similarity, importance)
+        read = similarity if self.wants_similarity else None, importance if self.wants_importance else None
+        plan = self._decide(similarity, importance)
+        first, second = (None if scores is None else scores.copy() for scores in read)  # buffers are overwritten
+        self.observer(Decision(first, second, plan))
         return plan
 
     def _scores(self, name: str, scores: Scores | None) -> Scores:

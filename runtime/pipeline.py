@@ -16,14 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import PromptError
-from framefusion.policy import CallRecord, RandomReduction, Reduction, ReductionSettings, ReductionState
+from framefusion.policy import (
+    CallRecord,
+    Observer,
+    RandomReduction,
+    Reduction,
+    ReductionSettings,
+    ReductionState,
+)
 from framefusion.runtime.backends import Backend
 from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.bundle import Bundle, ReductionRecord
 from framefusion.runtime.embedding import Embedding
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.positions import decode_positions, rope_tables
-from framefusion.runtime.preprocess import check_frames
+from framefusion.runtime.preprocess import Preprocessing, check_frames
 from framefusion.runtime.prompt import Prompt, Turn, Visual, build_prompt, check_length
 from framefusion.runtime.sampling import GenerationConfig, Sampler
 from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch, TokenRows
@@ -38,6 +45,8 @@ PATCHES_AT_ONCE = 4096  # of the vision graph: bounds its activations, large eno
 
 Source = Path | str | NDArray[np.uint8]
 """A file, or RGB frames [N, H, W, 3] that someone else has read and sampled."""
+Seen = Video | NDArray[np.uint8]
+"""A video as it was sampled, or an image [H, W, 3]."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +104,33 @@ class Pipeline:
         self, turns: Sequence[Turn], files: Sequence[Source], sampling: FrameSampling, stopwatch: Stopwatch
     ) -> list[VisualInput]:
         """What the turns show, in their order, preprocessed."""
+        return self.preprocess(self.see(turns, files, sampling, stopwatch), stopwatch)
+
+    def see(
+        self, turns: Sequence[Turn], files: Sequence[Source], sampling: FrameSampling, stopwatch: Stopwatch
+    ) -> list[Seen]:
+        """What the turns show, in their order, as it is read from files."""
         kinds = [part for turn in turns for part in turn.parts if isinstance(part, Visual)]
         if len(kinds) != len(files):
             raise PromptError(f"the conversation shows {len(kinds)} video(s) and image(s), {len(files)} were given")
-        visuals, rule = [], self.manifest.preprocessing.for_images(kinds.count(Visual.IMAGE))
-        for place, (kind, file) in enumerate(zip(kinds, files, strict=True)):
-            index = kinds[:place].count(kind)
+        seen: list[Seen] = []
+        for kind, file in zip(kinds, files, strict=True):
             with stopwatch.stage("video"):
-                seen = as_video(file, sampling) if kind is Visual.VIDEO else as_image(file)
+                seen.append(as_video(file, sampling) if kind is Visual.VIDEO else as_image(file))
+        return seen
+
+    def rule(self, seen: Sequence[Seen]) -> Preprocessing:
+        """What makes patches of videos and images of one conversation."""
+        return self.manifest.preprocessing.for_images(sum(not isinstance(one, Video) for one in seen))
+
+    def preprocess(self, seen: Sequence[Seen], stopwatch: Stopwatch) -> list[VisualInput]:
+        """Patches and pieces of the prompt for videos and images of one conversation."""
+        visuals, counts, rule = list[VisualInput](), {True: 0, False: 0}, self.rule(seen)
+        for one in seen:
+            film = isinstance(one, Video)
+            index, counts[film] = counts[film], counts[film] + 1
             with stopwatch.stage("preprocess"):
-                visuals.append(rule.video(seen, index) if isinstance(seen, Video) else rule.image(seen, index))
+                visuals.append(rule.video(one, index) if isinstance(one, Video) else rule.image(one, index))
         return visuals
 
     def encode_visual(self, visual: VisualInput) -> NDArray[np.float32]:
@@ -182,9 +208,21 @@ class Pipeline:
             return RandomReduction(settings, prompt.labels, request.seed or 0)
         return None if settings.cost == 1.0 else Reduction(settings, prompt.labels)
 
-    def prefill(self, prompt: Prompt, rows: TokenRows, request: Request, stopwatch: Stopwatch) -> Prefilled:
-        """Run a prompt through the segments, reduced as the request says."""
+    def prefill(
+        self,
+        prompt: Prompt,
+        rows: TokenRows,
+        request: Request,
+        stopwatch: Stopwatch,
+        observer: Observer | None = None,
+    ) -> Prefilled:
+        """Run a prompt through the segments, reduced as the request says.
+
+        `observer` is told each decision; the static graph of the fixed mode decides inside and tells none.
+        """
         reduction = self.reduction(prompt, request)
+        if reduction is not None:
+            reduction.observer = observer
         if self.manifest.reduction.mode == "fixed":
             return self.stitcher.prefill_fixed(rows, prompt.labels, request.max_new_tokens, stopwatch)
         return self.stitcher.prefill(rows, reduction, request.max_new_tokens, stopwatch)
@@ -213,7 +251,7 @@ class Pipeline:
         stopwatch, request = Stopwatch(), request or Request()
         visuals = self.read_visuals(turns, files, sampling or self.manifest.sampling, stopwatch)
         prompt = self.prompt(turns, visuals)
-        self._bounded(request, prompt)  # refuse before the vision tower has worked
+        self.bounded(request, prompt)  # refuse before the vision tower has worked
         with stopwatch.stage("vision"):
             visual_rows = [self.encode_visual(visual) for visual in visuals]
         with stopwatch.stage("embed"):
@@ -230,8 +268,18 @@ class Pipeline:
         on_text: Callable[[str], None] | None = None,
     ) -> Generation:
         """Answer a prompt whose rows are at hand: `generate` without files and vision."""
-        stopwatch, request = stopwatch or Stopwatch(), self._bounded(request, prompt)
-        prefilled = self.prefill(prompt, rows, request, stopwatch)
+        stopwatch, request = stopwatch or Stopwatch(), self.bounded(request, prompt)
+        return self.complete(prompt, self.prefill(prompt, rows, request, stopwatch), request, stopwatch, on_text)
+
+    def complete(
+        self,
+        prompt: Prompt,
+        prefilled: Prefilled,
+        request: Request,
+        stopwatch: Stopwatch,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """Decode behind a prefill of the same bounded request."""
         kv_lengths = tuple(int(length) for cache in prefilled.caches for length in cache.lengths)
         with stopwatch.stage("decode"):
             token_ids, text = self._decode(prompt, prefilled, request, on_text)
@@ -244,7 +292,7 @@ class Pipeline:
     def _config(self, request: Request) -> GenerationConfig:
         return request.generation or self.manifest.generation
 
-    def _bounded(self, request: Request, prompt: Prompt) -> Request:
+    def bounded(self, request: Request, prompt: Prompt) -> Request:
         """The request with no more new tokens than the bundle's caches hold."""
         room = self.manifest.limits.max_kv_cache_capacity - prompt.token_ids.size
         if request.max_new_tokens < 1 or room < 1:
@@ -283,6 +331,16 @@ class Pipeline:
         if on_text is not None and pieces[-1]:
             on_text(pieces[-1])
         return token_ids, "".join(pieces)
+
+
+def dense_pipeline(pipeline: Pipeline) -> Pipeline:
+    """In the fixed mode the decoding graphs, which take any length and reduce nothing; else the pipeline itself."""
+    manifest = pipeline.manifest
+    if manifest.reduction.mode != "fixed":
+        return pipeline
+    segments = tuple(replace(s, graph=s.decode_graph or s.graph, decode_graph=None) for s in manifest.segments)
+    plain = pipeline.bundle.seen_as(segments=segments, fixed=None, reduction=ReductionRecord("none"))
+    return Pipeline(plain, pipeline.backend)
 
 
 def as_video(source: Source, sampling: FrameSampling) -> Video:

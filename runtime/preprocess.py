@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BudgetError, BundleError, VideoError
+from framefusion.runtime.panels import Panel
 from framefusion.runtime.video import Video
 from framefusion.runtime.visual_input import VisualInput
 
@@ -63,6 +64,10 @@ class Preprocessing:
     def for_images(self: Self, count: int) -> Self:
         """The rule for each image of a conversation that shows `count` of them; most families have one rule for all."""
         return self
+
+    @abstractmethod
+    def panels(self, height: int, width: int, frames: int | None = None) -> list[Panel]:
+        """Where the rows of a video of so many frames lie in them, in the prompt's order; None asks for an image's."""
 
     @abstractmethod
     def longest_track(self, max_frames: int) -> int:

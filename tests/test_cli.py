@@ -22,7 +22,8 @@ from framefusion.export.inspection import Question, padding, render, report
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan import DEFAULT_DEPTH, DEFAULT_INPUT, DEFAULT_NEW_TOKENS
 from framefusion.runtime.bundle import read_manifest
-from framefusion.runtime.cli import ff_run, visuals_in_order
+from framefusion.runtime.cli import ff_run
+from framefusion.runtime.flags import visuals_in_order
 from tests.random_checkpoint import random_checkpoint
 
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime", "av")
@@ -48,6 +49,8 @@ def answer(command: click.Command, *arguments: object) -> dict[str, Any]:
         ("export", "ff_export", ["build", "--help"]),
         ("export", "ff_export", ["families"]),
         ("runtime", "ff_run", ["generate", "--help"]),
+        ("runtime", "ff_run", ["view", "--help"]),
+        ("export", "ff_export", ["view", "--help"]),
     ],
 )
 def test_help_needs_no_heavy_package(module: str, command: str, arguments: list[str]) -> None:

@@ -174,7 +174,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     expected = {f"{path.relative_to(ROOT).as_posix()}" for path in LIBRARY}
     expected = {name if name.startswith("framefusion/") else f"framefusion/{name}" for name in expected}
     assert inside == expected | {"optimum/commands/register/register_framefusion.py"}  # read by optimum-cli alone
-    assert "framefusion/py.typed" in names
+    assert {"framefusion/py.typed", "framefusion/runtime/page.html"} <= set(names)
 
 
 # --- How modules are written ----------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ class BoundSegment(Protocol):
 class Backend(Protocol):
     """What executes the graphs of one bundle."""
 
+    name: str  # for reports
+
     def open(self, graphs: Sequence[str]) -> None:
         """Get graphs ready, in this order, so that no request waits for it."""
 

@@ -55,15 +55,21 @@ def nearest_tiling(height: int, width: int, size: int, min_tiles: int, max_tiles
 
 def fitted(pixels: Pixels, size: tuple[int, ...], resample: int) -> Pixels:
     """The image as large as it fits, in the middle of a black picture of `size`."""
-    (height, width, _), (tall, wide) = pixels.shape, size
-    if wide / width < tall / height:
-        inner = min(math.ceil(height * (wide / width)), tall), wide
-    else:
-        inner = tall, min(math.ceil(width * (tall / height)), wide)
-    canvas = np.zeros((tall, wide, 3), np.uint8)
-    top, left = (tall - inner[0]) // 2, (wide - inner[1]) // 2
-    canvas[top : top + inner[0], left : left + inner[1]] = resize(pixels, *inner, resample)
+    height, width, _ = pixels.shape
+    top, left, lines, columns = fitting(height, width, size)
+    canvas = np.zeros((*size, 3), np.uint8)
+    canvas[top : top + lines, left : left + columns] = resize(pixels, lines, columns, resample)
     return canvas
+
+
+def fitting(height: int, width: int, size: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of an image as `fitted` puts it on a picture of `size`."""
+    tall, wide = size
+    if wide / width < tall / height:
+        lines, columns = min(math.ceil(height * (wide / width)), tall), wide
+    else:
+        lines, columns = tall, min(math.ceil(width * (tall / height)), wide)
+    return (tall - lines) // 2, (wide - columns) // 2, lines, columns
 
 
 def cut_tiles(canvas: Pixels, size: int) -> Pixels:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
 from framefusion.runtime.families.anyres import cut_tiles, nearest_tiling
+from framefusion.runtime.panels import Panel, cells, even, within
 from framefusion.runtime.positions import Grid
 from framefusion.runtime.preprocess import Preprocessing, check_frames, cut_patches, resize
 from framefusion.runtime.video import Video
@@ -88,6 +89,16 @@ class InternVLPreprocessing(Preprocessing):
         if self.thumbnail and len(tiles) > 1:
             tiles = np.concatenate((tiles, self._squeezed(pixels)[None]))
         return VisualInput((self._tiles(tiles),), (self.start, self._rows(len(tiles)), self.end))
+
+    def panels(self, height: int, width: int, frames: int | None = None) -> list[Panel]:
+        """One for each frame; an image's tiles, and its small view."""
+        side = self.tile_size // self.patch_size // self.merge_size
+        whole = cells(even(side), even(side))
+        if frames is not None:
+            return [Panel(range(frame, frame + 1), whole) for frame in range(frames)]
+        rows, columns = self.tiling(height, width)
+        tiles = Panel(range(1), within(whole, cells(even(rows), even(columns))), "tiles")
+        return [tiles, Panel(range(1), whole, "small view")] if self.thumbnail and rows * columns > 1 else [tiles]
 
     def longest_track(self, max_frames: int) -> int:
         """A token for each frame."""

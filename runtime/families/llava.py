@@ -22,10 +22,12 @@ from framefusion.runtime.families.anyres import (
     best_tiling,
     cut_tiles,
     fitted,
+    fitting,
     padded_square,
     rows_shown,
     unpadded,
 )
+from framefusion.runtime.panels import Boxes, Panel, Spans, cells, even, seen_through, tiled
 from framefusion.runtime.positions import Grid
 from framefusion.runtime.preprocess import Preprocessing, check_frames, cut_patches, resize
 from framefusion.runtime.scales import tile_places
@@ -95,6 +97,11 @@ class LlavaPreprocessing(Preprocessing):
         """Patches along one side of a picture."""
         return self.image_size // self.patch_size
 
+    @property
+    def pooled_side(self) -> int:
+        """Rows of the prompt along one side of a frame."""
+        return self.side // 2 if self.mm_spatial_pool_mode == "average" else -(-self.side // 2)
+
     def for_images(self, count: int) -> LlavaPreprocessing:
         """An image among others may be shown as one picture."""
         return self if count == 1 or self.tile_each else replace(self, tilings=())
@@ -119,6 +126,25 @@ class LlavaPreprocessing(Preprocessing):
         pieces = (Rows(np.arange(self.side**2), pad=self.image_pad), Token(NEWLINE, TEXT))
         return VisualInput((self._tiles(picture[None]),), pieces)
 
+    def panels(self, height: int, width: int, frames: int | None = None) -> list[Panel]:
+        """One for each frame; an image's small view and its large one, or its one picture."""
+        patches = even(self.side, 0, self.side * self.patch_size / self.image_size)  # the tower sees no part of a patch
+        whole = cells(patches, patches)
+        if frames is not None:
+            side = self.pooled_side
+            average = self.mm_spatial_pool_mode == "average"
+            lines = even(side, 0, patches[2 * side - 1 if average else -1, 1])
+            boxes = self._uncropped(cells(lines, lines), height, width)
+            return [Panel(range(frame, frame + 1), boxes) for frame in range(frames)]
+        if self.tilings:
+            large = Panel(range(1), self._large_boxes(height, width, patches), "tiles")
+            return [Panel(range(1), whole, "small view"), large]
+        if self.pad_square:
+            side = max(height, width)
+            left, top = (side - width) // 2 / side, (side - height) // 2 / side
+            whole = seen_through(whole, (left, top, left + width / side, top + height / side))
+        return [Panel(range(1), whole)]
+
     def longest_track(self, max_frames: int) -> int:
         """A token for each frame."""
         return max_frames
@@ -142,8 +168,30 @@ class LlavaPreprocessing(Preprocessing):
         top, left = ((side - size) // 2 for side in frame.shape[:2])
         return frame[top : top + size, left : left + size]
 
+    def _uncropped(self, boxes: Boxes, height: int, width: int) -> Boxes:
+        """Boxes of the square that `_frame` makes of a frame, as boxes of the frame."""
+        if not self.crop:
+            return boxes
+        size, short = self.image_size, min(height, width)
+        tall, wide = int(size * height / short), int(size * width / short)
+        left, top = (wide - size) // 2, (tall - size) // 2
+        return (boxes * size + [left, top, left, top]) / [wide, tall, wide, tall]
+
+    def _large_boxes(self, height: int, width: int, patches: Spans) -> Boxes:
+        """Boxes of the rows that show an image's tiles, from the spans of a tile's patches."""
+        size, tiling = self.image_size, best_tiling(height, width, self.tilings)
+        (tall, wide), (top, left, inner_tall, inner_wide) = tiling, fitting(height, width, tiling)
+        rows, columns = tiled(patches, tall // size), tiled(patches, wide // size)
+        kept = unpadded(np.arange(len(rows) * len(columns)).reshape(len(rows), -1), height, width, self.unpad_digits)
+        rows, columns = rows[kept[:, 0] // len(columns)], columns[kept[0] % len(columns)]
+        lines, across = self._shrunk(kept.shape)
+        if (lines, across) != kept.shape:  # interpolated
+            rows, columns = even(lines, rows[0, 0], rows[-1, 1]), even(across, columns[0, 0], columns[-1, 1])
+        picture = (left / wide, top / tall, (left + inner_wide) / wide, (top + inner_tall) / tall)
+        return seen_through(cells(rows, columns), picture)
+
     def _video_pieces(self, num_frames: int) -> tuple[Piece, ...]:
-        side = self.side // 2 if self.mm_spatial_pool_mode == "average" else -(-self.side // 2)
+        side = self.pooled_side
         position, pad = self.mm_newline_position, self.video_pad
         if position == "grid":
             lines = np.arange(side * (side + 1)).reshape(side, side + 1)

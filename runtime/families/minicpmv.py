@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
+from framefusion.runtime.panels import WHOLE, Panel, cells, even
 from framefusion.runtime.positions import Grid
 from framefusion.runtime.preprocess import (
     MAX_ASPECT_RATIO,
@@ -96,6 +97,14 @@ class MiniCpmVPreprocessing(Preprocessing):
         number = f"{self.id_start}{index}{self.id_end}" if self.use_image_id else ""
         pieces = (number, *self._picture(layout))
         return VisualInput(cut(frames, layout, self), pieces, self._row_map(layout, 1))
+
+    def panels(self, height: int, width: int, frames: int | None = None) -> list[Panel]:
+        """For each frame its overview and its slices: rows are learned queries, which look at all of either."""
+        layout = layout_of(height, width, self.image_slices if frames is None else self.max_slice_nums, self)
+        overview = np.tile(np.array(WHOLE), (self.query_num, 1))
+        slices = np.repeat(cells(*map(even, layout.grid)), self.query_num, axis=0)
+        shown = [(overview, "overview"), (slices, "slices")][: 2 if layout.num_slices else 1]
+        return [Panel(range(f, f + 1), boxes, name) for f in range(frames or 1) for boxes, name in shown]
 
     def longest_track(self, max_frames: int) -> int:
         """A token for each frame."""

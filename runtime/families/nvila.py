@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BundleError, VideoError
 from framefusion.runtime.families.anyres import cut_tiles, nearest_tiling
+from framefusion.runtime.panels import Panel, Spans, cells, even, tiled, within
 from framefusion.runtime.positions import Grid
 from framefusion.runtime.preprocess import BICUBIC, Preprocessing, check_frames, cut_patches, resize
 from framefusion.runtime.scales import tile_places
@@ -119,6 +120,23 @@ class NvilaPreprocessing(Preprocessing):
             pieces += ["\n"] * tiled
         return VisualInput((self._tiles(pictures, 1),), tuple(pieces))
 
+    def panels(self, height: int, width: int, frames: int | None = None) -> list[Panel]:
+        """One for each group of frames; an image's tiles, and its small view."""
+        if frames is not None:
+            pooled, tall, wide = self.pool_sizes
+            boxes = cells(self._spans(tall), self._spans(wide))
+            return [Panel(range(first, first + pooled), boxes) for first in range(0, frames, pooled)]
+        blocks = cells(self._spans(), self._spans())
+        if self.image_aspect_ratio == "resize":
+            return [Panel(range(1), blocks)]
+        scaled = self.image_aspect_ratio == "dynamic_s2"
+        least, most = (self.scales[-1] ** 2 if scaled else self.min_tiles), self.max_tiles
+        rows, columns = nearest_tiling(height, width, self.image_size, least, most)
+        if scaled:
+            return [Panel(range(1), cells(tiled(self._spans(), rows), tiled(self._spans(), columns)))]
+        tiles = Panel(range(1), within(blocks, cells(even(rows), even(columns))), "tiles")
+        return [tiles, Panel(range(1), blocks, "small view")] if rows * columns > 1 else [tiles]
+
     def longest_track(self, max_frames: int) -> int:
         """A token for each group of frames."""
         return -(-max_frames // self.pool_sizes[0])
@@ -147,6 +165,12 @@ class NvilaPreprocessing(Preprocessing):
         order = tile_places(rows, columns, self.blocks).reshape(-1, 1)
         pieces = tuple(self._ended(order.size, 0, self.image_end))
         return VisualInput((Tiles(patches.reshape(1, -1, patches.shape[-1]), grid, SCALES),), pieces, RowMap(order))
+
+    def _spans(self, pooled: int = 1) -> Spans:
+        """Where so many blocks at a time lie along a picture; the last block may be padded."""
+        edges = np.minimum(np.arange(0, self.blocks + 1, pooled) * self.merge_size, self.side)
+        edges = edges * self.patch_size / self.image_size
+        return np.stack((edges[:-1], edges[1:]), axis=1)
 
     def _squeezed(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return resize(picture, self.image_size, self.image_size, self.resample)

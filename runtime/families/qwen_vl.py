@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
+from framefusion.runtime.panels import Panel, cells, even
 from framefusion.runtime.positions import Grid, grid_places
 from framefusion.runtime.preprocess import Preprocessing, check_frames, check_shape, normalised_levels, resize
 from framefusion.runtime.video import Video
@@ -95,6 +96,14 @@ class QwenVLPreprocessing(Preprocessing):
         check_frames(pixels[None])
         size = self.image_size(*pixels.shape[:2])
         return self.shown(patchify(pixels[None], self, size), self.image_pad)
+
+    def panels(self, height: int, width: int, frames: int | None = None) -> list[Panel]:
+        """One for each temporal grid."""
+        count, depth = frames or 1, self.temporal_patch_size
+        size = self.image_size(height, width) if frames is None else self.frame_size(count, height, width)
+        grid = _grid(count, size, self).merged(self.merge_size)
+        boxes = cells(even(grid.height), even(grid.width))
+        return [Panel(range(first, min(first + depth, count)), boxes) for first in range(0, count, depth)]
 
     def longest_track(self, max_frames: int) -> int:
         """A token for each temporal grid."""

@@ -1,0 +1,333 @@
+"""A watched answer and its page: the answer of an unwatched run, its own numbers, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from framefusion.errors import BudgetError, CheckpointError, StorageError, VideoError
+from framefusion.export.options import BuildOptions
+from framefusion.runtime import view
+from framefusion.runtime.page import page
+from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.stitching import Stopwatch
+from framefusion.runtime.view import SIDES, Watched, facts, fates, stored_size, watch
+from tests.commands import assert_refused, export, run
+from tests.families.eager import eager_pipeline
+from tests.films import write_film
+
+REQUEST = Request(max_new_tokens=4, cost=0.4, similarity_lower_bound=0.97)
+QUESTION = "What happens? </script><b>&"
+TURNS = [Turn("user", (Visual.VIDEO, Visual.IMAGE, QUESTION))]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+DRIVEN = """{
+const [back, forth] = document.querySelectorAll("#steps button");
+while (!back.disabled) back.click();
+const captions = [...document.querySelectorAll("figcaption")].map(one => /: (\\d+) of/.exec(one.textContent));
+const first = captions.reduce((sum, found) => sum + (found ? Number(found[1]) : 0), 0);
+while (!forth.disabled) forth.click();
+document.title = [document.documentElement.scrollWidth, innerWidth, first].join(" ");
+}"""
+"""Presses to the first step and back to the last; the title says how wide page and window are, and what stood there."""
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of each script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] == "script":
+            self.scripts.append(data)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(self.scripts[0])
+        return told
+
+
+@pytest.fixture(scope="module")
+def watched(pipeline: Pipeline, film: Path, picture: Path) -> Watched:
+    return watch(pipeline, TURNS, [film, picture], REQUEST, compare=True)
+
+
+@pytest.fixture(scope="module")
+def told(watched: Watched, pipeline: Pipeline) -> dict[str, Any]:
+    return facts(watched, pipeline, "tiny <b>")
+
+
+# --- What is watched ------------------------------------------------------------------------------------------------
+
+
+def test_watching_changes_nothing(watched: Watched, pipeline: Pipeline, film: Path, picture: Path) -> None:
+    plain = pipeline.generate(TURNS, [film, picture], REQUEST)
+    for field in dataclasses.fields(plain):
+        if field.name != "seconds":
+            assert getattr(watched.answer, field.name) == getattr(plain, field.name), field.name
+    dense = pipeline.generate(TURNS, [film, picture], dataclasses.replace(REQUEST, cost=1.0))
+    assert watched.dense is not None
+    assert watched.dense.token_ids == dense.token_ids
+    assert watched.dense.kv_lengths == dense.kv_lengths
+
+
+def test_without_an_observer_nothing_is_taken_down(pipeline: Pipeline, film: Path) -> None:
+    prompt, rows = pipeline.read([Turn("user", (Visual.VIDEO, "What?"))], [film])
+    reduction = pipeline.reduction(prompt, REQUEST)
+    assert reduction is not None
+    assert reduction.observer is None
+    pipeline.stitcher.prefill(rows, reduction, 1, Stopwatch())
+    assert not [name for name, value in vars(reduction).items() if isinstance(value, np.ndarray) and name != "labels"]
+
+
+def test_fates_are_those_of_the_kept_tokens(watched: Watched) -> None:
+    left, steps = fates(watched)
+    assert {step["kind"] for step in steps} >= {"merge", "prune"}, "ask for bounds at which both happen"
+    assert np.flatnonzero(left < 0).tolist() == watched.kept.tolist()
+    visual = watched.prompt.labels >= 0
+    for number, (step, record) in enumerate(zip(steps, watched.answer.reduction, strict=False)):
+        assert np.count_nonzero(visual & ((left < 0) | (left > number))) == record.visual_after == step["visual_after"]
+
+
+def test_the_static_graph_tells_what_is_left(checkpoint: Path, film: Path, tmp_path: Path) -> None:
+    options = BuildOptions(reduction="fixed", cost=0.4, merge_shares=(0.3,), prune_layer=1, max_frames=8)
+    fixed = eager_pipeline(checkpoint, tmp_path / "fixed", options)
+    watched = watch(fixed, [Turn("user", (Visual.VIDEO, "What?"))], [film], Request(max_new_tokens=2), compare=True)
+    left, (step,) = fates(watched)
+    assert (step["kind"], step["calls"]) == ("static", [0, 2])
+    assert np.flatnonzero(left < 0).tolist() == watched.kept.tolist()
+    assert np.count_nonzero(left < 0) == watched.answer.kv_lengths[-1]
+    assert watched.dense is not None
+    assert set(watched.dense.kv_lengths) == {watched.prompt.token_ids.size}
+    told = facts(watched, fixed, "fixed")
+    assert told["histograms"] == []
+    assert told["settings"]["schedule"]["prune_layer"] == 1
+
+
+def test_nothing_to_compare_is_refused(pipeline: Pipeline, film: Path) -> None:
+    with pytest.raises(BudgetError, match=r"cost 1\.0 keeps all"):
+        watch(pipeline, TURNS[:1], [film], Request(cost=1.0), compare=True)
+
+
+# --- What is told ---------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_the_answer(watched: Watched, told: dict[str, Any], pipeline: Pipeline) -> None:
+    page_facts, answer = Page(page(told)).facts, watched.answer
+    assert page_facts == json.loads(json.dumps(told))
+    own, model = page_facts["reduced"], pipeline.manifest.model
+    for field in dataclasses.fields(answer):
+        value = getattr(answer, field.name)
+        plain = [dataclasses.asdict(call) for call in value] if field.name == "reduction" else value
+        assert own[field.name] == (list(plain) if isinstance(plain, tuple) else plain), field.name
+    caches = pipeline.prefill(*pipeline_inputs(watched, pipeline), watched.request, Stopwatch()).caches
+    used = sum(
+        length * (key.itemsize * 2 * model.num_kv_heads * model.head_dim)
+        for cache in caches
+        for length, key in zip(cache.lengths.tolist(), cache.keys, strict=True)
+    )
+    assert own["kv_bytes"] == used
+    assert own["cost"] == answer.cost
+    assert 0 < own["flops_kept"] < 1
+    assert page_facts["dense"]["flops_kept"] == 1
+    assert len(page_facts["left"]) == watched.prompt.row_places.size
+
+
+def pipeline_inputs(watched: Watched, pipeline: Pipeline) -> tuple[Any, Any]:
+    visuals = pipeline.preprocess(watched.seen, Stopwatch())
+    return watched.prompt, pipeline.embed(watched.prompt, [pipeline.encode_visual(visual) for visual in visuals])
+
+
+def test_histograms_count_every_pair(watched: Watched, told: dict[str, Any]) -> None:
+    assert told["histograms"]
+    for one, decision in zip(told["histograms"], watched.decisions, strict=False):
+        assert decision.similarity is not None
+        pairs = decision.similarity[decision.similarity >= -1]
+        assert sum(one["counts"]) == pairs.size
+        assert one["median"] == pytest.approx(float(np.median(pairs)))
+        low, high = one["edges"]
+        edges = np.linspace(low, high, len(one["counts"]) + 1)
+        for edge in edges[1:-1]:  # edges fall between floats: compare counts from each edge on
+            above = sum(n for n, left in zip(one["counts"], edges, strict=False) if left >= edge - 1e-12)
+            assert np.count_nonzero(pairs >= edge + 1e-6) <= above <= np.count_nonzero(pairs >= edge - 1e-6)
+
+
+def test_every_row_has_a_box_on_a_stored_picture(watched: Watched, told: dict[str, Any]) -> None:
+    boxes = [told["boxes"][panel["boxes"]] for visual in told["visuals"] for panel in visual["panels"]]
+    assert sum(map(len, boxes)) == len(told["left"])
+    for visual in told["visuals"]:
+        for url in visual["pictures"]:
+            kind, data = url.split(",", 1)
+            assert kind == "data:image/webp;base64"
+            assert Image.open(io.BytesIO(base64.b64decode(data))).size == tuple(visual["stored"])
+        assert {frame for panel in visual["panels"] for frame in panel["frames"]} == set(range(len(visual["pictures"])))
+
+
+@pytest.mark.parametrize("count", [1, 8, 64, 128])
+def test_pictures_of_a_page_have_the_same_pixels_together(count: int) -> None:
+    width, height = stored_size(1920, 1080, count)
+    assert SIDES[0] <= width <= SIDES[1]
+    assert abs(width / height - 16 / 9) < 0.03
+    assert count * width * height < 3.8e6
+    assert stored_size(90, 60, count) == (90, 60)
+
+
+def test_a_page_of_64_frames_is_below_two_megabytes(pipeline: Pipeline) -> None:
+    """Noise is the worst that a film can be: JPEG-like codecs find nothing to leave out."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 180, 320, 3), np.uint8)
+    smooth = np.repeat(np.repeat(noise[:, ::8, ::8], 8, axis=1), 8, axis=2)  # a block is as hard as a film gets
+    assert sum(len(view.stored_picture(frame, 64)) for frame in smooth) < 2e6
+
+
+# --- The page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing_from_elsewhere(told: dict[str, Any]) -> None:
+    text = page(told)
+    parsed = Page(text)
+    for tag, attributes in parsed.tags:
+        assert not {"src", "href", "action", "data", "poster", "srcset"} & set(attributes), (tag, attributes)
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form")
+    code = text.replace("http://www.w3.org/2000/svg", "")  # a name, never fetched
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(|fetch\(|XMLHttpRequest|WebSocket|import\(", code)
+
+
+def test_the_page_is_written_for_people_with_and_without_a_screen(told: dict[str, Any]) -> None:
+    text = page(told)
+    names = dict(Page(text).tags)
+    assert names["html"]["lang"] == "en"
+    assert "width=device-width" in (next(a for t, a in Page(text).tags if a.get("name") == "viewport")["content"] or "")
+    assert "prefers-color-scheme: dark" in text
+    assert "aria-live" in text
+    assert {"main", "noscript", "title"} <= set(names)
+
+
+def test_what_is_said_cannot_leave_its_place(told: dict[str, Any]) -> None:
+    parsed = Page(page(told))
+    assert [tag for tag, _ in parsed.tags].count("script") == 2
+    assert "b" not in [tag for tag, _ in parsed.tags]
+    assert parsed.facts["turns"][-1]["parts"][-1] == {"text": QUESTION}
+    assert parsed.facts["name"] == "tiny <b>"
+
+
+def test_text_alone_has_a_page(pipeline: Pipeline) -> None:
+    watched = watch(pipeline, [Turn("user", ("What is 1 + 1?",))], [], Request(max_new_tokens=2))
+    told = Page(page(facts(watched, pipeline, "tiny"))).facts
+    assert (told["visuals"], told["left"], told["steps"]) == ([], [], [])
+
+
+# --- The commands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [run, export])
+def test_a_bundle_is_viewed(command: Callable[..., Any], bundle: Path, film: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    asked = ("--video", film, "--prompt", "What?", "--max-new-tokens", 2, "--compare", "--json")
+    result = command("view", bundle, *asked, "-o", out)
+    assert result.exit_code == 0, result.output
+    told, drawn = json.loads(result.stdout), Page(out.read_text(encoding="utf-8")).facts
+    assert (told["page"], told["bytes"]) == (str(out), out.stat().st_size)
+    for name in ("text", "token_ids", "prompt_tokens", "visual_tokens", "kv_lengths", "reduction"):
+        assert told[name] == drawn["reduced"][name], name
+    assert drawn["backend"] == "onnxruntime"
+    assert drawn["dense"]["prompt_tokens"] == drawn["reduced"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(("module", "command"), [("runtime", "ff_run"), ("export", "ff_export")])
+def test_a_bundle_is_viewed_without_torch(module: str, command: str, bundle: Path, film: Path, tmp_path: Path) -> None:
+    asked = ["view", str(bundle), "--video", str(film), "--prompt", "What?", "-o", str(tmp_path / "report.html")]
+    code = f"""
+import sys
+from framefusion.{module}.cli import {command}
+try:
+    {command}({asked})
+except SystemExit as done:
+    assert not done.code, done
+assert not {{"torch", "transformers", "onnx"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_checkpoint_is_viewed_as_its_bundle_is(checkpoint: Path, bundle: Path, film: Path, tmp_path: Path) -> None:
+    pages: list[dict[str, Any]] = []
+    for model in (checkpoint, bundle):
+        out = tmp_path / f"{model.name}-{len(pages)}.html"
+        asked = ("--video", film, "--prompt", "What?", "--max-new-tokens", 2, "--cost", 0.5)
+        result = export("view", model, *asked, "--similarity-lower-bound", 0.9, "-o", out)
+        assert result.exit_code == 0, result.output
+        pages.append(Page(out.read_text(encoding="utf-8")).facts)
+    eager, compiled = pages
+    assert eager["backend"] == "eager"
+    assert eager["reduced"]["token_ids"] == compiled["reduced"]["token_ids"]
+    assert eager["visuals"] == compiled["visuals"]
+
+
+def test_bad_input_is_refused(bundle: Path, film: Path, tmp_path: Path) -> None:
+    asked = ("--prompt", "What?", "-o")
+    missing = tmp_path / "none" / "report.html"
+    assert_refused(run("view", bundle, "--video", film, *asked, missing), StorageError, str(missing))
+    assert_refused(run("view", bundle, "--video", film, *asked, tmp_path), StorageError, str(tmp_path))
+    gone = tmp_path / "gone.mp4"
+    assert_refused(run("view", bundle, "--video", gone, *asked, tmp_path / "r.html"), VideoError, str(gone))
+    assert_refused(export("view", tmp_path, "--video", film, *asked, tmp_path / "r.html"), CheckpointError)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on PATH to draw the page: apt-get install chromium")
+@pytest.mark.parametrize("size", [(390, 844), (1440, 900)], ids=["phone", "desktop"])
+def test_a_browser_draws_the_page(told: dict[str, Any], tmp_path: Path, size: tuple[int, int]) -> None:
+    """The document after its script ran: a picture with its alternative for each frame, counts that are the answer's,
+    nothing wider than the window; and the screenshot is no empty page."""
+    file, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    file.write_text(page(told).replace("</body>", f"<script>{DRIVEN}</script></body>"), encoding="utf-8")
+    assert CHROMIUM is not None
+    flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000")
+    window = (f"--window-size={size[0]},{size[1]}", f"--user-data-dir={tmp_path / 'profile'}", file.as_uri())
+    command = (CHROMIUM, *flags)
+    dom = subprocess.run((*command, "--dump-dom", *window), capture_output=True, text=True, timeout=120, check=True)
+    tags = Page(dom.stdout).tags
+    images = [attributes for tag, attributes in tags if tag == "img"]
+    shown = sum(len(panel["frames"]) for visual in told["visuals"] for panel in visual["panels"])
+    assert len(images) == shown
+    assert all(image["alt"] and (image["src"] or "").startswith("data:image/webp") for image in images)
+    stays = [int(count) for count in re.findall(r"<figcaption>[^<]*: (\d+) of \d+ stay", dom.stdout)]
+    assert sum(stays) + sum(left < 0 for left in told["structural"]) == told["steps"][-1]["visual_after"]
+    wide, window_wide, first = map(int, re.findall(r"<title>(\d+) (\d+) (\d+)</title>", dom.stdout)[0])
+    assert wide <= window_wide
+    assert first == len(told["left"]), "before any call all rows are there"
+    subprocess.run((*command, f"--screenshot={shot}", *window), capture_output=True, timeout=120, check=True)
+    colours = np.unique(np.asarray(Image.open(shot).convert("RGB")).reshape(-1, 3), axis=0)
+    assert len(colours) > 50
+
+
+@pytest.mark.slow
+def test_a_film_of_many_frames(bundle: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    film = write_film(tmp_path / "long.mp4", frames=64, fps=2)
+    watched = watch(pipeline, [Turn("user", (Visual.VIDEO, "What?"))], [film], Request(max_new_tokens=1))
+    assert len(page(facts(watched, pipeline, "tiny"))) < 2e6
