@@ -23,7 +23,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = ("framefusion", "export", "runtime")
 LINKS = ("export", "runtime")
 # The modules of framefusion/ that need torch; the runtime and the policy must do without them.
-TORCH_MODULES = {"framefusion.ops", "framefusion.static_reduction"}
+TORCH_MODULES = {
+    f"framefusion.{name}"
+    for name in (
+        *("ops", "static_reduction", "interface"),
+        *("live_attention", "live_cache", "live_call", "live_labels", "live_plan"),
+    )
+}
 NEVER_AT_RUN_TIME = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -21,10 +21,11 @@ import numpy as np
 
 from framefusion.export.plan import BuildOptions
 from framefusion.runtime.bundle import Bundle, ModelRecord
+from framefusion.runtime.flops import prefill_flops
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.positions import Grid, decode_positions
 from framefusion.runtime.stitching import Prefilled, Stopwatch
-from tools.bench.setting import SHAPES, Film, draw_film, open_bundle, prefill_flops, report, summary, write_checkpoint
+from tools.bench.setting import SHAPES, Film, draw_film, open_bundle, report, summary, write_checkpoint
 
 NEW_TOKENS = 16
 
@@ -99,13 +100,15 @@ def run_ours(pipeline: Pipeline, film: Film, request: Request) -> Run:
 class Eager:
     """The same weights in transformers: eager torch with SDPA, the head on the last token only, as ours."""
 
-    def __init__(self, checkpoint: Path, film: Film, threads: int) -> None:
+    def __init__(
+        self, checkpoint: Path, film: Film, threads: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         import torch
         from transformers import Qwen2VLForConditionalGeneration
 
         torch.set_num_threads(threads)
         model: Any = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-        self._torch, self._model = torch, model.eval()
+        self._torch, self.model, self._clock = torch, model.eval(), clock
         self._hidden = torch.from_numpy(film.hidden)[None]
         self._positions = torch.from_numpy(film.prompt.positions)[:, None]
         self._next = torch.from_numpy(
@@ -116,22 +119,22 @@ class Eager:
     def run(self) -> tuple[float, float]:
         """Seconds of a prefill, and of one decoded token."""
         with self._torch.inference_mode():
-            start = time.perf_counter()
+            start = self._clock()
             past = self._forward(self._hidden, self._positions, None)
-            prefill = time.perf_counter() - start
+            prefill = self._clock() - start
             decode = []
             for step in range(NEW_TOKENS - 1):
-                start = time.perf_counter()
+                start = self._clock()
                 row, place = self._hidden[:, step : step + 1], self._next[:, :, step : step + 1]
                 self._forward(row, place, past, keep=False)
-                decode.append(time.perf_counter() - start)
+                decode.append(self._clock() - start)
         return prefill, statistics.median(decode)
 
     def _forward(self, hidden: Any, positions: Any, past: Any, keep: bool = True) -> Any:
-        out = self._model.model.language_model(
+        out = self.model.model.language_model(
             inputs_embeds=hidden, position_ids=positions, past_key_values=past, use_cache=True
         )
-        logits = self._model.lm_head(out.last_hidden_state[:, -1])
+        logits = self.model.lm_head(out.last_hidden_state[:, -1])
         if keep:
             self.logits = logits[0].numpy()
         return out.past_key_values

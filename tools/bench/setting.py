@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tools" / "bench" / "results"
 TOKENIZER = ROOT / "tests" / "models" / "tiny_qwen2_vl" / "tokenizer.json"
 SEED = 0
-MODULES = {name: f"tools.bench.{name}" for name in ("prefill", "memory", "export_memory")} | {
+MODULES = {name: f"tools.bench.{name}" for name in ("prefill", "memory", "export_memory", "live")} | {
     "accuracy": "tools.accuracy"
 }
 
@@ -146,24 +146,6 @@ def draw_film(model: ModelRecord, grid: Grid, before: int, after: int, stillness
     positions, delta = mrope_positions([before, grid_places(grid), after])
     rows = np.arange(before, before + grid.size)
     return Film(Prompt(np.zeros(len(hidden), np.int64), labels, positions, delta, rows), hidden)
-
-
-def layer_flops(model: ModelRecord, attended: int, through_mlp: int) -> float:
-    """Floating point operations of one layer: projections and causal attention of some tokens, MLP of others."""
-    heads = model.num_heads * model.head_dim
-    projections = 2 * model.hidden_size * (2 * heads + 2 * model.num_kv_heads * model.head_dim)
-    attention = 2 * 2 * heads * (attended + 1) / 2
-    mlp = 2 * 3 * model.hidden_size * model.intermediate_size
-    return attended * (projections + attention) + through_mlp * mlp
-
-
-def prefill_flops(model: ModelRecord, lengths: list[int]) -> float:
-    """Operations of a prefill whose layer i sees lengths[i] tokens; the last MLP and the head see one token."""
-    total = 2.0 * model.hidden_size * model.vocab_size
-    for layer, length in enumerate(lengths):
-        through_mlp = lengths[layer + 1] if layer + 1 < len(lengths) else 1
-        total += layer_flops(model, length, through_mlp)
-    return total
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

@@ -1,0 +1,273 @@
+"""One forward of a live model: which tokens of each row are present, and what belongs to them.
+
+The policy's plans are applied to hidden states, rotary tables, masks, cache slots and DeepStack features of a batch
+whose rows shrink each on their own. Knows no module and no hook: framefusion.interface calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from framefusion import budget, ops
+from framefusion.errors import BackendError
+from framefusion.live_cache import adopt
+from framefusion.live_plan import apply_plan, similarity
+from framefusion.policy import CallRecord, Plan, Reduction, ReductionSettings, keep_all
+from framefusion.tracks import IntArray
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """What one forward with visual tokens did to one row of its batch.
+
+    Attributes:
+        tokens_per_layer: tokens that entered each layer's attention, padding not counted.
+        visual_before: visual tokens of the request.
+        visual_after: those that reached the last layer.
+        cost: share of the computation over visual tokens that was kept.
+        calls: what each call of the policy did.
+        kept: places in the given tokens of what entered each layer's attention.  L x [K]
+    """
+
+    tokens_per_layer: tuple[int, ...]
+    visual_before: int
+    visual_after: int
+    cost: float
+    calls: tuple[CallRecord, ...]
+    kept: tuple[IntArray, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Share of the visual tokens that reached the last layer; 1 without any."""
+        return self.visual_after / self.visual_before if self.visual_before else 1.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call needs to know of its model."""
+
+    owner: Any  # whose hooks serve this call
+    importance_rows: int
+    device: torch.device  # of the first layer
+    flash: bool  # masks have two dimensions
+
+
+class Row:
+    """One request of a batch: the policy's state and the places of its tokens in the call."""
+
+    def __init__(self, settings: ReductionSettings, labels: IntArray, origin: IntArray) -> None:
+        self.reduction = Reduction(settings, labels[origin])
+        self.visual, self.origin = self.reduction.num_visual, origin
+        self.kept: list[IntArray] = []
+
+    def record(self, num_layers: int) -> RequestRecord:
+        """What was done so far; a row that no call has seen is dense."""
+        reduction, kept = self.reduction, tuple(self.kept) or (self.origin,) * num_layers
+        cost = budget.cost_of_shares(reduction.shares, num_layers) if self.visual else 1.0
+        lengths = tuple(places.size for places in kept)
+        return RequestRecord(lengths, self.visual, reduction.num_visual, cost, tuple(reduction.history), kept)
+
+
+class Call:
+    """One forward of the decoder over S new tokens behind `past` earlier ones.
+
+    `index` and `valid` [B, K] are the places of the tokens present and which of them are no padding; None is all of
+    them. Padding repeats the last token of its row: it attends what that attends, so nothing in it is undefined.
+    """
+
+    def __init__(self, asked: Asked, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any) -> None:
+        self.asked, self.rows, self.shape, self.past = asked, rows, shape, past
+        self.padding = mask[:, :past] if isinstance(mask, Tensor) and mask.ndim == 2 and past else None
+        self.index: Tensor | None = None
+        self.valid: Tensor | None = None
+        self.features: list[Tensor] = []  # [B, K, D] for each of the next layers to add
+        self.importance: list[Tensor] = []
+        self.watching = False
+        self.layer: Any = None  # of the cache
+        self._memo: dict[Any, Any] = {}  # by object: layers with the same tokens share masks, tables and slots
+
+    @property
+    def reducing(self) -> bool:
+        """Whether any row has calls to make."""
+        return any(not row.reduction.finished for row in self.rows)
+
+    def begin(self, hidden: Tensor, features: list[Tensor]) -> Tensor:
+        """Leave the padding of the prompt out and make call 0.  [B, S, D] -> [B, K, D]"""
+        self.features = features
+        padded = any(row.origin.size < self.shape[1] for row in self.rows)
+        if padded:
+            self._place(hidden.device)
+            hidden, *self.features = [self._gather(tensor) for tensor in (hidden, *features)]
+        return self.reduce(hidden)
+
+    def reduce(self, hidden: Tensor) -> Tensor:
+        """One call of every row that is not finished; the same tensor where nothing goes.  [B, K, D] -> [B, K', D]"""
+        plans = self._plans(hidden)
+        if all(plan.kind == "none" for plan in plans):
+            return hidden
+        for row, plan in zip(self.rows, plans, strict=True):
+            row.origin = row.origin[plan.kept]
+        longest = max(row.origin.size for row in self.rows)
+        hidden, *self.features = [
+            _stacked([apply_plan(own, plan) for own, plan in zip(tensor, plans, strict=True)], longest)
+            for tensor in (hidden, *self.features)
+        ]
+        self._place(hidden.device)
+        return hidden
+
+    def _plans(self, hidden: Tensor) -> list[Plan]:
+        """The policy's plans; what it reads of all rows comes to the host in one transfer."""
+        active = [i for i, row in enumerate(self.rows) if not row.reduction.finished]
+        scores: dict[tuple[int, str], Tensor] = {}
+        for i in active:
+            reduction, own = self.rows[i].reduction, hidden[i : i + 1, : self.rows[i].origin.size]
+            if reduction.wants_similarity:
+                scores[i, "similarity"] = similarity(own, reduction.labels)
+            if reduction.wants_importance and reduction.call:
+                if not self.importance:
+                    raise BackendError("this model's attention does not look its function up in transformers' registry")
+                scores[i, "importance"] = self.importance[i]
+        told: dict[tuple[int, str], npt.NDArray[np.float32]] = {}
+        if scores:
+            host = torch.cat(list(scores.values())).cpu().numpy()
+            ends = np.cumsum([values.numel() for values in scores.values()])[:-1]
+            told = dict(zip(scores, np.split(host, ends), strict=True))
+        plans = [keep_all(row.reduction.labels) for row in self.rows]
+        for i in active:
+            plans[i] = self.rows[i].reduction.step(told.get((i, "similarity")), told.get((i, "importance")))
+        return plans
+
+    def _place(self, device: torch.device) -> None:
+        longest = max(row.origin.size for row in self.rows)
+        places = [np.pad(row.origin, (0, longest - row.origin.size), mode="edge") for row in self.rows]
+        self.index, self.valid = torch.from_numpy(np.stack(places)).to(device), None
+        if any(row.origin.size < longest for row in self.rows):
+            lengths = torch.tensor([row.origin.size for row in self.rows], device=device)
+            self.valid = torch.arange(longest, device=device) < lengths[:, None]
+        self._memo.clear()
+
+    def _gather(self, table: Tensor) -> Tensor:
+        """Rows of the tokens present.  [..., 1 or B, S, D] -> [..., B, K, D]"""
+        if self.index is None:
+            return table
+        index = self.index.to(table.device)
+        table = table.expand(*table.shape[:-3], len(index), *table.shape[-2:])
+        return table[..., torch.arange(len(index), device=table.device)[:, None], index, :]
+
+    def enter(self, layer: int, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a layer, for the tokens present, and their slots in its cache."""
+        self.importance = []
+        for row in self.rows:
+            row.kept.append(row.origin)
+        told = dict(given)
+        if self.index is not None:
+            # gaps between positions would read as packed sequences; the rotary tables say all there is to say
+            told["position_ids"] = None
+            tables = given["position_embeddings"]
+            told["position_embeddings"] = self._once("tables", tables, lambda: tuple(map(self._gather, tables)))
+        cache, self.layer = given.get("past_key_values"), None
+        new = self._once("new", self.index, lambda: self.past + self._places())
+        if cache is None:
+            slots, valid = new, self.valid
+        else:
+            self.layer = adopt(cache, layer, self._once("dense", None, self._dense))
+            old, old_valid = self.layer.slots, self.layer.valid
+            slots = self._once("slots", old, lambda: torch.cat([old.to(new.device), new], dim=1))
+            valid = self._once("valid", (old, old_valid), lambda: _joined(old, old_valid, new, self.valid))
+            self.layer.extend(slots, valid, self.past + self.shape[1])
+        mask = given.get("attention_mask")
+        told["attention_mask"] = self._once("mask", (mask, slots), lambda: self._mask(mask, slots, valid))
+        return told
+
+    def _dense(self) -> tuple[Tensor, Tensor | None]:
+        """Slots [B, past] of a cache that holds all earlier tokens, and which of them are no padding."""
+        slots = torch.arange(self.past, device=self.asked.device).expand(self.shape[0], -1)
+        padded = self.padding is not None and not bool(self.padding.all())
+        return slots, self.padding.bool() if padded else None  # type: ignore[union-attr]
+
+    def _places(self) -> Tensor:
+        if self.index is not None:
+            return self.index
+        return torch.arange(self.shape[1], device=self.asked.device).expand(self.shape)
+
+    def _once(self, name: str, key: Any, make: Any) -> Any:
+        """Make once for the same objects; they are kept, so that none takes another's place."""
+        keys = key if isinstance(key, tuple) else (key,)
+        entry = (name, *map(id, keys))
+        if entry not in self._memo:
+            self._memo[entry] = (keys, make())
+        return self._memo[entry][1]
+
+    def _mask(self, mask: Any, slots: Tensor, valid: Tensor | None) -> Tensor | None:
+        """The mask of S new tokens over all slots -> of those present over those stored."""
+        if mask is None and valid is None:
+            return None
+        flash = self.asked.flash
+        rows = torch.arange(len(slots), device=slots.device)
+        if flash or (isinstance(mask, Tensor) and mask.ndim == 2):
+            seen = torch.ones_like(slots) if mask is None else mask.to(slots.device)[rows[:, None], slots]
+            return seen if valid is None else seen * valid
+        places = self._places().to(slots.device)
+        if mask is None:
+            chosen = slots[:, None] <= self.past + places[:, :, None]  # [B, K, T]
+        elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1:
+            whole = mask.to(slots.device).expand(len(slots), -1, -1, -1)[:, 0]
+            chosen = whole[rows[:, None, None], places[:, :, None], slots[:, None]]
+        else:
+            raise BackendError(
+                f"an attention mask of type {type(mask).__name__} cannot follow reduced tokens: "
+                "use attn_implementation sdpa, eager or flash_attention_2"
+            )
+        if valid is not None:
+            hidden = torch.finfo(chosen.dtype).min if chosen.is_floating_point() else False
+            chosen = chosen.masked_fill(~valid[:, None], hidden)
+        return chosen[:, None]
+
+    def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Importance of each row's tokens.  query [B, H, K, hd] and key [B, Hkv, T, hd], earlier slots in front."""
+        earlier = key.shape[2] - query.shape[2]
+        stored = None if self.layer is None else self.layer.valid
+        factor = scaling * query.shape[-1] ** 0.5  # the op divides by the root of the head's width
+        for i, row in enumerate(self.rows):
+            keep = torch.arange(earlier + row.origin.size, device=key.device)
+            if stored is not None:
+                keep = keep[stored[i, : keep.numel()].to(key.device)]
+            k = key[i].index_select(1, keep).transpose(0, 1).flatten(1)[None]
+            q = query[i, :, : row.origin.size].transpose(0, 1).flatten(1) * factor
+            q = nn.functional.pad(q, (0, 0, keep.numel() - row.origin.size, 0))[None]
+            last = torch.tensor([keep.numel() - 1], device=key.device)
+            scores = ops.importance(q, k, last, self.asked.importance_rows, query.shape[1], key.shape[1])
+            self.importance.append(scores[-row.origin.size :])
+
+    def restored(self, hidden: Tensor) -> Tensor:
+        """The tokens present at their places among S, zeros where one was dropped.  [B, K, D] -> [B, S, D]"""
+        if self.index is None:
+            return hidden
+        index = self.index.to(hidden.device)
+        valid = torch.ones_like(index, dtype=torch.bool) if self.valid is None else self.valid.to(hidden.device)
+        rows, tokens = torch.nonzero(valid, as_tuple=True)
+        whole = hidden.new_zeros(*self.shape, hidden.shape[-1])
+        whole[rows, index[rows, tokens]] = hidden[rows, tokens]
+        return whole
+
+
+def _stacked(rows: list[Tensor], length: int) -> Tensor:
+    """Rows [K, D] as [B, length, D], their last tokens repeated up to that length."""
+    if len(rows) == 1:
+        return rows[0][None]
+    return torch.stack([torch.cat([row, row[-1:].expand(length - len(row), -1)]) for row in rows])
+
+
+def _joined(old: Tensor, old_valid: Tensor | None, new: Tensor, valid: Tensor | None) -> Tensor | None:
+    if old_valid is None and valid is None:
+        return None
+    pairs = ((old, old_valid), (new, valid))
+    whole = [torch.ones_like(slots, dtype=torch.bool) if known is None else known for slots, known in pairs]
+    return torch.cat([part.to(new.device) for part in whole], dim=1)

@@ -1,0 +1,120 @@
+"""The live model against the pipeline over the same tiny weights: kept tokens of every layer, logits, labels.
+
+Positions are passed explicitly where transformers' rule differs from the one that checkpoints were trained with. Logits
+agree within the cases' own limit, for the reasons told there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from framefusion.export.families import FAMILIES
+from framefusion.interface import apply_framefusion, remove_framefusion
+from framefusion.live_labels import FAMILIES as LIVE
+from framefusion.policy import Reduction
+from framefusion.runtime.pipeline import Request
+from framefusion.runtime.stitching import Stopwatch
+from tests.families import CASES
+from tests.families.case import CONVERSATIONS, FamilyCase, relative_error
+from tests.families.eager import eager_pipeline
+from tests.families.internvl import InternVLReference
+from tests.families.test_families import OPTIONS, Asked, Subject, ask
+
+ROWS = [family for family in FAMILIES if family.name in LIVE]
+LIVE_CASES = [case for case in CASES if case.family in LIVE]
+QUICK = ("video", "mixed")
+
+
+@pytest.fixture(params=LIVE_CASES, ids=lambda case: str(case.family), scope="module")
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    case: FamilyCase = request.param
+    folder = tmp_path_factory.mktemp(case.family)
+    case.write(folder, case.variants[0])
+    pipeline = eager_pipeline(folder, tmp_path_factory.mktemp("bundle") / "b", OPTIONS)
+    return Subject(case, folder, pipeline, case.reference(folder))
+
+
+@torch.inference_mode()
+def live_logits(subject: Subject, asked: Asked) -> Any:
+    """[S, V] of the live model."""
+    reference: Any = subject.reference
+    if isinstance(reference, InternVLReference):
+        given = {"input_ids": torch.from_numpy(asked.prompt.token_ids)[None]}
+        if asked.seen:
+            given["pixel_values"] = torch.cat([torch.from_numpy(reference.pictures(one)) for one in asked.seen])
+        return reference.model(**given).logits[0].numpy()
+    return reference.logits(asked.prompt, asked.seen, [])
+
+
+def compare(subject: Subject, name: str, attention: str = "sdpa") -> None:
+    asked, pipeline = ask(subject, name), subject.pipeline
+    reduction = pipeline.reduction(asked.prompt, Request())
+    assert isinstance(reduction, Reduction)
+    settings, model = reduction.settings, subject.reference.model  # type: ignore[attr-defined]
+    prefilled = pipeline.stitcher.prefill(asked.rows, reduction, 1, Stopwatch())
+    model.set_attn_implementation(attention)
+    handle = apply_framefusion(model, settings.cost, None, settings.ratio_lower_bound, depth=settings.depth)
+    try:
+        assert handle.settings == settings
+        frames = {len(one.frames) for one in asked.seen if hasattr(one, "frames")}
+        if subject.case.family.startswith("llava") and len(frames) > 1:  # the class takes videos of one length only
+            with handle.labels(asked.prompt.labels):
+                logits = live_logits(subject, asked)
+        else:
+            logits = live_logits(subject, asked)
+    finally:
+        remove_framefusion(model)
+    (record,) = handle.last
+    expected = [own for own, cache in zip(prefilled.kept, prefilled.caches, strict=True) for _ in cache.keys]
+    assert len(record.kept) == len(expected)
+    for ours, theirs in zip(record.kept, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    if asked.seen:
+        assert record.calls == tuple(prefilled.history)
+        assert record.visual_after < record.visual_before
+    assert relative_error(logits[-1], prefilled.logits[: logits.shape[-1]]) < subject.case.limit
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_equals_the_pipeline(subject: Subject, name: str) -> None:
+    compare(subject, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONVERSATIONS if name not in QUICK])
+def test_equals_the_pipeline_whatever_is_asked(subject: Subject, name: str) -> None:
+    compare(subject, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [pytest.param(case, v, id=f"{case.family}-{v}") for case in LIVE_CASES for v in case.variants[1:]],
+)
+def test_equals_the_pipeline_for_every_kind_of_checkpoint(case: FamilyCase, variant: str, tmp_path: Path) -> None:
+    """Llama, Mistral, Qwen2 and Qwen3 under the same class; with and without DeepStack."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    case.write(folder, variant)
+    pipeline = eager_pipeline(folder, tmp_path / "bundle", OPTIONS)
+    compare(Subject(case, folder, pipeline, case.reference(folder)), "video")
+
+
+@pytest.mark.slow
+def test_equals_the_pipeline_with_eager_attention(subject: Subject) -> None:
+    compare(subject, "mixed", "eager")
+
+
+def test_presets_are_the_rows_of_the_table() -> None:
+    assert sorted(row.name for row in ROWS) == sorted(LIVE)
+    for row in ROWS:
+        preset = LIVE[row.name][1]
+        assert (preset.similarity_lower_bound, preset.importance_rows) == (
+            row.similarity_lower_bound,
+            row.importance_rows,
+        )
