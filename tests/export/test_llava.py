@@ -22,21 +22,9 @@ from framefusion.runtime.video import Video
 from framefusion.runtime.visual_input import Rows, Token, VisualInput
 from tests.families import llava_checkpoints as tiny
 from tests.families.llava import tokenizer_of
+from tests.families.llava_checkpoints import TILINGS
 from tests.families.llava_hf import MISTRAL, VICUNA
 
-TILE = 384
-TILINGS = tuple((tall * TILE, wide * TILE) for tall in range(1, 7) for wide in range(1, 7))
-SIZES = [
-    (100, 100),
-    (384, 384),
-    (768, 384),
-    (480, 640),
-    (333, 1777),
-    (1777, 333),
-    (899, 1024),
-    (2000, 2100),
-    (60, 2304),
-]
 PIXELS = LlavaPreprocessing(image_size=tiny.SIGLIP_SIDE, patch_size=tiny.PATCH)
 
 

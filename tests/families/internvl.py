@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -103,13 +104,13 @@ class InternVLReference(Reference):
 class InternVLCase(FamilyCase):
     """What both formats share."""
 
+    @abstractmethod
     def pictures(self, seen: Seen) -> Array:
         """Tiles [N, 3, S, S]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text_ids(self, folder: Path, text: str) -> list[int]:
         """Ids of a whole prompt, by the checkpoint's own tokenizer."""
-        raise NotImplementedError
 
     system = ""
 

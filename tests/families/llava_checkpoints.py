@@ -11,6 +11,20 @@ import torch
 from torch import Tensor, nn
 
 HIDDEN, VISION = 32, 24
+# Of pictures, for the rules of tiling.
+TILE = 384
+TILINGS = tuple((tall * TILE, wide * TILE) for tall in range(1, 7) for wide in range(1, 7))
+SIZES = [
+    (100, 100),
+    (384, 384),
+    (768, 384),
+    (480, 640),
+    (333, 1777),
+    (1777, 333),
+    (899, 1024),
+    (2000, 2100),
+    (60, 2304),
+]
 CORPUS = ("What happens in this video?", "Say what you see.", "You are a helpful assistant. USER: ASSISTANT:") * 3
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 ROWS = 320  # of the embedding table: more than there are tokens, as in the released files
