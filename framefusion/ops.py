@@ -16,15 +16,29 @@ own node. The eager kernels here are the reference each translation is tested ag
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload
 
 from framefusion.tracks import DISSIMILAR
 
 NAMESPACE = "framefusion"
+KERNELS: dict[OpOverload, Callable[..., Any]] = {}
+"""Each op's own kernel, for a compiler that is to see plain torch in its place."""
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
+def _declared(kernel: Callable[..., Any]) -> CustomOpDef:
+    """Register a kernel as the op of its name."""
+    op = torch.library.custom_op(f"{NAMESPACE}::{kernel.__name__}", kernel, mutates_args=())
+    KERNELS[getattr(torch.ops.framefusion, kernel.__name__).default] = kernel
+    return op
+
+
+@_declared
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last axis, the statistics in fp32."""
     scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
@@ -36,7 +50,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::swish", mutates_args=())
+@_declared
 def swish(x: Tensor, alpha: float) -> Tensor:
     """x * sigmoid(alpha * x)."""
     return x * torch.sigmoid(alpha * x)
@@ -47,7 +61,7 @@ def _(x: Tensor, alpha: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rotary", mutates_args=())
+@_declared
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """Rotary position embedding, rotate-half layout; the tables hold one value per pair of channels."""
     batch, length, width = x.shape
@@ -65,7 +79,7 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return x.view(x.shape[0], x.shape[1], num_heads, -1).transpose(1, 2)  # [B, H, S, hd]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::cache_attention", mutates_args=())
+@_declared
 def cache_attention(
     query: Tensor,
     key: Tensor,
@@ -106,7 +120,7 @@ def _(
     return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::full_attention", mutates_args=())
+@_declared
 def full_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     """Attention without a mask, as a vision tower uses it within one temporal grid."""
     out = torch.nn.functional.scaled_dot_product_attention(
@@ -120,7 +134,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     return torch.empty_like(query)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::masked_attention", mutates_args=())
+@_declared
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     """Attention with an additive mask, as a vision tower with windows of unequal size uses it."""
     out = torch.nn.functional.scaled_dot_product_attention(
@@ -134,7 +148,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -
     return torch.empty_like(query)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::similarity", mutates_args=())
+@_declared
 def similarity(hidden: Tensor, previous: Tensor) -> Tensor:
     """Cosine of each token to the previous token of its track, in fp32 (fp16 products overflow); batch 1."""
     rows = hidden[0].float()
@@ -151,7 +165,7 @@ def _(hidden: Tensor, previous: Tensor) -> Tensor:
     return hidden.new_empty((hidden.shape[1],), dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::importance", mutates_args=())
+@_declared
 def importance(query: Tensor, key: Tensor, last: Tensor, rows: int, num_heads: int, num_kv_heads: int) -> Tensor:
     """Attention that the last `rows` tokens pay to each token, mean over heads and rows; every row is causal.
 

@@ -4,6 +4,7 @@
     segments/NAME/    graph.onnx (and decode.onnx in the fixed mode) over one weights.bin
     vision/           graph.onnx over weights.bin
     embedding.bin     the rows of the embedding table, memory-mapped
+    engines/KIND/     what was compiled of the graphs, and report.json
     tokenizer.json
     README.md         the model card, and beside it the licence files of the checkpoint
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +26,10 @@ import numpy as np
 
 from framefusion.budget import FixedSchedule
 from framefusion.errors import BackendError, BundleError
+from framefusion.runtime.engine_record import EngineKind as EngineKind  # the records of engines are the format's, too
+from framefusion.runtime.engine_record import EngineRecord as EngineRecord
+from framefusion.runtime.engine_record import ProfileRecord as ProfileRecord
+from framefusion.runtime.engine_record import TensorRecord as TensorRecord
 from framefusion.runtime.families import RULES as RULES  # makes every rule of preprocessing known
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.preprocess import Preprocessing
@@ -63,17 +69,19 @@ class ModelRecord:
 
     @property
     def float_type(self) -> type[np.floating[Any]]:
-        """numpy's type of the buffers that graphs are bound to.
+        """numpy's type of the buffers that graphs are bound to; bfloat16 is that of ml_dtypes.
 
         Raises:
-            BackendError: the bundle is in bfloat16, for which neither numpy nor ONNX Runtime's CPU kernels have a type.
+            BackendError: the bundle is in bfloat16 and ml_dtypes is not installed.
         """
-        if self.dtype not in _FLOAT_TYPES:
-            raise BackendError(
-                f"the bundle is in {self.dtype}, the CPU runtime runs {' and '.join(_FLOAT_TYPES)}: "
-                "build it again with --dtype float16"
-            )
-        return _FLOAT_TYPES[self.dtype]
+        if self.dtype in _FLOAT_TYPES:
+            return _FLOAT_TYPES[self.dtype]
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise BackendError("the bundle is in bfloat16, which needs ml_dtypes: pip install ml_dtypes") from None
+        float_type: type[np.floating[Any]] = ml_dtypes.bfloat16
+        return float_type
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,7 @@ class Manifest:
     check: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)  # what the build was asked, in the exporter's own names
     source: SourceRecord | None = None
+    engines: tuple[EngineRecord, ...] = ()  # readers of the same schema that know none leave them alone
 
 
 class Bundle:
@@ -219,6 +228,19 @@ class Bundle:
         other = copy.copy(self)
         other.manifest = replace(self.manifest, **changes)
         return other
+
+    def engine(self, graph: str, kind: EngineKind) -> EngineRecord | None:
+        """The engine of a graph, None where the bundle holds none of that kind."""
+        return next((e for e in self.manifest.engines if (e.graph, e.kind) == (graph, kind)), None)
+
+    def require_graphs(self) -> None:
+        """Refuse what needs the ONNX graphs where only their engines were kept."""
+        missing = [graph for graph in self.graphs if graph not in self.manifest.files]
+        if missing:
+            raise BundleError(
+                f"{self.folder} holds engines only, {missing[0]} was left out (--engines-only): run it on a GPU that "
+                "they were built for, or build the bundle again to run it on the CPU, to check it or to compile it"
+            )
 
     @property
     def graphs(self) -> list[str]:
@@ -259,9 +281,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json."""
+    """Write manifest.json, in one step: a bundle that is in use gets engines while others read it."""
     text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    fresh = folder / f"{MANIFEST}.new"
+    fresh.write_text(text + "\n", encoding="utf-8")
+    os.replace(fresh, folder / MANIFEST)
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -296,7 +320,8 @@ def verify_files(folder: Path, files: Mapping[str, FileRecord], *, trust_stamps:
         if size != record.size:
             kind = "truncated" if size < record.size else "altered"
             raise BundleError(f"{path} is {kind}: {size} bytes, {record.size} expected; copy it again or rebuild")
-    stamps = _read_stamps(folder) if trust_stamps else {}
+    known = _read_stamps(folder)
+    stamps = known if trust_stamps else {}
     fresh: dict[str, list[Any]] = {}
     for name, record in files.items():
         path = folder / name
@@ -304,8 +329,8 @@ def verify_files(folder: Path, files: Mapping[str, FileRecord], *, trust_stamps:
         if stamps.get(name) != stamp and sha256_of(path) != record.sha256:
             raise BundleError(f"{path} is altered: its sha256 is not the manifest's; copy it again or rebuild")
         fresh[name] = stamp
-    if fresh != stamps:
-        _write_stamps(folder, fresh)
+    if known | fresh != known:
+        _write_stamps(folder, known | fresh)
 
 
 def _read_stamps(folder: Path) -> dict[str, Any]:

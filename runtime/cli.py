@@ -18,12 +18,11 @@ from framefusion.budget import describe_cost
 from framefusion.runtime.flags import (
     COMPARE,
     FILE,
-    NO_VERIFY,
     OUTPUT,
-    THREADS,
     Question,
     VisualCommand,
     question_options,
+    running_options,
 )
 
 if TYPE_CHECKING:
@@ -39,16 +38,12 @@ def ff_run() -> None:
 @ff_run.command(cls=VisualCommand)
 @click.argument("bundle", type=FILE)
 @question_options
-@THREADS
-@NO_VERIFY
+@running_options
 @console.json_option
-def generate(bundle: Path, threads: int, no_verify: bool, **asked: Any) -> None:
+def generate(bundle: Path, threads: int, backend: str, device: str, no_verify: bool, **asked: Any) -> None:
     """Answer one prompt about videos and images with BUNDLE."""
-    from framefusion.runtime.bundle import Bundle
-    from framefusion.runtime.pipeline import Pipeline
-
     question = Question.from_flags(**asked)
-    pipeline = Pipeline(Bundle(bundle, verify=not no_verify), threads=threads)
+    pipeline = open_pipeline(bundle, threads, backend, device, no_verify)
     request, sampling = question.request(pipeline.manifest), question.sampling(pipeline.manifest)
     on_text = None if console.wants_json() else _print_piece
     answer = pipeline.generate(question.turns, question.files, request, sampling=sampling, on_text=on_text)
@@ -65,17 +60,33 @@ def generate(bundle: Path, threads: int, no_verify: bool, **asked: Any) -> None:
 @OUTPUT
 @COMPARE
 @question_options
-@THREADS
-@NO_VERIFY
+@running_options
 @console.json_option
-def view(bundle: Path, output: Path, compare: bool, threads: int, no_verify: bool, **asked: Any) -> None:
+def view(
+    bundle: Path,
+    output: Path,
+    compare: bool,
+    threads: int,
+    backend: str,
+    device: str,
+    no_verify: bool,
+    **asked: Any,
+) -> None:
     """Answer as `generate` does, and draw what became of each token: one HTML page."""
+    question = Question.from_flags(**asked)
+    pipeline = open_pipeline(bundle, threads, backend, device, no_verify)
+    show_page(pipeline, bundle.resolve().name, question, output, compare)
+
+
+def open_pipeline(folder: Path, threads: int, backend: str, device: str, no_verify: bool) -> Pipeline:
+    """A bundle on the backend that the flags name."""
+    from framefusion.runtime.backends.choice import choose
     from framefusion.runtime.bundle import Bundle
     from framefusion.runtime.pipeline import Pipeline
 
-    question = Question.from_flags(**asked)
-    pipeline = Pipeline(Bundle(bundle, verify=not no_verify), threads=threads)
-    show_page(pipeline, bundle.resolve().name, question, output, compare)
+    bundle = Bundle(folder, verify=not no_verify)
+    name, place = (None if flag == "auto" else flag for flag in (backend, device))
+    return Pipeline(bundle, threads=threads, choice=choose(bundle, name, place))  # type: ignore[arg-type]
 
 
 def show_page(pipeline: Pipeline, name: str, question: Question, output: Path, compare: bool) -> None:
@@ -103,12 +114,14 @@ def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[s
     return asdict(answer) | {
         "cost": {"asked": asked, "reached": reached, "asked_text": describe_cost(asked)},
         "tokens_per_second": (len(answer.token_ids) - 1) / decoding if decoding else 0.0,
+        "backend": None if pipeline.choice is None else pipeline.choice.facts | {"text": pipeline.choice.text},
     }
 
 
 def summary(facts: dict[str, Any]) -> str:
     """A few lines for people."""
-    lines = [f"prompt: {facts['prompt_tokens']} tokens, {facts['visual_tokens']} of them visual"]
+    lines = [] if facts["backend"] is None else [facts["backend"]["text"]]
+    lines.append(f"prompt: {facts['prompt_tokens']} tokens, {facts['visual_tokens']} of them visual")
     for call in facts["reduction"]:
         if call["kind"] != "none":
             kept = describe_cost(call["visual_after"] / call["visual_before"])

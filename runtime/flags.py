@@ -21,10 +21,21 @@ if TYPE_CHECKING:
 
 FILE = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
+BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "inductor")  # framefusion.runtime.backends.choice
+DEVICES = ("auto", "cuda", "cpu")
 THREADS = click.option(
     "--threads", type=click.IntRange(min=0), default=0, help="Of one operator; default: the physical cores."
 )
+BACKEND = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What runs the bundle; auto takes the best that it and this machine allow.",
+)
+DEVICE = click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where.")
 NO_VERIFY = click.option("--no-verify", is_flag=True, help="Do not compare the files of the bundle with their hashes.")
+RUNNING_OPTIONS = (THREADS, BACKEND, DEVICE, NO_VERIFY)
 OUTPUT = click.option("-o", "--output", required=True, type=FILE, help="The page; a file that exists is replaced.")
 COMPARE = click.option("--compare", is_flag=True, help="Answer without reduction, too, and show both side by side.")
 _KINDS = "framefusion.kinds"
@@ -51,6 +62,13 @@ QUESTION_OPTIONS = (
 def question_options(command: Command) -> Command:
     """Add the flags of a question to a `VisualCommand`; `Question.from_flags` reads them."""
     for option in reversed(QUESTION_OPTIONS):
+        command = option(command)
+    return command
+
+
+def running_options(command: Command) -> Command:
+    """Add the flags of how a bundle is run; `open_pipeline` of the command line reads them."""
+    for option in reversed(RUNNING_OPTIONS):
         command = option(command)
     return command
 

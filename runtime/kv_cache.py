@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating[Any]]
+if TYPE_CHECKING:
+    from framefusion.runtime.backends import Device
 
 
 @dataclass
@@ -19,28 +21,22 @@ class SegmentCache:
     segment of the adaptive mode all layers have one length; the graphs of the fixed mode reduce inside.
     """
 
-    keys: list[Floats]  # each [1, Hkv, C_j, hd]
-    values: list[Floats]
-    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    keys: list[Any]  # buffers of the backend's device, each [1, Hkv, C_j, hd]
+    values: list[Any]
+    lengths: NDArray[np.int64]
 
     @classmethod
-    def empty(
-        cls, num_kv_heads: int, head_dim: int, capacities: list[int], float_type: type[np.floating[Any]] = np.float32
-    ) -> SegmentCache:
-        """Zeroed caches; the operating system gives the pages only when a slot is written."""
-        shapes = [(1, num_kv_heads, capacity, head_dim) for capacity in capacities]
-        return cls(
-            [np.zeros(shape, float_type) for shape in shapes],
-            [np.zeros(shape, float_type) for shape in shapes],
-            np.zeros(len(capacities), np.int64),
-        )
+    def empty(cls, device: Device, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+        """Caches of zeros."""
+        keys, values = ([device.zeros(shape, dtype) for shape in shapes] for _ in range(2))
+        return cls(keys, values, np.zeros(len(shapes), np.int64))
 
     @property
     def capacities(self) -> list[int]:
         """Slots of each layer."""
-        return [keys.shape[2] for keys in self.keys]
+        return [int(keys.shape[2]) for keys in self.keys]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+        return sum(int(buffer.nbytes) for buffer in (*self.keys, *self.values))

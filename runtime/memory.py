@@ -11,7 +11,7 @@ The peak of a process is the sum of these, or what is there while the vision tow
                    the vision tower      patches at once * (2 MLP + 9 width) * 4 bytes
                  the largest segment's share and the tower's together, less OVERLAP of the smaller: where a block that
                  one of them left is large enough, it serves the other
-                 a chunk is the padded prompt; in the last segment it may be a part of it (stitching.CHUNK)
+                 a chunk is the padded prompt; in the last segment it may be a part of it (backends.host.CHUNK)
     rows         outside the arena: hidden states of the prompt, into a segment and out of it, with their rotary tables,
                  tokens * (3 hidden + head_dim) * 4 bytes; a hidden state more for each layer that adds visual features,
                  and for each of those that one segment takes
@@ -34,6 +34,7 @@ from dataclasses import dataclass
 
 from framefusion.budget import check_cost
 from framefusion.errors import PromptError
+from framefusion.runtime.backends.host import CHUNK
 from framefusion.runtime.bundle import FLOAT_BYTES, Manifest, SegmentRecord
 from framefusion.runtime.pipeline import PATCHES_AT_ONCE
 from framefusion.runtime.stitching import bucket_for, chunks_of
@@ -170,7 +171,7 @@ def _segment_bytes(manifest: Manifest, record: SegmentRecord, length: int) -> in
     if fixed is not None:  # one run of many lengths: what one layer left is too small or too large for the next
         return _activations(manifest, max(fixed.lengths) * widest) + scores * max(fixed.lengths) ** 2
     size = bucket_for(record, length)
-    longest = max(end - start for start, end in chunks_of(record, size))
+    longest = max(end - start for start, end in chunks_of(record, size, CHUNK))
     mlp, attends = (_activations(manifest, longest * width) for width in (widest, attention))
     return max(mlp, attends + scores * longest * size)
 

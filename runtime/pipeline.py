@@ -25,7 +25,8 @@ from framefusion.policy import (
     ReductionState,
 )
 from framefusion.runtime.backends import Backend
-from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.runtime.backends.choice import Choice, choose
+from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.bundle import Bundle, ReductionRecord
 from framefusion.runtime.embedding import Embedding
 from framefusion.runtime.frame_sampling import FrameSampling
@@ -33,11 +34,12 @@ from framefusion.runtime.positions import decode_positions, rope_tables
 from framefusion.runtime.preprocess import Preprocessing, check_frames
 from framefusion.runtime.prompt import Prompt, Turn, Visual, build_prompt, check_length
 from framefusion.runtime.sampling import GenerationConfig, Sampler
-from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch, TokenRows
+from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch
+from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.tokenizer import Tokenizer
 from framefusion.runtime.video import Video, read_image, read_video
-from framefusion.runtime.vision import tower_call
-from framefusion.runtime.visual_input import Tiles, VisualInput
+from framefusion.runtime.vision import TowerCall, tower_call
+from framefusion.runtime.visual_input import RowMap, Tiles, VisualInput
 
 MAX_NEW_TOKENS = 128
 PATCHES_AT_ONCE = 4096  # of the vision graph: bounds its activations, large enough to keep the processor busy
@@ -88,13 +90,20 @@ class Pipeline:
 
     Args:
         bundle: read and verified.
-        backend: what executes the graphs; None takes ONNX Runtime.
-        threads: of the default backend; 0 takes the physical cores.
+        backend: what executes the graphs; None opens what `choice` says.
+        threads: of one operator on the CPU; 0 takes the physical cores.
+        choice: among the backends; None takes the best for this bundle and machine.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend | None = None, threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend | None = None, threads: int = 0, choice: Choice | None = None
+    ) -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
-        self.backend: Backend = backend or OnnxRuntimeBackend(bundle.folder, threads)
+        self.choice: Choice | None = None
+        if backend is None:
+            self.choice = choice or choose(bundle)
+            backend = self.choice.open(bundle, threads)
+        self.backend: Backend = backend
         self.tokenizer = Tokenizer.from_file(bundle.folder / "tokenizer.json")
         self.embedding = Embedding(bundle.folder, self.manifest.embedding)
         self.stitcher = Stitcher(self.manifest, self.backend)
@@ -133,23 +142,43 @@ class Pipeline:
                 visuals.append(rule.video(one, index) if isinstance(one, Video) else rule.image(one, index))
         return visuals
 
-    def encode_visual(self, visual: VisualInput) -> NDArray[np.float32]:
+    def encode_visual(self, visual: VisualInput) -> Any:
         """Rows [1+K, n, D] of one video or image: what the prompt shows, then what the first K layers add to it."""
-        rows = np.concatenate([self._encode(tiles) for tiles in visual.tiles], axis=1)
-        return rows if visual.rows is None else np.stack([visual.rows.apply(one) for one in rows])
+        vision, device = self.manifest.vision, self.backend.device
+        calls = [tower_call(vision, tiles) for tiles in visual.tiles]
+        counts = [call.rows * len(tiles.values) for call, tiles in zip(calls, visual.tiles, strict=True)]
+        shape = (1 + vision.deepstack, sum(counts), self.manifest.model.hidden_size)
+        rows = device.empty(shape, device.row_type)
+        ends = np.cumsum(counts)
+        for call, tiles, end, count in zip(calls, visual.tiles, ends, counts, strict=True):
+            self._encode(call, tiles, rows, int(end - count))
+        return rows if visual.rows is None else self._mapped(rows, visual.rows)
 
-    def _encode(self, tiles: Tiles) -> NDArray[np.float32]:
-        """Rows [1+K, N*Q, D] of pictures of one size, some pictures at once."""
-        vision, (count, patches, _) = self.manifest.vision, tiles.values.shape
-        call, model, parts = tower_call(vision, tiles), self.manifest.model, []
-        at_once, shared = max(1, PATCHES_AT_ONCE // patches), _typed(call.inputs, model.float_type)
+    def _encode(self, call: TowerCall, tiles: Tiles, rows: Any, place: int) -> None:
+        """Write the rows of pictures of one size from `place` on, some pictures at once."""
+        vision, model, device = self.manifest.vision, self.manifest.model, self.backend.device
+        count, patches, _ = tiles.values.shape
+        at_once = max(1, PATCHES_AT_ONCE // patches)
+        shared = {name: device.upload(array) for name, array in _typed(call.inputs, model.float_type).items()}
         for start in range(0, count, at_once):
             values = np.ascontiguousarray(tiles.values[start : start + at_once], model.float_type)
-            rows = np.empty((1 + vision.deepstack, len(values) * call.rows, model.hidden_size), model.float_type)
-            outputs = {"tokens": rows[0]} | ({"deepstack": rows[1:]} if vision.deepstack else {})
-            self.backend.bind(vision.graph, {"patches": values, **shared}, outputs, cache=None).run()
-            parts.append(rows.astype(np.float32, copy=False))
-        return np.concatenate(parts, axis=1)
+            size = len(values) * call.rows
+            made = device.empty((1 + vision.deepstack, size, model.hidden_size), model.float_type)
+            outputs = {"tokens": made[0]} | ({"deepstack": made[1:]} if vision.deepstack else {})
+            inputs = {"patches": device.upload(values), **shared}
+            self.backend.bind(vision.graph, inputs, outputs, cache=None).run()
+            for index in range(1 + vision.deepstack):
+                device.copy(rows[index][place : place + size], made[index])
+            place += size
+
+    def _mapped(self, rows: Any, mapping: RowMap) -> Any:
+        """Rows of the prompt from rows of the tower."""
+        device, index, weight = self.backend.device, mapping.index, mapping.weight
+        mapped = device.empty((rows.shape[0], len(index), rows.shape[2]), device.row_type)
+        for k in range(rows.shape[0]):
+            own = device.take(rows[k], index[:, 0]) if weight is None else device.mix(rows[k], index, weight)
+            device.copy(mapped[k], own[: len(index)])
+        return mapped
 
     def read(self, turns: Sequence[Turn], files: Sequence[Source] = ()) -> tuple[Prompt, TokenRows]:
         """A conversation up to the prefill: for asking the same thing in several ways."""
@@ -167,16 +196,25 @@ class Pipeline:
         check_length(prompt, self.manifest.limits.max_input_len)
         return prompt
 
-    def embed(self, prompt: Prompt, visual_rows: Sequence[NDArray[np.float32]]) -> TokenRows:
-        """Rows of all tokens of a prompt, and their rotary tables."""
-        hidden, deepstack = self.embedding(prompt.token_ids), None
-        if visual_rows:
-            shown, *added = np.concatenate(visual_rows, axis=1)
-            hidden[prompt.row_places] = shown
-            deepstack = np.zeros((len(added), *hidden.shape), np.float32) if added else None
-            for features, rows in zip(deepstack if deepstack is not None else (), added, strict=True):
-                features[prompt.row_places] = rows
-        return TokenRows(hidden, *self.rope(prompt.positions), np.arange(len(hidden)), deepstack)
+    def embed(self, prompt: Prompt, visual_rows: Sequence[Any]) -> TokenRows:
+        """Rows of all tokens of a prompt, and their rotary tables, on the backend's device."""
+        device, ids, places = self.backend.device, prompt.token_ids, prompt.row_places
+        hidden = device.zeros((ids.size, self.manifest.model.hidden_size), device.row_type)
+        added = visual_rows[0].shape[0] - 1 if visual_rows else 0
+        deepstack: Any = device.zeros((added, *hidden.shape), device.row_type) if added else None
+        start = 0
+        for rows in visual_rows:
+            own = places[start : start + rows.shape[1]]
+            start += own.size
+            device.put(hidden, own, rows[0])
+            for k in range(added):
+                device.put(deepstack[k], own, rows[1 + k])
+        if start != places.size:
+            raise ValueError(f"the prompt shows {places.size} rows of the tower, {start} were given")
+        text = np.delete(np.arange(ids.size), places)
+        device.put(hidden, text, device.upload(HOST.typed(self.embedding(ids[text]), device.row_type)))
+        cos, sin = (device.upload(HOST.typed(table, device.row_type)) for table in self.rope(prompt.positions))
+        return TokenRows(hidden, cos, sin, np.arange(ids.size), deepstack, device)
 
     def rope(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """cos and sin [S, hd/2] of positions [3, S]."""

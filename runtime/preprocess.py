@@ -77,6 +77,10 @@ class Preprocessing:
         """Most tokens of a prompt that a video of `max_frames` takes; 0 where the size of its frames decides."""
         return 0
 
+    def picture_patches(self) -> tuple[int, int]:
+        """Bounds of the patches of one picture, for towers that take several sizes; not all within them occur."""
+        raise NotImplementedError(f"pictures of {self.rule} have one size, which the graph says")
+
     def with_options(self: Self, **given: Any) -> Self:
         """The same with what a user chose; None leaves a field as it is.
 

@@ -4,8 +4,8 @@
                           |                     |                            |
                        cache 0               cache 1                      cache last     (lengths differ)
 
-The decisions are framefusion.policy's; here its plans are applied to the rows of hidden states and rotary tables. Knows
-no prompt, no tokenizer and no video.
+The decisions are framefusion.policy's; here its plans are applied to the rows of hidden states and rotary tables, which
+lie on the backend's device: scores come to the host, plans go back. Knows no prompt, no tokenizer and no video.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from numpy.typing import NDArray
 from framefusion import tracks
 from framefusion.budget import drop_counts
 from framefusion.errors import BudgetError, PromptError
-from framefusion.policy import CallRecord, Plan, ReductionState, apply_plan
-from framefusion.runtime.backends import Array, Backend, BoundSegment
+from framefusion.policy import CallRecord, ReductionState
+from framefusion.runtime.backends import Backend, BoundSegment, Mirror
 from framefusion.runtime.bundle import Manifest, SegmentRecord
 from framefusion.runtime.kv_cache import SegmentCache
+from framefusion.runtime.token_rows import TokenRows
 
 Rows = NDArray[np.floating[Any]]  # in the bundle's type, scores and logits always fp32
-
-CHUNK = 512
-"""Tokens of the last segment's prefill at a time. An attention kernel that computes the masked half as well pays for
-less of it, and the activations of the longest segment stop growing with the prompt."""
+Scores = NDArray[np.float32]
 
 
 class Stopwatch:
@@ -51,51 +49,6 @@ class Stopwatch:
 
 
 @dataclass
-class TokenRows:
-    """What belongs to each token on its way through the segments."""
-
-    hidden: Rows  # [S, D]
-    cos: Rows  # [S, hd/2]
-    sin: Rows
-    origin: NDArray[np.int64]  # place in the prompt
-    deepstack: Rows | None = None  # [K, S, D] visual features that the next K layers add, zeros for text
-
-    def reduced(self, plan: Plan) -> TokenRows:
-        """The rows after a plan; kept tokens keep the tables of their original positions."""
-        if plan.kind == "none":
-            return self
-        kept = plan.kept
-        features = None if self.deepstack is None else np.stack([apply_plan(rows, plan) for rows in self.deepstack])
-        return TokenRows(apply_plan(self.hidden, plan), self.cos[kept], self.sin[kept], self.origin[kept], features)
-
-    def typed(self, float_type: type[np.floating[Any]]) -> TokenRows:
-        """The rows in another type; themselves where they have it."""
-        hidden, cos, sin = (table.astype(float_type, copy=False) for table in (self.hidden, self.cos, self.sin))
-        features = None if self.deepstack is None else self.deepstack.astype(float_type, copy=False)
-        return TokenRows(hidden, cos, sin, self.origin, features)
-
-    def part(self, start: int, end: int) -> TokenRows:
-        """Some of the rows."""
-        tokens = slice(start, end)
-        features = None if self.deepstack is None else self.deepstack[:, tokens]
-        return TokenRows(self.hidden[tokens], self.cos[tokens], self.sin[tokens], self.origin[tokens], features)
-
-    def padded(self, length: int) -> TokenRows:
-        """The rows with zeros behind them."""
-        if length == len(self.hidden):
-            return self
-        extra = ((0, length - len(self.hidden)), (0, 0))
-        hidden, cos, sin = (np.pad(table, extra) for table in (self.hidden, self.cos, self.sin))
-        features = None if self.deepstack is None else np.pad(self.deepstack, ((0, 0), *extra))
-        return TokenRows(hidden, cos, sin, self.origin, features)
-
-    def after(self, hidden: Rows, added: int) -> TokenRows:
-        """The rows behind a segment that left `hidden` and added the first `added` of the features."""
-        features = None if self.deepstack is None or len(self.deepstack) <= added else self.deepstack[added:]
-        return TokenRows(hidden, self.cos, self.sin, self.origin, features)
-
-
-@dataclass
 class Prefilled:
     """A request after its prefill."""
 
@@ -109,7 +62,7 @@ class Stitcher:
     """The segments of one bundle over one backend; holds no state of a request."""
 
     def __init__(self, manifest: Manifest, backend: Backend) -> None:
-        self.manifest, self.backend = manifest, backend
+        self.manifest, self.backend, self.device = manifest, backend, backend.device
         self._float_type = manifest.model.float_type
 
     def prefill(
@@ -121,51 +74,51 @@ class Stitcher:
             rows: of the whole prompt, unreduced.
             reduction: the policy's state for this request; None keeps all tokens.
             max_new_tokens: cache slots to leave behind the prompt.
-            stopwatch: gets the stages "prefill" (segments) and "reduction" (scores, plans, compaction, binding).
+            stopwatch: gets the stages "prefill" (segments) and "reduction" (scores of the embeddings, plans,
+                compaction, binding).
         """
         with stopwatch.stage("reduction"):
-            rows = _reduce_embeddings(rows, reduction).typed(self._float_type)  # sums in fp32, rounded once
+            rows = _reduce_embeddings(rows.on(self.device), reduction)
+            rows = rows.typed(self._float_type)  # on the CPU sums are in fp32 and rounded once
         caches: list[SegmentCache] = []
         kept: list[NDArray[np.int64]] = []
-        outputs: Mapping[str, Array] = {}
+        outputs: Outputs | None = None
         for record in self.manifest.segments:
-            length = len(rows.hidden)
             with stopwatch.stage("reduction"):
-                chunks, cache = self._bind_prefill(record, rows, reduction, max_new_tokens)
+                chunks, cache, outputs = self._bind_prefill(record, rows, reduction, max_new_tokens)
             with stopwatch.stage("prefill"):
                 for chunk in chunks:
                     chunk.run()
-            cache.lengths[:] = length
+                scores = outputs.scores(reduction)
+            cache.lengths[:] = rows.length
             caches.append(cache)
             kept.append(rows.origin)
-            outputs = chunks[-1].outputs
             if not record.head:
                 with stopwatch.stage("reduction"):
-                    rows = rows.after(outputs["hidden_out"][0, :length], record.deepstack)
-                    rows = _reduce(rows, reduction, outputs)
-        return Prefilled(outputs["logits"][0], caches, reduction.history if reduction else [], kept)
+                    rows = _reduce(rows.after(outputs.hidden[0], record.deepstack), reduction, scores)
+        assert outputs is not None  # a decoder has a segment
+        with stopwatch.stage("prefill"):
+            logits = outputs.small["logits"].pull()[0]
+        return Prefilled(logits, caches, reduction.history if reduction else [], kept)
 
     def _bind_prefill(
         self, record: SegmentRecord, rows: TokenRows, reduction: ReductionState | None, max_new_tokens: int
-    ) -> tuple[list[BoundSegment], SegmentCache]:
+    ) -> tuple[list[BoundSegment], SegmentCache, Outputs]:
         """The runs that make up a segment's prefill: one, or chunks of which only the last gives an output."""
-        length = len(rows.hidden)
+        length, layers, device = rows.length, len(record.attention_layers), self.device
         size = bucket_for(record, length)
-        model, layers = self.manifest.model, len(record.attention_layers)
-        capacity = max(size, length + max_new_tokens)
-        cache = SegmentCache.empty(model.num_kv_heads, model.head_dim, [capacity] * layers, self._float_type)
+        cache = self._cache(record, [max(size, self._room(length, max_new_tokens))] * layers)
         rows = rows.padded(size)
-        chunks = []
-        for start, end in chunks_of(record, size):
-            inputs = _row_inputs(rows.part(start, end), record) | {
-                "kv_len": np.full(layers, end, np.int64),
-                "last": np.array([min(length, end) - start - 1], np.int64),
-            }
-            if record.scores:
-                inputs["previous"] = _previous(reduction, size)
-            outputs = self._outputs(record, end - start) if end == size else {}
-            chunks.append(self.backend.bind(record.graph, inputs, outputs, cache))
-        return chunks, cache
+        previous = {"previous": device.upload(_previous(reduction, size))} if record.scores else {}
+        outputs, chunks = self.outputs(record, size), []
+        parts = chunks_of(record, size, self.backend.chunk)
+        for start, end in parts:
+            part = rows if len(parts) == 1 else rows.part(start, end)
+            inputs = part.inputs(record.deepstack) | previous
+            inputs["kv_len"] = device.upload(np.full(layers, end, np.int64))
+            inputs["last"] = device.upload(np.array([min(length, end) - start - 1], np.int64))
+            chunks.append(self.backend.bind(record.graph, inputs, outputs.bound if end == size else {}, cache))
+        return chunks, cache, outputs
 
     def prefill_fixed(
         self, rows: TokenRows, labels: NDArray[np.int64], max_new_tokens: int, stopwatch: Stopwatch
@@ -177,7 +130,7 @@ class Stitcher:
             BudgetError: the schedule would merge tokens that have nothing to merge into, and the rest does not fit.
         """
         (record,), fixed, model = self.manifest.segments, self.manifest.fixed, self.manifest.model
-        schedule = self.manifest.reduction.schedule
+        schedule, device = self.manifest.reduction.schedule, self.device
         assert fixed is not None  # a manifest of the fixed mode has both
         assert schedule is not None
         with stopwatch.stage("reduction"):
@@ -185,61 +138,106 @@ class Stitcher:
             drops = _fixed_drops(self.manifest, labels)
             calls = [*range(len(schedule.merge_shares)), schedule.prune_layer + 1]
             lengths = _lengths_by_layer(len(labels), dict(zip(calls, drops, strict=True)), model.num_layers)
-            capacities = [max(size, n + max_new_tokens) for size, n in zip(fixed.lengths, lengths, strict=True)]
-            cache = SegmentCache.empty(model.num_kv_heads, model.head_dim, capacities, self._float_type)
+            room = (self._room(length, max_new_tokens) for length in lengths)
+            cache = self._cache(record, list(map(max, fixed.lengths, room)))
             size = fixed.max_text + fixed.max_visual
             padded_labels = np.pad(labels, (0, size - len(labels)), constant_values=tracks.TEXT)
-            inputs = _row_inputs(rows.typed(self._float_type).padded(size), record) | {
+            told = {
                 "kv_len": np.array(fixed.lengths, np.int64),
                 "last": np.array([len(labels) - 1], np.int64),
                 "label": padded_labels,
                 "order": tracks.track_order(padded_labels),
                 "drops": np.array(drops, np.int64),
             }
-            outputs: dict[str, Array] = {
-                "logits": _floats(1, model.vocab_size),
-                "origin": np.empty(size - sum(fixed.drops), np.int64),
-            }
+            inputs = rows.on(device).typed(self._float_type).padded(size).inputs(record.deepstack)
+            inputs |= {name: device.upload(vector) for name, vector in told.items()}
+            logits = device.mirror((1, model.vocab_size), np.float32)
+            origin = device.mirror((size - sum(fixed.drops),), np.int64)
+            outputs = {"logits": logits.there, "origin": origin.there}
             bound = self.backend.bind(record.graph, inputs, outputs, cache)
         with stopwatch.stage("prefill"):
             bound.run()
+            last, places = logits.pull()[0], origin.pull()
         cache.lengths[:] = lengths
-        kept = [outputs["origin"][: lengths[-1]]]
-        return Prefilled(outputs["logits"][0], [cache], _fixed_history(labels, calls, drops), kept)
+        return Prefilled(last, [cache], _fixed_history(labels, calls, drops), [places[: lengths[-1]]])
 
     def decoder(self, prefilled: Prefilled) -> Decoder:
         """A decode loop over the caches of a prefill."""
         return Decoder(self, prefilled.caches)
 
-    def _outputs(self, record: SegmentRecord, size: int) -> dict[str, Array]:
+    def outputs(self, record: SegmentRecord, size: int) -> Outputs:
+        """Buffers for what a segment gives for `size` tokens."""
+        model, mirror = self.manifest.model, self.device.mirror
         if record.head:
-            return {"logits": _floats(1, self.manifest.model.vocab_size)}
-        scores = {"similarity": _floats(size), "importance": _floats(size)} if record.scores else {}
-        return {"hidden_out": np.empty((1, size, self.manifest.model.hidden_size), self._float_type)} | scores
+            return Outputs(None, {"logits": mirror((1, model.vocab_size), np.float32)})
+        hidden = self.device.empty((1, size, model.hidden_size), self._float_type)
+        names = ("similarity", "importance") if record.scores else ()
+        return Outputs(hidden, {name: mirror((size,), np.float32) for name in names})
+
+    def _cache(self, record: SegmentRecord, capacities: Sequence[int]) -> SegmentCache:
+        model = self.manifest.model
+        shapes = [(1, model.num_kv_heads, capacity, model.head_dim) for capacity in capacities]
+        return self.backend.cache(record, shapes, self._float_type)
+
+    def _room(self, length: int, max_new_tokens: int) -> int:
+        """Slots for a prompt and its answer; padding of the last step is written, too."""
+        return length + max_new_tokens + self.backend.decode_width - 1
+
+
+@dataclass
+class Outputs:
+    """What a segment gives: hidden states, which stay on the device, or what the host reads."""
+
+    hidden: Any  # [1, S, D], or None
+    small: Mapping[str, Mirror]  # logits [1, V], or similarity and importance [S]
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        """Buffers by the graph's names."""
+        rows = {} if self.hidden is None else {"hidden_out": self.hidden}
+        return rows | {name: mirror.there for name, mirror in self.small.items()}
+
+    def scores(self, reduction: ReductionState | None) -> tuple[Scores | None, Scores | None]:
+        """Similarity and importance, as far as the next call reads them: what it does not, never leaves the device."""
+        if reduction is None or "similarity" not in self.small:
+            return None, None
+        wanted = {"similarity": reduction.wants_similarity, "importance": reduction.wants_importance}
+        for name, wants in wanted.items():
+            if wants:
+                self.small[name].request()
+        similarity, importance = (self.small[name].pull() if wants else None for name, wants in wanted.items())
+        return similarity, importance
 
 
 class Decoder:
-    """One token at a time through all segments, bound once: a step writes a row, runs, and copies no cache."""
+    """One token at a time through all segments, bound once: a step writes a row, runs, and copies no cache.
+
+    Where graphs take more than one token, those behind the first are padding: the next step overwrites their slots.
+    """
 
     def __init__(self, stitcher: Stitcher, caches: Sequence[SegmentCache]) -> None:
-        model = stitcher.manifest.model
+        model, device, self._width = stitcher.manifest.model, stitcher.device, stitcher.backend.decode_width
         half = model.head_dim // 2
+        widths = {"hidden": model.hidden_size, "cos": half, "sin": half}
         self._caches = caches
-        widths = (model.hidden_size, half, half)
-        hidden, cos, sin = (np.zeros((1, width), model.float_type) for width in widths)
-        self._rows = TokenRows(hidden, cos, sin, np.zeros(1, np.int64))
-        self._kv_lens: list[NDArray[np.int64]] = []
-        self._segments: list[BoundSegment] = []
-        chained: dict[str, Array] = {}  # the very array that the segment before writes
+        self._rows = {name: device.mirror((1, self._width, n), model.float_type) for name, n in widths.items()}
+        self._kv_lens: list[Mirror] = []
+        segments: list[BoundSegment] = []
+        common = {name: mirror.there for name, mirror in self._rows.items()}
+        common["last"] = device.upload(np.zeros(1, np.int64))
+        common["previous"] = device.upload(np.full(self._width, -1, np.int64))
         for record, cache in zip(stitcher.manifest.segments, caches, strict=True):
-            self._kv_lens.append(np.zeros(len(record.attention_layers), np.int64))
-            inputs = _row_inputs(self._rows, record) | chained
-            inputs |= {"kv_len": self._kv_lens[-1], "last": np.zeros(1, np.int64), "previous": np.full(1, -1, np.int64)}
+            self._kv_lens.append(device.mirror((len(record.attention_layers),), np.int64))
+            inputs = common | {"kv_len": self._kv_lens[-1].there}
+            if record.deepstack:  # generated tokens have no visual features
+                shape = (record.deepstack, self._width, model.hidden_size)
+                inputs["deepstack"] = device.zeros(shape, model.float_type)
+            outputs = stitcher.outputs(record, self._width)
             graph = record.decode_graph or record.graph
-            bound = stitcher.backend.bind(graph, inputs, stitcher._outputs(record, 1), cache)
-            self._segments.append(bound)
-            if not record.head:
-                chained = {"hidden": bound.outputs["hidden_out"]}
+            segments.append(stitcher.backend.bind(graph, inputs, outputs.bound, cache))
+            common["hidden"] = outputs.hidden  # the very buffer that the segment before writes
+        self._logits = outputs.small["logits"]
+        self._run = stitcher.backend.chain(segments)
 
     def step(self, hidden: Rows, cos: Rows, sin: Rows) -> Rows:
         """One token's embedding [D] and tables [hd/2] -> logits [V], valid until the next step.
@@ -247,21 +245,25 @@ class Decoder:
         Raises:
             PromptError: a cache is full.
         """
-        self._rows.hidden[0], self._rows.cos[0], self._rows.sin[0] = hidden, cos, sin
-        for segment, cache, kv_len in zip(self._segments, self._caches, self._kv_lens, strict=True):
-            np.add(cache.lengths, 1, out=kv_len)
-            for needed, capacity in zip(kv_len, cache.capacities, strict=True):
+        for mirror, row in zip(self._rows.values(), (hidden, cos, sin), strict=True):
+            mirror.host[0, 0] = row
+            mirror.push()
+        for cache, kv_len in zip(self._caches, self._kv_lens, strict=True):
+            np.add(cache.lengths, self._width, out=kv_len.host)
+            for needed, capacity in zip(kv_len.host, cache.capacities, strict=True):
                 if needed > capacity:
                     raise PromptError(f"a cache of {capacity} tokens is full: ask for fewer new tokens")
-            segment.run()
-            cache.lengths[:] = kv_len
-        logits: Rows = self._segments[-1].outputs["logits"][0]
+            kv_len.push()
+        self._run()
+        for cache in self._caches:
+            cache.lengths += 1
+        logits: Rows = self._logits.pull()[0]
         return logits
 
 
-def chunks_of(record: SegmentRecord, size: int) -> list[tuple[int, int]]:
+def chunks_of(record: SegmentRecord, size: int, chunk: int | None) -> list[tuple[int, int]]:
     """Begin and end of each chunk of a prefill; only a segment that ends in logits and has no buckets has several."""
-    step = CHUNK if record.head and record.buckets is None else size
+    step = chunk if chunk is not None and record.head and record.buckets is None else size
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
@@ -282,20 +284,6 @@ def bucket_for(record: SegmentRecord, length: int) -> int:
     )
 
 
-def _floats(*shape: int) -> NDArray[np.float32]:
-    return np.empty(shape, np.float32)
-
-
-def _row_inputs(rows: TokenRows, record: SegmentRecord) -> dict[str, Array]:
-    inputs: dict[str, Array] = {"hidden": rows.hidden[None], "cos": rows.cos[None], "sin": rows.sin[None]}
-    if record.deepstack:  # generated tokens and prompts of text alone have nothing to add
-        added = np.zeros((record.deepstack, *rows.hidden.shape), rows.hidden.dtype)
-        if rows.deepstack is not None:
-            added[:] = rows.deepstack[: record.deepstack]
-        inputs["deepstack"] = added
-    return inputs
-
-
 def _previous(reduction: ReductionState | None, size: int) -> NDArray[np.int64]:
     previous = np.full(size, -1, np.int64)
     if reduction is not None and reduction.wants_similarity:
@@ -307,15 +295,18 @@ def _previous(reduction: ReductionState | None, size: int) -> NDArray[np.int64]:
 def _reduce_embeddings(rows: TokenRows, reduction: ReductionState | None) -> TokenRows:
     if reduction is None:
         return rows
-    similarity = tracks.track_similarity(rows.hidden, reduction.labels) if reduction.wants_similarity else None
+    wanted = reduction.wants_similarity
+    similarity = rows.device.similarity(rows.hidden, reduction.labels) if wanted else None
     return rows.reduced(reduction.step(similarity, None))
 
 
-def _reduce(rows: TokenRows, reduction: ReductionState | None, outputs: Mapping[str, Array]) -> TokenRows:
+def _reduce(
+    rows: TokenRows, reduction: ReductionState | None, scores: tuple[Scores | None, Scores | None]
+) -> TokenRows:
     if reduction is None or reduction.finished:
         return rows
-    length = len(rows.hidden)
-    return rows.reduced(reduction.step(outputs["similarity"][:length], outputs["importance"][:length]))
+    similarity, importance = (None if vector is None else vector[: rows.length] for vector in scores)
+    return rows.reduced(reduction.step(similarity, importance))
 
 
 def _fixed_drops(manifest: Manifest, labels: NDArray[np.int64]) -> list[int]:

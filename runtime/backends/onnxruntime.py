@@ -1,7 +1,11 @@
-"""ONNX Runtime on the CPU: every buffer is ours and bound by address, so a run copies nothing and grows no cache.
+"""ONNX Runtime: every buffer is ours and bound by address, so a run copies nothing and grows no cache.
 
-All sessions share one arena that grows by what is asked, not by powers of two, because segments run one after another:
-their activations may take the same memory. Memory patterns are off: they reserve a second block for each new length.
+On the CPU all sessions share one arena that grows by what is asked, not by powers of two, because segments run one
+after another: their activations may take the same memory. Memory patterns are off: they reserve a second block for each
+new length.
+
+On an NVIDIA GPU (onnxruntime-gpu) buffers lie there and sessions run on the device's stream, so nothing waits before a
+score or a logit is read. What has no CUDA kernel ONNX Runtime runs on the CPU by itself. No GPU has run this yet.
 """
 
 from __future__ import annotations
@@ -9,12 +13,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from framefusion.errors import BackendError, BundleError
-from framefusion.runtime.backends import Array
+from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.kv_cache import SegmentCache
 
+if TYPE_CHECKING:
+    from framefusion.runtime.cuda.device import CudaDevice
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
+BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: numpy has no type of that name
 _SAME_AS_REQUESTED = 1
 
 
@@ -28,19 +39,30 @@ def _share_arena() -> None:
     ort.create_and_register_allocator(memory, arena)
 
 
-class OnnxRuntimeBackend:
-    """The graphs of a bundle as ONNX Runtime sessions, opened when first bound.
+class OnnxRuntimeBackend(HostBackend):
+    """The graphs of a bundle as ONNX Runtime sessions on the CPU, opened when first bound.
 
     Args:
         folder: the bundle.
         threads: of one operator; 0 lets ONNX Runtime take the physical cores.
+        decode_width: see `HostBackend`.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, threads: int = 0) -> None:
+    def __init__(self, folder: Path, threads: int = 0, decode_width: int = 1) -> None:
+        super().__init__(decode_width)
         self._folder, self._threads = folder, threads
         self._sessions: dict[str, Any] = {}
+
+    @property
+    def _place(self) -> tuple[str, int]:
+        """ONNX Runtime's name of the device, and which one."""
+        return "cpu", 0
+
+    @property
+    def _providers(self) -> list[Any]:
+        return ["CPUExecutionProvider"]
 
     def open(self, graphs: Sequence[str]) -> None:
         """See `Backend.open`. Packing a tensor holds it twice for a moment."""
@@ -66,36 +88,80 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")  # do not disturb the next segment's pool
         try:
-            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(path, options, providers=self._providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise BundleError(f"{path} cannot be loaded by onnxruntime {ort.__version__} ({error}): rebuild") from error
 
     def bind(
         self,
         graph: str,
-        inputs: Mapping[str, Array],
-        outputs: Mapping[str, Array],
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
         cache: SegmentCache | None,
     ) -> OnnxRuntimeSegment:
         """See `Backend.bind`."""
-        return OnnxRuntimeSegment(self.session(graph), inputs, outputs, cache)
+        return OnnxRuntimeSegment(self.session(graph), inputs, outputs, cache, self._place)
+
+
+class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
+    """The same on a GPU.
+
+    Args:
+        folder: the bundle.
+        device: where.
+    """
+
+    name = "onnxruntime-cuda"
+
+    def __init__(self, folder: Path, device: CudaDevice) -> None:
+        super().__init__(folder)
+        self.device, self.chunk, self._cuda = device, None, device
+
+    def _open(self, path: Path) -> Any:
+        import onnxruntime as ort
+
+        if hasattr(ort, "preload_dlls"):  # CUDA's libraries as pip installs them
+            ort.preload_dlls()
+        session = super()._open(path)
+        if CUDA_PROVIDER not in session.get_providers():  # it falls back without a word where a library is missing
+            raise BackendError(
+                f"{CUDA_PROVIDER} of onnxruntime {ort.__version__} does not start: install the CUDA and cuDNN "
+                "libraries it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'), or run with --device cpu"
+            )
+        return session
+
+    @property
+    def _place(self) -> tuple[str, int]:
+        return "cuda", self._cuda.ordinal
+
+    @property
+    def _providers(self) -> list[Any]:
+        options = {
+            "device_id": str(self._cuda.ordinal),
+            "user_compute_stream": str(self._cuda.stream),
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        return [(CUDA_PROVIDER, options), "CPUExecutionProvider"]
 
 
 class OnnxRuntimeSegment:
-    """One session's IO binding over arrays that this object keeps alive."""
+    """One session's IO binding over buffers that this object keeps alive."""
 
     def __init__(
         self,
         session: Any,
-        inputs: Mapping[str, Array],
-        outputs: Mapping[str, Array],
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
         cache: SegmentCache | None,
+        place: tuple[str, int] = ("cpu", 0),
     ) -> None:
         import onnxruntime as ort
 
-        self._session, self._binding, self._cache = session, session.io_binding(), cache
+        self._session, self._binding, self._cache, self._place = session, session.io_binding(), cache, place
         self._options = ort.RunOptions()
         self._options.only_execute_path_to_fetches = True  # a chunk whose logits nobody wants has no head
+        if place[0] != "cpu":  # what follows is on the same stream: nothing has to wait here
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         wanted = {value.name for value in session.get_inputs()}  # a graph drops inputs it has no use for
         self.inputs = {name: array for name, array in inputs.items() if name in wanted}
         self.outputs = outputs
@@ -109,11 +175,13 @@ class OnnxRuntimeSegment:
                     self._bind(self._binding.bind_input, f"past_{part}_{j}", buffer)
                     self._bind(self._binding.bind_output, f"present_{part}_{j}", buffer)
 
-    @staticmethod
-    def _bind(bind: Any, name: str, array: Array) -> None:
-        if not array.flags.c_contiguous:
+    def _bind(self, bind: Any, name: str, buffer: Any) -> None:
+        on_host = isinstance(buffer, np.ndarray)
+        if not (buffer.flags.c_contiguous if on_host else buffer.contiguous):
             raise ValueError(f"{name} is bound by address and must be contiguous")
-        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        address = buffer.ctypes.data if on_host else buffer.address
+        element = BFLOAT16 if buffer.dtype.name == "bfloat16" else buffer.dtype.type
+        bind(name, *self._place, element, buffer.shape, address)
 
     def run(self) -> None:
         """Run the graph; outputs and caches change in place."""

@@ -115,6 +115,11 @@ class MiniCpmVPreprocessing(Preprocessing):
         pictures = 1 if self.max_slice_nums == 1 else 1 + self.max_slice_nums
         return max_frames * pictures * (self.query_num + 3)
 
+    def picture_patches(self) -> tuple[int, int]:
+        """About those of the square: its area is kept, and each side rounded to a patch."""
+        side, longest = self.scale_resolution / self.patch_size, longest_side(self)
+        return max(1, math.floor(side**2 - longest)), math.ceil(side**2 + longest)
+
     def _tags(self, layout: Layout) -> Iterator[str | None]:
         """One picture: its tags, with None where the rows of a tile stand."""
         yield from (self.image_start, None, self.image_end)

@@ -146,6 +146,12 @@ class NvilaPreprocessing(Preprocessing):
         rows = self.blocks**2 // (self.pool_sizes[1] * self.pool_sizes[2])
         return self.longest_track(max_frames) * (rows + 1)
 
+    def picture_patches(self) -> tuple[int, int]:
+        """One tile, up to a group of frames or all tiles of all scales."""
+        coarse = sum(count**2 for count in self.scales[:-1])
+        most = coarse + max(self.max_tiles, self.scales[-1] ** 2) if self.image_aspect_ratio == "dynamic_s2" else 1
+        return self.side**2, max(self.pool_sizes[0], most) * self.side**2
+
     def _cut(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Tiles of the tiling nearest to the image's shape and, where they are several, the whole image small."""
         size = self.image_size

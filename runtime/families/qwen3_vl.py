@@ -69,6 +69,10 @@ class Qwen3VLPreprocessing(QwenVLPreprocessing):
             rows, columns = (math.ceil(size * scale / factor) * factor for size in (height, width))
         return rows, columns
 
+    def picture_patches(self) -> tuple[int, int]:
+        """As all Qwen-VL; a frame of a long video may be as small as one token."""
+        return self.merge_size**2, super().picture_patches()[1]
+
     def video_max_pixels(self, num_frames: int) -> int:
         """The limit of all frames together."""
         if self.max_frame_tokens is None:

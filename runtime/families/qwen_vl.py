@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from framefusion.errors import BundleError
 from framefusion.runtime.panels import Panel, cells, even
 from framefusion.runtime.positions import Grid, grid_places
-from framefusion.runtime.preprocess import Preprocessing, check_frames, check_shape, normalised_levels, resize
+from framefusion.runtime.preprocess import (
+    MAX_ASPECT_RATIO,
+    Preprocessing,
+    check_frames,
+    check_shape,
+    normalised_levels,
+    resize,
+)
 from framefusion.runtime.video import Video
 from framefusion.runtime.visual_input import Piece, Rows, Tiles, VisualInput
 
@@ -86,6 +93,17 @@ class QwenVLPreprocessing(Preprocessing):
             return self.frame_size(1, height, width)
         low = self.min_pixels if self.image_min_pixels is None else self.image_min_pixels
         return smart_resize(height, width, self.factor, low, self.image_max_pixels)
+
+    def picture_patches(self) -> tuple[int, int]:
+        """Within the limits of frames and images, less what whole tokens round off, more where one side is a token."""
+        lows, highs = (self.min_pixels, self.image_min_pixels), (self.max_pixels, self.image_max_pixels)
+        low, high = min(one for one in lows if one is not None), max(one for one in highs if one is not None)
+        factor, ratio = self.factor, math.sqrt(MAX_ASPECT_RATIO)
+        rounded_up = (math.sqrt(low) / ratio + factor) * (math.sqrt(low) * ratio + factor)
+        most = max(high, rounded_up, math.sqrt(high) * ratio * factor)
+        least = low / 4  # rounded down to whole tokens, a side loses less than half of itself
+        fewest, fullest = (max(1, int(area // factor**2)) * self.merge_size**2 for area in (least, most))
+        return fewest, fullest
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """One run of rows between the start and the end token; a place of the grid is a track."""

@@ -1,0 +1,60 @@
+"""Caches of static length, allocated once and handed from request to request.
+
+Engines take a cache of one length only. What an earlier request left behind stays in the slots: it is finite, and
+either overwritten or masked. Knows no engine and no library; the device may be the CPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from framefusion.errors import PromptError
+from framefusion.runtime.backends import Device
+from framefusion.runtime.bundle import SegmentRecord
+from framefusion.runtime.kv_cache import SegmentCache
+
+Buffers = tuple[list[Any], list[Any]]
+
+
+class CachePool:
+    """The caches of a bundle's segments.
+
+    A request's caches return when nobody holds them any more. Who still holds those of an earlier request keeps them,
+    and the next request gets new ones: two prefills may stand side by side where there is memory for both.
+
+    Args:
+        device: where they lie.
+        capacities: slots of each attention layer, by the segment's name.
+    """
+
+    def __init__(self, device: Device, capacities: Mapping[str, Sequence[int]]) -> None:
+        self._device, self._capacities = device, capacities
+        self._free: dict[str, list[Buffers]] = {}
+
+    def take(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+        """Caches for a request that asks for `shapes`, each [1, Hkv, C, hd]; theirs may be longer.
+
+        Raises:
+            PromptError: a layer needs more slots than there are.
+        """
+        slots = self._capacities[record.name]
+        for layer, shape, most in zip(record.attention_layers, shapes, slots, strict=True):
+            if shape[2] > most:
+                raise PromptError(
+                    f"layer {layer} needs {shape[2]} slots of KV cache, the engine has {most}: ask for fewer new "
+                    "tokens or frames, or build with a larger --max-kv-cache-capacity"
+                )
+        free = self._free.setdefault(record.name, [])
+        keys, values = free.pop() if free else self._made(shapes, slots, dtype)
+        cache = SegmentCache(keys, values, np.zeros(len(slots), np.int64))
+        weakref.finalize(cache, free.append, (keys, values)).atexit = False
+        return cache
+
+    def _made(self, shapes: Sequence[tuple[int, ...]], slots: Sequence[int], dtype: Any) -> Buffers:
+        full = [(*shape[:2], most, shape[3]) for shape, most in zip(shapes, slots, strict=True)]
+        made = SegmentCache.empty(self._device, full, dtype)
+        return made.keys, made.values

@@ -1,0 +1,23 @@
+"""Which vector instructions this processor has, as the kernel tells them. Knows no engine."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+# What a compiler emits by itself when it compiles for the machine at hand; timers and virtualisation do not matter.
+_X86 = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "movbe", "popcnt", "abm", "adx", "amx")
+_ARM = ("asimd", "fphp", "sve", "bf16", "i8mm", "sme")
+_LINES = ("flags", "Features")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@cache
+def features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
+    """Names like "avx2" and "avx512f"; none where the system does not tell."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    told = next((line for line in lines if line.split(":")[0].strip() in _LINES), ":")
+    return frozenset(word for word in told.split(":", 1)[1].split() if word.startswith(_X86 + _ARM))

@@ -1,0 +1,13 @@
+"""One NVIDIA GPU as a device of the runtime: memory, copies, kernels of our own, and captured sequences of launches.
+
+    driver   the CUDA driver API, its errors in words     kernels  kernels.cu: compiled, kept, launched
+    memory   what is allocated and kept, on both sides    graph    launches captured once and replayed
+    array    a buffer on the GPU and its views            buffers  allocation, copies and two streams
+                                                          device   `backends.Device`: what is done to rows
+
+The driver's API and the compiler come from cuda-bindings and nvidia-cuda-nvrtc (extra `gpu`); neither is imported
+before a device is opened.
+
+No GPU has run this yet. It was run over a driver that executes kernels.cu on the CPU (tests/runtime/cuda/driver.cpp),
+with cuda-bindings 12.9 and 13.5; `make test-gpu` runs the same tests on a GPU.
+"""

@@ -1,0 +1,476 @@
+"""The CUDA device against numpy, on a GPU: `make test-gpu`.
+
+Without one, tests/runtime/test_cuda_emulated.py runs this very file over a driver that runs the kernels on the CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from framefusion import tracks
+from framefusion.errors import BackendError
+from framefusion.policy import Plan, apply_plan, keep_all, merge_plan
+from framefusion.runtime.backends.host import HOST
+from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.runtime.bundle import Bundle, SegmentRecord
+from framefusion.runtime.cuda.device import CudaDevice
+from framefusion.runtime.cuda.driver import OutOfMemoryError
+from framefusion.runtime.cuda.memory import RING
+from framefusion.runtime.kv_cache import SegmentCache
+from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.prompt import Turn, Visual
+
+pytestmark = pytest.mark.gpu
+modest = settings(deadline=None, max_examples=60)
+
+TYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+# Whole vectors of 16 bytes, a few elements more or less, one element; long enough for more than one round of threads.
+WIDTHS = [1, 2, 3, 7, 8, 16, 24, 36, 64, 65, 127, 896, 1032, 2053]
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[CudaDevice]:
+    device = CudaDevice(np.float16)
+    yield device
+    device.synchronize()
+
+
+def draw_rows(random: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Rows with outliers, as hidden states have them."""
+    rows = random.standard_normal(shape) * np.where(random.random(shape) < 0.01, 100, 1)
+    return rows.astype(np.float32).astype(dtype)
+
+
+def upload_at(device: CudaDevice, rows: NDArray[Any], aligned: bool) -> Any:
+    """Rows on the device, at an address that allows reads of 16 bytes or does not."""
+    if aligned:
+        return device.upload(rows)
+    flat = device.empty((rows.size + 1,), rows.dtype)
+    shifted = flat[1:].reshape(*rows.shape)
+    device.copy(shifted, device.upload(rows))
+    return shifted
+
+
+@st.composite
+def token_labels(draw: st.DrawFn) -> NDArray[np.int64]:
+    frames, patches, text = draw(st.integers(1, 9)), draw(st.integers(1, 7)), draw(st.integers(0, 3))
+    if draw(st.booleans()):
+        return np.array(draw(st.lists(st.integers(-1, 4), min_size=1, max_size=40)), np.int64)
+    body = [label for _ in range(frames) for label in [*range(patches), *[tracks.TEXT] * text]]
+    return np.array([tracks.TEXT, *body, tracks.TEXT], np.int64)
+
+
+def draw_plan(random: np.random.Generator, labels: NDArray[np.int64], kind: str) -> Plan:
+    if kind == "none":
+        return keep_all(labels)
+    marked = random.random(labels.size) < random.choice([0.2, 0.5, 0.95])
+    if kind == "merge":
+        return merge_plan(labels, marked & (tracks.previous_in_track(labels) >= 0))
+    nothing = np.empty(0, np.int64)
+    return Plan("prune", np.flatnonzero(~marked | (labels == tracks.TEXT)), nothing, nothing, nothing)
+
+
+seeds = st.integers(0, 2**20)
+sizes = st.tuples(st.sampled_from(TYPES), st.sampled_from(WIDTHS), st.booleans())
+
+
+# --- Buffers and views ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*TYPES, np.dtype(np.int64), np.dtype(np.uint8)], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 0), (2, 3, 5), (RING // 4 + 1,)])
+def test_what_goes_there_comes_back(device: CudaDevice, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 99, shape).astype(dtype)
+    np.testing.assert_array_equal(device.download(device.upload(array)), array)
+
+
+def test_views_are_those_of_numpy(device: CudaDevice) -> None:
+    array = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
+    there = device.upload(array)
+    keys: list[Any] = [0, -1, slice(1, 2), (0, slice(2, 4)), (Ellipsis, slice(1, 3), slice(None)), (None, 1), None]
+    keys += [(slice(None), slice(4, 9)), (slice(None), 2), (1, 2, 0), (Ellipsis, slice(1, 2)), slice(3, 1)]
+    for key in keys:
+        view = there[key]
+        assert view.shape == array[key].shape
+        np.testing.assert_array_equal(device.download(view), array[key])
+    part = device.contiguous(there[..., 1:3, :])
+    assert part.contiguous
+    np.testing.assert_array_equal(device.download(part), array[:, 1:3])
+    device.copy(there[:, 1:3], there[:, 3:5])
+    np.testing.assert_array_equal(device.download(there)[:, 1:3], array[:, 3:5])
+
+
+def test_the_caller_may_change_an_array_at_once(device: CudaDevice) -> None:
+    """More than the ring takes, so that its halves are used again."""
+    array = np.zeros(RING // 16, np.int32)
+    there = []
+    for number in range(20):
+        array[:] = number
+        there.append(device.upload(array))
+    for number, buffer in enumerate(there):
+        assert (device.download(buffer) == number).all()
+
+
+def test_no_buffer_is_given_to_two(device: CudaDevice) -> None:
+    """A buffer is dropped while what reads it is still enqueued."""
+    rows = np.ones((64, 8), np.float32)
+    results = []
+    for number in range(50):
+        fresh = device.upload(rows * number)
+        results.append(device.take(fresh, np.arange(64)))
+    for number, result in enumerate(results):
+        assert (device.download(result) == number).all()
+
+
+def test_requests_like_the_one_before_take_no_more_memory(device: CudaDevice) -> None:
+    def request() -> int:
+        rows = device.zeros((4096, 512), np.float16)
+        device.reduced(rows, keep_all(np.arange(4096)))
+        device.mirror((4096,), np.float32).pull()
+        device.synchronize()
+        return device.free_memory()
+
+    first = request()
+    gc.collect()
+    assert [request() for _ in range(5)] == [first] * 5
+
+
+# --- Mirrors --------------------------------------------------------------------------------------------------------
+
+
+def test_a_mirror_starts_with_zeros_on_both_sides(device: CudaDevice) -> None:
+    mirror = device.mirror((3, 2), np.int64)
+    assert not mirror.host.any()
+    mirror.host[:] = 7
+    assert not mirror.pull().any()
+
+
+def test_what_is_pushed_is_what_was_there_at_that_time(device: CudaDevice) -> None:
+    mirror, seen = device.mirror((2000,), np.float32), []
+    for number in range(5):
+        mirror.host[:] = number
+        mirror.push()
+        seen.append(device.empty(mirror.there.shape, np.float32))
+        device.copy(seen[-1], mirror.there)
+        mirror.host[:] = -1
+    assert [float(device.download(copy)[-1]) for copy in seen] == [0, 1, 2, 3, 4]
+
+
+def test_two_vectors_are_requested_and_arrive(device: CudaDevice) -> None:
+    rows = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32)
+    there, mirrors = device.upload(rows), [device.mirror((300,), np.float32) for _ in range(2)]
+    for turn in range(3):
+        for number, mirror in enumerate(mirrors):
+            picked = device.take(there, np.arange(5) + turn + number)
+            device.copy(mirror.there[:5], picked[0][:5])
+            mirror.request()
+        device.zeros((1 << 16,), np.float32)  # independent work
+        for number, mirror in enumerate(mirrors):
+            np.testing.assert_array_equal(mirror.pull()[:5], rows[turn + number, :5])
+
+
+def test_what_was_pulled_outlives_its_mirror(device: CudaDevice) -> None:
+    pulled = []
+    for number in range(8):
+        mirror = device.mirror((100,), np.float32)
+        device.copy(mirror.there, device.upload(np.full(100, number, np.float32)))
+        pulled.append(mirror.pull())
+        del mirror
+    assert [int(array[0]) for array in pulled] == list(range(8))
+
+
+def test_a_mirror_may_be_dropped_with_a_request_under_way(device: CudaDevice) -> None:
+    for _ in range(4):
+        dropped = device.mirror((100,), np.float32)
+        device.copy(dropped.there, device.upload(np.full(100, 5, np.float32)))
+        dropped.request()
+        del dropped
+        after = device.mirror((100,), np.float32)
+        device.synchronize()
+        assert not after.host.any()
+
+
+def test_what_is_requested_is_copied_before_its_memory_serves_again(device: CudaDevice) -> None:
+    mirror = device.mirror((1000,), np.float32)
+    device.copy(mirror.there, device.upload(np.full(1000, 5, np.float32)))
+    mirror.request()
+    host = mirror.host
+    del mirror
+    device.zeros((1000,), np.float32)
+    device.synchronize()
+    assert (host == 5).all()
+
+
+def test_another_thread_may_call(device: CudaDevice) -> None:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(device.download(device.upload(np.arange(9)))))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(found[0], np.arange(9))
+
+
+# --- Rows -----------------------------------------------------------------------------------------------------------
+
+
+@given(sizes, token_labels(), st.sampled_from(["merge", "merge", "prune", "none"]), st.integers(0, 3), seeds)
+@modest
+def test_reduced_gives_the_bits_of_apply_plan(
+    device: CudaDevice,
+    size: tuple[np.dtype[Any], int, bool],
+    labels: NDArray[np.int64],
+    kind: str,
+    tables: int,
+    seed: int,
+) -> None:
+    (dtype, width, aligned), random = size, np.random.default_rng(seed)
+    plan = draw_plan(random, labels, kind)
+    rows = draw_rows(random, (labels.size, width) if tables == 0 else (tables, labels.size, width), dtype)
+    got = device.download(device.reduced(upload_at(device, rows, aligned), plan))
+    wanted = apply_plan(rows, plan) if tables == 0 else np.stack([apply_plan(table, plan) for table in rows])
+    assert got.dtype == rows.dtype
+    np.testing.assert_array_equal(got, wanted)
+
+
+def rounding(width: int) -> float:
+    """What fp32 may differ by: as many sums as a thread adds, a warp and four warps, of three products, twice."""
+    additions = width / 32 + 5 + 4
+    return float(2 * 3 * additions * np.finfo(np.float32).eps)
+
+
+@given(sizes, token_labels(), st.booleans(), seeds)
+@modest
+def test_similarity_is_that_of_tracks(
+    device: CudaDevice, size: tuple[np.dtype[Any], int, bool], labels: NDArray[np.int64], odd: bool, seed: int
+) -> None:
+    (dtype, width, aligned), random = size, np.random.default_rng(seed)
+    rows = draw_rows(random, (labels.size + 3, width), dtype)
+    if odd:  # zero rows and equal ones
+        rows[random.random(len(rows)) < 0.3] = 0
+        rows[random.random(len(rows)) < 0.3] = rows[0]
+    got = device.similarity(upload_at(device, rows, aligned), labels)
+    wanted = tracks.track_similarity(rows[: labels.size].astype(np.float64), labels)
+    np.testing.assert_array_equal(got == tracks.DISSIMILAR, wanted == tracks.DISSIMILAR)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=rounding(width))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_identical_rows_tie(device: CudaDevice, dtype: np.dtype[Any]) -> None:
+    rows = np.tile(draw_rows(np.random.default_rng(1), (1, 897), dtype), (40, 1))
+    labels = np.zeros(40, np.int64)
+    got = device.similarity(device.upload(rows), labels)
+    assert got[0] == tracks.DISSIMILAR
+    assert (tracks.settled(got[1:]) == 1).all()
+
+
+def test_a_row_that_overflows_in_fp16_does_not_here(device: CudaDevice) -> None:
+    rows = np.full((3, 64), 60000, np.float16)
+    labels = np.zeros(3, np.int64)
+    np.testing.assert_allclose(device.similarity(device.upload(rows), labels)[1:], 1, rtol=1e-6)
+    plan = merge_plan(labels, np.array([False, True, True]))
+    np.testing.assert_array_equal(device.download(device.reduced(device.upload(rows), plan)), rows[:1])
+
+
+@given(sizes, st.integers(1, 30), st.integers(0, 40), seeds)
+@modest
+def test_take_and_put_are_numpys(
+    device: CudaDevice, size: tuple[np.dtype[Any], int, bool], of: int, number: int, seed: int
+) -> None:
+    (dtype, width, aligned), random = size, np.random.default_rng(seed)
+    rows, index = draw_rows(random, (of, width), dtype), random.integers(0, of, number)
+    taken = device.download(device.take(upload_at(device, rows, aligned), index))
+    np.testing.assert_array_equal(taken, rows[index])
+    places = random.permutation(of)[: min(of, number)]
+    given_rows, target = draw_rows(random, (places.size, width), dtype), upload_at(device, rows, aligned)
+    device.put(target, places, device.upload(given_rows))
+    rows[places] = given_rows
+    np.testing.assert_array_equal(device.download(target), rows)
+
+
+@given(sizes, st.integers(1, 30), st.integers(0, 12), st.integers(1, 5), seeds)
+@modest
+def test_mix_is_that_of_the_host_rounded_once(
+    device: CudaDevice, size: tuple[np.dtype[Any], int, bool], of: int, number: int, terms: int, seed: int
+) -> None:
+    (dtype, width, aligned), random = size, np.random.default_rng(seed)
+    rows, index = draw_rows(random, (of, width), dtype), random.integers(0, of, (number, terms))
+    weight = random.standard_normal((number, terms)).astype(np.float32)
+    got = device.download(device.mix(upload_at(device, rows, aligned), index, weight))
+    np.testing.assert_array_equal(got, HOST.mix(rows.astype(np.float32), index, weight).astype(dtype))
+
+
+def every_value(dtype: np.dtype[Any]) -> NDArray[Any]:
+    """All values of 16 bits, or random bits of 32 with the hard ones: ties, subnormals, infinities."""
+    if dtype.itemsize == 2:
+        return np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        between = (halves + np.nextafter(halves, np.float32(np.inf))) / 2
+        ties = (halves[:-1] + halves[1:]) / 2
+    brains = (np.arange(1 << 16, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
+    return np.concatenate([bits.view(np.float32), halves, between, ties, brains])
+
+
+@pytest.mark.parametrize("to", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_typed_rounds_as_numpy_does(device: CudaDevice, dtype: np.dtype[Any], to: np.dtype[Any]) -> None:
+    values = every_value(dtype)
+    got = device.download(device.typed(device.upload(values), to))
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted = values.astype(np.float32).astype(to)
+    np.testing.assert_array_equal(got.astype(np.float32), wanted.astype(np.float32))
+
+
+@given(sizes, st.integers(1, 20), st.integers(0, 20), st.integers(0, 3), st.integers(0, 4), seeds)
+@modest
+def test_padding_is_finite_and_the_rows_before_it_stay(
+    device: CudaDevice,
+    size: tuple[np.dtype[Any], int, bool],
+    length: int,
+    more: int,
+    behind: int,
+    tables: int,
+    seed: int,
+) -> None:
+    (dtype, width, aligned), random = size, np.random.default_rng(seed)
+    rows = draw_rows(random, (*([tables] if tables else []), length + behind, width), dtype)
+    got = device.download(device.padded(upload_at(device, rows, aligned), length, length + more))
+    assert got.shape == (*rows.shape[:-2], length + more, width)
+    np.testing.assert_array_equal(got[..., :length, :], rows[..., :length, :])
+    assert np.isfinite(got.astype(np.float32)).all()
+
+
+def test_what_was_reduced_is_padded_where_it_lies(device: CudaDevice) -> None:
+    rows, labels = np.ones((64, 8), np.float16), np.zeros(64, np.int64)
+    reduced = device.reduced(device.upload(rows), merge_plan(labels, np.arange(64) % 2 == 1))
+    padded = device.padded(reduced, 32, 48)
+    assert padded.address == reduced.address
+    np.testing.assert_array_equal(device.download(padded), np.repeat([1.0, 0.0], [32, 16])[:, None] * np.ones(8))
+
+
+def test_indices_that_nothing_would_check_later_are_checked(device: CudaDevice) -> None:
+    rows = device.zeros((4, 8), np.float32)
+    for index in (np.array([0, 4]), np.array([-1])):
+        with pytest.raises(IndexError, match=r"into 4 rows"):
+            device.take(rows, index)
+
+
+# --- Captured launches ----------------------------------------------------------------------------------------------
+
+
+def test_a_captured_sequence_reads_what_is_there_when_it_is_replayed(device: CudaDevice) -> None:
+    source, target = device.mirror((4, 8), np.float32), device.mirror((4, 8), np.float32)
+    between = device.zeros((4, 8), np.float32)
+
+    def run() -> None:
+        device.copy(between, source.there)
+        device.copy(target.there, between)
+
+    run()
+    replay = device.capture(run)
+    for number in range(4):
+        source.host[:] = number
+        source.push()
+        replay()
+        assert (target.pull() == number).all()
+
+
+def test_what_cannot_be_captured_says_so_and_spoils_nothing(device: CudaDevice) -> None:
+    rows = device.upload(np.arange(6, dtype=np.float32))
+    with pytest.raises(RuntimeError, match="nothing may be allocated while launches are captured"):
+        device.capture(lambda: device.zeros((4,), np.float32))
+    with pytest.raises(BackendError, match="CAPTURE"):
+        device.capture(device.synchronize)
+    np.testing.assert_array_equal(device.download(rows), np.arange(6))
+
+
+def test_a_buffer_dropped_during_a_capture_is_freed_after_it(device: CudaDevice) -> None:
+    held, target = [device.upload(np.full(8, 3, np.float32))], device.zeros((8,), np.float32)
+
+    def run() -> None:
+        device.copy(target, held[0])
+
+    def run_and_drop() -> None:
+        run()
+        held.clear()
+        gc.collect()
+
+    run()
+    before = device.free_memory()
+    device.capture(run_and_drop)  # not replayed: what it reads is gone
+    np.testing.assert_array_equal(device.download(target), np.full(8, 3))
+    assert device.free_memory() >= before
+
+
+# --- Errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_gpu_is_told_with_figures_and_usable_afterwards(device: CudaDevice) -> None:
+    with pytest.raises(OutOfMemoryError, match=r"MiB free of \d+, \d+ MiB more were needed: sample fewer frames"):
+        device.empty((2 * device.gpu.memory,), np.uint8)
+    assert (device.download(device.zeros((5,), np.int32)) == 0).all()
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(BackendError, match="no NVIDIA GPU 77 with a working driver"):
+        CudaDevice(np.float16, ordinal=77)
+
+
+# --- A whole request ------------------------------------------------------------------------------------------------
+
+
+class Ferried:
+    """A segment of ONNX Runtime on the CPU whose inputs and outputs lie on the GPU."""
+
+    def __init__(self, device: CudaDevice, inputs: Mapping[str, Any], outputs: Mapping[str, Any], bind: Any) -> None:
+        self._device, self.inputs, self.outputs = device, inputs, outputs
+        self._here = {name: np.empty(buffer.shape, buffer.dtype) for name, buffer in inputs.items()}
+        self._made = {name: np.empty(buffer.shape, buffer.dtype) for name, buffer in outputs.items()}
+        self._bound = bind(self._here, self._made)
+
+    def run(self) -> None:
+        for name, array in self._here.items():
+            array[...] = self._device.download(self.inputs[name])
+        self._bound.run()
+        for name, array in self._made.items():
+            self._device.send(array, self.outputs[name])
+
+
+class FerryingBackend(OnnxRuntimeBackend):
+    """Everything between the segments on the GPU, the segments themselves on the CPU."""
+
+    def __init__(self, folder: Path, there: CudaDevice) -> None:
+        super().__init__(folder, threads=1)
+        self.device: Any = there
+
+    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+        return SegmentCache.empty(HOST, shapes, dtype)
+
+    def bind(self, graph: str, inputs: Any, outputs: Any, cache: SegmentCache | None) -> Any:
+        return Ferried(self.device, inputs, outputs, lambda here, made: super(FerryingBackend, self).bind(
+            graph, here, made, cache))  # fmt: skip
+
+
+def test_a_film_is_answered_as_on_the_cpu(bundle: Path, film: Path) -> None:
+    """fp32 rows: plans and tokens are the CPU's; logits differ by what fp32 sums in another order do."""
+    answers = []
+    for backend in (OnnxRuntimeBackend(bundle, threads=1), FerryingBackend(bundle, CudaDevice(np.float32))):
+        pipeline = Pipeline(Bundle(bundle, verify=False), backend)
+        turn = Turn("user", (Visual.VIDEO, "What happens in this video?"))
+        answers.append(pipeline.generate([turn], [film], Request(max_new_tokens=6)))
+    ours, theirs = answers
+    assert [call.kind for call in theirs.reduction] == [call.kind for call in ours.reduction]
+    assert "merge" in [call.kind for call in theirs.reduction]
+    assert theirs.kv_lengths == ours.kv_lengths
+    assert theirs.token_ids == ours.token_ids

@@ -1,0 +1,235 @@
+"""TensorRT engines of the tiny bundle against ONNX Runtime on the CPU, on a GPU: `make test-gpu`.
+
+Without one, tests/runtime/test_tensorrt_emulated.py runs this very file over an emulated driver and library.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from framefusion.errors import BackendError, BundleError
+from framefusion.runtime.backends.choice import choose
+from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.runtime.backends.tensorrt import TensorRTBackend, TensorRTSegment
+from framefusion.runtime.backends.tensorrt_library import LibraryKind, load_library
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.cuda.device import CudaDevice
+from framefusion.runtime.gpu import find_gpu
+from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.positions import decode_positions
+from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.stitching import Stopwatch
+from tests.conftest import COST, made_once
+
+pytestmark = pytest.mark.gpu
+EMULATED = "EMULATED_TENSORRT" in os.environ
+EXACT = os.environ.get("EMULATED_TENSORRT") == "float32"  # which no engine is built in
+DTYPE: Literal["float32", "float16"] = "float32" if EXACT else "float16"
+# fp32: the same products in another order. fp16: 2^-11 for each of some dozen roundings along the residual stream.
+NEAR = 2e-5 if EXACT else 2e-2
+KEPT_ALIKE = 1.0 if EXACT else 0.9  # in fp16 a score next to the threshold may fall on its other side
+LEFT = 1 << 12 if EMULATED else 16 << 20  # bytes: less than the kernels of four engines
+STEPS = 6
+QUESTIONS = ("What happens in this video?", "Who?")
+
+
+def usable_kind() -> LibraryKind:
+    """The library that has kernels for this GPU."""
+    gpu, reasons = find_gpu(), []
+    assert gpu is not None
+    kinds: tuple[LibraryKind, ...] = ("tensorrt-rtx", "tensorrt")
+    for kind in kinds:
+        try:
+            load_library(kind).check_targets((gpu.capability,))
+        except BackendError as error:  # noqa: PERF203
+            reasons.append(str(error))
+        else:
+            return kind
+    pytest.skip("; ".join(reasons))
+
+
+@pytest.fixture(scope="module", params=["adaptive", "fixed"])
+def portable(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle to compile."""
+    from framefusion.export.build import build
+    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.options import BuildOptions
+
+    options = BuildOptions(
+        cost=COST, similarity_lower_bound=0.9, depth=1, dialect="portable", dtype=DTYPE, max_input_len=192,
+        max_kv_cache_capacity=256,
+    )  # fmt: skip
+    if request.param == "fixed":
+        options = replace(options, reduction="fixed", merge_shares=(0.3,), prune_layer=1, max_text_len=64)
+    make: Callable[[Path], object] = lambda to: build(Checkpoint(checkpoint), to, options, verify=False)  # noqa: E731
+    return made_once(tmp_path_factory, f"to-compile-{request.param}", make)
+
+
+@pytest.fixture(scope="module")
+def bundle(portable: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With engines for this GPU."""
+    scratch = tmp_path_factory.mktemp("engines")
+    if EMULATED:
+        from tests.runtime.emulated_tensorrt import compile_for_emulation, install
+
+        install()
+        return compile_for_emulation(Bundle(portable, verify=False), scratch)
+    from framefusion.export.compile import compile_bundle
+    from framefusion.export.options import EngineOptions, Resources
+
+    gpu = find_gpu()
+    assert gpu is not None
+    compile_bundle(portable, EngineOptions(usable_kind(), (gpu.capability,)), Resources(cache=scratch))
+    return Bundle(portable)
+
+
+@pytest.fixture(scope="module")
+def kind(bundle: Bundle) -> LibraryKind:
+    found = bundle.manifest.engines[0].kind
+    return "tensorrt" if found == "tensorrt" else "tensorrt-rtx"
+
+
+@pytest.fixture(scope="module")
+def kernels(portable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp(f"kernels-{portable.name}")
+
+
+@pytest.fixture(scope="module")
+def ours(bundle: Bundle, kind: LibraryKind, kernels: Path) -> Pipeline:
+    return Pipeline(bundle, TensorRTBackend(bundle, kind, kernels=kernels))
+
+
+@pytest.fixture(scope="module")
+def theirs(portable: Path) -> Pipeline:
+    return Pipeline(Bundle(portable, verify=False), OnnxRuntimeBackend(portable, threads=1))
+
+
+def watched(pipeline: Pipeline, question: str, film: Path) -> dict[str, Any]:
+    """Rows of a prompt, places kept, logits of a prefill and of steps that say fixed tokens."""
+    prompt, rows = pipeline.read([Turn("user", (Visual.VIDEO, question))], [film])
+    done = pipeline.prefill(prompt, rows, Request(STEPS), Stopwatch())
+    decoder, logits = pipeline.stitcher.decoder(done), [done.logits.copy()]
+    cos, sin = pipeline.rope(decode_positions(prompt.token_ids.size, prompt.rope_delta, STEPS))
+    for step in range(STEPS - 1):
+        row = pipeline.embedding(np.array([7 * step + 5]))[0]
+        logits.append(decoder.step(row, cos[step], sin[step]).copy())
+    hidden = pipeline.backend.device.download(rows.hidden)[: rows.length].astype(np.float32)
+    return {"rows": hidden, "kept": [set(map(int, kept)) for kept in done.kept], "logits": np.stack(logits)}
+
+
+def apart(found: Any, expected: Any) -> float:
+    """The largest difference, of the largest magnitude expected."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_answers_are_those_of_the_cpu(ours: Pipeline, theirs: Pipeline, film: Path, question: str) -> None:
+    found, expected = watched(ours, question, film), watched(theirs, question, film)
+    assert apart(found["rows"], expected["rows"]) < NEAR
+    for own, other in zip(found["kept"], expected["kept"], strict=True):
+        assert len(own) == len(other)  # the budget counts tokens, whichever they are
+        assert len(own & other) >= KEPT_ALIKE * len(other)
+    if found["kept"] == expected["kept"]:  # else the logits are those of another prompt
+        assert apart(found["logits"], expected["logits"]) < NEAR
+    else:
+        assert np.isfinite(found["logits"]).all()
+
+
+def test_text_alone(ours: Pipeline, theirs: Pipeline) -> None:
+    turn = [Turn("user", ("What do you see?",))]
+    logits = []
+    for pipeline in (ours, theirs):
+        prompt, rows = pipeline.read(turn)
+        logits.append(pipeline.prefill(prompt, rows, Request(STEPS), Stopwatch()).logits.copy())
+    assert apart(*logits) < NEAR
+    assert len(ours.generate(turn, [], Request(STEPS)).token_ids) > 0
+
+
+def test_an_earlier_request_does_not_show(ours: Pipeline, film: Path) -> None:
+    first = watched(ours, QUESTIONS[0], film)
+    watched(ours, "Something else, and longer than that?", film)
+    np.testing.assert_array_equal(watched(ours, QUESTIONS[0], film)["logits"], first["logits"])
+
+
+def test_steps_are_replayed_from_a_captured_graph(ours: Pipeline, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = ours.backend
+    assert isinstance(backend, TensorRTBackend)
+    replayed = watched(ours, QUESTIONS[0], film)["logits"]
+    assert backend.captured
+    monkeypatch.setattr(TensorRTSegment, "capturable", False)
+    backend.forget_graphs()
+    np.testing.assert_array_equal(watched(ours, QUESTIONS[0], film)["logits"], replayed)
+    assert not backend.captured
+
+
+def test_caches_are_allocated_once(ours: Pipeline, film: Path) -> None:
+    prompt, rows = ours.read([Turn("user", (Visual.VIDEO, "What?"))], [film])
+    places = []
+    for _ in range(3):
+        done = ours.prefill(prompt, rows, Request(STEPS), Stopwatch())
+        places.append([keys.address for cache in done.caches for keys in (*cache.keys, *cache.values)])
+        del done
+        gc.collect()
+    assert places[0] == places[1] == places[2]
+
+
+def test_kernels_are_kept_for_the_next_process(ours: Pipeline, film: Path, kind: LibraryKind, kernels: Path) -> None:
+    watched(ours, QUESTIONS[0], film)
+    backend = ours.backend
+    assert isinstance(backend, TensorRTBackend)
+    if not hasattr(load_library(kind).module, "IRuntimeCache"):
+        pytest.skip("TensorRT proper compiles nothing at run time")
+    backend.loader.save()
+    (kept,) = kernels.iterdir()
+    assert kept.stat().st_size > 0
+
+
+def test_the_engines_are_chosen(bundle: Bundle, kind: LibraryKind) -> None:
+    chosen = choose(bundle, kind)
+    assert chosen.option.backend == kind
+    assert choose(bundle).option.device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"targets": ("1.0",)}, "it was built for 1.0 and"),
+        ({"version": "1.2.0"}, "1.2.0 and"),
+    ],
+)
+def test_engines_for_something_else_are_refused(
+    bundle: Bundle, kind: LibraryKind, changes: dict[str, Any], words: str
+) -> None:
+    engines = tuple(replace(engine, **changes) for engine in bundle.manifest.engines)
+    with pytest.raises(BackendError, match=words):
+        TensorRTBackend(bundle.seen_as(engines=engines), kind)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an engine" * 20])
+def test_files_that_are_no_engines_are_refused(
+    bundle: Bundle, kind: LibraryKind, tmp_path: Path, content: bytes
+) -> None:
+    path, first = tmp_path / "broken.engine", bundle.manifest.engines[0]
+    path.write_bytes(content)
+    broken = replace(first, file=str(path))
+    files = {**bundle.manifest.files, str(path): replace(bundle.manifest.files[first.file], size=len(content))}
+    other = bundle.seen_as(engines=(broken, *bundle.manifest.engines[1:]), files=files)
+    with pytest.raises((BackendError, BundleError), match=r"broken\.engine"):
+        TensorRTBackend(other, kind).open([first.graph])
+
+
+def test_a_full_gpu_is_refused_before_anything_is_loaded(bundle: Bundle, kind: LibraryKind) -> None:
+    device = CudaDevice(np.float32)
+    others = device.empty((device.free_memory() - LEFT,), np.uint8)  # what else runs on it
+    with pytest.raises(BackendError, match=r"the engines need .* of GPU memory \(weights .*--max-kv-cache-capacity"):
+        TensorRTBackend(bundle, kind)
+    del others
+    device.synchronize()
