@@ -12,18 +12,27 @@ STAMP := $(VENV)/.installed
 SETUP_TIME := 2 minutes
 TEST_TIME := 1 minute
 DEMO_TIME := 1 minute
+ENGINES_TIME := 1 minute
+
+# What `make engines` compiles for; what `make bench-gpu` measures on the GPU of this machine.
+TARGET_SM ?= 86,89,120
+BACKEND ?= tensorrt-rtx
+PRESET ?= qwen2-vl-7b
+ENGINES := engines-out
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test slow test-gpu lint clean
+.PHONY: help setup demo engines test slow test-gpu bench-gpu lint clean
 
 help:
 	@echo "make demo      build a bundle from the tiny checkpoint and ask it about videos, about $(DEMO_TIME)"
 	@echo "make test      fast tests, about $(TEST_TIME)"
+	@echo "make engines   compile the tiny model for GPUs $(TARGET_SM), without one, about $(ENGINES_TIME)"
 	@echo "make slow      slow tests: the wheel, the large comparisons"
 	@echo "make test-gpu  tests that need a GPU"
+	@echo "make bench-gpu prefill and decode of $(PRESET) by $(BACKEND) on the GPU of this machine"
 	@echo "make lint      ruff, ruff format --check, mypy"
-	@echo "make clean     remove .venv, caches and demo-out"
+	@echo "make clean     remove .venv, caches, demo-out and engines-out"
 
 # Says what is coming before anything slow begins.
 define announce
@@ -49,6 +58,15 @@ demo:
 	$(call announce,$(DEMO_TIME))
 	@$(BIN)/python -m tools.demo
 
+# The same build as .github/workflows/engines.yml, which publishes what is left in $(ENGINES).
+engines:
+	$(call announce,$(ENGINES_TIME))
+	@$(BIN)/ff-export build tests/models/tiny_qwen2_vl -o $(ENGINES)/bundle --force --backend tensorrt-rtx \
+	  --target-sm $(TARGET_SM) --max-input-len 512 --buckets 512 --depth 1 --engine-cache $(ENGINES)/cache
+	@$(BIN)/ff-export check $(ENGINES)/bundle
+	@$(BIN)/ff-export inspect $(ENGINES)/bundle
+	@cd $(ENGINES)/bundle && sha256sum --quiet -c SHA256SUMS
+
 test:
 	$(call announce,$(TEST_TIME))
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
@@ -57,7 +75,13 @@ slow: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow and not gpu"
 
 test-gpu: setup
+	@$(BIN)/python -m pip install -qq -e '.[dev,gpu,tensorrt-rtx]'
 	@$(BIN)/python -m pytest -q -m gpu
+
+bench-gpu: setup
+	@$(BIN)/python -m pip install -qq -e '.[dev,gpu,tensorrt-rtx]'
+	@$(BIN)/python -m tools.bench.prefill --backend $(BACKEND) --preset $(PRESET) --write
+	@$(BIN)/python -m tools.bench.decode --backend $(BACKEND) --preset $(PRESET) --write
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -65,5 +89,5 @@ lint: setup
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) demo-out $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

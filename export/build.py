@@ -1,7 +1,7 @@
 """The main path of the toolchain: a checkpoint to a checked bundle.
 
     checkpoint -> plan -> [weights, graph] for each segment, vision, embedding, tokenizer (parts.py) -> manifest
-    -> check (verify.py) -> model card -> manifest -> rename
+    -> check (verify.py) -> engines (compile.py) -> model card -> manifest -> rename
 
 Each part is written, hashed and journaled before the next.
 """
@@ -12,24 +12,27 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import framefusion
-from framefusion.errors import BundleError, CheckFailedError, CheckpointError, InterruptedBuildError, StorageError
+from framefusion.errors import CheckFailedError, InterruptedBuildError, StorageError
 from framefusion.export import staging
 from framefusion.export.card import write_card
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.options import BuildOptions
+from framefusion.export.compile import compile_engines, remove_unnamed, with_engines, without_graphs, write_checksums
+from framefusion.export.engines.jobs import FOLDER as ENGINES
+from framefusion.export.engines.jobs import KINDS, check_options
+from framefusion.export.options import BuildOptions, Resources
 from framefusion.export.parts import Builder
 from framefusion.export.plan import BuildPlan, identity_of
+from framefusion.export.replan import replan
 from framefusion.export.staging import Staging
 from framefusion.export.verify import Scope, report, scope_of
 from framefusion.progress import Meter, Progress
-from framefusion.runtime.bundle import MANIFEST, SCHEMA_VERSION, Manifest, read_manifest, write_manifest
-from framefusion.runtime.records import RecordError, from_json
+from framefusion.runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Manifest, write_manifest
 
 CARD = "card"  # the part of the model card
 
@@ -51,8 +54,9 @@ def build(
     verify: bool = True,
     tolerance: float | None = None,
     progress: Progress | None = None,
+    resources: Resources | None = None,
 ) -> Built:
-    """Build a bundle, check it against the eager model, and give it its name.
+    """Build a bundle, check it against the eager model, compile its engines if any, and give it its name.
 
     Args:
         checkpoint: what to read.
@@ -61,7 +65,8 @@ def build(
         force: replace an output that exists.
         verify: run the check; without it the manifest says so.
         tolerance: largest error that passes the check, see `check.check_bundle`; None takes its default.
-        progress: told of each part and of the bytes of it; `check` is the last part.
+        progress: told of each part and of the bytes of it; `check` and `engines` are the last parts.
+        resources: what the compilation of engines may take.
 
     Raises:
         CheckFailedError: the bundle does not reproduce the eager model; its parts stay in NAME.partial.
@@ -69,6 +74,8 @@ def build(
     """
     try:
         plan = BuildPlan(checkpoint, options)
+        if options.engines is not None:
+            check_options(options.engines, options.dialect, options.dtype)
         scope = scope_of(plan) if verify else None
         key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
         with Staging(output, key, force=force, progress=progress) as staged:
@@ -79,6 +86,8 @@ def build(
                 scratch = partial(scratch_bundle, checkpoint, staged.folder, meter)
                 checked = report(staged.folder, plan, scope, tolerance, scratch)
                 manifest = replace(manifest, check=_passed(checked, staged.folder))
+            if options.engines is not None:
+                manifest = _compile(plan, manifest, staged, resources, meter)
             manifest = _describe(manifest, checkpoint, staged)
             staged.publish()
     except KeyboardInterrupt:
@@ -89,18 +98,31 @@ def build(
 def sizes_of(plan: BuildPlan, scope: Scope | None) -> dict[str, int]:
     """Bytes of each part that will be written, the bundle that only the check needs among them."""
     sizes = Builder(plan).sizes()
-    if scope is None:
-        return sizes
-    other = None if scope.options is None else Builder(BuildPlan(plan.checkpoint, scope.options)).sizes()
-    return sizes | {"check": sum(other.values()) if other else 0}
+    if scope is not None:
+        other = None if scope.options is None else Builder(BuildPlan(plan.checkpoint, scope.options)).sizes()
+        sizes["check"] = sum(other.values()) if other else 0
+    if plan.options.engines is not None:
+        sizes[ENGINES] = engine_bytes(plan)
+    return sizes
+
+
+def engine_bytes(plan: BuildPlan) -> int:
+    """Bytes of the engines of a plan: the weights of each graph; what comes on top of them is little."""
+    assert plan.options.backend is not None
+    if not KINDS[plan.options.backend].weights_inside:
+        return 0
+    graphs = 1 if plan.fixed is None else 2
+    segments = sum(plan.segment_record(segment).weight_bytes for segment in plan.segments)
+    return graphs * segments + plan.vision_record().weight_bytes
 
 
 @contextmanager
 def scratch_bundle(checkpoint: Checkpoint, place: Path, meter: Meter, options: BuildOptions) -> Iterator[Path]:
     """A bundle of other options in a folder of its own in `place`, gone when the body ends.
 
-    In a staging folder what a killed process leaves is removed by the next build.
+    In a staging folder what a killed process leaves is removed by the next build. A check runs no engine.
     """
+    options = replace(options, backend=None, target_sm=None, engines_only=False)
     try:
         folder = Path(tempfile.mkdtemp(prefix=".check-", dir=place))
     except OSError as error:
@@ -127,12 +149,35 @@ def _write_parts(plan: BuildPlan, staged: Staging, meter: Meter) -> Manifest:
     return manifest
 
 
+def _compile(
+    plan: BuildPlan, manifest: Manifest, staged: Staging, resources: Resources | None, meter: Meter
+) -> Manifest:
+    """Compile the engines into the staging folder; what an earlier try compiled comes from the cache."""
+    options = plan.options.engines
+    assert options is not None
+    staged.forget(ENGINES)
+    meter.begin(ENGINES)
+    bundle = Bundle(staged.folder, verify=False)  # every part was hashed when it was written or taken over
+    with staged.writing("the engines"):
+        made = compile_engines(bundle, options, resources, meter.within, plan)
+        staged.write(ENGINES, lambda _: made.files)
+    full = with_engines(manifest, made, options.kind)
+    if not options.engines_only:
+        return full
+    kept = without_graphs(full)
+    staged.forget_files(full.files.keys() - kept.files.keys())
+    remove_unnamed(staged.folder, full, kept)
+    return kept
+
+
 def _describe(manifest: Manifest, checkpoint: Checkpoint, staged: Staging) -> Manifest:
     """Write the model card, which says what was checked, then the manifest, which has the card's hash."""
     staged.write(CARD, lambda folder: write_card(folder, manifest, checkpoint.folder))
     described = replace(manifest, files=staged.files)
     with staged.writing(MANIFEST):
         write_manifest(staged.folder, described)
+        if described.engines:
+            write_checksums(staged.folder, described)
     return described
 
 
@@ -150,18 +195,8 @@ def check_again(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         BundleError: the manifest does not say how it was built.
         CheckpointError: the checkpoint is not the one that the bundle was built from.
     """
-    manifest = read_manifest(folder)
-    try:
-        options = from_json(BuildOptions, manifest.options)
-    except RecordError as error:
-        raise BundleError(f"{folder} does not say how it was built ({error}): rebuild it") from None
-    plan = BuildPlan(checkpoint, options)
-    ours, theirs = asdict(manifest.model), asdict(plan.model_record())
-    for name, value in ours.items():
-        if theirs[name] != value:
-            raise CheckpointError(
-                f"{checkpoint.folder} has {name} {theirs[name]}, the bundle was built from one with {value}: "
-                "give the checkpoint that it was built from"
-            )
+    bundle = Bundle(folder, verify=False)
+    bundle.require_graphs()
+    plan = replan(folder, bundle.manifest, checkpoint)
     scratch = partial(scratch_bundle, checkpoint, folder.absolute().parent, Meter())
-    return report(folder, plan, scope_of(plan), manifest.check.get("tolerance"), scratch)
+    return report(folder, plan, scope_of(plan), bundle.manifest.check.get("tolerance"), scratch)

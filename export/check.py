@@ -17,8 +17,7 @@ fixed mode shows no scores: there the tokens themselves are compared, and up to 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from framefusion.export.families.family import load
+from framefusion.export.machine import available_memory as available_memory  # of the checks that need it
 from framefusion.export.observation import (
     DECODED,
     Array,
@@ -39,6 +39,7 @@ from framefusion.export.observation import (
 from framefusion.export.plan import BuildPlan
 from framefusion.export.replay import Replayed
 from framefusion.policy import ReductionState
+from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
 from framefusion.runtime.prompt import Prompt
@@ -68,7 +69,7 @@ def check_bundle(folder: Path, plan: BuildPlan, tolerance: float | None = None) 
     bundle, reference = Bundle(folder), "framefusion.export in eager torch"
     theirs = observe(bundle, plan)
     logits = transformers_logits(plan, theirs.prompt, theirs.visuals)
-    comparison = Comparison(Pipeline(bundle), theirs)
+    comparison = Comparison(Pipeline(bundle, choice=choose(bundle, "onnxruntime", "cpu")), theirs)
     errors = comparison.errors()
     if logits is not None:
         reference = f"transformers {plan.family.reference}"
@@ -86,9 +87,14 @@ def check_bundle(folder: Path, plan: BuildPlan, tolerance: float | None = None) 
 
 def default_tolerance(plan: BuildPlan) -> float:
     """The limit of all errors of a build: see the module."""
-    if plan.dtype == torch.float32:
+    return tolerance_of(plan.dtype, plan.config.num_layers)
+
+
+def tolerance_of(dtype: torch.dtype, layers: int) -> float:
+    """The limit behind some layers: see the module."""
+    if dtype == torch.float32:
         return LIMIT
-    return 4 * torch.finfo(plan.dtype).eps / 2 * math.sqrt(ROUNDINGS / 3 * plan.config.num_layers)
+    return 4 * torch.finfo(dtype).eps / 2 * math.sqrt(ROUNDINGS / 3 * layers)
 
 
 class Comparison:
@@ -113,7 +119,7 @@ class Comparison:
         return found
 
     def _features(self) -> Array:
-        return self.compiled.encode_visual(self.theirs.visuals[0])
+        return self.compiled.backend.device.download(self.compiled.encode_visual(self.theirs.visuals[0]))
 
     def _run(self, pipeline: Pipeline, request: Request, theirs: Run, reduction: ReductionState | None = None) -> Run:
         return run(pipeline, self.theirs.prompt, self.theirs.rows, request, reduction, theirs.tokens)
@@ -174,14 +180,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def available_memory() -> int:
-    """Bytes that could be allocated now."""
-    try:
-        lines: Mapping[str, str] = dict(
-            line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-        )
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

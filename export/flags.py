@@ -6,16 +6,19 @@ A flag that is not given leaves the field to that class; the default told is its
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import click
+
+from framefusion.runtime.engine_record import EngineKind
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType  # generic only since click 8.2
 
-Number = TypeVar("Number", int, float)
+Item = TypeVar("Item", int, float, str)
 Command = TypeVar("Command", bound=Callable[..., Any])
 COUNT = click.IntRange(min=1)
 LAYER = click.IntRange(min=0)
@@ -23,14 +26,14 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 OF_FAMILY, OF_CHECKPOINT = "the family's", "the checkpoint's"
 
 
-class CommaList(ParamType, Generic[Number]):
-    """Numbers with commas between them."""
+class CommaList(ParamType, Generic[Item]):
+    """Numbers or words with commas between them."""
 
-    def __init__(self, kind: type[Number]) -> None:
-        self.kind: type[Number] = kind
+    def __init__(self, kind: type[Item]) -> None:
+        self.kind: type[Item] = kind
         self.name = f"{kind.__name__},..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Number, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Item, ...]:
         """Read "0.4,0.1"."""
         try:
             return value if isinstance(value, tuple) else tuple(map(self.kind, value.split(",")))
@@ -43,6 +46,22 @@ def _flag(name: str, kind: Any, text: str, default: str | None = None) -> Callab
     return click.option(name, type=kind, help=text if default is None else f"{text[:-1]}; default: {default}.")
 
 
+KINDS, DTYPES, DEVICES = get_args(EngineKind), ("float32", "float16", "bfloat16"), ("cpu", "cuda")
+BACKEND = _flag(
+    "--backend", click.Choice(KINDS), "Compile engines of this kind, too.", "none, ONNX Runtime runs the graphs"
+)
+TARGETS = (
+    _flag(
+        "--target-sm", CommaList(str), "Compute capabilities of the GPUs: 86,89,120.", "all that the library builds for"
+    ),
+    _flag("--device", click.Choice(DEVICES), "What inductor compiles for, on a machine that has it.", "cpu"),
+    click.option("--engines-only", is_flag=True, help="Leave out the graphs and weights that engines stand for."),
+)
+ENGINE_RESOURCES = (
+    _flag("--jobs", COUNT, "Engines compiled at once.", "one for two cores, as far as memory allows"),
+    _flag("--engine-cache", click.Path(path_type=Path), "Where engines are kept for other builds.", "the user's cache"),
+    _flag("--engine-cache-limit", POSITIVE, "Gigabytes of engines that are kept.", "64"),
+)
 BUILD_OPTIONS = (
     _flag("--reduction", click.Choice(("none", "fixed", "adaptive")), "Where tokens are dropped.", "adaptive"),
     _flag("--cost", float, "Share of the computation over visual tokens that is kept, in (0, 1].", "0.3"),
@@ -51,14 +70,17 @@ BUILD_OPTIONS = (
     _flag("--depth", LAYER, "Deepest layer a reduction may follow (adaptive).", "7"),
     _flag("--merge-shares", CommaList(float), "Share merged at calls 0, 1, ... (fixed)."),
     _flag("--prune-layer", LAYER, "Layer the prune follows (fixed)."),
-    _flag("--dialect", str, "How the graphs say attention: gqa (ONNX Runtime) or portable.", "gqa"),
+    _flag(
+        "--dialect",
+        str,
+        "How the graphs say attention: gqa (ONNX Runtime) or portable.",
+        "gqa; with --backend portable",
+    ),
     _flag("--buckets", CommaList(int), "Sizes of a prefill; the gqa dialect needs none."),
     _flag("--max-input-len", COUNT, "Longest prompt in tokens.", "8192, or what the LLM was trained for"),
     _flag("--max-kv-cache-capacity", COUNT, "Longest prompt and answer together.", "1024 beyond the prompt"),
     _flag("--max-text-len", COUNT, "Longest text of a prompt (fixed).", "512"),
-    _flag(
-        "--dtype", click.Choice(("float32", "float16", "bfloat16")), "Of weights, activations and caches.", "float32"
-    ),
+    _flag("--dtype", click.Choice(DTYPES), "Of weights, activations and caches.", "float32; with --backend float16"),
     _flag("--num-decoder-layer", COUNT, "Take only the first layers, for a smoke test.", "all"),
     _flag("--fps", POSITIVE, "Frames sampled from a second of film.", OF_CHECKPOINT),
     _flag("--max-frames", COUNT, "Most frames sampled.", OF_CHECKPOINT),
@@ -72,6 +94,8 @@ BUILD_OPTIONS = (
     ),
     _flag("--max-slice-nums", COUNT, "Most slices of a frame (MiniCPM-V).", OF_FAMILY),
     _flag("--max-tiles", COUNT, "Most tiles of an image.", OF_FAMILY),
+    BACKEND,
+    *TARGETS,
 )
 CHECKPOINT_REVISION = _flag("--revision", str, "Branch, tag or commit of a checkpoint on the hub.", "main")
 BUNDLE_REVISION = _flag("--revision", str, "Branch, tag or commit of that id.", "the bundle's own")
@@ -80,8 +104,15 @@ TOLERANCE = _flag(
 )
 
 
-def build_options(command: Command) -> Command:
-    """Add all of BUILD_OPTIONS to a command."""
-    for option in reversed(BUILD_OPTIONS):
-        command = option(command)
-    return command
+def options_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Add some options to a command, in this order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+build_options = options_of(*BUILD_OPTIONS)

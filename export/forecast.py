@@ -6,7 +6,6 @@ the build follow from constants measured on two cores and a disk of 0.27 GB/s (t
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,12 @@ from typing import Any
 
 from framefusion.console import in_bytes, table
 from framefusion.export.build import sizes_of
+from framefusion.export.engines.jobs import FOLDER as ENGINES
+from framefusion.export.engines.jobs import KINDS
+from framefusion.export.engines.tensorrt_build import BASE_MEMORY, MEMORY_PER_WEIGHT, PROFILE_MEMORY
+from framefusion.export.engines.tensorrt_profiles import CODE_BYTES
 from framefusion.export.inspection import TEXT, reduction_facts, span
+from framefusion.export.machine import free_disk
 from framefusion.export.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
 from framefusion.export.plan import WEIGHTS, BuildPlan
 from framefusion.export.staging import SPARE
@@ -24,6 +28,8 @@ from framefusion.runtime.bundle import FLOAT_BYTES, FileRecord, Manifest
 from framefusion.runtime.memory import expected_lengths, memory_plan
 
 BYTES_A_SECOND = 180e6  # read, converted, hashed, written and on the disk
+COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eight profiles, a 7B's
+COMPILER, COMPILER_PER_WEIGHT = 500_000_000, 3  # bytes of a process that compiles; for each byte of the graph's weights
 TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
 PROCESS = 650_000_000  # bytes of a process that traces, without a tensor in it
 NEW_TOKENS = 128
@@ -41,7 +47,8 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
     sizes = sizes_of(plan, scope)
     manifest = predicted(plan, sizes)
     checked = sizes.pop("check", 0)
-    total, free = sum(sizes.values()), _free(output)
+    engines = _engines(plan, sizes.get(ENGINES, 0))
+    total, free = sum(sizes.values()), free_disk(output)
     tokens = plan.limits.max_input_len
     visual = max(tokens - TEXT, 0)
     lengths = expected_lengths(manifest, tokens, visual)
@@ -67,7 +74,8 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
             "check": None if scope is None else memory_of_check(plan),
         },
         "check": None if scope is None else {"method": scope.method, "why": scope.why, "scratch_bytes": checked},
-        "seconds": _seconds(plan, total + checked),
+        "engines": engines,
+        "seconds": _seconds(plan, total + checked) + (engines["seconds"] if engines else 0),
         "disk": {"folder": str(output), "needed": total + checked + SPARE, "free": free,
                  "fits": total + checked + SPARE <= free},
     }  # fmt: skip
@@ -82,7 +90,26 @@ def predicted(plan: BuildPlan, sizes: Mapping[str, int]) -> Manifest:
 def _files(sizes: Mapping[str, int]) -> dict[str, int]:
     """File of the bundle -> bytes."""
     single = {"embedding": EMBEDDING_FILE, "tokenizer": TOKENIZER_FILE}
+    single[ENGINES] = ENGINES
     return {single.get(part, f"{part}/{WEIGHTS}"): size for part, size in sizes.items() if part != "check"}
+
+
+def _engines(plan: BuildPlan, size: int) -> dict[str, Any] | None:
+    """What is compiled; the bytes are those of the weights and some megabytes for each profile of a segment."""
+    options = plan.options.engines
+    if options is None:
+        return None
+    inside = KINDS[options.kind].weights_inside
+    heaviest = max(plan.vision_record().weight_bytes, *(plan.segment_record(s).weight_bytes for s in plan.segments))
+    profiles = len(plan.buckets() or (0,)) + 1  # a fixed prefill has one
+    memory = BASE_MEMORY + PROFILE_MEMORY * profiles + round(MEMORY_PER_WEIGHT * heaviest)
+    return {
+        "kind": options.kind,
+        "targets": list(options.targets),
+        "bytes": size + CODE_BYTES * len(plan.segments) * profiles if inside else None,
+        "seconds": size / COMPILED_A_SECOND if inside else None,
+        "memory": memory if inside else None,
+    }
 
 
 def _segment(manifest: Manifest, index: int) -> dict[str, Any]:
@@ -116,10 +143,16 @@ def _seconds(plan: BuildPlan, size: int) -> float:
     return size / BYTES_A_SECOND + TRACING * (graphs * sum(structures.values()) + len(plan.tower.sources))
 
 
-def _free(output: Path) -> int:
-    """Bytes free where the output would be: at the nearest folder that exists."""
-    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    return shutil.disk_usage(place).free
+def _engine_lines(engines: Mapping[str, Any] | None) -> list[str]:
+    if engines is None:
+        return []
+    if engines["bytes"] is None:
+        return [f"{engines['kind']} engines: without weights, some megabytes and minutes; not forecast"]
+    targets = ", ".join(engines["targets"]) or "all that the library builds for"
+    return [
+        f"{engines['kind']} engines for {targets}: about {in_bytes(engines['bytes'])}, compiled one by one in "
+        f"{in_time(engines['seconds'])}, the largest with {in_bytes(engines['memory'])} of memory"
+    ]
 
 
 def render(facts: Mapping[str, Any]) -> str:
@@ -141,6 +174,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"memory of the build: about {in_bytes(memory['build'])}",
         f"memory of a run, {prompt['input_len']} tokens of prompt and {prompt['max_new_tokens']} new ones: "
         f"{in_bytes(memory['run']['expected'])} expected, {in_bytes(memory['run']['worst'])} at worst",
+        *_engine_lines(facts["engines"]),
         "check: left out" if check is None else f"check: {check['why'] or 'full'}",
         f"time: about {in_time(facts['seconds'])} to write, at {BYTES_A_SECOND / 1e9:.2f} GB/s and "
         f"{TRACING:g} s of tracing for each parameter of a graph",

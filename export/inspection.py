@@ -10,6 +10,7 @@ from typing import Any
 from framefusion.budget import describe_cost
 from framefusion.console import in_bytes, table
 from framefusion.errors import PromptError
+from framefusion.export.engine_inspection import engine_block, engine_facts
 from framefusion.runtime.bundle import (
     MANIFEST,
     UNKNOWN_LICENSE,
@@ -59,6 +60,7 @@ def report(folder: Path, question: Question) -> dict[str, Any]:
         "fixed": None if manifest.fixed is None else asdict(manifest.fixed),
         "bytes": bytes_by_part(folder, manifest),
         "memory": {name: asdict(plan) | {"total": plan.total} for name, plan in plans.items()},
+        "engines": engine_facts(manifest),
         "check": dict(manifest.check) or None,
         "tools": dict(manifest.tools),
     }
@@ -82,7 +84,7 @@ def padding(buckets: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def bytes_by_part(folder: Path, manifest: Manifest) -> dict[str, int]:
-    """Bytes on disk: one entry a segment, and one each for the other parts."""
+    """Bytes on disk: one entry a segment, one a kind of engine, and one each for the other parts."""
     return bytes_of_files(manifest.files) | {"manifest": (folder / MANIFEST).stat().st_size}
 
 
@@ -91,7 +93,7 @@ def bytes_of_files(files: Mapping[str, FileRecord]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, record in files.items():
         parts = Path(name).parts
-        part = "/".join(parts[:2]) if parts[0] == "segments" else Path(parts[0]).stem
+        part = "/".join(parts[:2]) if parts[0] in ("segments", "engines") else Path(parts[0]).stem
         sizes[part] = sizes.get(part, 0) + record.size
     return sizes
 
@@ -158,6 +160,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"{prompt['max_new_tokens']} new ones",
     ]
     blocks = ["\n".join(head), _segment_table(facts["segments"]), _shapes(facts)]
+    blocks += [engine_block(kind) for kind in facts["engines"]]
     blocks += [_byte_table(facts["bytes"]), _memory_table(facts["memory"]), _check_table(facts["check"])]
     return "\n\n".join(blocks)
 

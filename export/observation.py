@@ -14,7 +14,8 @@ from framefusion.policy import Decision, ReductionState
 from framefusion.runtime.bundle import Bundle, Manifest
 from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
 from framefusion.runtime.prompt import Prompt, Turn, Visual
-from framefusion.runtime.stitching import Stopwatch, TokenRows
+from framefusion.runtime.stitching import Stopwatch
+from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.visual_input import VisualInput
 
 DECODED = 16

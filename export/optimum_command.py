@@ -50,9 +50,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def build_options() -> Iterator[click.Option]:
-    """Options of `ff-export build`, the output left out: optimum has a positional argument for it."""
+    """Options of `ff-export build`, output and device left out: optimum has arguments of its own for them."""
     for parameter in ff_export.commands["build"].params:
-        if isinstance(parameter, click.Option) and parameter.name != "output":
+        if isinstance(parameter, click.Option) and parameter.name not in ("output", "device"):
             yield parameter
 
 

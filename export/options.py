@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from framefusion.runtime.bundle import Mode
+from framefusion.errors import BudgetError
+from framefusion.runtime.bundle import EngineKind, Mode
 
+Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "float16", "bfloat16"]
 DEFAULT_TEXT = 512
+ENGINE_DIALECT, ENGINE_DTYPES = "portable", ("float16", "bfloat16")  # of the graphs that TensorRT engines are made of
+CACHE_LIMIT = 64_000_000_000  # bytes of engines that stay in a cache
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class BuildOptions:
         mm_spatial_pool_mode: how the patches of a frame are pooled (LLaVA).
         max_slice_nums: most slices that a frame of a video is cut into (MiniCPM-V).
         max_tiles: most tiles that an image is cut into (InternVL, NVILA, LLaVA).
+        backend, target_sm, engines_only, device: the engines that are compiled of the graphs, see `EngineOptions`.
     """
 
     reduction: Mode = "adaptive"
@@ -53,3 +59,61 @@ class BuildOptions:
     max_slice_nums: int | None = None
     max_tiles: int | None = None
     mm_spatial_pool_mode: str | None = None
+    backend: EngineKind | None = None
+    target_sm: tuple[str, ...] | None = None
+    engines_only: bool = False
+    device: Device = "cpu"
+
+    @property
+    def engines(self) -> EngineOptions | None:
+        """What is compiled of the graphs; None leaves them to ONNX Runtime."""
+        if self.backend is None:
+            return None
+        return EngineOptions(self.backend, self.target_sm or (), self.engines_only, self.device)
+
+    @staticmethod
+    def chosen(**fields: Any) -> BuildOptions:
+        """Options of which None stands for the default; that of a build with engines is what they can be compiled from.
+
+        Raises:
+            BudgetError: something was asked of engines, and no engines.
+        """
+        given = {name: value for name, value in fields.items() if value is not None}
+        if "backend" in given:
+            usual = {} if given["backend"] == "inductor" else {"dialect": ENGINE_DIALECT, "dtype": ENGINE_DTYPES[0]}
+            return BuildOptions(**usual | given)
+        if given.get("target_sm") or given.get("engines_only"):
+            raise BudgetError("--target-sm and --engines-only are about engines: say which with --backend")
+        return BuildOptions(**given)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a user may choose of engines; all of it decides what is in the bundle.
+
+    Attributes:
+        kind: what compiles and runs them.
+        targets: compute capabilities, "86" or "8.6"; none takes the library's own choice.
+        engines_only: leave out graphs and weights that have an engine.
+        device: what inductor compiles for; the others compile for GPUs alone.
+    """
+
+    kind: EngineKind
+    targets: tuple[str, ...] = ()
+    engines_only: bool = False
+    device: Device = "cpu"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compilation may take; none of it decides what comes out.
+
+    Attributes:
+        jobs: engines at once; None takes one for CORES_PER_JOB cores, as far as memory allows.
+        cache: folder of the engine cache; None takes the user's.
+        cache_limit: bytes of engines that stay in it.
+    """
+
+    jobs: int | None = None
+    cache: Path | None = None
+    cache_limit: int = CACHE_LIMIT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -32,9 +33,24 @@ def cache_names(prefix: str, count: int) -> list[str]:
     return [f"{prefix}_{part}_{j}" for j in range(count) for part in ("key", "value")]
 
 
-def trace_segment(
-    config: DecoderConfig, plan: SegmentPlan, dialect: Dialect, dtype: torch.dtype = torch.float32
-) -> ir.Model:
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """Example inputs of a decoder's graph and all its names, in order.
+
+    Attributes:
+        arguments: on the meta device; only shapes and types count; None stands for an argument the graph lacks.
+        dynamic_shapes: as torch.export takes them, one for each argument.
+        inputs: names of the arguments that are tensors, caches flattened.
+        outputs: names.
+    """
+
+    arguments: tuple[Any, ...]
+    dynamic_shapes: tuple[Any, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def segment_signature(config: DecoderConfig, plan: SegmentPlan) -> Signature:
     """A segment with any number of tokens and cache slots."""
     half, layers = config.head_dim // 2, len(plan.attention_layers)
     arguments: tuple[Any, ...] = (
@@ -55,9 +71,19 @@ def trace_segment(
     inputs += ["previous"] * plan.scores + ["last"] * (plan.scores or plan.head) + cache_names("past", layers)
     inputs += ["deepstack"] * (plan.deepstack > 0)
     outputs = ["logits" if plan.head else "hidden_out"] + ["similarity", "importance"] * plan.scores
-    outputs += cache_names("present", layers)
-    model = trace(segment_module(config, plan), arguments, axes, dialect, inputs, outputs, dtype=dtype)
-    return _name_axes(model, layers)
+    return Signature(arguments, axes, tuple(inputs), (*outputs, *cache_names("present", layers)))
+
+
+def trace_segment(
+    config: DecoderConfig, plan: SegmentPlan, dialect: Dialect, dtype: torch.dtype = torch.float32
+) -> ir.Model:
+    """See `segment_signature`."""
+    told = segment_signature(config, plan)
+    model = trace(
+        segment_module(config, plan), told.arguments, told.dynamic_shapes, dialect, told.inputs, told.outputs,
+        dtype=dtype,
+    )  # fmt: skip
+    return _name_axes(model, len(plan.attention_layers))
 
 
 def trace_tower(tower: Tower, dialect: Dialect, dtype: torch.dtype = torch.float32) -> ir.Model:
@@ -70,7 +96,7 @@ def trace_tower(tower: Tower, dialect: Dialect, dtype: torch.dtype = torch.float
     return model
 
 
-def trace_fixed_prefill(module: FixedPrefill, dialect: Dialect, dtype: torch.dtype = torch.float32) -> ir.Model:
+def fixed_signature(module: FixedPrefill) -> Signature:
     """The static prefill of the fixed mode; only the cache capacities are free."""
     config, record = module.config, module.record
     half, layers, size = config.head_dim // 2, config.num_layers, record.max_text + record.max_visual
@@ -90,9 +116,17 @@ def trace_fixed_prefill(module: FixedPrefill, dialect: Dialect, dtype: torch.dty
     if module.deepstack:
         arguments, axes = (*arguments, meta(module.deepstack, size, config.hidden_size)), (*axes, None)
         inputs.append("deepstack")
-    outputs = ["logits", "origin", *cache_names("present", layers)]
-    model = trace(module, arguments, axes, dialect, inputs, outputs, static_reduction.DECOMPOSITIONS, dtype)
-    return _name_axes(model, layers)
+    return Signature(arguments, axes, tuple(inputs), ("logits", "origin", *cache_names("present", layers)))
+
+
+def trace_fixed_prefill(module: FixedPrefill, dialect: Dialect, dtype: torch.dtype = torch.float32) -> ir.Model:
+    """See `fixed_signature`."""
+    told = fixed_signature(module)
+    model = trace(
+        module, told.arguments, told.dynamic_shapes, dialect, told.inputs, told.outputs,
+        static_reduction.DECOMPOSITIONS, dtype,
+    )  # fmt: skip
+    return _name_axes(model, module.config.num_layers)
 
 
 def _int(length: int) -> Tensor:

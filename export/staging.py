@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -55,7 +55,7 @@ class Staging:
         self._parts: dict[str, dict[str, FileRecord]] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder / LOCK)
+            self._lock = lock(self.folder / LOCK)
         except OSError as error:
             raise StorageError(f"{self.folder} cannot be written ({error.strerror}): choose another place") from None
         self._take_over(progress)
@@ -107,6 +107,11 @@ class Staging:
         """Do not take a part over from an earlier try: what it says is of that try."""
         if self._parts.pop(part, None) is not None:
             self._save()
+
+    def forget_files(self, names: Iterable[str]) -> None:
+        """The same for each part that all files of are among these."""
+        for part in [part for part, files in self._parts.items() if files.keys() <= set(names)]:
+            self.forget(part)
 
     def publish(self) -> None:
         """Give the folder its name; what stood there goes, after the new one is complete."""
@@ -198,7 +203,8 @@ def _stands(path: Path, record: FileRecord, meter: Meter) -> bool:
     return sha256_of(path, meter.add) == record.sha256
 
 
-def _lock(path: Path) -> IO[str]:
+def lock(path: Path) -> IO[str]:
+    """Hold a file's lock while its handle is open; refused where another process holds it."""
     handle = path.open("w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -44,7 +44,19 @@ def _quiet() -> Iterator[None]:
         exporter.setLevel(level)
 
 
-def trace(
+class Traced(NamedTuple):
+    """A graph in a dialect, and the torch program that it says; its values have the names of the program's nodes."""
+
+    model: ir.Model
+    program: torch.export.ExportedProgram
+
+
+def trace(*arguments: Any, **named: Any) -> ir.Model:
+    """The model of `trace_program`."""
+    return trace_program(*arguments, **named).model
+
+
+def trace_program(
     module: nn.Module,
     arguments: Arguments,
     dynamic_shapes: Any,
@@ -53,7 +65,7 @@ def trace(
     outputs: Sequence[str],
     decompositions: Mapping[Any, Any] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> ir.Model:
+) -> Traced:
     """Trace a module and say it in a dialect.
 
     Args:
@@ -80,9 +92,10 @@ def trace(
             verbose=False,
         )
     assert exported is not None
+    assert exported.exported_program is not None
     _rename(exported.model.graph.inputs, inputs)
     _rename(exported.model.graph.outputs, outputs)
-    return _plain(exported.model)
+    return Traced(_plain(exported.model), exported.exported_program)
 
 
 def _typed(module: nn.Module, arguments: Arguments, dtype: torch.dtype) -> tuple[nn.Module, Arguments]:

@@ -8,6 +8,9 @@ gathers and scatters of permutations, because TensorRT refuses NonZero, scatters
     2. compaction: a prefix sum sends each kept token to its new place, and each dropped one behind them
     3. means of runs: a segmented scan by doubling, in track order; prefix sums over all rows would lose digits
 
+TensorRT-RTX builds it as it is, for 13440 visual tokens too. A plug-in, its kernel inside the engine, would save some
+launches; but no other runtime could check it, and ONNX Runtime checks this one against the twin.
+
 Knows nothing of costs, models or calls: the counts come in as tensors, the lengths as constants.
 """
 

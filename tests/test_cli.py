@@ -85,6 +85,8 @@ def test_every_build_option_has_its_flag() -> None:
     flags = {parameter.name: parameter.opts for parameter in ff_export.commands["build"].params}
     for other in ("checkpoint", "output", "revision", "clips", "force", "no_check", "tolerance", "json"):
         del flags[other]
+    for resource in ("jobs", "engine_cache", "engine_cache_limit"):
+        del flags[resource]
     names = [field.name for field in dataclasses.fields(BuildOptions)]
     assert flags == {name: [f"--{name.replace('_', '-')}"] for name in names}
 
@@ -92,8 +94,8 @@ def test_every_build_option_has_its_flag() -> None:
 def test_defaults_told_are_those_of_the_library() -> None:
     texts = {option.name: option.help or "" for option in ff_export.commands["build"].params if hasattr(option, "help")}
     for field in dataclasses.fields(BuildOptions):
-        if field.default is not None:
-            assert texts[field.name].endswith(f"default: {field.default}.")
+        if field.default not in (None, False):
+            assert f"default: {field.default}" in texts[field.name]
     assert f"default: {DEFAULT_DEPTH}." in texts["depth"]
     assert f"default: {DEFAULT_INPUT}, or" in texts["max_input_len"]
     assert f"default: {DEFAULT_NEW_TOKENS} beyond" in texts["max_kv_cache_capacity"]

@@ -30,7 +30,6 @@ from framefusion.export.signatures import segment_module, trace_segment
 from framefusion.export.trace import save_graph
 from framefusion.export.weights import load_parameters, write_parameters
 from framefusion.policy import Reduction, ReductionSettings
-from framefusion.runtime import stitching
 from framefusion.runtime.backends import Backend
 from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from framefusion.runtime.bundle import (
@@ -48,7 +47,8 @@ from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.positions import rope_tables, vision_rope_tables
 from framefusion.runtime.prompt import PromptTemplate
 from framefusion.runtime.sampling import GenerationConfig
-from framefusion.runtime.stitching import Stitcher, Stopwatch, TokenRows
+from framefusion.runtime.stitching import Stitcher, Stopwatch
+from framefusion.runtime.token_rows import TokenRows
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 2e-5
@@ -223,8 +223,8 @@ def test_equals_the_recording_in_chunks(
     kind: str, variant: str, stitchers: Callable[[str, str], Stitcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last segment's prefill in parts of 48 tokens, the last part a short one."""
-    monkeypatch.setattr(stitching, "CHUNK", 48)
     for model, name in CASES:
+        monkeypatch.setattr(stitchers(model, kind).backend, "chunk", 48)
         test_equals_the_recording(model, name, kind, variant, stitchers)
 
 

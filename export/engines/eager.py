@@ -16,12 +16,13 @@ from framefusion.export.graph.fixed import FixedPrefill
 from framefusion.export.graph.tower import Tower
 from framefusion.export.signatures import cache_names
 from framefusion.runtime.backends import Array
+from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.kv_cache import SegmentCache
 
 Load = Callable[[], nn.Module]
 
 
-class EagerBackend:
+class EagerBackend(HostBackend):
     """Torch modules by the name of the graph they stand for.
 
     Args:
@@ -31,6 +32,7 @@ class EagerBackend:
     name = "eager"
 
     def __init__(self, loaders: Mapping[str, Load]) -> None:
+        super().__init__()
         self._loaders = loaders
         self._modules: dict[str, nn.Module] = {}
 

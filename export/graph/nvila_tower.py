@@ -68,7 +68,8 @@ class NvilaTower(Tower):
     def forward(self, patches: Tensor, pool: Tensor | None = None) -> Tensor:
         """See the module's table."""
         rows = self.project(self.encode(patches))  # [N*F, B, D]
-        rows = rows.reshape(patches.shape[0], -1, *rows.shape[1:]).mean(1)
+        rows = rows.reshape(patches.shape[0], -1, *rows.shape[1:])
+        rows = rows.sum(1) / rows.shape[1]  # TensorRT refuses the axis of torch's mean, which is computed in the graph
         return (rows if pool is None else pool @ rows).flatten(0, 1)
 
     def encode(self, patches: Tensor) -> Tensor:

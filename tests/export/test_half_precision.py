@@ -29,7 +29,6 @@ from framefusion.export.options import BuildOptions
 from framefusion.export.plan import BuildPlan
 from framefusion.export.trace import trace
 from framefusion.export.weights import Source, blocks_of, check_range
-from framefusion.runtime import stitching
 from framefusion.runtime.bundle import Bundle, read_manifest
 from framefusion.runtime.memory import memory_plan
 from framefusion.runtime.pipeline import Pipeline, Request
@@ -143,7 +142,7 @@ def test_every_mode_in_every_dialect_in_float16(
     whole = pipeline.prefill(prompt, rows, Request(4), Stopwatch())
     assert {buffer.dtype for cache in whole.caches for buffer in (*cache.keys, *cache.values)} == {np.dtype(np.float16)}
     assert whole.logits.dtype == np.float32
-    monkeypatch.setattr(stitching, "CHUNK", 24)
+    monkeypatch.setattr(pipeline.backend, "chunk", 24)
     chunks = pipeline.prefill(prompt, rows, Request(4), Stopwatch())
     assert np.abs(whole.logits - chunks.logits).max() < check["tolerance"] * np.abs(whole.logits).max()
     np.testing.assert_array_equal(rows.hidden, before)
@@ -168,7 +167,7 @@ def test_the_runtime_refuses_bfloat16(bundle: Path, tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["model"]["dtype"] = "bfloat16"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BackendError, match=r"bfloat16, the CPU runtime runs float32 and float16: .* --dtype float16"):
+    with pytest.raises(BackendError, match=r"bfloat16, the CPU runtime runs float32 and float16 \(.* --dtype float16"):
         Pipeline(Bundle(folder))
 
 

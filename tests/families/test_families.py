@@ -22,7 +22,8 @@ from framefusion.export.options import BuildOptions
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request, as_image, as_video
 from framefusion.runtime.prompt import Prompt, Turn, Visual
-from framefusion.runtime.stitching import Stopwatch, TokenRows
+from framefusion.runtime.stitching import Stopwatch
+from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.video import Video, read_video
 from framefusion.runtime.visual_input import Rows, VisualInput
 from tests.families import CASES

@@ -23,7 +23,8 @@ from framefusion.runtime.families.internvl import InternVLPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.pipeline import as_image, as_video
 from framefusion.runtime.prompt import TurnLayout
-from framefusion.runtime.stitching import Stopwatch, TokenRows
+from framefusion.runtime.stitching import Stopwatch
+from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.visual_input import Rows
 from tests.families.case import CONVERSATIONS, FamilyCase, Seen, picture, relative_error
 from tests.families.eager import eager_pipeline

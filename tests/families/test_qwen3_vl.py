@@ -21,13 +21,13 @@ from framefusion.export.families.qwen3_vl import preprocessing
 from framefusion.export.families.qwen3_vl_tower import tower
 from framefusion.export.options import BuildOptions
 from framefusion.policy import FixedReduction, Plan, ReductionState, merge_plan, prune_plan
-from framefusion.runtime import stitching
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.pipeline import Pipeline, Request, as_image, as_video
 from framefusion.runtime.positions import Grid
 from framefusion.runtime.prompt import Prompt, Turn
-from framefusion.runtime.stitching import Prefilled, Stopwatch, TokenRows
+from framefusion.runtime.stitching import Prefilled, Stopwatch
+from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.video import Video
 from framefusion.runtime.vision import rope_2d_table
 from framefusion.runtime.visual_input import Rows, Tiles
@@ -238,7 +238,7 @@ def test_chunks_take_their_features(subject: Subject, tmp_path: Path, monkeypatc
     pipeline = eager_pipeline(subject.folder, tmp_path / "b", BuildOptions(cost=0.5, depth=0))
     assert [record.deepstack for record in pipeline.manifest.segments] == [0, 3]
     whole = pipeline.stitcher.prefill(subject.rows, None, 4, Stopwatch())
-    monkeypatch.setattr(stitching, "CHUNK", 37)
+    monkeypatch.setattr(pipeline.backend, "chunk", 37)
     chunked = pipeline.stitcher.prefill(subject.rows, None, 4, Stopwatch())
     assert relative_error(chunked.logits, whole.logits) < LIMIT
     assert relative_error(chunked.logits, subject.prefill(None).logits) < LIMIT

@@ -1,0 +1,264 @@
+"""Engines of torch's inductor: the graphs in plain torch, their compilation, and whole bundles that run on them.
+
+A bundle in fp32 is compared with ONNX Runtime to 1e-4 of the largest magnitude, the limit of check.py: both sum in fp32
+in an order of their own. One in bfloat16 is compared with eager torch in fp32 to the limit that check.py argues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from framefusion.errors import BackendError, BundleError
+from framefusion.export.build import build
+from framefusion.export.check import Comparison, relative_error, tolerance_of
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.compile import compile_bundle
+from framefusion.export.engines import inductor
+from framefusion.export.engines.inductor_graph import PLAIN, cache_attention, export, kinds_of, traceables
+from framefusion.export.observation import DECODED, draw_clip, observe, run
+from framefusion.export.options import BuildOptions, EngineOptions, Resources
+from framefusion.export.plan import BuildPlan
+from framefusion.export.replan import replan
+from framefusion.ops import KERNELS
+from framefusion.runtime.backends.inductor import InductorBackend
+from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.engines import examine
+from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.prompt import Turn, Visual
+from tests.conftest import made_once
+from tests.export.test_build import MODES
+
+OPS = torch.ops.framefusion
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
+TURNS = [Turn("user", (Visual.VIDEO, "What happens?"))]
+
+
+# --- Plain torch ------------------------------------------------------------------------------------------------------
+
+
+def test_every_op_has_a_plain_form() -> None:
+    ours = {getattr(OPS, name).default for name in dir(OPS) if hasattr(getattr(OPS, name), "default")}
+    assert set(PLAIN) >= ours >= set(KERNELS)
+
+
+@pytest.mark.parametrize(("length", "taken", "slots"), [(9, 9, 17), (1, 12, 17), (5, 17, 17), (1, 1, 1), (2, 2, 2)])
+def test_attention_over_all_slots_is_attention_over_those_taken(length: int, taken: int, slots: int) -> None:
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(length + taken))
+    query, key, value = (draw(1, length, heads * HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    past = [draw(1, KV_HEADS, slots, HEAD_DIM) for _ in range(2)]
+    operands: Any = (query, key, value, *past, torch.tensor([taken]), HEADS, KV_HEADS)
+    for ours, theirs in zip(cache_attention(*operands), OPS.cache_attention(*operands), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+
+
+@pytest.fixture
+def plan(checkpoint: Path) -> BuildPlan:
+    return BuildPlan(Checkpoint(checkpoint), BuildOptions(cost=0.4, depth=1, max_input_len=512))
+
+
+@pytest.mark.slow
+def test_a_graph_is_plain_torch_that_writes_to_its_caches_and_nothing_else(plan: BuildPlan) -> None:
+    source = traceables(plan)["segments/layer01/graph.onnx"]()
+    source.module.to_empty(device="cpu")
+    with torch.no_grad():
+        program = export(source, torch.float32, "cpu")
+    assert all(name.startswith("aten.") or "getitem" in name for name in kinds_of(program) if "sym" not in name)
+    written = program.graph_signature.user_inputs_to_mutate.values()
+    caches = [i for i, name in enumerate(source.inputs) if name.startswith("past_")]
+    assert sorted(written) == [program.graph_signature.user_inputs[i] for i in caches]
+    assert program.graph_signature.buffers == ()  # constants would be weights that lie in the engine
+
+
+def test_segments_of_one_structure_are_one_graph(checkpoint: Path) -> None:
+    plan = BuildPlan(Checkpoint(checkpoint), BuildOptions(cost=0.6, depth=2, max_input_len=512))
+    sources = {graph: make() for graph, make in traceables(plan).items()}
+    one, other = sources["segments/layer01/graph.onnx"], sources["segments/layer02/graph.onnx"]
+    assert one.inputs == other.inputs
+    assert [argument.shape for argument in one.arguments] == [argument.shape for argument in other.arguments]
+    assert str(one.module) == str(other.module)
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_its_name_is_told(
+    bundle: Path, plan: BuildPlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BackendError, match=r"inductor needs a C\+\+ compiler and (g|clang)\+\+ is not there.*set CXX"):
+        inductor.specs(bundle, Bundle(bundle).manifest, plan)
+    monkeypatch.setenv("CXX", "nowhere++")
+    with pytest.raises(BackendError, match=r"nowhere\+\+ is not there"):
+        inductor.specs(bundle, Bundle(bundle).manifest, plan)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_none_is_compiled_for(bundle: Path, plan: BuildPlan) -> None:
+    with pytest.raises(BackendError, match=r"torch .* finds none: compile there, or with --device cpu"):
+        inductor.specs(bundle, Bundle(bundle).manifest, plan, "cuda")
+    with pytest.raises(BackendError, match=r"device 'tpu' is unknown .* cpu, cuda"):
+        inductor.specs(bundle, Bundle(bundle).manifest, plan, "tpu")
+
+
+def test_weights_of_another_model_are_refused(bundle: Path, plan: BuildPlan) -> None:
+    (name, make), *_ = [item for item in traceables(plan).items() if "layer00" in item[0]]
+    with pytest.raises(BundleError, match=r"layer01/graph.onnx has no blocks.0.*: give the checkpoint"):
+        inductor.give_weights(make().module, bundle / name.replace("layer00", "layer01"), torch.float32)
+
+
+def test_a_bundle_without_such_engines_says_how_to_make_them(bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"holds no inductor engine: ff-export compile .* --backend inductor"):
+        InductorBackend(Bundle(bundle))
+
+
+# --- Engines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for the whole session."""
+    return made_once(tmp_path_factory, "inductor-engines", Path.mkdir)
+
+
+@pytest.fixture
+def compiled(checkpoint: Path, engines: Path, tmp_path: Path) -> Callable[..., Bundle]:
+    def make(device: Any = "cpu", **options: Any) -> Bundle:
+        source, folder = Checkpoint(checkpoint), tmp_path / "bundle"
+        manifest = build(source, folder, BuildOptions(**options), verify=False).manifest
+        wanted = EngineOptions("inductor", device=device)
+        compile_bundle(folder, wanted, Resources(cache=engines), plan=replan(folder, manifest, source))
+        return Bundle(folder)
+
+    return make
+
+
+def pipelines(bundle: Bundle) -> tuple[Pipeline, Pipeline]:
+    backend = OnnxRuntimeBackend(bundle.folder, threads=1)
+    return Pipeline(bundle, backend), Pipeline(bundle, InductorBackend(bundle, threads=1))
+
+
+def assert_same(bundle: Bundle, *requests: Request) -> None:
+    theirs, ours = pipelines(bundle)
+    prompt, rows = theirs.read(TURNS, [draw_clip()])
+    assert relative_error(ours.read(TURNS, [draw_clip()])[1].hidden, rows.hidden) < 1e-4
+    for request in requests:
+        expected = run(theirs, prompt, rows, request)
+        found = run(ours, prompt, rows, request, tokens=expected.tokens)
+        for ours_kept, theirs_kept in zip(found.kept, expected.kept, strict=True):
+            np.testing.assert_array_equal(ours_kept, theirs_kept)
+        for logits, wanted in zip([found.logits, *found.decoded], [expected.logits, *expected.decoded], strict=True):
+            assert relative_error(logits, wanted) < 1e-4
+        answers = [pipeline.answer(prompt, rows, request) for pipeline in (theirs, ours)]
+        assert answers[0].token_ids == answers[1].token_ids
+        assert answers[0].kv_lengths == answers[1].kv_lengths
+
+
+@pytest.mark.slow
+def test_an_adaptive_bundle_runs_on_its_engines_as_in_onnxruntime(
+    compiled: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = compiled(cost=0.6, depth=2, max_input_len=512)
+    files = {engine.graph: bundle.manifest.files[engine.file] for engine in bundle.manifest.engines}
+    assert files["segments/layer01/graph.onnx"].sha256 == files["segments/layer02/graph.onnx"].sha256
+    assert all(fit.fits for fit in examine(bundle.folder, bundle.manifest, hashes=True))
+    assert_same(bundle, Request(DECODED), Request(DECODED, cost=1.0), Request(DECODED, random_reduction=True, seed=1))
+
+    backend = InductorBackend(bundle, threads=1)
+    pipeline, whole = Pipeline(bundle, backend), OnnxRuntimeBackend(bundle.folder, threads=1)
+    prompt, rows = pipeline.read(TURNS, [draw_clip()])
+    expected = run(Pipeline(bundle, whole), prompt, rows, Request(DECODED, cost=1.0))
+    monkeypatch.setattr(backend, "chunk", 24)
+    found = run(pipeline, prompt, rows, Request(DECODED, cost=1.0), tokens=expected.tokens)
+    assert relative_error(found.logits, expected.logits) < 1e-4
+    assert relative_error(found.decoded[-1], expected.decoded[-1]) < 1e-4
+
+    engine = bundle.manifest.engines[0]
+    other = dataclasses.replace(engine, options={**engine.options, "cpu_features": ["avx1024"]})
+    (fit,) = examine(bundle.folder, dataclasses.replace(bundle.manifest, engines=(other,)))
+    assert "avx1024" in str(fit.problem)
+    segment = backend.engine("segments/layer01/graph.onnx")
+    wrong = {told.name: np.zeros((1, 3, 5), np.float32) for told in segment.inputs}
+    with pytest.raises(BackendError, match=r"hidden is float32 \(1, 3, 5\), .* takes float32 \(1, -1, 32\)"):
+        backend.bind("segments/layer01/graph.onnx", wrong, {}, None)
+
+
+@pytest.mark.slow
+def test_a_fixed_bundle_runs_on_its_engines_as_in_onnxruntime(compiled: Callable[..., Bundle]) -> None:
+    assert_same(compiled(reduction="fixed", **MODES["fixed"]), Request(DECODED))
+
+
+@pytest.mark.slow
+def test_a_bundle_in_bfloat16_runs_on_the_cpu(compiled: Callable[..., Bundle], checkpoint: Path) -> None:
+    bundle = compiled(cost=0.5, depth=1, max_input_len=512, dtype="bfloat16")
+    assert_near_eager(bundle, checkpoint, InductorBackend(bundle, threads=1), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_bundle_runs_on_a_gpu(compiled: Callable[..., Bundle], checkpoint: Path, dtype: torch.dtype) -> None:
+    name: Any = str(dtype).removeprefix("torch.")
+    bundle = compiled("cuda", cost=0.5, depth=1, max_input_len=512, dtype=name)
+    assert_near_eager(bundle, checkpoint, InductorBackend(bundle, "cuda"), dtype)
+
+
+def assert_near_eager(bundle: Bundle, checkpoint: Path, backend: InductorBackend, dtype: torch.dtype) -> None:
+    plan = replan(bundle.folder, bundle.manifest, Checkpoint(checkpoint))
+    errors = Comparison(Pipeline(bundle, backend), observe(bundle, plan)).errors()
+    limit = tolerance_of(dtype, bundle.manifest.model.num_layers)
+    assert {"vision features", "dense logits", "dense decoded logits", "reduced decoded logits"} <= errors.keys()
+    assert all(error <= limit for error in errors.values()), errors
+    assert errors["dense logits"] > 1e-5  # it is this type that runs
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def fixed_prefill(checkpoint: Path) -> tuple[torch.nn.Module, tuple[Any, ...]]:
+    """The fixed-ratio model in fp32 with weights, and its arguments."""
+    plan = BuildPlan(Checkpoint(checkpoint), BuildOptions(reduction="fixed", **MODES["fixed"]))
+    module, record = plan.eager_loaders()["segments/decoder/graph.onnx"](), plan.fixed
+    assert record is not None
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    size, config = record.max_text + record.max_visual, plan.config
+    label = torch.arange(size) % 16
+    label[-record.max_text :] = -1
+    order = torch.cat([torch.nonzero(label == one).flatten() for one in [*range(16), -1]])
+    past = [tuple(torch.zeros(1, config.num_kv_heads, size, config.head_dim) for _ in range(2)) for _ in record.lengths]
+    half = config.head_dim // 2
+    rows: list[Tensor] = [draw(1, size, config.hidden_size), draw(1, size, half), draw(1, size, half)]
+    vectors = [torch.tensor(record.lengths), torch.tensor([size - 1]), label, order, torch.tensor(record.drops)]
+    return module, (*rows, *vectors, past)
+
+
+def test_the_fixed_ratio_model_has_no_graph_break(checkpoint: Path) -> None:
+    module, arguments = fixed_prefill(checkpoint)
+    told = torch._dynamo.explain(module)(*arguments)
+    assert told.graph_break_count == 0, told.break_reasons
+    assert told.graph_count == 1
+    ours = {str(op.target) for op in told.graphs[0].graph.nodes if "framefusion" in str(op.target)}
+    assert {"framefusion.merge_by_rank", "framefusion.prune_by_rank", "framefusion.cache_attention"} <= {
+        name.removesuffix(".default") for name in ours
+    }
+
+
+@pytest.mark.slow
+def test_the_fixed_ratio_model_compiled_whole_equals_eager(checkpoint: Path) -> None:
+    module, arguments = fixed_prefill(checkpoint)
+    with torch.inference_mode():
+        expected = module(*arguments)
+        found = torch.compile(module, fullgraph=True)(*arguments)
+    assert torch.equal(found[1], expected[1])  # the tokens that are left
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours.numpy(), theirs.numpy()) < 1e-4

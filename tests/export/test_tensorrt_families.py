@@ -1,0 +1,80 @@
+"""Every family's tower and a segment of its decoder as engines, and profiles that admit every call of the tower.
+
+What the library refuses in a family's graph shows here by the family's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.engines.tensorrt_build import build_engine, segment_spec, tower_spec
+from framefusion.export.options import BuildOptions
+from framefusion.export.parts import Builder
+from framefusion.export.plan import BuildPlan
+from framefusion.runtime.bundle import Manifest
+from framefusion.runtime.engine_record import ProfileRecord
+from framefusion.runtime.pipeline import PATCHES_AT_ONCE
+from framefusion.runtime.vision import tower_call
+from framefusion.runtime.visual_input import Tiles, VisualInput
+from tests.families import CASES
+from tests.families.case import FamilyCase, clip, picture
+from tests.families.test_families import name_of
+
+pytest.importorskip("tensorrt_rtx")
+pytestmark = pytest.mark.slow
+TARGETS = ("8.6", "8.9", "12.0")
+OPTIONS = BuildOptions(cost=0.5, dialect="portable", dtype="float16")
+
+
+def shown(manifest: Manifest) -> list[VisualInput]:
+    """A film, a picture and one of many pictures, in sizes that differ."""
+    from framefusion.runtime.pipeline import as_video
+
+    rule, sampling = manifest.preprocessing, manifest.sampling
+    films = [as_video(clip(8, *size), sampling) for size in ((84, 112), (150, 60))]
+    several = rule.for_images(2)
+    images = [rule.for_images(1).image(picture(60, 200)), several.image(picture(112, 70, seed=2))]
+    return [*(rule.video(film) for film in films), *images]
+
+
+def admits(profile: ProfileRecord, shapes: dict[str, tuple[int, ...]]) -> bool:
+    ranges = {name: np.array(profile.shapes[name]) for name in shapes}
+    return all(np.all((ranges[name][0] <= shape) & (shape <= ranges[name][-1])) for name, shape in shapes.items())
+
+
+def calls_of(manifest: Manifest, tiles: Tiles) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes of the tower's inputs for a full call and for a last one with a single picture."""
+    count, patches, width = tiles.values.shape
+    shared = {name: array.shape for name, array in tower_call(manifest.vision, tiles).inputs.items()}
+    numbers = (min(count, max(1, PATCHES_AT_ONCE // patches)), 1)
+    return [{"patches": (number, patches, width), **shared} for number in numbers]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_a_tower_and_a_segment(case: FamilyCase, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    case.write(tmp_path / "checkpoint", case.variants[0])
+    builder = Builder(BuildPlan(Checkpoint(tmp_path / "checkpoint"), OPTIONS))
+    producers, manifest = builder.producers(), builder.manifest({}, None)
+    record = manifest.segments[1]
+    for part in ("vision", f"segments/{record.name}"):
+        producers[part](tmp_path)
+    spec: Any = tower_spec(tmp_path, manifest, "tensorrt-rtx", TARGETS)
+    for visual in shown(manifest):
+        for tiles in visual.tiles:
+            for shapes in calls_of(manifest, tiles):
+                assert any(admits(profile, shapes) for profile in spec.profiles), (shapes, spec.profiles)
+    tower = build_engine(replace(spec, profiles=spec.profiles[-1:]), tmp_path / "tower")  # the largest pictures
+    assert tower.layer_kinds["ATTENTION_INPUT"] > 0
+    assert "KV_CACHE_UPDATE" not in tower.layer_kinds
+    assert next(tensor.name for tensor in tower.tensors if tensor.mode == "output") == "tokens"
+    spec = segment_spec(tmp_path, manifest, record, record.graph, "tensorrt-rtx", TARGETS)
+    segment = build_engine(replace(spec, profiles=spec.profiles[-1:]), tmp_path / "segment")  # the decode
+    assert (segment.layer_kinds["ATTENTION_INPUT"], segment.layer_kinds["KV_CACHE_UPDATE"]) == (1, 2)
+    assert {"similarity", "importance"} <= {tensor.name for tensor in segment.tensors}

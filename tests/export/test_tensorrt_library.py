@@ -1,0 +1,68 @@
+"""The two libraries: what is missing or unknown is told before anything is built."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from framefusion.errors import BackendError
+from framefusion.runtime.backends import tensorrt_library
+from framefusion.runtime.backends.tensorrt_library import Library, dotted, load_library
+from framefusion.runtime.gpu import GPU
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+
+def without_targets(gpu: GPU | None, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """The library as `tensorrt` is: the very module, less the words for other GPUs than the one at hand."""
+    monkeypatch.setattr(tensorrt_library, "find_gpu", lambda: gpu)
+    return Library("tensorrt", SimpleNamespace(), "11.4.0", None)
+
+
+@pytest.mark.parametrize("word", ["86", "8.6", "sm_86", "SM86", " 86 "])
+def test_a_compute_capability_has_one_name(word: str) -> None:
+    assert dotted(word) == "8.6"
+    assert dotted("120") == "12.0"
+
+
+def test_targets_are_what_the_library_knows() -> None:
+    library = load_library("tensorrt-rtx")
+    assert library.version == trt.__version__
+    assert not library.measures
+    assert library.check_targets(("120", "8.6", "86")) == ("8.6", "12.0")
+    assert set(library.check_targets(())) == {target for target in library.capabilities if float(target) >= 8}
+    with pytest.raises(BackendError, match=r"--target-sm 9.0,x: tensorrt-rtx .* only for 75,80,86,89,120,121"):
+        library.check_targets(("90", "86", "x"))
+
+
+def test_the_other_library_builds_for_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = without_targets(GPU("Some GPU", "8.9", 1 << 34, (13, 0)), monkeypatch)
+    assert here.measures
+    assert here.check_targets(()) == here.check_targets(("89",)) == ("8.9",)
+    with pytest.raises(BackendError, match=r"--target-sm 86 is not the GPU of this machine \(8.9\)"):
+        here.check_targets(("86", "89"))
+
+
+def test_no_gpu_for_the_other_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"here is none: build there, or with --backend tensorrt-rtx"):
+        without_targets(None, monkeypatch).check_targets(())
+
+
+def test_a_library_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BackendError, match=r"tensorrt is not installed: pip install 'framefusion-aot\[tensorrt\]'"):
+        load_library("tensorrt")
+    with pytest.raises(BackendError, match="'onednn' is unknown, known are tensorrt-rtx, tensorrt"):
+        load_library("onednn")
+
+
+def test_a_library_too_old_for_caches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT 10 has attention layers, without lengths."""
+    old = SimpleNamespace(
+        __version__="10.16.1", IAttentionInputLayer=trt.IAttentionInputLayer, IAttention=SimpleNamespace(mask=None)
+    )
+    monkeypatch.setitem(sys.modules, "tensorrt", old)
+    with pytest.raises(BackendError, match=r"tensorrt 10.16.1 has no IAttention.key_value_lengths.*pip install -U"):
+        load_library("tensorrt")
