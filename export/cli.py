@@ -13,8 +13,17 @@ import click
 
 import framefusion
 from framefusion import console
-from framefusion.errors import BackendError, BudgetError, CheckFailedError
-from framefusion.export.flags import BUNDLE_REVISION, CHECKPOINT_REVISION, COUNT, TOLERANCE, build_options
+from framefusion.errors import BackendError, BudgetError, BundleError, CheckFailedError
+from framefusion.export.engine_commands import compile_command, engine_fits, render_fits, resources, source_revision
+from framefusion.export.flags import (
+    BUNDLE_REVISION,
+    CHECKPOINT_REVISION,
+    COUNT,
+    ENGINE_RESOURCES,
+    TOLERANCE,
+    build_options,
+    options_of,
+)
 from framefusion.progress import progress_lines
 from framefusion.runtime.flags import COMPARE, OUTPUT, THREADS, Question, VisualCommand, question_options
 
@@ -33,11 +42,15 @@ def ff_export() -> None:
     """Export a video LVLM with token reduction inside its LLM."""
 
 
+ff_export.add_command(compile_command)
+
+
 @ff_export.command()
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=FOLDER, help="Folder of the bundle.")
 @CHECKPOINT_REVISION
 @build_options
+@options_of(*ENGINE_RESOURCES)
 @click.option("--calibrate", "clips", multiple=True, type=FOLDER, help="Film to set the fixed schedule by; repeatable.")
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @click.option("--no-check", is_flag=True, help="Do not compare the bundle with the eager model.")
@@ -51,6 +64,9 @@ def build(
     force: bool,
     no_check: bool,
     tolerance: float | None,
+    jobs: int | None,
+    engine_cache: Path | None,
+    engine_cache_limit: float | None,
     **fields: Any,
 ) -> None:
     """Make a bundle of CHECKPOINT and check it.
@@ -60,10 +76,12 @@ def build(
     """
     from framefusion.export.options import BuildOptions
 
-    options = BuildOptions(**{name: value for name, value in fields.items() if value is not None})
+    options = BuildOptions.chosen(**fields)
+    limits = resources(jobs, engine_cache, engine_cache_limit)
     source = _open(checkpoint, revision)
     with progress_lines() as progress:
         how: dict[str, Any] = {"force": force, "verify": not no_check, "tolerance": tolerance, "progress": progress}
+        how["resources"] = limits
         built = _build(source, output, options, clips, **how)
     console.show(_built_report(built), _render_built)
 
@@ -117,6 +135,10 @@ def _render_built(report: dict[str, Any]) -> str:
 
 def _render_lines(check: dict[str, Any]) -> str:
     """The comparison as a table."""
+    if "words" in check:
+        from framefusion.export.bisect import render
+
+        return render(check)
     from framefusion.export.inspection import comparison
 
     verdict = "passed" if check["passed"] else "FAILED"
@@ -137,7 +159,7 @@ def plan(checkpoint: str, output: Path, revision: str | None, no_check: bool, **
     """
     from framefusion.export.options import BuildOptions
 
-    options = BuildOptions(**{name: value for name, value in fields.items() if value is not None})
+    options = BuildOptions.chosen(**fields)
     source = _open(checkpoint, revision)
     from framefusion.export.forecast import forecast, render
     from framefusion.export.plan import BuildPlan
@@ -149,27 +171,41 @@ def plan(checkpoint: str, output: Path, revision: str | None, no_check: bool, **
 @click.argument("bundle", type=FOLDER)
 @click.option("--checkpoint", help="Compare with the eager model again: the folder or id that it was built from.")
 @BUNDLE_REVISION
+@click.option("--bisect", is_flag=True, help="Look for the node where it differs, graph by graph; with --checkpoint.")
 @console.json_option
 @click.pass_context
-def check(ctx: click.Context, bundle: Path, checkpoint: str | None, revision: str | None) -> None:
-    """Verify the files of BUNDLE, all of them hashed afresh."""
+def check(ctx: click.Context, bundle: Path, checkpoint: str | None, revision: str | None, bisect: bool) -> None:
+    """Verify the files of BUNDLE, all of them hashed afresh, and say of each engine whether it fits this machine."""
     from framefusion.runtime.bundle import read_manifest, verify_files
+    from framefusion.runtime.engines import other_files
 
+    if bisect and checkpoint is None:
+        raise click.UsageError("--bisect compares with the eager model: say with --checkpoint which one")
     manifest = read_manifest(bundle)
-    verify_files(bundle, manifest.files, trust_stamps=False)
-    size = sum(record.size for record in manifest.files.values())
-    files = {"count": len(manifest.files), "bytes": size}
-    if revision is None and manifest.source is not None and checkpoint == manifest.source.name:
-        revision = None if Path(checkpoint).is_dir() else manifest.source.commit
-    comparison = None if checkpoint is None else _compare(bundle, checkpoint, revision)
-    console.show({"bundle": str(bundle), "files": files, "comparison": comparison}, _render_check)
+    others = other_files(manifest)
+    verify_files(bundle, others, trust_stamps=False)
+    engines = engine_fits(bundle, manifest)
+    right = [manifest.files[row["engine"]["file"]] for row in engines if not row["damaged"]] + list(others.values())
+    files = {"count": len(right), "bytes": sum(record.size for record in right)}
+    revision = None if checkpoint is None else source_revision(manifest, checkpoint, revision)
+    comparison = None if checkpoint is None else _compare(bundle, checkpoint, revision, bisect)
+    report = {"bundle": str(bundle), "files": files, "engines": engines, "comparison": comparison}
+    console.show(report, _render_check)
     if comparison is not None and not comparison["passed"]:
         console.log(f"error: {bundle} does not reproduce the eager model of {checkpoint}: rebuild it")
         ctx.exit(CheckFailedError.exit_code)
+    unfit = [row for row in engines if not row["fits"]]
+    if unfit:
+        console.log(f"error: {len(unfit)} of {len(engines)} engines cannot run here: see above what mends it")
+        ctx.exit((BundleError if any(row["damaged"] for row in unfit) else BackendError).exit_code)
 
 
-def _compare(bundle: Path, checkpoint: str, revision: str | None) -> dict[str, Any]:
+def _compare(bundle: Path, checkpoint: str, revision: str | None, bisect: bool) -> dict[str, Any]:
     source = _open(checkpoint, revision)
+    if bisect:
+        from framefusion.export.bisect import bisect_bundle
+
+        return bisect_bundle(bundle, source)
     from framefusion.export.build import check_again
 
     return check_again(bundle, source)
@@ -178,7 +214,8 @@ def _compare(bundle: Path, checkpoint: str, revision: str | None) -> dict[str, A
 def _render_check(report: dict[str, Any]) -> str:
     files = report["files"]
     text = f"{report['bundle']}: {files['count']} files, {console.in_bytes(files['bytes'])}, sizes and hashes are right"
-    return text if report["comparison"] is None else f"{text}\n{_render_lines(report['comparison'])}"
+    lines = [text, *render_fits(report["engines"])]
+    return "\n".join(lines if report["comparison"] is None else [*lines, _render_lines(report["comparison"])])
 
 
 @ff_export.command()
