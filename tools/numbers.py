@@ -15,6 +15,7 @@ from framefusion.export.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
+PAPER = {"dense": 1900.6, "cost 0.7": 1547.2, "cost 0.5": 1317.3, "cost 0.3": 1111.8}
 KINDS = ("color", "shape", "direction", "count", "order")
 
 
@@ -27,6 +28,7 @@ def with_tables(readme: str) -> str:
     """README.md with the tables between its markers."""
     numbers = [prefill(load("prefill")), memory(load("memory")), exporting(load("export_memory"))]
     numbers.append(accuracy(load("accuracy")))
+    numbers += [on_gpu(load(path.stem)) for path in sorted(RESULTS.glob("prefill_*.json"))]
     for marker, tables in (("numbers", "\n\n".join(numbers)), ("families", families())):
         start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
         block = f"{start}\n\n{tables}\n\n{end}"
@@ -63,6 +65,29 @@ def prefill(told: dict[str, Any]) -> str:
         f"{told['dense_speed_up_over_eager']:.2f} times as fast as eager torch on this machine: what it gains in the "
         f"matrix products ({products['onnxruntime']} GFLOP/s against {products['torch']}), its attention over the "
         "whole prompt mostly loses again."
+    )
+
+
+def on_gpu(told: dict[str, Any]) -> str:
+    """Time by stage of a backend that has a result of its own."""
+    rows = []
+    for name, stages in told["stages"].items():
+        own, names = told[name], ("vision", "prefill", "reduction", "decode")
+        faster = own["speed_up_over_eager"]
+        rows.append(
+            (
+                name, *(f"{1000 * stages[stage]:.1f}" for stage in names), f"{own['speed_up']:.2f}",
+                f"{own['share_of_limit']:.0%}", f"{faster['prefill']:.2f}", f"{faster['decode']:.2f}",
+            )
+        )  # fmt: skip
+    head = ("", "vision ms", "prefill ms", "reduction ms", "decode ms", "speed-up", "of the FLOP limit")
+    paper = ", ".join(f"{cost}: {milliseconds} ms" for cost, milliseconds in PAPER.items())
+    device = told["machine"]["gpu"]["name"] if told["backend"]["device"] == "cuda" else told["machine"]["cpu"]
+    return (
+        f"{told['backend']['name']} on {device}, {told['shape']} shape, {told['dtype']}, a film of {told['film']}, "
+        f"{told['tokens']} tokens (`{told['command']}`); the last two columns are against eager torch with SDPA at the "
+        f"same tokens:\n\n{table((*head, 'prefill', 'decode'), rows)}\n\nThe paper's whole requests up to the first "
+        f"token, LLaVA-Video-7B, 64 frames, on a GPU that it does not name: {paper}."
     )
 
 

@@ -23,7 +23,7 @@ from framefusion.live_call import Call
 from framefusion.runtime.bundle import ModelRecord
 from framefusion.runtime.flops import prefill_flops
 from framefusion.runtime.positions import Grid
-from tools.bench.prefill import Eager
+from tools.bench.eager import Eager
 from tools.bench.setting import SHAPES, Shape, draw_film, report, summary, write_checkpoint
 
 HOOKS = ("_begin", "_enter_layer", "_between", "_leave_layer", "_end")

@@ -24,11 +24,13 @@ from tools.bench.setting import SHAPES, open_bundle, report, write_checkpoint
 NEW_TOKENS = 32
 CHILD = """
 import json, sys
+from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.prompt import Turn, Visual
 folder, film, cost, new = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
-pipeline = Pipeline(Bundle(folder, verify=False), threads=2)
+bundle = Bundle(folder, verify=False)
+pipeline = Pipeline(bundle, threads=2, choice=choose(bundle, "onnxruntime", "cpu"))
 turns = [Turn("user", (Visual.VIDEO, "What happens?"))]
 result = pipeline.generate(turns, [film], Request(new, cost=cost))
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -1,11 +1,13 @@
-"""Prefill and decode of an LLM at a real shape: transformers in eager torch, ours dense, ours reduced, in turn.
+"""Prefill of an LLM at a real shape: transformers in eager torch, ours dense, ours reduced, in turn.
 
     python -m tools.bench.prefill --write
+    python -m tools.bench.prefill --backend tensorrt-rtx --preset qwen2-vl-7b --write     # on a machine with a GPU
 
 The limit a reduction can reach is the ratio of floating point operations at the tokens actually kept. Reported are the
-ratios of medians, that limit, the share of it reached, and what of a prefill is not layers (scores on the host, plans,
-compaction, binding). Outputs of ours and of transformers are compared in the same run. So is the speed of the
-matrix product that both spend most of their time in.
+ratios of medians, that limit, the share of it reached, what of a prefill is not layers (scores on the host, plans,
+compaction, binding), eager torch at as many tokens in each layer, and a table of time by stage. Outputs of ours and of
+transformers are compared in the same run. So is, on the CPU, the speed of the matrix product that both spend most of
+their time in.
 """
 
 from __future__ import annotations
@@ -14,130 +16,52 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from framefusion.export.plan import BuildOptions
-from framefusion.runtime.bundle import Bundle, ModelRecord
+from framefusion.runtime.bundle import ModelRecord
 from framefusion.runtime.flops import prefill_flops
-from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.positions import Grid, decode_positions
-from framefusion.runtime.stitching import Prefilled, Stopwatch
-from tools.bench.setting import SHAPES, Film, draw_film, open_bundle, report, summary, write_checkpoint
-
-NEW_TOKENS = 16
+from tools.bench.runs import Run, Setting, add_flags, parse
+from tools.bench.setting import report, summary
 
 
 def main() -> None:
-    arguments = parse()
-    checkpoint = write_checkpoint(SHAPES[arguments.shape], arguments.work / f"{arguments.shape}-checkpoint")
-    options = BuildOptions(max_input_len=4096, similarity_lower_bound=0.6, depth=arguments.depth)
-    folder = open_bundle(checkpoint, arguments.work / f"{arguments.shape}-bundle", options)
-    pipeline = Pipeline(Bundle(folder), threads=arguments.threads)
-    model = pipeline.manifest.model
-    film = draw_film(model, Grid(arguments.frames, 16, 8), before=10, after=22)
-    eager = Eager(checkpoint, film, arguments.threads)
-    requests = {f"ours at cost {cost:g}": Request(NEW_TOKENS, cost=cost) for cost in arguments.costs}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, [1.0, 0.5, 0.3])
+    arguments = parse(parser)
+    setting = Setting(arguments)
+    eager, requests, dense_name = setting.eager(), setting.requests, setting.dense
     runs: dict[str, list[Run]] = {name: [] for name in requests}
-    eager_prefill: list[float] = []
-    eager_decode: list[float] = []
+    theirs: dict[str, list[tuple[float, float]]] = {name: [] for name in requests}
+    expected = np.zeros(0, np.float32)
     for turn in range(arguments.rounds + 1):
-        prefill_s, decode_s = eager.run()
-        measured = {name: run_ours(pipeline, film, request) for name, request in requests.items()}
-        if turn == 0:
-            continue  # warm-up
-        eager_prefill.append(prefill_s)
-        eager_decode.append(decode_s)
-        for name, run in measured.items():
-            runs[name].append(run)
-    dense = runs[f"ours at cost {max(arguments.costs):g}"]
-    error = np.abs(dense[0].logits - eager.logits).max() / np.abs(eager.logits).max()
-    figures: dict[str, Any] = {
-        "shape": arguments.shape,
-        "tokens": len(film.hidden),
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
+        for name, request in requests.items():
+            own = setting.run(request)
+            other = eager.run(None if name == dense_name else own.lengths)
+            expected = eager.logits if name == dense_name else expected
+            if turn:  # the first one warms up
+                runs[name].append(own)
+                theirs[name].append(other)
+    dense = runs[dense_name]
+    error = np.abs(dense[0].logits - expected).max() / np.abs(expected).max()
+    figures: dict[str, Any] = setting.facts | {
         "dense_logits_relative_error": float(error),
-        "matmul_gflops": matmul_gflops(model, len(film.hidden), arguments.threads),
-        "eager": {"prefill": summary(eager_prefill), "decode_per_token": summary(eager_decode)},
-        "dense_speed_up_over_eager": statistics.median(eager_prefill) / median(dense, "prefill"),
+        "eager": eager_figures(theirs[dense_name]),
+        "dense_speed_up_over_eager": eager_median(theirs[dense_name], 0) / median(dense, "prefill"),
+        "stages": {name: setting.stages(request) for name, request in requests.items()},
     }
-    full = prefill_flops(model, dense[0].lengths)
-    for name, own in runs.items():
-        figures[name] = figures_of(own, dense, full, prefill_flops(model, own[0].lengths))
-    report("prefill", figures, write=arguments.write)
-
-
-class Run:
-    """One prefill and its decode."""
-
-    def __init__(self, prefilled: Prefilled, seconds: dict[str, float], decode: list[float]) -> None:
-        self.logits = prefilled.logits.copy()
-        self.lengths = [int(n) for cache in prefilled.caches for n in cache.lengths - len(decode)]
-        self.history = [record for record in prefilled.history if record.kind != "none"]
-        self.prefill = seconds["prefill"] + seconds["reduction"]
-        self.overhead = seconds["reduction"] / self.prefill
-        self.decode = statistics.median(decode)
-
-
-def run_ours(pipeline: Pipeline, film: Film, request: Request) -> Run:
-    """Prefill, then decode a few tokens at the end of the prompt."""
-    stopwatch, rows = Stopwatch(), film.rows(pipeline)
-    prefilled = pipeline.prefill(film.prompt, rows, request, stopwatch)
-    decoder = pipeline.stitcher.decoder(prefilled)
-    places = decode_positions(len(film.hidden), film.prompt.rope_delta, NEW_TOKENS)
-    cos, sin = pipeline.rope(places)
-    decode = []
-    for step in range(NEW_TOKENS - 1):
-        start = time.perf_counter()
-        decoder.step(film.hidden[step], cos[step], sin[step])
-        decode.append(time.perf_counter() - start)
-    return Run(prefilled, stopwatch.seconds, decode)
-
-
-class Eager:
-    """The same weights in transformers: eager torch with SDPA, the head on the last token only, as ours."""
-
-    def __init__(
-        self, checkpoint: Path, film: Film, threads: int, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        import torch
-        from transformers import Qwen2VLForConditionalGeneration
-
-        torch.set_num_threads(threads)
-        model: Any = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-        self._torch, self.model, self._clock = torch, model.eval(), clock
-        self._hidden = torch.from_numpy(film.hidden)[None]
-        self._positions = torch.from_numpy(film.prompt.positions)[:, None]
-        self._next = torch.from_numpy(
-            decode_positions(len(film.hidden), film.prompt.rope_delta, NEW_TOKENS)[:, None].copy()
-        )
-        self.logits = np.zeros(0, np.float32)
-
-    def run(self) -> tuple[float, float]:
-        """Seconds of a prefill, and of one decoded token."""
-        with self._torch.inference_mode():
-            start = self._clock()
-            past = self._forward(self._hidden, self._positions, None)
-            prefill = self._clock() - start
-            decode = []
-            for step in range(NEW_TOKENS - 1):
-                start = self._clock()
-                row, place = self._hidden[:, step : step + 1], self._next[:, :, step : step + 1]
-                self._forward(row, place, past, keep=False)
-                decode.append(self._clock() - start)
-        return prefill, statistics.median(decode)
-
-    def _forward(self, hidden: Any, positions: Any, past: Any, keep: bool = True) -> Any:
-        out = self.model.model.language_model(
-            inputs_embeds=hidden, position_ids=positions, past_key_values=past, use_cache=True
-        )
-        logits = self.model.lm_head(out.last_hidden_state[:, -1])
-        if keep:
-            self.logits = logits[0].numpy()
-        return out.past_key_values
+    if not setting.on_gpu:
+        figures["matmul_gflops"] = matmul_gflops(setting.model, len(setting.film.hidden), arguments.threads)
+    full = prefill_flops(setting.model, dense[0].lengths)
+    for name, measured in runs.items():
+        figures[name] = figures_of(measured, dense, full, prefill_flops(setting.model, measured[0].lengths))
+        figures[name]["eager_at_the_same_tokens"] = eager_figures(theirs[name])
+        figures[name]["speed_up_over_eager"] = {
+            "prefill": eager_median(theirs[name], 0) / median(measured, "prefill"),
+            "decode": eager_median(theirs[name], 1) / median(measured, "decode"),
+        }
+    report("prefill", figures, write=arguments.write, file=setting.result_file("prefill"))
 
 
 def matmul_gflops(model: ModelRecord, tokens: int, threads: int) -> dict[str, float]:
@@ -172,6 +96,15 @@ def median(runs: list[Run], name: str) -> float:
     return float(statistics.median(getattr(run, name) for run in runs))
 
 
+def eager_median(runs: list[tuple[float, float]], which: int) -> float:
+    return statistics.median(run[which] for run in runs)
+
+
+def eager_figures(runs: list[tuple[float, float]]) -> dict[str, Any]:
+    prefill, decode = ([run[which] for run in runs] for which in (0, 1))
+    return {"prefill": summary(prefill), "decode_per_token": summary(decode)}
+
+
 def figures_of(runs: list[Run], dense: list[Run], full: float, flops: float) -> dict[str, Any]:
     """Ratios to ours dense."""
     pick: Callable[[str], list[float]] = lambda name: [getattr(run, name) for run in runs]  # noqa: E731
@@ -187,19 +120,6 @@ def figures_of(runs: list[Run], dense: list[Run], full: float, flops: float) -> 
         "not_layers_share": median(runs, "overhead"),
         "decode_speed_up": median(dense, "decode") / median(runs, "decode"),
     }
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b")
-    parser.add_argument("--frames", type=int, default=16, help="temporal grids of 128 tokens")
-    parser.add_argument("--costs", type=lambda text: [float(x) for x in text.split(",")], default=[1.0, 0.5, 0.3])
-    parser.add_argument("--depth", type=int, default=7)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/framefusion-bench"), help="checkpoint and bundle")
-    parser.add_argument("--write", action="store_true", help="write results/prefill.json")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,23 @@ from framefusion.export.build import build
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.plan import BuildOptions
 from framefusion.runtime.bundle import ModelRecord
+from framefusion.runtime.gpu import find_gpu
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.positions import Grid, grid_places, mrope_positions
 from framefusion.runtime.prompt import Prompt
-from framefusion.runtime.stitching import TokenRows
+from framefusion.runtime.token_rows import TokenRows
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tools" / "bench" / "results"
 TOKENIZER = ROOT / "tests" / "models" / "tiny_qwen2_vl" / "tokenizer.json"
 SEED = 0
-MODULES = {name: f"tools.bench.{name}" for name in ("prefill", "memory", "export_memory", "live")} | {
-    "accuracy": "tools.accuracy"
-}
+BENCHMARKS = ("prefill", "decode", "kernels", "memory", "export_memory", "live")
+MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS} | {"accuracy": "tools.accuracy"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """LLM sizes of a published model; the vision tower is a small one, it is not what is measured."""
+    """LLM sizes of a published model; the vision tower is a small one where it is not what is measured."""
 
     hidden_size: int
     intermediate_size: int
@@ -48,12 +48,15 @@ class Shape:
     num_kv_heads: int
     vocab_size: int
     tied: bool
+    tower: tuple[int, int, int] = (2, 64, 2)  # depth, width, heads
 
 
 SHAPES = {
+    "tiny": Shape(64, 128, 4, 4, 2, 512, True),  # to try the benchmarks themselves
     "qwen2-0.5b": Shape(896, 4864, 24, 14, 2, 151936, True),
     "qwen2-1.5b": Shape(1536, 8960, 28, 12, 2, 151936, True),
     "qwen2-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
+    "qwen2-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, False, (32, 1280, 16)),
 }
 
 
@@ -64,7 +67,7 @@ def write_checkpoint(shape: Shape, folder: Path) -> Path:
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    ids = special_ids()
+    ids, (depth, width, heads) = special_ids(), shape.tower
     half = shape.hidden_size // shape.num_heads // 2
     section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
     config = Qwen2VLConfig(
@@ -82,7 +85,7 @@ def write_checkpoint(shape: Shape, folder: Path) -> Path:
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
         },
-        vision_config={"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": shape.hidden_size},
+        vision_config={"depth": depth, "embed_dim": width, "num_heads": heads, "hidden_size": shape.hidden_size},
         tie_word_embeddings=shape.tied,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -90,8 +93,12 @@ def write_checkpoint(shape: Shape, folder: Path) -> Path:
         vision_end_token_id=ids["<|vision_end|>"],
     )
     torch.manual_seed(SEED)
-    model: Any = Qwen2VLForConditionalGeneration(config)
-    model.to(torch.bfloat16)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # never twice in memory
+    try:
+        model: Any = Qwen2VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(usual)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
@@ -159,12 +166,14 @@ def machine() -> dict[str, Any]:
     import onnxruntime
     import torch
 
+    gpu = find_gpu()
     return {
         "cpu": cpu[1] if cpu else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,
+        "gpu": None if gpu is None else asdict(gpu),
         "load_before": round(os.getloadavg()[0], 2),
     }
 
@@ -175,11 +184,11 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def report(name: str, figures: dict[str, Any], *, write: bool) -> None:
-    """Print the figures, and write them under results/ when asked."""
+def report(name: str, figures: dict[str, Any], *, write: bool, file: str | None = None) -> None:
+    """Print the figures, and write them under results/ when asked, as `file` where it is not named as the benchmark."""
     command = f"python -m {MODULES[name]} " + " ".join(sys.argv[1:])
     text = json.dumps({"command": command, "commit": commit(), "machine": machine()} | figures, indent=2)
     print(text)
     if write:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(text + "\n")
+        (RESULTS / f"{file or name}.json").write_text(text + "\n")

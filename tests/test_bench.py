@@ -1,0 +1,55 @@
+"""The benchmarks run: at a tiny shape, on the CPU, where their figures say nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import numbers
+
+ROOT = Path(__file__).parents[1]
+TINY = "--shape tiny --frames 6 --grid 4x4 --depth 1 --rounds 1 --threads 1 --new-tokens 4 --costs 1,0.5,0.3"
+OURS = ("ours at cost 1", "ours at cost 0.5", "ours at cost 0.3")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+def measured(name: str, work: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"tools.bench.{name}", *TINY.split(), "--work", str(work)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.slow
+def test_prefill(work: Path) -> None:
+    told = measured("prefill", work)
+    assert told["backend"]["name"] == "onnxruntime"
+    assert told["tokens"] == 6 * 16 + 32
+    assert told["dense_logits_relative_error"] < 1e-4  # fp32, the same products in another order
+    lengths = [told[name]["kv_lengths"] for name in OURS]
+    assert lengths[0] == [told["tokens"]] * 4
+    assert sum(lengths[0]) > sum(lengths[1]) > sum(lengths[2])
+    for name in OURS:
+        assert set(told["stages"][name]) == {"vision", "prefill", "reduction", "decode"}
+        assert told[name]["speed_up_over_eager"]["prefill"] > 0
+        assert told[name]["flop_limit"] >= 1
+    table = numbers.on_gpu(told)
+    assert all(name in table for name in OURS)
+
+
+@pytest.mark.slow
+def test_decode(work: Path) -> None:
+    told = measured("decode", work)
+    assert [told[name]["kv_lengths"][-1] for name in OURS] == sorted(
+        (told[name]["kv_lengths"][-1] for name in OURS), reverse=True
+    )
+    assert all(told[name]["gb_read_per_second"] > 0 for name in OURS)
