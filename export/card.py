@@ -16,6 +16,7 @@ from framefusion.console import in_bytes
 from framefusion.export.inspection import base_model, bytes_of_files, licence, reduction_facts
 from framefusion.export.options import BuildOptions
 from framefusion.export.source import license_files
+from framefusion.reducers import DEFAULT
 from framefusion.runtime.bundle import MANIFEST, Manifest, SourceRecord
 
 CARD = "README.md"
@@ -102,6 +103,8 @@ def _reduction(manifest: Manifest) -> str:
     facts, record = reduction_facts(manifest), manifest.reduction
     rows = [("mode", record.mode), ("cost", facts["text"].partition(", ")[2])]
     if record.mode == "adaptive":
+        rows.append(("reducer", record.reducer))
+    if record.mode == "adaptive" and record.reducer == DEFAULT:
         rows += [
             ("similarity bound", record.similarity_lower_bound),
             ("ratio bound", record.ratio_lower_bound),

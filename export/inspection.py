@@ -11,6 +11,7 @@ from framefusion.budget import describe_cost
 from framefusion.console import in_bytes, table
 from framefusion.errors import PromptError
 from framefusion.export.engine_inspection import engine_block, engine_facts
+from framefusion.reducers import DEFAULT
 from framefusion.runtime.bundle import (
     MANIFEST,
     UNKNOWN_LICENSE,
@@ -70,7 +71,9 @@ def reduction_facts(manifest: Manifest, cost: float | None = None) -> dict[str, 
     """The reduction with its cost in both senses."""
     record = manifest.reduction
     cost = record.cost if cost is None else cost
-    return asdict(record) | {"cost": cost, "text": f"{record.mode}, {describe_cost(cost)}"}
+    by = f" by {record.reducer}" if record.mode == "adaptive" and record.reducer != DEFAULT else ""
+    calls = list(manifest.calls) if record.mode == "adaptive" else []
+    return asdict(record) | {"cost": cost, "text": f"{record.mode}{by}, {describe_cost(cost)}", "calls": calls}
 
 
 def padding(buckets: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -154,6 +157,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"vocabulary {model['vocab_size']}, {model['dtype']}",
         *_source_lines(facts["source"]),
         f"reduction: {facts['reduction']['text']}",
+        *_reducer_lines(facts["reduction"]),
         f"dialect: {facts['dialect']}",
         f"limits: {limits['max_input_len']} tokens of prompt, {limits['max_kv_cache_capacity']} with the answer",
         f"below: a prompt of {prompt['input_len']} tokens, {prompt['visual_len']} of them visual, "
@@ -170,6 +174,13 @@ def _source_lines(source: Mapping[str, Any] | None) -> list[str]:
         return []
     record = SourceRecord(**source)
     return [f"base model: {base_model(record)}", f"licence: {licence(record)}"]
+
+
+def _reducer_lines(reduction: Mapping[str, Any]) -> list[str]:
+    if not reduction["calls"]:
+        return []
+    calls = ", ".join(map(str, reduction["calls"]))
+    return [f"reducer: {reduction['reducer']}; cut for calls {calls}, so others that act there run as well"]
 
 
 def _segment_table(segments: list[dict[str, Any]]) -> str:

@@ -22,6 +22,7 @@ class BuildOptions:
 
     Attributes:
         reduction: where tokens are dropped: nowhere, by a built-in schedule, or by thresholds at run time.
+        reducer: what drops tokens (adaptive): a name of `framefusion.reducers`. The decoder is cut where it may act.
         cost: share of the computation over visual tokens that is kept, in (0, 1].
         similarity_lower_bound, ratio_lower_bound: see `framefusion.policy.ReductionSettings`.
         depth: deepest layer whose attention a reduction may follow (adaptive).
@@ -39,6 +40,7 @@ class BuildOptions:
     """
 
     reduction: Mode = "adaptive"
+    reducer: str = "framefusion"
     cost: float = 0.3
     similarity_lower_bound: float | None = None
     ratio_lower_bound: float = 0.1

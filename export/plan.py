@@ -16,8 +16,16 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from framefusion.budget import FixedSchedule, check_cost, drop_counts, scale_schedule, schedule_for_cost, smallest_cost
-from framefusion.errors import BudgetError, CheckpointError
+from framefusion.budget import (
+    FixedSchedule,
+    check_cost,
+    drop_counts,
+    kept_by_prune,
+    scale_schedule,
+    schedule_for_cost,
+    smallest_cost,
+)
+from framefusion.errors import BudgetError, CheckpointError, ReducerError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.dialects import DIALECTS, Dialect
 from framefusion.export.families import decoders, family_of, reading
@@ -26,7 +34,7 @@ from framefusion.export.families.towers import TowerPlan
 from framefusion.export.graph.decoder import DecoderConfig
 from framefusion.export.graph.fixed import FixedPrefill
 from framefusion.export.options import BuildOptions as BuildOptions  # part of this module's interface
-from framefusion.export.segments import SegmentPlan, cut_after_attentions, whole_decoder
+from framefusion.export.segments import SegmentPlan, cut_after, whole_decoder
 from framefusion.export.signatures import segment_module
 from framefusion.export.weights import (
     AnySource,
@@ -37,6 +45,7 @@ from framefusion.export.weights import (
     parameter_bytes,
 )
 from framefusion.policy import ReductionSettings
+from framefusion.reducers import DEFAULT, load_reducer, reducer_names
 from framefusion.runtime.bundle import (
     FixedRecord,
     Limits,
@@ -81,8 +90,8 @@ class BuildPlan:
         self.template = self.family.template(checkpoint)
         self.fixed = self._fixed()
         self.segments: tuple[SegmentPlan, ...] = (
-            cut_after_attentions(self.config.num_layers, self.reduction.depth, self.config.deepstack)
-            if self.reduction.mode == "adaptive" and self.reduction.depth is not None
+            cut_after(self.config.num_layers, looked_at, self.config.deepstack)
+            if (looked_at := layers_looked_at(self.reduction, self.config.num_layers))
             else whole_decoder(self.config.num_layers, deepstack=self.config.deepstack)
         )
         for segment in self.segments:
@@ -134,12 +143,20 @@ class BuildPlan:
         """Sizes of a prefill: as given, none where the dialect runs every length, else a ladder down to the cost."""
         longest, chosen = self.limits.max_input_len, self.options.buckets
         if chosen is None:
-            return None if self.dialect.exact_shapes else bucket_ladder(longest, self.reduction.cost)
+            return None if self.dialect.exact_shapes else self._ladder()
         if min(chosen) < 1 or max(chosen) < longest:
             raise BudgetError(
                 f"--buckets {','.join(map(str, chosen))} do not reach --max-input-len {longest}: add {longest} to them"
             )
         return tuple(sorted(set(chosen)))
+
+    def _ladder(self) -> tuple[int, ...]:
+        """A reducer that is done before the LLM with an exact count has one size of its own: the longest video's."""
+        longest, record, sizes = self.limits.max_input_len, self.reduction, set[int]()
+        if record.mode == "adaptive" and record.depth is None and load_reducer(record.reducer).static:
+            visual = max(longest - self.options.max_text_len, 0)
+            sizes = {longest - visual + kept_by_prune(visual, 1 - record.cost)}
+        return tuple(sorted(sizes | set(bucket_ladder(longest, record.cost))))
 
     def fixed_module(self) -> FixedPrefill:
         """The static prefill of the fixed mode, on the meta device."""
@@ -273,17 +290,42 @@ def _reduction(family: Family, config: DecoderConfig, options: BuildOptions) -> 
         raise BudgetError(f"reduction {options.reduction!r} is unknown; known are {', '.join(get_args(Mode))}")
     if options.reduction != "fixed" and (options.merge_shares, options.prune_layer) != (None, None):
         raise BudgetError(f"--merge-shares and --prune-layer belong to --reduction fixed, not {options.reduction}")
-    if options.reduction == "none":
-        return ReductionRecord("none")
+    if options.reducer not in {"none": (DEFAULT, "none"), "fixed": (DEFAULT,)}.get(options.reduction, reducer_names()):
+        load_reducer(options.reducer)  # says it if there is no such one
+        raise ReducerError(
+            f"--reducer {options.reducer} belongs to --reduction adaptive, not {options.reduction}: leave one out"
+        )
+    if "none" in (options.reduction, options.reducer):
+        return ReductionRecord("none", reducer="none")
     check_cost(options.cost, smallest_cost(config.num_layers))
     similarity = options.similarity_lower_bound
     similarity = family.similarity_lower_bound if similarity is None else similarity
     if options.reduction == "adaptive":
         depth = min(DEFAULT_DEPTH, config.num_layers - 2) if options.depth is None else options.depth
-        ReductionSettings(options.cost, similarity, options.ratio_lower_bound, config.num_layers, depth)  # refuses
-        return ReductionRecord("adaptive", options.cost, similarity, options.ratio_lower_bound, depth)
+        settings = ReductionSettings(options.cost, similarity, options.ratio_lower_bound, config.num_layers, depth)
+        last = max(load_reducer(options.reducer).calls(settings), default=0)
+        record = ReductionRecord("adaptive", options.cost, similarity, options.ratio_lower_bound)
+        return replace(record, depth=last - 1 if last else None, reducer=options.reducer)
     schedule = _schedule(options, config.num_layers)
     return ReductionRecord("fixed", options.cost, similarity, options.ratio_lower_bound, schedule=schedule)
+
+
+def layers_looked_at(record: ReductionRecord, num_layers: int) -> tuple[int, ...]:
+    """Layers behind whose attention the reducer of a bundle acts, ascending; none where it is done before the LLM.
+
+    Raises:
+        ReducerError: the method acts where this model has no layer left to save on.
+    """
+    if record.mode != "adaptive" or record.depth is None:
+        return ()
+    thresholds = record.similarity_lower_bound, record.ratio_lower_bound
+    calls = load_reducer(record.reducer).calls(ReductionSettings(record.cost, *thresholds, num_layers, record.depth))
+    if max(calls, default=0) != record.depth + 1 or sorted(set(calls)) != list(calls):
+        raise ReducerError(
+            f"reducer {record.reducer} acts at calls {calls} of {num_layers} layers at depth {record.depth}, ascending "
+            f"ones up to {record.depth + 1} were expected: the method is at fault, take another with --reducer"
+        )
+    return tuple(call - 1 for call in calls if call > 0)
 
 
 def _schedule(options: BuildOptions, num_layers: int) -> FixedSchedule:

@@ -42,7 +42,7 @@ class Replayed(ReductionState):
         """Whether the other model read it."""
         return not self.finished and self._decisions[self.call].importance is not None
 
-    def _decide(self, similarity: Scores | None, importance: Scores | None) -> Plan:
+    def _decide(self, similarity: Scores | None, importance: Scores | None, features: Scores | None) -> Plan:
         theirs = self._decisions[self.call]
         if theirs.similarity is not None:
             mine = self._scores("similarity", similarity)

@@ -4,11 +4,13 @@
     segment k:      MLP of layer k-1, attention of layer k                 -> hidden, similarity, importance
     last segment:   MLP of layer D, layers D+1 .. L-1, final norm, lm_head on the last token
 
-Knows no weights and no targets.
+Other reducers act at other calls: the decoder is cut only behind the attentions where the chosen one may act, and stays
+whole for a method that is done before the LLM. Knows no weights and no targets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from framefusion.export.graph.decoder import Block
@@ -55,11 +57,16 @@ def whole_decoder(num_layers: int, name: str = "decoder", deepstack: int = 0) ->
 
 def cut_after_attentions(num_layers: int, depth: int, deepstack: int = 0) -> tuple[SegmentPlan, ...]:
     """Cut after the attention of layers 0 .. depth (D above); depth <= num_layers - 2."""
+    return cut_after(num_layers, range(depth + 1), deepstack)
+
+
+def cut_after(num_layers: int, layers: Sequence[int], deepstack: int = 0) -> tuple[SegmentPlan, ...]:
+    """Cut after the attention of these layers, ascending and one at least; a segment is named by its last one."""
     blocks = half_layers(num_layers, deepstack)
-    ends = [2 * layer + 1 for layer in range(depth + 1)]
+    ends = [2 * layer + 1 for layer in layers]
     starts = [0, *ends[:-1]]
     looked_at = [
         SegmentPlan(f"layer{layer:02d}", blocks[start:end], scores=True, head=False)
-        for layer, (start, end) in enumerate(zip(starts, ends, strict=True))
+        for layer, start, end in zip(layers, starts, ends, strict=True)
     ]
     return (*looked_at, SegmentPlan("rest", blocks[ends[-1] :], scores=False, head=True))

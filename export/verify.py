@@ -28,6 +28,7 @@ from framefusion.export.options import BuildOptions
 from framefusion.export.plan import GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan
 from framefusion.export.signatures import segment_module
 from framefusion.export.weights import AnySource, blocks_of
+from framefusion.reducers import load_reducer
 
 FEWEST_LAYERS = 4  # a segment of each kind: first, middle and last
 SAMPLES = 8  # tensors of a file that are read back
@@ -120,6 +121,8 @@ def truncated(plan: BuildPlan, options: BuildOptions) -> BuildOptions | None:
     """
     schedule, record = plan.reduction.schedule, plan.reduction
     layers = max(FEWEST_LAYERS, math.ceil(1 / record.cost), schedule.prune_layer + 2 if schedule else 0)
+    if record.depth is not None and load_reducer(record.reducer).static:  # all layers up to its call see all tokens
+        layers = max(layers, math.floor((record.depth + 1) / record.cost) + 1)
     if layers >= plan.config.num_layers:
         return None
     smaller = replace(options, num_decoder_layer=layers)

@@ -67,6 +67,18 @@ class BackendError(FrameFusionError):
     exit_code = 18
 
 
+class ReducerError(FrameFusionError):
+    """A reducer that is unknown or broken, that does not fit the bundle, or that did not keep what it declared."""
+
+    exit_code = 19
+
+
+class EvaluationError(FrameFusionError):
+    """A file of questions with a missing or malformed part, or earlier answers that belong to another evaluation."""
+
+    exit_code = 21
+
+
 class InterruptedBuildError(FrameFusionError):
     """Ctrl-C during a build: what is complete stays and the next build resumes from it."""
 

@@ -33,14 +33,17 @@ from torch import Tensor, nn
 
 from framefusion import tracks
 from framefusion.errors import BackendError, CheckpointError, PromptError
-from framefusion.live_attention import CALL, WatchedConfig, register
+from framefusion.live_attention import CALL, WatchedConfig, current, register
+from framefusion.live_cache import compiled_step, refuse_to_compile
 from framefusion.live_call import Asked, Call, RequestRecord, Row
-from framefusion.live_labels import FAMILIES, Labels, Preset, Seen
+from framefusion.live_labels import FAMILIES, Labels, Preset, Seen, labels_behind
+from framefusion.live_mask import tokens_seen
 from framefusion.policy import ReductionSettings
+from framefusion.reducers import DEFAULT, load_reducer
+from framefusion.reducers.reducer import ReductionRequest
 from framefusion.tracks import IntArray
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-
 
 _SEEN: ContextVar[Seen | None] = ContextVar("framefusion_seen", default=None)
 _LABELS: ContextVar[tuple[FrameFusion, IntArray] | None] = ContextVar("framefusion_labels", default=None)
@@ -49,9 +52,10 @@ _LABELS: ContextVar[tuple[FrameFusion, IntArray] | None] = ContextVar("framefusi
 class FrameFusion:
     """What `model.framefusion` is: the settings, what the last forward did, and labels of the user's own."""
 
-    def __init__(self, model: Any, decoder: Any, labels: Labels | None, preset: Preset, settings: Any) -> None:
-        self.model, self.decoder = model, decoder
-        self.settings: ReductionSettings = settings
+    def __init__(self, model: Any, labels: Labels | None, preset: Preset, settings: ReductionSettings) -> None:
+        self.model, self.decoder = model, model.get_decoder()
+        self.settings = settings
+        self.reducer, self.seed = load_reducer(DEFAULT), 0
         self.importance_rows = preset.importance_rows
         self._find_labels = labels
         self._records: dict[int, tuple[RequestRecord, ...]] = {}
@@ -101,20 +105,24 @@ class FrameFusion:
             self._undo.pop()()
 
     def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        _SEEN.set(Seen(args[0] if args else given.get("input_ids"), given))
+        if not torch.compiler.is_compiling():
+            _SEEN.set(Seen(args[0] if args else given.get("input_ids"), given))
 
     def _forget_inputs(self, *_: Any) -> None:
-        _SEEN.set(None)
+        if not torch.compiler.is_compiling():
+            _SEEN.set(None)
 
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin a call where there is something to reduce, or a cache that was reduced before."""
-        seen, cache = _SEEN.get(), given.get("past_key_values")
-        CALL.set(None)
         tokens = given.get("inputs_embeds")
         tokens = (args[0] if args else given["input_ids"]) if tokens is None else tokens
         shape = (tokens.shape[0], tokens.shape[1])
+        if torch.compiler.is_compiling():
+            return refuse_to_compile() if shape[1] > 1 else None
+        seen, cache = _SEEN.get(), given.get("past_key_values")
+        CALL.set(None)
         past = 0 if cache is None else int(cache.get_seq_length())
         labels = self._labels_of(seen, given, shape, past)
         mask = given.get("attention_mask")
@@ -132,13 +140,15 @@ class FrameFusion:
         self._check(given, tokens, past + shape[1])
         call = Call(self._asked(), rows, shape, past, mask)
         CALL.set(call)
-        return (args, _without_deepstack(call, given, shape)) if visual else None
+        return (args, call.take_deepstack(given)) if visual else None
 
     def _rows(self, labels: IntArray, mask: Any, past: int) -> list[Row]:
-        real = np.ones(labels.shape, np.bool_)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            real = mask[:, past : past + labels.shape[1]].bool().cpu().numpy()
-        return [Row(self.settings, own, np.flatnonzero(there)) for own, there in zip(labels, real, strict=True)]
+        seen = tokens_seen(mask, past, past + labels.shape[1], len(labels))
+        real = np.ones(labels.shape, np.bool_) if seen is None else seen.cpu().numpy()
+        return [self._row(own, np.flatnonzero(there)) for own, there in zip(labels, real, strict=True)]
+
+    def _row(self, labels: IntArray, origin: IntArray) -> Row:
+        return Row(self.reducer.start(ReductionRequest(self.settings, labels[origin], self.seed)), origin)
 
     def _labels_of(
         self, seen: Seen | None, given: dict[str, Any], shape: tuple[int, int], past: int
@@ -146,12 +156,7 @@ class FrameFusion:
         """Labels of the new tokens [B, S], or None: no visual token among them."""
         own = _LABELS.get()
         if own is not None and own[0] is self:
-            whole = np.full((own[1].shape[0], past + shape[1]), tracks.TEXT, np.int64)
-            known = min(own[1].shape[1], whole.shape[1])
-            whole[:, :known] = own[1][:, :known]
-            if shape[0] % len(whole):
-                raise PromptError(f"{len(whole)} rows of labels do not fit {shape[0]} prompts: give a row per prompt")
-            return np.repeat(whole[:, past:], shape[0] // len(whole), axis=0)  # beams of a prompt lie together
+            return labels_behind(own[1], shape, past)
         if self._find_labels is None or seen is None or shape[1] == 1:
             return None
         if seen.ids is None:
@@ -170,15 +175,13 @@ class FrameFusion:
         """Refuse what cannot be reduced.
 
         Raises:
-            BackendError: gradients or attentions asked for, a prompt beyond a sliding window, compilation.
+            BackendError: gradients or attentions asked for, a prompt beyond a sliding window.
         """
         if torch.is_grad_enabled() and any(one.requires_grad for one in (tokens, *self.decoder.parameters())):
             raise BackendError("tokens are reduced in place: run the model under torch.no_grad() or inference_mode()")
         config = self.decoder.config
         if given.get("output_attentions") or getattr(config, "output_attentions", False):
             raise BackendError("output_attentions cannot be given for reduced tokens: leave it out")
-        if torch.compiler.is_compiling():
-            raise BackendError("a live reduction has shapes of its own for each video: run without torch.compile")
         window = getattr(config, "sliding_window", None)
         if window is not None and length >= window:
             raise BackendError(
@@ -189,10 +192,12 @@ class FrameFusion:
     def _enter_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        hidden = args[0] if args else given["hidden_states"]
+        if torch.compiler.is_compiling():
+            return args, compiled_step(index, hidden, given)
         call = CALL.get()
         if call is None or call.asked.owner is not self:
             return None
-        hidden = args[0] if args else given["hidden_states"]
         if index == 0 and call.rows:
             hidden = call.begin(hidden, call.features)
         told = call.enter(index, given)
@@ -204,7 +209,7 @@ class FrameFusion:
 
     def _between(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A call between attention and MLP: the residual is the very tensor that the norm takes."""
-        call = CALL.get()
+        call = current()
         if call is None or call.asked.owner is not self or not call.reducing or index >= len(self.decoder.layers) - 1:
             return
         (hidden,) = args
@@ -213,12 +218,14 @@ class FrameFusion:
             hidden.set_(reduced)
 
     def _leave_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        call = CALL.get()
+        call = current()
         if call is None or call.asked.owner is not self or not call.features:
             return None
         return output + call.features.pop(0).to(output)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
         call = CALL.get()
         CALL.set(None)
         if output is None or call is None or call.asked.owner is not self or not call.rows:
@@ -240,8 +247,10 @@ def apply_framefusion(
     similarity_lower_bound: float | None = None,
     ratio_lower_bound: float = 0.1,
     *,
+    reducer: str = DEFAULT,
     importance_rows: int | None = None,
     depth: int | None = None,
+    seed: int = 0,
 ) -> FrameFusion:
     """Reduce visual tokens inside the LLM of a Hugging Face model from now on; generate() and processors work on.
 
@@ -254,11 +263,14 @@ def apply_framefusion(
         cost: share of the computation over visual tokens that is kept, in (0, 1].
         similarity_lower_bound: tokens at least this similar merge; by default the family's (live_labels.FAMILIES).
         ratio_lower_bound: merging ends below this share.
+        reducer: the method, a name of `framefusion.reducers.reducer_names()`; the thresholds are FrameFusion's.
         importance_rows: last query rows that the importance is averaged over; by default the family's.
         depth: deepest layer whose attention a merge may follow; by default the last but one.
+        seed: of a method that draws; the same for each row.
 
     Raises:
         BudgetError: a number out of range, or a cost that this depth cannot reach.
+        ReducerError: no such reducer.
         CheckpointError: layers of another make than Llama's.
     """
     decoder = model.get_decoder()
@@ -274,8 +286,10 @@ def apply_framefusion(
     deepest = len(layers) - 2 if depth is None else depth
     settings = ReductionSettings(cost, bound, ratio_lower_bound, len(layers), deepest)
     preset = Preset(bound, preset.importance_rows if importance_rows is None else importance_rows)
+    method = load_reducer(reducer)
     remove_framefusion(model)
-    handle = FrameFusion(model, decoder, labels, preset, settings)
+    handle = FrameFusion(model, labels, preset, settings)
+    handle.reducer, handle.seed = method, seed
     handle.install()
     model.framefusion = handle
     return handle
@@ -286,15 +300,3 @@ def remove_framefusion(model: Any) -> None:
     handle = model.__dict__.pop("framefusion", None)
     if handle is not None:
         handle.uninstall()
-
-
-def _without_deepstack(call: Call, given: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
-    """Take DeepStack's features out of the arguments: the call adds them, as they follow their tokens."""
-    told, where = dict(given), given.get("visual_pos_masks")
-    for rows in told.pop("deepstack_visual_embeds", None) or ():
-        whole = rows.new_zeros(*shape, rows.shape[-1])
-        whole[where.to(rows.device)] = rows  # type: ignore[union-attr]
-        call.features.append(whole)
-    if call.features:
-        told.pop("visual_pos_masks", None)
-    return told

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from framefusion import budget, ops
 from framefusion.errors import BackendError
-from framefusion.live_cache import adopt
-from framefusion.live_plan import apply_plan, similarity
-from framefusion.policy import CallRecord, Plan, Reduction, ReductionSettings, keep_all
+from framefusion.live_cache import adopt, caught_up
+from framefusion.live_mask import reduced_mask, tokens_seen
+from framefusion.live_plan import apply_plan, features_of, similarity
+from framefusion.policy import CallRecord, Plan, ReductionState, keep_all
 from framefusion.tracks import IntArray
 
 
@@ -62,9 +63,9 @@ class Asked:
 class Row:
     """One request of a batch: the policy's state and the places of its tokens in the call."""
 
-    def __init__(self, settings: ReductionSettings, labels: IntArray, origin: IntArray) -> None:
-        self.reduction = Reduction(settings, labels[origin])
-        self.visual, self.origin = self.reduction.num_visual, origin
+    def __init__(self, reduction: ReductionState, origin: IntArray) -> None:
+        self.reduction = reduction
+        self.visual, self.origin = reduction.num_visual, origin
         self.kept: list[IntArray] = []
 
     def record(self, num_layers: int) -> RequestRecord:
@@ -84,7 +85,7 @@ class Call:
 
     def __init__(self, asked: Asked, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any) -> None:
         self.asked, self.rows, self.shape, self.past = asked, rows, shape, past
-        self.padding = mask[:, :past] if isinstance(mask, Tensor) and mask.ndim == 2 and past else None
+        self.real = tokens_seen(mask, 0, past, shape[0])
         self.index: Tensor | None = None
         self.valid: Tensor | None = None
         self.features: list[Tensor] = []  # [B, K, D] for each of the next layers to add
@@ -97,6 +98,17 @@ class Call:
     def reducing(self) -> bool:
         """Whether any row has calls to make."""
         return any(not row.reduction.finished for row in self.rows)
+
+    def take_deepstack(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments without DeepStack's features, which the call adds, as they follow their tokens."""
+        told, where = dict(given), given.get("visual_pos_masks")
+        for rows in told.pop("deepstack_visual_embeds", None) or ():
+            whole = rows.new_zeros(*self.shape, rows.shape[-1])
+            whole[where.to(rows.device)] = rows  # type: ignore[union-attr]
+            self.features.append(whole)
+        if self.features:
+            told.pop("visual_pos_masks", None)
+        return told
 
     def begin(self, hidden: Tensor, features: list[Tensor]) -> Tensor:
         """Leave the padding of the prompt out and make call 0.  [B, S, D] -> [B, K, D]"""
@@ -141,7 +153,9 @@ class Call:
             told = dict(zip(scores, np.split(host, ends), strict=True))
         plans = [keep_all(row.reduction.labels) for row in self.rows]
         for i in active:
-            plans[i] = self.rows[i].reduction.step(told.get((i, "similarity")), told.get((i, "importance")))
+            reduction = self.rows[i].reduction
+            features = features_of(hidden[i, : self.rows[i].origin.size]) if reduction.wants_features else None
+            plans[i] = reduction.step(told.get((i, "similarity")), told.get((i, "importance")), features)
         return plans
 
     def _place(self, device: torch.device) -> None:
@@ -178,19 +192,27 @@ class Call:
             slots, valid = new, self.valid
         else:
             self.layer = adopt(cache, layer, self._once("dense", None, self._dense))
-            old, old_valid = self.layer.slots, self.layer.valid
+            stored, told_valid = self.layer.slots, self.layer.valid
+            old, old_valid = self._once("old", (stored, told_valid), lambda: self._earlier(self.layer))
             slots = self._once("slots", old, lambda: torch.cat([old.to(new.device), new], dim=1))
             valid = self._once("valid", (old, old_valid), lambda: _joined(old, old_valid, new, self.valid))
             self.layer.extend(slots, valid, self.past + self.shape[1])
         mask = given.get("attention_mask")
-        told["attention_mask"] = self._once("mask", (mask, slots), lambda: self._mask(mask, slots, valid))
+        told["attention_mask"] = self._once(
+            "mask", (mask, slots), lambda: reduced_mask(mask, self._places(), slots, valid, self.past, self.asked.flash)
+        )
         return told
 
     def _dense(self) -> tuple[Tensor, Tensor | None]:
         """Slots [B, past] of a cache that holds all earlier tokens, and which of them are no padding."""
         slots = torch.arange(self.past, device=self.asked.device).expand(self.shape[0], -1)
-        padded = self.padding is not None and not bool(self.padding.all())
-        return slots, self.padding.bool() if padded else None  # type: ignore[union-attr]
+        padded = self.real is not None and not bool(self.real.all())
+        return slots, self.real if padded else None
+
+    def _earlier(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        """Slots and validity of what a layer holds; those of nothing are the same for all layers."""
+        dense: tuple[Tensor, Tensor | None] = self._once("dense", None, self._dense)
+        return caught_up(layer, self.past) if self.past else dense
 
     def _places(self) -> Tensor:
         if self.index is not None:
@@ -204,31 +226,6 @@ class Call:
         if entry not in self._memo:
             self._memo[entry] = (keys, make())
         return self._memo[entry][1]
-
-    def _mask(self, mask: Any, slots: Tensor, valid: Tensor | None) -> Tensor | None:
-        """The mask of S new tokens over all slots -> of those present over those stored."""
-        if mask is None and valid is None:
-            return None
-        flash = self.asked.flash
-        rows = torch.arange(len(slots), device=slots.device)
-        if flash or (isinstance(mask, Tensor) and mask.ndim == 2):
-            seen = torch.ones_like(slots) if mask is None else mask.to(slots.device)[rows[:, None], slots]
-            return seen if valid is None else seen * valid
-        places = self._places().to(slots.device)
-        if mask is None:
-            chosen = slots[:, None] <= self.past + places[:, :, None]  # [B, K, T]
-        elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1:
-            whole = mask.to(slots.device).expand(len(slots), -1, -1, -1)[:, 0]
-            chosen = whole[rows[:, None, None], places[:, :, None], slots[:, None]]
-        else:
-            raise BackendError(
-                f"an attention mask of type {type(mask).__name__} cannot follow reduced tokens: "
-                "use attn_implementation sdpa, eager or flash_attention_2"
-            )
-        if valid is not None:
-            hidden = torch.finfo(chosen.dtype).min if chosen.is_floating_point() else False
-            chosen = chosen.masked_fill(~valid[:, None], hidden)
-        return chosen[:, None]
 
     def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Importance of each row's tokens.  query [B, H, K, hd] and key [B, Hkv, T, hd], earlier slots in front."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from framefusion import ops, policy, tracks
 from framefusion.policy import Plan
-from framefusion.tracks import IntArray
+from framefusion.tracks import FloatArray, IntArray
 
 
 def similarity(hidden: Tensor, labels: IntArray) -> Tensor:
@@ -24,6 +24,12 @@ def similarity(hidden: Tensor, labels: IntArray) -> Tensor:
         return torch.from_numpy(tracks.track_similarity(_array(hidden[0]), labels))
     scores: Tensor = ops.similarity(hidden, torch.from_numpy(tracks.previous_in_track(labels)).to(hidden.device))
     return scores
+
+
+def features_of(hidden: Tensor) -> FloatArray:
+    """Hidden states of one request as a reducer reads them: in fp32 on the host.  [S, D]"""
+    features: FloatArray = hidden.detach().float().cpu().numpy()
+    return features
 
 
 def apply_plan(hidden: Tensor, plan: Plan) -> Tensor:

@@ -10,6 +10,8 @@ between an attention and an MLP and then only apply the plan:
 A reduction merges call after call while enough tokens are alike, then prunes once, one call later, to meet the budget.
 Tokens of label -1 are never dropped, kept tokens keep their order, ties go to the lower index.
 
+This is FrameFusion. Other methods are behind the same state and the same plan: framefusion.reducers.
+
 Knows numpy only: no model, no layer, no tensor but the two vectors (apply_plan is what becomes of hidden states).
 """
 
@@ -19,14 +21,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from framefusion import budget, tracks
 from framefusion.errors import BudgetError
-from framefusion.tracks import TEXT, IntArray
+from framefusion.tracks import TEXT, FloatArray, IntArray
 
 Kind = Literal["none", "merge", "prune"]
 Scores = npt.NDArray[np.floating]
@@ -89,7 +91,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class CallRecord:
-    """What one call did, in counts."""
+    """What one call did, in counts; `outcome` names what a method could not do as asked, and why."""
 
     call: int
     kind: Kind
@@ -97,6 +99,7 @@ class CallRecord:
     tokens_after: int
     visual_before: int
     visual_after: int
+    outcome: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,26 @@ class Decision:
 Observer = Callable[[Decision], None]
 
 
+class Guard(Protocol):
+    """What is told of each call before and after it is decided, and may refuse it: framefusion.reducers' checks."""
+
+    def before(self, state: ReductionState) -> None:
+        """The call is about to be decided."""
+
+    def after(self, state: ReductionState, plan: Plan) -> None:
+        """The call was decided, its plan not yet taken as done."""
+
+
 class ReductionState(ABC):
     """One request on its way through the calls: the tokens present and what was done to them so far.
 
-    `observer`, where one is set, is told each call that decides; nothing is copied or kept without one.
+    `observer`, where one is set, is told each call that decides; nothing is copied or kept without one. `outcome` is
+    what the call being decided has to say for itself: see CallRecord.
     """
 
     observer: Observer | None = None
+    guard: Guard | None = None
+    outcome: str = ""
 
     def __init__(self, labels: npt.ArrayLike) -> None:
         self.labels = tracks.request_labels(labels)  # of the tokens present
@@ -145,25 +161,50 @@ class ReductionState(ABC):
     def wants_importance(self) -> bool:
         """Whether the next call may read the importance."""
 
+    @property
+    def wants_features(self) -> bool:
+        """Whether the next call reads the hidden states of the tokens; only call 0 may."""
+        return False
+
     @abstractmethod
-    def _decide(self, similarity: Scores | None, importance: Scores | None) -> Plan:
+    def _decide(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None) -> Plan:
         """Plan the next call of a reduction that is not finished, and say so if it is the last."""
 
-    def step(self, similarity: Scores | None, importance: Scores | None) -> Plan:
-        """Plan the next call and take it as done. A vector that is not wanted may be None.  [S] and [S] -> Plan"""
-        plan = keep_all(self.labels) if self.finished else self._observed(similarity, importance)
+    def step(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None = None) -> Plan:
+        """Plan the next call and take it as done. What is not wanted may be None.  [S], [S] and [S, D] -> Plan"""
+        plan = keep_all(self.labels) if self.finished else self._guarded(similarity, importance, features)
         before = self.labels
         self.labels = tracks.compact(before, plan.kept)
         visual = tracks.count_visual(before), self.num_visual
         self.shares.append((visual[0] - visual[1]) / visual[0] if visual[0] else 0.0)
-        self.history.append(CallRecord(self.call, plan.kind, before.size, self.labels.size, *visual))
+        self.history.append(CallRecord(self.call, plan.kind, before.size, self.labels.size, *visual, self.outcome))
+        self.outcome = ""
         return plan
 
-    def _observed(self, similarity: Scores | None, importance: Scores | None) -> Plan:
+    def pass_over(self, call: int) -> None:
+        """Take the calls before `call` as done, at which nothing can be read and nothing dropped.
+
+        Raises:
+            ValueError: the method acts at one of them; whoever drives it asks `Reducer.calls` first.
+        """
+        while self.call < call:
+            reads = self.wants_similarity or self.wants_importance or self.wants_features
+            if reads or self.step(None, None).kind != "none":
+                raise ValueError(f"the reduction acts at call {self.call} or before, which is passed over")
+
+    def _guarded(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None) -> Plan:
+        if self.guard is None:
+            return self._observed(similarity, importance, features)
+        self.guard.before(self)
+        plan = self._observed(similarity, importance, features)
+        self.guard.after(self, plan)
+        return plan
+
+    def _observed(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None) -> Plan:
         if self.observer is None:
-            return self._decide(similarity, importance)
+            return self._decide(similarity, importance, features)
         read = similarity if self.wants_similarity else None, importance if self.wants_importance else None
-        plan = self._decide(similarity, importance)
+        plan = self._decide(similarity, importance, features)
         first, second = (None if scores is None else scores.copy() for scores in read)  # buffers are overwritten
         self.observer(Decision(first, second, plan))
         return plan
@@ -194,7 +235,7 @@ class Reduction(ReductionState):
         """Whether the next call may read the importance: it prunes, or merging nothing would overdraw the budget."""
         return not self.finished and (not self._merging or self._overdraws(0.0))
 
-    def _decide(self, similarity: Scores | None, importance: Scores | None) -> Plan:
+    def _decide(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None) -> Plan:
         if self._merging:
             return self._merge(self._scores("similarity", similarity), importance)
         return self._prune(importance)
@@ -246,7 +287,7 @@ class FixedReduction(ReductionState):
         """Whether the next call reads the importance: one call prunes."""
         return not self.finished and self.call == self.schedule.prune_layer + 1
 
-    def _decide(self, similarity: Scores | None, importance: Scores | None) -> Plan:
+    def _decide(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None) -> Plan:
         if self.wants_similarity:
             scores, drop = tracks.settled(self._scores("similarity", similarity)), self._drops[self.call]
             return merge_plan(self.labels, top(scores, drop, among=tracks.previous_in_track(self.labels) >= 0))
@@ -256,33 +297,19 @@ class FixedReduction(ReductionState):
         return prune_plan(self.labels, self._scores("importance", importance), self.num_visual - self._drops[-1])
 
 
-class RandomReduction(ReductionState):
-    """The baseline every method has to beat: a random subset at call 0, at the same cost."""
+def top(scores: Scores, count: int, among: Mask, within: float = 0.0) -> Mask:
+    """Mark the `count` highest scores among the tokens marked, ties to the lower index. NaN is lower than anything.
 
-    wants_similarity = False
-    wants_importance = False
-
-    def __init__(self, settings: ReductionSettings, labels: npt.ArrayLike, seed: int) -> None:
-        super().__init__(labels)
-        self.settings = settings
-        self._random = np.random.default_rng(seed)
-
-    def _decide(self, similarity: Scores | None, importance: Scores | None) -> Plan:
-        self.finished = True
-        drop = budget.required_drop([], self.settings.cost, self.settings.num_layers)
-        keep = budget.kept_by_prune(self.num_visual, drop)
-        return prune_plan(self.labels, self._random.random(self.labels.size), keep)
-
-
-def top(scores: Scores, count: int, among: Mask) -> Mask:
-    """Mark the `count` highest scores among the tokens marked, ties to the lower index. NaN is lower than anything."""
+    Scores that differ from the last one chosen by no more than `within` tie with it: rounding must not choose.
+    """
     candidates = np.flatnonzero(among)
     ranked = np.where(np.isnan(scores), -np.inf, scores)[candidates]
     chosen = np.zeros(among.size, dtype=np.bool_)
     count = min(count, candidates.size)
     if count > 0:
         limit = np.partition(ranked, candidates.size - count)[candidates.size - count]
-        above, ties = candidates[ranked > limit], candidates[ranked == limit]
+        above = candidates[ranked > limit + within]
+        ties = candidates[(ranked <= limit + within) & (ranked >= limit - within)]
         chosen[above] = True
         chosen[ties[: count - above.size]] = True
     return chosen

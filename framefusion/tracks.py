@@ -72,6 +72,30 @@ def longest_track(labels: IntArray) -> int:
     return int(np.unique(visual, return_counts=True)[1].max()) if visual.size else 0
 
 
+def place_in_track(labels: IntArray) -> IntArray:
+    """Return how many tokens of its track precede each token: its time; -1 for text.  [S]"""
+    order = track_order(labels)
+    by_track = labels[order]
+    starts = np.flatnonzero(np.diff(by_track, prepend=TEXT - 1))
+    lengths = np.diff(starts, append=labels.size)
+    place = np.empty(labels.size, dtype=np.int64)
+    place[order] = np.arange(labels.size) - np.repeat(starts, lengths)
+    return np.where(labels == TEXT, TEXT, place)
+
+
+def frame_numbers(labels: IntArray) -> IntArray:
+    """Return the frame of each visual token of a whole prompt, counted from 0; -1 for text.  [S]
+
+    A frame ends where the next visual token has another time. Pictures that follow each other have time 0 alike and
+    count as one frame.
+    """
+    time = place_in_track(labels)
+    visual = np.flatnonzero(labels != TEXT)
+    frames = np.full(labels.size, TEXT, dtype=np.int64)
+    frames[visual] = np.cumsum(np.diff(time[visual], prepend=time[visual][:1]) != 0)
+    return frames
+
+
 def compact(labels: IntArray, kept: IntArray) -> IntArray:
     """Return the labels of the kept tokens, in sequence order.  [K]"""
     return labels[kept]

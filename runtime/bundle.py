@@ -100,8 +100,9 @@ class ReductionRecord:
     cost: float = 1.0
     similarity_lower_bound: float = 1.0
     ratio_lower_bound: float = 0.1
-    depth: int | None = None  # deepest layer whose attention a reduction may follow
+    depth: int | None = None  # deepest layer whose attention a reduction may follow; None where it ends before the LLM
     schedule: FixedSchedule | None = None
+    reducer: str = "framefusion"  # a name of framefusion.reducers
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ class SegmentRecord:
     buckets: tuple[int, ...] | None  # sizes of a prefill; None runs every length as it is
     decode_graph: str | None = None  # where decoding needs another graph than the prefill
     deepstack: int = 0  # of its MLPs, how many add visual features
+
+    @property
+    def call(self) -> int:
+        """The call of a reduction that follows its last attention."""
+        return self.attention_layers[-1] + 1
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,11 @@ class Manifest:
     options: Mapping[str, Any] = field(default_factory=dict)  # what the build was asked, in the exporter's own names
     source: SourceRecord | None = None
     engines: tuple[EngineRecord, ...] = ()  # readers of the same schema that know none leave them alone
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """Calls at which a reduction may act between graphs: 0 before the LLM, one behind each segment but the last."""
+        return (0, *(record.call for record in self.segments if not record.head))
 
 
 class Bundle:

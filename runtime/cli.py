@@ -89,6 +89,28 @@ def open_pipeline(folder: Path, threads: int, backend: str, device: str, no_veri
     return Pipeline(bundle, threads=threads, choice=choose(bundle, name, place))  # type: ignore[arg-type]
 
 
+@ff_run.command()
+@console.json_option
+def reducers() -> None:
+    """List what can drop tokens, in the box and from installed packages."""
+    from framefusion.reducers import reducer_facts
+
+    console.show({"reducers": reducer_facts()}, _render_reducers)
+
+
+def _render_reducers(report: dict[str, Any]) -> str:
+    names = ("reducer", "reads", "counts", "tokens", "choice", "from", "paper")
+    rows = [
+        (
+            row["name"], ", ".join(row["inputs"]) or "labels", "exact" if row["static"] else "by the scores",
+            "merged, dropped" if row["merges"] else "dropped",
+            "of the video" if row["query_agnostic"] else "of the question, too", row["origin"], row["paper"],
+        )
+        for row in report["reducers"]
+    ]  # fmt: skip
+    return console.table(names, rows)
+
+
 def show_page(pipeline: Pipeline, name: str, question: Question, output: Path, compare: bool) -> None:
     """Answer a question, write its page, and tell in a few lines what is on it."""
     from framefusion.runtime import view
@@ -123,6 +145,8 @@ def summary(facts: dict[str, Any]) -> str:
     lines = [] if facts["backend"] is None else [facts["backend"]["text"]]
     lines.append(f"prompt: {facts['prompt_tokens']} tokens, {facts['visual_tokens']} of them visual")
     for call in facts["reduction"]:
+        if call["outcome"]:
+            lines.append(f"call {call['call']}: {call['outcome']}")
         if call["kind"] != "none":
             kept = describe_cost(call["visual_after"] / call["visual_before"])
             counts = f"{call['tokens_before']} -> {call['tokens_after']} tokens"

@@ -48,12 +48,13 @@ QUESTION_OPTIONS = (
     click.option("--system", help="System prompt; default: the family's."),
     click.option("--max-new-tokens", type=COUNT, default=128, show_default=True, help="Of the answer."),
     click.option("--cost", type=float, help="Share of the computation over visual tokens that is kept, in (0, 1]."),
+    click.option("--reducer", help="What drops tokens: a name that `ff-run reducers` lists; default: the bundle's."),
     click.option("--similarity-lower-bound", type=float, help="Tokens at least this alike merge."),
     click.option("--ratio-lower-bound", type=float, help="Merging ends when a smaller share merges."),
     click.option("--temperature", type=float, help="Of drawn tokens; 0 takes the best one."),
     click.option("--top-p", type=float, help="Draw among the likeliest tokens of this total probability."),
     click.option("--top-k", type=int, help="Draw among this many tokens; 0 is off."),
-    click.option("--seed", type=click.IntRange(min=0), help="Of drawn tokens."),
+    click.option("--seed", type=click.IntRange(min=0), help="Of drawn tokens and of the random reducer."),
     click.option("--fps", type=click.FloatRange(min=0, min_open=True), help="Frames sampled from a second of film."),
     click.option("--max-frames", type=COUNT, help="Most frames sampled."),
 )
@@ -110,7 +111,7 @@ class Question:
         own = self.wishes
         return Request(
             own["max_new_tokens"], own["cost"], own["similarity_lower_bound"], own["ratio_lower_bound"],
-            drawing(manifest.generation, own["temperature"], own["top_p"], own["top_k"]), own["seed"],
+            drawing(manifest.generation, own["temperature"], own["top_p"], own["top_k"]), own["seed"], own["reducer"],
         )  # fmt: skip
 
     def sampling(self, manifest: Manifest) -> FrameSampling:

@@ -19,11 +19,11 @@ from framefusion.errors import PromptError
 from framefusion.policy import (
     CallRecord,
     Observer,
-    RandomReduction,
-    Reduction,
     ReductionSettings,
     ReductionState,
 )
+from framefusion.reducers import load_reducer
+from framefusion.reducers.reducer import ReductionRequest
 from framefusion.runtime.backends import Backend
 from framefusion.runtime.backends.choice import Choice, choose
 from framefusion.runtime.backends.host import HOST
@@ -34,7 +34,7 @@ from framefusion.runtime.positions import decode_positions, rope_tables
 from framefusion.runtime.preprocess import Preprocessing, check_frames
 from framefusion.runtime.prompt import Prompt, Turn, Visual, build_prompt, check_length
 from framefusion.runtime.sampling import GenerationConfig, Sampler
-from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch
+from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch, check_cuts
 from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.tokenizer import Tokenizer
 from framefusion.runtime.video import Video, read_image, read_video
@@ -61,7 +61,7 @@ class Request:
     ratio_lower_bound: float | None = None
     generation: GenerationConfig | None = None
     seed: int | None = None
-    random_reduction: bool = False  # the baseline at the same cost
+    reducer: str | None = None  # a name of framefusion.reducers
 
 
 @dataclass(frozen=True)
@@ -225,26 +225,33 @@ class Pipeline:
         return np.ascontiguousarray(cos[:, :half]), np.ascontiguousarray(sin[:, :half])
 
     def reduction(self, prompt: Prompt, request: Request) -> ReductionState | None:
-        """The policy's state for a request; None where the bundle does not reduce between segments."""
+        """The reducer's state for a request; None where the bundle does not reduce between segments.
+
+        Raises:
+            ReducerError: the reducer asked is unknown, or acts where this bundle is not cut.
+        """
         record = self.manifest.reduction
         if record.mode != "adaptive":
-            if request.cost not in (None, record.cost):
+            if request.cost not in (None, record.cost) or request.reducer not in (None, record.reducer):
+                asked = request.reducer or request.cost
                 raise PromptError(
-                    f"this bundle's reduction is {record.mode} and its cost {record.cost} is built in, {request.cost} "
-                    "was asked: build with --reduction adaptive to choose the cost at run time"
+                    f"this bundle's reduction is {record.mode}, its reducer {record.reducer} and its cost "
+                    f"{record.cost} are built in, {asked} was asked: build with --reduction adaptive to choose at run "
+                    "time"
                 )
             return None
-        assert record.depth is not None
         settings = ReductionSettings(
             record.cost if request.cost is None else request.cost,
             _given(request.similarity_lower_bound, record.similarity_lower_bound),
             _given(request.ratio_lower_bound, record.ratio_lower_bound),
             self.manifest.model.num_layers,
-            record.depth,
+            record.depth or 0,
         )
-        if request.random_reduction:
-            return RandomReduction(settings, prompt.labels, request.seed or 0)
-        return None if settings.cost == 1.0 else Reduction(settings, prompt.labels)
+        reducer = load_reducer(request.reducer or record.reducer)
+        check_cuts(reducer, settings, self.manifest)
+        if settings.cost == 1.0:
+            return None
+        return reducer.start(ReductionRequest(settings, prompt.labels, request.seed or 0))
 
     def prefill(
         self,

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from framefusion import tracks
 from framefusion.budget import drop_counts
-from framefusion.errors import BudgetError, PromptError
-from framefusion.policy import CallRecord, ReductionState
+from framefusion.errors import BudgetError, PromptError, ReducerError
+from framefusion.policy import CallRecord, ReductionSettings, ReductionState
+from framefusion.reducers.reducer import Reducer
 from framefusion.runtime.backends import Backend, BoundSegment, Mirror
 from framefusion.runtime.bundle import Manifest, SegmentRecord
 from framefusion.runtime.kv_cache import SegmentCache
@@ -84,6 +85,8 @@ class Stitcher:
         kept: list[NDArray[np.int64]] = []
         outputs: Outputs | None = None
         for record in self.manifest.segments:
+            if reduction is not None and not (record.head or reduction.finished):
+                reduction.pass_over(record.call)
             with stopwatch.stage("reduction"):
                 chunks, cache, outputs = self._bind_prefill(record, rows, reduction, max_new_tokens)
             with stopwatch.stage("prefill"):
@@ -284,6 +287,24 @@ def bucket_for(record: SegmentRecord, length: int) -> int:
     )
 
 
+def check_cuts(reducer: Reducer, settings: ReductionSettings, manifest: Manifest) -> None:
+    """Refuse a reducer that acts where the segments of a bundle are not cut.
+
+    Raises:
+        ReducerError: with the calls of both.
+    """
+    calls = reducer.calls(settings)
+    if not set(calls) <= set(manifest.calls):
+        raise ReducerError(
+            f"reducer {reducer.name} acts at calls {_listed(calls)} at cost {settings.cost:g}, this bundle was cut for "
+            f"{manifest.reduction.reducer} at calls {_listed(manifest.calls)}: build it with --reducer {reducer.name}"
+        )
+
+
+def _listed(calls: Sequence[int]) -> str:
+    return ", ".join(map(str, calls))
+
+
 def _previous(reduction: ReductionState | None, size: int) -> NDArray[np.int64]:
     previous = np.full(size, -1, np.int64)
     if reduction is not None and reduction.wants_similarity:
@@ -297,7 +318,10 @@ def _reduce_embeddings(rows: TokenRows, reduction: ReductionState | None) -> Tok
         return rows
     wanted = reduction.wants_similarity
     similarity = rows.device.similarity(rows.hidden, reduction.labels) if wanted else None
-    return rows.reduced(reduction.step(similarity, None))
+    features = None
+    if reduction.wants_features:
+        features = rows.device.download(rows.hidden)[: rows.length].astype(np.float32, copy=False)
+    return rows.reduced(reduction.step(similarity, None, features))
 
 
 def _reduce(

@@ -20,6 +20,7 @@ from framefusion import tracks
 from framefusion.budget import describe_cost
 from framefusion.errors import BudgetError
 from framefusion.policy import Decision
+from framefusion.reducers import DEFAULT
 from framefusion.runtime.bundle import FLOAT_BYTES, Manifest
 from framefusion.runtime.flops import prefill_flops
 from framefusion.runtime.frame_sampling import FrameSampling
@@ -215,8 +216,11 @@ def _settings(manifest: Manifest, request: Request) -> dict[str, Any]:
     asked = {name: getattr(request, name) for name in ("similarity_lower_bound", "ratio_lower_bound")}
     chosen = {name: getattr(record, name) if value is None else value for name, value in asked.items()}
     schedule = None if record.schedule is None else asdict(record.schedule)
-    told = {"mode": record.mode, "cost": cost, "cost_text": describe_cost(cost)}
-    return told | (chosen | {"depth": record.depth} if record.mode == "adaptive" else {"schedule": schedule})
+    reducer = request.reducer or record.reducer
+    told = {"mode": record.mode, "reducer": reducer, "cost": cost, "cost_text": describe_cost(cost)}
+    if record.mode != "adaptive":
+        return told | {"schedule": schedule}
+    return told | (chosen | {"depth": record.depth} if reducer == DEFAULT else {})  # thresholds are FrameFusion's
 
 
 def _parts(turn: Turn) -> list[dict[str, str]]:

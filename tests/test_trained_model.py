@@ -21,7 +21,7 @@ QUESTIONS = 100
 REQUESTS = {
     "dense": Request(8, cost=1.0),
     "framefusion": Request(8, cost=0.3),
-    "random": Request(8, cost=0.3, seed=0, random_reduction=True),
+    "random": Request(8, cost=0.3, seed=0, reducer="random"),
 }
 
 pytestmark = pytest.mark.slow

@@ -85,6 +85,35 @@ def test_equals_the_pipeline(subject: Subject, name: str) -> None:
     compare(subject, name)
 
 
+@torch.inference_mode()
+def test_a_static_cache_holds_the_same(subject: Subject) -> None:
+    """Logits of the prompt and of tokens behind it, the static cache slipped in beside what the reference gives."""
+    from transformers import DynamicCache, StaticCache
+
+    asked, model = ask(subject, "mixed"), subject.reference.model  # type: ignore[attr-defined]
+    model.set_attn_implementation("sdpa")
+    config, text, heard, told = model.config.get_text_config(), np.zeros(0, np.int64), [], []
+    caches: list[Any] = [DynamicCache(config=config), StaticCache(config=config, max_cache_len=2000)]
+    for cache in caches:
+        handle = apply_framefusion(model, 0.3)
+        given = {"past_key_values": cache, "use_cache": True}
+        hook = model.register_forward_pre_hook(
+            lambda _, args, named, given=given: (args, named | given), with_kwargs=True
+        )
+        try:
+            heard.append([live_logits(subject, asked)])
+            told.append(handle.last[0].tokens_per_layer)
+            text = heard[0][0][-3:].argmax(-1)
+            heard[-1] += [model(input_ids=torch.tensor([[token]])).logits[0].numpy() for token in text]
+        finally:
+            hook.remove()
+            remove_framefusion(model)
+    assert told[0] == told[1]
+    assert told[0][-1] < told[0][0]
+    for dynamic, static in zip(*heard, strict=True):
+        assert relative_error(static, dynamic) < subject.case.limit
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONVERSATIONS if name not in QUICK])
 def test_equals_the_pipeline_whatever_is_asked(subject: Subject, name: str) -> None:

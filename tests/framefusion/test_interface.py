@@ -210,6 +210,27 @@ def test_a_batch_generates_what_its_rows_do(live: tuple[Any, Any], attention: st
         assert greedy(model, ids, attention_mask=mask).tolist() == alone
 
 
+@pytest.mark.parametrize("reducer", ["fastv", "uniform", "evs", "vidcom2"])
+@torch.inference_mode()
+def test_a_batch_of_any_reducer_is_its_rows(live: tuple[Any, Any], reducer: str) -> None:
+    """Padding on the left: hidden states, scores and labels are each row's own."""
+    model, _ = live
+    handle = apply_framefusion(model, 0.4, reducer=reducer)
+    prompts, alone = [film_prompt(0), film_prompt(1, frames=5)], []
+    for ids, labels in prompts:
+        with handle.labels(labels):
+            model(ids)
+        alone.append([places.tolist() for places in handle.last[0].kept])
+    ids, labels = (padded([prompt[i] for prompt in prompts], "left", fill) for i, fill in enumerate((0, -1)))
+    mask = padded([torch.ones_like(own) for own, _ in prompts], "left", 0)
+    with handle.labels(labels):
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    starts = [ids.shape[1] - own.shape[1] for own, _ in prompts]
+    batch = [[(places - start).tolist() for places in row.kept] for row, start in zip(handle.last, starts, strict=True)]
+    assert batch == alone
+    assert all(row.visual_after < row.visual_before for row in handle.last)
+
+
 @torch.inference_mode()
 def test_text_alone_is_what_the_model_says() -> None:
     model = llama()
@@ -406,9 +427,9 @@ def test_importance_is_the_attention_of_the_last_rows(monkeypatch: pytest.Monkey
     seen: list[Any] = []
     step = policy.Reduction.step
 
-    def noted(self: policy.Reduction, similarity: Any, importance: Any) -> policy.Plan:
+    def noted(self: policy.Reduction, similarity: Any, importance: Any, features: Any = None) -> policy.Plan:
         seen.append(importance)
-        return step(self, similarity, importance)
+        return step(self, similarity, importance, features)
 
     monkeypatch.setattr(policy.Reduction, "step", noted)
     ids[0, 4:100] = torch.randperm(120)[:96]  # no token repeats: call 0 merges nothing, call 1 prunes
@@ -606,12 +627,17 @@ def test_layers_that_wait_on_the_disk(seeing: Any, tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_what_cannot_be_reduced_is_refused_by_name(live: tuple[Any, Any]) -> None:
     from transformers import StaticCache
+    from transformers.cache_utils import StaticSlidingWindowLayer
 
     model, handle = live
     ids, labels = film_prompt()
+    window: Any = StaticSlidingWindowLayer(512, 256)
+    window.lazy_initialization(torch.zeros(1, 2, 1, 12), torch.zeros(1, 2, 1, 12))
     with handle.labels(labels):
-        with pytest.raises(BackendError, match="StaticLayer"):
-            model(ids, past_key_values=StaticCache(model.config, max_cache_len=512))
+        cache: Any = StaticCache(model.config, max_cache_len=512)
+        cache.layers[0] = window
+        with pytest.raises(BackendError, match="StaticSlidingWindowLayer"):
+            model(ids, past_key_values=cache)
         with pytest.raises(BackendError, match="output_attentions"):
             model(ids, output_attentions=True)
         with pytest.raises(PromptError, match="2 rows of labels"), handle.labels(labels.repeat(2, 1)):

@@ -14,7 +14,6 @@ from framefusion.errors import BudgetError
 from framefusion.policy import (
     FixedReduction,
     Plan,
-    RandomReduction,
     Reduction,
     ReductionSettings,
     ReductionState,
@@ -22,6 +21,8 @@ from framefusion.policy import (
     apply_plan,
     top,
 )
+from framefusion.reducers import load_reducer
+from framefusion.reducers.reducer import ReductionRequest
 from framefusion.tracks import TEXT, IntArray
 
 modest = settings(deadline=None, max_examples=120)
@@ -177,7 +178,8 @@ def test_vectors_that_are_not_wanted_change_nothing(request: Request, asked: Red
 @modest
 @given(requests(), adaptive_settings(), st.integers(0, 9))
 def test_random_meets_the_same_budget_at_call_0(request: Request, asked: ReductionSettings, seed: int) -> None:
-    reduction, again = (RandomReduction(asked, request.labels, seed) for _ in range(2))
+    given = ReductionRequest(asked, request.labels, seed)
+    reduction, again = (load_reducer("random").start(given) for _ in range(2))
     start = reduction.num_visual
     plans = run(reduction, request, asked.num_layers)
     check_plans(plans, request.labels)

@@ -90,7 +90,7 @@ def test_a_seed_is_an_answer(pipeline: Pipeline, film: Path) -> None:
 
 
 def test_a_random_reduction_meets_the_same_cost(pipeline: Pipeline, film: Path) -> None:
-    answer = ask(pipeline, (VIDEO, film), request=Request(max_new_tokens=1, random_reduction=True, seed=1))
+    answer = ask(pipeline, (VIDEO, film), request=Request(max_new_tokens=1, reducer="random", seed=1))
     assert answer.cost == pytest.approx(0.4, abs=1 / 64)
 
 
