@@ -11,6 +11,7 @@ import sys
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from framefusion.live_call import Call
@@ -20,6 +21,11 @@ NAME = "framefusion"
 
 CALL: ContextVar[Call | None] = ContextVar("framefusion_call", default=None)
 """The forward of the decoder that this thread is in, if it reduces or reads what was reduced."""
+
+
+def current() -> Call | None:
+    """The call that this thread is in; none in a compiled step, where nothing is reduced."""
+    return None if torch.compiler.is_compiling() else CALL.get()
 
 
 def register() -> None:
@@ -42,7 +48,7 @@ class WatchedConfig:
 
     @property
     def _attn_implementation(self) -> str | None:
-        call = CALL.get()
+        call = current()
         told: str | None = self.__dict__["original"]._attn_implementation
         return NAME if call is not None and call.watching else told
 

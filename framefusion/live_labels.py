@@ -45,6 +45,20 @@ Labels = Callable[[Any, Seen, "dict[str, Any]"], "IntArray | None"]
 """(multimodal model, what it was given, what it gives its decoder) -> [B, S], None without visual tokens."""
 
 
+def labels_behind(given: IntArray, shape: tuple[int, int], past: int) -> IntArray:
+    """Labels that the user gave for whole prompts [P, any], for new tokens behind `past`: text where they end.
+
+    Raises:
+        PromptError: rows that do not fit the batch.
+    """
+    whole = np.full((given.shape[0], past + shape[1]), TEXT, np.int64)
+    known = min(given.shape[1], whole.shape[1])
+    whole[:, :known] = given[:, :known]
+    if shape[0] % len(whole):
+        raise PromptError(f"{len(whole)} rows of labels do not fit {shape[0]} prompts: give a row per prompt")
+    return np.repeat(whole[:, past:], shape[0] // len(whole), axis=0)  # beams of a prompt lie together
+
+
 def mrope_labels(model: Any, seen: Seen, given: dict[str, Any], *, timed: bool = False) -> IntArray | None:
     """Qwen's families: rotary positions tell the place in a frame, which grids that generate() encodes first do not.
 
