@@ -22,9 +22,10 @@ from framefusion.export.flags import (
     ENGINE_RESOURCES,
     TOLERANCE,
     build_options,
+    eval_options,
     options_of,
 )
-from framefusion.progress import progress_lines
+from framefusion.progress import CountLines, progress_lines
 from framefusion.runtime.flags import COMPARE, OUTPUT, THREADS, Question, VisualCommand, question_options
 
 if TYPE_CHECKING:
@@ -268,6 +269,44 @@ def _uncompiled(source: Checkpoint, folder: Path, threads: int) -> Pipeline:
     if threads:
         torch.set_num_threads(threads)
     return eager_pipeline(BuildPlan(source, BuildOptions()), folder)
+
+
+@ff_export.command("eval")
+@click.argument("model", metavar="BUNDLE|CHECKPOINT")
+@CHECKPOINT_REVISION
+@eval_options
+@THREADS
+@console.json_option
+def evaluate(
+    model: str,
+    questions: Path,
+    reducer: tuple[str, ...] | None,
+    cost: tuple[float, ...] | None,
+    output: Path | None,
+    limit: int | None,
+    jobs: int,
+    **setup: Any,
+) -> None:
+    """Answer a file of questions under every reducer and cost, and report accuracy with intervals.
+
+    A bundle answers as `ff-run generate` does; a checkpoint live, reduced in eager torch, in fp32, and nothing is
+    built. Decoding is greedy.
+    """
+    try:
+        from framefusion.export.answering import Setup, own_condition
+        from framefusion.export.evaluation import conditions, render
+        from framefusion.export.evaluation import evaluate as run
+        from framefusion.export.questions import read_questions
+    except ImportError as error:
+        raise _missing(error) from None
+
+    asked, opened = read_questions(questions, limit), Setup(model, **setup)
+    if not opened.is_bundle:
+        _open(model, opened.revision)
+    own = own_condition(opened)
+    under = conditions(reducer or (own.reducer,), cost or (1.0, own.cost))
+    report = run(opened, asked, under, output=output, jobs=jobs, told=CountLines("questions"))
+    console.show({"file": str(questions)} | report, render)
 
 
 @ff_export.command()

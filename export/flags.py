@@ -20,6 +20,8 @@ else:
 
 Item = TypeVar("Item", int, float, str)
 Command = TypeVar("Command", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path)
+LIVE = ("transformers", "eager")
 COUNT = click.IntRange(min=1)
 LAYER = click.IntRange(min=0)
 POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -64,6 +66,7 @@ ENGINE_RESOURCES = (
 )
 BUILD_OPTIONS = (
     _flag("--reduction", click.Choice(("none", "fixed", "adaptive")), "Where tokens are dropped.", "adaptive"),
+    _flag("--reducer", str, "What drops tokens (adaptive): a name that `ff-run reducers` lists.", "framefusion"),
     _flag("--cost", float, "Share of the computation over visual tokens that is kept, in (0, 1].", "0.3"),
     _flag("--similarity-lower-bound", float, "Tokens at least this alike merge (adaptive).", OF_FAMILY),
     _flag("--ratio-lower-bound", float, "Merging ends when a smaller share merges (adaptive).", "0.1"),
@@ -102,6 +105,20 @@ BUNDLE_REVISION = _flag("--revision", str, "Branch, tag or commit of that id.", 
 TOLERANCE = _flag(
     "--tolerance", POSITIVE, "Largest error that passes, relative to the reference's maximum.", "by --dtype"
 )
+EVAL_OPTIONS = (
+    click.option("--questions", required=True, type=FILE, help="One JSON object a line: see docs/evaluation.md."),
+    _flag("--reducer", CommaList(str), "What drops tokens; the first is compared with the others.", "the bundle's own"),
+    _flag("--cost", CommaList(float), "Share of the computation over visual tokens kept.", "1 and the bundle's"),
+    click.option("-o", "--output", type=FILE, help="Report and all answers; a run that has begun goes on from there."),
+    click.option("--limit", type=COUNT, help="Ask the first questions only."),
+    click.option("--jobs", type=COUNT, default=1, show_default=True, help="Processes, each with the model."),
+    _flag("--live", click.Choice(LIVE), "What runs a checkpoint.", f"{LIVE[0]} where its processor loads"),
+    click.option("--max-new-tokens", type=COUNT, default=16, show_default=True, help="Of an answer."),
+    _flag("--fps", POSITIVE, "Frames sampled from a second of film.", "the model's"),
+    _flag("--max-frames", COUNT, "Most frames sampled.", "the model's"),
+    _flag("--system", str, "System prompt.", OF_FAMILY),
+    click.option("--seed", type=LAYER, default=0, show_default=True, help="Of reducers that draw."),
+)
 
 
 def options_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -116,3 +133,4 @@ def options_of(*options: Callable[[Command], Command]) -> Callable[[Command], Co
 
 
 build_options = options_of(*BUILD_OPTIONS)
+eval_options = options_of(*EVAL_OPTIONS)

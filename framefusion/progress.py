@@ -17,6 +17,7 @@ from framefusion.console import in_bytes
 
 _LABEL, _BAR = 27, 10  # characters
 _INTERVAL = 0.1  # seconds between two drawings
+_SELDOM = 10.0  # seconds between two lines of what is no terminal
 _SETTLED = 2.0  # seconds before a rate is worth telling
 
 
@@ -146,6 +147,30 @@ class TerminalLines:
     def _draw(self, line: str) -> None:
         width = shutil.get_terminal_size().columns
         self._stream.write("\r" + line[: width - 1] + "\x1b[K")  # the rest of a longer line is cleared
+        self._stream.flush()
+
+
+class CountLines:
+    """How many pieces of a job are done: a line that is drawn over on a terminal, elsewhere one now and then."""
+
+    def __init__(self, what: str, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._stream, self._now = what, stream or sys.stderr, now
+        self._start = self._drawn = now()
+        self._found: int | None = None  # pieces that were there before the first one was done
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell that a piece is done."""
+        now, terminal = self._now(), self._stream.isatty()
+        if self._found is None:
+            self._found = done - 1
+        if done < total and now - self._drawn < (_INTERVAL if terminal else _SELDOM):
+            return
+        self._drawn, spent = now, now - self._start
+        line = f"{done} of {total} {self._what}"
+        if spent >= _SETTLED and done < total:
+            line += f", {in_time(spent / (done - self._found) * (total - done))} left"
+        end = "\n" if done == total or not terminal else ""
+        self._stream.write(f"\r{line}\x1b[K{end}" if terminal else f"{line}{end}")
         self._stream.flush()
 
 

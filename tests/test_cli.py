@@ -51,6 +51,7 @@ def answer(command: click.Command, *arguments: object) -> dict[str, Any]:
         ("runtime", "ff_run", ["generate", "--help"]),
         ("runtime", "ff_run", ["view", "--help"]),
         ("export", "ff_export", ["view", "--help"]),
+        ("export", "ff_export", ["eval", "--help"]),
     ],
 )
 def test_help_needs_no_heavy_package(module: str, command: str, arguments: list[str]) -> None:

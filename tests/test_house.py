@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import inspect
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,16 +17,15 @@ import pytest
 from framefusion import errors
 from framefusion.export.cli import ff_export
 from framefusion.runtime.cli import ff_run
+from tests.wheel import FLOORS, ROOT, build_wheel
 
-ROOT = Path(__file__).parent.parent
-FLOORS = ("framefusion", "export", "runtime")
 LINKS = ("export", "runtime")
 # The modules of framefusion/ that need torch; the runtime and the policy must do without them.
 TORCH_MODULES = {
     f"framefusion.{name}"
     for name in (
         *("ops", "static_reduction", "interface"),
-        *("live_attention", "live_cache", "live_call", "live_labels", "live_plan"),
+        *("live_attention", "live_cache", "live_call", "live_labels", "live_mask", "live_plan"),
     )
 }
 NEVER_AT_RUN_TIME = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy"}
@@ -36,8 +34,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def files_of(floor: str) -> list[Path]:
     """The modules of a top-level folder, those behind the links of framefusion/ left out."""
-    files = (ROOT / floor).glob("*.py") if floor == "framefusion" else (ROOT / floor).rglob("*.py")
-    return sorted(files)
+    if floor == "framefusion":
+        return sorted(path for folder in (ROOT / floor, ROOT / floor / "reducers") for path in folder.glob("*.py"))
+    return sorted((ROOT / floor).rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
@@ -159,16 +158,7 @@ def test_nothing_named_export_or_runtime_can_be_imported_from_site_packages() ->
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # a clean copy: a build/ left behind would ship modules that are gone
-    unwanted = shutil.ignore_patterns("__pycache__")
-    for floor in (*FLOORS, "optimum"):
-        shutil.copytree(ROOT / floor, source / floor, symlinks=True, ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source))
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build_wheel(tmp_path)
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {re.sub(r"-.*\.dist-info", ".dist-info", top) for top in tops} == {
@@ -207,7 +197,10 @@ def test_only_the_commands_print(path: Path) -> None:
 # --- What the documents say -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/families.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/families.md", "docs/reducers.md", "docs/evaluation.md"],
+)
 def test_relative_links_resolve(document: str) -> None:
     text, folder = (ROOT / document).read_text(encoding="utf-8"), (ROOT / document).parent
     targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)

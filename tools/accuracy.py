@@ -1,35 +1,34 @@
-"""Accuracy of the tiny trained model, compiled and eager, dense and reduced: FrameFusion beside a random reduction.
+"""Accuracy of the tiny trained model under every reducer and cost, compiled; and whether eager torch says the same.
 
     python -m tools.accuracy --questions 1000 --write
 
-One question a clip, held-out clips, greedy decoding, exact match. Each clip is drawn and encoded once and then asked
-under every cost, so the columns differ in nothing but the reduction. Intervals are Wilson's at 95 %.
+One question a clip, held-out clips, greedy decoding, exact match, all by `framefusion.export.evaluation`. With --work
+bundle and answers stay in a folder, and an interrupted run goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.engines.eager import EagerBackend
-from framefusion.export.plan import BuildOptions, BuildPlan
-from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
-from tools.bench.setting import ROOT, report
+from framefusion.export.answering import EAGER, Condition, Setup
+from framefusion.export.evaluation import conditions, evaluate
+from framefusion.export.options import BuildOptions
+from framefusion.export.questions import Question, key_of
+from framefusion.progress import CountLines
+from framefusion.reducers import DEFAULT, REDUCERS
+from framefusion.runtime.bundle import read_manifest
+from framefusion.runtime.pipeline import Source
+from framefusion.runtime.prompt import Visual
+from tools.bench.setting import ROOT, open_bundle, report
 from tools.tiny import clips
 
 CHECKPOINT = ROOT / "tests" / "models" / "tiny_qwen2_vl"
@@ -39,112 +38,94 @@ MAX_ANSWER = 8  # tokens
 FIRST_SEED = clips.HELD_OUT + 100_000  # not the clips that training looked at to stop
 
 
+@dataclass(frozen=True)
+class DrawnQuestion(Question):
+    """A question about a clip that is drawn where it is asked."""
+
+    seed: int = 0
+
+    @property
+    def files(self) -> list[Source]:
+        return [clips.draw_clip(self.seed, kind=self.type).frames]
+
+    @property
+    def key(self) -> str:
+        return key_of(["tools.tiny.clips", str(self.seed), self.type])
+
+
+def questions(count: int, first_seed: int = FIRST_SEED) -> list[Question]:
+    """Questions about held-out clips, every kind equally often."""
+    return [drawn(first_seed + index, clips.KINDS[index % len(clips.KINDS)]) for index in range(count)]
+
+
+def drawn(seed: int, kind: str) -> DrawnQuestion:
+    """The question of `clips.draw_clip(seed, kind=kind)`, nothing drawn yet."""
+    told = clips.ask(clips.scene_for(seed, kind), kind, np.random.default_rng((seed, 7)))
+    shown = ((Visual.VIDEO, Path(f"clip {seed}")),)
+    return DrawnQuestion(f"{kind} of clip {seed}", kind, told.text, (told.answer,), (), shown, seed)
+
+
 def main() -> None:
     arguments = parse()
-    started = time.perf_counter()
-    options = BuildOptions(
-        similarity_lower_bound=arguments.similarity, ratio_lower_bound=arguments.ratio, depth=arguments.depth
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        built = build(Checkpoint(arguments.checkpoint), Path(folder) / "bundle", options, verify=False)
-        ask = partial(ask_some, built.folder, arguments.checkpoint, options)
-        shares = [list(questions(arguments.questions))[job :: arguments.jobs] for job in range(arguments.jobs)]
-        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-            parts = list(pool.map(ask, shares))
-    right, kept = sum_up(parts)
-    totals = Counter(kind for _, kind in questions(arguments.questions))
-    figures = {
-        "questions": dict(totals),
-        "similarity_lower_bound": built.manifest.reduction.similarity_lower_bound,
-        "ratio_lower_bound": arguments.ratio,
-        "visual_tokens_in_last_segment": {name: round(sum(n) / len(n), 1) for name, n in kept.items()},
-        "accuracy": {name: table(counts, totals) for name, counts in right.items()},
-        "seconds": round(time.perf_counter() - started),
-    }
+    with working_folder(arguments.work) as work:
+        figures = measure(arguments.checkpoint, work, questions(arguments.questions), arguments.jobs)
     report("accuracy", figures, write=arguments.write)
 
 
-def questions(count: int) -> Iterator[tuple[int, str]]:
-    """Seeds and kinds of the held-out questions, every kind equally often."""
-    for index in range(count):
-        yield FIRST_SEED + index, clips.KINDS[index % len(clips.KINDS)]
-
-
-Tally = tuple[dict[str, Counter[str]], dict[str, list[int]]]
-"""Right answers by kind, and visual tokens left, of every column."""
-
-
-def ask_some(folder: Path, checkpoint: Path, options: BuildOptions, asked: list[tuple[int, str]]) -> Tally:
-    """One process's share of the questions, on one thread."""
-    torch.set_num_threads(1)
-    backend = EagerBackend(BuildPlan(Checkpoint(checkpoint), options).eager_loaders())
-    pipelines = {
-        "compiled": Pipeline(Bundle(folder), threads=1),
-        "eager": Pipeline(Bundle(folder, verify=False), backend),
+def measure(checkpoint: Path, work: Path, asked: list[Question], jobs: int) -> dict[str, Any]:
+    """The evaluation of a bundle under all reducers of the box, and of eager torch under FrameFusion."""
+    bundle = open_bundle(checkpoint, work / "bundle", BuildOptions())
+    compiled = Setup(str(bundle), max_new_tokens=MAX_ANSWER, threads=1)
+    eager = Setup(str(checkpoint), live=EAGER, max_new_tokens=MAX_ANSWER, threads=1)
+    found = run(compiled, asked, conditions(list(REDUCERS), COSTS), work / "compiled.json", jobs)
+    same = conditions([DEFAULT], EAGER_COSTS)
+    reference = run(eager, asked, same, work / "eager.json", jobs)
+    record = read_manifest(bundle).reduction
+    return {
+        "similarity_lower_bound": record.similarity_lower_bound,
+        "ratio_lower_bound": record.ratio_lower_bound,
+        **{name: found[name] for name in ("questions", "accuracy", "paired")},
+        "eager": {
+            "accuracy": reference["accuracy"],
+            "answers": len(asked) * len(same),
+            "that_differ": differing(work / "compiled.json", work / "eager.json"),
+        },
     }
-    right: dict[str, Counter[str]] = {}
-    kept: dict[str, list[int]] = {}
-    for seed, kind in asked:
-        clip = clips.draw_clip(seed, kind=kind)
-        turns = [Turn("user", (Visual.VIDEO, clip.question))]
-        for name, pipeline in pipelines.items():
-            prompt, rows = pipeline.read(turns, [clip.frames])
-            for column, request in columns(seed, name).items():
-                answer = pipeline.answer(prompt, rows, request)
-                label = f"{name}: {column}"
-                right.setdefault(label, Counter())[kind] += answer.text.strip() == clip.answer
-                left = answer.reduction[-1].visual_after if answer.reduction else answer.visual_tokens
-                kept.setdefault(label, []).append(left)
-    return right, kept
 
 
-def sum_up(parts: list[Tally]) -> Tally:
-    """The processes' tallies as one."""
-    right: dict[str, Counter[str]] = {}
-    kept: dict[str, list[int]] = {}
-    for counts, lengths in parts:
-        for column in counts:
-            right[column] = right.get(column, Counter()) + counts[column]
-            kept[column] = kept.get(column, []) + lengths[column]
-    return right, kept
+def run(setup: Setup, asked: list[Question], under: list[Condition], output: Path, jobs: int) -> dict[str, Any]:
+    return evaluate(setup, asked, under, output=output, jobs=jobs, told=CountLines(f"questions, {output.stem}"))
 
 
-def columns(seed: int, pipeline: str) -> dict[str, Request]:
-    """What every clip is asked under. Eager torch is slow: dense and one reduction show whether it is the same."""
-    if pipeline == "eager":
-        return {f"framefusion at cost {cost:g}": Request(MAX_ANSWER, cost=cost) for cost in EAGER_COSTS}
-    asked = {f"framefusion at cost {cost:g}": Request(MAX_ANSWER, cost=cost) for cost in COSTS}
-    random = {
-        f"random at cost {cost:g}": Request(MAX_ANSWER, cost=cost, seed=seed, random_reduction=True)
-        for cost in COSTS
-        if cost < 1
-    }
-    return asked | random
+def differing(first: Path, second: Path) -> int:
+    """Answers of the second file whose text is another one in the first."""
+    ours, theirs = texts(first), texts(second)
+    return sum(ours[key] != said for key, said in theirs.items())
 
 
-def table(right: Counter[str], totals: Counter[str]) -> dict[str, Any]:
-    """Accuracy overall with its interval, and by kind."""
-    low, high = wilson(right.total(), totals.total())
-    overall = {"all": round(right.total() / totals.total(), 4), "interval": [round(low, 4), round(high, 4)]}
-    return overall | {kind: round(right[kind] / totals[kind], 4) for kind in totals}
+def texts(path: Path) -> dict[tuple[str, str, float], str]:
+    """What was said to each question under each condition."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["answers"]
+    return {(row["question"], row["reducer"], row["cost"]): row["text"] for row in rows}
 
 
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share."""
-    share, spread = right / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return centre - half, centre + half
+@contextmanager
+def working_folder(chosen: Path | None) -> Iterator[Path]:
+    """The folder that was chosen, or one that goes away."""
+    if chosen is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    chosen.mkdir(parents=True, exist_ok=True)
+    yield chosen
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--similarity", type=float, default=None, help="similarity_lower_bound; default: the family's")
-    parser.add_argument("--ratio", type=float, default=0.1, help="ratio_lower_bound")
-    parser.add_argument("--depth", type=int, default=None, help="deepest layer a reduction may follow")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--work", type=Path, help="bundle and answers; kept")
     parser.add_argument("--write", action="store_true", help="write tools/bench/results/accuracy.json")
     return parser.parse_args()
 

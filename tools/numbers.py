@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from framefusion.export.families import FAMILIES
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
 PAPER = {"dense": 1900.6, "cost 0.7": 1547.2, "cost 0.5": 1317.3, "cost 0.3": 1111.8}
-KINDS = ("color", "shape", "direction", "count", "order")
+TYPES_AT = 0.3  # cost of the table by types
 
 
 def main() -> None:
@@ -123,19 +123,53 @@ def exporting(told: dict[str, Any]) -> str:
 
 
 def accuracy(told: dict[str, Any]) -> str:
-    rows = []
-    for name, own in told["accuracy"].items():
-        low, high = own["interval"]
-        left = told["visual_tokens_in_last_segment"][name]
-        shares = (percent(own[kind]) for kind in KINDS)
-        rows.append((name, f"{left:g}", percent(own["all"]), f"{percent(low)}-{percent(high)}", *shares))
-    asked = sum(told["questions"].values())
-    names = ("", "visual tokens left", "right %", "95 % interval", *KINDS)
-    return (
-        f"Right answers of the tiny trained model on {asked} held-out clips of 32 frames (`{told['command']}`; "
-        f"similarity bound {told['similarity_lower_bound']:g}, ratio bound {told['ratio_lower_bound']:g}):"
-        f"\n\n{table(names, rows)}"
+    """Reducers by costs, then by types at one cost, then FrameFusion beside each other one."""
+    rows = told["accuracy"]
+    reducers = list(dict.fromkeys(row["reducer"] for row in rows))
+    costs = list(dict.fromkeys(row["cost"] for row in rows))
+    by_cost = by_reducer(reducers, costs, rows, "reducer", lambda row: f"{percent(row['accuracy'])} ({bounds(row)})")
+    kept = {row["cost"]: row["visual_tokens_left"] for row in rows if row["reducer"] == reducers[0]}
+    names = ("", *(f"cost {cost:g}" for cost in costs))
+    parts = [
+        f"Right answers, in %, of the tiny trained model on {sum(told['questions'].values())} held-out clips of 32 "
+        f"frames, {kept[1.0]:g} visual tokens, with 95 % intervals (`{told['command']}`; similarity bound "
+        f"{told['similarity_lower_bound']:g}, ratio bound {told['ratio_lower_bound']:g}):\n\n{table(names, by_cost)}"
+    ]
+    types = [
+        (f"`{row['reducer']}`", *(f"{percent(own['accuracy'])} ({bounds(own)})" for own in row["types"].values()))
+        for row in rows
+        if row["cost"] == TYPES_AT or row["reducer"] == "none"
+    ]
+    kinds = [f"{kind} ({count})" for kind, count in told["questions"].items()]
+    parts.append(f"By type of question, at cost {TYPES_AT:g} (`none`: 1):\n\n{table(('', *kinds), types)}")
+    others = [name for name in reducers if name not in (reducers[0], "none")]
+    compared = by_reducer(
+        others, costs[1:], told["paired"], "second", lambda row: f"{100 * row['difference']:+.1f} ({bounds(row)})"
     )
+    parts.append(
+        f"`{reducers[0]}` less each other reducer on the same questions, in points, with Newcombe's 95 % interval of "
+        f"paired differences:\n\n{table(('', *names[2:]), compared)}"
+    )
+    eager = told["eager"]
+    parts.append(
+        f"Eager torch, asked dense and at cost 0.3 under `{reducers[0]}`, says something else than the compiled bundle "
+        f"to {eager['that_differ']} of {eager['answers']} questions."
+    )
+    return "\n\n".join(parts)
+
+
+def by_reducer(
+    names: Sequence[str], costs: Sequence[float], rows: Sequence[Any], key: str, cell: Callable[[Any], str]
+) -> list[tuple[str, ...]]:
+    """A line a reducer, a column a cost; a dash where it was not asked."""
+    found = {(row[key], row["cost"]): cell(row) for row in rows}
+    return [(f"`{name}`", *(found.get((name, cost), "-") for cost in costs)) for name in names]
+
+
+def bounds(row: dict[str, Any]) -> str:
+    """An interval of shares in %; a difference has its signs."""
+    low, high = (100 * bound for bound in row["interval"])
+    return f"{low:+.1f} to {high:+.1f}" if "difference" in row else f"{low:.1f}-{high:.1f}"
 
 
 def percent(share: float) -> str:

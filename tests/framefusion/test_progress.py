@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from framefusion.progress import LogLines, Meter, Step, TerminalLines, in_time, line_of, progress_lines
+from framefusion.progress import CountLines, LogLines, Meter, Step, TerminalLines, in_time, line_of, progress_lines
 
 SIZES = {"table": 1_000_000, "segments/rest": 3_000_000}
 
@@ -98,6 +98,28 @@ def test_a_log_has_a_line_for_each_part() -> None:
         run_job(Meter(progress, SIZES), Clock())
     assert isinstance(progress, LogLines)
     assert stream.getvalue() == "table: 0 B of 4 MB before it\nsegments/rest: 1 MB of 4 MB before it\n"
+
+
+def test_pieces_are_counted_now_and_then_and_at_the_end() -> None:
+    clock, stream = Clock(), io.StringIO()
+    lines = CountLines("questions", stream, clock)
+    for done in range(11, 31):  # ten were there before
+        clock.time += 3
+        lines(done, 30)
+    told = stream.getvalue().splitlines()
+    assert told[0] == "14 of 30 questions, 0:48 left"  # 12 s for four, sixteen to go
+    assert told[-1] == "30 of 30 questions"
+    assert len(told) == 5
+
+
+def test_a_terminal_draws_the_count_over() -> None:
+    clock, stream = Clock(), io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    lines = CountLines("questions", stream, clock)
+    for done in (1, 2):
+        clock.time += 1
+        lines(done, 2)
+    assert stream.getvalue() == "\r1 of 2 questions\x1b[K\r2 of 2 questions\x1b[K\n"
 
 
 def test_words() -> None:

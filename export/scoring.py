@@ -1,0 +1,84 @@
+"""Right answers to shares with intervals, and two ways of answering compared on the same questions. Plain numbers only.
+
+A share has Wilson's score interval. Two conditions that answered the same questions are compared by the questions on
+which they differ: McNemar's exact test, and Newcombe's interval of the paired difference (Statistics in Medicine 17,
+1998, method 10: Wilson's intervals joined by the correlation of the pairs, continuity-corrected).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Z = 1.959963984540054
+"""Of a two-sided interval of 95 %."""
+
+
+def wilson(right: int, total: int, z: float = Z) -> tuple[float, float]:
+    """Wilson's score interval of a share; [0, 1] of nothing."""
+    if total == 0:
+        return 0.0, 1.0
+    share, spread = right / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def mcnemar(first_only: int, second_only: int) -> float:
+    """Two-sided p of the exact test: as many of the differing questions go to one side by a fair coin, or more."""
+    differing, fewer = first_only + second_only, min(first_only, second_only)
+    tail, ways = 0, 1
+    for k in range(fewer + 1):
+        tail, ways = tail + ways, ways * (differing - k) // (k + 1)  # binomial coefficients, one from the other
+    return min(2 * tail / (1 << differing), 1.0)  # of integers, so that no count overflows
+
+
+def newcombe(both: int, first_only: int, second_only: int, neither: int, z: float = Z) -> tuple[float, float]:
+    """Interval of the difference of two shares of the same questions, first less second."""
+    total = both + first_only + second_only + neither
+    first, second = both + first_only, both + second_only
+    rooms = first * (total - first) * second * (total - second)
+    product = both * neither - first_only * second_only
+    joint = max(product - total / 2, 0.0) if product > 0 else product  # continuity-corrected
+    phi = joint / math.sqrt(rooms) if rooms else 0.0
+    (low, high), (other_low, other_high) = wilson(first, total, z), wilson(second, total, z)
+    own, other, difference = first / total, second / total, (first_only - second_only) / total
+    below = _joined(own - low, other_high - other, phi)
+    above = _joined(high - own, other - other_low, phi)
+    return difference - below, difference + above
+
+
+def _joined(own: float, other: float, phi: float) -> float:
+    return math.sqrt(max(own * own - 2 * phi * own * other + other * other, 0.0))
+
+
+def share_of(right: Sequence[bool]) -> dict[str, object]:
+    """How many of some answers are right, and what that says of the share."""
+    count, total = sum(right), len(right)
+    low, high = wilson(count, total)
+    return {
+        "questions": total,
+        "right": count,
+        "accuracy": count / total if total else 0.0,
+        "interval": [round(low, 6), round(high, 6)],
+    }
+
+
+def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, object]:
+    """Two conditions on the same questions, in the same order; the difference is the first's share less the second's.
+
+    Raises:
+        ValueError: they answered different numbers of questions, or none.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"{len(first)} and {len(second)} answers are not of the same questions")
+    both, neither = sum(map(min, first, second)), len(first) - sum(map(max, first, second))
+    first_only, second_only = sum(first) - both, sum(second) - both
+    low, high = newcombe(both, first_only, second_only, neither)
+    return {
+        "only_first_right": first_only,
+        "only_second_right": second_only,
+        "difference": (first_only - second_only) / len(first),
+        "interval": [round(low, 6), round(high, 6)],
+        "p": mcnemar(first_only, second_only),
+    }
