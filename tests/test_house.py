@@ -170,7 +170,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     expected = {f"{path.relative_to(ROOT).as_posix()}" for path in LIBRARY}
     expected = {name if name.startswith("framefusion/") else f"framefusion/{name}" for name in expected}
     assert inside == expected | {"optimum/commands/register/register_framefusion.py"}  # read by optimum-cli alone
-    assert {"framefusion/py.typed", "framefusion/runtime/page.html"} <= set(names)
+    assert {
+        "framefusion/py.typed",
+        "framefusion/runtime/page.html",
+        "framefusion/runtime/cuda/kernels.cu",
+    } <= set(names)
 
 
 # --- How modules are written ----------------------------------------------------------------------------------------
@@ -199,7 +203,7 @@ def test_only_the_commands_print(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/families.md", "docs/reducers.md", "docs/evaluation.md"],
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))],
 )
 def test_relative_links_resolve(document: str) -> None:
     text, folder = (ROOT / document).read_text(encoding="utf-8"), (ROOT / document).parent

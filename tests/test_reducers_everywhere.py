@@ -25,7 +25,8 @@ from framefusion.runtime.bundle import Bundle, Manifest
 from framefusion.runtime.pipeline import Pipeline, Request, as_image, as_video
 from framefusion.runtime.prompt import Prompt, Turn, Visual
 from framefusion.runtime.records import from_json
-from framefusion.runtime.stitching import Prefilled, Stopwatch, TokenRows
+from framefusion.runtime.stitching import Prefilled, Stopwatch
+from framefusion.runtime.token_rows import TokenRows
 from tests.commands import assert_refused, export, run
 from tests.families.case import clip, picture
 from tests.families.qwen2_vl import QwenVLReference, processed

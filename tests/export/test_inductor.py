@@ -172,7 +172,7 @@ def test_an_adaptive_bundle_runs_on_its_engines_as_in_onnxruntime(
     files = {engine.graph: bundle.manifest.files[engine.file] for engine in bundle.manifest.engines}
     assert files["segments/layer01/graph.onnx"].sha256 == files["segments/layer02/graph.onnx"].sha256
     assert all(fit.fits for fit in examine(bundle.folder, bundle.manifest, hashes=True))
-    assert_same(bundle, Request(DECODED), Request(DECODED, cost=1.0), Request(DECODED, random_reduction=True, seed=1))
+    assert_same(bundle, Request(DECODED), Request(DECODED, cost=1.0), Request(DECODED, reducer="random", seed=1))
 
     backend = InductorBackend(bundle, threads=1)
     pipeline, whole = Pipeline(bundle, backend), OnnxRuntimeBackend(bundle.folder, threads=1)
