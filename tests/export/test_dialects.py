@@ -89,21 +89,25 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
 }  # fmt: skip
 
 
+BY_DIALECT = ["portable", pytest.param("gqa", marks=pytest.mark.slow)]  # the recordings try gqa before each commit
+
+
 def in_each_dialect() -> Iterator[Any]:
-    """What both dialects say in the same words is quick in one of them, slow in the other."""
+    """Each export takes a second: before a commit every op is tried in one dialect, its corner cases in none."""
     for name in CASES:
-        same = name.split()[0] in ("rms_norm", "rotary", "similarity", "importance")
-        yield pytest.param(name, "gqa", id=f"{name}-gqa")
-        yield pytest.param(name, "portable", id=f"{name}-portable", marks=[pytest.mark.slow] * same)
+        quick = "gqa" if name in ("rms_norm", "rotary", "similarity", "importance") else "portable"
+        for dialect in DIALECTS:
+            slow = dialect != quick or " " in name
+            yield pytest.param(name, dialect, id=f"{name}-{dialect}", marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize(("name", "dialect"), in_each_dialect())
+@pytest.mark.parametrize(("name", "dialect"), [*in_each_dialect()])
 def test_op_equals_its_eager_kernel(name: str, dialect: str) -> None:
     function, operands = CASES[name]
     assert_close(run(dialect, function, operands, 1)[0], function(*operands))
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", BY_DIALECT)
 @pytest.mark.parametrize(
     ("length", "kv_len"),
     [(LENGTH, LENGTH), (1, 13), (4, 15), (2, CAPACITY)],
@@ -123,7 +127,7 @@ def test_cache_attention(length: int, kv_len: int, dialect: str) -> None:
         assert_close(ours[:, :, :kv_len], reference[:, :, :kv_len])  # what lies behind is nobody's
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", BY_DIALECT)
 def test_a_padded_prefill_then_decode_equals_an_exact_one(dialect: str) -> None:
     """Padding at the right end is never seen, and the next token overwrites its slot."""
 
@@ -201,7 +205,8 @@ def segment_by_segment(plan: BuildPlan, hidden: Tensor, table: Tensor, twin: Fix
     return origin
 
 
-@pytest.mark.parametrize("dialect", ["portable", pytest.param("gqa", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_fixed_graph_stays_within_the_limits_of_engines(dialect: str) -> None:
     """No TopK beyond 3840, no scatter that reduces, no shape that depends on values: 64 frames of 210 tokens."""
     options = BuildOptions(

@@ -54,6 +54,7 @@ def test_a_72b_is_planned_in_a_moment(headers: Path, tmp_path: Path, dtype: Any)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_disk_too_small_is_refused_before_the_first_byte(headers: Path, tmp_path: Path) -> None:
     place = tmp_path / "no" / "such" / "folder"
     facts = json.loads(export("plan", headers, "-o", place, "--dtype", "float16", "--json").stdout)

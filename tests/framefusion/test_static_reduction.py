@@ -220,6 +220,7 @@ def test_onnx_shapes_are_static(compiled: onnx.ModelProto) -> None:
     assert inferred.output[0].type.tensor_type.shape.dim[0].dim_value == LARGE.lengths()[-1]
 
 
+@pytest.mark.slow
 def test_export_sees_opaque_ops_until_they_are_decomposed() -> None:
     program = exported(SMALL)
     targets = [str(node.target) for node in program.graph.nodes if "framefusion" in str(node.target)]

@@ -135,6 +135,7 @@ def test_frames_equal_a_full_decode(tmp_path: Path, name: str, codec: str, count
     assert video.duration == pytest.approx(count / 10)
 
 
+@pytest.mark.slow
 def test_frames_equal_a_full_decode_on_a_real_film() -> None:
     video = read_video(bunny(), FrameSampling(fps=1.0))
     assert (video.frames.shape, video.total_frames, video.fps) == ((4, 720, 1280, 3), 132, 25.0)

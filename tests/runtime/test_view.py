@@ -113,6 +113,7 @@ def test_fates_are_those_of_the_kept_tokens(watched: Watched) -> None:
         assert np.count_nonzero(visual & ((left < 0) | (left > number))) == record.visual_after == step["visual_after"]
 
 
+@pytest.mark.slow
 def test_the_static_graph_tells_what_is_left(checkpoint: Path, film: Path, tmp_path: Path) -> None:
     options = BuildOptions(reduction="fixed", cost=0.4, merge_shares=(0.3,), prune_layer=1, max_frames=8)
     fixed = eager_pipeline(checkpoint, tmp_path / "fixed", options)
