@@ -1,6 +1,7 @@
 """Accuracy of the tiny trained model under every reducer and cost, compiled; and whether eager torch says the same.
 
     python -m tools.accuracy --questions 1000 --write
+    python -m tools.accuracy --questions 1000 --clips brief --write
 
 One question a clip, held-out clips, greedy decoding, exact match, all by `framefusion.export.evaluation`. With --work
 bundle and answers stay in a folder, and an interrupted run goes on from there.
@@ -35,6 +36,7 @@ CHECKPOINT = ROOT / "tests" / "models" / "tiny_qwen2_vl"
 COSTS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 EAGER_COSTS = (1.0, 0.3)
 MAX_ANSWER = 8  # tokens
+RESULTS = {"lasting": "accuracy", "brief": "accuracy_brief"}  # by `clips.STAYS`
 FIRST_SEED = clips.HELD_OUT + 100_000  # not the clips that training looked at to stop
 
 
@@ -43,33 +45,36 @@ class DrawnQuestion(Question):
     """A question about a clip that is drawn where it is asked."""
 
     seed: int = 0
+    stay: clips.Span = clips.STAY
 
     @property
     def files(self) -> list[Source]:
-        return [clips.draw_clip(self.seed, kind=self.type).frames]
+        return [clips.draw_clip(self.seed, kind=self.type, stay=self.stay).frames]
 
     @property
     def key(self) -> str:
-        return key_of(["tools.tiny.clips", str(self.seed), self.type])
+        told = [] if self.stay == clips.STAY else [str(self.stay)]
+        return key_of(["tools.tiny.clips", str(self.seed), self.type, *told])
 
 
-def questions(count: int, first_seed: int = FIRST_SEED) -> list[Question]:
-    """Questions about held-out clips, every kind equally often."""
-    return [drawn(first_seed + index, clips.KINDS[index % len(clips.KINDS)]) for index in range(count)]
+def questions(count: int, stay: clips.Span = clips.STAY, first_seed: int = FIRST_SEED) -> list[Question]:
+    """Questions about held-out clips whose objects stay as long as told, every kind equally often."""
+    return [drawn(first_seed + index, clips.KINDS[index % len(clips.KINDS)], stay) for index in range(count)]
 
 
-def drawn(seed: int, kind: str) -> DrawnQuestion:
-    """The question of `clips.draw_clip(seed, kind=kind)`, nothing drawn yet."""
-    told = clips.ask(clips.scene_for(seed, kind), kind, np.random.default_rng((seed, 7)))
+def drawn(seed: int, kind: str, stay: clips.Span) -> DrawnQuestion:
+    """The question of `clips.draw_clip(seed, kind=kind, stay=stay)`, nothing drawn yet."""
+    told = clips.ask(clips.scene_for(seed, kind, stay=stay), kind, np.random.default_rng((seed, 7)))
     shown = ((Visual.VIDEO, Path(f"clip {seed}")),)
-    return DrawnQuestion(f"{kind} of clip {seed}", kind, told.text, (told.answer,), (), shown, seed)
+    return DrawnQuestion(f"{kind} of clip {seed}", kind, told.text, (told.answer,), (), shown, seed, stay)
 
 
 def main() -> None:
     arguments = parse()
     with working_folder(arguments.work) as work:
-        figures = measure(arguments.checkpoint, work, questions(arguments.questions), arguments.jobs)
-    report("accuracy", figures, write=arguments.write)
+        asked = questions(arguments.questions, clips.STAYS[arguments.clips])
+        figures = measure(arguments.checkpoint, work, asked, arguments.jobs)
+    report(RESULTS[arguments.clips], figures, write=arguments.write)
 
 
 def measure(checkpoint: Path, work: Path, asked: list[Question], jobs: int) -> dict[str, Any]:
@@ -124,9 +129,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--clips", choices=tuple(clips.STAYS), default="lasting", help="how long objects are seen")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--work", type=Path, help="bundle and answers; kept")
-    parser.add_argument("--write", action="store_true", help="write tools/bench/results/accuracy.json")
+    parser.add_argument("--write", action="store_true", help="write tools/bench/results/accuracy*.json")
     return parser.parse_args()
 
 

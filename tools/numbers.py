@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.export.families import FAMILIES
+from tools.tiny.clips import STAY, STAYS, Span
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
@@ -27,7 +28,7 @@ def main() -> None:
 def with_tables(readme: str) -> str:
     """README.md with the tables between its markers."""
     numbers = [prefill(load("prefill")), memory(load("memory")), exporting(load("export_memory"))]
-    numbers.append(accuracy(load("accuracy")))
+    numbers += [accuracy(load("accuracy")), accuracy(load("accuracy_brief"), STAYS["brief"])]
     numbers += [on_gpu(load(path.stem)) for path in sorted(RESULTS.glob("prefill_*.json"))]
     for marker, tables in (("numbers", "\n\n".join(numbers)), ("families", families())):
         start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
@@ -122,7 +123,7 @@ def exporting(told: dict[str, Any]) -> str:
     )
 
 
-def accuracy(told: dict[str, Any]) -> str:
+def accuracy(told: dict[str, Any], stay: Span = STAY) -> str:
     """Reducers by costs, then by types at one cost, then FrameFusion beside each other one."""
     rows = told["accuracy"]
     reducers = list(dict.fromkeys(row["reducer"] for row in rows))
@@ -132,7 +133,8 @@ def accuracy(told: dict[str, Any]) -> str:
     names = ("", *(f"cost {cost:g}" for cost in costs))
     parts = [
         f"Right answers, in %, of the tiny trained model on {sum(told['questions'].values())} held-out clips of 32 "
-        f"frames, {kept[1.0]:g} visual tokens, with 95 % intervals (`{told['command']}`; similarity bound "
+        f"frames in which objects are seen for {stay[0]:g} to {stay[1]:g} s, {kept[1.0]:g} visual tokens, with 95 % "
+        f"intervals (`{told['command']}`; similarity bound "
         f"{told['similarity_lower_bound']:g}, ratio bound {told['ratio_lower_bound']:g}):\n\n{table(names, by_cost)}"
     ]
     types = [

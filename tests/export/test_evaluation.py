@@ -365,18 +365,33 @@ def test_the_accuracy_tool_measures_every_reducer_and_its_tables_render(tmp_path
         (name, cost) for name in REDUCERS for cost in accuracy.COSTS if name != "none" or cost == 1.0
     }
     assert (found["eager"]["answers"], found["eager"]["that_differ"]) == (10, 0)
-    text = numbers.accuracy(found | {"command": "python -m tools.accuracy"})
+    text = numbers.accuracy(found | {"command": "python -m tools.accuracy"}, (1.0, 2.0))
+    assert "seen for 1 to 2 s" in text
     assert all(f"| `{name}` | " in text for name in REDUCERS)
 
 
-def test_questions_of_the_accuracy_tool_are_those_of_its_clips() -> None:
+@pytest.mark.parametrize("kept", ["lasting", "brief"])
+def test_questions_of_the_accuracy_tool_are_those_of_its_clips(kept: str) -> None:
     from tools.accuracy import FIRST_SEED, questions
     from tools.tiny import clips
 
-    for index, question in enumerate(questions(5)):
-        clip = clips.draw_clip(FIRST_SEED + index, kind=clips.KINDS[index])
+    for index, question in enumerate(questions(5, clips.STAYS[kept])):
+        clip = clips.draw_clip(FIRST_SEED + index, kind=clips.KINDS[index], stay=clips.STAYS[kept])
         assert (question.text, question.answers, question.type) == (clip.question, (clip.answer,), clip.kind)
         (frames,) = question.files
         np.testing.assert_array_equal(frames, clip.frames)
-    assert len({question.key for question in questions(50)}) == 50
+    assert len({question.key for stay in clips.STAYS.values() for question in questions(50, stay)}) == 100
     assert isinstance(questions(1)[0], Question)
+
+
+def test_brief_clips_show_each_object_as_briefly_as_told_and_leave_the_trained_ones_alone() -> None:
+    from tools.tiny import clips
+
+    stay = clips.STAYS["brief"]
+    scenes = [clips.scene_for(seed, "order", stay=stay) for seed in range(clips.HELD_OUT, clips.HELD_OUT + 100)]
+    seen = [thing.stop - thing.start for scene in scenes for thing in scene.things]
+    assert stay[0] <= min(seen) < stay[0] + 0.1
+    assert stay[1] - 0.1 < max(seen) <= stay[1]
+    # The weights under tests/ belong to the clips of their training. What is drawn last tells of every draw before it.
+    trained = {seed: clips.make_scene(seed).noise for seed in (7, 10_000_001, clips.HELD_OUT + 2)}
+    assert trained == pytest.approx({7: 2.0551175625, 10_000_001: 3.4671422413, clips.HELD_OUT + 2: 2.8286857223})

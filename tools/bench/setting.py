@@ -34,7 +34,8 @@ RESULTS = ROOT / "tools" / "bench" / "results"
 TOKENIZER = ROOT / "tests" / "models" / "tiny_qwen2_vl" / "tokenizer.json"
 SEED = 0
 BENCHMARKS = ("prefill", "decode", "kernels", "memory", "export_memory", "live")
-MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS} | {"accuracy": "tools.accuracy"}
+MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS}
+MODULES |= dict.fromkeys(("accuracy", "accuracy_brief"), "tools.accuracy")
 
 
 @dataclass(frozen=True)
