@@ -75,8 +75,9 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     return torch.empty_like(x)
 
 
-def _heads(x: Tensor, num_heads: int) -> Tensor:
-    return x.view(x.shape[0], x.shape[1], num_heads, -1).transpose(1, 2)  # [B, H, S, hd]
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, S, H*hd] -> [B, H, S, hd]"""
+    return x.view(x.shape[0], x.shape[1], num_heads, -1).transpose(1, 2)
 
 
 @_declared
@@ -96,12 +97,12 @@ def cache_attention(
     """
     total, length = int(kv_len), query.shape[1]
     keys, values = past_key.clone(), past_value.clone()
-    keys[:, :, total - length : total] = _heads(key, num_kv_heads)
-    values[:, :, total - length : total] = _heads(value, num_kv_heads)
+    keys[:, :, total - length : total] = split_heads(key, num_kv_heads)
+    values[:, :, total - length : total] = split_heads(value, num_kv_heads)
     frontier = torch.arange(total - length, total, device=query.device)[:, None]
     mask = torch.arange(total, device=query.device)[None] <= frontier  # [S, total]
     out = torch.nn.functional.scaled_dot_product_attention(
-        _heads(query, num_heads), keys[:, :, :total], values[:, :, :total], attn_mask=mask, enable_gqa=True
+        split_heads(query, num_heads), keys[:, :, :total], values[:, :, :total], attn_mask=mask, enable_gqa=True
     )
     return out.transpose(1, 2).reshape(query.shape), keys, values
 
@@ -124,7 +125,7 @@ def _(
 def full_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     """Attention without a mask, as a vision tower uses it within one temporal grid."""
     out = torch.nn.functional.scaled_dot_product_attention(
-        _heads(query, num_heads), _heads(key, num_heads), _heads(value, num_heads)
+        split_heads(query, num_heads), split_heads(key, num_heads), split_heads(value, num_heads)
     )
     return out.transpose(1, 2).reshape(query.shape)
 
@@ -138,7 +139,10 @@ def _(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     """Attention with an additive mask, as a vision tower with windows of unequal size uses it."""
     out = torch.nn.functional.scaled_dot_product_attention(
-        _heads(query, num_heads), _heads(key, num_heads), _heads(value, num_heads), attn_mask=bias.to(query.dtype)
+        split_heads(query, num_heads),
+        split_heads(key, num_heads),
+        split_heads(value, num_heads),
+        attn_mask=bias.to(query.dtype),
     )
     return out.transpose(1, 2).reshape(query.shape)
 

@@ -19,7 +19,7 @@ from framefusion import static_reduction
 from framefusion.export.engines.eager import call_by_name
 from framefusion.export.graph_sources import GraphSource, graph_sources
 from framefusion.export.plan import BuildPlan
-from framefusion.ops import KERNELS
+from framefusion.ops import KERNELS, split_heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +80,13 @@ def cache_attention(
     Writing to the caches becomes an update in place, because nothing reads what they held before.
     """
 
-    def split(x: Tensor, count: int) -> Tensor:  # [B, S, n*hd] -> [B, n, S, hd]
-        return x.view(x.shape[0], x.shape[1], count, -1).transpose(1, 2)
-
     length, slots = query.shape[1], past_key.shape[2]
     places = kv_len - length + torch.arange(length, device=query.device)
-    keys = past_key.index_copy(2, places, split(key, num_kv_heads))
-    values = past_value.index_copy(2, places, split(value, num_kv_heads))
+    keys = past_key.index_copy(2, places, split_heads(key, num_kv_heads))
+    values = past_value.index_copy(2, places, split_heads(value, num_kv_heads))
     visible = torch.arange(slots, device=query.device)[None] <= places[:, None]  # [S, C]
     out = nn.functional.scaled_dot_product_attention(
-        split(query, num_heads), keys, values, attn_mask=visible, enable_gqa=num_heads > num_kv_heads
+        split_heads(query, num_heads), keys, values, attn_mask=visible, enable_gqa=num_heads > num_kv_heads
     )
     return out.transpose(1, 2).reshape(query.shape), keys, values
 
