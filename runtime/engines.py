@@ -101,7 +101,8 @@ def other_files(manifest: Manifest) -> dict[str, FileRecord]:
 def build_command(folder: Path, kind: EngineKind, targets: Sequence[str] = ()) -> str:
     """The command that makes engines for some compute capabilities."""
     numbers = ",".join(target.replace(".", "") for target in targets if re.fullmatch(r"\d+\.\d", target))
-    return f"ff-export compile {folder} --backend {kind}" + (f" --target-sm {numbers}" if numbers else "")
+    command = f"ff-export compile {folder} --backend {kind}" + (f" --target-sm {numbers}" if numbers else "")
+    return f"{command} --checkpoint CHECKPOINT" if kind == "inductor" else command  # it traces the graphs anew
 
 
 def gpu_memory(manifest: Manifest, kind: EngineKind) -> int:
