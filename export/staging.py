@@ -69,6 +69,9 @@ class Staging:
             self._sweep()
             if not self._parts:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            else:
+                with suppress(OSError):  # a full disk: the next build writes again what the journal does not name
+                    self._save()  # Ctrl-C may have come between a part and its line in the journal
         self._lock.close()
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             raise InterruptedBuildError(f"interrupted: {self._done()}") from None

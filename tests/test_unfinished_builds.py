@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from framefusion import errors
+from framefusion.export.staging import Staging
 from tests.commands import assert_only_complete_parts, assert_refused, export
 
 
@@ -153,6 +155,26 @@ def test_a_place_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     result = export("build", checkpoint, "-o", tmp_path / "file" / "bundle")
     assert_refused(result, errors.StorageError, "cannot be written")
+
+
+def test_ctrl_c_between_a_part_and_its_line_in_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def letter(name: str) -> Callable[[Path], list[str]]:
+        return lambda folder: [name] if (folder / name).write_text("Dear") else []
+
+    def interrupted(self: Staging) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    def end_early() -> None:
+        with Staging(tmp_path / "bundle", "key", force=False) as staged:
+            staged.write("first", letter("first"))
+            monkeypatch.setattr(Staging, "_save", interrupted)
+            staged.write("second", letter("second"))
+
+    with pytest.raises(errors.InterruptedBuildError):
+        end_early()
+    assert_only_complete_parts(tmp_path / "bundle")
+    assert (tmp_path / "bundle.partial" / "second").read_text() == "Dear"
 
 
 @pytest.mark.slow
