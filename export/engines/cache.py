@@ -26,6 +26,7 @@ from framefusion.errors import StorageError
 from framefusion.export.staging import identity
 from framefusion.runtime.bundle import FileRecord, sha256_of
 from framefusion.runtime.records import RecordError, from_json, to_json
+from framefusion.runtime.user_cache import user_cache
 
 _OBJECTS = "objects"  # the lock of what several entries may name
 _POLL = 0.1  # seconds between two looks at a lock that another process holds
@@ -57,8 +58,7 @@ class Fetched:
 
 def default_folder() -> Path:
     """The cache of this user."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "framefusion-aot" / "engines"
+    return user_cache("engines")
 
 
 def key_of(components: Components) -> str:

@@ -24,7 +24,7 @@ from framefusion.export.engines.tensorrt_profiles import ProfileRecord, weight_b
 from framefusion.export.engines.tensorrt_profiles import segment_spec as segment_spec
 from framefusion.export.engines.tensorrt_profiles import tower_spec as tower_spec
 from framefusion.export.hashed_file import HashedFile
-from framefusion.runtime.backends.tensorrt_library import AMPERE, Library, load_library
+from framefusion.runtime.backends.tensorrt_library import AMPERE, TYPE_NAMES, Library, load_library
 from framefusion.runtime.engine_record import TensorRecord
 
 SUFFIX = ".engine"
@@ -33,7 +33,6 @@ DTYPES = ("float16", "bfloat16")  # fused attention exists in no other
 BASE_MEMORY = 300 << 20
 PROFILE_MEMORY = 20 << 20
 MEMORY_PER_WEIGHT = 2.0
-_NAMES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 
 Share = Callable[[float], None]  # told how much of a build is done, 0 to 1
 
@@ -165,7 +164,12 @@ def _profile(builder: Any, record: ProfileRecord, free: list[Any]) -> Any:
 
 def _tensors(network: Any) -> tuple[TensorRecord, ...]:
     return tuple(
-        TensorRecord(tensor.name, mode, _NAMES.get(tensor.dtype.name, tensor.dtype.name.lower()), tuple(tensor.shape))  # type: ignore[arg-type]
+        TensorRecord(
+            tensor.name,
+            mode,  # type: ignore[arg-type]
+            TYPE_NAMES.get(tensor.dtype.name, tensor.dtype.name.lower()),
+            tuple(tensor.shape),
+        )
         for mode, tensors in (("input", inputs_of(network)), ("output", outputs_of(network)))
         for tensor in tensors
     )

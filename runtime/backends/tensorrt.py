@@ -11,7 +11,6 @@ No GPU has run this yet: see framefusion.runtime.backends.choice.PROVEN.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from framefusion.runtime.engine_memory import engine_memory, require_room
 from framefusion.runtime.engines import require_fit
 from framefusion.runtime.gpu import find_gpu
 from framefusion.runtime.kv_cache import SegmentCache
+from framefusion.runtime.user_cache import user_cache
 
 ALIGNMENT = 256  # bytes, of the memory for activations
 CAPTURED = 4  # graphs kept: one for each set of buffers that requests happen to get
@@ -221,7 +221,7 @@ def capacities(bundle: Bundle, kind: LibraryKind) -> dict[str, tuple[int, ...]]:
 
 def kernel_folder() -> Path:
     """Where kernels compiled on this machine are kept: $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framefusion-aot" / "runtime"
+    return user_cache("runtime")
 
 
 def kernel_file(bundle: Bundle, kind: LibraryKind, gpu: str) -> str:

@@ -15,20 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from framefusion.errors import BackendError, BundleError
-from framefusion.runtime.backends.tensorrt_library import Library
+from framefusion.runtime.backends.tensorrt_library import TYPE_NAMES, Library
 from framefusion.runtime.bundle import EngineRecord
 
 Shape = tuple[int, ...]
 DECODE = "decode"  # name of the profile of one step
-
-DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "BOOL": "bool",
-}  # TensorRT's name of a type -> numpy's
 
 
 class Tensor(NamedTuple):
@@ -161,7 +152,7 @@ class Engine:
             )
         is_input = engine.get_tensor_mode(name) == self.loader.module.TensorIOMode.INPUT
         dtype = engine.get_tensor_dtype(name).name
-        return Tensor(name, is_input, DTYPES.get(dtype, dtype), tuple(engine.get_tensor_shape(name)))
+        return Tensor(name, is_input, TYPE_NAMES.get(dtype, dtype), tuple(engine.get_tensor_shape(name)))
 
     def _shapes(self, name: str, profile: int) -> tuple[Shape, Shape]:
         own = tuple(self.engine.get_tensor_shape(name))

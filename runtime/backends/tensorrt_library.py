@@ -20,6 +20,14 @@ from framefusion.runtime.gpu import find_gpu
 
 LibraryKind = Literal["tensorrt-rtx", "tensorrt"]
 AMPERE = 8.0
+TYPE_NAMES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+}  # TensorRT's name of a type -> numpy's
 MODULES: Mapping[str, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _NEEDED = (  # of the module: what a decoder over caches cannot be built without
     "IAttentionInputLayer.attention",

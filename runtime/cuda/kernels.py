@@ -18,6 +18,7 @@ from framefusion.errors import BackendError
 from framefusion.runtime.cuda.array import DeviceArray
 from framefusion.runtime.cuda.driver import EXTRA, EXTRA_CUDA_12, Cuda, cuda_module
 from framefusion.runtime.gpu import GPU
+from framefusion.runtime.user_cache import user_cache
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 OPTIONS = ("--std=c++17",)
@@ -121,7 +122,7 @@ def width(value: int) -> Number:
 
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME or ~/.cache, and ours in it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framefusion-aot" / "kernels"
+    return user_cache("kernels")
 
 
 def load_or_compile(capability: int, folder: Path) -> bytes:
