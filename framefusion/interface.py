@@ -38,6 +38,7 @@ from framefusion.live_cache import compiled_step, refuse_to_compile
 from framefusion.live_call import Asked, Call, RequestRecord, Row
 from framefusion.live_labels import FAMILIES, Labels, Preset, Seen, labels_behind
 from framefusion.live_mask import tokens_seen
+from framefusion.live_seams import cache_of
 from framefusion.policy import ReductionSettings
 from framefusion.reducers import DEFAULT, load_reducer
 from framefusion.reducers.reducer import ReductionRequest
@@ -121,7 +122,7 @@ class FrameFusion:
         shape = (tokens.shape[0], tokens.shape[1])
         if torch.compiler.is_compiling():
             return refuse_to_compile() if shape[1] > 1 else None
-        seen, cache = _SEEN.get(), given.get("past_key_values")
+        seen, cache = _SEEN.get(), cache_of(given)
         CALL.set(None)
         past = 0 if cache is None else int(cache.get_seq_length())
         labels = self._labels_of(seen, given, shape, past)

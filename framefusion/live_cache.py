@@ -19,6 +19,7 @@ from torch import Tensor
 
 from framefusion.errors import BackendError
 from framefusion.live_mask import buffer_mask
+from framefusion.live_seams import cache_of
 
 COMPILED = (
     "a prompt is reduced to lengths of its own, which compiled code has no room for: run the prefill without "
@@ -202,7 +203,7 @@ def compiled_step(index: int, hidden: Tensor, given: dict[str, Any]) -> dict[str
     Raises:
         BackendError: more than one token, or reduced ones in a dynamic cache.
     """
-    cache = given.get("past_key_values")
+    cache = cache_of(given)
     layer: Any = None if cache is None or len(cache.layers) <= index else cache.layers[index]
     reduced, static = isinstance(layer, Slots), hasattr(layer, "mask_of_compiled_step")
     if hidden.shape[1] > 1 or (reduced and not static):

@@ -20,6 +20,7 @@ from framefusion.errors import BackendError
 from framefusion.live_cache import adopt, caught_up
 from framefusion.live_mask import reduced_mask, tokens_seen
 from framefusion.live_plan import apply_plan, features_of, similarity
+from framefusion.live_seams import cache_of
 from framefusion.policy import CallRecord, Plan, ReductionState, keep_all
 from framefusion.tracks import IntArray
 
@@ -186,7 +187,7 @@ class Call:
             told["position_ids"] = None
             tables = given["position_embeddings"]
             told["position_embeddings"] = self._once("tables", tables, lambda: tuple(map(self._gather, tables)))
-        cache, self.layer = given.get("past_key_values"), None
+        cache, self.layer = cache_of(given), None
         new = self._once("new", self.index, lambda: self.past + self._places())
         if cache is None:
             slots, valid = new, self.valid
