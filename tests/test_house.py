@@ -151,8 +151,9 @@ def test_every_folder_with_code_is_a_package_that_ships() -> None:
 
 
 def test_nothing_named_export_or_runtime_can_be_imported_from_site_packages() -> None:
-    code = "import sys; sys.path = [p for p in sys.path if p and 'site-packages' in p]\n"
-    code += "from importlib.util import find_spec; print([n for n in ('export', 'runtime', 'tools') if find_spec(n)])"
+    code = "import sys; from importlib.util import find_spec\n"  # imported while the standard library is on the path
+    code += "sys.path = [p for p in sys.path if p and 'site-packages' in p]\n"
+    code += "print([n for n in ('export', 'runtime', 'tools') if find_spec(n)])"
     assert fresh_python(code) == "[]"
 
 
