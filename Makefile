@@ -8,6 +8,13 @@ TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Versions that people and CI install, and the oldest that pyproject.toml admits; `make lock` makes both.
+LOCK := constraints/lock.txt
+OLDEST := constraints/oldest.txt
+# What `make test-latest` asks the index for, and what it upgrades past the bounds of pyproject.toml.
+LATEST_TORCH ?= torch
+BEYOND ?=
+
 # Measured on two cores.
 SETUP_TIME := 2 minutes
 TEST_TIME := 1 minute
@@ -22,13 +29,16 @@ ENGINES := engines-out
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo engines test slow test-gpu bench-gpu lint clean
+.PHONY: help setup demo engines test slow test-latest test-oldest lock test-gpu bench-gpu lint clean
 
 help:
 	@echo "make demo      build a bundle from the tiny checkpoint and ask it about videos, about $(DEMO_TIME)"
 	@echo "make test      fast tests, about $(TEST_TIME)"
 	@echo "make engines   compile the tiny model for GPUs $(TARGET_SM), without one, about $(ENGINES_TIME)"
 	@echo "make slow      slow tests: the wheel, the large comparisons"
+	@echo "make test-latest  fast tests with the newest versions that pyproject.toml admits, in $(VENV)-latest"
+	@echo "make test-oldest  fast tests with the oldest ones, in $(VENV)-oldest"
+	@echo "make lock      resolve $(LOCK) and $(OLDEST) anew"
 	@echo "make test-gpu  tests that need a GPU"
 	@echo "make bench-gpu prefill and decode of $(PRESET) by $(BACKEND) on the GPU of this machine"
 	@echo "make lint      ruff, ruff format --check, mypy"
@@ -36,23 +46,29 @@ help:
 
 # Says what is coming before anything slow begins.
 define announce
-	@if [ -f $(STAMP) ] && [ ! pyproject.toml -nt $(STAMP) ]; then echo "$@: about $(1)."; \
+	@if [ -f $(STAMP) ] && [ ! pyproject.toml -nt $(STAMP) ] && [ ! $(LOCK) -nt $(STAMP) ]; then echo "$@: about $(1)."; \
 	else echo "$@: set-up first, about $(SETUP_TIME) once, then about $(1)."; fi
 	@$(MAKE) --no-print-directory -s setup
 endef
 
 setup: $(STAMP)
 
-# The CPU build of torch where the index offers one; otherwise what the index calls by this version.
-$(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$(PYTHON) is older than 3.11; choose another one with PYTHON=..." >&2; exit 1; }
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+# The CPU build of torch where the index offers one; otherwise what the index calls by this version. What builds this
+# project is locked like the rest, which pip does only for what is installed before.
+$(STAMP): pyproject.toml $(LOCK)
+	$(call virtualenv,$(VENV))
 	@echo "installing torch $(TORCH)"
 	@$(BIN)/python -m pip install -qq 'torch==$(TORCH)+cpu' 2>/dev/null || $(BIN)/python -m pip install -qq 'torch==$(TORCH)'
 	@echo "installing framefusion-aot and its tools"
-	@$(BIN)/python -m pip install -qq -e '.[dev]'
+	@$(BIN)/python -m pip install -qq -c $(LOCK) setuptools
+	@$(BIN)/python -m pip install -qq -c $(LOCK) --no-build-isolation -e '.[dev]'
 	@touch $@
+
+define virtualenv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is older than 3.11; choose another one with PYTHON=..." >&2; exit 1; }
+	@[ -x $(1)/bin/python ] || $(PYTHON) -m venv $(1)
+endef
 
 demo:
 	$(call announce,$(DEMO_TIME))
@@ -74,6 +90,25 @@ test:
 slow: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow and not gpu"
 
+# The newest of all, not of the lock. BEYOND=transformers tries what the bounds of pyproject.toml shut out.
+test-latest:
+	$(call virtualenv,$(VENV)-latest)
+	@$(VENV)-latest/bin/python -m pip install -qq -U --upgrade-strategy eager $(LATEST_TORCH) -e '.[dev]'
+	@[ -z '$(BEYOND)' ] || $(VENV)-latest/bin/python -m pip install -qq -U $(BEYOND)
+	@$(VENV)-latest/bin/python -m tools.lock --installed
+	@OMP_NUM_THREADS=1 $(VENV)-latest/bin/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+
+test-oldest:
+	$(call virtualenv,$(VENV)-oldest)
+	@$(VENV)-oldest/bin/python -m pip install -qq -c $(OLDEST) setuptools
+	@$(VENV)-oldest/bin/python -m pip install -qq -c $(OLDEST) --no-build-isolation -e '.[dev]'
+	@$(VENV)-oldest/bin/python -m tools.lock --installed
+	@OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+
+lock: setup
+	@$(BIN)/python -m pip install -qq uv
+	@$(BIN)/python -m tools.lock --torch $(TORCH)
+
 test-gpu: setup
 	@$(BIN)/python -m pip install -qq -e '.[dev,gpu,tensorrt-rtx]'
 	@$(BIN)/python -m pytest -q -m gpu
@@ -89,5 +124,5 @@ lint: setup
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo-out $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VENV)-latest $(VENV)-oldest demo-out $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,46 @@
+"""The committed constraints against pyproject.toml: nothing here asks a package index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from tools.lock import EXTRA, LIBRARIES, LOCK, OLDEST, OLDEST_PYTHON, pinned, pins, requirements
+
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def wanted(extra: str, python: str) -> list[Requirement]:
+    place = {"python_version": python, "sys_platform": "linux", "platform_machine": "x86_64"}
+    return [one for one in requirements(extra) if one.marker is None or one.marker.evaluate(place)]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_pins_what_the_project_asks_for_within_its_bounds(python: str) -> None:
+    versions = {str(one): pinned(LOCK, one.name, python) for extra in ("", EXTRA) for one in wanted(extra, python)}
+    assert [text for text, version in versions.items() if version is None] == []
+    outside = [
+        f"{text}, locked {version}" for text, version in versions.items() if version not in Requirement(text).specifier
+    ]
+    assert outside == [], "run `make lock`"
+
+
+def test_the_oldest_set_is_the_lower_bounds_of_the_project() -> None:
+    """A bound that the resolver had to leave was never true, so nobody would have tested it."""
+    for requirement in (one for extra in LIBRARIES for one in wanted(extra, OLDEST_PYTHON)):
+        (lowest,) = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
+        version = pinned(OLDEST, requirement.name, OLDEST_PYTHON)
+        assert version is not None, f"{requirement.name} has no pin: run `make lock`"
+        assert Version(version) == lowest, (
+            f"pyproject.toml says {requirement}, the oldest set that resolves has {version}"
+        )
+
+
+@pytest.mark.parametrize("path", [LOCK, OLDEST], ids=lambda path: path.name)
+def test_every_line_pins_one_version_and_names_no_host(path: Path) -> None:
+    for pin in pins(path):
+        assert [bound.operator for bound in pin.specifier] == ["=="], pin
+        assert pin.url is None
