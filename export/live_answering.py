@@ -22,8 +22,8 @@ from framefusion.export.options import BuildOptions
 from framefusion.export.plan import BuildPlan
 from framefusion.export.questions import Question
 from framefusion.interface import apply_framefusion, remove_framefusion
-from framefusion.runtime.pipeline import as_image, as_video
 from framefusion.runtime.prompt import Visual
+from framefusion.runtime.sources import as_image, as_video
 from framefusion.runtime.video import Video
 
 ENCODERS = ("get_video_features", "get_image_features")

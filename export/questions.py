@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.errors import EvaluationError
-from framefusion.runtime.pipeline import Source
 from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.sources import Source
 
 KEYS = ("video", "images", "question", "answer", "choices", "type", "id")
 UNTYPED = "all"

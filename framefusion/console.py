@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
 
-from framefusion.errors import FrameFusionError, InterruptedBuildError
+from framefusion.errors import FrameFusionError, InterruptedBuildError, MediaWarning
 
 WIDTH = 100
 _JSON = "framefusion.json"
+_WARNED = "framefusion.warned"
 _UNITS = ("B", "kB", "MB", "GB")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -27,14 +29,36 @@ class CommandGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command named."""
+        texts: list[str] = ctx.meta.setdefault(_WARNED, [])
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", MediaWarning)
+                warnings.showwarning = _shown_by(texts, warnings.showwarning)
+                return super().invoke(ctx)
         except FrameFusionError as error:
             _report(ctx, type(error).__name__, str(error))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             _report(ctx, "Interrupted", "interrupted")
             ctx.exit(InterruptedBuildError.exit_code)
+
+
+def _shown_by(texts: list[str], others: Callable[..., None]) -> Callable[..., None]:
+    """What shows a warning: a line on stderr for those about films and pictures, kept in `texts`; others as before."""
+
+    def show_warning(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
+        if not issubclass(category, MediaWarning):
+            others(message, category, *place, **named)
+            return
+        texts.append(str(message))
+        log(f"warning: {message}")
+
+    return show_warning
+
+
+def warned() -> list[str]:
+    """What the command that runs has warned of, for its JSON."""
+    return list(click.get_current_context().meta.get(_WARNED, []))
 
 
 def json_option(command: Command) -> Command:

@@ -83,3 +83,7 @@ class InterruptedBuildError(FrameFusionError):
     """Ctrl-C during a build: what is complete stays and the next build resumes from it."""
 
     exit_code = 130
+
+
+class MediaWarning(UserWarning):
+    """A film or picture is shown although a small part of it is missing. No error: the commands print it and go on."""

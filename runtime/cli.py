@@ -45,6 +45,7 @@ def generate(bundle: Path, threads: int, backend: str, device: str, no_verify: b
     question = Question.from_flags(**asked)
     pipeline = open_pipeline(bundle, threads, backend, device, no_verify)
     request, sampling = question.request(pipeline.manifest), question.sampling(pipeline.manifest)
+    pipeline.limits = question.limits()
     on_text = None if console.wants_json() else _print_piece
     answer = pipeline.generate(question.turns, question.files, request, sampling=sampling, on_text=on_text)
     facts = report(pipeline, answer, request.cost)
@@ -117,6 +118,7 @@ def show_page(pipeline: Pipeline, name: str, question: Question, output: Path, c
     from framefusion.runtime.page import check_writable, write_page
 
     check_writable(output)
+    pipeline.limits = question.limits()
     request, sampling = question.request(pipeline.manifest), question.sampling(pipeline.manifest)
     watched = view.watch(pipeline, question.turns, question.files, request, sampling=sampling, compare=compare)
     size = write_page(view.facts(watched, pipeline, name), output)
@@ -137,6 +139,7 @@ def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[s
         "cost": {"asked": asked, "reached": reached, "asked_text": describe_cost(asked)},
         "tokens_per_second": (len(answer.token_ids) - 1) / decoding if decoding else 0.0,
         "backend": None if pipeline.choice is None else pipeline.choice.facts | {"text": pipeline.choice.text},
+        "warnings": console.warned(),
     }
 
 

@@ -28,20 +28,6 @@ TEXT_FORMATS = frozenset({"tty", "bin", "xbin", "adf", "idf"})
 ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg"})
 
 
-def existing_file(path: str | Path) -> Path:
-    """The path, once it is sure that a file with content is there."""
-    source = Path(path)
-    try:
-        is_folder, size = source.is_dir(), source.stat().st_size
-    except (OSError, ValueError) as error:
-        raise VideoError(f"{source} cannot be opened ({error}): check the path") from error
-    if is_folder:
-        raise VideoError(f"{source} is a folder: give the path of one file")
-    if size == 0:
-        raise VideoError(f"{source} is empty (0 bytes): copy or download it again")
-    return source
-
-
 class Packet(NamedTuple):
     """One packet of the film, undecoded."""
 

@@ -15,6 +15,7 @@ import click
 if TYPE_CHECKING:
     from framefusion.runtime.bundle import Manifest
     from framefusion.runtime.frame_sampling import FrameSampling
+    from framefusion.runtime.media_file import MediaLimits
     from framefusion.runtime.pipeline import Request
     from framefusion.runtime.prompt import Turn
     from framefusion.runtime.sampling import GenerationConfig
@@ -38,6 +39,8 @@ NO_VERIFY = click.option("--no-verify", is_flag=True, help="Do not compare the f
 RUNNING_OPTIONS = (THREADS, BACKEND, DEVICE, NO_VERIFY)
 OUTPUT = click.option("-o", "--output", required=True, type=FILE, help="The page; a file that exists is replaced.")
 COMPARE = click.option("--compare", is_flag=True, help="Answer without reduction, too, and show both side by side.")
+PILLOW_PIXELS = 178_956_970
+"""Above this Pillow refuses a picture by itself."""
 _KINDS = "framefusion.kinds"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -57,6 +60,11 @@ QUESTION_OPTIONS = (
     click.option("--seed", type=click.IntRange(min=0), help="Of drawn tokens and of the random reducer."),
     click.option("--fps", type=click.FloatRange(min=0, min_open=True), help="Frames sampled from a second of film."),
     click.option("--max-frames", type=COUNT, help="Most frames sampled."),
+    click.option(
+        "--max-image-pixels",
+        type=click.IntRange(1, PILLOW_PIXELS),
+        help="Largest picture read, width times height; default: 134 megapixels.",
+    ),
 )
 
 
@@ -117,6 +125,13 @@ class Question:
     def sampling(self, manifest: Manifest) -> FrameSampling:
         """Of frames: as asked, the rest as the bundle says."""
         return frame_sampling(manifest.sampling, self.wishes["fps"], self.wishes["max_frames"])
+
+    def limits(self) -> MediaLimits:
+        """Of the files that are read: as asked, the rest as the package says."""
+        from framefusion.runtime.media_file import MediaLimits
+
+        pixels = self.wishes["max_image_pixels"]
+        return MediaLimits() if pixels is None else MediaLimits(image_pixels=pixels)
 
 
 def visuals_in_order(kinds: Sequence[str], videos: Sequence[Path], images: Sequence[Path]) -> list[tuple[str, Path]]:

@@ -30,14 +30,16 @@ from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.bundle import Bundle, ReductionRecord
 from framefusion.runtime.embedding import Embedding
 from framefusion.runtime.frame_sampling import FrameSampling
+from framefusion.runtime.media_file import MediaLimits
 from framefusion.runtime.positions import decode_positions, rope_tables
-from framefusion.runtime.preprocess import Preprocessing, check_frames
+from framefusion.runtime.preprocess import Preprocessing
 from framefusion.runtime.prompt import Prompt, Turn, Visual, build_prompt, check_length
 from framefusion.runtime.sampling import GenerationConfig, Sampler
+from framefusion.runtime.sources import Source, as_image, as_video
 from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch, check_cuts
 from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.tokenizer import Tokenizer
-from framefusion.runtime.video import Video, read_image, read_video
+from framefusion.runtime.video import Video
 from framefusion.runtime.vision import TowerCall, tower_call
 from framefusion.runtime.visual_input import RowMap, Tiles, VisualInput
 
@@ -45,8 +47,6 @@ MAX_NEW_TOKENS = 128
 PATCHES_AT_ONCE = 4096  # of the vision graph: bounds its activations, large enough to keep the processor busy
 
 
-Source = Path | str | NDArray[np.uint8]
-"""A file, or RGB frames [N, H, W, 3] that someone else has read and sampled."""
 Seen = Video | NDArray[np.uint8]
 """A video as it was sampled, or an image [H, W, 3]."""
 
@@ -93,10 +93,16 @@ class Pipeline:
         backend: what executes the graphs; None opens what `choice` says.
         threads: of one operator on the CPU; 0 takes the physical cores.
         choice: among the backends; None takes the best for this bundle and machine.
+        limits: of the files that are read; None takes `MediaLimits()`.
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend | None = None, threads: int = 0, choice: Choice | None = None
+        self,
+        bundle: Bundle,
+        backend: Backend | None = None,
+        threads: int = 0,
+        choice: Choice | None = None,
+        limits: MediaLimits | None = None,
     ) -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
         self.choice: Choice | None = None
@@ -104,6 +110,7 @@ class Pipeline:
             self.choice = choice or choose(bundle)
             backend = self.choice.open(bundle, threads)
         self.backend: Backend = backend
+        self.limits = limits or MediaLimits()
         self.tokenizer = Tokenizer.from_file(bundle.folder / "tokenizer.json")
         self.embedding = Embedding(bundle.folder, self.manifest.embedding)
         self.stitcher = Stitcher(self.manifest, self.backend)
@@ -120,12 +127,17 @@ class Pipeline:
     ) -> list[Seen]:
         """What the turns show, in their order, as it is read from files."""
         kinds = [part for turn in turns for part in turn.parts if isinstance(part, Visual)]
+        if isinstance(files, (str, bytes, Path)):
+            raise PromptError(f"files is one name, {str(files)[:120]!r}: give a list of what the turns show")
         if len(kinds) != len(files):
             raise PromptError(f"the conversation shows {len(kinds)} video(s) and image(s), {len(files)} were given")
         seen: list[Seen] = []
         for kind, file in zip(kinds, files, strict=True):
             with stopwatch.stage("video"):
-                seen.append(as_video(file, sampling) if kind is Visual.VIDEO else as_image(file))
+                if kind is Visual.VIDEO:
+                    seen.append(as_video(file, sampling, self.limits))
+                else:
+                    seen.append(as_image(file, self.limits))
         return seen
 
     def rule(self, seen: Sequence[Seen]) -> Preprocessing:
@@ -285,7 +297,7 @@ class Pipeline:
 
         Args:
             turns: what was said, the last one the user's.
-            files: the videos and images that the turns show, in order; frames already sampled come as an array.
+            files: the videos and images that the turns show, in order: see `framefusion.runtime.sources`.
             request: limits, reduction and sampling of tokens.
             sampling: of frames; None takes the bundle's.
             on_text: called with each new piece of text.
@@ -386,23 +398,6 @@ def dense_pipeline(pipeline: Pipeline) -> Pipeline:
     segments = tuple(replace(s, graph=s.decode_graph or s.graph, decode_graph=None) for s in manifest.segments)
     plain = pipeline.bundle.seen_as(segments=segments, fixed=None, reduction=ReductionRecord("none"))
     return Pipeline(plain, pipeline.backend)
-
-
-def as_video(source: Source, sampling: FrameSampling) -> Video:
-    """A file's sampled frames; an array is taken as frames that stand at the sampling's rate."""
-    if not isinstance(source, np.ndarray):
-        return read_video(source, sampling)
-    check_frames(source)
-    count = len(source)
-    return Video(source, np.arange(count), sampling.fps, count, count / sampling.fps, 0.0)
-
-
-def as_image(source: Source) -> NDArray[np.uint8]:
-    """RGB [H, W, 3] of a file, or of an array [H, W, 3] or [1, H, W, 3]."""
-    if not isinstance(source, np.ndarray):
-        return read_image(source)
-    check_frames(source if source.ndim == 4 else source[None])
-    return source[0] if source.ndim == 4 else source
 
 
 def _typed(inputs: Mapping[str, NDArray[Any]], float_type: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:

@@ -20,6 +20,9 @@ from framefusion.runtime.visual_input import VisualInput
 BICUBIC = 3  # Pillow's number, also in Hugging Face's preprocessor_config.json
 HALF = (0.5, 0.5, 0.5)
 MAX_ASPECT_RATIO = 200
+LARGE_PICTURE = 1 << 24
+"""Numbers of a picture whose rows are resized in bands."""
+BAND = 256
 
 Self = TypeVar("Self", bound="Preprocessing")
 
@@ -106,12 +109,21 @@ def normalised_levels(preprocessing: Preprocessing) -> NDArray[np.float32]:
 
 
 def resize(frame: NDArray[np.uint8], height: int, width: int, resample: int) -> NDArray[np.uint8]:
-    """RGB [H, W, 3] to another size, shape not kept."""
+    """RGB [H, W, 3] to another size, shape not kept, bit for bit as Pillow resizes.
+
+    Pillow resizes rows, rounds, then columns. A large picture's rows are resized in bands, which gives the same numbers
+    without another copy of the picture.
+    """
     if frame.shape[:2] == (height, width):
         return frame
     from PIL import Image
 
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling(resample)))
+    filter_ = Image.Resampling(resample)
+    if frame.size > LARGE_PICTURE and width < frame.shape[1]:
+        bands = range(0, len(frame), BAND)
+        pieces = (Image.fromarray(frame[top : top + BAND]) for top in bands)
+        frame = np.concatenate([np.asarray(piece.resize((width, piece.height), filter_)) for piece in pieces])
+    return np.asarray(Image.fromarray(frame).resize((width, height), filter_))
 
 
 def check_frames(frames: NDArray[np.uint8]) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.errors import VideoError
-from framefusion.runtime.container import Listing, check_pixels, existing_file, film, open_video
+from framefusion.runtime.container import Listing, film, open_video
 from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
+from framefusion.runtime.media_file import existing_file
 
 MAX_FRAME_PIXELS = 8192 * 4320
 MAX_BYTES = 8 << 30
@@ -80,21 +80,6 @@ def read_video(
     each = np.unique(indices, return_inverse=True)[1]  # some rules look at a frame of a short film more than once
     pixels = np.stack([frames[i] for i in each.tolist()])
     return Video(pixels, indices, listing.fps, total, total / listing.fps, seconds)
-
-
-def read_image(path: str | Path, *, max_frame_pixels: int = MAX_FRAME_PIXELS) -> NDArray[np.uint8]:
-    """Read a still picture as RGB [H, W, 3], upright; what is transparent becomes white."""
-    from PIL import Image, ImageOps
-
-    source = existing_file(path)
-    try:
-        with Image.open(source) as image:
-            check_pixels(source, image.height, image.width, max_frame_pixels)
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{source} cannot be read as an image ({error}): give a PNG, JPEG or WebP file") from error
-    white = Image.new("RGBA", upright.size, "white")
-    return np.asarray(Image.alpha_composite(white, upright).convert("RGB"))
 
 
 def _decode_all(source: Path) -> Iterator[Any]:

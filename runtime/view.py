@@ -25,9 +25,10 @@ from framefusion.runtime.bundle import FLOAT_BYTES, Manifest
 from framefusion.runtime.flops import prefill_flops
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.panels import Panel
-from framefusion.runtime.pipeline import Generation, Pipeline, Request, Seen, Source, dense_pipeline
+from framefusion.runtime.pipeline import Generation, Pipeline, Request, Seen, dense_pipeline
 from framefusion.runtime.preprocess import Preprocessing, resize
 from framefusion.runtime.prompt import Prompt, Turn, Visual
+from framefusion.runtime.sources import Source
 from framefusion.runtime.stitching import Stopwatch
 from framefusion.runtime.video import Video
 

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from framefusion import errors
@@ -72,6 +74,22 @@ def test_a_text_file_is_no_picture(bundle: Path, tmp_path: Path) -> None:
     text_file(tmp_path / "picture.png")
     result = run("generate", bundle, "--image", tmp_path / "picture.png", "--prompt", "What?")
     assert_refused(result, errors.VideoError, "cannot be read as an image")
+
+
+def test_a_picture_without_its_end_is_shown_with_a_warning(bundle: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 99, (400, 300, 3), np.uint8)).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:-5000])
+    asked = ("generate", bundle, "--image", tmp_path / "a.png", "--prompt", "What?", "--max-new-tokens", 1)
+    result = run(*asked)
+    assert result.exit_code == 0, result.output
+    assert f"warning: {tmp_path / 'a.png'} lacks its last bytes: " in result.stderr
+    assert "of its pixels are blank" in json.loads(run(*asked, "--json").stdout)["warnings"][0]
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    assert_refused(run(*asked), errors.VideoError, "is truncated", "of its pixels are missing")
+    (tmp_path / "a.png").write_bytes(whole)
+    refused = run(*asked, "--max-image-pixels", 100_000)
+    assert_refused(refused, errors.VideoError, "is 300x400, 120000 pixels, the limit is 100000", "--max-image-pixels")
 
 
 def test_errors_are_one_json_object_as_well(bundle: Path) -> None:

@@ -22,9 +22,10 @@ from framefusion.export.verify import truncated
 from framefusion.interface import apply_framefusion, remove_framefusion
 from framefusion.reducers import REDUCERS, load_reducer
 from framefusion.runtime.bundle import Bundle, Manifest
-from framefusion.runtime.pipeline import Pipeline, Request, as_image, as_video
+from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.prompt import Prompt, Turn, Visual
 from framefusion.runtime.records import from_json
+from framefusion.runtime.sources import as_image, as_video
 from framefusion.runtime.stitching import Prefilled, Stopwatch
 from framefusion.runtime.token_rows import TokenRows
 from tests.commands import assert_refused, export, run

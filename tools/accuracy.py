@@ -27,8 +27,8 @@ from framefusion.export.questions import Question, key_of
 from framefusion.progress import CountLines
 from framefusion.reducers import DEFAULT, REDUCERS
 from framefusion.runtime.bundle import read_manifest
-from framefusion.runtime.pipeline import Source
 from framefusion.runtime.prompt import Visual
+from framefusion.runtime.sources import Source
 from tools.bench.setting import ROOT, open_bundle, report
 from tools.tiny import clips
 

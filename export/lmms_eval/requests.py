@@ -17,8 +17,8 @@ from PIL.Image import Image
 
 from framefusion.errors import EvaluationError
 from framefusion.export.questions import Question, key_of
-from framefusion.runtime.pipeline import Source
 from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.sources import Source
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,7 @@ def _source(name: str, content: Any) -> Source:
         told = told.get("path") or told.get("url") or told.get("video")
     if any(time is not None for time in times):
         raise EvaluationError(f"{name} shows a part of a film by its times: cut the film before, whole ones are read")
-    if isinstance(told, Image):
-        return np.asarray(told.convert("RGB"))
-    if isinstance(told, np.ndarray):
+    if isinstance(told, (Image, np.ndarray)):
         return told
     if not isinstance(told, (str, Path)):
         raise EvaluationError(f"{name} shows a {type(told).__name__}: a path, a PIL image or an array of uint8 is read")

@@ -34,7 +34,7 @@ OPTIONS = BuildOptions(cost=0.5, dialect="portable", dtype="float16")
 
 def shown(manifest: Manifest) -> list[VisualInput]:
     """A film, a picture and one of many pictures, in sizes that differ."""
-    from framefusion.runtime.pipeline import as_video
+    from framefusion.runtime.sources import as_video
 
     rule, sampling = manifest.preprocessing, manifest.sampling
     films = [as_video(clip(8, *size), sampling) for size in ((84, 112), (150, 60))]

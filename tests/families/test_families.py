@@ -20,8 +20,9 @@ from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families import FAMILIES
 from framefusion.export.options import BuildOptions
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.pipeline import Pipeline, Request, as_image, as_video
+from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.prompt import Prompt, Turn, Visual
+from framefusion.runtime.sources import as_image, as_video
 from framefusion.runtime.stitching import Stopwatch
 from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.video import Video, read_video

@@ -21,8 +21,8 @@ from framefusion.export.options import BuildOptions
 from framefusion.export.plan import BuildPlan
 from framefusion.runtime.families.internvl import InternVLPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
-from framefusion.runtime.pipeline import as_image, as_video
 from framefusion.runtime.prompt import TurnLayout
+from framefusion.runtime.sources import as_image, as_video
 from framefusion.runtime.stitching import Stopwatch
 from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.visual_input import Rows

@@ -16,8 +16,9 @@ import pytest
 from numpy.typing import NDArray
 
 from framefusion.runtime.panels import WHOLE, Panel
-from framefusion.runtime.pipeline import Pipeline, Seen, as_image, as_video
+from framefusion.runtime.pipeline import Pipeline, Seen
 from framefusion.runtime.preprocess import Preprocessing
+from framefusion.runtime.sources import as_image, as_video
 from framefusion.runtime.stitching import Stopwatch
 from framefusion.runtime.video import Video
 from framefusion.runtime.visual_input import VisualInput

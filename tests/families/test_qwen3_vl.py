@@ -23,9 +23,10 @@ from framefusion.export.options import BuildOptions
 from framefusion.policy import FixedReduction, Plan, ReductionState, merge_plan, prune_plan
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
-from framefusion.runtime.pipeline import Pipeline, Request, as_image, as_video
+from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.positions import Grid
 from framefusion.runtime.prompt import Prompt, Turn
+from framefusion.runtime.sources import as_image, as_video
 from framefusion.runtime.stitching import Prefilled, Stopwatch
 from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.video import Video

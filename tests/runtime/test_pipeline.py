@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from framefusion.errors import PromptError
 from framefusion.runtime.pipeline import Generation, Pipeline, Request
@@ -105,3 +108,15 @@ def test_new_tokens_stop_where_the_caches_end(pipeline: Pipeline) -> None:
     answer = ask(pipeline, request=Request(max_new_tokens=room, generation=endless))
     assert len(answer.token_ids) == room - answer.prompt_tokens
     assert answer.finish_reason == "length"
+
+
+def test_one_question_about_pictures_of_every_kind(pipeline: Pipeline) -> None:
+    still = np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8)
+    sources: list[Any] = [Image.fromarray(still), still.astype(np.float32) / 255, [still, Image.fromarray(still)]]
+    prompt, rows = pipeline.read([Turn("user", (IMAGE, IMAGE, VIDEO, "What?"))], sources)
+    tokens = prompt.num_visual // 3
+    assert prompt.num_visual == 3 * tokens > 0
+    shown = np.asarray(rows.hidden)[prompt.row_places]
+    np.testing.assert_array_equal(shown[:tokens], shown[tokens : 2 * tokens])  # the same picture, held in another way
+    with pytest.raises(PromptError, match=r"files is one name, 'a\.png': give a list"):
+        pipeline.read([Turn("user", (IMAGE, "What?"))], "a.png")

@@ -20,7 +20,7 @@ from framefusion.errors import BundleError, VideoError
 from framefusion.runtime import video as video_module
 from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.records import RecordError, from_json, to_json
-from framefusion.runtime.video import read_image, read_video
+from framefusion.runtime.video import read_video
 
 
 def bunny() -> Path:
@@ -267,26 +267,3 @@ def test_any_damage_is_a_video_error_or_harmless(tmp_path: Path, name: str) -> N
         path.write_bytes(damaged[: random.integers(len(whole) // 2, len(whole))])
         with contextlib.suppress(VideoError):
             assert len(read_video(path, FrameSampling()).frames) >= 2
-
-
-# ---- stills
-
-
-def test_read_image(tmp_path: Path) -> None:
-    Image.fromarray(picture(7)).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), picture(7))
-    Image.new("RGBA", (8, 6), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_image(tmp_path / "clear.png") == 255).all()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lying on its side
-    Image.fromarray(picture(7)).save(tmp_path / "side.jpg", exif=exif)
-    assert read_image(tmp_path / "side.jpg").shape == (64, 48, 3)
-
-
-def test_unreadable_images(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(VideoError, match="cannot be read as an image"):
-        read_image(tmp_path / "a.png")
-    Image.fromarray(picture(0)).save(tmp_path / "b.png")
-    with pytest.raises(VideoError, match="the limit is 100"):
-        read_image(tmp_path / "b.png", max_frame_pixels=100)

@@ -1,0 +1,189 @@
+"""PNG and JPEG as far as it takes to keep the pixels where the rest of a file is odd: chunks, markers, missing ends.
+
+Bytes in, bytes out; decodes no pixel and opens no file.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from framefusion.errors import MediaWarning, VideoError
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+END_OF_IMAGE = b"\xff\xd9"
+
+PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+"""What the pixels of a PNG come from; eXIf says which side is up, the rest is words about the picture."""
+
+MISSING_SHARE = 0.05
+"""Of the pixels of a picture that may be missing, as of the frames of a film."""
+
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Of an interlaced PNG's passes: first column and row, and the steps to the next ones."""
+
+MAX_SCANS = 100
+"""Of a JPEG: encoders write about ten. A scan takes a few bytes and a pass over all pixels."""
+
+# Between scans: a marker that is no stuffed zero, no restart and no fill byte.
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+_WITHOUT_LENGTH = frozenset({0x01, 0xD8, 0xD9, *range(0xD0, 0xD8)})
+_START_OF_SCAN, _END = 0xDA, 0xD9
+_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+
+
+class Chunk(NamedTuple):
+    """One chunk of a PNG."""
+
+    name: bytes
+    start: int  # of its content
+    end: int
+    whole: bool  # its content and checksum lie within the file
+
+
+def png_chunks(file: memoryview) -> Iterator[Chunk]:
+    """The chunks of a PNG, up to the end of the file or IEND."""
+    at = len(PNG_SIGNATURE)
+    while at + 8 <= len(file):
+        length, name = struct.unpack_from(">I4s", file, at)
+        start, end = at + 8, at + 8 + length
+        yield Chunk(bytes(name), start, min(end, len(file)), end + 4 <= len(file))
+        if name == b"IEND":
+            return
+        at = end + 4
+
+
+def png_pixels(file: memoryview, name: str) -> bytes:
+    """The PNG of these pixels alone, closed where its end is missing, so that odd metadata cannot cost the picture.
+
+    Of an animation it is the still picture that readers without animations show.
+
+    Raises:
+        VideoError: a chunk of pixels does not match its checksum, or too many pixels are missing; `name` is the file's.
+    """
+    parts = [PNG_SIGNATURE]
+    pixels = list[memoryview]()
+    closed = True
+    header = b""
+    for chunk in png_chunks(file):
+        content = file[chunk.start : chunk.end]
+        if chunk.name == b"eXIf" and chunk.whole and bytes(content[:2]) in (b"II", b"MM") and not pixels:
+            parts.append(_chunk(chunk.name, content))
+        if chunk.name not in PIXEL_CHUNKS or chunk.name == b"IEND":
+            continue
+        if chunk.whole and zlib.crc32(content, zlib.crc32(chunk.name)) != _number(file, chunk.end):
+            raise VideoError(
+                f"{name} is damaged: its chunk {chunk.name.decode()} at byte {chunk.start} does not match its "
+                "checksum; copy or download it again"
+            )
+        header = bytes(content) if chunk.name == b"IHDR" and not header else header
+        closed = closed and chunk.whole
+        if chunk.name == b"IDAT":
+            pixels.append(content)
+        elif chunk.whole and not pixels:
+            parts.append(_chunk(chunk.name, content))
+    if closed and pixels:
+        parts += [_chunk(b"IDAT", content) for content in pixels]
+    else:
+        parts.append(_chunk(b"IDAT", _completed(header, pixels, name)))
+    return b"".join([*parts, _chunk(b"IEND", b"")])
+
+
+def _completed(header: bytes, pixels: Sequence[memoryview], name: str) -> bytes:
+    """Compressed rows of a PNG whose end is missing, with blank rows where few enough are."""
+    total = scanline_bytes(header)
+    inflater, rows = zlib.decompressobj(), bytearray()
+    try:
+        for piece in pixels:
+            rows += inflater.decompress(piece, total - len(rows) + 1)  # 1: no limit is what 0 means
+    except zlib.error as error:
+        raise VideoError(f"{name} is damaged ({error}): copy or download it again") from error
+    missing = max(1 - len(rows) / total, 0.0) if total else 1.0
+    check_missing(name, missing, most=0.0 if header[-1:] == b"\x01" else MISSING_SHARE)  # blanks would be everywhere
+    return zlib.compress(bytes(rows[:total]).ljust(total, b"\0"), 1)
+
+
+def scanline_bytes(header: bytes) -> int:
+    """Bytes of a PNG's uncompressed rows, each behind its filter; 0 for a header that is none."""
+    if len(header) != 13:
+        return 0
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-((left - width) // across), -((top - height) // down)) for left, top, across, down in passes]
+    return sum(high * (1 + (wide * bits + 7) // 8) for wide, high in sizes if wide > 0 and high > 0)
+
+
+def check_missing(name: str, missing: float, most: float = MISSING_SHARE) -> None:
+    """One rule for the end of a picture: a small share may be missing and is warned of, more is refused."""
+    if missing > most:
+        raise VideoError(f"{name} is truncated: {missing:.1%} of its pixels are missing; copy or download it again")
+    if missing:
+        warnings.warn(f"{name} lacks its last bytes: {missing:.1%} of its pixels are blank", MediaWarning, stacklevel=2)
+
+
+def _number(file: memoryview, at: int) -> int:
+    return int(struct.unpack_from(">I", file, at)[0])
+
+
+def _chunk(name: bytes, content: bytes | memoryview) -> bytes:
+    checksum = zlib.crc32(content, zlib.crc32(name))
+    return b"".join((struct.pack(">I4s", len(content), name), content, struct.pack(">I", checksum)))
+
+
+@dataclass(frozen=True)
+class JpegScans:
+    """What the markers of a JPEG say.
+
+    Attributes:
+        scans: passes over the pixels.
+        all_coefficients: a scan was begun for every coefficient of each component in full precision.
+        closed: the end-of-image marker is there.
+    """
+
+    scans: int
+    all_coefficients: bool
+    closed: bool
+
+    @classmethod
+    def from_bytes(cls, file: bytes | memoryview) -> JpegScans:
+        """Walk over the markers; one that lies about its length ends the walk."""
+        at = 2
+        scans = 0
+        closed = False
+        components = set[int]()
+        bits = dict[tuple[int, int], int]()  # (component, coefficient): lowest bit sent
+        while found := _MARKER.search(file, at):
+            marker, at = found.group(1)[0], found.end()
+            closed = closed or marker == _END
+            if marker in _WITHOUT_LENGTH or at + 2 > len(file):
+                if marker == _END:
+                    break
+                continue
+            length = int(struct.unpack_from(">H", file, at)[0])
+            content = bytes(file[at + 2 : at + length])
+            at += length
+            if marker in _FRAMES:
+                components |= set(content[6::3])
+            if marker == _START_OF_SCAN:
+                scans += 1
+                _note_scan(content, bits)
+        wanted = ((component, place) for component in components for place in range(64))
+        return cls(scans, all(bits.get(one) == 0 for one in wanted), closed)
+
+
+def _note_scan(content: bytes, bits: dict[tuple[int, int], int]) -> None:
+    """The coefficients that a scan sends, down to which bit: all in a baseline JPEG, a part in a progressive one."""
+    count = content[0] if content else 0
+    if len(content) < 4 + 2 * count:
+        return
+    first, last, approximation = content[1 + 2 * count : 4 + 2 * count]
+    for component in content[1 : 1 + 2 * count : 2]:
+        for place in range(first, min(last, 63) + 1):
+            bits[component, place] = approximation & 15

@@ -1,0 +1,88 @@
+"""Files of the user that are shown to a model: which names are read, and how much of one file.
+
+Knows no format. A name that is no regular file is refused here in one line, before a decoder sees it: decoders take
+some names for addresses.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from framefusion.errors import VideoError
+
+MAX_IMAGE_PIXELS = 1 << 27
+"""Of a still picture: 134 megapixels, 402 MB as RGB."""
+
+SHOWN_OF_A_NAME = 120
+"""Characters of a name in a message: a data: URI may have millions."""
+
+# A scheme of one letter is a Windows drive. pathlib joins the two slashes of an address to one.
+URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<rest>.*)", re.DOTALL)
+ADDRESSES = frozenset({"http", "https", "ftp", "rtsp", "rtmp", "s3", "gs", "hf", "tcp", "udp", "pipe", "concat"})
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """How large a file's content may be; what is larger is refused before it is decoded.
+
+    Attributes:
+        image_pixels: of one still picture, width times height.
+    """
+
+    image_pixels: int = MAX_IMAGE_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.image_pixels < 1:
+            raise VideoError(f"a limit of {self.image_pixels} pixels admits no picture: give 1 or more")
+
+    def check_image(self, name: str, height: int, width: int) -> None:
+        """Refuse a picture that is too large to be decoded."""
+        if height * width > self.image_pixels:
+            raise VideoError(
+                f"{name} is {width}x{height}, {height * width} pixels, the limit is {self.image_pixels}: scale it down "
+                "first, or raise --max-image-pixels (MediaLimits.image_pixels)"
+            )
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path, once it is sure that a regular file with content is there.
+
+    A file whose name looks like an address, `a:b.png`, is read where it exists.
+
+    Raises:
+        VideoError: nothing is there, or an address, a folder, a pipe, a device or an empty file.
+    """
+    source = Path(path)
+    try:
+        status = source.stat()
+    except (OSError, ValueError) as error:
+        raise VideoError(_why_missing(str(path), error)) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError(f"{source} is a folder: give the path of one file")
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a pipe" if stat.S_ISFIFO(status.st_mode) else "a device or a socket"
+        raise VideoError(f"{source} is {kind}, which cannot be read twice: save its content to a file, and give that")
+    if status.st_size == 0:
+        raise VideoError(f"{source} is empty (0 bytes): copy or download it again")
+    return source
+
+
+def _why_missing(name: str, error: OSError | ValueError) -> str:
+    """A sentence for a name that no file has."""
+    shown = name if len(name) <= SHOWN_OF_A_NAME else f"{name[:SHOWN_OF_A_NAME]}... ({len(name)} characters)"
+    address = URL.fullmatch(name)
+    scheme = address["scheme"].lower() if address else ""
+    if scheme == "data":
+        return f"{shown} is a data: URI, files are read: decode it, and give a path or an array of pixels"
+    if scheme == "file" and address:
+        path = re.sub(r"^/+(localhost/)?", "/", address["rest"])
+        return f"{shown} is a file: URL, paths are read: give {path[:SHOWN_OF_A_NAME]}"
+    if scheme in ADDRESSES:
+        shown = re.sub(r":/+", "://", shown, count=1)
+        return f"{shown} is an address, only files of this machine are read: download it, and give the path"
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+    return f"{shown} cannot be opened ({reason}): check the path"

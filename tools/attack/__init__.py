@@ -1,0 +1,1 @@
+"""Attacks on what users and strangers hand in: seeded, of any length, in this process."""
