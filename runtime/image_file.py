@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's names. PPM are PBM, PGM, PPM and PFM; a build of Pillow without AVIF passes over it."""
 
-BYTES_A_PIXEL = 8
-"""Most that a file may take for each pixel that the limit allows: 16 bits of four channels, uncompressed."""
+BYTES_A_PIXEL = 4
+"""Most that a file may take for each pixel that the limit allows."""
 
 NOISE, BLOCK = 64, 8
 """Bytes that decode to some blocks of pixels; the side of a block."""
@@ -92,7 +92,7 @@ def decode_image(file: bytes, name: str, limits: MediaLimits) -> NDArray[np.uint
     if file.startswith(JPEG_SIGNATURE):
         scans = JpegScans.from_bytes(file)
         if scans.scans > MAX_SCANS:
-            raise VideoError(f"{name} has {scans.scans} scans, the limit is {MAX_SCANS}: save it again as PNG")
+            raise VideoError(f"{name} has more than {MAX_SCANS} scans, the limit: save it again as PNG")
     # 2. All rows, or those of a JPEG that the file holds.
     if scans is None or scans.closed:
         return _decoded(file, name, limits)

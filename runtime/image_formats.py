@@ -142,7 +142,7 @@ class JpegScans:
     """What the markers of a JPEG say.
 
     Attributes:
-        scans: passes over the pixels.
+        scans: passes over the pixels, counted to `MAX_SCANS` + 1.
         all_coefficients: a scan was begun for every coefficient of each component in full precision.
         closed: the end-of-image marker is there.
     """
@@ -174,6 +174,8 @@ class JpegScans:
             if marker == _START_OF_SCAN:
                 scans += 1
                 _note_scan(content, bits)
+                if scans > MAX_SCANS:
+                    break
         wanted = ((component, place) for component in components for place in range(64))
         return cls(scans, all(bits.get(one) == 0 for one in wanted), closed)
 

@@ -28,6 +28,7 @@ from framefusion.export.options import BuildOptions
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.sources import as_image
 from tests.conftest import made_once
 from tests.wheel import build_wheel
 from tools.tiny import clips
@@ -69,7 +70,7 @@ def test_a_conversation_as_the_answerers_take_it(film: Path) -> None:
     assert asked.turns("Another.") == [Turn("system", ("Another.",)), *turns]
     files: list[Any] = asked.files
     assert [files[0], files[2]] == [film, film]
-    assert files[1].shape == (20, 30, 3)
+    assert as_image(files[1]).shape == (20, 30, 3)
     assert files[3] is frames
     other = question_of("films/test/4", [message("user", *shown, ("text", "Two?"))])
     assert asked.key == question_of("films/test/3", [*said, message("user", *shown, ("text", "Two?"))]).key != other.key

@@ -246,7 +246,7 @@ def saved_without_loading() -> bytes:
 def test_a_jpeg_of_endless_scans_is_refused() -> None:
     file = saved(Image.fromarray(picture()), "JPEG", progressive=True)
     last = file.rindex(b"\xff\xda")
-    refused(file[:-2] + file[last:-2] * 200 + b"\xff\xd9", "scans, the limit is 100")
+    refused(file[:-2] + file[last:-2] * 200 + b"\xff\xd9", "has more than 100 scans")
 
 
 def test_a_bomb_in_the_words_of_a_png_costs_nothing() -> None:

@@ -29,6 +29,8 @@ from framefusion.runtime.media_file import MediaLimits
 SECONDS = 20.0
 """Of one trial; the target of the whole attack."""
 LIMITS = MediaLimits(image_pixels=1 << 22)
+LARGEST = 4 << 20
+"""Bytes of a mutated file."""
 NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 
 
@@ -113,7 +115,7 @@ def trial(files: list[bytes], seed: int, index: int) -> bytes:
             file = MUTATIONS[int(random.integers(len(MUTATIONS)))](
                 file, random, files[int(random.integers(len(files)))]
             )
-    return bytes(file)
+    return bytes(file[:LARGEST])
 
 
 def attack(trials: int, seed: int) -> dict[str, Any]:
