@@ -8,18 +8,24 @@ Knows neither models nor right and wrong.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from framefusion import files
 from framefusion.errors import EvaluationError, InterruptedBuildError, StorageError
 from framefusion.export.answering import Answer, Condition
 
 FORMAT = 1
+PARTIAL = ".partial"
+_LARGEST = 1 << 32  # bytes of an evaluation
 
 Key = tuple[str, str, float]
 """Question, reducer, cost."""
@@ -42,24 +48,20 @@ class AnswerFile:
         self.answers: dict[Key, Answer] = {}
         self.engine: str | None = None  # that gave the answers; None before the first
         self.note: str | None = None
-        self._file: IO[bytes] | None = None
+        self._file: int | None = None  # the handle of FILE.partial
 
     def __enter__(self) -> AnswerFile:
         if self.output is None:
             return self
-        self._partial = self.output.with_name(self.output.name + ".partial")
         if self.output.is_dir():
             raise StorageError(f"{self.output} is a folder: give -o a file, such as accuracy.json")
-        try:
-            self._file = self._partial.open("a+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"another run writes {self._partial}: wait for it or choose another file") from None
-        except OSError as error:
-            raise StorageError(f"{self._partial} cannot be written ({error.strerror}): choose another file") from None
+        self._output = files.output_path(self.output, PARTIAL)
+        self._partial = self._output.with_name(self._output.name + PARTIAL)
+        self._read_output()
+        self._file = self._opened()
         try:
             self._take_over(self._file)
-        except EvaluationError:
+        except BaseException:
             self._close()
             raise
         return self
@@ -84,11 +86,13 @@ class AnswerFile:
             self.answers[question, condition.reducer, condition.cost] = answer
             rows.append(_row(question, condition, answer))
         if self._file is not None:
-            head = [] if os.fstat(self._file.fileno()).st_size else [self._head()]
+            size = os.fstat(self._file).st_size
             try:
-                self._file.write("".join(json.dumps(row) + "\n" for row in [*head, *rows]).encode())
-                self._file.flush()
+                if not size:  # by itself: a process that is killed must not leave half of what makes the file ours
+                    files.write_all(self._file, _line(self._head()))
+                files.write_all(self._file, b"".join(map(_line, rows)))
             except OSError as error:
+                os.ftruncate(self._file, size)
                 raise StorageError(f"{self._partial} cannot be written ({error.strerror}): free space") from None
 
     def opened(self, engine: str, note: str | None) -> None:
@@ -108,14 +112,17 @@ class AnswerFile:
         rows = [_row(key[0], Condition(*key[1:]), answer) for key, answer in self.answers.items()]
         lines = ",\n    ".join(json.dumps(row) for row in rows)
         head = json.dumps(self._head() | {"report": report}, indent=2)[: -len("\n}")]
-        fresh = self.output.with_name(self.output.name + ".fresh")
+        content = f'{head},\n  "answers": [\n    {lines}\n  ]\n}}\n'
         try:
-            fresh.write_text(f'{head},\n  "answers": [\n    {lines}\n  ]\n}}\n', encoding="utf-8")
-            os.replace(fresh, self.output)
+            if os.path.lexists(self._output) and not self._had_output:
+                raise FileExistsError(errno.EEXIST, "another program has written it meanwhile")
+            files.write_file(self._output, content.encode("utf-8"))
         except OSError as error:
-            fresh.unlink(missing_ok=True)
-            raise StorageError(f"{self.output} cannot be written ({error.strerror}): free space") from None
-        self._partial.unlink()
+            raise StorageError(
+                f"{self.output} cannot be written ({error.strerror}): free space; the answers stay in "
+                f"{self._partial.name}, the same command goes on"
+            ) from None
+        self._remove_partial()
 
     def _head(self) -> dict[str, Any]:
         return self.identity | {"engine": self.engine, "note": self.note}
@@ -123,32 +130,67 @@ class AnswerFile:
     def _close(self) -> None:
         if self._file is None:
             return
-        if self._partial.exists() and self._partial.stat().st_size == 0:
-            self._partial.unlink()
-        self._file.close()
+        if os.fstat(self._file).st_size == 0:
+            self._remove_partial()
+        os.close(self._file)
         self._file = None
 
-    def _take_over(self, partial: IO[bytes]) -> None:
-        assert self.output is not None
-        if self.output.exists():
-            try:
-                whole = json.loads(self.output.read_text(encoding="utf-8"))
-                rows = whole.pop("answers")
-            except (OSError, ValueError, KeyError, AttributeError, TypeError):
-                raise EvaluationError(f"{self.output} is no evaluation: choose another file with -o") from None
-            self._take(self.output, whole, rows)
-        partial.seek(0)
-        lines = partial.read().split(b"\n")
-        if lines[-1]:  # cut off in the middle of an answer
-            partial.truncate(sum(len(line) + 1 for line in lines[:-1]))
+    def _remove_partial(self) -> None:
+        """Remove FILE.partial if it is still the file that this process has open."""
+        assert self._file is not None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(self._partial), os.fstat(self._file)):
+                files.remove_file(self._partial)
+
+    def _opened(self) -> int:
+        """The handle of FILE.partial, locked; nothing in it is changed."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            head, *rows = [json.loads(line) for line in lines[:-1]] or [None]
-        except ValueError:
-            raise EvaluationError(f"{self._partial} is no evaluation: remove it") from None
-        if head is not None:
-            self._take(self._partial, head, rows)
+            handle = os.open(self._partial, flags, 0o666)
+        except OSError as error:
+            raise StorageError(f"{self._partial} cannot be written ({error.strerror}): choose another file") from None
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise StorageError(f"{self._partial} is no plain file: move it away, or choose another file with -o")
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise StorageError(f"another run writes {self._partial}: wait for it or choose another file") from None
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
+
+    def _read_output(self) -> None:
+        """Take the answers of FILE; refuse what is no evaluation, because it would be replaced."""
+        self._had_output = os.path.lexists(self._output)
+        if not self._had_output:
+            return
+        try:
+            whole = json.loads(files.read_file(self._output, _LARGEST))
+            rows = whole.pop("answers")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            raise EvaluationError(f"{self.output} is no evaluation: choose another file with -o") from None
+        self._take(self._output, whole, rows)
+
+    def _take_over(self, handle: int) -> None:
+        """Take the answers of FILE.partial, and cut off the half of an answer that a killed process left."""
+        with open(handle, "rb", closefd=False) as partial:
+            *lines, torn = partial.read().split(b"\n")
+        try:
+            told = [json.loads(line) for line in lines]
+            if not told and not torn:
+                return
+            head, *rows = told
+        except (ValueError, RecursionError):
+            raise EvaluationError(f"{self._partial} is no evaluation: move it away or choose another file") from None
+        self._take(self._partial, head, rows)
+        if torn:
+            os.ftruncate(handle, sum(len(line) + 1 for line in lines))
 
     def _take(self, path: Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        if not isinstance(head, Mapping):
+            raise EvaluationError(f"{path} is no evaluation: move it away or choose another file")
         for name, mine in self.identity.items():
             if head.get(name) != mine:
                 raise self._other(name, head.get(name), mine)
@@ -169,6 +211,10 @@ class AnswerFile:
             f"{self.output} holds another evaluation, its {name} is {theirs!r}, asked is {mine!r}: "
             "choose another file with -o, or remove it and what stands beside it as .partial"
         )
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value) + "\n").encode()
 
 
 def _row(question: str, condition: Condition, answer: Answer) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Each part is written, hashed and journaled before the next.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import framefusion
+from framefusion import files
 from framefusion.errors import CheckFailedError, InterruptedBuildError, StorageError
 from framefusion.export import staging
 from framefusion.export.card import write_card
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.compile import compile_engines, remove_unnamed, with_engines, without_graphs, write_checksums
+from framefusion.export.compile import Compiled, compile_engines, with_engines, without_graphs, write_checksums
 from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.jobs import KINDS, check_options
+from framefusion.export.journal import CHECKSUMS
 from framefusion.export.options import BuildOptions, Resources
 from framefusion.export.parts import Builder
 from framefusion.export.plan import BuildPlan, identity_of
@@ -32,7 +33,7 @@ from framefusion.export.replan import replan
 from framefusion.export.staging import Staging
 from framefusion.export.verify import Scope, report, scope_of
 from framefusion.progress import Meter, Progress
-from framefusion.runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Manifest, write_manifest
+from framefusion.runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, FileRecord, Manifest, write_manifest
 
 CARD = "card"  # the part of the model card
 
@@ -78,12 +79,12 @@ def build(
             check_options(options.engines, options.dialect, options.dtype)
         scope = scope_of(plan) if verify else None
         key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
-        with Staging(output, key, force=force, progress=progress) as staged:
+        with Staging(output, key, force=force, progress=progress, checkpoint=checkpoint.folder) as staged:
             staged.forget(CARD)
             meter = Meter(progress, sizes_of(plan, scope))
             manifest = _write_parts(plan, staged, meter)
             if scope is not None:
-                scratch = partial(scratch_bundle, checkpoint, staged.folder, meter)
+                scratch = partial(scratch_bundle, checkpoint, staged.scratch, meter)
                 checked = report(staged.folder, plan, scope, tolerance, scratch)
                 manifest = replace(manifest, check=_passed(checked, staged.folder))
             if options.engines is not None:
@@ -120,7 +121,7 @@ def engine_bytes(plan: BuildPlan) -> int:
 def scratch_bundle(checkpoint: Checkpoint, place: Path, meter: Meter, options: BuildOptions) -> Iterator[Path]:
     """A bundle of other options in a folder of its own in `place`, gone when the body ends.
 
-    In a staging folder what a killed process leaves is removed by the next build. A check runs no engine.
+    In the scratch folder of a build, what a killed process leaves is removed by the next one. A check runs no engine.
     """
     options = replace(options, backend=None, target_sm=None, engines_only=False)
     try:
@@ -132,7 +133,7 @@ def scratch_bundle(checkpoint: Checkpoint, place: Path, meter: Meter, options: B
     except InterruptedBuildError:
         raise KeyboardInterrupt from None  # what it says is of the scratch bundle
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        files.remove_scratch(folder)
 
 
 def _write_parts(plan: BuildPlan, staged: Staging, meter: Meter) -> Manifest:
@@ -144,8 +145,7 @@ def _write_parts(plan: BuildPlan, staged: Staging, meter: Meter) -> Manifest:
         staged.write(part, produce)
     meter.begin("check" if "check" in meter.sizes else "manifest")
     manifest = builder.manifest(staged.files, staged.folder)
-    with staged.writing(MANIFEST):
-        write_manifest(staged.folder, manifest)
+    staged.put(MANIFEST, lambda folder: write_manifest(folder, manifest), MANIFEST)
     return manifest
 
 
@@ -158,15 +158,18 @@ def _compile(
     staged.forget(ENGINES)
     meter.begin(ENGINES)
     bundle = Bundle(staged.folder, verify=False)  # every part was hashed when it was written or taken over
-    with staged.writing("the engines"):
-        made = compile_engines(bundle, options, resources, meter.within, plan)
-        staged.write(ENGINES, lambda _: made.files)
-    full = with_engines(manifest, made, options.kind)
+    compiled: list[Compiled] = []
+
+    def produce(folder: Path) -> Mapping[str, FileRecord]:
+        compiled.append(compile_engines(bundle, options, resources, meter.within, plan, into=folder))
+        return compiled[0].files
+
+    staged.write(ENGINES, produce)
+    full = with_engines(manifest, compiled[0], options.kind)
     if not options.engines_only:
         return full
     kept = without_graphs(full)
     staged.forget_files(full.files.keys() - kept.files.keys())
-    remove_unnamed(staged.folder, full, kept)
     return kept
 
 
@@ -174,10 +177,13 @@ def _describe(manifest: Manifest, checkpoint: Checkpoint, staged: Staging) -> Ma
     """Write the model card, which says what was checked, then the manifest, which has the card's hash."""
     staged.write(CARD, lambda folder: write_card(folder, manifest, checkpoint.folder))
     described = replace(manifest, files=staged.files)
-    with staged.writing(MANIFEST):
-        write_manifest(staged.folder, described)
+
+    def write(folder: Path) -> None:
+        write_manifest(folder, described)
         if described.engines:
-            write_checksums(staged.folder, described)
+            write_checksums(folder, described)
+
+    staged.put(MANIFEST, write, *((MANIFEST, CHECKSUMS) if described.engines else (MANIFEST,)))
     return described
 
 

@@ -79,6 +79,7 @@ def build(
 
     options = BuildOptions.chosen(**fields)
     limits = resources(jobs, engine_cache, engine_cache_limit)
+    _check_output(output, force)  # before anything is downloaded
     source = _open(checkpoint, revision)
     with progress_lines() as progress:
         how: dict[str, Any] = {"force": force, "verify": not no_check, "tolerance": tolerance, "progress": progress}
@@ -95,6 +96,12 @@ def _open(name: str, revision: str | None) -> Checkpoint:
     except ImportError as error:
         raise _missing(error) from None
     return Checkpoint.named(name, revision)
+
+
+def _check_output(output: Path, force: bool) -> None:
+    from framefusion.export.staging import check_output
+
+    check_output(output, force=force)
 
 
 def _build(source: Checkpoint, output: Path, options: BuildOptions, clips: tuple[Path, ...], **how: Any) -> Built:

@@ -13,15 +13,15 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import framefusion
-from framefusion.errors import InterruptedBuildError, StorageError
+from framefusion.errors import InterruptedBuildError
+from framefusion.export.amendment import Amendment
 from framefusion.export.engines.cache import EngineCache, Fetched, default_folder
 from framefusion.export.engines.jobs import (
     FOLDER,
@@ -33,9 +33,9 @@ from framefusion.export.engines.jobs import (
     check_options,
     plan_jobs,
 )
+from framefusion.export.journal import CHECKSUMS
 from framefusion.export.machine import available_memory, peak_memory
 from framefusion.export.options import EngineOptions, Resources
-from framefusion.export.staging import LOCK, lock
 from framefusion.progress import Meter, Progress
 from framefusion.runtime.bundle import (
     MANIFEST,
@@ -56,7 +56,7 @@ from framefusion.runtime.records import from_json, to_json
 if TYPE_CHECKING:
     from framefusion.export.plan import BuildPlan
 
-REPORT, CHECKSUMS = "report.json", "SHA256SUMS"
+REPORT = "report.json"
 _TICK = 0.1  # seconds between two looks at the builds
 
 
@@ -91,16 +91,20 @@ def compile_bundle(
         StorageError: disk or cache cannot take the engines, or another process writes the bundle.
         InterruptedBuildError: Ctrl-C; engines that are complete are in the cache.
     """
-    with _alone(folder):
+    with Amendment(folder) as amendment:
         bundle = Bundle(folder, verify=False)
         verify_files(folder, other_files(bundle.manifest))  # an engine's key speaks of their hashes
-        made = compile_engines(bundle, options, resources, progress, plan)
+        made = compile_engines(
+            bundle, options, resources, progress, plan, into=amendment.scratch, check_names=amendment.require_own
+        )
         manifest = with_engines(bundle.manifest, made, options.kind)
         if options.engines_only:
             manifest = without_graphs(manifest)
-        write_manifest(folder, manifest)
-        remove_unnamed(folder, bundle.manifest, manifest)
-        write_checksums(folder, manifest)
+        write_manifest(amendment.scratch, manifest)
+        write_checksums(amendment.scratch, manifest)
+        amendment.commit(
+            moves=[*made.files, MANIFEST, CHECKSUMS], removes=bundle.manifest.files.keys() - manifest.files.keys()
+        )
     return made
 
 
@@ -110,19 +114,25 @@ def compile_engines(
     resources: Resources | None = None,
     progress: Progress | None = None,
     plan: BuildPlan | None = None,
+    *,
+    into: Path,
+    check_names: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> Compiled:
-    """Bring all engines of a kind, and the report, into a bundle's folder; its manifest is left to the caller."""
+    """Bring all engines of a kind, and the report, into the folder `into`, under the names that they have in a bundle;
+    its manifest is left to the caller. `check_names` is told these names before anything is compiled."""
     resources, start = resources or Resources(), time.monotonic()
     folder, manifest = bundle.folder, bundle.manifest
     bundle.require_graphs()
     check_options(options, manifest.dialect, manifest.model.dtype)
     jobs = plan_jobs(bundle, options, plan)
+    report_name = f"{FOLDER}/{options.kind}/{REPORT}"
+    check_names([*(job.file for job in jobs), report_name, CHECKSUMS])
     cache = EngineCache(resources.cache or default_folder(), resources.cache_limit)
     missing = [job for job in jobs if cache.find(job.components) is None]
     check_disk(folder, cache, jobs, missing)
     threads, word = admitted(missing, resources.jobs, available_memory())
     meter = Meter(progress, {job.label: job.weight_bytes for job in jobs})
-    fetched = list(_fetch_all(folder, jobs, cache, threads, meter))
+    fetched = list(_fetch_all(into, jobs, cache, threads, meter))
     records = [_record(job, one) for job, one in zip(jobs, fetched, strict=True)]
     files = {job.file: one.entry.file for job, one in zip(jobs, fetched, strict=True)}
     kept = cache.trim()
@@ -134,9 +144,10 @@ def compile_engines(
         "engines": [_told(job, one) for job, one in zip(jobs, fetched, strict=True)],
     }
     report = _summary(records[0], options) | told
-    path = folder / FOLDER / options.kind / REPORT
+    path = into / report_name
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    files[f"{FOLDER}/{options.kind}/{REPORT}"] = file_record(path)
+    files[report_name] = file_record(path)
     return Compiled(tuple(records), files, report)
 
 
@@ -159,16 +170,8 @@ def without_graphs(manifest: Manifest) -> Manifest:
     return replace(manifest, files={name: record for name, record in manifest.files.items() if stays(name)})
 
 
-def remove_unnamed(folder: Path, before: Manifest, after: Manifest) -> None:
-    """Remove files that the manifest no longer names, after it was written."""
-    for name in before.files.keys() - after.files.keys():
-        (folder / name).unlink(missing_ok=True)
-        if not any((folder / name).parent.iterdir()):
-            (folder / name).parent.rmdir()
-
-
 def write_checksums(folder: Path, manifest: Manifest) -> None:
-    """Write SHA256SUMS over all files and the manifest, for `sha256sum -c`."""
+    """Write SHA256SUMS over all files and the manifest, which is in `folder`, for `sha256sum -c`."""
     sums = {name: record.sha256 for name, record in manifest.files.items()} | {MANIFEST: sha256_of(folder / MANIFEST)}
     text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
     (folder / CHECKSUMS).write_text(text, encoding="utf-8")
@@ -280,19 +283,3 @@ def _told(job: Job, fetched: Fetched) -> dict[str, Any]:
         "cache": fetched.reason,
         **facts,
     }
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let no other process write the bundle meanwhile."""
-    if not (folder / MANIFEST).is_file():
-        Bundle(folder)  # says what is wrong
-    try:
-        handle = lock(folder / LOCK)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be written ({error.strerror}): copy it to a place of yours") from None
-    try:
-        yield
-    finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        handle.close()

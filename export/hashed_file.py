@@ -14,11 +14,11 @@ class HashedFile:
     """A file to be written from begin to end. A context manager; `record` holds once it was left.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written.
+        OSError: the disk is full, the folder cannot be written, or anything has that name, a link too.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file, self._digest = path.open("wb"), hashlib.sha256()
+        self._file, self._digest = path.open("xb"), hashlib.sha256()
         self.position = 0
 
     def __enter__(self) -> HashedFile:

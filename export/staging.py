@@ -1,13 +1,17 @@
 """A bundle in the making: parts written one by one to a staging folder, a journal, and a rename when all is there.
 
 An interrupted build leaves `NAME.partial` behind; the next build of the same thing takes over each part whose hashes
-stand, and writes the others again. Knows nothing of models.
+stand, and writes the others again. What is removed and what is refused follows journal.py. Knows nothing of models.
+
+    1. write    a part into NAME.partial/.writing
+    2. journal  its files and their hashes
+    3. move     them to their places in NAME.partial
+    4. publish  the folder under NAME; a bundle that stood there changes places with it in one step, then goes
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,14 +21,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from framefusion import files
 from framefusion.errors import InterruptedBuildError, StorageError
+from framefusion.export import journal as journals
+from framefusion.export.journal import CHECKSUMS, JOURNAL, PARTIAL, SCRATCH, STAMPS, Journal, Replaced
+from framefusion.export.journal import LOCK as LOCK
 from framefusion.progress import Meter, Progress
 from framefusion.runtime.bundle import MANIFEST, FileRecord, file_record, sha256_of
-from framefusion.runtime.records import from_json, to_json
+from framefusion.runtime.records import to_json
 
-JOURNAL = "journal.json"
-LOCK = ".lock"
 SPARE = 1 << 24  # bytes beyond the plan: graphs, manifest, journal
+_LONGEST_SUFFIX = ".old-123456789abc"  # of the names that a build may need beside its output
+_UNNAMED = (MANIFEST, CHECKSUMS, STAMPS)  # what a journal makes ours without naming it: written last, after all parts
+_AWAY = "move it away, or choose another place"
 
 Produced = Sequence[str] | Mapping[str, FileRecord]
 
@@ -32,6 +41,33 @@ Produced = Sequence[str] | Mapping[str, FileRecord]
 def identity(*values: Any) -> str:
     """A hash over everything that decides what a build writes."""
     return hashlib.sha256(json.dumps(to_json(list(values)), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_output(output: Path, *, force: bool, checkpoint: Path | None = None) -> Path:
+    """The absolute path of a bundle to be, after what a killed build left there was brought to an end.
+
+    Args:
+        output: as the user gave it.
+        force: whether a bundle that exists may be replaced.
+        checkpoint: what it is made of.
+
+    Raises:
+        StorageError: its name cannot be used, or what stands there must not be replaced. Nothing was written.
+    """
+    place = files.output_path(output, _LONGEST_SUFFIX)
+    journals.tidy(place)
+    if not os.path.lexists(place):
+        return place
+    if checkpoint is not None and place.is_dir() and place.samefile(checkpoint):
+        raise StorageError(f"{output} is the checkpoint itself: choose another place")
+    if not force:
+        raise StorageError(f"{output} exists: choose another place or say --force to replace it")
+    if not _is_empty_folder(place):
+        manifest = journals.own_manifest(place)
+        if manifest is None:
+            raise StorageError(f"{output} is no bundle, --force does not remove it: choose another place")
+        journals.refuse_foreign(place, journals.names_of(place, manifest), f"--force does not remove that: {_AWAY}")
+    return place
 
 
 class Staging:
@@ -43,47 +79,75 @@ class Staging:
         key: `identity` of the build; parts of another one are not taken over.
         force: replace a bundle that exists.
         progress: told of the bytes that are hashed to see which parts of an earlier try stand.
+        checkpoint: what the bundle is made of.
 
     Raises:
-        StorageError: the output exists, its place cannot be written, or another build holds it.
+        StorageError: the output exists, its place cannot be written, NAME.partial is none of ours or holds foreign
+            files, or another build holds it.
     """
 
-    def __init__(self, output: Path, key: str, *, force: bool, progress: Progress | None = None) -> None:
-        self.output, self.key, self._force = Path(os.path.abspath(output)), key, force
-        self._check_output()
-        self.folder = self.output.with_name(self.output.name + ".partial")
-        self._parts: dict[str, dict[str, FileRecord]] = {}
+    def __init__(
+        self,
+        output: Path,
+        key: str,
+        *,
+        force: bool,
+        progress: Progress | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self._force = force
+        self.output = check_output(output, force=force, checkpoint=checkpoint)
+        self.folder = self.output.with_name(self.output.name + PARTIAL)
+        self._made: list[Path] = []
+        self._journal = Journal(self.folder, key)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._made = files.make_folder(self.folder)
+            self._refuse_foreign_folder()
             self._lock = lock(self.folder / LOCK)
         except OSError as error:
+            self._remove_made()
             raise StorageError(f"{self.folder} cannot be written ({error.strerror}): choose another place") from None
-        self._take_over(progress)
+        self._inode = os.lstat(self.folder).st_ino
+        try:
+            self._take_over(progress)
+        except BaseException as error:
+            self._lock.close()
+            if isinstance(error, OSError):
+                raise StorageError(f"{self.folder} cannot be written ({error.strerror}): make room") from None
+            raise
 
     def __enter__(self) -> Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Remove what is not complete, and turn Ctrl-C into an error that says how to go on."""
-        if kind is not None and self.folder.exists():
-            self._sweep()
-            if not self._parts:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            else:
-                with suppress(OSError):  # a full disk: the next build writes again what the journal does not name
-                    self._save()  # Ctrl-C may have come between a part and its line in the journal
-        self._lock.close()
+        done = self._done()
+        try:
+            if kind is not None and self._is_ours():
+                self._leave()
+            elif kind is not None and self.output.is_dir() and os.lstat(self.output).st_ino == self._inode:
+                done = f"{self.output} is complete"
+                journals.finish(self._journal_of_output())
+        except OSError:
+            pass  # a full disk, or a folder that is gone: the next command tidies
+        finally:
+            self._lock.close()
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            raise InterruptedBuildError(f"interrupted: {self._done()}") from None
+            raise InterruptedBuildError(f"interrupted: {done}") from None
 
     @property
     def files(self) -> dict[str, FileRecord]:
         """Files of all complete parts."""
-        return {name: record for files in self._parts.values() for name, record in files.items()}
+        return self._journal.files
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for whatever is not to stay; emptied by the next build if this one is killed."""
+        return self.folder / SCRATCH
 
     def check_space(self, sizes: Mapping[str, int]) -> None:
         """Refuse a disk that cannot hold the parts that are still to be written; `sizes` is bytes by part."""
-        missing = sum(size for part, size in sizes.items() if part not in self._parts) + SPARE
+        missing = sum(size for part, size in sizes.items() if part not in self._journal.parts) + SPARE
         free = shutil.disk_usage(self.folder).free
         if missing > free:
             checked = sizes.get("check", 0)
@@ -96,56 +160,73 @@ class Staging:
     def write(self, part: str, produce: Callable[[Path], Produced]) -> None:
         """Produce a part unless it is complete.
 
-        `produce` gets the folder and returns its files: their records where it hashed them on the way, else names.
+        `produce` gets an empty folder and returns its files: their records where it hashed them on the way, else names.
         """
-        if part in self._parts:
+        if part in self._journal.parts:
             return
         with self.writing(part):
-            made = produce(self.folder)
+            made = produce(self.scratch)
             known = made if isinstance(made, Mapping) else {}
-            self._parts[part] = {name: known.get(name) or file_record(self.folder / name) for name in made}
-            self._save()
+            self._journal.parts[part] = {name: known.get(name) or file_record(self.scratch / name) for name in made}
+            try:
+                self._journal.save()
+                self._move(made)
+            except BaseException:
+                files.remove_named(self.folder, self._journal.parts.pop(part))
+                with suppress(OSError):  # a full disk: the next build sees by their hashes what stands
+                    self._journal.save()
+                raise
+
+    def put(self, what: str, write: Callable[[Path], object], *names: str) -> None:
+        """Write files that belong to no part: the manifest and what speaks of it. `write` gets an empty folder."""
+        assert set(names) <= set(_UNNAMED)
+        with self.writing(what):
+            write(self.scratch)
+            journals.move_into_place(self.folder, names)
 
     def forget(self, part: str) -> None:
         """Do not take a part over from an earlier try: what it says is of that try."""
-        if self._parts.pop(part, None) is not None:
-            self._save()
+        if part in self._journal.parts:
+            files.remove_named(self.folder, self._journal.parts.pop(part))
+            with self.writing(part):
+                self._journal.save()
 
     def forget_files(self, names: Iterable[str]) -> None:
-        """The same for each part that all files of are among these."""
-        for part in [part for part, files in self._parts.items() if files.keys() <= set(names)]:
-            self.forget(part)
+        """Remove files, and take over no part that all files of are among them."""
+        gone = set(names)
+        files.remove_named(self.folder, gone)
+        for part, named in list(self._journal.parts.items()):
+            if named.keys() <= gone:
+                self.forget(part)
 
     def publish(self) -> None:
         """Give the folder its name; what stood there goes, after the new one is complete."""
-        self._check_output()  # another build may have been faster
+        check_output(self.output, force=self._force)  # another build may have been faster
+        self._refuse_foreign_files()
         with self.writing("the finished bundle"):
-            if self.output.exists():
+            files.remove_file(self.folder / STAMPS)
+            if os.path.lexists(self.output):
                 self._replace_output()
             else:
-                os.replace(self.folder, self.output)
-            for name in (JOURNAL, LOCK):
-                (self.output / name).unlink(missing_ok=True)
+                files.rename_new(self.folder, self.output)
+            journals.finish(self._journal_of_output())
 
     def _replace_output(self) -> None:
-        old = self.output.with_name(self.output.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(self.output, old)
-        try:
-            os.replace(self.folder, self.output)
-        except BaseException:
-            os.replace(old, self.output)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _check_output(self) -> None:
-        """Refuse an output that exists, unless it is a bundle that may be replaced."""
-        if not self.output.exists():
+        """Exchange the two bundles in one step; where the system cannot, the old one has another name for a moment."""
+        inode = os.lstat(self.output).st_ino
+        self._journal.replaces = Replaced(self.folder.name, inode)
+        self._journal.save()
+        if files.exchange(self.folder, self.output):
             return
-        if not self._force:
-            raise StorageError(f"{self.output} exists: choose another place or say --force to replace it")
-        if not (self.output / MANIFEST).is_file() and not _is_empty_folder(self.output):
-            raise StorageError(f"{self.output} is no bundle, --force does not remove it: choose another place")
+        self._journal.replaces = Replaced(journals.old_name(self.output), inode)
+        self._journal.save()
+        old = self.output.with_name(self._journal.replaces.name)
+        files.rename_new(self.output, old)
+        try:
+            files.rename_new(self.folder, self.output)
+        except BaseException:
+            files.rename_new(old, self.output)
+            raise
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -157,65 +238,100 @@ class Staging:
             raise StorageError(f"{what} could not be written, {reason}: make room; {self._done()}") from None
 
     def _done(self) -> str:
-        if not self._parts:
+        if not self._journal.parts:
             return "nothing was complete yet, run the same command to start again"
-        return f"{len(self._parts)} complete part(s) stay in {self.folder}, run the same command to resume"
+        return f"{len(self._journal.parts)} complete part(s) stay in {self.folder}, run the same command to resume"
+
+    def _refuse_foreign_folder(self) -> None:
+        """Refuse a staging folder that no build of ours made: it holds neither a journal nor nothing."""
+        if not files.is_real_folder(self.folder):
+            raise StorageError(f"{self.folder} is a link, a build needs that name: {_AWAY}")
+        started = set(os.listdir(self.folder)) <= {LOCK}
+        if not started and Journal.read(self.folder) is None:
+            raise StorageError(f"{self.folder} is in the way and no unfinished build of ours: {_AWAY}")
+
+    def _refuse_foreign_files(self) -> None:
+        named = {*self._journal.files, *_UNNAMED, LOCK, JOURNAL}
+        journals.refuse_foreign(self.folder, named, f"a build needs that folder for itself: {_AWAY}")
 
     def _take_over(self, progress: Progress | None) -> None:
-        """Keep the parts of an earlier try whose hashes stand; remove all else."""
-        try:
-            journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            journal = {}
-        if journal.get("key") == self.key:
-            parts = {
-                part: {name: from_json(FileRecord, record) for name, record in files.items()}
-                for part, files in journal["parts"].items()
-            }
-            total = sum(record.size for records in parts.values() for record in records.values())
-            meter = Meter(progress, {"resuming": total})
-            meter.begin("resuming")
-            for part, records in parts.items():
-                if all(_stands(self.folder / name, record, meter) for name, record in records.items()):
-                    self._parts[part] = records
-        self._sweep()
+        """Keep the parts of an earlier try whose hashes stand; remove all else that it names."""
+        earlier = Journal.read(self.folder)
+        if earlier is None:
+            try:
+                self._journal.save()
+                self._journal.open_scratch()
+            except BaseException:
+                self._leave()
+                raise
+            return
+        self._journal.parts = earlier.parts
+        self._refuse_foreign_files()
+        self._journal.open_scratch()
+        standing = self._standing(earlier.parts, progress) if earlier.key == self._journal.key else {}
+        kept = {name for named in standing.values() for name in named}
+        files.remove_named(self.folder, {*earlier.files, *_UNNAMED} - kept)
+        self._journal.parts = standing
+        self._journal.save()
 
-    def _sweep(self) -> None:
-        """Remove what belongs to no complete part; on the way up, so that folders are empty when their turn comes."""
-        keep = {self.folder / name for name in (*self.files, LOCK)}
-        if self._parts:
-            keep.add(self.folder / JOURNAL)
-        for path in sorted(self.folder.rglob("*"), reverse=True):
-            if path.is_dir() and not path.is_symlink():
-                with suppress(OSError):  # not empty
-                    path.rmdir()
-            elif path not in keep:
-                path.unlink()
+    def _standing(
+        self, parts: Mapping[str, dict[str, FileRecord]], progress: Progress | None
+    ) -> dict[str, dict[str, FileRecord]]:
+        total = sum(record.size for records in parts.values() for record in records.values())
+        meter = Meter(progress, {"resuming": total})
+        meter.begin("resuming")
+        return {
+            part: records
+            for part, records in parts.items()
+            if all(_stands(self.folder / name, record, meter) for name, record in records.items())
+        }
 
-    def _save(self) -> None:
-        text = json.dumps({"key": self.key, "parts": to_json(self._parts)})
-        fresh = self.folder / (JOURNAL + ".new")
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, self.folder / JOURNAL)
+    def _move(self, names: Iterable[str]) -> None:
+        """Move files to their places, where nothing is."""
+        for name in names:
+            target = files.place_inside(self.folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files.rename_new(self.scratch / name, target)
+        self._journal.open_scratch()
+
+    def _leave(self) -> None:
+        """Leave complete parts and the journal; nothing where no part is complete."""
+        files.remove_named(self.folder, _UNNAMED)
+        if self._journal.parts:
+            files.remove_scratch(self.scratch)
+            return
+        self._journal.close()
+        files.remove_empty(self.folder)
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        for folder in reversed(self._made):
+            files.remove_empty(folder)
+
+    def _is_ours(self) -> bool:
+        return files.is_real_folder(self.folder) and os.lstat(self.folder).st_ino == self._inode
+
+    def _journal_of_output(self) -> Journal:
+        journal = self._journal
+        return Journal(self.output, journal.key, replaces=journal.replaces)
 
 
 def _stands(path: Path, record: FileRecord, meter: Meter) -> bool:
-    if not path.is_file() or path.stat().st_size != record.size:
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != record.size:
         return False
     meter.doing(f"comparing {path.parent.name}/{path.name}")
     return sha256_of(path, meter.add) == record.sha256
 
 
-def lock(path: Path) -> IO[str]:
-    """Hold a file's lock while its handle is open; refused where another process holds it."""
-    handle = path.open("w")
+def lock(path: Path) -> IO[bytes]:
+    """The file that holds a folder's lock while it is open; refused where another process holds it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
+        return files.hold(path)
+    except BlockingIOError:
         raise StorageError(f"another build is writing {path.parent}: wait for it or choose another place") from None
-    return handle
 
 
 def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+    with suppress(OSError):
+        return path.is_dir() and not any(path.iterdir())
+    return False

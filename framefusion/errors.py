@@ -50,7 +50,7 @@ class UnknownFamilyError(CheckpointError):
 
 
 class StorageError(FrameFusionError):
-    """A disk that is full, or a folder that cannot be written."""
+    """A disk that is full, or a place that cannot be written, or must not: it holds what is not ours."""
 
     exit_code = 16
 

@@ -37,7 +37,9 @@ BACKEND = click.option(
 DEVICE = click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where.")
 NO_VERIFY = click.option("--no-verify", is_flag=True, help="Do not compare the files of the bundle with their hashes.")
 RUNNING_OPTIONS = (THREADS, BACKEND, DEVICE, NO_VERIFY)
-OUTPUT = click.option("-o", "--output", required=True, type=FILE, help="The page; a file that exists is replaced.")
+OUTPUT = click.option(
+    "-o", "--output", required=True, type=FILE, help="The page; replaces an older page, nothing else."
+)
 COMPARE = click.option("--compare", is_flag=True, help="Answer without reduction, too, and show both side by side.")
 PILLOW_PIXELS = 178_956_970
 """Above this Pillow refuses a picture by itself."""

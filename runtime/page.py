@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from framefusion import files
 from framefusion.errors import StorageError
 
 TEMPLATE = Path(__file__).with_name("page.html")
+_MARK = b": what FrameFusion kept</title>"  # of every version's pages
+_LARGEST = 1 << 32  # bytes of a page
 
 
 def page(facts: Mapping[str, Any]) -> str:
@@ -22,25 +25,46 @@ def page(facts: Mapping[str, Any]) -> str:
     return template.replace("{{facts}}", told)  # last: what users and models say stays as it is
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a place where no page can be written, before a model has worked for it.
+def check_writable(path: Path) -> Path:
+    """The place of a page, refused before a model has worked for it where none can be written.
 
     Raises:
-        StorageError: it is a folder, or in none that can be written.
+        StorageError: it is a link, a folder, a file that is no page of ours, or in no folder that can be written.
     """
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise StorageError(f"{path} cannot be written: give -o a file in a folder that exists, such as report.html")
+    place = files.output_path(path)
+    if os.path.lexists(place) and not is_page(place):
+        raise StorageError(f"{path} exists and is no page of view: choose another file with -o")
+    return place
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that this module wrote, or empty: what a new one may replace."""
+    try:
+        content = files.read_file(path, _LARGEST)
+    except OSError:
+        return False
+    return not content or (content.startswith(_beginning()) and _MARK in content)
 
 
 def write_page(facts: Mapping[str, Any], path: Path) -> int:
-    """Write the page; its size in bytes.
+    """Write the page, in one step: an old one stays until the new one is complete. Its size in bytes.
 
     Raises:
         StorageError: it cannot be written there.
     """
     content = page(facts).encode("utf-8")
+    place = check_writable(path)
     try:
-        path.write_bytes(content)
+        files.write_file(place, content)
     except OSError as error:
-        raise StorageError(f"{path} cannot be written ({error}): free space or choose another file with -o") from error
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror or error}): free space or choose another file with -o"
+        ) from None
     return len(content)
+
+
+def _beginning() -> bytes:
+    """What every page begins with, up to its name."""
+    return TEMPLATE.read_bytes().partition(b"{{name}}")[0]

@@ -11,9 +11,9 @@ library and no bundle: it is told the components and calls a function that write
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from framefusion import files
 from framefusion.errors import StorageError
 from framefusion.export.staging import identity
 from framefusion.runtime.bundle import FileRecord, sha256_of
@@ -30,6 +31,8 @@ from framefusion.runtime.user_cache import user_cache
 
 _OBJECTS = "objects"  # the lock of what several entries may name
 _POLL = 0.1  # seconds between two looks at a lock that another process holds
+_HASH = re.compile(r"[0-9a-f]{64}")
+_LARGEST_ENTRY = 1 << 26  # bytes
 _TOLD = 3  # components that differ, beyond which nothing is called near
 
 Components = Mapping[str, Any]
@@ -147,7 +150,7 @@ class EngineCache:
         path = self.folder / "timing" / name
         with self._held(f"timing-{name}"), _storing(self.folder):
             if not path.is_file() or path.stat().st_size <= len(content):
-                _replace(path, content)
+                files.write_file(path, content)
 
     def _compile(self, key: str, components: Components, compile_engine: Compile) -> Entry:
         """Compile to a file of the lock's holder, then name it by its content, then write the entry."""
@@ -160,7 +163,7 @@ class EngineCache:
             entry = Entry(key, components, file or FileRecord(fresh.stat().st_size, sha256_of(fresh)), facts)
             with self._held(_OBJECTS):
                 os.replace(fresh, self._object(entry))
-                _replace(self._entry_file(key), json.dumps(to_json(entry)).encode())
+                files.write_file(self._entry_file(key), json.dumps(to_json(entry)).encode())
         finally:
             self._sweep(key)
         return entry
@@ -169,30 +172,29 @@ class EngineCache:
         """Remove what a compilation left unfinished, a killed process's too: only the lock's holder is here."""
         for pattern in (f"{key}.new*", f".{key}.new*"):  # builders write beside their target
             for path in (self.folder / "building").glob(pattern):
-                path.unlink(missing_ok=True)
+                files.remove_file(path)
 
     def _place(self, entry: Entry, target: Path, *, verify: bool = True) -> bool:
         """Bring an engine to its target by a link, or by a copy to another disk; False where its hash is not right."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source, fresh = self._object(entry), target.with_name(f".{target.name}.{os.getpid()}.new")
-        try:
-            try:
-                os.link(source, fresh)
-            except OSError:  # another disk, or one without links
-                shutil.copyfile(source, fresh)
-            if verify and sha256_of(fresh) != entry.file.sha256:
-                return False
-            os.replace(fresh, target)
-            return True
-        finally:
-            fresh.unlink(missing_ok=True)
+        source = self._object(entry)
+        if verify and sha256_of(source) != entry.file.sha256:
+            return False
+        with _storing(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with files.new_file(target) as fresh:
+                try:
+                    os.link(source, fresh, follow_symlinks=False)
+                except OSError:  # another disk, or one without links
+                    shutil.copyfile(source, fresh)
+        return True
 
     def _whole(self, key: str) -> Entry | None:
         entry = _read(self._entry_file(key))
-        if entry is None or entry.key != key:
+        if entry is None:
             return None
         path = self._object(entry)
-        return entry if path.is_file() and path.stat().st_size == entry.file.size else None
+        whole = path.is_file() and not path.is_symlink() and path.stat().st_size == entry.file.size
+        return entry if whole else None
 
     def _why(self, components: Components) -> str:
         """What the nearest entry differs in."""
@@ -210,9 +212,9 @@ class EngineCache:
     def _evict(self, entry: Entry) -> bool:
         try:
             with self._held(entry.key, _give_up), self._held(_OBJECTS):
-                self._entry_file(entry.key).unlink(missing_ok=True)
+                files.remove_file(self._entry_file(entry.key))
                 if all(other.file.sha256 != entry.file.sha256 for other in self._entries()):
-                    self._object(entry).unlink(missing_ok=True)
+                    files.remove_file(self._object(entry))
         except BlockingIOError:
             return False
         return True
@@ -234,15 +236,20 @@ class EngineCache:
     @contextmanager
     def _held(self, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Hold the lock of a key; the kernel lets go of it when its process ends, however that is."""
-        with (self.folder / "building" / f"{key}.lock").open("w") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    on_wait()
-                    time.sleep(_POLL)
+        path = self.folder / "building" / f"{key}.lock"
+        while True:
+            try:
+                lock = files.hold(path)
+                break
+            except BlockingIOError:
+                on_wait()
+                time.sleep(_POLL)
+            except OSError as error:
+                raise StorageError(f"{path} cannot be locked ({error.strerror}): give another --engine-cache") from None
+        try:
             yield
+        finally:
+            lock.close()
 
 
 def _give_up() -> None:
@@ -250,17 +257,17 @@ def _give_up() -> None:
 
 
 def _read(path: Path) -> Entry | None:
-    """An entry; None where there is none or it is not readable, which is as good as none."""
+    """An entry; None where there is none or it is not readable, which is as good as none.
+
+    The names that it gives are hashes: what it stands for is within the cache.
+    """
     try:
-        return from_json(Entry, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecordError):
+        entry = from_json(Entry, json.loads(files.read_file(path, _LARGEST_ENTRY)))
+    except (OSError, ValueError, RecordError, RecursionError):
         return None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-    fresh.write_bytes(content)
-    os.replace(fresh, path)
+    return (
+        entry if entry.key == path.stem and _HASH.fullmatch(entry.key) and _HASH.fullmatch(entry.file.sha256) else None
+    )
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -283,5 +290,5 @@ def _storing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             f"an engine could not be written to {folder} ({error.strerror or error}): make room, or give another "
-            "--engine-cache; engines that are complete stay there"
+            "place; engines that are complete stay in the cache"
         ) from None
