@@ -126,6 +126,11 @@ class Checkpoint:
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
+    def count_blocks(self, prefix: str) -> int:
+        """Numbers that follow a prefix in the names of tensors: how many blocks of a stack are stored."""
+        rests = (key.removeprefix(prefix) for key in self._places if key.startswith(prefix))
+        return len({rest.partition(".")[0] for rest in rests})
+
     def tensor(self, key: str, rows: slice | None = None) -> Tensor:
         """The tensor, or only some of its rows, read from disk now."""
         self._entry(key)

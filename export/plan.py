@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -28,11 +28,12 @@ from framefusion.budget import (
 from framefusion.errors import BudgetError, CheckpointError, ReducerError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.dialects import DIALECTS, Dialect
-from framefusion.export.families import decoders, family_of, reading
+from framefusion.export.families import decoders, family_of, language, reading
 from framefusion.export.families.family import Family
 from framefusion.export.families.towers import TowerPlan
 from framefusion.export.graph.decoder import DecoderConfig
 from framefusion.export.graph.fixed import FixedPrefill
+from framefusion.export.leftovers import check_all_read
 from framefusion.export.options import BuildOptions as BuildOptions  # part of this module's interface
 from framefusion.export.segments import SegmentPlan, cut_after, whole_decoder
 from framefusion.export.signatures import segment_module
@@ -97,6 +98,7 @@ class BuildPlan:
         for segment in self.segments:
             check_parameters(segment_module(self.config, segment), checkpoint, self.sources(segment))
         check_parameters(self.tower.module, checkpoint, self.tower.sources)
+        check_all_read(checkpoint, self._taken(), self.tower.unused)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -190,14 +192,23 @@ class BuildPlan:
                 loaders[record.graph] = share(loaders[record.decode_graph])
         return loaders
 
+    def _taken(self) -> Iterator[str]:
+        """Keys that a bundle of all layers reads, whatever --num-decoder-layer leaves out of this one."""
+        layers = decoders.stored_depth(self.checkpoint, self.family)
+        whole = whole_decoder(layers, deepstack=self.config.deepstack)[0]
+        parameters = segment_module(replace(self.config, num_layers=layers), whole).named_parameters()
+        sources = self.sources(whole)
+        yield from (key for name, _ in parameters for key in sources[name].keys)
+        yield from (key for name, _ in self.tower.module.named_parameters() for key in self.tower.sources[name].keys)
+        yield from (self.embedding_key, *self.tower.extra_rows.values())
+
     def _check_widths(self) -> None:
         """Refuse rows that would not fit side by side: the embedding table's, the tower's and learned ones."""
-        key, width = self.embedding_key, self.config.hidden_size
-        for what, found in ((key, self.checkpoint.shape(key)[-1]), ("the vision tower", self.tower.out_width)):
-            if found != width:
-                raise CheckpointError(
-                    f"{what} gives rows of {found}, hidden_size is {width}: config.json is another one's"
-                )
+        found, width = self.tower.out_width, self.config.hidden_size
+        if found != width:
+            raise CheckpointError(
+                f"the vision tower gives rows of {found}, hidden_size is {width}: config.json is another one's"
+            )
         for key in self.tower.extra_rows.values():
             check_parameter(self.checkpoint, Source(key), (width,))
 
@@ -206,7 +217,7 @@ class BuildPlan:
         options, config = self.options, reading.text_config(self.checkpoint)
         trained = config.get("max_position_embeddings")
         usual = max(DEFAULT_INPUT, self.preprocessing.video_tokens(self.sampling.max_frames) + options.max_text_len)
-        window = reading.attention_window(config)
+        window = language.attention_window(config)
         room = usual if window is None else max(window - DEFAULT_NEW_TOKENS, window // 2)
         longest = options.max_input_len or min(usual, room, int(trained or usual))
         if trained is not None and longest > trained:
@@ -223,7 +234,7 @@ class BuildPlan:
                 f"--max-kv-cache-capacity {capacity} is beyond sliding_window {window}, from where on the checkpoint's "
                 f"attention forgets and this package's does not: give {window} or less"
             )
-        if trained is not None and capacity > trained and reading.rope_type(config) == "dynamic":
+        if trained is not None and capacity > trained and language.rope_type(config) == "dynamic":
             raise CheckpointError(
                 f"--max-kv-cache-capacity {capacity} is beyond max_position_embeddings {trained}, where dynamic RoPE "
                 f"changes: give {trained} or less"

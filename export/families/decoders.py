@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.families import language
 from framefusion.export.families.family import Family
-from framefusion.export.families.reading import required, rope_scaling, rope_type, text_config
+from framefusion.export.families.reading import required, text_config
 from framefusion.export.graph.decoder import DecoderConfig
 from framefusion.export.segments import SegmentPlan
 from framefusion.export.weights import AnySource, Computed, Source
@@ -36,9 +36,12 @@ def head_key(checkpoint: Checkpoint, family: Family) -> str:
     for key in family.llm.head_keys:
         if key in checkpoint:
             return key
-    if checkpoint.config.get("tie_word_embeddings", text_config(checkpoint).get("tie_word_embeddings")) is False:
+    if not language.head_is_tied(checkpoint):
         tried = ", ".join(family.llm.head_keys)
-        raise CheckpointError(f"{checkpoint.folder} has no {tried}, and config.json says that the head is not tied")
+        raise CheckpointError(
+            f"{checkpoint.folder} has no {tried}, and tie_word_embeddings of config.json does not say that the "
+            "embedding table is the head: the checkpoint is incomplete"
+        )
     return embedding_key(checkpoint, family)
 
 
@@ -50,44 +53,75 @@ def decoder_config(checkpoint: Checkpoint, family: Family, num_layers: int | Non
         family: its row.
         num_layers: take only the first layers, for a smoke test; None takes all.
     """
-    config, prefix = text_config(checkpoint), llm_prefix(checkpoint, family)
-    heads, hidden = required(config, "num_attention_heads", checkpoint), required(config, "hidden_size", checkpoint)
-    theta, section, interleaved = _rope(config, checkpoint)
-    depth = int(required(config, "num_hidden_layers", checkpoint))
+    depth = stored_depth(checkpoint, family)
+    language.check_llm(checkpoint)
+    check_tables(checkpoint, family)
+    config = text_config(checkpoint)
+    heads = int(required(config, "num_attention_heads", checkpoint))
+    hidden = int(required(config, "hidden_size", checkpoint))
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    theta, section, interleaved = language.rope(checkpoint, head_dim)
     if num_layers is not None and not 2 <= num_layers <= depth:
         raise CheckpointError(f"--num-decoder-layer {num_layers} is outside 2 .. {depth}, the layers of the checkpoint")
-    first = f"{prefix}layers.0."
+    first, names = f"{llm_prefix(checkpoint, family)}layers.0.", family.llm.names
+    biased = language.biased_slots(checkpoint, lambda slot: f"{first}{names[slot]}.bias" in checkpoint)
     return DecoderConfig(
-        hidden_size=int(hidden),
+        hidden_size=hidden,
         intermediate_size=int(required(config, "intermediate_size", checkpoint)),
         num_layers=num_layers or depth,
-        num_heads=int(heads),
+        num_heads=heads,
         num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        head_dim=head_dim,
         vocab_size=checkpoint.shape(head_key(checkpoint, family))[0],
         rms_norm_eps=float(required(config, "rms_norm_eps", checkpoint)),
         rope_theta=theta,
         mrope_section=section,
         mrope_interleaved=interleaved,
-        qkv_bias=f"{first}{family.llm.names['attention.q']}.bias" in checkpoint,
-        qk_norm=f"{first}{family.llm.names['attention.q_norm']}.weight" in checkpoint,
+        qkv_bias="attention.q" in biased,
+        out_bias="attention.o" in biased,
+        mlp_bias="mlp.gate" in biased,
+        qk_norm=language.llm_class(checkpoint).qk_norm,
         importance_rows=family.importance_rows,
     )
 
 
-def _rope(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[float, tuple[int, ...] | None, bool]:
-    """theta, M-RoPE sections and whether they are interleaved.
+def check_tables(checkpoint: Checkpoint, family: Family) -> None:
+    """Refuse an embedding table and a head that are not of the size that config.json says.
 
-    They stand in `rope_parameters` since transformers 5, in `rope_theta` and `rope_scaling` before.
+    Raises:
+        CheckpointError: naming vocab_size or hidden_size.
     """
-    scaling = rope_scaling(config)
-    theta = scaling.get("rope_theta") or required(config, "rope_theta", checkpoint)
-    kind = rope_type(config)
-    # "dynamic" is the plain rule up to max_position_embeddings, and no bundle is built for more: see plan.py.
-    if kind not in ("default", "mrope", "dynamic"):
-        raise CheckpointError(f"rope type {kind!r} is not supported, only default, mrope and dynamic are")
-    section = scaling.get("mrope_section")
-    return float(theta), tuple(map(int, section)) if section else None, bool(scaling.get("mrope_interleaved"))
+    config, table, head = text_config(checkpoint), embedding_key(checkpoint, family), head_key(checkpoint, family)
+    sizes = {"vocab_size": config.get("vocab_size"), "hidden_size": required(config, "hidden_size", checkpoint)}
+    for key in dict.fromkeys((table, head)):
+        shape = checkpoint.shape(key)
+        if len(shape) != 2:
+            raise CheckpointError(f"{key} has shape {shape}, a table of rows was expected: download the file again")
+        if shape[1] != sizes["hidden_size"]:
+            raise CheckpointError(
+                f"{key} gives rows of {shape[1]}, hidden_size is {sizes['hidden_size']}: config.json is another one's"
+            )
+        if sizes["vocab_size"] is not None and shape[0] != sizes["vocab_size"]:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {key} has {shape[0]} rows, config.json says vocab_size {sizes['vocab_size']}: "
+                f"write {shape[0]} there if tokens were added, or save the model again after resizing both tables"
+            )
+
+
+def stored_depth(checkpoint: Checkpoint, family: Family) -> int:
+    """Layers of the LLM, which config.json and the tensors must agree on.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    told = int(required(text_config(checkpoint), "num_hidden_layers", checkpoint))
+    stored = checkpoint.count_blocks(f"{llm_prefix(checkpoint, family)}layers.")
+    if told != stored:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json says num_hidden_layers {told}, the weights are of {stored} layers: "
+            "one of the two is of another model"
+        )
+    return told
 
 
 def decoder_sources(checkpoint: Checkpoint, family: Family, plan: SegmentPlan) -> dict[str, AnySource]:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 from framefusion.errors import CheckpointError
 from framefusion.export.families.chat import find_template, read_template
 from framefusion.export.families.family import CHATML, QWEN2_NAMES, Family, LlmKeys
-from framefusion.export.families.reading import completed, expect, normalisation, processor, required, tokenizer_begin
+from framefusion.export.families.reading import (
+    expect,
+    normalisation,
+    processor,
+    required,
+    tokenizer_begin,
+    vision_config,
+)
 from framefusion.runtime.families.internvl import IMAGENET_MEAN, IMAGENET_STD, InternVLPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.prompt import PromptTemplate, TurnLayout
@@ -96,7 +103,7 @@ def chat_template(checkpoint: Checkpoint) -> PromptTemplate:
 def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
     """Tiles as the image processor's file says; transformers' processor always cuts images."""
     image, video = processor(checkpoint, "image"), processor(checkpoint, "video")
-    vision = completed(required(checkpoint.config, "vision_config", checkpoint))
+    vision = vision_config(checkpoint)
     size, patch = required(vision, "image_size", checkpoint), required(vision, "patch_size", checkpoint)
     result = InternVLPreprocessing(
         patch_size=square(checkpoint, "patch_size", patch),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families.internvl import merge_size, square
-from framefusion.export.families.reading import completed, expect, required
-from framefusion.export.families.towers import TowerPlan
+from framefusion.export.families.reading import expect, required, vision_config
+from framefusion.export.families.towers import NORM_BEHIND, TowerPlan, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources, vit_sources
 from framefusion.export.graph.internvl_tower import InternVLTower, InternVLTowerConfig
 from framefusion.export.graph.vit import VitConfig
@@ -94,13 +95,14 @@ def chat_tower(checkpoint: Checkpoint) -> TowerPlan:
         qk_norm_eps=float(vision.get("layer_norm_eps", NORM_EPS)),
     )
     vit = _vit(checkpoint, vision, CHAT_PREFIX, CHAT_NAMES, told)
-    return _plan(checkpoint, vit, CHAT_PREFIX, CHAT_NAMES, CHAT_PROJECTOR)
+    plan = _plan(checkpoint, vit, CHAT_PREFIX, CHAT_NAMES, CHAT_PROJECTOR)
+    return replace(plan, unused=_unused(checkpoint, vision, CHAT_PREFIX, CHAT_NAMES, vit))
 
 
 def native_tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower of a checkpoint in transformers' own format."""
     config, prefix = checkpoint.config, _native_prefix(checkpoint)
-    vision = completed(required(config, "vision_config", checkpoint))
+    vision = vision_config(checkpoint)
     layer = config.get("vision_feature_layer", -1)
     expect(checkpoint, config, {"vision_feature_select_strategy": ("default",), "projector_hidden_act": ("gelu",)})
     expect(checkpoint, vision, {"use_absolute_position_embeddings": (True,), "use_mask_token": (False,)})
@@ -113,7 +115,8 @@ def native_tower(checkpoint: Checkpoint) -> TowerPlan:
         expect(checkpoint, vision, {"norm_type": ("layer_norm",)})
     place = f"{prefix}vision_tower."
     vit = _vit(checkpoint, vision, place, NATIVE_NAMES, told)
-    return _plan(checkpoint, vit, place, NATIVE_NAMES, tuple(prefix + part for part in NATIVE_PROJECTOR))
+    plan = _plan(checkpoint, vit, place, NATIVE_NAMES, tuple(prefix + part for part in NATIVE_PROJECTOR))
+    return replace(plan, unused=_unused(checkpoint, vision, place, NATIVE_NAMES, vit))
 
 
 def reference_logits(checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[VisualInput]) -> NDArray[np.float32]:
@@ -153,7 +156,7 @@ def _vit(
     checkpoint: Checkpoint, vision: Mapping[str, Any], prefix: str, names: Mapping[str, str], told: Told
 ) -> VitConfig:
     """Geometry from config.json; widths, biases and norms from the tensors themselves."""
-    expect(checkpoint, vision, {"hidden_act": ("gelu",)})
+    expect(checkpoint, vision, {"hidden_act": ("gelu",), "num_channels": (3,)})
     width, *patch = checkpoint.shape(f"{prefix}{names['patch_embed']}.weight")
     positions = checkpoint.shape(prefix + names["positions"])[1]
     side = square(checkpoint, "image_size", told.image_size) // patch[-1]
@@ -163,6 +166,7 @@ def _vit(
             f"{side**2 + 1}: tables of another size are not interpolated"
         )
     first = f"{prefix}{names['blocks']}.0."
+    stored = _stored_facts(checkpoint, vision, first, names)
     return VitConfig(
         depth=told.depth,
         width=width,
@@ -172,14 +176,48 @@ def _vit(
         num_positions=positions,
         norm_eps=float(vision.get("layer_norm_eps", NORM_EPS)),
         activation="gelu",
-        norm="layer" if f"{first}{names['norm1']}.bias" in checkpoint else "rms",
+        norm="layer" if stored["norm"] == "layer" else "rms",
         class_token=True,
         post_norm=told.post_norm,
-        qkv_bias=f"{first}{names['q']}.bias" in checkpoint,
-        qk_norm=f"{first}{names['q_norm']}.weight" in checkpoint,
+        qkv_bias=bool(stored["bias"]),
+        qk_norm=bool(stored["qk_norm"]),
         qk_norm_eps=told.qk_norm_eps,
         layer_scale=True,
     )
+
+
+def _stored_facts(
+    checkpoint: Checkpoint, vision: Mapping[str, Any], first: str, names: Mapping[str, str]
+) -> dict[str, str | bool]:
+    """What the tensors of the first block say of its norms and biases; config.json must not say otherwise."""
+    stored: dict[str, str | bool] = {
+        "norm": "layer" if f"{first}{names['norm1']}.bias" in checkpoint else "rms",
+        "bias": f"{first}{names['q']}.bias" in checkpoint,
+        "qk_norm": f"{first}{names['q_norm']}.weight" in checkpoint,
+    }
+    said: dict[str, Any] = {
+        "norm": str(vision.get("norm_type", f"{stored['norm']}_norm")).removesuffix("_norm"),
+        "bias": vision.get("qkv_bias", vision.get("attention_bias", stored["bias"])),
+        "qk_norm": vision.get("qk_normalization", vision.get("use_qk_norm", stored["qk_norm"])),
+    }
+    for fact, value in stored.items():
+        if said[fact] != value:
+            raise CheckpointError(
+                f"{checkpoint.folder}: vision_config says {said[fact]!r} of the tower's {fact}, the tensors at "
+                f"{first}* mean {value!r}: one of the two is of another model"
+            )
+    return stored
+
+
+def _unused(
+    checkpoint: Checkpoint, vision: Mapping[str, Any], prefix: str, names: Mapping[str, str], vit: VitConfig
+) -> dict[str, str]:
+    """See `TowerPlan.unused`."""
+    declared = int(required(vision, "num_hidden_layers", checkpoint))
+    unused = run_of(checkpoint, f"{prefix}{names['blocks']}.", declared, vit.depth)
+    if names["post_norm"] and not vit.post_norm:
+        unused[f"{prefix}{names['post_norm']}.*"] = NORM_BEHIND
+    return unused
 
 
 def _plan(

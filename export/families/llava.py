@@ -15,8 +15,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from framefusion.errors import CheckpointError
+from framefusion.export.families.class_defaults import completed
 from framefusion.export.families.family import CHATML, Family, LlmKeys
-from framefusion.export.families.reading import completed, expect, required
+from framefusion.export.families.reading import expect, required
 from framefusion.runtime.families.llava import LlavaPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 
@@ -77,6 +78,7 @@ def vision_tower(checkpoint: Checkpoint) -> VisionTower:
 def _described(checkpoint: Checkpoint, name: str) -> VisionTower:
     told = checkpoint.read_json(f"{name}/config.json")
     vision = completed(told.get("vision_config", told))
+    expect(checkpoint, vision, {"hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)})
     return VisionTower(
         num_layers=int(required(vision, "num_hidden_layers", checkpoint)),
         num_heads=int(required(vision, "num_attention_heads", checkpoint)),

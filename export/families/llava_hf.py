@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from framefusion.errors import CheckpointError
 from framefusion.export.families import chat, reading
 from framefusion.export.families.family import CHATML, Family, LlmKeys
-from framefusion.export.families.reading import completed, required
+from framefusion.export.families.reading import required
 from framefusion.runtime.families.llava import LlavaPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.prompt import PromptTemplate
@@ -49,7 +49,7 @@ def vision(checkpoint: Checkpoint) -> Vision:
     else:
         tried = ", ".join(f"{prefix}embeddings.patch_embedding.weight" for prefix in TOWER_PREFIXES)
         raise CheckpointError(f"{checkpoint.folder} has no vision tower under any known name ({tried})")
-    config = completed(required(checkpoint.config, "vision_config", checkpoint))
+    config = reading.vision_config(checkpoint)
     layer, depth = checkpoint.config.get("vision_feature_layer"), int(required(config, "num_hidden_layers", checkpoint))
     if layer is None:
         layer = -2 if checkpoint.config.get("model_type") == "llava_next_video" else -1

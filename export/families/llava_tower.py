@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families import llava, llava_hf
-from framefusion.export.families.reading import required
+from framefusion.export.families.reading import expect, required
 from framefusion.export.families.towers import TowerPlan
-from framefusion.export.families.vit import activation_of, linear_sources, vit_config, vit_sources
+from framefusion.export.families.vit import activation_of, linear_sources, vit_config, vit_sources, vit_unused
 from framefusion.export.graph.llava_tower import LlavaTower, LlavaTowerConfig
 from framefusion.export.graph.vit import VitConfig
 from framefusion.runtime.families.llava import NEWLINE
@@ -20,8 +22,10 @@ PROJECTOR = "model.mm_projector."
 def original_tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower of a checkpoint in its authors' format: all layers but the last, no norm after them."""
     told, prefix = llava.vision_tower(checkpoint), llava.VISION_PREFIX
+    unused = vit_unused(checkpoint, prefix, told.num_layers, told.num_layers - 1)
     vit = vit_config(checkpoint, prefix, told.num_layers - 1, told.num_heads, norm_eps=told.norm_eps)
-    return _plan(checkpoint, prefix, vit, (f"{PROJECTOR}0", f"{PROJECTOR}2"), f"model.{NEWLINE}")
+    plan = _plan(checkpoint, prefix, vit, (f"{PROJECTOR}0", f"{PROJECTOR}2"), f"model.{NEWLINE}")
+    return replace(plan, unused=unused)
 
 
 def onevision_tower(checkpoint: Checkpoint) -> TowerPlan:
@@ -45,6 +49,8 @@ def _hf_plan(checkpoint: Checkpoint, pool_first: bool) -> TowerPlan:
     activation = checkpoint.config.get("projector_hidden_act", "gelu")
     if activation != "gelu":
         raise CheckpointError(f"projector_hidden_act {activation!r} is not supported, 'gelu' is")
+    expect(checkpoint, config, {"num_channels": (3,)})
+    unused = vit_unused(checkpoint, prefix, int(required(config, "num_hidden_layers", checkpoint)), depth)
     vit = vit_config(
         checkpoint,
         prefix,
@@ -60,7 +66,7 @@ def _hf_plan(checkpoint: Checkpoint, pool_first: bool) -> TowerPlan:
     if f"{outer}{NEWLINE}" not in checkpoint:  # of a file that mixes old and new names
         outer = ""
     linears = (f"{outer}multi_modal_projector.linear_1", f"{outer}multi_modal_projector.linear_2")
-    return _plan(checkpoint, prefix, vit, linears, f"{outer}{NEWLINE}", pool_first)
+    return replace(_plan(checkpoint, prefix, vit, linears, f"{outer}{NEWLINE}", pool_first), unused=unused)
 
 
 def _plan(

@@ -14,7 +14,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families.minicpmv import check_version, preprocessing
 from framefusion.export.families.reading import required
-from framefusion.export.families.towers import TowerPlan
+from framefusion.export.families.towers import POOLING_HEAD, TowerPlan
 from framefusion.export.families.vit import activation_of, linear_sources, norm_sources, vit_config, vit_sources
 from framefusion.export.graph.minicpmv_tower import RESAMPLER_EPS, MiniCpmVTower, ResamplerConfig
 from framefusion.export.graph.vit import VitConfig
@@ -48,6 +48,10 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
             "width": resampler.width,
             "side": side,
             "off_floor": off_floor(side, longest_side(pixels)),
+        },
+        unused={
+            f"{VISION}head.*": POOLING_HEAD,
+            f"{RESAMPLER}pos_embed": "the table of sines, which the released code computes anew",
         },
     )
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from framefusion.errors import CheckpointError
 from framefusion.export.families.chat import read_template
+from framefusion.export.families.class_defaults import completed
 from framefusion.export.families.family import CHATML, Family, LlmKeys
-from framefusion.export.families.reading import completed, normalisation, required, text_config
+from framefusion.export.families.reading import normalisation, required, text_config
 from framefusion.runtime.families.nvila import ASPECTS, NvilaPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.preprocess import BICUBIC

@@ -17,7 +17,14 @@ from framefusion.export.families import nvila
 from framefusion.export.families.composition import fill, last_logits, pixels, qwen2, siglip
 from framefusion.export.families.reading import required, text_config
 from framefusion.export.families.towers import TowerPlan
-from framefusion.export.families.vit import activation_of, linear_sources, norm_sources, vit_config, vit_sources
+from framefusion.export.families.vit import (
+    activation_of,
+    linear_sources,
+    norm_sources,
+    vit_config,
+    vit_sources,
+    vit_unused,
+)
 from framefusion.export.graph.nvila_tower import NORM_EPS, NvilaScalesTower, NvilaTower, NvilaTowerConfig
 from framefusion.export.graph.vit import VitConfig
 from framefusion.export.weights import AnySource, Computed
@@ -41,6 +48,8 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
             f"the vision tower has {vit.num_positions} positions, pictures of {told.image_size} pixels have "
             f"{told.side**2} patches: is vision_tower/config.json of another model?"
         )
+    declared = int(required(nvila.vision_config(checkpoint), "num_hidden_layers", checkpoint))
+    unused = vit_unused(checkpoint, vision_prefix(checkpoint), declared, vit.depth)
     _check_projector(checkpoint, told, vit)
     widths = tuple(checkpoint.shape(f"{PROJECTOR}{number}.weight")[0] for number in maps)
     frames, tall, wide = told.pool_sizes
@@ -61,6 +70,7 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
         out_width=widths[-1],
         patches_per_token=frames * told.side**2 * tall * wide / config.blocks**2,
         settings=settings,
+        unused=unused,
     )
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def preprocessing(checkpoint: Checkpoint) -> Qwen25VLPreprocessing:
     """Patch geometry, pixel limits, normalisation and the pace of temporal positions, as the checkpoint tells them."""
-    vision = reading.required(checkpoint.config, "vision_config", checkpoint)
+    vision = reading.vision_config(checkpoint)
     pace = float(reading.required(vision, "tokens_per_second", checkpoint))
     told = reading.told_by_processor(checkpoint, Qwen25VLPreprocessing(tokens_per_second=pace))
     return replace(told, **reading.image_limits(checkpoint))

@@ -8,9 +8,15 @@ from functools import partial
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.qwen2_vl_tower import block_sources, find_prefix, plan_of, transformers_logits
-from framefusion.export.families.reading import required
-from framefusion.export.families.towers import TowerPlan
+from framefusion.export.families.qwen2_vl_tower import (
+    block_sources,
+    check_vision,
+    find_prefix,
+    plan_of,
+    transformers_logits,
+)
+from framefusion.export.families.reading import required, vision_config
+from framefusion.export.families.towers import TowerPlan, run_of
 from framefusion.export.families.vit import linear_sources
 from framefusion.export.graph.qwen2_5_vl_tower import Qwen25VLTower, WindowTowerConfig
 from framefusion.export.weights import AnySource, Source
@@ -34,9 +40,9 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
 
 def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:
     """Geometry from config.json; widths from the tensors themselves."""
-    vision, prefix = required(checkpoint.config, "vision_config", checkpoint), find_prefix(checkpoint)
+    vision, prefix = vision_config(checkpoint), find_prefix(checkpoint)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
-    check_activation(vision, "silu", checkpoint)
+    check_vision(vision, checkpoint, "silu")
     merge = int(required(vision, "spatial_merge_size", checkpoint))
     size, patch_size = required(vision, "window_size", checkpoint), patch[-1]
     window = int(size) // merge // patch_size
@@ -46,6 +52,7 @@ def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:
             f"{patch_size} pixels: it must be {merge * patch_size} or more"
         )
     depth = int(required(vision, "depth", checkpoint))
+    run_of(checkpoint, f"{prefix}blocks.", depth)
     return WindowTowerConfig(
         depth=depth,
         embed_dim=embed_dim,
@@ -62,18 +69,9 @@ def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:
 def layer_list(vision: Mapping[str, object], key: str, depth: int, checkpoint: Checkpoint) -> tuple[int, ...]:
     """Indices of the tower's layers that config.json lists under a key."""
     told = required(vision, key, checkpoint)
-    if not isinstance(told, list) or not all(isinstance(layer, int) and 0 <= layer < depth for layer in told):
+    if not isinstance(told, (list, tuple)) or not all(isinstance(layer, int) and 0 <= layer < depth for layer in told):
         raise CheckpointError(f"{checkpoint.folder}/config.json: {key} {told} are not layers 0 .. {depth - 1}")
     return tuple(told)
-
-
-def check_activation(vision: Mapping[str, object], expected: str, checkpoint: Checkpoint) -> None:
-    """Refuse a tower whose MLPs are not what its graph computes."""
-    found = vision.get("hidden_act", expected)
-    if found != expected:
-        raise CheckpointError(
-            f"{checkpoint.folder}/config.json: hidden_act {found!r} of vision_config is not supported, {expected!r} is"
-        )
 
 
 def tower_sources(prefix: str, config: WindowTowerConfig) -> dict[str, AnySource]:

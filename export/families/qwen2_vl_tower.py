@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.reading import required
-from framefusion.export.families.towers import TowerPlan
+from framefusion.export.families.reading import required, vision_config
+from framefusion.export.families.towers import TowerPlan, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources
 from framefusion.export.graph.qwen2_vl_tower import Qwen2VLTower, TowerConfig
 from framefusion.export.graph.tower import Tower
@@ -22,6 +22,7 @@ from framefusion.runtime.prompt import Prompt
 from framefusion.runtime.visual_input import VisualInput
 
 PREFIXES = ("model.visual.", "visual.")  # newest first
+ROPE_THETA = 10000.0
 LINEARS: Mapping[str, str] = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 
 
@@ -89,20 +90,44 @@ reference_logits = partial(transformers_logits, "Qwen2VLForConditionalGeneration
 
 def tower_config(checkpoint: Checkpoint) -> TowerConfig:
     """Geometry from config.json; widths from the tensors themselves."""
-    vision, prefix = required(checkpoint.config, "vision_config", checkpoint), find_prefix(checkpoint)
+    vision, prefix = vision_config(checkpoint), find_prefix(checkpoint)
+    check_vision(vision, checkpoint, "quick_gelu")
+    depth = int(required(vision, "depth", checkpoint))
+    run_of(checkpoint, f"{prefix}blocks.", depth)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
     width = 1
     for size in patch:
         width *= size
     return TowerConfig(
-        depth=int(required(vision, "depth", checkpoint)),
+        depth=depth,
         embed_dim=embed_dim,
         num_heads=int(required(vision, "num_heads", checkpoint)),
         mlp_width=checkpoint.shape(f"{prefix}blocks.0.mlp.fc1.weight")[0],
         patch_width=width,
-        merge_size=int(vision.get("spatial_merge_size", 2)),
+        merge_size=int(required(vision, "spatial_merge_size", checkpoint)),
         out_width=checkpoint.shape(f"{prefix}merger.mlp.2.weight")[0],
     )
+
+
+def check_vision(vision: Mapping[str, Any], checkpoint: Checkpoint, activation: str) -> None:
+    """Refuse a tower of Qwen-VL whose numbers are other than its graph's.
+
+    Raises:
+        CheckpointError: its activation, its colours or its RoPE are other ones.
+    """
+    rope = vision.get("rope_parameters") or {}
+    known = {"hidden_act": (activation,), "in_channels": (3,), "in_chans": (3,), "temporal_patch_size": (2,)}
+    facts: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        key: (vision.get(key, values[0]), values) for key, values in known.items()
+    }
+    facts["rope_theta"] = (rope.get("rope_theta", ROPE_THETA), (ROPE_THETA,))
+    facts["rope_type"] = (rope.get("rope_type", "axial"), ("axial", "default"))
+    for name, (found, values) in facts.items():
+        if found not in values:
+            raise CheckpointError(
+                f"{checkpoint.folder}/config.json: {name} {found!r:.80} of vision_config is not supported, "
+                f"{values[0]!r} is"
+            )
 
 
 def tower_sources(prefix: str, config: TowerConfig) -> dict[str, AnySource]:

@@ -8,10 +8,16 @@ from functools import partial
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.qwen2_5_vl_tower import check_activation, layer_list
-from framefusion.export.families.qwen2_vl_tower import block_sources, find_prefix, plan_of, transformers_logits
-from framefusion.export.families.reading import required
-from framefusion.export.families.towers import TowerPlan
+from framefusion.export.families.qwen2_5_vl_tower import layer_list
+from framefusion.export.families.qwen2_vl_tower import (
+    block_sources,
+    check_vision,
+    find_prefix,
+    plan_of,
+    transformers_logits,
+)
+from framefusion.export.families.reading import required, vision_config
+from framefusion.export.families.towers import TowerPlan, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources
 from framefusion.export.graph.qwen3_vl_tower import DeepstackTowerConfig, Qwen3VLTower
 from framefusion.export.weights import AnySource, Source
@@ -31,10 +37,11 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
 
 def tower_config(checkpoint: Checkpoint) -> DeepstackTowerConfig:
     """Geometry from config.json; widths from the tensors themselves."""
-    vision, prefix = required(checkpoint.config, "vision_config", checkpoint), find_prefix(checkpoint)
+    vision, prefix = vision_config(checkpoint), find_prefix(checkpoint)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
-    check_activation(vision, "gelu_pytorch_tanh", checkpoint)
+    check_vision(vision, checkpoint, "gelu_pytorch_tanh")
     rows, depth = checkpoint.shape(f"{prefix}pos_embed.weight")[0], int(required(vision, "depth", checkpoint))
+    run_of(checkpoint, f"{prefix}blocks.", depth)
     if math.isqrt(rows) ** 2 != rows:
         raise CheckpointError(
             f"{prefix}pos_embed.weight has {rows} rows, they are no square: the checkpoint is another's"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from framefusion.errors import CheckpointError
 from framefusion.export.families.chat import read_template
+from framefusion.export.families.class_defaults import completed, kinds_of
 from framefusion.export.families.family import CHATML
 from framefusion.export.sentencepiece_tokenizer import begin_token, needed
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
@@ -22,64 +23,34 @@ TEXT_CONFIGS = ("text_config", "llm_config", "llm_cfg")
 QWEN_PADS = {"<|video_pad|>": "video_token_id", "<|image_pad|>": "image_token_id"}
 QWEN_PLACEHOLDERS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image")}
 
-_LLAMA: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-}
-_LLAMA |= {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-_CLIP: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
-_CLIP |= {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_SIGLIP = {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": _LLAMA | {"intermediate_size": 22016, "num_key_value_heads": 32},
-    "clip_vision_model": _CLIP,
-    "internvl_vision": {"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 448, "patch_size": 14},
-    "siglip_vision_model": _CLIP | _SIGLIP,
-}
-"""By model_type: `save_pretrained` leaves out of a nested configuration what equals the default of its class."""
-
 
 def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The LLM's configuration: of its own folder, nested in config.json under one of several names, or flat."""
+    """The LLM's configuration: of its own folder, nested in config.json under one of several names, or flat.
+
+    What it leaves out is as its class in transformers has it, `model_type` too.
+    """
+    kind, _ = kinds_of(checkpoint.config)
     part = checkpoint.part_config("llm")
     if part:
-        return completed(part)
+        return completed(part, kind)
     for name in TEXT_CONFIGS:
         nested = checkpoint.config.get(name)
         if isinstance(nested, dict):
-            return completed(nested)
-    return checkpoint.config
+            return completed(nested, kind)
+    return completed(checkpoint.config | {"model_type": kind} if kind else checkpoint.config)
 
 
-def rope_scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What an LLM's configuration says of its RoPE: `rope_parameters` since transformers 5, `rope_scaling` before."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+def vision_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The vision tower's configuration within config.json, with what its class in transformers fills in.
 
-
-def rope_type(config: Mapping[str, Any]) -> str:
-    """The kind of RoPE of an LLM's configuration."""
-    scaling = rope_scaling(config)
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")
-
-
-def completed(nested: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration within config.json with the values that its class left out."""
-    return {**CLASS_DEFAULTS.get(str(nested.get("model_type")), {}), **nested}
-
-
-def attention_window(config: Mapping[str, Any]) -> int | None:
-    """Tokens that one token sees at most: Mistral has such a window unless it says null, others have a switch."""
-    used = config.get("use_sliding_window", config.get("model_type") == "mistral")
-    return int(config["sliding_window"]) if used and config.get("sliding_window") else None
+    The classes of Qwen-VL make a tower of their defaults where there is none at all; the others want to know which.
+    """
+    kind = kinds_of(checkpoint.config)[1]
+    whole = kind.startswith("qwen") and checkpoint.config.get("vision_config") is None
+    told = {} if whole else required(checkpoint.config, "vision_config", checkpoint)
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{checkpoint.folder}/config.json has vision_config {told!r:.80}, expected an object")
+    return completed(told, kind)
 
 
 def required(config: Mapping[str, Any], key: str, checkpoint: Checkpoint) -> Any:

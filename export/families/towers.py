@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from framefusion.errors import CheckpointError
+from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.graph.tower import Tower
 from framefusion.export.weights import AnySource
 
@@ -25,6 +27,8 @@ class TowerPlan:
         deepstack: further outputs, one for each of the first layers of the LLM.
         settings: numbers of the kind.
         extra_rows: name -> key of learned rows [D] that a prompt shows and no tokenizer knows.
+        unused: pattern of keys, as of a shell -> why their tensors change nothing: blocks behind the one whose output
+            is taken, norms and heads behind it.
     """
 
     module: Tower
@@ -39,3 +43,33 @@ class TowerPlan:
     deepstack: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     extra_rows: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, str] = field(default_factory=dict)
+
+
+BEHIND = "a block behind the one whose output is taken"
+NORM_BEHIND = "the norm behind the last block, while the states before it are taken"
+POOLING_HEAD = "the head that makes one vector of a whole picture"
+
+
+def run_of(checkpoint: Checkpoint, prefix: str, declared: int, depth: int | None = None) -> dict[str, str]:
+    """Check how many blocks of a tower are stored, and say which of them no output needs.
+
+    Args:
+        checkpoint: of the tower.
+        prefix: of its blocks' keys, with the dot.
+        declared: blocks that config.json says it has.
+        depth: the first ones, that are run; None for all.
+
+    Returns:
+        pattern -> reason, see `TowerPlan.unused`.
+
+    Raises:
+        CheckpointError: fewer blocks are stored than are run, or more than declared.
+    """
+    stored, needed = checkpoint.count_blocks(prefix), declared if depth is None else depth
+    if not needed <= stored <= declared:
+        raise CheckpointError(
+            f"{checkpoint.folder} has {stored} blocks at {prefix}*, config.json says {declared} of which {needed} are "
+            "run: one of the two is of another model"
+        )
+    return {f"{prefix}{block}.*": BEHIND for block in range(needed, stored)}

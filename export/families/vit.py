@@ -12,6 +12,7 @@ from typing import Any
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.families.towers import NORM_BEHIND, POOLING_HEAD, run_of
 from framefusion.export.graph.vit import Activation, VitConfig
 from framefusion.export.weights import Source
 
@@ -59,6 +60,22 @@ def vit_config(checkpoint: Checkpoint, prefix: str, depth: int, heads: int, **fa
         num_positions=checkpoint.shape(f"{prefix}embeddings.position_embedding.weight")[0],
         **facts,
     )
+
+
+def vit_unused(checkpoint: Checkpoint, prefix: str, declared: int, depth: int) -> dict[str, str]:
+    """Tensors of a SigLIP or CLIP tower that no output needs, while the states of an inner block are taken.
+
+    Args:
+        checkpoint: of the tower.
+        prefix: of its keys, with the dot.
+        declared: blocks that its configuration says it has.
+        depth: the first ones, that are run.
+
+    Returns:
+        pattern -> reason, see `TowerPlan.unused`.
+    """
+    unused = run_of(checkpoint, f"{prefix}{SIGLIP_NAMES['blocks']}.", declared, depth)
+    return unused | {f"{prefix}{SIGLIP_NAMES['post_norm']}.*": NORM_BEHIND, f"{prefix}head.*": POOLING_HEAD}
 
 
 def linear_sources(name: str, key: str, rows: tuple[int, int] | None = None) -> dict[str, Source]:

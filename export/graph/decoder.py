@@ -1,6 +1,6 @@
 """The generic decoder of all families, cut anywhere between an attention and an MLP.
 
-GQA, RoPE or M-RoPE (the tables come from outside), RMSNorm, SwiGLU, with or without q/k/v biases and q/k norms. A
+GQA, RoPE or M-RoPE (the tables come from outside), RMSNorm, SwiGLU, with or without biases and q/k norms. A
 `Segment` is a run of half layers ("blocks"); it knows no checkpoint, no position rule and no budget.
 
 Inputs of a segment, in order (B is 1):
@@ -48,6 +48,8 @@ class DecoderConfig:
     mrope_interleaved: bool = False  # one channel after the other, instead of three blocks
     deepstack: int = 0  # first layers behind which visual features are added to the hidden states (Qwen3-VL)
     qkv_bias: bool = True
+    out_bias: bool = False  # of the projection behind the attention (Llama and Qwen3 with attention_bias)
+    mlp_bias: bool = False  # of gate, up and down (Llama)
     qk_norm: bool = False  # RMSNorm of each head before RoPE (Qwen3)
     importance_rows: int = 1  # query rows the importance is averaged over; a fact of the family
 
@@ -72,7 +74,7 @@ class AttentionBlock(nn.Module):
         self.q = Linear(config.hidden_size, width, config.qkv_bias)
         self.k = Linear(config.hidden_size, kv_width, config.qkv_bias)
         self.v = Linear(config.hidden_size, kv_width, config.qkv_bias)
-        self.o = Linear(width, config.hidden_size, bias=False)
+        self.o = Linear(width, config.hidden_size, config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -103,9 +105,9 @@ class MlpBlock(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gate = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, D] -> the same shape."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from framefusion.errors import BudgetError, BundleError, CheckpointError, PromptError
-from framefusion.export.families import llava, llava_hf, reading
+from framefusion.export.families import language, llava, llava_hf
 from framefusion.runtime.families.llava import LlavaPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.prompt import Turn, Visual, build_prompt
@@ -189,16 +189,6 @@ def test_other_poolings_are_refused() -> None:
         llava_hf.next_preprocessing(hf({"spatial_pool_stride": 4}))
 
 
-def test_what_configurations_leave_out_is_what_their_classes_say() -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    for model_type, values in reading.CLASS_DEFAULTS.items():
-        config = CONFIG_MAPPING[model_type]().to_dict()
-        told = config | (config.get("rope_parameters") or {})
-        for name, value in values.items():
-            assert told[name] in (value, [value, value]), (model_type, name)
-
-
 def test_options_that_do_not_apply_are_refused() -> None:
     assert PIXELS.with_options(mm_spatial_pool_mode="average", max_pixels=None).mm_spatial_pool_mode == "average"
     with pytest.raises(BudgetError, match="--max-pixels 100 does not apply to this family"):
@@ -318,9 +308,9 @@ def test_no_bundle_is_built_for_more_than_an_attention_window(tmp_path: Path) ->
     config["text_config"]["sliding_window"] = None
     tiny.write_json(tmp_path, config=config)
     assert limits(tmp_path) == (8192, 9216)
-    assert reading.attention_window({"model_type": "qwen2", "sliding_window": 131072}) is None
-    assert reading.attention_window({"sliding_window": 4096, "use_sliding_window": False}) is None
-    assert reading.attention_window({"sliding_window": 4096, "use_sliding_window": True}) == 4096
+    assert language.attention_window({"model_type": "qwen2", "sliding_window": 131072}) is None
+    assert language.attention_window({"sliding_window": 4096, "use_sliding_window": False}) is None
+    assert language.attention_window({"sliding_window": 4096, "use_sliding_window": True}) == 4096
 
 
 def build(folder: Path, **options: Any) -> Any:

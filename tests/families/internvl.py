@@ -283,7 +283,8 @@ def from_chat(folder: Path, pad: int) -> Any:
 
     config = json.loads((folder / "config.json").read_text())
     text = dict(config["llm_config"]) | {"tie_word_embeddings": False}
-    text["model_type"] = "llama" if text["model_type"] == "internlm2" else text["model_type"]
+    if text["model_type"] == "internlm2":
+        text |= {"model_type": "llama", "attention_bias": text.pop("bias", False)}
     text["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": text.pop("rope_theta")}
     del text["rope_scaling"], text["architectures"]
     made = native_config(
