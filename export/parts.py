@@ -5,7 +5,6 @@ Carries out a plan with one tensor in memory at a time. Knows nothing of staging
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,22 +15,21 @@ from torch import nn
 
 import framefusion
 from framefusion.errors import CheckpointError
-from framefusion.export import sentencepiece_tokenizer, signatures
-from framefusion.export.checkpoint import Checkpoint
+from framefusion.export import signatures
 from framefusion.export.families import reading
 from framefusion.export.hashed_file import HashedFile
 from framefusion.export.plan import DECODE_GRAPH, GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan
 from framefusion.export.segments import SegmentPlan
 from framefusion.export.source import source_record
 from framefusion.export.staging import Produced
+from framefusion.export.tokenizer_file import TOKENIZER, added_tokens, write_tokenizer
 from framefusion.export.trace import save_graph
 from framefusion.export.weights import STORED, AnySource, Placement, parameter_bytes, write_parameters, write_rows
 from framefusion.progress import Meter
 from framefusion.runtime.bundle import FLOAT_BYTES, SCHEMA_VERSION, EmbeddingRecord, FileRecord, Manifest, file_record
 from framefusion.runtime.records import to_json
-from framefusion.runtime.tokenizer import Tokenizer
 
-EMBEDDING_FILE, TOKENIZER_FILE = "embedding.bin", "tokenizer.json"
+EMBEDDING_FILE, TOKENIZER_FILE = "embedding.bin", TOKENIZER
 CONVERTED_TOKENIZER = 1 << 22  # bytes set aside for a tokenizer that is made from vocabulary files
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -66,7 +64,8 @@ class Builder:
     def manifest(self, files: Mapping[str, FileRecord], tokenizer: Path | None) -> Manifest:
         """The manifest of the parts written; `tokenizer` is the folder of tokenizer.json, None before there is one."""
         plan = self.plan
-        terminators = [] if tokenizer is None else self._terminators(tokenizer)
+        known = {} if tokenizer is None else added_tokens(plan.checkpoint)
+        terminators = [known[token] for token in plan.family.terminators if token in known]
         rows, width = plan.checkpoint.shape(plan.embedding_key)
         extra = tuple(plan.tower.extra_rows)
         return Manifest(
@@ -140,38 +139,15 @@ class Builder:
         return {EMBEDDING_FILE: file.record}
 
     def _write_tokenizer(self, folder: Path) -> list[str]:
-        source = self.plan.checkpoint.find(TOKENIZER_FILE)
-        if source is not None:
-            shutil.copyfile(source, folder / TOKENIZER_FILE)
-        else:
-            _convert_tokenizer(self.plan.checkpoint, folder / TOKENIZER_FILE)
-        self.plan.template.check(Tokenizer.from_file(folder / TOKENIZER_FILE))
-        self._terminators(folder)  # refuses a tokenizer without one
+        checkpoint = self.plan.checkpoint
+        reading.check_tokens(checkpoint, self.plan.family.terminators)
+        reading.check_pads(checkpoint, self.plan.template)
+        write_tokenizer(checkpoint, folder / TOKENIZER_FILE)
         self._meter.add((folder / TOKENIZER_FILE).stat().st_size)
         return [TOKENIZER_FILE]
-
-    def _terminators(self, folder: Path) -> list[int]:
-        """Ids of the family's own ends of an answer, by the tokenizer in the bundle's folder."""
-        tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
-        return [tokenizer.control_id(token) for token in self.plan.family.terminators]
 
     def _embedding_dtype(self) -> str:
         stored = self.plan.checkpoint.dtype(self.plan.embedding_key)
         if stored not in STORED:
             raise CheckpointError(f"the embedding table is stored as {stored}; known are {', '.join(STORED)}")
         return STORED[stored]
-
-
-def _convert_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
-    """Make tokenizer.json of a checkpoint that has only vocabulary files."""
-    if sentencepiece_tokenizer.needed(checkpoint):
-        sentencepiece_tokenizer.convert(checkpoint).save(str(target))
-        return
-    from transformers import AutoTokenizer
-
-    told = checkpoint.find("tokenizer_config.json")
-    source = checkpoint.folder if told is None else told.parent
-    try:
-        AutoTokenizer.from_pretrained(source).backend_tokenizer.save(str(target))
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{source} has no {TOKENIZER_FILE} and none can be made of it ({error})") from None

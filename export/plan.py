@@ -89,6 +89,7 @@ class BuildPlan:
         self.limits = self._limits()
         self.reduction = _reduction(self.family, self.config, options)
         self.template = self.family.template(checkpoint)
+        reading.generation(checkpoint)  # refuses what is malformed before anything is written
         self.fixed = self._fixed()
         self.segments: tuple[SegmentPlan, ...] = (
             cut_after(self.config.num_layers, looked_at, self.config.deepstack)

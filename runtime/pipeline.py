@@ -33,7 +33,16 @@ from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.media_file import MediaLimits
 from framefusion.runtime.positions import decode_positions, rope_tables
 from framefusion.runtime.preprocess import Preprocessing
-from framefusion.runtime.prompt import Prompt, Turn, Visual, build_prompt, check_length
+from framefusion.runtime.prompt import (
+    Prompt,
+    Turn,
+    Visual,
+    as_turns,
+    build_prompt,
+    check_length,
+    check_texts,
+    layout_texts,
+)
 from framefusion.runtime.sampling import GenerationConfig, Sampler
 from framefusion.runtime.sources import Source, as_image, as_video
 from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch, check_cuts
@@ -53,7 +62,10 @@ Seen = Video | NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Request:
-    """What may differ from one generation to the next; None takes the bundle's own value."""
+    """What may differ from one generation to the next; None takes the bundle's own value.
+
+    `generation` as well: what it leaves None, such as the tokens that end an answer, is as the bundle says.
+    """
 
     max_new_tokens: int = MAX_NEW_TOKENS
     cost: float | None = None
@@ -111,7 +123,8 @@ class Pipeline:
             backend = self.choice.open(bundle, threads)
         self.backend: Backend = backend
         self.limits = limits or MediaLimits()
-        self.tokenizer = Tokenizer.from_file(bundle.folder / "tokenizer.json")
+        layout = layout_texts(self.manifest.prompt, self.manifest.preprocessing)
+        self.tokenizer = Tokenizer.from_file(bundle.folder / "tokenizer.json", layout)
         self.embedding = Embedding(bundle.folder, self.manifest.embedding)
         self.stitcher = Stitcher(self.manifest, self.backend)
         self.backend.open(bundle.graphs)
@@ -126,6 +139,7 @@ class Pipeline:
         self, turns: Sequence[Turn], files: Sequence[Source], sampling: FrameSampling, stopwatch: Stopwatch
     ) -> list[Seen]:
         """What the turns show, in their order, as it is read from files."""
+        turns = as_turns(turns)
         kinds = [part for turn in turns for part in turn.parts if isinstance(part, Visual)]
         if isinstance(files, (str, bytes, Path)):
             raise PromptError(f"files is one name, {str(files)[:120]!r}: give a list of what the turns show")
@@ -194,6 +208,7 @@ class Pipeline:
 
     def read(self, turns: Sequence[Turn], files: Sequence[Source] = ()) -> tuple[Prompt, TokenRows]:
         """A conversation up to the prefill: for asking the same thing in several ways."""
+        turns = as_turns(turns)
         visuals = self.read_visuals(turns, files, self.manifest.sampling, Stopwatch())
         prompt = self.prompt(turns, visuals)
         return prompt, self.embed(prompt, [self.encode_visual(visual) for visual in visuals])
@@ -204,6 +219,7 @@ class Pipeline:
         Raises:
             PromptError: it is longer than the bundle takes.
         """
+        check_texts(turns, self.tokenizer, self.manifest.limits.max_input_len)
         prompt = build_prompt(self.manifest.prompt, self.tokenizer, turns, visuals, self.manifest.embedding.extra)
         check_length(prompt, self.manifest.limits.max_input_len)
         return prompt
@@ -305,7 +321,7 @@ class Pipeline:
         Raises:
             VideoError, PromptError, BudgetError: see `framefusion.errors`.
         """
-        stopwatch, request = Stopwatch(), request or Request()
+        stopwatch, request, turns = Stopwatch(), request or Request(), as_turns(turns)
         visuals = self.read_visuals(turns, files, sampling or self.manifest.sampling, stopwatch)
         prompt = self.prompt(turns, visuals)
         self.bounded(request, prompt)  # refuse before the vision tower has worked
@@ -340,14 +356,15 @@ class Pipeline:
         kv_lengths = tuple(int(length) for cache in prefilled.caches for length in cache.lengths)
         with stopwatch.stage("decode"):
             token_ids, text = self._decode(prompt, prefilled, request, on_text)
-        stopped = bool(token_ids) and token_ids[-1] in self._config(request).eos_token_ids
+        stopped = bool(token_ids) and token_ids[-1] in (self._config(request).eos_token_ids or ())
         return Generation(
             text, tuple(token_ids), "stop" if stopped else "length", prompt.token_ids.size, prompt.num_visual,
             tuple(prefilled.history), kv_lengths, stopwatch.seconds,
         )  # fmt: skip
 
     def _config(self, request: Request) -> GenerationConfig:
-        return request.generation or self.manifest.generation
+        own = self.manifest.generation
+        return own if request.generation is None else request.generation.over(own)
 
     def bounded(self, request: Request, prompt: Prompt) -> Request:
         """The request with no more new tokens than the bundle's caches hold."""
@@ -365,7 +382,7 @@ class Pipeline:
         config = self._config(request)
         # a table may have more rows than the tokenizer has tokens: nothing was ever trained to say those
         limit = min(self.manifest.model.vocab_size, self.tokenizer.vocab_size)
-        sampler = Sampler(config, request.seed, limit)
+        sampler = Sampler(config, request.seed, limit, prompt.token_ids.size)
         stream, pieces = self.tokenizer.stream(), [""]
         seen = np.concatenate([prompt.token_ids, np.zeros(request.max_new_tokens, np.int64)])
         length = prompt.token_ids.size
@@ -376,7 +393,7 @@ class Pipeline:
             index = len(token_ids)
             token_ids.append(sampler.next_token(logits, seen[: length + index]))
             seen[length + index] = token_ids[-1]
-            if token_ids[-1] in config.eos_token_ids:
+            if token_ids[-1] in (config.eos_token_ids or ()):
                 break
             pieces.append(stream.push(token_ids[-1]))
             if on_text is not None and pieces[-1]:

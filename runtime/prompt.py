@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from framefusion import tracks
 from framefusion.errors import BundleError, PromptError
 from framefusion.runtime.positions import mrope_positions
+from framefusion.runtime.records import to_json
 from framefusion.runtime.tokenizer import Tokenizer
 from framefusion.runtime.visual_input import Piece, Rows, Token, VisualInput
 
@@ -36,14 +38,26 @@ class Visual(Enum):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said: plain text and visuals, in order."""
+    """What one side said: plain text and visuals, in order; a text or a visual alone stands for itself.
+
+    Raises:
+        PromptError: the role is unknown, or a part is neither text nor a visual.
+    """
 
     role: str
-    parts: tuple[str | Visual, ...]
+    parts: Sequence[str | Visual]
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise PromptError(f"role {self.role!r} is unknown: use one of {', '.join(ROLES)}")
+        alone = isinstance(self.parts, (str, Visual))
+        if not alone and not isinstance(self.parts, Sequence):
+            raise PromptError(f"a turn's parts are {self.parts!r:.80}: give a text, or texts and visuals in a list")
+        parts = (self.parts,) if alone else tuple(self.parts)
+        for part in parts:
+            if not isinstance(part, (str, Visual)):
+                raise PromptError(f"{part!r:.80} in a turn is neither a text nor Visual.VIDEO or Visual.IMAGE")
+        object.__setattr__(self, "parts", parts)
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,47 @@ def build_prompt(
     return writer.prompt()
 
 
+def as_turns(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns of a conversation; one turn alone is a conversation of one.
+
+    Raises:
+        PromptError: it is something else, such as a text.
+    """
+    listed = (turns,) if isinstance(turns, Turn) else turns
+    if isinstance(listed, str) or not isinstance(listed, Sequence) or not all(isinstance(t, Turn) for t in listed):
+        raise PromptError(f"the conversation is {turns!r:.80}: give turns, such as [Turn('user', 'What happens?')]")
+    return listed
+
+
+def layout_texts(*records: Any) -> list[str]:
+    """All texts in records of a manifest that say what prompts are laid out with: templates, rules of preprocessing."""
+    texts: list[str] = []
+    pending: list[Any] = [to_json(record) for record in records]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list):
+            pending += value
+    return texts
+
+
+def check_texts(turns: Sequence[Turn], tokenizer: Tokenizer, max_input_len: int) -> None:
+    """Refuse texts that are far too long, before all of them is tokenized.
+
+    Raises:
+        PromptError: one has more tokens than `max_input_len`.
+    """
+    for part in (part for turn in turns for part in turn.parts):
+        if isinstance(part, str) and tokenizer.longer_than(part, max_input_len):
+            raise PromptError(
+                f"a text of {len(part)} characters has more tokens than the bundle takes, {max_input_len}: shorten it, "
+                "or rebuild with a higher --max-input-len"
+            )
+
+
 def check_length(prompt: Prompt, max_input_len: int) -> None:
     """Refuse a prompt that does not fit the segments built."""
     length = prompt.token_ids.size
@@ -200,6 +255,8 @@ def _lay_out(template: PromptTemplate, turns: Sequence[Turn]) -> Iterable[str | 
         parts = [(part, -1 if isinstance(part, str) else next(numbers)) for part in turn.parts]
         if template.visuals_first:
             parts.sort(key=lambda numbered: template.rank(numbered[0]))
+        if template.strip:
+            parts = _without_leading_space(parts)
         yield layout.prefix
         yield _BEGIN
         for index, (part, number) in enumerate(parts):
@@ -207,13 +264,23 @@ def _lay_out(template: PromptTemplate, turns: Sequence[Turn]) -> Iterable[str | 
                 yield _Separator(template.part_separator)
             if isinstance(part, str):
                 yield layout.text_prefix
-                yield _Said(part.lstrip() if template.strip and not index else part)
+                yield _Said(part)
             else:
                 yield number
                 yield template.after_visual
         yield _END
         yield layout.suffix
     yield template.generation_prefix
+
+
+def _without_leading_space(parts: Sequence[tuple[str | Visual, int]]) -> list[tuple[str | Visual, int]]:
+    """Parts of a turn without the white space that it begins with, which may be whole parts."""
+    for first, (part, number) in enumerate(parts):
+        if not isinstance(part, str):
+            return list(parts[first:])
+        if part.strip():
+            return [(part.lstrip(), number), *parts[first + 1 :]]
+    return []
 
 
 class _Writer:

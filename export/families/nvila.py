@@ -17,6 +17,7 @@ from framefusion.export.families.chat import read_template
 from framefusion.export.families.class_defaults import completed
 from framefusion.export.families.family import CHATML, Family, LlmKeys
 from framefusion.export.families.reading import normalisation, required, text_config
+from framefusion.export.tokenizer_file import listed_tokens
 from framefusion.runtime.families.nvila import ASPECTS, NvilaPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.preprocess import BICUBIC
@@ -215,7 +216,7 @@ def check_time_tokens(checkpoint: Checkpoint) -> None:
     if not count:
         return
     form = required(checkpoint.config, "time_token_format", checkpoint)
-    tokens = {token.get("content") for token in checkpoint.read_optional_json("tokenizer.json").get("added_tokens", [])}
+    tokens = listed_tokens(checkpoint)
     for token in (form.format(t=0), form.format(t=count - 1)):
         if token not in tokens:
             raise CheckpointError(

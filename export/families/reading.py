@@ -10,7 +10,9 @@ from framefusion.errors import CheckpointError
 from framefusion.export.families.chat import read_template
 from framefusion.export.families.class_defaults import completed, kinds_of
 from framefusion.export.families.family import CHATML
+from framefusion.export.generation_file import read_generation
 from framefusion.export.sentencepiece_tokenizer import begin_token, needed
+from framefusion.export.tokenizer_file import added_tokens, tokenizer_of
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.prompt import PromptTemplate
@@ -147,14 +149,11 @@ def with_pads(checkpoint: Checkpoint, template: PromptTemplate, keys: Mapping[st
 
 def tokenizer_begin(checkpoint: Checkpoint) -> str:
     """What the checkpoint's tokenizer puts before every text."""
-    path = checkpoint.find("tokenizer.json")
-    if path is None:
-        return begin_token(checkpoint) if needed(checkpoint) else ""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_file(str(path))
+    if needed(checkpoint):
+        return begin_token(checkpoint)
+    backend = tokenizer_of(checkpoint)
     with_begin, bare = (backend.encode("a", add_special_tokens=special) for special in (True, False))
-    return "".join(with_begin.tokens[: with_begin.ids.index(bare.ids[0])])
+    return "".join(with_begin.tokens[: with_begin.ids.index(bare.ids[0])]) if bare.ids else ""
 
 
 def with_begin(checkpoint: Checkpoint, layout: PromptTemplate) -> PromptTemplate:
@@ -166,7 +165,7 @@ def with_begin(checkpoint: Checkpoint, layout: PromptTemplate) -> PromptTemplate
     if begin and layout.begin.startswith(begin):
         return layout
     told = checkpoint.read_optional_json("tokenizer.json")
-    splitter, controls = told.get("pre_tokenizer") or {}, [token["content"] for token in told.get("added_tokens", ())]
+    splitter, controls = told.get("pre_tokenizer") or {}, added_tokens(checkpoint)
     schemes = [part.get("prepend_scheme") for part in (splitter, *splitter.get("pretokenizers", ()))]
     opening = layout.begin or layout.turns["system" if layout.default_system else "user"].prefix
     mark = " " if "first" in schemes and not opening.startswith(tuple(controls)) else ""
@@ -174,25 +173,36 @@ def with_begin(checkpoint: Checkpoint, layout: PromptTemplate) -> PromptTemplate
 
 
 def generation(checkpoint: Checkpoint, terminators: Sequence[int] = ()) -> GenerationConfig:
-    """generation_config.json; the end tokens of config.json where it names none, and the ids of a family's own."""
-    told = checkpoint.read_optional_json("generation_config.json")
-    if told.get("eos_token_id") is None:
-        told = told | {"eos_token_id": text_config(checkpoint).get("eos_token_id")}
-    config = GenerationConfig.from_dict(told)
-    return replace(config, eos_token_ids=tuple(dict.fromkeys((*terminators, *config.eos_token_ids))))
+    """How the checkpoint chooses tokens: see `generation_file.read_generation`."""
+    return read_generation(checkpoint, text_config(checkpoint), terminators)
 
 
 def check_tokens(checkpoint: Checkpoint, tokens: Sequence[str]) -> None:
-    """Refuse a tokenizer.json without one of these control tokens.
+    """Refuse a tokenizer without one of these control tokens.
 
     Raises:
         CheckpointError: naming what is missing.
     """
-    added = checkpoint.read_json("tokenizer.json").get("added_tokens") or []
-    known = {token.get("content") for token in added}
+    known = added_tokens(checkpoint)
     missing = [token for token in tokens if token not in known]
     if missing:
         raise CheckpointError(
             f"{checkpoint.folder}/tokenizer.json has no token {', '.join(missing)} among its added_tokens: "
             "the checkpoint is incomplete"
         )
+
+
+def check_pads(checkpoint: Checkpoint, template: PromptTemplate) -> None:
+    """Refuse a config.json that gives the pad tokens other ids than the tokenizer.
+
+    Raises:
+        CheckpointError: naming the token and both ids.
+    """
+    check_tokens(checkpoint, list(template.pads))
+    known = added_tokens(checkpoint)
+    for token, told in template.pads.items():
+        if known[token] != told:
+            raise CheckpointError(
+                f"{checkpoint.folder}/config.json says that {token} is id {told}, in the tokenizer it is "
+                f"{known[token]}: correct config.json, or take the tokenizer that belongs to it"
+            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,16 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BackendError, BundleError, PromptError
 from framefusion.runtime.records import from_json, to_json
-from framefusion.runtime.sampling import GenerationConfig, Sampler
+from framefusion.runtime.sampling import DEFAULTS, GenerationConfig, Sampler
 
 
 def logits_of(seed: int, size: int = 300) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(0, 3, size).astype(np.float32)
 
 
-def reference(config: GenerationConfig, logits: NDArray[np.float32], ids: list[int]) -> NDArray[np.float32]:
+def reference(settings: GenerationConfig, logits: NDArray[np.float32], ids: list[int]) -> NDArray[np.float32]:
     """Probabilities of all tokens after Hugging Face's own chain."""
+    config: Any = settings.over(DEFAULTS)
     from transformers.generation.logits_process import (
         LogitsProcessorList,
         RepetitionPenaltyLogitsProcessor,
@@ -125,3 +128,85 @@ def test_settings_out_of_range(name: str, value: float) -> None:
         GenerationConfig(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="are not numbers"):
         GenerationConfig.from_dict({name: "warm"})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"eos_token_id": "302"},
+        {"eos_token_id": 302.0},
+        {"eos_token_id": [302, True]},
+        {"eos_token_id": {"a": 1}},
+        {"eos_token_id": -1},
+        {"do_sample": "false"},
+        {"do_sample": 0},
+        {"temperature": True},
+        {"top_k": 1.5},
+        {"pad_token_id": "5"},
+        {"suppress_tokens": "5"},
+        {"bad_words_ids": [5]},
+        {"bad_words_ids": [[]]},
+        {"bad_words_ids": "ab"},
+        {"no_repeat_ngram_size": -1},
+    ],
+)
+def test_malformed_settings_name_their_key(given: dict[str, object]) -> None:
+    key, value = next(iter(given.items()))
+    with pytest.raises(BundleError, match=rf"\({key} is "):
+        GenerationConfig.from_dict({key: value})
+
+
+def test_settings_of_a_request_leave_the_rest_to_the_bundle() -> None:
+    bundle = GenerationConfig.from_dict({"eos_token_id": [5, 6], "repetition_penalty": 1.05, "suppress_tokens": [3]})
+    asked = GenerationConfig(do_sample=True, temperature=0.5).over(bundle)
+    assert (asked.eos_token_ids, asked.repetition_penalty, asked.suppress_tokens) == ((5, 6), 1.05, (3,))
+    assert (asked.do_sample, asked.temperature, asked.top_k) == (True, 0.5, 50)
+    assert GenerationConfig(eos_token_ids=()).over(bundle).eos_token_ids == ()
+    assert GenerationConfig(eos_token_ids=7).eos_token_ids == (7,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bans_equal_hugging_face(seed: int) -> None:
+    """Each against transformers' own processor, over an answer that grows: the same tokens stay possible."""
+    from transformers.generation import logits_process as theirs
+
+    random = np.random.default_rng(seed)
+    prompt, answer = random.integers(0, 6, 12).tolist(), random.integers(0, 6, 8).tolist()
+    words, ends = [[4], [1, 2], [3, 3, 0], [5], [0] * 30], (4, 7)
+    config = GenerationConfig(
+        eos_token_ids=ends, no_repeat_ngram_size=int(random.integers(1, 4)), suppress_tokens=(8, 9),
+        begin_suppress_tokens=(6, 0), bad_words_ids=tuple(map(tuple, words)), min_new_tokens=3,
+    )  # fmt: skip
+    assert config.no_repeat_ngram_size is not None
+    chain = theirs.LogitsProcessorList(
+        [
+            theirs.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size),
+            theirs.NoBadWordsLogitsProcessor(words, torch.tensor(ends)),
+            theirs.MinNewTokensLengthLogitsProcessor(len(prompt), 3, torch.tensor(ends)),
+            theirs.SuppressTokensLogitsProcessor([8, 9]),
+            theirs.SuppressTokensAtBeginLogitsProcessor([6, 0], len(prompt)),
+        ]
+    )
+    sampler = Sampler(config, prompt_length=len(prompt))
+    for count in range(len(answer)):
+        ids, logits = [*prompt, *answer[:count]], logits_of(seed + count, 24)
+        expected = chain(torch.LongTensor([ids]), torch.from_numpy(logits)[None])[0].numpy()
+        scores = logits.copy()
+        sampler._ban(scores, np.array(ids))
+        np.testing.assert_array_equal(scores, expected)
+        assert sampler.next_token(logits, ids) == expected.argmax()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_min_p_equals_hugging_face(seed: int) -> None:
+    from transformers.generation.logits_process import MinPLogitsWarper
+
+    logits = logits_of(seed)
+    kept, _ = Sampler(GenerationConfig(True, top_k=0, min_p=0.05))._candidates(logits)
+    scores = MinPLogitsWarper(0.05)(torch.LongTensor([[0]]), torch.from_numpy(logits)[None])[0]
+    assert sorted(kept.tolist()) == torch.isfinite(scores).nonzero()[:, 0].tolist()
+
+
+def test_settings_that_leave_no_token_are_refused() -> None:
+    with pytest.raises(PromptError, match="leave no token: allow some"):
+        Sampler(GenerationConfig(suppress_tokens=(0, 1))).next_token(np.zeros(2, np.float32), [])
