@@ -1,8 +1,9 @@
 """A bundle against the eager model: vision features, dense and reduced logits, kept tokens, sixteen decoded tokens.
 
-The bundle runs in the runtime as it will for users. What is dense is compared with transformers' own model where it
-fits in memory, what is reduced with this project's torch graph under the same pipeline; both are in fp32 whatever the
-bundle's type is. One after the other is in memory: first the eager model, then the bundle, which decodes its tokens.
+The bundle runs in the runtime as it will for users. It is compared with this project's torch graphs under the same
+pipeline, and they in turn, without a reduction, with transformers' own class (agreement.py); both are in fp32 whatever
+the bundle's type is. One after the other is in memory: first the eager model, then transformers', then the bundle,
+which decodes the tokens of the first. Where memory is short all three read their weights from the disk as they run.
 Errors are relative to the largest magnitude of the reference; fp32 against fp32 in another order of sums differs by
 about 1e-6 a layer.
 
@@ -17,19 +18,21 @@ fixed mode shows no scores: there the tokens themselves are compared, and up to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from framefusion.export.families.family import load
+from framefusion.export.agreement import AGAINST, LIMIT, Agreement, agreement_of, not_compared
+from framefusion.export.families.transformers_call import relative_error as relative_error  # of the checks, too
 from framefusion.export.machine import available_memory as available_memory  # of the checks that need it
 from framefusion.export.observation import (
     DECODED,
+    WHOLE,
     Array,
+    Effort,
     Observed,
     Run,
     dense_request,
@@ -40,49 +43,75 @@ from framefusion.export.plan import BuildPlan
 from framefusion.export.replay import Replayed
 from framefusion.policy import ReductionState
 from framefusion.runtime.backends.choice import choose
+from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
-from framefusion.runtime.prompt import Prompt
-from framefusion.runtime.visual_input import VisualInput
 
-LIMIT = 1e-4
 KEPT, SWAPPED = "kept tokens", "share of swapped tokens"  # what is compared has limits of its own
 MOST_SWAPPED = 0.05
 ROUNDINGS = 10
-_MEMORY_SHARE = 0.4  # of the free memory that transformers' model in fp32 may take
 
 
-def check_bundle(folder: Path, plan: BuildPlan, tolerance: float | None = None) -> dict[str, Any]:
+def check_bundle(
+    folder: Path, plan: BuildPlan, tolerance: float | None = None, effort: Effort = WHOLE, *, transformers: bool = True
+) -> dict[str, Any]:
     """Compare and report.
 
     Args:
         folder: the bundle.
         plan: what it was built from.
-        tolerance: largest error that passes, relative to the largest magnitude of the reference; None takes
-            `default_tolerance`.
+        tolerance: largest error of the bundle that passes, relative to the largest magnitude of the reference; None
+            takes `default_tolerance`. Torch graphs and transformers' class are both in fp32: their limit is fixed.
+        effort: how much is run, and whether weights stay on the disk.
+        transformers: compare with its class, too.
 
     Returns:
-        passed, tolerance, reference, lines (each what, value, limit), failures and notes, as plain values for the
-        manifest.
+        passed, tolerance, reference, lines (each what, value, limit), failures, notes and transformers (see
+        `agreement.Agreement.facts`), as plain values for the manifest.
+
+    Raises:
+        CheckFailedError: transformers' class cannot read the checkpoint.
     """
     tolerance = default_tolerance(plan) if tolerance is None else tolerance
-    bundle, reference = Bundle(folder), "framefusion.export in eager torch"
-    theirs = observe(bundle, plan)
-    logits = transformers_logits(plan, theirs.prompt, theirs.visuals)
-    comparison = Comparison(Pipeline(bundle, choice=choose(bundle, "onnxruntime", "cpu")), theirs)
+    bundle = Bundle(folder)
+    theirs = observe(bundle, plan, effort)
+    agreement = agreement_of(plan, theirs) if transformers else not_compared("this bundle stands for another one")
+    comparison = Comparison(_compiled(bundle, effort), theirs, effort.tokens)
     errors = comparison.errors()
-    if logits is not None:
-        reference = f"transformers {plan.family.reference}"
-        errors["dense logits against transformers"] = relative_error(comparison.dense_logits, logits)
+    if agreement.logits is not None:
+        errors[f"dense logits {AGAINST}"] = relative_error(comparison.dense_logits, agreement.logits)
     limits = {KEPT: 0.0, SWAPPED: MOST_SWAPPED}
     lines: list[dict[str, Any]] = [
         {"what": what, "value": value, "limit": next((limits[e] for e in limits if what.endswith(e)), tolerance)}
         for what, value in errors.items()
     ]
-    failures = [line for line in lines if not line["value"] <= line["limit"]]  # a NaN fails as well
     kept = {"prompt_tokens": int(theirs.prompt.token_ids.size), "kept_tokens": comparison.kept_tokens}
-    verdict = {"passed": not failures, "tolerance": tolerance, "reference": reference}
-    return verdict | {"lines": lines, "failures": failures, "notes": comparison.notes} | kept
+    found = {"tolerance": tolerance, "lines": lines, "notes": comparison.notes} | kept
+    return with_agreement(found, agreement)
+
+
+def with_agreement(found: dict[str, Any], agreement: Agreement) -> dict[str, Any]:
+    """A report and what a comparison with transformers gave, judged together."""
+    lines = [*found["lines"], *agreement.lines]
+    failures = [line for line in lines if not line["value"] <= line["limit"]]  # a NaN fails as well
+    verdict = {"passed": not failures, "reference": reference_of(agreement.facts), "failures": failures}
+    return found | verdict | {
+        "lines": lines, "notes": [*found["notes"], *agreement.notes], "transformers": agreement.facts,
+    }  # fmt: skip
+
+
+def reference_of(facts: Mapping[str, Any]) -> str:
+    """What the dense path was compared with, in words."""
+    if not facts["compared"]:
+        return "framefusion.export in eager torch"
+    stood_in = f", in place of the {facts['stand_in']}" if facts["stand_in"] else ""
+    return f"transformers {facts['version']} {' and '.join(facts['classes'])}{stood_in}"
+
+
+def _compiled(bundle: Bundle, effort: Effort) -> Pipeline:
+    if effort.streamed:
+        return Pipeline(bundle, OnnxRuntimeBackend(bundle.folder, mapped=True))
+    return Pipeline(bundle, choice=choose(bundle, "onnxruntime", "cpu"))
 
 
 def default_tolerance(plan: BuildPlan) -> float:
@@ -100,8 +129,8 @@ def tolerance_of(dtype: torch.dtype, layers: int) -> float:
 class Comparison:
     """A bundle's pipeline beside what the eager model made of the same prompt."""
 
-    def __init__(self, compiled: Pipeline, theirs: Observed) -> None:
-        self.compiled, self.theirs = compiled, theirs
+    def __init__(self, compiled: Pipeline, theirs: Observed, tokens: int = DECODED) -> None:
+        self.compiled, self.theirs, self.tokens = compiled, theirs, tokens
         self.exact = compiled.manifest.model.dtype == "float32"
         self.dense_logits = np.zeros(0, np.float32)
         self.kept_tokens, self.notes = 0, list[str]()
@@ -109,7 +138,7 @@ class Comparison:
     def errors(self) -> dict[str, float]:
         """All that is compared, by what it is."""
         found = {"vision features": relative_error(self._features(), self.theirs.features)}
-        request = dense_request(self.compiled.manifest)
+        request = dense_request(self.compiled.manifest, self.tokens)
         ours = self._run(dense_pipeline(self.compiled), request, self.theirs.dense)
         self.dense_logits, self.kept_tokens = ours.logits, len(ours.kept[-1])
         dense = {KEPT: float(differing(ours, self.theirs.dense)), **run_errors(ours, self.theirs.dense)}
@@ -125,12 +154,12 @@ class Comparison:
         return run(pipeline, self.theirs.prompt, self.theirs.rows, request, reduction, theirs.tokens)
 
     def _reduced(self, theirs: Run) -> dict[str, float]:
-        ours = self._run(self.compiled, Request(DECODED), theirs)
+        ours = self._run(self.compiled, Request(self.tokens), theirs)
         self.kept_tokens = len(ours.kept[-1])
         others, kept = differing(ours, theirs), sum(map(len, theirs.kept))
         if self.theirs.decisions and not self.exact:
             replayed = Replayed(self.theirs.prompt.labels, self.theirs.decisions)
-            ours = self._run(self.compiled, Request(DECODED), theirs, replayed)
+            ours = self._run(self.compiled, Request(self.tokens), theirs, replayed)
             self.notes.append(
                 "reduced: the bundle repeated the eager model's decisions; by itself it keeps other tokens in "
                 f"{others} of {kept} cases, all segments together"
@@ -149,34 +178,3 @@ def run_errors(ours: Run, theirs: Run) -> dict[str, float]:
 def differing(ours: Run, theirs: Run) -> int:
     """Tokens that only one of the two has, over all segments."""
     return sum(np.setxor1d(*pair).size for pair in zip(ours.kept, theirs.kept, strict=True))
-
-
-def relative_error(ours: Array, reference: Array) -> float:
-    """Largest difference over the largest magnitude of the reference."""
-    return float(np.abs(ours - reference).max() / np.abs(reference).max())
-
-
-def transformers_logits(plan: BuildPlan, prompt: Prompt, visuals: Sequence[VisualInput]) -> Array | None:
-    """Logits of the prompt's last token from transformers' own class; None without one, or where memory is short."""
-    family = plan.family
-    parameters = sum(int(np.prod(plan.checkpoint.shape(key))) for key in plan.checkpoint.files)
-    too_large = 4 * parameters > _MEMORY_SHARE * available_memory()
-    if not family.reference_logits or plan.options.num_decoder_layer is not None or too_large:
-        return None
-    with _no_progress_bars():
-        logits: Array = load(family.reference_logits)(plan.checkpoint, prompt, visuals)
-    return logits
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing its own bars over ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -37,6 +37,7 @@ from framefusion.export.leftovers import check_all_read
 from framefusion.export.options import BuildOptions as BuildOptions  # part of this module's interface
 from framefusion.export.segments import SegmentPlan, cut_after, whole_decoder
 from framefusion.export.signatures import segment_module
+from framefusion.export.streaming import stream
 from framefusion.export.weights import (
     AnySource,
     Source,
@@ -168,18 +169,24 @@ class BuildPlan:
         with torch.device("meta"):
             return FixedPrefill(self.config, self.reduction.schedule, self.fixed)
 
-    def eager_loaders(self) -> Mapping[str, Callable[[], nn.Module]]:
+    def eager_loaders(self, *, streamed: bool = False) -> Mapping[str, Callable[[], nn.Module]]:
         """Graph of the bundle -> the torch module it was made of, with weights.
 
         The plan's own modules stay without them; what the loaders give is freed with the loaders.
+
+        Args:
+            streamed: a layer's weights are read when it runs, each time, and memory holds no other's: see streaming.py.
         """
 
         def load(module: nn.Module, sources: Mapping[str, AnySource]) -> Callable[[], nn.Module]:
-            return cache(lambda: load_parameters(copy.deepcopy(module), self.checkpoint, sources, torch.float32))
+            filled = self._streamed if streamed else self._loaded
+            return cache(lambda: filled(copy.deepcopy(module), sources))
 
-        def share(plain: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        def share(plain: Callable[[], nn.Module], sources: Mapping[str, AnySource]) -> Callable[[], nn.Module]:
             def shared() -> nn.Module:
                 module = self.fixed_module()
+                if streamed:
+                    return self._streamed(module, sources)
                 module.load_state_dict(plain().state_dict(), assign=True)
                 return module
 
@@ -190,8 +197,15 @@ class BuildPlan:
             record, sources = self.segment_record(plan), self.sources(plan)
             loaders[record.decode_graph or record.graph] = load(segment_module(self.config, plan), sources)
             if record.decode_graph is not None:
-                loaders[record.graph] = share(loaders[record.decode_graph])
+                loaders[record.graph] = share(loaders[record.decode_graph], sources)
         return loaders
+
+    def _loaded(self, module: nn.Module, sources: Mapping[str, AnySource]) -> nn.Module:
+        return load_parameters(module, self.checkpoint, sources, torch.float32)
+
+    def _streamed(self, module: nn.Module, sources: Mapping[str, AnySource]) -> nn.Module:
+        stream(module, lambda name: sources[name].make(self.checkpoint))
+        return module
 
     def _taken(self) -> Iterator[str]:
         """Keys that a bundle of all layers reads, whatever --num-decoder-layer leaves out of this one."""

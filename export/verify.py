@@ -1,11 +1,14 @@
 """Which check a build gets, and the checks that need no whole model in memory.
 
     full        the bundle and the eager model (check.py), where memory holds them
-    truncated   else: a bundle of the first layers, built with the same options in a scratch folder
+    streamed    else: the same with a shorter clip and answer, and weights that are read from the disk as they are used
+    truncated   where that cannot be (a static graph computes its whole length): a bundle of the first layers, built
+                with the same options in a scratch folder
     in float32  where the runtime has no kernels for the type (bfloat16): the same graphs, built and checked in float32
 
 Where it was not the bundle itself that was checked, tensors of each of its files are read back and compared with the
-checkpoint byte by byte. What was done, and why, is in the manifest.
+checkpoint byte by byte, and the torch graphs of all layers are compared with transformers' class all the same
+(agreement.py). What was done, and why, is in the manifest.
 """
 
 from __future__ import annotations
@@ -24,11 +27,15 @@ from torch import nn
 
 from framefusion.budget import cost_of_shares
 from framefusion.export import check
+from framefusion.export.agreement import Agreement, agreement_of, not_compared
+from framefusion.export.observation import SPARING, WHOLE, Effort, observe
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan import GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan
 from framefusion.export.signatures import segment_module
+from framefusion.export.streaming import streamed_bytes
 from framefusion.export.weights import AnySource, blocks_of
 from framefusion.reducers import load_reducer
+from framefusion.runtime.bundle import Bundle
 
 FEWEST_LAYERS = 4  # a segment of each kind: first, middle and last
 SAMPLES = 8  # tensors of a file that are read back
@@ -41,14 +48,18 @@ class Scope:
     """What a build will check.
 
     Attributes:
-        method: "full", "truncated", "in float32", or "weights": nothing is run.
+        method: "full", "streamed", "truncated", "in float32", or "weights": the bundle's graphs are not run.
         why: in words, for the manifest and for whoever reads the output.
         options: of the bundle that is checked in its place; None for the bundle itself and where nothing is run.
+        effort: of the run, and of the comparison with transformers.
+        uncompared: why transformers' class cannot be run; "": it is.
     """
 
     method: str
     why: str = ""
     options: BuildOptions | None = None
+    effort: Effort = WHOLE
+    uncompared: str = ""
 
 
 def scope_of(plan: BuildPlan) -> Scope:
@@ -59,12 +70,16 @@ def scope_of(plan: BuildPlan) -> Scope:
     needed, free = memory_of_check(plan), check.available_memory()
     if needed <= free:
         return Scope("full") if runs else Scope("in float32", untried, options)
+    least = memory_of_streamed(plan)
+    uncompared = "" if least <= free else f"it needs {least / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    if runs and plan.fixed is None and not uncompared:
+        return Scope("streamed", effort=SPARING)
     short = f"the full check needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     smaller = truncated(plan, options)
     if smaller is None or memory_of_check(BuildPlan(plan.checkpoint, smaller)) > free:
-        return Scope("weights", f"nothing was run: {short}")
+        return Scope("weights", f"the graphs were not run: {short}", None, SPARING, uncompared)
     layers = f"truncated to {smaller.num_decoder_layer} of {plan.config.num_layers} layers: {short}"
-    return Scope("truncated", "; ".join(filter(None, (layers, untried))), smaller)
+    return Scope("truncated", "; ".join(filter(None, (layers, untried))), smaller, SPARING, uncompared)
 
 
 def report(
@@ -87,19 +102,26 @@ def report(
         as `check.check_bundle`, with the method and why it was chosen.
     """
     done = {"method": scope.method, "why": scope.why}
-    if scope.method == "full":
-        return check.check_bundle(folder, plan, tolerance) | done
-    found: dict[str, Any] = {"tolerance": tolerance, "reference": "the checkpoint's weights", "lines": [], "notes": []}
+    if scope.method in ("full", "streamed"):
+        return check.check_bundle(folder, plan, tolerance, scope.effort) | done
+    found: dict[str, Any] = {"tolerance": tolerance, "lines": [], "notes": []}
     if scope.options is not None:
         with scratch(scope.options) as other:
-            found = check.check_bundle(other, BuildPlan(plan.checkpoint, scope.options), tolerance)
+            smaller = BuildPlan(plan.checkpoint, scope.options)
+            found = check.check_bundle(other, smaller, tolerance, transformers=False)
     weights = weight_report(folder, plan)
     line = {"what": "tensors written that are not the checkpoint's", "value": len(weights["differing"]), "limit": 0.0}
-    lines = [*found["lines"], line]
-    failures = [line for line in lines if not line["value"] <= line["limit"]]
     note = f"{weights['tensors']} tensors of all files of weights, {weights['bytes'] / 1e9:.2f} GB, were read back"
     notes = [*found["notes"], note, *weights["differing"]]
-    return found | done | {"passed": not failures, "lines": lines, "failures": failures, "notes": notes}
+    found |= {"lines": [*found["lines"], line], "notes": notes} | done
+    return check.with_agreement(found, _agreement(folder, plan, scope))
+
+
+def _agreement(folder: Path, plan: BuildPlan, scope: Scope) -> Agreement:
+    """The torch graphs of all layers against transformers' class, which needs no graph of the bundle."""
+    if scope.uncompared:
+        return not_compared(scope.uncompared)
+    return agreement_of(plan, observe(Bundle(folder), plan, replace(scope.effort, reduced=False)))
 
 
 def memory_of_check(plan: BuildPlan) -> int:
@@ -112,6 +134,19 @@ def memory_of_check(plan: BuildPlan) -> int:
     modules = (segment_module(plan.config, segment) for segment in plan.segments)
     segments = [parameter.numel() for module in modules for parameter in module.parameters()]
     return FLOAT * (copies * sum(segments) + sum(tower) + max(*segments, *tower)) + PROCESS
+
+
+def memory_of_streamed(plan: BuildPlan) -> int:
+    """Bytes at the peak where weights stay on the disk: the largest unit as it is stored and in fp32, and what is kept.
+
+    transformers' class has the same units in other words: a layer of the LLM is two of this project's.
+    """
+    tower = plan.tower.module
+    modules = [segment_module(plan.config, segment) for segment in plan.segments]
+    halves = [sum(p.numel() for p in block.parameters()) for module in modules for block in module.blocks]
+    layer = FLOAT * sum(sorted(halves)[-2:])
+    largest = max(layer, streamed_bytes(tower), *(streamed_bytes(module) for module in modules))
+    return largest * 3 // 2 + PROCESS
 
 
 def truncated(plan: BuildPlan, options: BuildOptions) -> BuildOptions | None:

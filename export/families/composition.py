@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.families.transformers_call import TransformersCall
 from framefusion.export.families.vit import ACTIVATIONS
 from framefusion.export.graph.vit import VitConfig
-from framefusion.runtime.prompt import FIRST_EXTRA, Prompt
+from framefusion.runtime.prompt import FIRST_EXTRA
 from framefusion.runtime.visual_input import Tiles, VisualInput
 
 
-def siglip(checkpoint: Checkpoint, prefix: str, vit: VitConfig, image_size: int, patch_size: int) -> nn.Module:
+def siglip(call: TransformersCall, prefix: str, vit: VitConfig, image_size: int, patch_size: int) -> nn.Module:
     """SiglipVisionModel with the layers that a tower runs: what they give is its last hidden state."""
     import transformers
 
@@ -29,20 +30,26 @@ def siglip(checkpoint: Checkpoint, prefix: str, vit: VitConfig, image_size: int,
         num_attention_heads=vit.num_heads, image_size=image_size, patch_size=patch_size,
         layer_norm_eps=vit.norm_eps, hidden_act=names[vit.activation], vision_use_head=False,
     )  # fmt: skip
-    tower: nn.Module = transformers.SiglipVisionModel(config)
-    inner = "" if hasattr(tower, "embeddings") else "vision_model."  # the outer module came and went between releases
-    fill(tower, checkpoint, prefix, inner)
-    return tower.eval()
+    with torch.device("meta"):
+        names_of_class = transformers.SiglipVisionModel(config)
+    inner = "" if hasattr(names_of_class, "embeddings") else "vision_model."  # it came and went between releases
+    tower: nn.Module = call.module("SiglipVisionModel", config=config, prefix=prefix, inner=inner)
+    return tower
 
 
-def qwen2(checkpoint: Checkpoint, config: Mapping[str, Any], prefix: str = "") -> nn.Module:
+def qwen2(call: TransformersCall, config: Mapping[str, Any], prefix: str = "") -> nn.Module:
     """Qwen2ForCausalLM."""
+    return causal(call, "Qwen2ForCausalLM", {**config, "model_type": "qwen2"}, prefix)
+
+
+def causal(call: TransformersCall, name: str, config: Mapping[str, Any], prefix: str, **how: Any) -> nn.Module:
+    """A causal LM of transformers by its class's name, for the configuration of an LLM within another format."""
     import transformers
 
-    told = {**config, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    model: nn.Module = transformers.Qwen2ForCausalLM(transformers.Qwen2Config.from_dict(told))
-    fill(model, checkpoint, prefix)
-    return model.eval()
+    told = {**config, "architectures": [name]}
+    read = getattr(transformers, name).config_class.from_dict(told)
+    model: nn.Module = call.model(name, config=read, prefix=prefix, **how)
+    return model
 
 
 def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, inner: str = "") -> None:
@@ -63,28 +70,30 @@ def pixels(tiles: Tiles, size: int, patch: int) -> Tensor:
 
 
 def last_logits(
-    model: Any,
-    prompt: Prompt,
-    visuals: Sequence[VisualInput],
-    rows: Callable[[Tiles], Tensor],
-    learned: Tensor | None = None,
+    model: Any, call: TransformersCall, rows: Callable[[Tiles], Tensor], learned: Tensor | None = None
 ) -> NDArray[Any]:
-    """Logits [V] of a prompt's last token.
+    """Logits [keep, V] of the last tokens.
 
     Args:
         model: a causal LM of transformers.
-        prompt: ids and the places of rows.
-        visuals: what the prompt shows.
+        call: ids, the places of rows, and what the prompt shows.
         rows: of the tower and projector for pictures of one size.
         learned: the row [D] of the first learned token that no tokenizer knows.
     """
-    ids = torch.from_numpy(prompt.token_ids)
+    return shown_logits(model, call, [_shown(visual, rows) for visual in call.visuals], learned)
+
+
+def shown_logits(
+    model: Any, call: TransformersCall, shown: Sequence[Tensor], learned: Tensor | None = None
+) -> NDArray[Any]:
+    """The same for rows [n, D] of each video or image."""
+    ids = torch.from_numpy(call.prompt.token_ids)
     embedded = model.get_input_embeddings()(ids.clamp(0))
     if learned is not None:
         embedded[ids == FIRST_EXTRA] = learned
-    shown = [_shown(visual, rows).to(embedded.dtype) for visual in visuals]
-    embedded[torch.from_numpy(prompt.row_places)] = torch.cat([embedded[:0], *shown])
-    logits: NDArray[Any] = model(inputs_embeds=embedded[None], logits_to_keep=1).logits[0, -1].numpy()
+    rows = [one.to(embedded.dtype) for one in shown]
+    embedded[torch.from_numpy(call.prompt.row_places)] = torch.cat([embedded[:0], *rows])
+    logits: NDArray[Any] = model(inputs_embeds=embedded[None], logits_to_keep=call.keep).logits[0].numpy()
     return logits
 
 

@@ -127,7 +127,7 @@ def stored_depth(checkpoint: Checkpoint, family: Family) -> int:
 def decoder_sources(checkpoint: Checkpoint, family: Family, plan: SegmentPlan) -> dict[str, AnySource]:
     """Where each parameter of a segment is in the checkpoint."""
     prefix, names = llm_prefix(checkpoint, family), family.llm.names
-    unpack = _unpacking(checkpoint) if family.llm.packed_qkv else {}
+    unpack = unpacking(checkpoint) if family.llm.packed_qkv else {}
     sources: dict[str, AnySource] = {}
     for index, block in enumerate(plan.blocks):
         for slot, name in names.items():
@@ -145,7 +145,7 @@ def decoder_sources(checkpoint: Checkpoint, family: Family, plan: SegmentPlan) -
     return sources
 
 
-def _unpacking(checkpoint: Checkpoint) -> Mapping[str, Callable[[Tensor], Tensor]]:
+def unpacking(checkpoint: Checkpoint) -> Mapping[str, Callable[[Tensor], Tensor]]:
     """q, k and v out of rows that stand by key-value head: its query heads, its key, its value (InternLM2)."""
     config = text_config(checkpoint)
     heads = int(required(config, "num_attention_heads", checkpoint))

@@ -75,7 +75,8 @@ class Family:
         verified: what the row was checked against.
         terminators: tokens that end an answer beside those that the checkpoint names.
         reference: transformers' class for this family, "" where there is none.
-        reference_logits: "module:function" that runs it: (checkpoint, prompt, visuals) -> logits [V] of the last token.
+        reference_logits: "module:function" that runs it: TransformersCall -> logits [keep, V] of the last tokens.
+        stand_in: parts of the model that no class of transformers computes, and what takes their place.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Family:
     terminators: tuple[str, ...] = ()
     reference: str = ""
     reference_logits: str = ""
+    stand_in: str = ""
     llm_architectures: tuple[str, ...] = ()
 
     def plan_tower(self, checkpoint: Checkpoint) -> TowerPlan:

@@ -199,6 +199,9 @@ CHAT = Family(
     similarity_lower_bound=0.6,
     verified="transformers' InternVLForConditionalGeneration with the same weights, at tiny sizes",
     terminators=("<|im_end|>",),
+    reference="the class of the LLM within",
+    reference_logits="framefusion.export.families.internvl_tower:llm_logits",
+    stand_in="vision tower and projector (this project's graph)",
 )
 CHAT_INTERNLM2 = replace(
     CHAT,
@@ -211,6 +214,9 @@ CHAT_INTERNLM2 = replace(
         names=INTERNLM2_NAMES,
         packed_qkv=True,
     ),
+    reference="LlamaForCausalLM",
+    reference_logits="framefusion.export.families.internvl_tower:internlm2_logits",
+    stand_in="vision tower and projector (this project's graph), rows of q, k and v (unpacked by this project)",
 )
 NATIVE = replace(
     CHAT,
@@ -230,4 +236,5 @@ NATIVE = replace(
     verified="transformers' InternVLForConditionalGeneration at tiny sizes",
     reference="InternVLForConditionalGeneration",
     reference_logits="framefusion.export.families.internvl_tower:reference_logits",
+    stand_in="",
 )

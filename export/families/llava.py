@@ -171,4 +171,5 @@ ROW = Family(
     verified="transformers' SiglipVisionModel and Qwen2ForCausalLM with LLaVA's steps between, at tiny sizes",
     reference="SiglipVisionModel and Qwen2ForCausalLM",
     reference_logits="framefusion.export.families.llava_reference:original_logits",
+    stand_in="projector and pooling (the authors' steps, written here)",
 )

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families import llava
 from framefusion.export.families.composition import fill, last_logits, pixels, qwen2, siglip
 from framefusion.export.families.llava_tower import original_tower
+from framefusion.export.families.transformers_call import TransformersCall
 from framefusion.export.graph.llava_tower import LlavaTower
-from framefusion.runtime.prompt import Prompt
-from framefusion.runtime.visual_input import Tiles, VisualInput
+from framefusion.runtime.visual_input import Tiles
 
 
-def hf_logits(checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[VisualInput]) -> NDArray[Any]:
-    """Logits [V] of the last token, by the class that config.json names; images are laid out by this project's rule."""
-    import transformers
+def hf_logits(call: TransformersCall) -> NDArray[Any]:
+    """Logits [keep, V] of the last tokens, by the class that config.json names.
 
-    load: Callable[..., Any] = getattr(transformers, checkpoint.config["architectures"][0]).from_pretrained
-    model = load(checkpoint.folder, dtype=torch.float32, local_files_only=True).eval()
+    Images are laid out by this project's rule.
+    """
+    model = call.model(call.checkpoint.config["architectures"][0])
     config, pool_first = model.config, hasattr(model.model, "vision_resampler")
     size, patch = (getattr(config.vision_config, name) for name in ("image_size", "patch_size"))
 
@@ -39,33 +37,34 @@ def hf_logits(checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[VisualIn
         return hidden.flatten(0, 1)
 
     with torch.inference_mode():
-        return last_logits(model, prompt, visuals, rows, model.model.image_newline)
+        return last_logits(model, call, rows, model.model.image_newline)
 
 
-def original_logits(checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[VisualInput]) -> NDArray[Any]:
-    """Logits [V] of the last token, by SiglipVisionModel and Qwen2ForCausalLM with LLaVA's steps between them."""
-    tower, projector, model = _original_parts(checkpoint)
-    told = llava.preprocessing(checkpoint)
+def original_logits(call: TransformersCall) -> NDArray[Any]:
+    """Logits [keep, V] of the last tokens, by SiglipVisionModel and Qwen2ForCausalLM with LLaVA's steps between."""
+    tower, projector, model = _original_parts(call)
+    told = llava.preprocessing(call.checkpoint)
 
     def rows(tiles: Tiles) -> Tensor:
         hidden = tower(pixels(tiles, told.image_size, told.patch_size), output_hidden_states=True).hidden_states[-1]
         return _pooled(projector(hidden), tiles).flatten(0, 1)
 
     with torch.inference_mode():
-        return last_logits(model, prompt, visuals, rows, checkpoint.tensor("model.image_newline").float())
+        return last_logits(model, call, rows, call.checkpoint.tensor("model.image_newline").float())
 
 
-def _original_parts(checkpoint: Checkpoint) -> tuple[nn.Module, nn.Module, nn.Module]:
+def _original_parts(call: TransformersCall) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Vision tower, projector and LLM."""
+    checkpoint = call.checkpoint
     told, plan = llava.preprocessing(checkpoint), original_tower(checkpoint)
     assert isinstance(plan.module, LlavaTower)
     vit = plan.module.config.vit
-    tower = siglip(checkpoint, llava.VISION_PREFIX, vit, told.image_size, told.patch_size)
+    tower = siglip(call, llava.VISION_PREFIX, vit, told.image_size, told.patch_size)
     projector = nn.Sequential(
         nn.Linear(vit.width, plan.out_width), nn.GELU(), nn.Linear(plan.out_width, plan.out_width)
     )
     fill(projector, checkpoint, "model.mm_projector.")
-    return tower, projector, qwen2(checkpoint, checkpoint.config)
+    return tower, projector, qwen2(call, checkpoint.config)
 
 
 def _pooled(hidden: Tensor, tiles: Tiles) -> Tensor:

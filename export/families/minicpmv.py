@@ -111,4 +111,5 @@ ROW = Family(
     verified="Idefics2VisionTransformer, torch.nn.MultiheadAttention and Qwen2ForCausalLM composed at tiny sizes",
     reference="Idefics2VisionTransformer and Qwen2ForCausalLM, with torch's MultiheadAttention between them",
     reference_logits="framefusion.export.families.minicpmv_reference:reference_logits",
+    stand_in="resampler (the authors' steps around torch's MultiheadAttention)",
 )

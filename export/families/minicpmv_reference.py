@@ -4,21 +4,19 @@ compared with, since transformers has no class for it. Knows no graph of ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families.composition import fill, last_logits, qwen2
 from framefusion.export.families.minicpmv_tower import RESAMPLER, VISION, encoder_config, resampler_config
+from framefusion.export.families.transformers_call import TransformersCall
 from framefusion.export.families.vit import ACTIVATIONS
 from framefusion.export.graph.minicpmv_tower import RESAMPLER_EPS, ResamplerConfig
 from framefusion.runtime.positions import sincos_table
-from framefusion.runtime.prompt import Prompt
-from framefusion.runtime.visual_input import Tiles, VisualInput
+from framefusion.runtime.visual_input import Tiles
 
 
 class Resampler(nn.Module):
@@ -43,14 +41,15 @@ class Resampler(nn.Module):
 
 
 @torch.inference_mode()
-def reference_logits(checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[VisualInput]) -> NDArray[Any]:
-    """Logits [V] of a prompt's last token.
+def reference_logits(call: TransformersCall) -> NDArray[Any]:
+    """Logits [keep, V] of the last tokens.
 
     transformers' buckets of positions are not the released code's for 49 or 58 patches along an axis (see `off_floor`):
     pictures of these sizes differ here.
     """
+    checkpoint = call.checkpoint
     config = encoder_config(checkpoint)
-    vision, resampler = vision_tower(checkpoint), Resampler(resampler_config(checkpoint), config.width).eval()
+    vision, resampler = vision_tower(call), Resampler(resampler_config(checkpoint), config.width).eval()
     fill(resampler, checkpoint, RESAMPLER)
     patch = int(checkpoint.config["vision_config"]["patch_size"])
 
@@ -62,21 +61,20 @@ def reference_logits(checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[V
         shown: Tensor = resampler(vision(pictures).last_hidden_state, torch.from_numpy(sincos))
         return shown
 
-    return last_logits(qwen2(checkpoint, checkpoint.config, "llm."), prompt, visuals, rows)
+    return last_logits(qwen2(call, checkpoint.config, "llm."), call, rows)
 
 
-def vision_tower(checkpoint: Checkpoint) -> nn.Module:
+def vision_tower(call: TransformersCall) -> nn.Module:
     """Idefics2VisionTransformer with the layers that are stored."""
     from transformers import Idefics2VisionConfig
     from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
-    vit, told = encoder_config(checkpoint), checkpoint.config["vision_config"]
+    vit, told = encoder_config(call.checkpoint), call.checkpoint.config["vision_config"]
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     config = Idefics2VisionConfig(
         hidden_size=vit.width, intermediate_size=vit.mlp_width, num_hidden_layers=vit.depth,
         num_attention_heads=vit.num_heads, image_size=told["image_size"], patch_size=told["patch_size"],
         layer_norm_eps=vit.norm_eps, hidden_act=names[vit.activation],
     )  # fmt: skip
-    tower: nn.Module = Idefics2VisionTransformer(config)
-    fill(tower, checkpoint, VISION)
-    return tower.eval()
+    tower: nn.Module = call.module(Idefics2VisionTransformer, config=config, prefix=VISION)
+    return tower

@@ -252,4 +252,5 @@ ROW = Family(
     terminators=("<|im_end|>",),
     reference="SiglipVisionModel and Qwen2ForCausalLM",
     reference_logits="framefusion.export.families.nvila_tower:reference_logits",
+    stand_in="projector and pooling (the authors' steps, written here)",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from framefusion.export.families import nvila
 from framefusion.export.families.composition import fill, last_logits, pixels, qwen2, siglip
 from framefusion.export.families.reading import required, text_config
 from framefusion.export.families.towers import TowerPlan
+from framefusion.export.families.transformers_call import TransformersCall
 from framefusion.export.families.vit import (
     activation_of,
     linear_sources,
@@ -30,8 +31,7 @@ from framefusion.export.graph.vit import VitConfig
 from framefusion.export.weights import AnySource, Computed
 from framefusion.runtime.families.nvila import NvilaPreprocessing
 from framefusion.runtime.positions import Grid
-from framefusion.runtime.prompt import Prompt
-from framefusion.runtime.visual_input import Tiles, VisualInput
+from framefusion.runtime.visual_input import Tiles
 
 PROJECTOR = "mm_projector.layers."
 MAPS: Mapping[int, tuple[int, ...]] = {2: (2, 4), 3: (2, 5, 7)}
@@ -155,14 +155,15 @@ def _shifted(weight: Tensor, shift: Tensor, bias: Tensor) -> Tensor:
     return bias.float() + weight.float() @ shift.float()
 
 
-def reference_logits(checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[VisualInput]) -> NDArray[Any]:
-    """Logits [V] of the last token, by SiglipVisionModel and Qwen2ForCausalLM with VILA's steps between them.
+def reference_logits(call: TransformersCall) -> NDArray[Any]:
+    """Logits [keep, V] of the last tokens, by SiglipVisionModel and Qwen2ForCausalLM with VILA's steps between them.
 
     Of images at several scales only the tests have a reference.
     """
+    checkpoint = call.checkpoint
     told = nvila.preprocessing(checkpoint)
     copies = len(told.scales)
-    vision = siglip(checkpoint, vision_prefix(checkpoint), encoder_config(checkpoint), told.image_size, told.patch_size)
+    vision = siglip(call, vision_prefix(checkpoint), encoder_config(checkpoint), told.image_size, told.patch_size)
     projector = _projector(checkpoint, told.merge_size)
     missing = told.blocks * told.merge_size - told.side
 
@@ -186,7 +187,7 @@ def reference_logits(checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[V
         return projected.flatten(0, 1)
 
     with torch.inference_mode():
-        return last_logits(qwen2(checkpoint, text_config(checkpoint), "llm."), prompt, visuals, rows)
+        return last_logits(qwen2(call, text_config(checkpoint), "llm."), call, rows)
 
 
 def _projector(checkpoint: Checkpoint, block: int) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,11 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families.reading import required, vision_config
 from framefusion.export.families.towers import TowerPlan, run_of
+from framefusion.export.families.transformers_call import TransformersCall
 from framefusion.export.families.vit import linear_sources, norm_sources
 from framefusion.export.graph.qwen2_vl_tower import Qwen2VLTower, TowerConfig
 from framefusion.export.graph.tower import Tower
 from framefusion.export.weights import AnySource, Source
-from framefusion.runtime.prompt import Prompt
-from framefusion.runtime.visual_input import VisualInput
 
 PREFIXES = ("model.visual.", "visual.")  # newest first
 ROPE_THETA = 10000.0
@@ -59,29 +58,23 @@ def plan_of(
     )
 
 
-def transformers_logits(
-    name: str, checkpoint: Checkpoint, prompt: Prompt, visuals: Sequence[VisualInput]
-) -> NDArray[np.float32]:
-    """Logits [V] of the last token after videos, by the class of transformers that has this name.
+def transformers_logits(name: str, call: TransformersCall) -> NDArray[np.float32]:
+    """Logits [keep, V] of the last tokens after videos, by the class of transformers that has this name.
 
     Positions are passed explicitly: transformers 5 places text after a video by another rule (see positions.py).
     """
-    import transformers
-
-    model = getattr(transformers, name).from_pretrained(
-        checkpoint.folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-    )
-    tiles = [tiles for visual in visuals for tiles in visual.tiles]
+    prompt, model = call.prompt, call.model(name)
+    tiles = [tiles for visual in call.visuals for tiles in visual.tiles]
     with torch.inference_mode():
-        result = model.eval()(
+        result = model(
             input_ids=torch.from_numpy(prompt.token_ids)[None],
             position_ids=torch.from_numpy(prompt.positions)[:, None],
             pixel_values_videos=torch.cat([torch.from_numpy(t.values).flatten(0, 1) for t in tiles]),
             video_grid_thw=torch.tensor([list(t.grid) for t in tiles]),
             mm_token_type_ids=torch.where(torch.from_numpy(prompt.labels >= 0), 2, 0)[None].int(),
-            logits_to_keep=1,
+            logits_to_keep=call.keep,
         )
-    logits: NDArray[np.float32] = result.logits[0, -1].numpy()
+    logits: NDArray[np.float32] = result.logits[0].numpy()
     return logits
 
 

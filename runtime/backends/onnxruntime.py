@@ -46,12 +46,15 @@ class OnnxRuntimeBackend(HostBackend):
         folder: the bundle.
         threads: of one operator; 0 lets ONNX Runtime take the physical cores.
         decode_width: see `HostBackend`.
+        mapped: weights stay in their files, which are mapped, and are converted when an operator wants them: slow, and
+            memory holds one matrix. Else they are packed once, in fp32 on the CPU, and stay.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, threads: int = 0, decode_width: int = 1) -> None:
+    def __init__(self, folder: Path, threads: int = 0, decode_width: int = 1, *, mapped: bool = False) -> None:
         super().__init__(decode_width)
+        self._mapped = mapped
         self._folder, self._threads = folder, threads
         self._sessions: dict[str, Any] = {}
 
@@ -85,8 +88,14 @@ class OnnxRuntimeBackend(HostBackend):
         options.intra_op_num_threads = self._threads
         options.enable_mem_pattern = False
         options.log_severity_level = 3  # errors
-        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_env_allocators", "0" if self._mapped else "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")  # do not disturb the next segment's pool
+        if self._mapped:
+            # no copy is packed, no conversion of a weight is done ahead, and each waits for its operator
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            options.enable_cpu_mem_arena = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             return ort.InferenceSession(path, options, providers=self._providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class

@@ -1,6 +1,7 @@
 """What exporting a checkpoint that does not fit in memory takes: peak memory, time, and bytes on the disk, by phase.
 
     python -m tools.bench.export_memory --folder /a/disk/with/50GB --write
+    python -m tools.bench.export_memory --modes checked --folder /a/disk/with/50GB --write
 
 A Qwen2-VL of the true 7B shape with random weights (big_checkpoint.py) becomes float16 segments, once adaptive and once
 fixed, each by `ff-export build` in a process of its own; beside it stands `cp` of the same checkpoint to the same disk,
@@ -8,7 +9,8 @@ in the same run. Each begins with the checkpoint out of the page cache and ends 
 
 Of the process: `anonymous` is its own memory (RssAnon), sampled every 50 ms; `high_water` is the kernel's VmHWM, which
 counts mapped files as well and is set back at the beginning of each phase. `read` and `written` are what reached the
-disk (/proc/PID/io). The check is left out: it takes what memory is free, and says so. Linux only.
+disk (/proc/PID/io). The check is left out, but for the mode `checked`, whose file is results/export_check.json: all
+layers against transformers' class and the bundle itself, weights read from the disk as they are used. Linux only.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ from tools.bench.setting import report
 
 INTERVAL = 0.05  # seconds between samples
 MODES = {
-    "adaptive": ["--reduction", "adaptive"],
-    "fixed": ["--reduction", "fixed", "--merge-shares", "0.4,0.1", "--prune-layer", "2", "--cost", "0.3"],
+    "adaptive": ["--no-check", "--reduction", "adaptive"],
+    "fixed": ["--no-check", "--reduction", "fixed", "--merge-shares", "0.4,0.1", "--prune-layer", "2", "--cost", "0.3"],
+    "checked": ["--reduction", "adaptive"],
 }
+UNCHECKED = ("adaptive", "fixed")
 PART = re.compile(r"^(\S+): .* before it$")  # how a build says on a log that a part begins
 UNITS = {"status": 1024, "io": 1}  # files of /proc/PID and what they count in
 COMMAND = [sys.executable, "-c", "from framefusion.export.cli import main; main()"]
@@ -55,7 +59,8 @@ def main() -> None:
     if not arguments.keep:
         shutil.rmtree(checkpoint)
     figures = {"shape": arguments.shape, "checkpoint_gb": gigabytes(size)} | runs
-    report("export_memory", figures, write=arguments.write)
+    file = "export_check" if arguments.modes == ["checked"] else None
+    report("export_memory", figures, write=arguments.write, file=file)
 
 
 def copy(source: Path, target: Path) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def build(checkpoint: Path, target: Path, options: list[str]) -> dict[str, Any]:
     with removed(target), removed(target.with_name(target.name + ".partial")):
         forget(checkpoint)
         start = time.perf_counter()
-        command = [*COMMAND, "build", str(checkpoint), "-o", str(target), "--no-check", "--json", *options]
+        command = [*COMMAND, "build", str(checkpoint), "-o", str(target), "--json", *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         watch = Watch(process)
         told = json.loads(process.stdout.read() if process.stdout else "{}")
@@ -89,7 +94,7 @@ def build(checkpoint: Path, target: Path, options: list[str]) -> dict[str, Any]:
         "anonymous_gb": max(phase["anonymous_gb"] for phase in phases.values()),
         "bundle_gb": gigabytes(written),
         "phases": phases,
-    }
+    } | ({"check": told["check"]} if told["check"] else {})
 
 
 class Watch:
@@ -198,7 +203,7 @@ def gigabytes(size: float) -> float:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=BIG_SHAPES, default="7b")
-    parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES))
+    parser.add_argument("--modes", type=lambda text: text.split(","), default=list(UNCHECKED))
     parser.add_argument("--folder", type=Path, help="where; default: in the system's folder for temporary files")
     parser.add_argument("--keep", action="store_true", help="do not remove the checkpoint")
     parser.add_argument("--options", type=str.split, default=[], help="more options of the build, in quotes")
