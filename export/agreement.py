@@ -9,14 +9,13 @@ the last norm, and the logits of each token of the answer.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from framefusion.export.families.family import load
+from framefusion.export.families.reading import text_config
 from framefusion.export.families.transformers_call import TransformersCall, answered, relative_error
 from framefusion.export.observation import Array, Observed
 from framefusion.export.plan import BuildPlan
@@ -68,8 +67,7 @@ def agreement_of(plan: BuildPlan, ours: Observed) -> Agreement:
         plan.checkpoint, answered(ours.prompt, answer), ours.visuals, [ours.features[0]], ours.states, ours.final,
         plan.options.num_decoder_layer, 1 + len(answer),
     )  # fmt: skip
-    with _no_progress_bars():
-        logits: Array = load(family.reference_logits)(call)
+    logits = call.run(load(family.reference_logits))
     stages = _stages(call, ours, logits)
     stood_in = "vision tower" in family.stand_in
     stages = {what: value for what, value in stages.items() if not (stood_in and what == "rows of visuals")}
@@ -80,6 +78,7 @@ def agreement_of(plan: BuildPlan, ours: Observed) -> Agreement:
         "classes": list(dict.fromkeys(call.names)),
         "stand_in": family.stand_in,
         "layers": plan.config.num_layers,
+        "of_layers": int(text_config(plan.checkpoint).get("num_hidden_layers") or plan.config.num_layers),
         "prompt_tokens": int(ours.prompt.token_ids.size),
         "answer_tokens": len(answer),
         "errors": stages,
@@ -108,7 +107,10 @@ def _notes(call: TransformersCall, stages: dict[str, float]) -> list[str]:
     notes = []
     if call.missing:
         shown = ", ".join(call.missing[:3]) + (", ..." if len(call.missing) > 3 else "")
-        notes.append(f"{call.names[-1]} found no {shown} in the checkpoint")
+        notes.append(f"transformers found no {shown} in the checkpoint")
+    if call.left:
+        shown = ", ".join(call.left[:3]) + (", ..." if len(call.left) > 3 else "")
+        notes.append(f"transformers took {len(call.left)} tensors of the checkpoint for none of its model's: {shown}")
     off = next((index for index, error in enumerate(call.errors) if not error <= LIMIT), None)
     if off is not None:
         place = f"what enters layer {off}" if off < len(call.states) else "what enters the last norm"
@@ -119,17 +121,3 @@ def _notes(call: TransformersCall, stages: dict[str, float]) -> list[str]:
     elif not all(error <= LIMIT for error in stages.values()):
         notes.append("this build and transformers agree up to the last norm and differ in the vocabulary projection")
     return notes
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing its own bars over ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.console import in_bytes
-from framefusion.export.inspection import base_model, bytes_of_files, licence, reduction_facts
+from framefusion.export.inspection import base_model, bytes_of_files, compared_words, licence, reduction_facts
 from framefusion.export.options import BuildOptions
 from framefusion.export.source import license_files
 from framefusion.reducers import DEFAULT
@@ -121,16 +121,18 @@ def _reduction(manifest: Manifest) -> str:
 
 def _checked(check: Mapping[str, Any]) -> str:
     if not check:
-        return "Not checked: the build was told to leave the comparison with the eager model out."
-    blocks = []
+        return "**Not checked**: the build was told to leave the comparison with the eager model and transformers out."
+    words = compared_words(check)
+    blocks = [f"**{words}.**" if words.startswith("NOT") else f"{words[:1].upper()}{words[1:]}."]
     if check.get("why"):
         blocks.append(f"The bundle itself was not run: {check['why']}.")
     if "prompt_tokens" in check:
         blocks.append(
             "In ONNX Runtime against the same model in eager torch, float32, on a drawn clip and a question "
-            f"({check['prompt_tokens']} tokens); a line that names transformers is against its own class. Reference of "
-            f"the dense path: {check['reference']}. Errors are relative to the largest magnitude of the reference; of "
-            "kept tokens those that differ are counted. Accuracy on benchmarks was not measured."
+            f"({check['prompt_tokens']} tokens). `against transformers` is the eager model against its class, but for "
+            f"`dense logits`, which are the bundle's. Reference of the dense path: {check['reference']}. Errors are "
+            "relative to the largest magnitude of the reference; of kept tokens those that differ are counted. "
+            "Accuracy on benchmarks was not measured."
         )
     if check.get("notes"):
         blocks.append("\n".join(f"- {note}" for note in check["notes"]))

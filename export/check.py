@@ -104,8 +104,8 @@ def reference_of(facts: Mapping[str, Any]) -> str:
     """What the dense path was compared with, in words."""
     if not facts["compared"]:
         return "framefusion.export in eager torch"
-    stood_in = f", in place of the {facts['stand_in']}" if facts["stand_in"] else ""
-    return f"transformers {facts['version']} {' and '.join(facts['classes'])}{stood_in}"
+    stood_in = f"; not transformers': {facts['stand_in']}" if facts["stand_in"] else ""
+    return f"transformers {' and '.join(facts['classes'])}{stood_in}"
 
 
 def _compiled(bundle: Bundle, effort: Effort) -> Pipeline:

@@ -137,7 +137,9 @@ def _render_built(report: dict[str, Any]) -> str:
     size, check = console.in_bytes(sum(report["bytes"].values())), report["check"]
     lines = [f"{report['bundle']}: {size}, reduction {report['reduction']['text']}"]
     if check is None:
-        return "\n".join([*lines, "not checked against the eager model (--no-check)"])
+        from framefusion.export.inspection import compared_words
+
+        return "\n".join([*lines, f"{compared_words(None)} (--no-check)"])
     return "\n".join([*lines, _render_lines(check)])
 
 
@@ -147,10 +149,10 @@ def _render_lines(check: dict[str, Any]) -> str:
         from framefusion.export.bisect import render
 
         return render(check)
-    from framefusion.export.inspection import comparison
+    from framefusion.export.inspection import compared_words, comparison
 
     verdict = "passed" if check["passed"] else "FAILED"
-    return f"check {verdict}, reference: {check['reference']}\n{comparison(check)}"
+    return f"check {verdict}, reference: {check['reference']}\n{comparison(check)}\n{compared_words(check)}"
 
 
 @ff_export.command()
@@ -323,6 +325,7 @@ def families() -> None:
     from framefusion.export.families import FAMILIES
 
     names = ("name", "architectures", "llm_architectures", "model_types", "checkpoints", "verified", "reference")
+    names += ("stand_in",)  # type: ignore[assignment]
     rows = [{name: getattr(family, name) for name in names} for family in FAMILIES]
     console.show({"families": rows}, _render_families)
 
@@ -337,6 +340,7 @@ def _render_families(report: dict[str, Any]) -> str:
             "declared for": ", ".join(row["checkpoints"]),
             "verified against": row["verified"],
             "a build compares": f"with {row['reference'] or 'eager torch alone'}",
+            "not by transformers": row["stand_in"] or "nothing",
         }
         blocks.append(console.labelled(facts))
     return "\n\n".join(blocks)

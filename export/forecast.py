@@ -22,11 +22,13 @@ from framefusion.export.machine import free_disk
 from framefusion.export.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
 from framefusion.export.plan import WEIGHTS, BuildPlan
 from framefusion.export.staging import SPARE
-from framefusion.export.verify import memory_of_check, scope_of
+from framefusion.export.verify import Scope, scope_of
 from framefusion.progress import in_time
 from framefusion.runtime.bundle import FLOAT_BYTES, FileRecord, Manifest
 from framefusion.runtime.memory import expected_lengths, memory_plan
 
+CHECKED_A_SECOND = 20e6  # bytes of the checkpoint that a streamed check compares, run in ONNX Runtime included
+COMPARED_A_SECOND = 60e6  # without that
 BYTES_A_SECOND = 180e6  # read, converted, hashed, written and on the disk
 COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eight profiles, a 7B's
 COMPILER, COMPILER_PER_WEIGHT = 500_000_000, 3  # bytes of a process that compiles; for each byte of the graph's weights
@@ -71,11 +73,11 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
         "memory": {
             "build": _build_memory(plan),
             "run": {name: one.total for name, one in plans.items()},
-            "check": None if scope is None else memory_of_check(plan),
+            "check": None if scope is None else scope.memory,
         },
-        "check": None if scope is None else {"method": scope.method, "why": scope.why, "scratch_bytes": checked},
+        "check": None if scope is None else _check(scope, checked),
         "engines": engines,
-        "seconds": _seconds(plan, total + checked) + (engines["seconds"] if engines else 0),
+        "seconds": _seconds(plan, total + checked) + (engines["seconds"] if engines else 0) + _checking(plan, scope),
         "disk": {"folder": str(output), "needed": total + checked + SPARE, "free": free,
                  "fits": total + checked + SPARE <= free},
     }  # fmt: skip
@@ -92,6 +94,19 @@ def _files(sizes: Mapping[str, int]) -> dict[str, int]:
     single = {"embedding": EMBEDDING_FILE, "tokenizer": TOKENIZER_FILE}
     single[ENGINES] = ENGINES
     return {single.get(part, f"{part}/{WEIGHTS}"): size for part, size in sizes.items() if part != "check"}
+
+
+def _check(scope: Scope, scratch: int) -> dict[str, Any]:
+    compared = {"compared": not scope.uncompared} | ({"why": scope.uncompared} if scope.uncompared else {})
+    return {"method": scope.method, "why": scope.why, "scratch_bytes": scratch, "transformers": compared}
+
+
+def _checking(plan: BuildPlan, scope: Scope | None) -> float:
+    """Seconds of a check whose weights are read from the disk as they are used; of another one little."""
+    if scope is None or not scope.effort.streamed or scope.uncompared:
+        return 0.0
+    weights = sum(plan.checkpoint.nbytes(key) for key in plan.checkpoint.files)
+    return weights / (CHECKED_A_SECOND if scope.method == "streamed" else COMPARED_A_SECOND)
 
 
 def _engines(plan: BuildPlan, size: int) -> dict[str, Any] | None:
@@ -155,6 +170,18 @@ def _engine_lines(engines: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
+def _check_line(check: Mapping[str, Any] | None, memory: int | None) -> str:
+    if check is None or memory is None:
+        return "check: left out, NOTHING will be compared"
+    streamed = "all of it, weights read from the disk as they are used"
+    told = check["why"] or {"streamed": streamed}.get(check["method"], "full")
+    against = check["transformers"]
+    compared = (
+        "with transformers' class, all layers" if against["compared"] else f"NOT with transformers: {against['why']}"
+    )
+    return f"check: {told}; memory about {in_bytes(memory)}; compared {compared}"
+
+
 def render(facts: Mapping[str, Any]) -> str:
     """The report as tables."""
     model, memory, disk, check = facts["model"], facts["memory"], facts["disk"], facts["check"]
@@ -175,7 +202,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"memory of a run, {prompt['input_len']} tokens of prompt and {prompt['max_new_tokens']} new ones: "
         f"{in_bytes(memory['run']['expected'])} expected, {in_bytes(memory['run']['worst'])} at worst",
         *_engine_lines(facts["engines"]),
-        "check: left out" if check is None else f"check: {check['why'] or 'full'}",
+        _check_line(check, memory["check"]),
         f"time: about {in_time(facts['seconds'])} to write, at {BYTES_A_SECOND / 1e9:.2f} GB/s and "
         f"{TRACING:g} s of tracing for each parameter of a graph",
         f"disk at {disk['folder']}: {in_bytes(disk['needed'])} needed, {in_bytes(disk['free'])} free: "

@@ -252,8 +252,8 @@ def _memory_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _check_table(check: Mapping[str, Any] | None) -> str:
     if check is None:
-        return "not checked against the eager model"
-    return f"checked against {check['reference']}\n{comparison(check)}"
+        return compared_words(check)
+    return f"checked against {check['reference']}\n{comparison(check)}\n{compared_words(check)}"
 
 
 def comparison(check: Mapping[str, Any]) -> str:
@@ -261,3 +261,20 @@ def comparison(check: Mapping[str, Any]) -> str:
     rows = [(line["what"], f"{line['value']:.3g}", f"{line['limit']:.3g}") for line in check["lines"]]
     why = [check["why"]] if check.get("why") else []
     return "\n".join([*why, table(("compared", "error", "limit"), rows), *check.get("notes", ())])
+
+
+def compared_words(check: Mapping[str, Any] | None) -> str:
+    """One line: what a bundle was compared with, and loudly that it was not."""
+    if not check:
+        return "NOT CHECKED: compared neither with the eager model nor with transformers"
+    facts = check.get("transformers")
+    if facts is None:
+        return "NOT COMPARED WITH TRANSFORMERS as far as the report says: it is an older release's"
+    if not facts["compared"]:
+        return f"NOT COMPARED WITH TRANSFORMERS: {facts['why']}"
+    layers = f"all {facts['layers']} layers"
+    if facts["layers"] < facts["of_layers"]:
+        layers = f"ONLY the first {facts['layers']} of {facts['of_layers']} layers"
+    classes, worst = " and ".join(facts["classes"]), max(facts["errors"].values())
+    line = f"compared with transformers {facts['version']}'s {classes}, {layers}: largest error {worst:.2g}"
+    return line + (f"; NOT compared: {facts['stand_in']}" if facts["stand_in"] else "")

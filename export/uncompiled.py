@@ -13,12 +13,12 @@ from framefusion.runtime.bundle import Bundle, write_manifest
 from framefusion.runtime.pipeline import Pipeline
 
 
-def eager_pipeline(plan: BuildPlan, folder: Path) -> Pipeline:
-    """A pipeline in fp32 over the torch graphs of a plan.
+def uncompiled_bundle(plan: BuildPlan, folder: Path) -> Bundle:
+    """A bundle without graphs: embedding table, tokenizer and manifest.
 
     Args:
         plan: what would be built.
-        folder: gets the embedding table and the tokenizer, and must stay as long as the pipeline; must not exist.
+        folder: must not exist.
     """
     builder = Builder(plan)
     producers = builder.producers()
@@ -27,6 +27,16 @@ def eager_pipeline(plan: BuildPlan, folder: Path) -> Pipeline:
             staged.write(part, producers[part])
         write_manifest(staged.folder, builder.manifest(staged.files, staged.folder))
         staged.publish()
-    bundle = Bundle(folder)
+    return Bundle(folder)
+
+
+def eager_pipeline(plan: BuildPlan, folder: Path) -> Pipeline:
+    """A pipeline in fp32 over the torch graphs of a plan.
+
+    Args:
+        plan: what would be built.
+        folder: gets the embedding table and the tokenizer, and must stay as long as the pipeline; must not exist.
+    """
+    bundle = uncompiled_bundle(plan, folder)
     in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
     return Pipeline(in_fp32, EagerBackend(plan.eager_loaders()))

@@ -53,6 +53,7 @@ class Scope:
         options: of the bundle that is checked in its place; None for the bundle itself and where nothing is run.
         effort: of the run, and of the comparison with transformers.
         uncompared: why transformers' class cannot be run; "": it is.
+        memory: bytes that the check takes.
     """
 
     method: str
@@ -60,6 +61,7 @@ class Scope:
     options: BuildOptions | None = None
     effort: Effort = WHOLE
     uncompared: str = ""
+    memory: int = 0
 
 
 def scope_of(plan: BuildPlan) -> Scope:
@@ -69,17 +71,19 @@ def scope_of(plan: BuildPlan) -> Scope:
     untried = "" if runs else "onnxruntime's CPU kernels do not compute bfloat16: the same graphs in float32 were run"
     needed, free = memory_of_check(plan), check.available_memory()
     if needed <= free:
-        return Scope("full") if runs else Scope("in float32", untried, options)
+        return Scope("full" if runs else "in float32", untried, None if runs else options, memory=needed)
     least = memory_of_streamed(plan)
     uncompared = "" if least <= free else f"it needs {least / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
     if runs and plan.fixed is None and not uncompared:
-        return Scope("streamed", effort=SPARING)
+        return Scope("streamed", effort=SPARING, memory=least)
     short = f"the full check needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     smaller = truncated(plan, options)
-    if smaller is None or memory_of_check(BuildPlan(plan.checkpoint, smaller)) > free:
-        return Scope("weights", f"the graphs were not run: {short}", None, SPARING, uncompared)
+    part = 0 if smaller is None else memory_of_check(BuildPlan(plan.checkpoint, smaller))
+    if smaller is None or part > free:
+        return Scope("weights", f"the graphs were not run: {short}", None, SPARING, uncompared, least)
     layers = f"truncated to {smaller.num_decoder_layer} of {plan.config.num_layers} layers: {short}"
-    return Scope("truncated", "; ".join(filter(None, (layers, untried))), smaller, SPARING, uncompared)
+    why = "; ".join(filter(None, (layers, untried)))
+    return Scope("truncated", why, smaller, SPARING, uncompared, max(part, 0 if uncompared else least))
 
 
 def report(

@@ -10,7 +10,8 @@ what stood for the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from framefusion.errors import CheckFailedError
+from framefusion.errors import CheckFailedError, FrameFusionError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.streaming import stream
 from framefusion.export.weights import STORED
@@ -48,6 +49,7 @@ class TransformersCall:
         errors: largest difference of each of `states` and of `final`, relative to transformers' largest magnitude.
         row_errors: the same of the rows that enter the first layer: those of text, and those of visuals.
         missing: parameters that a class did not get from the checkpoint; they are NaN.
+        left: tensors that a class of the whole format did not take.
         names: of the classes that ran.
     """
 
@@ -62,6 +64,7 @@ class TransformersCall:
     errors: list[float] = field(default_factory=list)
     row_errors: dict[str, float] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
     def model(self, name: str, **how: Any) -> Any:
@@ -100,23 +103,46 @@ class TransformersCall:
 
         model_class: Any = getattr(transformers, name) if isinstance(name, str) else name
         self.names.append(model_class.__name__)
+        whole = config is None
         folder, prefix = self._place(prefix)
         mapping = ({f"^{re.escape(prefix)}": inner} if prefix != inner else {}) | dict(renamed)
-        try:
+        with self._refused(model_class.__name__, "read"), _quiet():
             if config is None:
                 config = model_class.config_class.from_pretrained(folder, local_files_only=True)
             model, told = model_class.from_pretrained(
                 folder, config=self._shortened(config), dtype=self._stored(), attn_implementation="sdpa",
                 local_files_only=True, output_loading_info=True, key_mapping=mapping or None,
             )  # fmt: skip
-        except Exception as error:  # whatever a class raises at what it cannot read, it has to be told
-            raise CheckFailedError(
-                f"{model_class.__name__} of transformers {transformers.__version__} cannot read {folder} "
-                f"({type(error).__name__}: {error}): what this build makes of it cannot be compared; mend the "
-                "checkpoint, install a transformers that reads it, or leave the comparison out with --no-check"
-            ) from error
+        if whole and self.num_layers is None:  # a part leaves the others', the first layers the last
+            self.left += sorted(told["unexpected_keys"])
         self._stream(model.eval(), set(told["missing_keys"]), supplied)
         return model
+
+    def run(self, logits: Callable[[TransformersCall], Array]) -> Array:
+        """Logits [keep, V] by a family's function.
+
+        Raises:
+            CheckFailedError: a class cannot read or compute the checkpoint.
+        """
+        with self._refused(self.checkpoint.config.get("model_type", "the class"), "compute"):
+            return logits(self)
+
+    @contextmanager
+    def _refused(self, name: str, doing: str) -> Iterator[None]:
+        """Whatever a class raises at what it cannot read or compute is said as that."""
+        import transformers
+
+        try:
+            yield
+        except FrameFusionError:
+            raise
+        except Exception as error:
+            raise CheckFailedError(
+                f"{' and '.join(self.names) or name} of transformers {transformers.__version__} cannot {doing} "
+                f"{self.checkpoint.folder} ({type(error).__name__}: {error}), so what this build makes of it cannot be "
+                "compared: mend the checkpoint, install a transformers that reads it, or leave the comparison out "
+                "with --no-check"
+            ) from error
 
     def _stream(self, model: nn.Module, missing: set[str], supplied: Callable[[str], Tensor | None]) -> None:
         stored = dict(model.named_parameters(remove_duplicate=False))
@@ -181,6 +207,23 @@ class TransformersCall:
         if self.final is not None:
             theirs: Array = _hidden(arguments, named)[0, len(self.states[0]) - 1].numpy()
             self.errors.append(relative_error(self.final, theirs))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and its report of keys from the output: what matters of them is recorded."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _hidden(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:

@@ -15,6 +15,7 @@ from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.forecast import forecast
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan import BuildPlan
+from framefusion.export.verify import memory_of_streamed
 from tests.commands import assert_refused, export
 from tools.bench.big_checkpoint import BIG_SHAPES, tensors_of, write_big_checkpoint
 
@@ -50,7 +51,10 @@ def test_a_72b_is_planned_in_a_moment(headers: Path, tmp_path: Path, dtype: Any)
     assert sum(facts["files"].values()) == facts["bytes"]
     assert facts["memory"]["run"]["worst"] > 4 * facts["bytes"] / number  # the CPU's kernels multiply in fp32
     assert facts["memory"]["build"] < 6 * GB
-    assert facts["check"]["method"] in ("truncated", "weights")
+    assert facts["check"]["method"] in ("streamed", "truncated", "weights")
+    assert "compared" in facts["check"]["transformers"]
+    vocabulary = 4 * llm.vocab_size * llm.hidden_size  # the largest matrix, in fp32 and beside it as it is stored
+    assert 1.5 * vocabulary < memory_of_streamed(BuildPlan(Checkpoint(headers), BuildOptions())) < 1.7 * vocabulary + GB
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -15,9 +14,18 @@ from framefusion.errors import CheckFailedError
 from framefusion.export import check
 from framefusion.export.build import build
 from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.observation import SPARING
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan import BuildPlan
-from framefusion.export.verify import PROCESS, memory_of_check, scope_of, truncated, weight_report
+from framefusion.export.verify import (
+    PROCESS,
+    Scope,
+    memory_of_check,
+    memory_of_streamed,
+    scope_of,
+    truncated,
+    weight_report,
+)
 from tests.conftest import COST
 from tests.random_checkpoint import random_checkpoint
 
@@ -45,14 +53,29 @@ def test_memory_of_a_check_is_that_of_fp32_weights(deep: Path) -> None:
 def test_what_fits_is_checked_whole(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = BuildPlan(Checkpoint(deep), BuildOptions())
     free_memory(monkeypatch, memory_of_check(plan))
-    assert (scope_of(plan).method, scope_of(plan).options) == ("full", None)
+    assert scope_of(plan) == Scope("full", memory=memory_of_check(plan))
+    free_memory(monkeypatch, memory_of_check(plan) - 1)
+    assert scope_of(plan) == Scope("streamed", effort=SPARING, memory=memory_of_streamed(plan))
+
+
+def test_what_cannot_be_run_in_parts_is_checked_by_its_first_layers(
+    deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A static graph computes its whole length, and no CPU computes bfloat16; transformers is compared all the same."""
+    plan = BuildPlan(Checkpoint(deep), BuildOptions(dtype="bfloat16"))
     free_memory(monkeypatch, memory_of_check(plan) - 1)
     scope = scope_of(plan)
-    assert scope.method == "truncated"
-    assert scope.why == "truncated to 4 of 7 layers: the full check needs 0.9 GB, 0.9 GB are free"
-    assert scope.options == dataclasses.replace(plan.options, num_decoder_layer=4, depth=2)
+    assert (scope.method, scope.uncompared, scope.effort.streamed) == ("truncated", "", True)
+    assert scope.why.startswith("truncated to 4 of 7 layers: the full check needs 0.9 GB, 0.9 GB are free; ")
+    assert scope.options == dataclasses.replace(plan.options, num_decoder_layer=4, depth=2, dtype="float32")
+    static = BuildOptions(reduction="fixed", merge_shares=(0.3,), prune_layer=1, cost=0.6, max_input_len=900)
+    plan = BuildPlan(Checkpoint(deep), static)
+    free_memory(monkeypatch, memory_of_check(plan) - 1)
+    assert (scope_of(plan).method, scope_of(plan).uncompared) == ("truncated", "")
     free_memory(monkeypatch, 1e6)
-    assert scope_of(plan).method == "weights"
+    scope = scope_of(plan)
+    assert scope.method == "weights"
+    assert scope.uncompared == "it needs 0.9 GB of memory, 0.0 GB are free"
 
 
 def test_a_schedule_keeps_its_layers_and_shares_in_a_smaller_model(deep: Path) -> None:
@@ -101,11 +124,10 @@ def test_weights_of_another_checkpoint_are_seen(bundle: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_build_that_does_not_fit_is_checked_by_its_first_layers(
-    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = BuildOptions(dtype=dtype, max_input_len=512)
+    options = BuildOptions(dtype="bfloat16", max_input_len=512)
     free_memory(monkeypatch, memory_of_check(BuildPlan(Checkpoint(deep), options)) - 1)
     told: list[str] = []
     progress = lambda step: told.append(f"{step.part} {step.doing}")  # noqa: E731
@@ -114,20 +136,21 @@ def test_a_build_that_does_not_fit_is_checked_by_its_first_layers(
     assert report["passed"]
     assert report["method"] == "truncated"
     assert report["why"].startswith("truncated to 4 of 7 layers: the full check needs")
-    assert report["lines"][-1] == {
-        "what": "tensors written that are not the checkpoint's", "value": 0, "limit": 0.0,
-    }  # fmt: skip
+    line = {"what": "tensors written that are not the checkpoint's", "value": 0, "limit": 0.0}
+    assert line in report["lines"]
+    assert report["lines"][-1]["what"] == "decoded logits against transformers"
+    assert (report["transformers"]["layers"], report["transformers"]["of_layers"]) == (7, 7)
     assert any("were read back" in note for note in report["notes"])
     assert "check segments/rest weights.bin" in told
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    assert (built.manifest.model.dtype, built.manifest.model.num_layers) == (dtype, 7)
+    assert (built.manifest.model.dtype, built.manifest.model.num_layers) == ("bfloat16", 7)
 
 
 @pytest.mark.slow
 def test_a_truncated_check_that_fails_publishes_nothing(
     deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = BuildOptions(max_input_len=512)
+    options = BuildOptions(dtype="bfloat16", max_input_len=512)
     free_memory(monkeypatch, memory_of_check(BuildPlan(Checkpoint(deep), options)) - 1)
     with pytest.raises(CheckFailedError, match="does not reproduce"):
         build(Checkpoint(deep), tmp_path / "bundle", options, tolerance=1e-12)
