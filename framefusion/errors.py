@@ -86,4 +86,4 @@ class InterruptedBuildError(FrameFusionError):
 
 
 class MediaWarning(UserWarning):
-    """A film or picture is shown although a small part of it is missing. No error: the commands print it and go on."""
+    """A film or picture is shown, but not all of it. No error: the commands print it and go on."""

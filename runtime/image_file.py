@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.errors import VideoError
+from framefusion.errors import MediaWarning, VideoError
 from framefusion.runtime.image_formats import (
     END_OF_IMAGE,
     JPEG_SIGNATURE,
@@ -25,6 +25,7 @@ from framefusion.runtime.image_formats import (
     PNG_SIGNATURE,
     JpegScans,
     check_missing,
+    png_chunks,
     png_pixels,
 )
 from framefusion.runtime.image_pixels import rgb_pixels
@@ -38,6 +39,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 BYTES_A_PIXEL = 4
 """Most that a file may take for each pixel that the limit allows."""
+
+OPENING = "{name} is an animation, of which the first picture is shown: give it as a video to show all"
 
 NOISE, BLOCK = 64, 8
 """Bytes that decode to some blocks of pixels; the side of a block."""
@@ -88,6 +91,8 @@ def decode_image(file: bytes, name: str, limits: MediaLimits) -> NDArray[np.uint
     """The picture in the bytes of a file; `name` is for messages."""
     scans = None
     if file.startswith(PNG_SIGNATURE):
+        if any(chunk.name == b"acTL" for chunk in png_chunks(memoryview(file))):
+            warnings.warn(OPENING.format(name=name), MediaWarning, stacklevel=2)
         file = png_pixels(memoryview(file), name)
     if file.startswith(JPEG_SIGNATURE):
         scans = JpegScans.from_bytes(file)
@@ -129,6 +134,8 @@ def _decoded(file: bytes, name: str, limits: MediaLimits) -> NDArray[np.uint8]:
                 image.load()
         except DECODER_ERRORS as error:
             raise VideoError(_unreadable(name, error)) from error
+        if getattr(image, "is_animated", False):
+            warnings.warn(OPENING.format(name=name), MediaWarning, stacklevel=2)
         return rgb_pixels(image, name)
 
 

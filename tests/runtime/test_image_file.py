@@ -180,6 +180,15 @@ def test_half_a_file_of_another_format_is_refused(kind: str) -> None:
     refused(file[: len(file) // 2], "cannot be read as an image")
 
 
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_picture_is_shown_with_a_warning(kind: str) -> None:
+    frames = [Image.fromarray(np.full((20, 20, 3), level, np.uint8)) for level in (10, 90, 200)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    file = saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=40, **options)
+    with pytest.warns(MediaWarning, match="is an animation, of which the first picture is shown: give it as a video"):
+        np.testing.assert_array_equal(decode_image(file, "a", LIMITS), np.asarray(frames[0]))
+
+
 # ---- what is refused
 
 

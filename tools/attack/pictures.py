@@ -30,7 +30,7 @@ SECONDS = 20.0
 """Of one trial; the target of the whole attack."""
 LIMITS = MediaLimits(image_pixels=1 << 22)
 LARGEST = 4 << 20
-"""Bytes of a mutated file."""
+"""Bytes that a mutation adds, at most."""
 NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 
 
@@ -87,7 +87,8 @@ def number(file: bytearray, random: np.random.Generator, _: bytes) -> bytearray:
 def repeat(file: bytearray, random: np.random.Generator, _: bytes) -> bytearray:
     """A piece stands there many times."""
     start, end = sorted(random.integers(0, len(file), 2).tolist())
-    return file[:end] + file[start:end] * int(random.choice([1, 10, 300])) + file[end:]
+    times = min(int(random.choice([1, 10, 300])), LARGEST // max(end - start, 1))
+    return file[:end] + file[start:end] * times + file[end:]
 
 
 def remove(file: bytearray, random: np.random.Generator, _: bytes) -> bytearray:
@@ -115,7 +116,7 @@ def trial(files: list[bytes], seed: int, index: int) -> bytes:
             file = MUTATIONS[int(random.integers(len(MUTATIONS)))](
                 file, random, files[int(random.integers(len(files)))]
             )
-    return bytes(file[:LARGEST])
+    return bytes(file)
 
 
 def attack(trials: int, seed: int) -> dict[str, Any]:
