@@ -97,6 +97,14 @@ BUILD_OPTIONS = (
     ),
     _flag("--max-slice-nums", COUNT, "Most slices of a frame (MiniCPM-V).", OF_FAMILY),
     _flag("--max-tiles", COUNT, "Most tiles of an image.", OF_FAMILY),
+    _flag("--frame-label", str, "Text before each frame, {} its number (InternVL).", OF_CHECKPOINT),
+    _flag("--total-pixels", COUNT, "Most pixels of all frames together (Qwen2-VL, Qwen2.5-VL).", OF_CHECKPOINT),
+    _flag(
+        "--resize-rounding",
+        click.Choice(("twice", "once")),
+        "To whole levels, after each direction or at the end (Qwen-VL).",
+        "twice",
+    ),
     BACKEND,
     *TARGETS,
 )

@@ -36,6 +36,9 @@ class BuildOptions:
         mm_spatial_pool_mode: how the patches of a frame are pooled (LLaVA).
         max_slice_nums: most slices that a frame of a video is cut into (MiniCPM-V).
         max_tiles: most tiles that an image is cut into (InternVL, NVILA, LLaVA).
+        frame_label: text before a frame of a video, {} its number (InternVL).
+        total_pixels: most pixels of all frames of a video together (Qwen2-VL, Qwen2.5-VL).
+        resize_rounding: how often a resized picture is rounded to whole levels (Qwen-VL).
         backend, target_sm, engines_only, device: the engines that are compiled of the graphs, see `EngineOptions`.
     """
 
@@ -60,6 +63,9 @@ class BuildOptions:
     max_pixels: int | None = None
     max_slice_nums: int | None = None
     max_tiles: int | None = None
+    frame_label: str | None = None
+    total_pixels: int | None = None
+    resize_rounding: str | None = None
     mm_spatial_pool_mode: str | None = None
     backend: EngineKind | None = None
     target_sm: tuple[str, ...] | None = None

@@ -264,7 +264,10 @@ class BuildPlan:
 
     def _preprocessing(self) -> Preprocessing:
         told, options = self.family.preprocessing(self.checkpoint), self.options
-        names = ("min_pixels", "max_pixels", "max_slice_nums", "max_tiles", "mm_spatial_pool_mode")
+        names = (
+            "min_pixels", "max_pixels", "max_slice_nums", "max_tiles", "mm_spatial_pool_mode", "frame_label",
+            "total_pixels", "resize_rounding",
+        )  # fmt: skip
         return told.with_options(**{name: getattr(options, name) for name in names})
 
     def _fixed(self) -> FixedRecord | None:

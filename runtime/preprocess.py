@@ -126,6 +126,24 @@ def resize(frame: NDArray[np.uint8], height: int, width: int, resample: int) -> 
     return np.asarray(Image.fromarray(frame).resize((width, height), filter_))
 
 
+def resize_rounded_once(frame: NDArray[np.uint8], height: int, width: int, resample: int) -> NDArray[np.uint8]:
+    """`resize` in floats, rounded once at the end, as torchvision resizes tensors of bytes (qwen-vl-utils).
+
+    Pillow rounds and clips twice: after the rows and after the columns. Levels differ by one here and there, by more
+    beside hard edges.
+    """
+    if frame.shape[:2] == (height, width):
+        return frame
+    from PIL import Image
+
+    resized = np.empty((height, width, 3), np.uint8)
+    for channel in range(3):
+        plane = Image.fromarray(frame[:, :, channel].astype(np.float32))
+        levels = np.asarray(plane.resize((width, height), Image.Resampling(resample)))
+        resized[:, :, channel] = np.rint(np.clip(levels, 0, 255))
+    return resized
+
+
 def check_frames(frames: NDArray[np.uint8]) -> None:
     """Refuse what are no RGB frames [N, H, W, 3]."""
     if frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:

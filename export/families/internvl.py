@@ -58,6 +58,12 @@ CONVERSATIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 """`template` -> what the system says and how a turn ends."""
+FRAME_LABELS: Mapping[str, str] = MappingProxyType({"internvl2_5": "Frame-{}: "})
+"""`template` -> what stands before a frame; InternVL 2's other templates have `Frame{}: `, the class's default.
+
+internvl/train/internvl_chat_finetune.py and README.md of OpenGVLab/InternVL since InternVL 2.5, December 2024."""
+IMAGE_LABEL = "Image-{}: "
+"""Before each of several separate images: the README's examples for InternVL 2 and 2.5."""
 OLD_IMAGE = "<image>"
 """What the chat templates of the first converted checkpoints write for an image."""
 MAX_FRAMES = 32
@@ -80,6 +86,8 @@ def chat_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
         thumbnail=bool(config.get("use_thumbnail", False)),
         image_mean=levels.get("image_mean", IMAGENET_MEAN),
         image_std=levels.get("image_std", IMAGENET_STD),
+        frame_label=FRAME_LABELS.get(str(config.get("template")), InternVLPreprocessing.frame_label),
+        image_label=IMAGE_LABEL,
     )
 
 

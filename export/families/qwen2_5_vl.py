@@ -19,7 +19,7 @@ def preprocessing(checkpoint: Checkpoint) -> Qwen25VLPreprocessing:
     vision = reading.vision_config(checkpoint)
     pace = float(reading.required(vision, "tokens_per_second", checkpoint))
     told = reading.told_by_processor(checkpoint, Qwen25VLPreprocessing(tokens_per_second=pace))
-    return replace(told, **reading.image_limits(checkpoint))
+    return replace(told, total_pixels=reading.film_pixels(checkpoint, told), **reading.image_limits(checkpoint))
 
 
 ROW = Family(

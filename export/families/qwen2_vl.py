@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def preprocessing(checkpoint: Checkpoint) -> QwenVLPreprocessing:
     """Patch geometry, pixel limits and normalisation, as far as the checkpoint tells them."""
     told = reading.told_by_processor(checkpoint, QwenVLPreprocessing())
-    return replace(told, **reading.image_limits(checkpoint))
+    return replace(told, total_pixels=reading.film_pixels(checkpoint, told), **reading.image_limits(checkpoint))
 
 
 ROW = Family(

@@ -90,6 +90,21 @@ def told_by_processor(checkpoint: Checkpoint, told: QwenVL) -> QwenVL:
     return replace(told, **known)
 
 
+CONTEXT_TOKENS, SHARE_OF_FILM = 128_000, 0.9
+"""qwen-vl-utils' MODEL_SEQ_LEN, and the share of it that the frames of a film may fill."""
+
+
+def film_pixels(checkpoint: Checkpoint, told: QwenVLPreprocessing) -> float | None:
+    """The pixels that all frames of a film share, as qwen-vl-utils and `cap_pixels_per_frame` of transformers have it.
+
+    None where the checkpoint's video processor switches that off by name.
+    """
+    video = video_processor(checkpoint)
+    if video.get("cap_pixels_per_frame") is False:
+        return None
+    return int(video.get("max_video_tokens") or CONTEXT_TOKENS) * told.factor**2 * SHARE_OF_FILM
+
+
 def pixel_limits(found: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """The smallest and largest number of pixels that a Qwen-VL processor's file tells; it has two ways to say them."""
     size = found.get("size") or {}

@@ -10,7 +10,7 @@ not followed there. Knows neither tower nor tokenizer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -26,7 +26,9 @@ from framefusion.runtime.visual_input import Piece, Rows, Tiles, VisualInput
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SEPARATOR_TOKENS = 12  # of the text between two frames, at most: a tokenizer may split every digit
+SEPARATOR_TOKENS = 8
+"""Of the text between two frames beside its label: tags, a line feed, and a number of which each digit is a token."""
+NUMBER = "{}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class InternVLPreprocessing(Preprocessing):
     min_tiles, max_tiles: how many tiles an image may be cut into, the small view not counted; 1 and 1: never cut.
     thumbnail: show the small view of an image that is cut.
     start, pad, end: tokens before, at and after the rows.
+    frame_label, image_label: template text before a frame of a video, and before an image among others; {} is its
+        number, from 1 on. "" writes none.
     """
 
     rule: ClassVar[str] = "internvl"
@@ -51,9 +55,14 @@ class InternVLPreprocessing(Preprocessing):
     start: str = "<img>"
     pad: str = "<IMG_CONTEXT>"
     end: str = "</img>"
+    frame_label: str = "Frame{}: "
+    image_label: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for label in (self.frame_label, self.image_label):
+            if label and (label.count("{") != 1 or label.count("}") != 1 or NUMBER not in label):
+                raise BundleError(f"a label {label!r} has no place for a number: write it once as {NUMBER}")
         block = self.patch_size * self.merge_size
         if self.merge_size < 1 or self.tile_size < block or self.tile_size % block:
             raise BundleError(
@@ -70,14 +79,18 @@ class InternVLPreprocessing(Preprocessing):
         """Rows of the prompt for each tile."""
         return (self.tile_size // self.patch_size // self.merge_size) ** 2
 
+    def for_images(self, count: int) -> InternVLPreprocessing:
+        """An image that is the only one has no label."""
+        return self if count > 1 else replace(self, image_label="")
+
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """One tile a frame; a place of the tile is a track."""
         check_frames(video.frames)
         tiles = np.stack([self._squeezed(frame) for frame in video.frames])
         pieces: list[Piece] = []
-        for number in range(len(tiles)):
-            pieces += [f"{self.end}\nFrame{number + 1}: {self.start}", self._rows(1)]
-        pieces[0] = f"Frame1: {self.start}"
+        for number in range(1, len(tiles) + 1):
+            before = f"{self.end}\n" if number > 1 else ""
+            pieces += [before + self.frame_label.replace(NUMBER, str(number)) + self.start, self._rows(1)]
         return VisualInput((self._tiles(tiles),), (*pieces, self.end))
 
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
@@ -88,7 +101,8 @@ class InternVLPreprocessing(Preprocessing):
         tiles = cut_tiles(resize(pixels, rows * size, columns * size, self.resample), size)
         if self.thumbnail and len(tiles) > 1:
             tiles = np.concatenate((tiles, self._squeezed(pixels)[None]))
-        return VisualInput((self._tiles(tiles),), (self.start, self._rows(len(tiles)), self.end))
+        label = self.image_label.replace(NUMBER, str(index + 1))
+        return VisualInput((self._tiles(tiles),), (label + self.start, self._rows(len(tiles)), self.end))
 
     def panels(self, height: int, width: int, frames: int | None = None) -> list[Panel]:
         """One for each frame; an image's tiles, and its small view."""
@@ -106,7 +120,7 @@ class InternVLPreprocessing(Preprocessing):
 
     def video_tokens(self, max_frames: int) -> int:
         """Rows of each frame, and the text between two."""
-        return max_frames * (self.rows_per_tile + SEPARATOR_TOKENS)
+        return max_frames * (self.rows_per_tile + SEPARATOR_TOKENS + len(self.frame_label.replace(NUMBER, "")))
 
     def tiling(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tiles for an image."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from framefusion.errors import BudgetError
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, patchify
 from framefusion.runtime.positions import Grid, grid_places
 from framefusion.runtime.preprocess import HALF, check_shape
@@ -34,6 +35,15 @@ class Qwen3VLPreprocessing(QwenVLPreprocessing):
     image_mean: tuple[float, ...] = HALF
     image_std: tuple[float, ...] = HALF
     max_frame_tokens: int | None = None  # further limit of each frame, in merge blocks; None has no such limit
+
+    def with_options(self, **given: Any) -> Qwen3VLPreprocessing:
+        """As all Qwen-VL; there is no second limit of all frames together."""
+        if given.get("total_pixels") is not None:
+            raise BudgetError(
+                f"--total-pixels {given['total_pixels']} does not apply to this family ({self.rule}): its --max-pixels "
+                "is of all frames together"
+            )
+        return cast("Qwen3VLPreprocessing", super().with_options(**given))
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """A run of rows for each temporal grid, behind the mean time of its frames; a place of the grid is a track."""

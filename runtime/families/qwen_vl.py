@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from framefusion.runtime.preprocess import (
     check_shape,
     normalised_levels,
     resize,
+    resize_rounded_once,
 )
 from framefusion.runtime.video import Video
 from framefusion.runtime.visual_input import Piece, Rows, Tiles, VisualInput
@@ -41,6 +42,8 @@ class QwenVLPreprocessing(Preprocessing):
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     # The pixels of all frames together, shared out evenly (qwen_vl_utils: 128000 * 28 * 28 * 0.9); None = no such cap.
     total_pixels: float | None = None
+    # How often resized levels are rounded: Hugging Face's processor on Pillow rounds twice, qwen-vl-utils once.
+    resize_rounding: Literal["twice", "once"] = "twice"
     image_min_pixels: int | None = None  # limits of single images; None takes those of a frame
     image_max_pixels: int | None = None
     start: str = "<|vision_start|>"
@@ -81,6 +84,8 @@ class QwenVLPreprocessing(Preprocessing):
         if high is not None and self.image_max_pixels is not None:
             given["image_max_pixels"] = min(self.image_max_pixels, high)
             given["image_min_pixels"] = min(self.image_min_pixels or self.min_pixels, high)
+        if given.get("total_pixels") is not None:
+            given["total_pixels"] = float(given["total_pixels"])
         return super().with_options(**given)
 
     def frame_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
@@ -177,8 +182,9 @@ def patchify(
     blocks = (grid.height // merge, grid.width // merge)
     values = np.empty((grid.frames, *blocks, merge, merge, 3, depth, patch, patch), np.float32)
     levels = normalised_levels(preprocessing)
+    resized_by = resize if preprocessing.resize_rounding == "twice" else resize_rounded_once
     for i, frame in enumerate(frames):
-        resized = resize(frame, grid.height * patch, grid.width * patch, preprocessing.resample)
+        resized = resized_by(frame, grid.height * patch, grid.width * patch, preprocessing.resample)
         for channel in range(3):
             plane = levels[channel].take(resized[:, :, channel])  # [h * patch, w * patch]
             plane = plane.reshape(blocks[0], merge, patch, blocks[1], merge, patch)

@@ -113,6 +113,7 @@ class InternVLCase(FamilyCase):
         """Ids of a whole prompt, by the checkpoint's own tokenizer."""
 
     system = ""
+    frame_label, image_label = "Frame-{}: ", "Image-{}: "  # the authors' README since InternVL 2.5
 
     def pixels(self, folder: Path, seen: Seen) -> list[Array]:
         pictures = self.pictures(seen)
@@ -126,6 +127,7 @@ class InternVLCase(FamilyCase):
 
     def prompt_ids(self, folder: Path, turns: Sequence[Turn], seen: Sequence[Seen]) -> list[int]:
         rest, text = list(seen), self.system
+        images, shown = sum(not isinstance(one, Video) for one in seen), 0
         for turn in turns:
             text += f"<|im_start|>{turn.role}\n"
             for part in turn.parts:
@@ -133,7 +135,11 @@ class InternVLCase(FamilyCase):
                     text += part
                     continue
                 tiles = len(self.pictures(rest.pop(0)))
-                frames = [f"Frame{i + 1}: " for i in range(tiles)] if part is Visual.VIDEO else [""]
+                if part is Visual.VIDEO:
+                    frames = [self.frame_label.format(i + 1) for i in range(tiles)]
+                else:
+                    shown += 1
+                    frames = [self.image_label.format(shown) if images > 1 else ""]
                 rows = ROWS if part is Visual.VIDEO else ROWS * tiles
                 text += "".join(f"{name}<img>{'<IMG_CONTEXT>' * rows}</img>\n" for name in frames)
             text += "<|im_end|>\n"
@@ -210,6 +216,7 @@ class NativeCase(InternVLCase):
     """transformers' own format."""
 
     family = "internvl"
+    frame_label, image_label = "Frame{}: ", ""  # transformers' processor
     variants = ("qwen2", "tied-sharded-bfloat16", "llama-new-names-large-float16", "qwen3-wide-select-processor")
 
     def write(self, folder: Path, variant: str) -> None:

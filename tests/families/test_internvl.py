@@ -133,6 +133,27 @@ def test_layouts(folders: dict[str, Path], tmp_path: Path) -> None:
     assert internvl.chat_template(older).default_system == internvl.SYSTEM_2
 
 
+def test_labels_are_those_of_the_version_that_the_template_names(folders: dict[str, Path], tmp_path: Path) -> None:
+    new = internvl.chat_preprocessing(Checkpoint(folders["qwen2"]))
+    assert (new.frame_label, new.image_label) == ("Frame-{}: ", "Image-{}: ")
+    old = internvl.chat_preprocessing(changed(folders["qwen2"], tmp_path, "config", told(template="Hermes-2")))
+    assert (old.frame_label, old.image_label) == ("Frame{}: ", "Image-{}: ")
+    native = internvl.native_preprocessing(Checkpoint(folders["native"]))
+    assert (native.frame_label, native.image_label) == ("Frame{}: ", "")
+    assert new.with_options(frame_label="Frame{}: ").frame_label == "Frame{}: "
+    with pytest.raises(BundleError, match=r"a label 'Frame: ' has no place for a number: write it once as \{\}"):
+        new.with_options(frame_label="Frame: ")
+
+
+def test_an_image_among_others_has_a_label(folders: dict[str, Path]) -> None:
+    rule = internvl.chat_preprocessing(Checkpoint(folders["qwen2"]))
+    picture = np.zeros((TILE, TILE, 3), np.uint8)
+    assert rule.for_images(1).image(picture, 0).pieces[0] == "<img>"
+    assert [rule.for_images(2).image(picture, index).pieces[0] for index in (0, 1)] == [
+        "Image-1: <img>", "Image-2: <img>",
+    ]  # fmt: skip
+
+
 def test_an_older_native_template_has_another_word_for_an_image(folders: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = changed(folders["native"], tmp_path, "config", told())
     (tmp_path / "chat_template.jinja").unlink()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from framefusion.errors import BundleError, VideoError
+from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.families.reading import film_pixels
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of, patchify, smart_resize
 from framefusion.runtime.positions import Grid
-from framefusion.runtime.preprocess import Preprocessing
+from framefusion.runtime.preprocess import BICUBIC, LARGE_PICTURE, Preprocessing, resize, resize_rounded_once
 from framefusion.runtime.records import RecordError, from_json, to_json
 
 ANY_RULE: Any = Preprocessing  # abstract: the value says which subclass it is
@@ -85,9 +91,58 @@ def test_the_cap_never_falls_under_the_minimum() -> None:
     assert preprocessing.frame_max_pixels(10) == int(preprocessing.min_pixels * 1.05)
 
 
+@pytest.mark.parametrize(
+    ("told", "total"),
+    [
+        ({}, 0.9 * 128_000 * 28**2),  # qwen-vl-utils; what transformers announces as its default
+        ({"cap_pixels_per_frame": True}, 0.9 * 128_000 * 28**2),
+        ({"cap_pixels_per_frame": True, "max_video_tokens": 1000}, 0.9 * 1000 * 28**2),
+        ({"cap_pixels_per_frame": False}, None),
+    ],
+)
+def test_the_frames_of_a_film_share_its_pixels(tmp_path: Path, told: dict[str, Any], total: float | None) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(told))
+    assert film_pixels(Checkpoint(tmp_path), QwenVLPreprocessing()) == pytest.approx(total)
+    rule = QwenVLPreprocessing(total_pixels=total)
+    tokens = grid_of(768, 720, 1280, rule).merged(2)
+    assert (tokens.frames * tokens.height * tokens.width <= 0.9 * 128_000) == (total is not None)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(180, 320, (112, 196)), (90, 70, (140, 112)), (333, 50, (56, 28))]
+)
+def test_rounded_once_as_torch_resizes(height: int, width: int, size: tuple[int, int]) -> None:
+    frame = np.asarray(Image.fromarray(frames(1, 40, 40)[0]).resize((width, height)))
+    planes = torch.from_numpy(frame.transpose(2, 0, 1).astype(np.float32))[None]
+    wanted = torch.nn.functional.interpolate(planes, size=size, mode="bicubic", antialias=True)
+    levels = wanted[0].clamp(0, 255).round().numpy().transpose(1, 2, 0)
+    once, twice = (by(frame, *size, BICUBIC).astype(int) for by in (resize_rounded_once, resize))
+    differing = np.abs(once - levels)
+    assert differing.max() <= 1  # ties of a level
+    assert (differing > 0).mean() < 1e-3 < (np.abs(twice - levels) > 0).mean()
+
+
+def test_the_rounding_is_chosen() -> None:
+    film = frames(2, 90, 130)
+    twice = QwenVLPreprocessing(min_pixels=56 * 56, max_pixels=112 * 112)
+    once = twice.with_options(resize_rounding="once")
+    step = 1 / 255 / min(twice.image_std)
+    difference = np.abs(patchify(film, once).values - patchify(film, twice).values)
+    assert 0 < difference.mean() < step  # more where noise overshoots and is clipped after each direction
+
+
 def test_survives_a_manifest() -> None:
     preprocessing = QwenVLPreprocessing(total_pixels=9e7, image_mean=(0.5, 0.5, 0.5))
     assert from_json(ANY_RULE, to_json(preprocessing)) == preprocessing
+
+
+@pytest.mark.parametrize(("height", "width", "to"), [(3001, 2003, (448, 448)), (2500, 2400, (448, 3000))])
+def test_a_large_picture_is_resized_in_bands_to_the_same_numbers(height: int, width: int, to: tuple[int, int]) -> None:
+    picture = np.asarray(Image.fromarray(frames(1, 50, 40)[0]).resize((width, height), Image.Resampling.NEAREST))
+    assert picture.size > LARGE_PICTURE
+    whole = Image.fromarray(picture).resize(to[::-1], Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(resize(picture, *to, BICUBIC), np.asarray(whole))
 
 
 def test_bad_settings_and_frames_are_refused() -> None:
