@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 import click
 
 from framefusion.runtime.engine_record import EngineKind
+from framefusion.runtime.flags import MOST_THREADS
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
@@ -23,6 +24,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
 LIVE = ("transformers", "eager")
 COUNT = click.IntRange(min=1)
+JOBS = click.IntRange(min=1, max=MOST_THREADS)
 LAYER = click.IntRange(min=0)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 OF_FAMILY, OF_CHECKPOINT = "the family's", "the checkpoint's"
@@ -60,7 +62,7 @@ TARGETS = (
     click.option("--engines-only", is_flag=True, help="Leave out the graphs and weights that engines stand for."),
 )
 ENGINE_RESOURCES = (
-    _flag("--jobs", COUNT, "Engines compiled at once.", "one for two cores, as far as memory allows"),
+    _flag("--jobs", JOBS, "Engines compiled at once.", "one for two cores, as far as memory allows"),
     _flag("--engine-cache", click.Path(path_type=Path), "Where engines are kept for other builds.", "the user's cache"),
     _flag("--engine-cache-limit", POSITIVE, "Gigabytes of engines that are kept.", "64"),
 )
@@ -119,7 +121,7 @@ EVAL_OPTIONS = (
     _flag("--cost", CommaList(float), "Share of the computation over visual tokens kept.", "1 and the bundle's"),
     click.option("-o", "--output", type=FILE, help="Report and all answers; a run that has begun goes on from there."),
     click.option("--limit", type=COUNT, help="Ask the first questions only."),
-    click.option("--jobs", type=COUNT, default=1, show_default=True, help="Processes, each with the model."),
+    click.option("--jobs", type=JOBS, default=1, show_default=True, help="Processes, each with the model."),
     _flag("--live", click.Choice(LIVE), "What runs a checkpoint.", f"{LIVE[0]} where its processor loads"),
     click.option("--max-new-tokens", type=COUNT, default=16, show_default=True, help="Of an answer."),
     _flag("--fps", POSITIVE, "Frames sampled from a second of film.", "the model's"),

@@ -6,26 +6,61 @@ to stderr. A wrong flag is the parser's own business: usage on stderr, exit code
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import signal
+import sys
 import textwrap
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 import click
 
-from framefusion.errors import FrameFusionError, InterruptedBuildError, MediaWarning
+from framefusion.errors import FrameFusionError, InterruptedBuildError, MediaWarning, StorageError
+from framefusion.files import FULL
 
 WIDTH = 100
 _JSON = "framefusion.json"
 _WARNED = "framefusion.warned"
+_UNWRITABLE = FULL | {errno.EPIPE}
+_interrupts: list[int] = []  # Ctrl-C since the command line began
 _UNITS = ("B", "kB", "MB", "GB")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class CommandGroup(click.Group):
-    """Commands whose users see a message and an exit code where they made a mistake, and a traceback only for a bug."""
+    """Commands whose users see a message and an exit code where they made a mistake, and a traceback only for a bug.
+
+    A full disk is a `StorageError` wherever it shows, and so is a standard output that takes no more: the disk it goes
+    to is full, or its reader has gone. Ctrl-C is exit code 130, also where a library that was being imported made
+    another error of it.
+    """
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        """Run the command line, help texts included."""
+        with _remembered_interrupts():
+            try:
+                return super().main(*arguments, **settings)
+            except SystemExit as end:
+                if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # click's own answer to a reader that has gone
+                    _leave_with(StorageError(_unwritable_output(BrokenPipeError(errno.EPIPE, "Broken pipe"))))
+                if _interrupts and end.code not in (0, InterruptedBuildError.exit_code):
+                    _leave_with(InterruptedBuildError("interrupted"))
+                try:
+                    sys.stdout.flush()
+                except OSError as error:
+                    _leave_with(StorageError(_unwritable_output(error)))
+                raise
+            except OSError as error:  # of a help text
+                if error.errno not in _UNWRITABLE:
+                    raise
+                _leave_with(StorageError(_unwritable_output(error)))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command named."""
@@ -35,12 +70,20 @@ class CommandGroup(click.Group):
                 warnings.simplefilter("always", MediaWarning)
                 warnings.showwarning = _shown_by(texts, warnings.showwarning)
                 return super().invoke(ctx)
-        except FrameFusionError as error:
-            _report(ctx, type(error).__name__, str(error))
-            ctx.exit(error.exit_code)
+        except InterruptedBuildError as error:
+            _end(ctx, error)
         except KeyboardInterrupt:
-            _report(ctx, "Interrupted", "interrupted")
-            ctx.exit(InterruptedBuildError.exit_code)
+            _end(ctx, InterruptedBuildError("interrupted"), "Interrupted")
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if _interrupts:
+                _end(ctx, InterruptedBuildError("interrupted"), "Interrupted")
+            if isinstance(error, FrameFusionError):
+                _end(ctx, error)
+            if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+                _end(ctx, StorageError(_unwritable(error)))
+            raise
 
 
 def _shown_by(texts: list[str], others: Callable[..., None]) -> Callable[..., None]:
@@ -59,6 +102,20 @@ def _shown_by(texts: list[str], others: Callable[..., None]) -> Callable[..., No
 def warned() -> list[str]:
     """What the command that runs has warned of, for its JSON."""
     return list(click.get_current_context().meta.get(_WARNED, []))
+
+
+def write(text: str, *, newline: bool = True) -> None:
+    """Print on stdout, at once.
+
+    Raises:
+        StorageError: the disk that it goes to is full, or its reader has gone.
+    """
+    try:
+        click.echo(text, nl=newline)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise StorageError(_unwritable_output(error)) from None
 
 
 def json_option(command: Command) -> Command:
@@ -80,7 +137,7 @@ def wants_json(ctx: click.Context | None = None) -> bool:
 
 def show(report: Any, render: Callable[[Any], str]) -> None:
     """Print a report: as one JSON object, or as `render` lays it out."""
-    click.echo(json.dumps(report) if wants_json() else render(report))
+    write(json.dumps(report) if wants_json() else render(report))
 
 
 def log(message: str) -> None:
@@ -122,7 +179,72 @@ def in_bytes(size: float) -> str:
     return f"{size:.3g} {_UNITS[unit]}" if size < 1000 else f"{size:.0f} {_UNITS[unit]}"
 
 
-def _report(ctx: click.Context, kind: str, message: str) -> None:
+# --- Ends -------------------------------------------------------------------------------------------------------------
+
+
+def _end(ctx: click.Context, error: FrameFusionError, kind: str | None = None) -> NoReturn:
+    """Report an error and leave with its exit code."""
+    message = str(error)
     if wants_json(ctx):
-        click.echo(json.dumps({"error": {"kind": kind, "message": message}}))
-    click.echo(f"error: {message}", err=True)
+        with suppress(OSError):  # stdout itself may be what cannot be written
+            click.echo(json.dumps({"error": {"kind": kind or type(error).__name__, "message": message}}))
+    _say(message)
+    ctx.exit(error.exit_code)
+
+
+def _leave_with(error: FrameFusionError) -> NoReturn:
+    """The same where no command runs: before it, or after it."""
+    _say(str(error))
+    raise SystemExit(error.exit_code) from None
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):
+        click.echo(f"error: {message}", err=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    """Let what stdout still holds go nowhere: Python would try again at its end, with a traceback."""
+    with suppress(OSError, ValueError):
+        number = sys.stdout.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+def _unwritable(error: OSError) -> str:
+    if error.errno == errno.EPIPE:
+        return _unwritable_output(error)
+    place = error.filename or "standard output or a file"
+    return f"{place} cannot be written ({error.strerror}): make room, also in the folder for temporary files"
+
+
+def _unwritable_output(error: OSError) -> str:
+    remedy = "its reader ended early" if error.errno == errno.EPIPE else "make room where it goes"
+    return f"standard output cannot be written ({error.strerror}): {remedy}"
+
+
+@contextmanager
+def _remembered_interrupts() -> Iterator[None]:
+    """Remember that Ctrl-C was pressed while a command line runs: libraries turn it into errors of their own."""
+    _interrupts.clear()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -29,6 +28,9 @@ NAME_BYTES = 255  # of one name, on every file system in use
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a system says of a file that cannot grow: the disk, a quota or a limit is full."""
 _CHUNK = 1 << 20
+_CAREFUL = 0  # how files are opened: no link is followed, no FIFO waited for; Windows lacks most of these
+for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+    _CAREFUL |= getattr(os, _name, 0)
 _HANDLES = "/proc/self/fd"
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of renameat2(2)
 _NOT_OFFERED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT})
@@ -101,7 +103,7 @@ def read_file(path: Path, limit: int) -> bytes:
     Raises:
         OSError: there is none, it is something else, or it is larger.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    handle = os.open(path, os.O_RDONLY | _CAREFUL)
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
@@ -139,7 +141,7 @@ def foreign_entries(folder: Path, named: Collection[str]) -> list[str]:
 
 def create_file(path: Path) -> int:
     """A handle of a new, empty file; refused where anything has the name, a link too."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _CAREFUL, 0o666)
 
 
 def write_file(path: Path, content: bytes, *, scratch: Path | None = None) -> None:
@@ -224,7 +226,7 @@ def _fresh(folder: Path) -> tuple[int, Path | None]:
     """A new file without a name where the system has such, else with a free one."""
     if hasattr(os, "O_TMPFILE") and os.path.isdir(_HANDLES):
         try:
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666), None
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | _CAREFUL, 0o666), None
         except OSError as error:
             if error.errno not in _NOT_OFFERED:
                 raise
@@ -259,7 +261,8 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    rename: Callable[..., int] | None = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    rename: Callable[..., int] | None = getattr(library, "renameat2", None)
     if rename is None:
         return False
     if rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
@@ -322,9 +325,10 @@ def hold(path: Path) -> IO[bytes]:
         BlockingIOError: another process holds it.
         OSError: it cannot be made, is a link, or holds something: then it is no lock.
     """
+    import fcntl  # Windows has none; there only ff-run works, which locks nothing
+
     while True:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        file = open(os.open(path, flags, 0o666), "rb")  # noqa: SIM115  the caller closes it
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT | _CAREFUL, 0o666), "rb")  # noqa: SIM115  the caller closes it
         try:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_size:

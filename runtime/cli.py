@@ -5,7 +5,6 @@ Text goes to stdout as it comes, the summary to stderr.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ def generate(bundle: Path, threads: int, backend: str, device: str, no_verify: b
     answer = pipeline.generate(question.turns, question.files, request, sampling=sampling, on_text=on_text)
     facts = report(pipeline, answer, request.cost)
     if on_text is not None:
-        click.echo()
+        console.write("")
         console.log(summary(facts))
     else:
         console.show(facts, summary)
@@ -127,8 +126,7 @@ def show_page(pipeline: Pipeline, name: str, question: Question, output: Path, c
 
 
 def _print_piece(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    console.write(text, newline=False)
 
 
 def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Shared by every command that answers. Builds the runtime's own objects of them; 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
 
 FILE = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
+MOST_THREADS = max(4 * (os.cpu_count() or 1), 64)  # beyond, a machine is only busy with changing between them
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "inductor")  # framefusion.runtime.backends.choice
 DEVICES = ("auto", "cuda", "cpu")
 THREADS = click.option(
-    "--threads", type=click.IntRange(min=0), default=0, help="Of one operator; default: the physical cores."
+    "--threads",
+    type=click.IntRange(min=0, max=MOST_THREADS),
+    default=0,
+    help="Of one operator; default: the physical cores.",
 )
 BACKEND = click.option(
     "--backend",

@@ -55,7 +55,9 @@ class Machine:
             import onnxruntime
 
             providers, version = tuple(onnxruntime.get_available_providers()), onnxruntime.__version__
-        except ImportError:
+        except ImportError as error:
+            if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None  # Ctrl-C while it was loaded: nothing is missing
             providers, version = (), None
         return cls(find_gpu(), providers, version, _has_bindings())
 

@@ -1,0 +1,118 @@
+"""How a command ends where it cannot say what it has to: a full disk behind stdout, a reader that has gone, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from framefusion import console, errors
+from framefusion.runtime.flags import MOST_THREADS
+from tests.commands import export, run
+
+BEGIN = "from framefusion.start import {0}; {0}()"
+FULL = Path("/dev/full")
+
+
+def command(name: str, *arguments: object) -> list[str]:
+    """A command as its console script runs it."""
+    return [sys.executable, "-c", BEGIN.format(name), *map(str, arguments)]
+
+
+def assert_said(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == errors.StorageError.exit_code, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    for word in ("error: standard output cannot be written", *words):
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("families",), ("families", "--json"), ("--help",)])
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout(arguments: tuple[str, ...]) -> None:
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            command("ff_export", *arguments), stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert_said(done, "No space left on device", "make room")
+
+
+@pytest.mark.parametrize("arguments", [("reducers",), ("generate", "--help")])
+def test_a_reader_that_has_gone(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command("ff_run", *arguments), stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert_said(done, "Broken pipe")
+
+
+def test_ctrl_c_that_a_library_turns_into_another_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an import of onnxruntime does that Ctrl-C ends."""
+    from framefusion.runtime.backends import choice
+
+    def interrupted() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise errors.BackendError("nothing can run this bundle here") from None
+
+    monkeypatch.setattr(choice.Machine, "here", interrupted)
+    result = run("generate", bundle, "--prompt", "What?", "--no-verify")
+    assert result.exit_code == errors.InterruptedBuildError.exit_code
+    assert result.stderr == "error: interrupted\n"
+
+
+def test_an_interrupted_import_is_no_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    from framefusion.runtime.backends.choice import Machine
+
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "onnxruntime":
+                raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(KeyboardInterrupt):
+        Machine.here()
+
+
+def test_a_temporary_folder_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever meets a full disk, it is the error of its own kind."""
+
+    def full(*_: object) -> None:
+        with FULL.open("w") as file:
+            file.write("report")
+
+    monkeypatch.setattr(console, "show", full)
+    result = export("families")
+    assert result.exit_code == errors.StorageError.exit_code
+    assert "No space left on device" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("generate", "--threads", MOST_THREADS + 1), ("generate", "--threads", -1)])
+def test_threads_are_bounded(arguments: tuple[object, ...]) -> None:
+    result = run(*arguments, "bundle", "--prompt", "What?")
+    assert result.exit_code == 2
+    assert f"0<=x<={MOST_THREADS}" in result.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_a_command_starts(bundle: Path) -> None:
+    """At ten moments between the first import and the answer; a command that had its answer has ended well."""
+    for moment in range(10):
+        started = subprocess.Popen(
+            command("ff_run", "generate", bundle, "--prompt", "What?"),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        time.sleep(0.1 + 0.08 * moment)
+        started.send_signal(signal.SIGINT)
+        _, message = started.communicate(timeout=60)
+        assert started.returncode in (130, 0) or (started.returncode == -2 and not message)  # Python itself began
+        assert "Traceback" not in message or started.returncode == -2
+        if started.returncode == 130:
+            assert message.splitlines()[-1].startswith("error: interrupted")
