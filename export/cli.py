@@ -25,8 +25,17 @@ from framefusion.export.flags import (
     eval_options,
     options_of,
 )
+from framefusion.export.signing import integrity_facts, render_integrity, sign_command
 from framefusion.progress import CountLines, progress_lines
-from framefusion.runtime.flags import COMPARE, OUTPUT, THREADS, Question, VisualCommand, question_options
+from framefusion.runtime.flags import (
+    COMPARE,
+    OUTPUT,
+    THREADS,
+    TRUSTED_KEYS,
+    Question,
+    VisualCommand,
+    question_options,
+)
 
 if TYPE_CHECKING:
     from framefusion.export.build import Built
@@ -44,6 +53,7 @@ def ff_export() -> None:
 
 
 ff_export.add_command(compile_command)
+ff_export.add_command(sign_command)
 
 
 @ff_export.command()
@@ -182,25 +192,36 @@ def plan(checkpoint: str, output: Path, revision: str | None, no_check: bool, **
 @click.option("--checkpoint", help="Compare with the eager model again: the folder or id that it was built from.")
 @BUNDLE_REVISION
 @click.option("--bisect", is_flag=True, help="Look for the node where it differs, graph by graph; with --checkpoint.")
+@TRUSTED_KEYS
 @console.json_option
 @click.pass_context
-def check(ctx: click.Context, bundle: Path, checkpoint: str | None, revision: str | None, bisect: bool) -> None:
+def check(
+    ctx: click.Context,
+    bundle: Path,
+    checkpoint: str | None,
+    revision: str | None,
+    bisect: bool,
+    trusted_keys: Path | None,
+) -> None:
     """Verify the files of BUNDLE, all of them hashed afresh, and say of each engine whether it fits this machine."""
     from framefusion.runtime.bundle import read_manifest, verify_files
     from framefusion.runtime.engines import other_files
+    from framefusion.runtime.trust import Trust
 
     if bisect and checkpoint is None:
         raise click.UsageError("--bisect compares with the eager model: say with --checkpoint which one")
-    manifest = read_manifest(bundle)
+    trust, manifest = Trust.of(trusted_keys), read_manifest(bundle)
     others = other_files(manifest)
     verify_files(bundle, others, trust_stamps=False)
+    integrity = integrity_facts(bundle, trust.keys)
     engines = engine_fits(bundle, manifest)
     right = [manifest.files[row["engine"]["file"]] for row in engines if not row["damaged"]] + list(others.values())
     files = {"count": len(right), "bytes": sum(record.size for record in right)}
     revision = None if checkpoint is None else source_revision(manifest, checkpoint, revision)
     comparison = None if checkpoint is None else _compare(bundle, checkpoint, revision, bisect)
-    report = {"bundle": str(bundle), "files": files, "engines": engines, "comparison": comparison}
-    console.show(report, _render_check)
+    report = {"bundle": str(bundle), "files": files, "integrity": integrity, "engines": engines}
+    console.show(report | {"comparison": comparison}, _render_check)
+    trust.require_signature(bundle, integrity["digest"])
     if comparison is not None and not comparison["passed"]:
         console.log(f"error: {bundle} does not reproduce the eager model of {checkpoint}: rebuild it")
         ctx.exit(CheckFailedError.exit_code)
@@ -224,7 +245,7 @@ def _compare(bundle: Path, checkpoint: str, revision: str | None, bisect: bool) 
 def _render_check(report: dict[str, Any]) -> str:
     files = report["files"]
     text = f"{report['bundle']}: {files['count']} files, {console.in_bytes(files['bytes'])}, sizes and hashes are right"
-    lines = [text, *render_fits(report["engines"])]
+    lines = [text, *render_integrity(report["integrity"]), *render_fits(report["engines"])]
     return "\n".join(lines if report["comparison"] is None else [*lines, _render_lines(report["comparison"])])
 
 

@@ -52,6 +52,7 @@ from framefusion.runtime.bundle import (
 )
 from framefusion.runtime.engines import other_files
 from framefusion.runtime.records import from_json, to_json
+from framefusion.runtime.trust import remember_compiled
 
 if TYPE_CHECKING:
     from framefusion.export.plan import BuildPlan
@@ -123,6 +124,8 @@ def compile_engines(
     resources, start = resources or Resources(), time.monotonic()
     folder, manifest = bundle.folder, bundle.manifest
     bundle.require_graphs()
+    if KINDS[options.kind].weights_inside:  # inductor compiles torch's graphs, TensorRT parses the bundle's
+        bundle.check_graphs()
     check_options(options, manifest.dialect, manifest.model.dtype)
     jobs = plan_jobs(bundle, options, plan)
     report_name = f"{FOLDER}/{options.kind}/{REPORT}"
@@ -135,6 +138,8 @@ def compile_engines(
     fetched = list(_fetch_all(into, jobs, cache, threads, meter))
     records = [_record(job, one) for job, one in zip(jobs, fetched, strict=True)]
     files = {job.file: one.entry.file for job, one in zip(jobs, fetched, strict=True)}
+    is_ours = cache.folder == default_folder()  # what others share may hold what they compiled
+    remember_compiled(one.entry.file.sha256 for one in fetched if is_ours or not one.hit)
     kept = cache.trim()
     told = {
         "jobs": threads,

@@ -11,6 +11,7 @@ from framefusion.budget import describe_cost
 from framefusion.console import in_bytes, table
 from framefusion.errors import PromptError
 from framefusion.export.engine_inspection import engine_block, engine_facts
+from framefusion.export.signing import integrity_facts, render_integrity
 from framefusion.reducers import DEFAULT
 from framefusion.runtime.bundle import (
     MANIFEST,
@@ -50,6 +51,7 @@ def report(folder: Path, question: Question) -> dict[str, Any]:
     }
     return {
         "bundle": str(folder),
+        "integrity": integrity_facts(folder),
         "source": None if manifest.source is None else asdict(manifest.source),
         "model": asdict(manifest.model),
         "dialect": manifest.dialect,
@@ -156,6 +158,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"hidden {model['hidden_size']}, {model['num_heads']}/{model['num_kv_heads']} heads of {model['head_dim']}, "
         f"vocabulary {model['vocab_size']}, {model['dtype']}",
         *_source_lines(facts["source"]),
+        *render_integrity(facts["integrity"]),
         f"reduction: {facts['reduction']['text']}",
         *_reducer_lines(facts["reduction"]),
         f"dialect: {facts['dialect']}",

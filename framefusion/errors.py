@@ -8,31 +8,41 @@ from __future__ import annotations
 
 
 class FrameFusionError(Exception):
-    """Base of all errors that a user can cause and mend."""
+    """Base of all errors that a user can cause and mend.
+
+    Attributes:
+        exit_code: what a command returns.
+        sender_fault: whoever sent a request can mend it, by sending another: a server answers it with a status of 4xx
+            and goes on. Else whoever runs the server has to: 5xx.
+    """
 
     exit_code = 3
+    sender_fault: bool = False
 
 
 class BudgetError(FrameFusionError):
     """A cost, threshold or schedule that is out of range or cannot be reached by this model and depth."""
 
     exit_code = 10
+    sender_fault = True
 
 
 class VideoError(FrameFusionError):
     """A video that is missing, unreadable, empty, truncated or too short for the sampling asked."""
 
     exit_code = 11
+    sender_fault = True
 
 
 class PromptError(FrameFusionError):
     """A prompt that does not fit the bundle: too long, or with placeholders that match no video."""
 
     exit_code = 12
+    sender_fault = True
 
 
 class BundleError(FrameFusionError):
-    """A bundle with a missing, truncated, altered or too new part."""
+    """A bundle with a missing, truncated, altered or too new part, or one that no build writes."""
 
     exit_code = 13
 
@@ -71,6 +81,13 @@ class ReducerError(FrameFusionError):
     """A reducer that is unknown or broken, that does not fit the bundle, or that did not keep what it declared."""
 
     exit_code = 19
+    sender_fault = True
+
+
+class TrustError(FrameFusionError):
+    """A bundle that no trusted key signed, or engines that nobody vouches for."""
+
+    exit_code = 20
 
 
 class EvaluationError(FrameFusionError):

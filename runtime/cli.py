@@ -21,6 +21,7 @@ from framefusion.runtime.flags import (
     Question,
     VisualCommand,
     question_options,
+    running_flags,
     running_options,
 )
 
@@ -39,10 +40,11 @@ def ff_run() -> None:
 @question_options
 @running_options
 @console.json_option
-def generate(bundle: Path, threads: int, backend: str, device: str, no_verify: bool, **asked: Any) -> None:
+def generate(bundle: Path, **asked: Any) -> None:
     """Answer one prompt about videos and images with BUNDLE."""
+    running = running_flags(asked)
     question = Question.from_flags(**asked)
-    pipeline = open_pipeline(bundle, threads, backend, device, no_verify)
+    pipeline = open_pipeline(bundle, **running)
     request, sampling = question.request(pipeline.manifest), question.sampling(pipeline.manifest)
     pipeline.limits = question.limits()
     on_text = None if console.wants_json() else _print_piece
@@ -62,29 +64,30 @@ def generate(bundle: Path, threads: int, backend: str, device: str, no_verify: b
 @question_options
 @running_options
 @console.json_option
-def view(
-    bundle: Path,
-    output: Path,
-    compare: bool,
+def view(bundle: Path, output: Path, compare: bool, **asked: Any) -> None:
+    """Answer as `generate` does, and draw what became of each token: one HTML page."""
+    running = running_flags(asked)
+    question = Question.from_flags(**asked)
+    pipeline = open_pipeline(bundle, **running)
+    show_page(pipeline, bundle.resolve().name, question, output, compare)
+
+
+def open_pipeline(
+    folder: Path,
     threads: int,
     backend: str,
     device: str,
     no_verify: bool,
-    **asked: Any,
-) -> None:
-    """Answer as `generate` does, and draw what became of each token: one HTML page."""
-    question = Question.from_flags(**asked)
-    pipeline = open_pipeline(bundle, threads, backend, device, no_verify)
-    show_page(pipeline, bundle.resolve().name, question, output, compare)
-
-
-def open_pipeline(folder: Path, threads: int, backend: str, device: str, no_verify: bool) -> Pipeline:
+    trusted_keys: Path | None = None,
+    trust_engines: bool = False,
+) -> Pipeline:
     """A bundle on the backend that the flags name."""
     from framefusion.runtime.backends.choice import choose
     from framefusion.runtime.bundle import Bundle
     from framefusion.runtime.pipeline import Pipeline
+    from framefusion.runtime.trust import Trust
 
-    bundle = Bundle(folder, verify=not no_verify)
+    bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
     name, place = (None if flag == "auto" else flag for flag in (backend, device))
     return Pipeline(bundle, threads=threads, choice=choose(bundle, name, place))  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
 from framefusion.runtime.bundle import EmbeddingRecord
+from framefusion.runtime.bundle_files import place
 from framefusion.runtime.prompt import FIRST_EXTRA
 
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16
@@ -22,9 +23,13 @@ class Embedding:
         self._bfloat16 = record.dtype == "bfloat16"
         self._rows, self._extra = record.rows, len(record.extra)
         path, shape = folder / record.file, (record.rows + self._extra, record.width)
+        expected = shape[0] * shape[1] * np.dtype(_STORED[record.dtype]).itemsize
         try:
+            found = place(folder, record.file).stat().st_size
+            if found != expected:
+                raise BundleError(f"it has {found} bytes, its rows are {expected}")
             self._table: NDArray[Any] = np.memmap(path, _STORED[record.dtype], mode="r", shape=shape)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, BundleError) as error:
             raise BundleError(f"{path} is missing or truncated ({error}): copy it again or rebuild") from None
 
     def __call__(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -41,7 +41,20 @@ BACKEND = click.option(
 )
 DEVICE = click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where.")
 NO_VERIFY = click.option("--no-verify", is_flag=True, help="Do not compare the files of the bundle with their hashes.")
-RUNNING_OPTIONS = (THREADS, BACKEND, DEVICE, NO_VERIFY)
+TRUSTED_KEYS = click.option(
+    "--trusted-keys",
+    type=FILE,
+    envvar="FRAMEFUSION_TRUSTED_KEYS",
+    show_envvar=True,
+    help="Refuse a bundle that none of the ed25519 keys of this file signed.",
+)
+TRUST_ENGINES = click.option(
+    "--trust-engines",
+    is_flag=True,
+    help="Run the bundle's engines, which are code, though no trusted key signed it and they were not compiled here.",
+)
+RUNNING_OPTIONS = (THREADS, BACKEND, DEVICE, NO_VERIFY, TRUSTED_KEYS, TRUST_ENGINES)
+RUNNING = ("threads", "backend", "device", "no_verify", "trusted_keys", "trust_engines")
 OUTPUT = click.option(
     "-o", "--output", required=True, type=FILE, help="The page; replaces an older page, nothing else."
 )
@@ -87,6 +100,11 @@ def running_options(command: Command) -> Command:
     for option in reversed(RUNNING_OPTIONS):
         command = option(command)
     return command
+
+
+def running_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `running_options`, taken out of what a command was given."""
+    return {name: given.pop(name) for name in RUNNING}
 
 
 class VisualCommand(click.Command):

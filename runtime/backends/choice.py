@@ -14,7 +14,7 @@ Nothing is loaded to decide: see framefusion.runtime.engines. Knows no segment.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,11 +25,13 @@ from framefusion.runtime.backends.onnxruntime import CUDA_PROVIDER, OnnxRuntimeB
 from framefusion.runtime.bundle import Bundle, EngineKind, Manifest
 from framefusion.runtime.engines import build_command, examine, is_cpu, release
 from framefusion.runtime.gpu import GPU, find_gpu
+from framefusion.runtime.trust import NOT_VOUCHED, TRUST_ENGINES, distrust, require_vouched
 
 Name = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "inductor"]
 Place = Literal["cuda", "cpu"]
 NAMES: tuple[Name, ...] = get_args(Name)
 PLACES: tuple[Place, ...] = get_args(Place)
+ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
 
 PROVEN: Mapping[tuple[Name, Place], str] = {("onnxruntime", "cpu"): "prefill.json"}
 """What has run on a device of its kind, and the result under tools/bench/results that shows it, with the device's name.
@@ -139,8 +141,12 @@ def choose(
 
     Raises:
         BackendError: what was asked for, or everything, is impossible; with the reason and what mends it.
+        TrustError: engines were asked for that nobody vouches for.
     """
-    found = list(options(bundle.folder, bundle.manifest, machine or Machine.here()))
+    if backend in ENGINES:
+        require_vouched(bundle, backend)
+    unvouched = [kind for kind in ENGINES if distrust(bundle, kind) is not None]
+    found = list(options(bundle.folder, bundle.manifest, machine or Machine.here(), unvouched))
     asked = [o for o in found if backend in (None, o.backend) and device in (None, o.device)]
     for index, option in enumerate(asked):
         if option.problem is None:
@@ -152,18 +158,29 @@ def choose(
     raise BackendError(f"{wish + ': ' if wish else ''}nothing can run this bundle here. {reasons}")
 
 
-def options(folder: Path, manifest: Manifest, machine: Machine) -> Iterator[Option]:
-    """All backends, the best first, each with the first thing that speaks against it."""
+def options(
+    folder: Path, manifest: Manifest, machine: Machine, unvouched: Collection[EngineKind] = ()
+) -> Iterator[Option]:
+    """All backends, the best first, each with the first thing that speaks against it.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        machine: where it is to run.
+        unvouched: kinds of engines that may not be loaded; not even their headers are read.
+    """
     kinds: tuple[EngineKind, ...] = ("tensorrt", "tensorrt-rtx")
     for kind in kinds:
-        yield Option(kind, "cuda", *_engine_problem(folder, manifest, kind, machine))
+        problem = _UNVOUCHED if kind in unvouched else _engine_problem(folder, manifest, kind, machine)
+        yield Option(kind, "cuda", *problem)
     yield Option("onnxruntime", "cuda", *_cuda_problem(manifest, machine))
-    yield _inductor(folder, manifest, machine)
+    yield _inductor(folder, manifest, machine, "inductor" in unvouched)
     yield Option("onnxruntime", "cpu", *_cpu_problem(manifest, machine))
 
 
 Problem = tuple[str, str] | tuple[()]
 _NO_GPU = ("there is no NVIDIA GPU here", "run on a machine with a GPU and its driver")
+_UNVOUCHED = (NOT_VOUCHED, f"say {TRUST_ENGINES} where you trust the bundle's source, or compile it here")
 _NO_BINDINGS = ("cuda-bindings is not installed", "pip install 'framefusion-aot[gpu]'")
 
 
@@ -182,10 +199,11 @@ def _engine_problem(folder: Path, manifest: Manifest, kind: EngineKind, machine:
     return ()
 
 
-def _inductor(folder: Path, manifest: Manifest, machine: Machine) -> Option:
+def _inductor(folder: Path, manifest: Manifest, machine: Machine, unvouched: bool) -> Option:
     engines = [engine for engine in manifest.engines if engine.kind == "inductor"]
     place: Place = "cpu" if (all(map(is_cpu, engines)) if engines else machine.gpu is None) else "cuda"
-    return Option("inductor", place, *_engine_problem(folder, manifest, "inductor", machine))
+    problem = _UNVOUCHED if unvouched else _engine_problem(folder, manifest, "inductor", machine)
+    return Option("inductor", place, *problem)
 
 
 def _cuda_problem(manifest: Manifest, machine: Machine) -> Problem:
@@ -233,10 +251,10 @@ def _graph_problem(manifest: Manifest) -> Problem:
 
 def _open_onnxruntime(bundle: Bundle, device: Place, threads: int) -> Backend:
     if device == "cpu":
-        return OnnxRuntimeBackend(bundle.folder, threads)
+        return OnnxRuntimeBackend(bundle.folder, threads, manifest=bundle.manifest)
     from framefusion.runtime.cuda.device import CudaDevice
 
-    return OnnxRuntimeCudaBackend(bundle.folder, CudaDevice(bundle.manifest.model.float_type))
+    return OnnxRuntimeCudaBackend(bundle.folder, CudaDevice(bundle.manifest.model.float_type), bundle.manifest)
 
 
 def _has_bindings() -> bool:

@@ -14,20 +14,23 @@ copy: attention costs what the tokens cost and not what the cache could hold.
 from __future__ import annotations
 
 import importlib
-import json
+import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from framefusion.bounded_json import parse_json
 from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends import Array
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.torch_device import TorchDevice, as_tensor, load_torch
 from framefusion.runtime.bundle import Bundle, EngineKind, EngineRecord, SegmentRecord
+from framefusion.runtime.bundle_files import place
 from framefusion.runtime.engines import require_fit
 from framefusion.runtime.kv_cache import SegmentCache
+from framefusion.runtime.trust import require_vouched
 
 KIND: EngineKind = "inductor"
 PLACES = "framefusion.places"
@@ -44,11 +47,13 @@ class InductorBackend(HostBackend):
 
     Raises:
         BackendError: torch or an engine is missing, or an engine is of another torch, processor or device.
+        TrustError: nobody vouches for the engines, which are shared libraries.
     """
 
     name: str = KIND
 
     def __init__(self, bundle: Bundle, device: str = _CPU, threads: int = 0) -> None:
+        require_vouched(bundle, KIND)
         require_fit(bundle.folder, bundle.manifest, KIND)
         self._bundle, self._on, self._torch = bundle, device, load_torch()
         if device == _CPU:
@@ -83,16 +88,22 @@ class InductorBackend(HostBackend):
             )
         try:
             package = importlib.import_module("torch._inductor").aoti_load_package(str(path))
-            told = json.loads(package.get_metadata()[PLACES])
-            weights = self._bundle.folder / Path(record.graph).parent / told["file"]
-            tensors = self._tensors(weights, told["tensors"], record.dtype)
+            told = parse_json(package.get_metadata()[PLACES].encode())
+            tensors = self._tensors(self._weights_of(record.graph, told["file"]), told["tensors"], record.dtype)
             package.load_constants(tensors, check_full_update=True, user_managed=True)
-        except (RuntimeError, KeyError, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise BundleError(
                 f"{path} cannot be loaded by torch {self._torch.__version__} ({reason}): compile it again"
             ) from error
         return Engine(self._torch, record, package, tensors)
+
+    def _weights_of(self, graph: str, name: str) -> Path:
+        """The file of weights that a package names: beside its graph, within the bundle, and listed."""
+        beside = str(PurePosixPath(graph).parent / name)
+        if beside not in self._bundle.manifest.files:
+            raise ValueError(f"its weights are in {beside!r:.80}, which the manifest does not list")
+        return place(self._bundle.folder, beside)
 
     def _tensors(self, path: Path, places: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         """Views of a file of weights: mapped on the CPU, which reads what is used; a copy on a GPU."""
@@ -101,7 +112,10 @@ class InductorBackend(HostBackend):
             mapped = torch.from_numpy(np.memmap(path, mode="c", dtype=np.uint8))  # private pages: nothing is written
             self._weights[path] = mapped if self._on == _CPU else mapped.to(self._on)
         flat, kind = self._weights[path], getattr(torch, dtype)
-        sizes = {name: int(np.prod(shape)) * kind.itemsize for name, (_, shape) in places.items()}
+        sizes = {name: math.prod(shape) * kind.itemsize for name, (_, shape) in places.items()}
+        for name, (offset, shape) in places.items():
+            if min((offset, *shape)) < 0 or offset + sizes[name] > len(flat):
+                raise ValueError(f"{name!r:.60} lies at {offset} with shape {shape}, the file has {len(flat)} bytes")
         return {
             name: flat[offset : offset + sizes[name]].view(kind).view(shape) for name, (offset, shape) in places.items()
         }

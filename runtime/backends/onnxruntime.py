@@ -19,6 +19,8 @@ import numpy as np
 
 from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends.host import HostBackend
+from framefusion.runtime.bundle import Manifest
+from framefusion.runtime.graph_check import check_graph
 from framefusion.runtime.kv_cache import SegmentCache
 
 if TYPE_CHECKING:
@@ -48,14 +50,23 @@ class OnnxRuntimeBackend(HostBackend):
         decode_width: see `HostBackend`.
         mapped: weights stay in their files, which are mapped, and are converted when an operator wants them: slow, and
             memory holds one matrix. Else they are packed once, in fp32 on the CPU, and stay.
+        manifest: of the bundle; graphs are compared with it. None compares them with the files beside them alone.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, threads: int = 0, decode_width: int = 1, *, mapped: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        threads: int = 0,
+        decode_width: int = 1,
+        *,
+        mapped: bool = False,
+        manifest: Manifest | None = None,
+    ) -> None:
         super().__init__(decode_width)
+        self._folder, self._threads, self._manifest = folder, threads, manifest
         self._mapped = mapped
-        self._folder, self._threads = folder, threads
         self._sessions: dict[str, Any] = {}
 
     @property
@@ -75,6 +86,7 @@ class OnnxRuntimeBackend(HostBackend):
     def session(self, graph: str) -> Any:
         """The session of a graph, named by its path in the bundle."""
         if graph not in self._sessions:
+            check_graph(self._folder, graph, self._manifest)
             self._sessions[graph] = self._open(self._folder / graph)
         return self._sessions[graph]
 
@@ -118,12 +130,13 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     Args:
         folder: the bundle.
         device: where.
+        manifest: see `OnnxRuntimeBackend`.
     """
 
     name = "onnxruntime-cuda"
 
-    def __init__(self, folder: Path, device: CudaDevice) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, device: CudaDevice, manifest: Manifest | None = None) -> None:
+        super().__init__(folder, manifest=manifest)
         self.device, self.chunk, self._cuda = device, None, device
 
     def _open(self, path: Path) -> Any:

@@ -30,6 +30,7 @@ from framefusion.runtime.engine_memory import engine_memory, require_room
 from framefusion.runtime.engines import require_fit
 from framefusion.runtime.gpu import find_gpu
 from framefusion.runtime.kv_cache import SegmentCache
+from framefusion.runtime.trust import require_vouched
 from framefusion.runtime.user_cache import user_cache
 
 ALIGNMENT = 256  # bytes, of the memory for activations
@@ -48,6 +49,7 @@ class TensorRTBackend:
     Raises:
         BackendError: the library is missing, the engines are for another GPU, library or driver, there is no GPU, or it
             has too little memory. Nothing is loaded by then.
+        TrustError: nobody vouches for the engines.
     """
 
     decode_width = 2
@@ -56,6 +58,7 @@ class TensorRTBackend:
     def __init__(
         self, bundle: Bundle, kind: LibraryKind, device: CudaDevice | None = None, kernels: Path | None = None
     ) -> None:
+        require_vouched(bundle, kind)
         gpu = find_gpu()
         require_fit(bundle.folder, bundle.manifest, kind, gpu)
         assert gpu is not None  # what fits has one

@@ -1,0 +1,261 @@
+"""What an ONNX file says, read from protobuf's wire format without the onnx package: operators, weights, inputs.
+
+Strict where a parser is lenient: a field that is not known here, or one that stands twice where it may stand once, is
+refused, so that nothing is in the file that this reader has not seen. Linear in the file; weights are skipped. Knows no
+bundle and no limit of a runtime. Field numbers are those of onnx.proto3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+MOST_FIELDS = 1 << 21  # of all messages of a file: those of a 7B model have a twentieth
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_WIDTH = {_FIXED64: 8, _FIXED32: 4}
+
+
+class WireError(ValueError):
+    """A file that is no ONNX model of the kind that is read here; the message says what it holds."""
+
+
+class Tensor(NamedTuple):
+    """An initializer: its type as onnx.TensorProto numbers it, its shape and where its numbers are."""
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+    inline: int | None  # bytes in the file itself, where they are stored as such
+    external: dict[str, str] | None  # location, offset and length as they are written
+
+
+class Value(NamedTuple):
+    """An input or output: its type as onnx.TensorProto numbers it; -1 where a size is free."""
+
+    dtype: int
+    shape: tuple[int, ...]
+
+
+@dataclass
+class OnnxModel:
+    """What is read of a model."""
+
+    opsets: dict[str, int] = field(default_factory=dict)  # domain -> version
+    operators: set[tuple[str, str]] = field(default_factory=set)  # domain, type
+    initializers: list[Tensor] = field(default_factory=list)
+    inputs: dict[str, Value] = field(default_factory=dict)
+    outputs: dict[str, Value] = field(default_factory=dict)
+    nodes: int = 0
+
+
+def read_model(content: bytes) -> OnnxModel:
+    """Read a model.
+
+    Raises:
+        WireError: it is no model, or holds functions, subgraphs, sparse tensors, training, or unknown fields.
+    """
+    return _Reader(content).model()
+
+
+class _Reader:
+    def __init__(self, content: bytes) -> None:
+        self._content, self._left = content, MOST_FIELDS
+        self._found = OnnxModel()
+
+    def model(self) -> OnnxModel:
+        graphs = 0
+        for number, value in self._fields((0, len(self._content)), "model", {1, 2, 3, 4, 5, 6, 7, 8, 14}):
+            if number == 7:
+                graphs += 1
+                if graphs > 1:
+                    raise WireError("it holds two graphs")
+                self._graph(value)
+            elif number == 8:
+                domain, version = self._opset(value)
+                if domain in self._found.opsets:
+                    raise WireError(f"it states the opset of {domain!r} twice")
+                self._found.opsets[domain] = version
+        if not graphs:
+            raise WireError("it holds no graph")
+        return self._found
+
+    def _opset(self, span: Any) -> tuple[str, int]:
+        told = self._once(span, "opset", {1, 2})
+        return self._text(told.get(1)), self._number(told.get(2))
+
+    def _graph(self, span: Any) -> None:
+        found = self._found
+        for number, value in self._fields(span, "graph", {1, 2, 5, 10, 11, 12, 13, 16}):
+            if number == 1:
+                self._node(value)
+            elif number == 5:
+                found.initializers.append(self._tensor(value))
+            elif number in (11, 12):
+                name, told = self._value(value)
+                among = found.inputs if number == 11 else found.outputs
+                if name in among:
+                    raise WireError(f"it has two inputs or outputs called {ascii(name)[:60]}")
+                among[name] = told
+            elif number not in (2, 10):
+                self._span(value)
+
+    def _node(self, span: Any) -> None:
+        operator: str | None = None
+        domain: str | None = None
+        for number, value in self._fields(span, "node", {1, 2, 3, 4, 5, 6, 7, 9}):
+            if number == 4:
+                operator = self._again(operator, value, "operator")
+            elif number == 7:
+                domain = self._again(domain, value, "domain")
+            elif number == 5:
+                self._attribute(value)
+        self._found.nodes += 1
+        self._found.operators.add((domain or "", operator or ""))
+
+    def _again(self, before: str | None, value: Any, what: str) -> str:
+        if before is not None:
+            raise WireError(f"a node states its {what} twice")
+        return self._text(value)
+
+    def _attribute(self, span: Any) -> None:
+        tensors = 0
+        for number, value in self._fields(span, "attribute", {1, 2, 3, 4, 5, 7, 8, 9, 13, 20}):
+            if number == 5:
+                tensors += 1
+                if tensors > 1 or self._tensor(value).external is not None:
+                    raise WireError("an attribute's numbers lie in another file")
+
+    def _tensor(self, span: Any) -> Tensor:
+        name, dtype = "", 0
+        shape: list[int] = []
+        inline: int | None = None
+        location: int | None = None
+        external: dict[str, str] = {}
+        seen: set[int] = set()
+        for number, value in self._fields(span, "tensor", {1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14}):
+            if number in seen and number in (2, 8, 9, 14):
+                raise WireError("a tensor states something twice")
+            seen.add(number)
+            if number == 1:
+                shape += self._numbers(value)
+            elif number == 2:
+                dtype = self._number(value)
+            elif number == 8:
+                name = self._text(value)
+            elif number == 9:
+                start, end = self._span(value)
+                inline = end - start
+            elif number == 13:
+                told = self._once(value, "place", {1, 2})
+                key = self._text(told.get(1))
+                if key in external:
+                    raise WireError(f"a tensor states its {ascii(key)[:60]} twice")
+                external[key] = self._text(told.get(2))
+            elif number == 14:
+                location = self._number(value)
+        if location not in (None, 0, 1) or (location == 1) != bool(external):
+            raise WireError(f"tensor {ascii(name)[:60]} does not say where its numbers lie")
+        if external and seen & {4, 5, 6, 7, 9, 10, 11}:
+            raise WireError(f"tensor {ascii(name)[:60]} has numbers in two places")
+        return Tensor(name, dtype, tuple(shape), inline, external or None)
+
+    def _value(self, span: Any) -> tuple[str, Value]:
+        told = self._once(span, "value", {1, 2, 3, 4})
+        kind = self._once(told.get(2), "type", {1, 6})
+        tensor = self._once(kind.get(1), "tensor type", {1, 2})
+        sizes = []
+        if 2 in tensor:
+            for _, dim in self._fields(tensor[2], "shape", {1}):
+                size = self._once(dim, "size", {1, 2, 3}).get(1, -1)
+                sizes.append(self._number(size))
+        return self._text(told.get(1)), Value(self._number(tensor.get(1)), tuple(sizes))
+
+    def _once(self, span: Any, what: str, known: set[int]) -> dict[int, Any]:
+        """Fields of a message in which each may stand once."""
+        found: dict[int, Any] = {}
+        for number, value in self._fields(span, what, known):
+            if number in found:
+                raise WireError(f"a {what} states field {number} twice")
+            found[number] = value
+        return found
+
+    def _fields(self, span: Any, what: str, known: set[int]) -> Iterator[tuple[int, Any]]:
+        """Number and value of each field of a message: an int, or begin and end of its bytes."""
+        place, end = self._span(span)
+        content = self._content
+        while place < end:
+            self._left -= 1
+            if self._left < 0:
+                raise WireError(f"it has more than {MOST_FIELDS} fields")
+            tag = content[place]
+            place += 1
+            if tag & 0x80:
+                tag, place = self._varint(place - 1, end)
+            number, kind = tag >> 3, tag & 7
+            if number not in known:
+                raise WireError(f"a {what} holds field {number}, which is not read here")
+            if kind == _BYTES:
+                size = content[place] if place < end else 0x80
+                if size & 0x80:
+                    size, place = self._varint(place, end)
+                else:
+                    place += 1
+                if size > end - place:
+                    raise WireError(f"a {what} is cut off")
+                yield number, (place, place + size)
+                place += size
+            elif kind == _VARINT:
+                value, place = self._varint(place, end)
+                yield number, value
+            else:
+                place += _WIDTH.get(kind, end)  # groups, and what is no kind, end beyond the message
+                if place > end:
+                    raise WireError(f"a {what} is cut off")
+                yield number, None
+
+    def _varint(self, place: int, end: int) -> tuple[int, int]:
+        """A number and the place behind it."""
+        value = shift = 0
+        while place < end and shift < 64:
+            byte = self._content[place]
+            place += 1
+            value |= (byte & 0x7F) << shift
+            if not byte & 0x80:
+                return value, place
+            shift += 7
+        raise WireError("a number is cut off or too long")
+
+    def _numbers(self, value: Any) -> list[int]:
+        """A repeated number: packed, or one of them."""
+        if isinstance(value, int):
+            return [self._number(value)]
+        place, end = self._span(value)
+        found = []
+        while place < end and len(found) <= 64:  # a shape
+            number, place = self._varint(place, end)
+            found.append(self._number(number))
+        return found
+
+    def _number(self, value: Any) -> int:
+        if value is None:
+            return 0
+        if not isinstance(value, int):
+            raise WireError("a number was expected")
+        return value - (1 << 64) if value >= 1 << 63 else value
+
+    def _text(self, value: Any) -> str:
+        if value is None:
+            return ""
+        start, end = self._span(value)
+        try:
+            return self._content[start : min(end, start + 4096)].decode("utf-8")
+        except UnicodeDecodeError:
+            raise WireError("a text is not UTF-8") from None
+
+    def _span(self, value: Any) -> tuple[int, int]:
+        if value is None:
+            return 0, 0
+        if not isinstance(value, tuple):
+            raise WireError("bytes were expected")
+        return value
