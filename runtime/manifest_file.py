@@ -80,13 +80,14 @@ def read_manifest_file(folder: Path) -> ManifestFile:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json with its digest, in one step: a bundle that is in use gets engines while others read it."""
-    plain = to_json(replace(manifest, schema_version=SCHEMA_VERSION))
     try:
-        check_manifest(from_json(Manifest, plain, rules=RULES))
+        written = from_json(Manifest, to_json(replace(manifest, schema_version=SCHEMA_VERSION)), rules=RULES)
+        check_manifest(written)
     except RecordError as error:
         raise BundleError(
             f"{folder / MANIFEST} would not be read again ({error}): correct what it was made of"
         ) from None
+    plain = to_json(written)
     text = json.dumps(plain | {DIGEST: digest_of(plain)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     fresh = folder / f".{MANIFEST}.{secrets.token_hex(8)}"
     try:

@@ -231,7 +231,7 @@ class _Reader:
         if isinstance(value, int):
             return [self._number(value)]
         place, end = self._span(value)
-        found = []
+        found: list[int] = []
         while place < end and len(found) <= 64:  # a shape
             number, place = self._varint(place, end)
             found.append(self._number(number))

@@ -203,7 +203,6 @@ def test_damaged_bundles(bundle: Path, tmp_path: Path, damage: Edit, word: str) 
     spoiled = copied(bundle, tmp_path / "spoiled")
     damage(spoiled)
     assert_refused(export("check", spoiled), errors.BundleError, word)
-    (spoiled / ".verified.json").unlink(missing_ok=True)
     assert_refused(run("generate", spoiled, "--prompt", "What?"), errors.BundleError, word)
 
 

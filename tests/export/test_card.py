@@ -15,7 +15,7 @@ from framefusion import errors
 from framefusion.export.card import card, front_matter
 from framefusion.export.inspection import bytes_of_files
 from framefusion.export.source import License, license_of
-from framefusion.runtime.bundle import Manifest, SourceRecord, read_manifest, sha256_of
+from framefusion.runtime.bundle import Manifest, SourceRecord, read_manifest, sha256_of, write_manifest
 from tests.commands import assert_refused, export
 from tests.export.test_hub import COMMIT, REPO, cache, fill_cache  # noqa: F401  (a fixture)
 
@@ -176,9 +176,10 @@ def test_a_bundle_is_compared_with_its_own_commit(cache: Path, checkpoint: Path,
     (snapshot.parent.parent / "refs" / "main").write_text("f" * 40)
     moved = tmp_path / "bundle"
     shutil.copytree(bundle, moved)
-    manifest = json.loads((moved / "manifest.json").read_text())
-    manifest["source"] |= {"name": REPO, "on_hub": True, "revision": "main", "commit": COMMIT}
-    (moved / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(moved)
+    assert manifest.source is not None
+    source = replace(manifest.source, name=REPO, on_hub=True, revision="main", commit=COMMIT)
+    write_manifest(moved, replace(manifest, source=source))
     result = export("check", moved, "--checkpoint", REPO)
     assert result.exit_code == 0, result.output
     assert "check passed, reference: transformers" in result.stdout

@@ -55,11 +55,7 @@ DIALECT = ("--dialect", "portable")
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    return {
-        str(path.relative_to(folder)): path.stat().st_mtime_ns
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != ".verified.json"
-    }
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_bundle_of_another_dialect(bundle: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import shutil
 from pathlib import Path
@@ -29,7 +28,7 @@ from framefusion.export.options import BuildOptions
 from framefusion.export.plan import BuildPlan
 from framefusion.export.trace import trace
 from framefusion.export.weights import Source, blocks_of, check_range
-from framefusion.runtime.bundle import Bundle, read_manifest
+from framefusion.runtime.bundle import Bundle, read_manifest, write_manifest
 from framefusion.runtime.memory import memory_plan
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.prompt import Turn, Visual
@@ -164,9 +163,9 @@ def test_bfloat16_is_built_checked_in_float32_and_refused_by_name(checkpoint: Pa
 def test_the_runtime_refuses_bfloat16(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(bundle, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["model"]["dtype"] = "bfloat16"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(folder)
+    model = dataclasses.replace(manifest.model, dtype="bfloat16")
+    write_manifest(folder, dataclasses.replace(manifest, model=model))
     with pytest.raises(BackendError, match=r"bfloat16, the CPU runtime runs float32 and float16 \(.* --dtype float16"):
         Pipeline(Bundle(folder))
 
