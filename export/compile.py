@@ -124,12 +124,12 @@ def compile_engines(
     resources, start = resources or Resources(), time.monotonic()
     folder, manifest = bundle.folder, bundle.manifest
     bundle.require_graphs()
-    if KINDS[options.kind].weights_inside:  # inductor compiles torch's graphs, TensorRT parses the bundle's
-        bundle.check_graphs()
     check_options(options, manifest.dialect, manifest.model.dtype)
     jobs = plan_jobs(bundle, options, plan)
     report_name = f"{FOLDER}/{options.kind}/{REPORT}"
     check_names([*(job.file for job in jobs), report_name, CHECKSUMS])
+    if KINDS[options.kind].weights_inside:  # inductor compiles torch's graphs, TensorRT parses the bundle's
+        bundle.check_graphs()
     cache = EngineCache(resources.cache or default_folder(), resources.cache_limit)
     missing = [job for job in jobs if cache.find(job.components) is None]
     check_disk(folder, cache, jobs, missing)

@@ -23,6 +23,7 @@ from framefusion import files
 from framefusion.errors import BundleError, StorageError
 from framefusion.runtime.bundle import MANIFEST, FileRecord, Manifest, read_manifest
 from framefusion.runtime.records import RecordError, from_json, to_json
+from framefusion.runtime.signatures import SIGNATURES, read_signatures
 
 JOURNAL, LOCK, SCRATCH, CHECKSUMS = "journal.json", ".lock", ".writing", "SHA256SUMS"
 STAMPS = ".verified.json"  # hashes that were right once, as bundles had them beside the manifest
@@ -140,7 +141,7 @@ def own_manifest(folder: Path) -> Manifest | None:
 def names_of(folder: Path, manifest: Manifest) -> set[str]:
     """The files of a bundle that are ours: those of the manifest, and what its commands write beside it."""
     named = {*manifest.files, MANIFEST}
-    ours = {CHECKSUMS: _are_checksums, STAMPS: _are_stamps, LOCK: _is_lock}
+    ours = {CHECKSUMS: _are_checksums, STAMPS: _are_stamps, LOCK: _is_lock, SIGNATURES: _are_signatures}
     return named | {name for name, is_ours in ours.items() if is_ours(folder / name, manifest)}
 
 
@@ -155,6 +156,13 @@ def _are_stamps(path: Path, manifest: Manifest) -> bool:
         stamps: Mapping[str, Any] = json.loads(_text(path))
         return all(name in manifest.files or isinstance(stamp, list) for name, stamp in stamps.items())
     except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _are_signatures(path: Path, _: Manifest) -> bool:
+    try:
+        return not path.is_symlink() and bool(read_signatures(path.parent))
+    except BundleError:
         return False
 
 

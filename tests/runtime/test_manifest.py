@@ -45,7 +45,7 @@ def within(hint: Any) -> Iterator[type]:
 
 
 def subclasses(kind: type) -> list[type]:
-    found = kind.__subclasses__()
+    found: list[type] = kind.__subclasses__()
     return found + [deeper for one in found for deeper in subclasses(one)]
 
 
