@@ -58,7 +58,7 @@ def _limits(manifest: Manifest) -> Iterator[Problem]:
             f"an input of {limits.max_input_len} does not fit {limits.max_kv_cache_capacity} slots of KV cache",
         )
     known = max(manifest.model.vocab_size, manifest.embedding.rows)
-    if any(token >= known for token in manifest.generation.eos_token_ids):
+    if any(token >= known for token in manifest.generation.eos_token_ids or ()):
         yield "generation.eos_token_ids", f"{manifest.generation.eos_token_ids} are beyond {known} tokens"
 
 

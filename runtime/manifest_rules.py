@@ -147,6 +147,12 @@ RULES: Rules = {
         "repetition_penalty": _between(0, 1e6, above=True),
         "eos_token_ids": Rule(0, IDS, items=1024),
         "pad_token_id": _between(-1, IDS),
+        "min_p": _SHARE,
+        "no_repeat_ngram_size": _COUNT,
+        "min_new_tokens": _COUNT,
+        "suppress_tokens": Rule(0, IDS, items=1 << 18),
+        "begin_suppress_tokens": Rule(0, IDS, items=1 << 18),
+        "bad_words_ids": Rule(0, IDS, items=1 << 16),
     },
     FrameSampling: {
         "fps": _between(0, 1e4, above=True),
