@@ -9,21 +9,21 @@ A tensor is read when it is asked for and nothing of it is kept; headers are rea
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from framefusion.errors import CheckpointError
+from framefusion.export.checkpoint_files import LFS, check_file, inner_name, is_pointer, present, read_json_file
 from framefusion.export.hub import Origin, origin_of, resolve
 from framefusion.export.tensor_file import Entry, TensorFile, TensorFileError
+from framefusion.export.weight_formats import INDEX, SINGLE, check_plain, no_weights
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PART = "_cfg"
 """What ends the keys of config.json that name a part: `llm_cfg` is the part `llm`."""
 
@@ -44,9 +44,13 @@ class Checkpoint:
 
     def __init__(self, folder: Path | str, origin: Origin | None = None) -> None:
         self.folder = Path(folder)
+        if self.folder.is_file():
+            raise CheckpointError(f"{self.folder} is a file: give the folder that holds it, config.json and tokenizer")
         if not self.folder.is_dir():
             raise CheckpointError(f"no checkpoint folder at {self.folder}: give a folder with config.json")
         self.origin = origin or origin_of(self.folder)
+        if not present(self.folder / CONFIG):
+            raise no_weights(self.folder, self.folder, CONFIG)
         self.config: dict[str, Any] = self.read_json(CONFIG)
         self._open: dict[Path, TensorFile] = {}
 
@@ -57,17 +61,11 @@ class Checkpoint:
         return cls(origin.folder, origin)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder that must be there."""
+        """A JSON file of the folder that must be there; see `checkpoint_files.read_json_file` for its limits."""
         path = self.folder / name
-        try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is not readable JSON ({error}): download it again") from None
-        if not isinstance(loaded, dict):
-            raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected an object")
-        return loaded
+        if not present(path):
+            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again")
+        return read_json_file(path, self.folder)
 
     def read_optional_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint (see `find`), or an empty object where there is none."""
@@ -82,10 +80,15 @@ class Checkpoint:
             if key.endswith(PART):
                 # a string is a path, perhaps one of the machine that trained it: its last name is the folder's
                 name = key.removesuffix(PART)
-                folder = self.folder / (Path(value).name if isinstance(value, str) else name)
-                if (folder / CONFIG).is_file():
-                    found[name] = folder
+                place = Path(value).name if isinstance(value, str) else name
+                if inner_name(place) and present(self.folder / place / CONFIG):
+                    found[name] = self.folder / place
         return found
+
+    def check_plain(self) -> None:
+        """Refuse quantized weights and adapters, by what the configurations say and by names of tensors."""
+        nested = [value for value in self.config.values() if isinstance(value, dict)]
+        check_plain(self.folder, (self.config, *nested, *map(self.part_config, self.parts)), self._places)
 
     def part_config(self, name: str) -> dict[str, Any]:
         """The configuration of a part: its folder's config.json, else the object in config.json; {} without either."""
@@ -97,7 +100,10 @@ class Checkpoint:
     def find(self, name: str) -> Path | None:
         """A file of the checkpoint: the folder's own, else that of the first part that has one; None without any."""
         paths = (folder / name for folder in (self.folder, *self.parts.values()))
-        return next((path for path in paths if path.is_file()), None)
+        path = next((path for path in paths if present(path)), None)
+        if path is not None:
+            check_file(path, self.folder)
+        return path
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
@@ -106,22 +112,52 @@ class Checkpoint:
 
     @cached_property
     def _places(self) -> Mapping[str, _Place]:
-        if not self.parts or any((self.folder / name).is_file() for name in (INDEX, SINGLE)):
+        if not self.parts or any(present(self.folder / name) for name in (SINGLE, INDEX)):
             return self._places_in(self.folder)
         parts = ((part, self._places_in(folder)) for part, folder in self.parts.items())
         return {f"{part}.{key}": place for part, places in parts for key, place in places.items()}
 
     def _places_in(self, folder: Path) -> dict[str, _Place]:
-        """Tensors of one folder, by their names in its files."""
-        if (folder / INDEX).is_file():
-            weight_map = self.read_json((folder / INDEX).relative_to(self.folder).as_posix()).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{folder / INDEX} has no weight_map: download it again")
-            return {key: _Place(folder / name, key) for key, name in weight_map.items()}
+        """Tensors of one folder, by their names in its files; the single file comes before an index, as transformers
+        has it."""
         path = folder / SINGLE
-        if not path.is_file():
-            raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: only safetensors are read")
-        return {key: _Place(path, key) for key in self._file(path).entries}
+        if present(path):
+            return {key: _Place(path, key) for key in self._file(path).entries}
+        if not present(folder / INDEX):
+            raise no_weights(folder, self.folder)
+        weight_map = self.read_json((folder / INDEX).relative_to(self.folder).as_posix()).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map: download it again")
+        for key, name in weight_map.items():
+            if not inner_name(name):
+                raise CheckpointError(
+                    f"{folder / INDEX} says that {key} is in {name!r:.80}, which is no file of the folder: "
+                    "download it again"
+                )
+        return self._places_of(folder, weight_map)
+
+    def _places_of(self, folder: Path, weight_map: Mapping[str, str]) -> dict[str, _Place]:
+        """Tensors of shards: all that they hold, as transformers loads them, and at least what the index names."""
+        places: dict[str, _Place] = {}
+        for name in sorted(set(weight_map.values())):
+            for key in self._file(folder / name).entries:
+                other, place = places.get(key), _Place(folder / name, key)
+                if other is not None and not self._equal(other, place):
+                    raise CheckpointError(
+                        f"{other.file} and {place.file} both hold {key}, with other values: files of two models are "
+                        "mixed here, download the checkpoint again"
+                    )
+                places[key] = place
+        # what a shard lacks is missed when it is read, or as a tensor that nobody reads
+        return {key: _Place(folder / name, key) for key, name in weight_map.items()} | places
+
+    def _equal(self, one: _Place, other: _Place) -> bool:
+        """Whether two tensors on disk are the same, number by number."""
+        entries = [self._file(place.file).entries[place.key] for place in (one, other)]
+        if entries[0][:2] != entries[1][:2]:
+            return False
+        first, second = (self._file(place.file).raw(place.key) for place in (one, other))
+        return torch.equal(first, second)
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -168,10 +204,12 @@ class Checkpoint:
 
     def _file(self, path: Path) -> TensorFile:
         if path not in self._open:
+            if not present(path):
+                raise CheckpointError(f"{path} is missing though the index names it: download it again")
+            check_file(path, self.folder)
             try:
                 self._open[path] = TensorFile(path)
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing though the index names it: download it again") from None
             except (TensorFileError, OSError) as error:
-                raise CheckpointError(f"{path} is truncated or no safetensors file ({error}): download it") from None
+                why = LFS if is_pointer(path) else f"is truncated or no safetensors file ({error}): download it"
+                raise CheckpointError(f"{path} {why}") from None
         return self._open[path]

@@ -7,7 +7,6 @@ HF_HUB_OFFLINE, HF_ENDPOINT): this module says which files are wanted, and what 
 from __future__ import annotations
 
 import errno
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import framefusion
 from framefusion.errors import CheckpointError, FrameFusionError, StorageError
+from framefusion.export.checkpoint_files import inner_name, read_json_file
 
 # Configuration, weights, tokenizer and chat template, and what the model card needs; no other weight format, no code.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
@@ -70,6 +70,8 @@ def resolve(name: str | Path, revision: str | None = None) -> Origin:
                 f"--revision {revision} belongs to an id on the hub, {name} is a folder: leave it out"
             )
         return origin_of(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{name} is a file: give the folder that holds it, config.json and tokenizer")
     if str(name).count("/") != 1 or str(name).startswith(("/", ".", "~")):
         raise CheckpointError(
             f"no checkpoint folder at {name}, and an id on the hub is ORGANISATION/MODEL: give one of the two"
@@ -81,9 +83,10 @@ def missing_shards(folder: Path) -> Iterator[Path]:
     """Files that an index of the folder names and that are not there."""
     for index in sorted(folder.rglob(INDICES)):
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError):
+            told = set(read_json_file(index, folder)["weight_map"].values())
+        except (CheckpointError, KeyError, AttributeError, TypeError):
             continue  # whoever reads the weights says what is wrong with it
+        names = sorted(name for name in told if inner_name(name))
         yield from (index.parent / name for name in names if not (index.parent / name).is_file())
 
 

@@ -7,13 +7,13 @@ others are refused by name. Reads no weight and knows no family.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from framefusion.errors import CheckpointError
+from framefusion.export.weight_formats import SHOWN
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoint import Checkpoint
@@ -29,10 +29,6 @@ RECOMPUTED: Mapping[str, str] = MappingProxyType(
     }
 )
 """Pattern of a key -> what it is: buffers that transformers wrote once and ignores when it loads."""
-SHOWN = 4  # names in a message
-_ADAPTER = re.compile(
-    r"\.(lora_|base_layer\.|modules_to_save\.|original_module\.|ia3_|vera_|oft_|adapter)|^base_model\."
-)
 
 
 def check_all_read(checkpoint: Checkpoint, taken: Iterable[str], unused: Mapping[str, str]) -> None:
@@ -55,11 +51,6 @@ def check_all_read(checkpoint: Checkpoint, taken: Iterable[str], unused: Mapping
         return
     rest = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
     names = ", ".join(left[:SHOWN]) + rest
-    if any(_ADAPTER.search(key) for key in left):
-        raise CheckpointError(
-            f"{checkpoint.folder} holds tensors of an adapter beside the model's ({names}): merge it with peft's "
-            "merge_and_unload(), save_pretrained() the result, and give that folder"
-        )
     raise CheckpointError(
         f"{checkpoint.folder} holds tensors that no part of this model reads ({names}): the model is another one than "
         "config.json says, or these are left over from training; a bundle without them would answer differently"

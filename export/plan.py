@@ -79,6 +79,7 @@ class BuildPlan:
     def __init__(self, checkpoint: Checkpoint, options: BuildOptions) -> None:
         self.checkpoint, self.options = checkpoint, options
         self.family: Family = family_of(checkpoint.config)
+        checkpoint.check_plain()
         self.tower: TowerPlan = self.family.plan_tower(checkpoint)
         config = decoders.decoder_config(checkpoint, self.family, options.num_decoder_layer)
         self.config: DecoderConfig = replace(config, deepstack=self.tower.deepstack)

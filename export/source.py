@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from framefusion.export.checkpoint_files import check_file, present
 from framefusion.export.hub import Origin
 from framefusion.runtime.bundle import UNKNOWN_LICENSE, SourceRecord, sha256_of
 
@@ -46,7 +47,10 @@ def source_record(origin: Origin) -> SourceRecord:
 
 def license_of(folder: Path) -> License:
     """The licence that a checkpoint states for itself."""
-    told = front_matter(folder / "README.md")
+    readme = folder / "README.md"
+    if present(readme):
+        check_file(readme, folder)
+    told = front_matter(readme)
     stated = told.get("license")
     if stated:
         link, names = _text(told.get("license_link")), list(map(str, stated)) if isinstance(stated, list) else [stated]
@@ -60,8 +64,15 @@ def license_of(folder: Path) -> License:
 
 
 def license_files(folder: Path) -> list[Path]:
-    """Files that must travel with the weights."""
-    return sorted({path for pattern in LICENSE_FILES for path in folder.glob(pattern) if path.is_file()})
+    """Files that must travel with the weights.
+
+    Raises:
+        CheckpointError: one is a link that leaves the folder: it would publish a file of this machine.
+    """
+    found = sorted({path for pattern in LICENSE_FILES for path in folder.glob(pattern) if not path.is_dir()})
+    for path in found:
+        check_file(path, folder)
+    return found
 
 
 def front_matter(readme: Path) -> Mapping[str, Any]:

@@ -242,6 +242,7 @@ def truncate_weights(folder: Path) -> None:
 def remove_shard(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}))
+    (folder / WEIGHTS).unlink()
 
 
 def remove_config(folder: Path) -> None:

@@ -45,7 +45,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         if set(architectures) & set(family.architectures):
             return family
     model_type = config.get("model_type")
-    for family in candidates:
+    for family in () if architectures else candidates:  # a reward model has the model_type of a chat model
         if model_type in family.model_types:
             return family
     known = sorted({name for family in FAMILIES for name in family.architectures})

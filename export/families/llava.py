@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from framefusion.errors import CheckpointError
+from framefusion.export.checkpoint_files import inner_name, present
 from framefusion.export.families.class_defaults import completed
 from framefusion.export.families.family import CHATML, Family, LlmKeys
 from framefusion.export.families.reading import expect, required
@@ -64,7 +65,7 @@ def vision_tower(checkpoint: Checkpoint) -> VisionTower:
         required(config, key, checkpoint)
     expect(checkpoint, config, EXPECTED)
     name = str(required(config, "mm_vision_tower", checkpoint))
-    if (checkpoint.folder / name / "config.json").is_file():  # a path, which may be an absolute one
+    if inner_name(name) and present(checkpoint.folder / name / "config.json"):
         return _described(checkpoint, name)
     known = VISION_TOWERS.get(PurePosixPath(name).name)
     if known is None:

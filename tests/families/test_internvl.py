@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def changed(folder: Path, target: Path, name: str, change: Change) -> Checkpoint:
     """The checkpoint with one of its JSON files changed."""
     for path in folder.iterdir():
-        (target / path.name).symlink_to(path)
+        (target / path.name).hardlink_to(path)
     content = json.loads((folder / f"{name}.json").read_text()) if (folder / f"{name}.json").exists() else {}
     change(content)
     (target / f"{name}.json").unlink(missing_ok=True)
