@@ -7,7 +7,6 @@ under it computes the scores and goes on to the model's own. Otherwise nothing d
 
 from __future__ import annotations
 
-import sys
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from framefusion.live_call import Call
+from framefusion.live_seams import attention_of, register_attention
 
 NAME = "framefusion"
 """In transformers' attention registry."""
@@ -30,9 +30,7 @@ def current() -> Call | None:
 
 def register() -> None:
     """Add the function to transformers' registry, where models that are not watched never find it."""
-    from transformers.modeling_utils import AttentionInterface
-
-    AttentionInterface.register(NAME, watched_attention)
+    register_attention(NAME, watched_attention)
 
 
 class WatchedConfig:
@@ -55,14 +53,11 @@ class WatchedConfig:
 
 def watched_attention(module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **named: Any) -> Any:
     """What the model's own attention function does, and the importance beside it."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     call = CALL.get()
     assert call is not None  # only a call that watches gets here
     call.watching = False
     scaling = named.get("scaling")
-    call.watch(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    with torch.autocast(query.device.type, enabled=False):  # scores of halves would tie
+        call.watch(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     config: Any = module.config
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
-    return attend(module, query, key, *rest, **named)
+    return attention_of(module, config._attn_implementation)(module, query, key, *rest, **named)

@@ -12,14 +12,14 @@ part that is filled. A compiled decode step reads and writes tensors alone, all 
 from __future__ import annotations
 
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from framefusion.errors import BackendError
 from framefusion.live_mask import buffer_mask
-from framefusion.live_seams import cache_of
+from framefusion.live_seams import cache_layers, cache_of, crop_gives_length
 
 COMPILED = (
     "a prompt is reduced to lengths of its own, which compiled code has no room for: run the prefill without "
@@ -82,10 +82,12 @@ def caught_up(layer: Slots, past: int) -> tuple[Tensor, Tensor | None]:
 @cache
 def cache_layer() -> Any:
     """The class for a dynamic cache, made when transformers is there."""
-    from transformers.cache_utils import DynamicLayer
 
-    class ReducedLayer(Slots, DynamicLayer):  # type: ignore[no-untyped-call]
+    class ReducedLayer(Slots, cache_layers().DynamicLayer):  # type: ignore[misc]
         """Keys and values of the tokens that reached this layer."""
+
+        keys: Tensor
+        values: Tensor
 
         def update(self, *args: Any, **named: Any) -> tuple[Tensor, Tensor]:
             self.take()
@@ -101,16 +103,20 @@ def cache_layer() -> Any:
 
         def crop(self, tokens_to_remove: int) -> None:
             """Take back the latest tokens, as assisted generation does; none of a reduced prompt."""
-            count = self.total - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+            length = tokens_to_remove > 0 or (tokens_to_remove == 0 and crop_gives_length())
+            count = self.total - tokens_to_remove if length else -tokens_to_remove
             if count <= 0:
                 return
             latest = torch.arange(self.total - count, self.total, device=self.slots.device)
             tail = self.slots[:, -count:]
             if tail.shape[1] < count or bool((tail != latest).any()):
                 raise BackendError(f"the cache cannot give back {count} tokens: reduced ones are among them")
-            super().crop(-count)
-            valid = None if self.valid is None else self.valid[:, :-count]
-            self.extend(self.slots[:, :-count], valid, self.total - count)
+            # not by the base class: some versions would count from the length that this layer stands for
+            self.keys = self.keys[..., :-count, :]
+            self.values = self.values[..., :-count, :]
+            self.slots = self.slots[:, :-count]
+            self.valid = None if self.valid is None else self.valid[:, :-count]
+            self.total -= count
 
         def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
             super().reorder_cache(beam_idx)
@@ -130,9 +136,8 @@ def cache_layer() -> Any:
 @cache
 def static_cache_layer() -> Any:
     """The class for a static cache, made when transformers is there."""
-    from transformers.cache_utils import StaticLayer
 
-    class ReducedStaticLayer(Slots, StaticLayer):  # type: ignore[no-untyped-call]
+    class ReducedStaticLayer(Slots, cache_layers().StaticLayer):  # type: ignore[misc]
         """Keys and values of the tokens that reached this layer, at the front of buffers of fixed shape."""
 
         keys: Tensor
@@ -234,25 +239,24 @@ def adopt(past_key_values: Any, index: int, dense: tuple[Tensor, Tensor | None])
     Raises:
         BackendError: a quantized cache, or a sliding one that holds tokens.
     """
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
-
-    make, layers = cast(Any, DynamicLayer), past_key_values.layers
+    kinds, layers = cache_layers(), past_key_values.layers
+    make = kinds.DynamicLayer
     while len(layers) <= index:
         layers.append(make())
     layer = layers[index]
     if isinstance(layer, Slots):
         return layer
     # what reaches a window is refused before it gets here
-    if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
+    if type(layer) is kinds.DynamicSlidingWindowLayer and not layer.is_initialized:
         layer = make()
-    if type(layer) is StaticSlidingWindowLayer and not layer.is_initialized:
-        layer = cast(Any, StaticLayer)(layer.max_cache_len)
-    if type(layer) not in (DynamicLayer, StaticLayer):
+    if type(layer) is kinds.StaticSlidingWindowLayer and not layer.is_initialized:
+        layer = kinds.StaticLayer(layer.max_cache_len)
+    if type(layer) not in (kinds.DynamicLayer, kinds.StaticLayer):
         raise BackendError(
             f"a cache of {type(layer).__name__} cannot hold reduced tokens, whose number differs by layer: "
             "use the DynamicCache that generate() makes by default, or a StaticCache"
         )
-    adopted = cache_layer()() if type(layer) is DynamicLayer else static_cache_layer()(layer.max_cache_len)
+    adopted = cache_layer()() if type(layer) is kinds.DynamicLayer else static_cache_layer()(layer.max_cache_len)
     adopted.__dict__.update(layer.__dict__)
     adopted.extend(*dense, dense[0].shape[1])
     layers[index] = adopted

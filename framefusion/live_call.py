@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from framefusion import budget, ops
-from framefusion.errors import BackendError
 from framefusion.live_cache import adopt, caught_up
 from framefusion.live_mask import reduced_mask, tokens_seen
 from framefusion.live_plan import apply_plan, features_of, similarity
-from framefusion.live_seams import cache_of
+from framefusion.live_proof import Proof, check_arguments
+from framefusion.live_seams import DEEPSTACK_ARGUMENTS, broken, cache_of
 from framefusion.policy import CallRecord, Plan, ReductionState, keep_all
 from framefusion.tracks import IntArray
 
@@ -57,7 +57,7 @@ class Asked:
 
     owner: Any  # whose hooks serve this call
     importance_rows: int
-    device: torch.device  # of the first layer
+    device: torch.device  # of the hidden states that the decoder is given
     flash: bool  # masks have two dimensions
 
 
@@ -84,7 +84,10 @@ class Call:
     them. Padding repeats the last token of its row: it attends what that attends, so nothing in it is undefined.
     """
 
-    def __init__(self, asked: Asked, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any) -> None:
+    def __init__(
+        self, asked: Asked, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any, proof: Proof
+    ) -> None:
+        self.proof = proof
         self.asked, self.rows, self.shape, self.past = asked, rows, shape, past
         self.real = tokens_seen(mask, 0, past, shape[0])
         self.index: Tensor | None = None
@@ -92,8 +95,17 @@ class Call:
         self.features: list[Tensor] = []  # [B, K, D] for each of the next layers to add
         self.importance: list[Tensor] = []
         self.watching = False
+        self.cache: Any = None  # transformers'
         self.layer: Any = None  # of the cache
+        self.stored = 0  # tokens that it holds once the layer has run
+        self.attention: nn.Module | None = None  # of the layer that is running
+        self.states: list[tuple[Tensor | None, Tensor | None]] = []  # index and valid of each state that is captured
         self._memo: dict[Any, Any] = {}  # by object: layers with the same tokens share masks, tables and slots
+
+    @property
+    def present(self) -> int:
+        """Tokens of the longest row that are left."""
+        return self.shape[1] if self.index is None else self.index.shape[1]
 
     @property
     def reducing(self) -> bool:
@@ -102,13 +114,14 @@ class Call:
 
     def take_deepstack(self, given: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments without DeepStack's features, which the call adds, as they follow their tokens."""
-        told, where = dict(given), given.get("visual_pos_masks")
-        for rows in told.pop("deepstack_visual_embeds", None) or ():
+        positions, embeddings = DEEPSTACK_ARGUMENTS
+        told, where = dict(given), given.get(positions)
+        for rows in told.pop(embeddings, None) or ():
             whole = rows.new_zeros(*self.shape, rows.shape[-1])
             whole[where.to(rows.device)] = rows  # type: ignore[union-attr]
             self.features.append(whole)
         if self.features:
-            told.pop("visual_pos_masks", None)
+            told.pop(positions, None)
         return told
 
     def begin(self, hidden: Tensor, features: list[Tensor]) -> Tensor:
@@ -119,6 +132,10 @@ class Call:
             self._place(hidden.device)
             hidden, *self.features = [self._gather(tensor) for tensor in (hidden, *features)]
         return self.reduce(hidden)
+
+    def add_features(self, hidden: Tensor) -> Tensor:
+        """Add DeepStack's features of the next layer that has any.  [B, K, D] -> [B, K, D]"""
+        return hidden + self.features.pop(0).to(hidden)
 
     def reduce(self, hidden: Tensor) -> Tensor:
         """One call of every row that is not finished; the same tensor where nothing goes.  [B, K, D] -> [B, K', D]"""
@@ -145,7 +162,7 @@ class Call:
                 scores[i, "similarity"] = similarity(own, reduction.labels)
             if reduction.wants_importance and reduction.call:
                 if not self.importance:
-                    raise BackendError("this model's attention does not look its function up in transformers' registry")
+                    raise broken("no importance came from the attention of the layer")
                 scores[i, "importance"] = self.importance[i]
         told: dict[tuple[int, str], npt.NDArray[np.float32]] = {}
         if scores:
@@ -183,11 +200,13 @@ class Call:
             row.kept.append(row.origin)
         told = dict(given)
         if self.index is not None:
+            self._once("known", tuple(given.values()), lambda: self._check_arguments(given))
             # gaps between positions would read as packed sequences; the rotary tables say all there is to say
             told["position_ids"] = None
             tables = given["position_embeddings"]
             told["position_embeddings"] = self._once("tables", tables, lambda: tuple(map(self._gather, tables)))
-        cache, self.layer = cache_of(given), None
+        cache = cache_of(given)
+        self.cache, self.layer = cache, None
         new = self._once("new", self.index, lambda: self.past + self._places())
         if cache is None:
             slots, valid = new, self.valid
@@ -198,11 +217,16 @@ class Call:
             slots = self._once("slots", old, lambda: torch.cat([old.to(new.device), new], dim=1))
             valid = self._once("valid", (old, old_valid), lambda: _joined(old, old_valid, new, self.valid))
             self.layer.extend(slots, valid, self.past + self.shape[1])
+        self.stored = slots.shape[1]
         mask = given.get("attention_mask")
         told["attention_mask"] = self._once(
             "mask", (mask, slots), lambda: reduced_mask(mask, self._places(), slots, valid, self.past, self.asked.flash)
         )
         return told
+
+    def _check_arguments(self, given: dict[str, Any]) -> bool:
+        check_arguments(given, self.shape[1])
+        return True
 
     def _dense(self) -> tuple[Tensor, Tensor | None]:
         """Slots [B, past] of a cache that holds all earlier tokens, and which of them are no padding."""
@@ -228,8 +252,19 @@ class Call:
             self._memo[entry] = (keys, make())
         return self._memo[entry][1]
 
-    def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Importance of each row's tokens.  query [B, H, K, hd] and key [B, Hkv, T, hd], earlier slots in front."""
+    def watch(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Importance of each row's tokens.  query [B, H, K, hd] and key [B, Hkv, T, hd], earlier slots in front.
+
+        Raises:
+            BackendError: this is not the attention of the layer that is running, or it reads other tokens than are
+                stored.
+        """
+        if module is not self.attention:
+            raise broken(f"{type(module).__name__} attends, which is not the attention of the layer that is running")
+        if query.shape[2] != self.present or key.shape[2] != self.stored:
+            raise broken(
+                f"{query.shape[2]} tokens attend {key.shape[2]}, where {self.present} are left and {self.stored} stored"
+            )
         earlier = key.shape[2] - query.shape[2]
         stored = None if self.layer is None else self.layer.valid
         factor = scaling * query.shape[-1] ** 0.5  # the op divides by the root of the head's width
@@ -244,16 +279,59 @@ class Call:
             scores = ops.importance(q, k, last, self.asked.importance_rows, query.shape[1], key.shape[1])
             self.importance.append(scores[-row.origin.size :])
 
+    def note_state(self) -> None:
+        """Say that a hidden state was given out, of the tokens present now."""
+        self.states.append((self.index, self.valid))
+
+    def restored_states(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a decoder captured before, between and behind its layers, each at its tokens' places.
+
+        The last one may be the decoder's own output.  L + 1 of [B, K, D], None: not asked for  -> of [B, S, D]
+
+        Raises:
+            BackendError: there are more or fewer of them than layers.
+        """
+        if len(states) != len(self.states):
+            raise broken(f"{len(states)} hidden states came back from {len(self.states) - 1} decoder layers")
+        places = zip(states, self.states, strict=True)
+        return tuple(None if state is None else self._restored(state, *where) for state, where in places)
+
+    def restored_output(self, output: Any) -> Any:
+        """A decoder's output with all hidden states at their tokens' places.
+
+        Raises:
+            BackendError: it has no last_hidden_state.
+        """
+        if isinstance(output, tuple):
+            rest = (self.restored_states(one) if _is_states(one) else one for one in output[1:])
+            return (self.restored(output[0]), *rest)
+        if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
+            raise broken(f"the decoder's output, a {type(output).__name__}, has no last_hidden_state")
+        states = getattr(output, "hidden_states", None)
+        if states is not None:
+            output.hidden_states = self.restored_states(states)
+        output.last_hidden_state = self.restored(output.last_hidden_state)
+        return output
+
     def restored(self, hidden: Tensor) -> Tensor:
         """The tokens present at their places among S, zeros where one was dropped.  [B, K, D] -> [B, S, D]"""
-        if self.index is None:
+        return self._restored(hidden, self.index, self.valid)
+
+    def _restored(self, hidden: Tensor, index: Tensor | None, valid: Tensor | None) -> Tensor:
+        if index is None:
             return hidden
-        index = self.index.to(hidden.device)
-        valid = torch.ones_like(index, dtype=torch.bool) if self.valid is None else self.valid.to(hidden.device)
+        if hidden.shape[1] != index.shape[1]:
+            raise broken(f"{hidden.shape[1]} hidden states came back for {index.shape[1]} tokens that are left")
+        index = index.to(hidden.device)
+        valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid.to(hidden.device)
         rows, tokens = torch.nonzero(valid, as_tuple=True)
         whole = hidden.new_zeros(*self.shape, hidden.shape[-1])
         whole[rows, index[rows, tokens]] = hidden[rows, tokens]
         return whole
+
+
+def _is_states(value: Any) -> bool:
+    return isinstance(value, tuple) and any(isinstance(one, Tensor) and one.ndim == 3 for one in value)
 
 
 def _stacked(rows: list[Tensor], length: int) -> Tensor:

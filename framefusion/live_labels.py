@@ -20,9 +20,9 @@ from torch import Tensor
 from framefusion.errors import PromptError
 from framefusion.tracks import TEXT, IntArray
 
-FRAME_NAME = 5
-"""InternVL writes `</img>\\nFrame2: <img>` between the frames of a video: at least this many tokens. What stands
-between two images that follow each other is shorter."""
+FRAME_NAME = 12
+"""InternVL writes `</img>\\nFrame2: <img>` between the frames of a video: at most this many tokens, where the text
+before the first frame does not show how they are named."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,10 @@ def run_labels(model: Any, seen: Seen, given: dict[str, Any]) -> IntArray | None
 
 
 def tile_labels(model: Any, seen: Seen, given: dict[str, Any]) -> IntArray | None:
-    """InternVL: one token stands for frames and images; a run of one tile behind another one's is the next frame.
+    """InternVL: one token stands for frames and images; only the text between them tells frames of one video.
 
-    Told apart by what is written between them, see FRAME_NAME; the token that ends the name repeats, too.
+    A run of one tile behind another one's is the next frame where `_names_next_frame` says so. Other runs are pictures:
+    each of their tokens has a label of its own, as in a bundle.
     """
     config, vision = model.config, model.config.vision_config
     assert seen.ids is not None
@@ -142,15 +143,72 @@ def tile_labels(model: Any, seen: Seen, given: dict[str, Any]) -> IntArray | Non
     places = round(math.prod(sides) * config.downsample_ratio**2)
     labels = np.full(seen.ids.shape, TEXT, np.int64)
     for own, ids in zip(labels, seen.ids.cpu().numpy(), strict=True):
-        first, before = 0, np.empty(0, np.int64)
-        for _, chosen in _runs(ids, (config.image_token_id,)):
-            between = chosen[0] - before[-1] - 1 if before.size else 0
-            same = before.size == chosen.size == places and between >= FRAME_NAME
-            same = same and bool((ids[chosen[0] - 2 : chosen[0]] == ids[before[0] - 2 : before[0]]).all())
-            first = first if same else int(own.max()) + 1
-            own[chosen] = first + np.arange(chosen.size)
-            before = chosen
+        runs = [run for _, run in _runs(ids, (config.image_token_id,))]
+        gaps = [
+            ids[a[-1] + 1 : b[0]] if a.size == b.size == places else ids[:0] for a, b in itertools.pairwise(runs)
+        ]  # between a frame and the next; empty where one of the two is no frame
+        label, head, before = 0, ids[:0], ids[:0]
+        for i, run in enumerate(runs):
+            gap = gaps[i - 1] if i else ids[:0]
+            if gap.size and _names_next_frame(head, before, gap, gaps[i] if i < len(gaps) else ids[:0]):
+                before = gap
+            else:
+                label, head, before = int(own.max()) + 1, ids[: run[0]], ids[:0]
+            own[run] = label + np.arange(run.size)
     return labels if (labels != TEXT).any() else None
+
+
+def _names_next_frame(head: IntArray, before: IntArray, gap: IntArray, behind: IntArray) -> bool:
+    """Whether the text between two tiles is `</img>\\nFrame3: <img>`, whatever the tokens of these words are.
+
+    Args:
+        head: all text before the video's first frame, which ends in `Frame1: <img>`.
+        before: text between the two frames before, empty behind the first one.
+        gap: the text in question.
+        behind: that behind the next tile, empty if none follows.
+    """
+    name, first = gap[2:], head[max(head.size - gap.size + 2, 0) :]  # without `</img>` and the newline
+    if name.size < 3 or np.array_equal(name[1:], head[head.size - name.size + 1 :]):
+        return False  # too short, or the name of a first frame: another video
+    if before.size:
+        return _differ_by_number(before, gap)
+    if first.size == name.size and _differ_by_number(first, name, least=1):
+        return True
+    return gap.size <= FRAME_NAME and behind.size > 0 and _differ_by_number(gap, behind)
+
+
+def _differ_by_number(one: IntArray, other: IntArray, least: int = 3) -> bool:
+    """Whether texts are alike but for a number: `least` tokens before it, one to four of it, two or more behind it."""
+    shorter = min(one.size, other.size)
+    front = next((i for i in range(shorter) if one[i] != other[i]), shorter)
+    back = next((i for i in range(shorter - front) if one[-1 - i] != other[-1 - i]), shorter - front)
+    numbers = (one.size - front - back, other.size - front - back)
+    return front >= least and back >= 2 and all(1 <= length <= 4 for length in numbers)
+
+
+def check_labels(config: Any, ids: Tensor, labels: IntArray | None, shape: tuple[int, int]) -> None:
+    """Whether every row with visual tokens has labels of them.
+
+    Args:
+        config: the whole model's.
+        ids: of the new tokens.  [B, S]
+        labels: as they were read.  [B, S] or None
+        shape: B and S of what the decoder is given.
+
+    Raises:
+        PromptError: labels of this family cannot be read, or were not.
+    """
+    named = (getattr(config, f"{kind}_token_{name}", None) for kind in ("image", "video") for name in ("id", "index"))
+    tokens = [token for token in named if isinstance(token, int)]
+    if not tokens or tuple(ids.shape) != shape:
+        return
+    visual = torch.isin(ids, torch.tensor(tokens, device=ids.device)).sum(-1).cpu().numpy()
+    unread = visual if labels is None else np.where((labels != TEXT).any(-1), 0, visual)
+    if unread.any():
+        raise PromptError(
+            f"input_ids hold {unread.max()} visual tokens of which no labels can be read from a {config.model_type}: "
+            "give them in a block of `with model.framefusion.labels(patch_type):`"
+        )
 
 
 def _pair(size: Any) -> tuple[Any, Any]:
