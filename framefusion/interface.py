@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from framefusion.errors import CheckpointError
 from framefusion.live_handle import FrameFusion as FrameFusion  # part of this module's interface
 from framefusion.live_labels import FAMILIES, Preset
@@ -52,7 +54,8 @@ def apply_framefusion(
         BackendError: a model copied to several devices by DataParallel. Later forwards raise it where transformers
             does not do what FrameFusion leans on; the message names the versions known to work.
     """
-    outermost, model = model, unwrapped(model)
+    outermost: nn.Module = model
+    model = unwrapped(outermost)
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None) or [None]
     lacking = [part for part in LAYER_PARTS if not hasattr(layers[0], part)]

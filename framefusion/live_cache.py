@@ -19,7 +19,7 @@ from torch import Tensor
 
 from framefusion.errors import BackendError
 from framefusion.live_mask import buffer_mask
-from framefusion.live_seams import cache_layers, cache_of, crop_gives_length
+from framefusion.live_seams import broken, cache_layers, cache_of, crop_gives_length
 
 COMPILED = (
     "a prompt is reduced to lengths of its own, which compiled code has no room for: run the prefill without "
@@ -72,6 +72,8 @@ def caught_up(layer: Slots, past: int) -> tuple[Tensor, Tensor | None]:
     """Slots and validity of a layer behind which compiled steps have stored a token each, up to `past`."""
     if layer.total == past:
         return layer.slots, layer.valid
+    if layer.total > past:
+        raise broken(f"the cache tells {past} tokens for a prompt of {layer.total}")
     latest = torch.arange(layer.total, past, device=layer.slots.device).expand(len(layer.slots), -1)
     valid = layer.valid
     if valid is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +100,7 @@ class Call:
         self.layer: Any = None  # of the cache
         self.stored = 0  # tokens that it holds once the layer has run
         self.attention: nn.Module | None = None  # of the layer that is running
+        self.residual: ref[Tensor] | None = None  # of the layer that is running, once it is reduced
         self.states: list[tuple[Tensor | None, Tensor | None]] = []  # index and valid of each state that is captured
         self._memo: dict[Any, Any] = {}  # by object: layers with the same tokens share masks, tables and slots
 
@@ -199,8 +201,8 @@ class Call:
         for row in self.rows:
             row.kept.append(row.origin)
         told = dict(given)
+        self._once("known", tuple(given.values()), lambda: self._check_arguments(given))
         if self.index is not None:
-            self._once("known", tuple(given.values()), lambda: self._check_arguments(given))
             # gaps between positions would read as packed sequences; the rotary tables say all there is to say
             told["position_ids"] = None
             tables = given["position_embeddings"]

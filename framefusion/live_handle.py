@@ -9,6 +9,7 @@ context variable or in the KV cache that travels with the request, never on the 
     before each decoder layer         call 0; position embeddings, mask and cache slots of the tokens present;
                                       DeepStack features of the layer before
     before post_attention_layernorm   calls 1 and on, in place: the tensor it takes is the layer's residual, too
+    before the MLP                    whether that is so
     after each decoder layer          what the layer must have shown
     attention registry                importance from the layer's own queries and keys, where the policy wants it
 
@@ -27,6 +28,7 @@ from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
@@ -101,6 +103,7 @@ class FrameFusion:
             self._undo.append(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
             self._undo.append(layer.register_forward_hook(leave).remove)
             self._undo.append(layer.post_attention_layernorm.register_forward_pre_hook(between).remove)
+            self._undo.append(layer.mlp.register_forward_pre_hook(partial(self._before_mlp, i)).remove)
             config = layer.self_attn.config
             layer.self_attn.config = WatchedConfig(config)
             self._undo.append(partial(setattr, layer.self_attn, "config", config))
@@ -116,7 +119,7 @@ class FrameFusion:
 
     def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            named = arguments_of(module, args, given)
+            named = arguments_of(module, "input_ids", args, given)
             _SEEN.set(Seen(named.get("input_ids"), named))
 
     def _forget_inputs(self, *_: Any) -> None:
@@ -127,7 +130,7 @@ class FrameFusion:
         """Note that a forward began within which the decoder must; a step of a generation is the cache's to check."""
         if torch.compiler.is_compiling():
             return
-        named = arguments_of(module, args, given)
+        named = arguments_of(module, "input_ids", args, given)
         tokens = named.get("input_ids") if named.get("inputs_embeds") is None else named["inputs_embeds"]
         BEGUN.set(False if tokens is not None and tokens.shape[1] > 1 else None)
         CALL.set(None)
@@ -153,7 +156,7 @@ class FrameFusion:
         """Begin a call where there is something to reduce, or a cache that was reduced before."""
         # 1. what the decoder was given
         compiling = torch.compiler.is_compiling()
-        named = given if compiling else arguments_of(module, args, given)
+        named = given if compiling else arguments_of(module, "input_ids", args, given)
         tokens = named.get("inputs_embeds")
         tokens = (args[0] if args else given["input_ids"]) if tokens is None else tokens
         shape = (tokens.shape[0], tokens.shape[1])
@@ -248,7 +251,7 @@ class FrameFusion:
         call = CALL.get()
         if call is None or call.asked.owner is not self:
             return None
-        named = arguments_of(module, args, given)
+        named = arguments_of(module, "hidden_states", args, given)
         if "hidden_states" not in named:
             raise broken("no hidden_states are passed to the decoder layers")
         hidden = named.pop("hidden_states")
@@ -282,6 +285,20 @@ class FrameFusion:
             reduced = call.reduce(hidden)
         if reduced is not hidden:
             hidden.set_(reduced)
+            call.residual = ref(hidden)
+
+    def _before_mlp(self, index: int, *_: Any) -> None:
+        """Whether the layer still holds the tensor that was reduced in place: without gradients, nobody else does.
+
+        Raises:
+            BackendError: it holds another one, of the tokens before.
+        """
+        call = current()
+        if call is None or call.asked.owner is not self or call.residual is None:
+            return
+        residual, call.residual = call.residual(), None
+        if residual is None:
+            raise broken(f"the residual of decoder layer {index} is not the tensor that its norm takes")
 
     def _leave_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call = current()

@@ -110,7 +110,7 @@ class Proof:
 
 
 def check_arguments(given: Mapping[str, Any], tokens: int) -> None:
-    """Whether everything that a layer is given for each token is known by name, before some tokens go.
+    """Whether everything that a layer is given for each token is known by name, as some tokens go.
 
     Args:
         given: arguments of the layer by name, but for the hidden states.
@@ -125,7 +125,7 @@ def check_arguments(given: Mapping[str, Any], tokens: int) -> None:
         raise broken(f"no position_embeddings of {tokens} tokens are passed to the decoder layers")
     if "attention_mask" not in given:
         raise broken("no attention_mask is passed to the decoder layers")
-    for name, value in given.items():
+    for name, value in given.items() if tokens > 1 else ():
         if name in LAYER_ARGUMENTS or not isinstance(value, Tensor) or not value.ndim:
             continue
         if value.shape[min(1, value.ndim - 1)] == tokens:

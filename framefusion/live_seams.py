@@ -76,16 +76,33 @@ def _minor(version: str) -> tuple[int, ...]:
 # --- Arguments ------------------------------------------------------------------------------------------------------
 
 
-def arguments_of(module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a module's forward by name."""
-    if not args:
-        return dict(given)
-    return {**dict(zip(_positional(type(module).forward), args, strict=False)), **given}
+def arguments_of(module: nn.Module, first: str, args: tuple[Any, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a module's forward by name.
+
+    Args:
+        module: whose hook was given the others.
+        first: name of its first argument.
+        args: by place.
+        given: by name.
+
+    Raises:
+        BackendError: arguments by place whose names are not known.
+    """
+    if len(args) < 2:
+        return {**dict(zip((first,), args, strict=False)), **given}
+    names = (first, *_positional(type(module).forward)[1:])
+    if len(args) > len(names):
+        raise broken(
+            f"{type(module).__name__} is given {len(args)} arguments by place, of which {len(names)} have names"
+        )
+    return {**dict(zip(names, args, strict=False)), **given}
 
 
 @cache
 def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+    """Names of the arguments that may be given by place, without self."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:

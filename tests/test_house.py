@@ -25,7 +25,8 @@ TORCH_MODULES = {
     f"framefusion.{name}"
     for name in (
         *("ops", "static_reduction", "interface"),
-        *("live_attention", "live_cache", "live_call", "live_labels", "live_mask", "live_plan"),
+        *("live_attention", "live_cache", "live_call", "live_handle", "live_labels", "live_mask", "live_plan"),
+        *("live_proof", "live_seams"),
     )
 }
 NEVER_AT_RUN_TIME = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy"}
