@@ -7,16 +7,18 @@ are rendered both ways: a template that the strings do not reproduce is refused,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from framefusion.errors import CheckpointError
+from framefusion.export.template_rendering import Rendered, render
 from framefusion.runtime.prompt import PromptTemplate, TurnLayout, Visual
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoint import Checkpoint
 
 SYSTEM, FIRST, ANSWER, SECOND = "SystemSays", "FirstQuestion", "FirstAnswer", "SecondQuestion"
+SPACED = f" \n{FIRST}\t "
 FILES = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -44,58 +46,79 @@ def read_template(
     source = source or find_template(checkpoint)
     if source is None:
         return fallback
-    template = _Template(checkpoint, source)
+    template = _Template(checkpoint, source, placeholders)
     layout = _text_layout(template, fallback)
     if placeholders is not None:
         layout = _visual_layout(template, layout, placeholders)
     _compare(template, layout, placeholders)
-    return layout
+    return replace(layout, strip=layout.strip or fallback.strip)  # a family may do it before its template is rendered
 
 
 def find_template(checkpoint: Checkpoint) -> str | None:
     """The jinja source that a checkpoint brings, None where it has none."""
     path = checkpoint.find("chat_template.jinja")
     if path is not None:
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is no text ({error}): download it again") from None
     for name in FILES:
         found = checkpoint.read_optional_json(name).get("chat_template")
         if isinstance(found, list):  # several, by name
-            found = {entry["name"]: entry["template"] for entry in found}
+            named = [entry for entry in found if isinstance(entry, Mapping)]
+            found = {entry.get("name"): entry.get("template") for entry in named}
         if isinstance(found, dict):
             found = found.get("default")
+        if found is not None and not isinstance(found, str):
+            raise CheckpointError(f"{checkpoint.folder}/{name} has chat_template {found!r:.80}, expected a text")
         if found:
-            return str(found)
+            return found
     return None
 
 
-@dataclass(frozen=True)
 class _Template:
-    checkpoint: Checkpoint
-    source: str
+    """A checkpoint's template, rendered out of process; the conversations that are always asked go in one start."""
+
+    def __init__(self, checkpoint: Checkpoint, source: str, placeholders: Mapping[str, str] | None) -> None:
+        self.checkpoint = checkpoint
+        self._source = source
+        told = checkpoint.read_optional_json("tokenizer_config.json")
+        self._tokens = [(name, _content(told.get(name))) for name in TOKENS]
+        self._rendered: dict[tuple[tuple[Message, ...], bool], str | CheckpointError] = {}
+        self._usual = _usual_conversations(placeholders)
 
     def render(self, messages: Sequence[Message], *, answer: bool = False) -> str:
         """The conversation as text, ready for an answer or not."""
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        asked = (tuple(messages), answer)
+        if asked not in self._rendered:
+            self._render([*self._usual, asked] if asked not in self._usual else self._usual)
+        found = self._rendered[asked]
+        if isinstance(found, CheckpointError):
+            raise found
+        return found
 
-        told = self.checkpoint.read_optional_json("tokenizer_config.json")
-        tokens: dict[str, Any] = {name: _content(told.get(name)) for name in TOKENS}
-        error: Exception | None = None
-        for form in (_as_parts, _as_text):  # a processor's template reads parts, a tokenizer's texts
-            try:
-                conversation = [{"role": role, "content": form(parts)} for role, parts in messages]
-                rendered = render_jinja_template(
-                    [conversation], chat_template=self.source, add_generation_prompt=answer, **tokens
-                )[0][0]
-            except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as problem:
-                error = problem
-                continue
-            texts = [part for _, parts in messages for part in parts if part not in ("video", "image")]
-            if "'type'" not in rendered and all(text in rendered for text in texts):
-                return str(rendered)
-        raise CheckpointError(
-            f"{self.checkpoint.folder}: its chat template cannot be rendered ({error or 'text is lost'})"
-        )
+    def _render(self, asked: Sequence[tuple[tuple[Message, ...], bool]]) -> None:
+        """Render conversations in both forms of a message: a processor's template reads parts, a tokenizer's texts."""
+        conversations = [
+            ([{"role": role, "content": form(parts)} for role, parts in messages], answer)
+            for messages, answer in asked
+            for form in (_as_parts, _as_text)
+        ]
+        try:
+            found = render(self._source, self._tokens, conversations)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.checkpoint.folder}: {error}") from None
+        for index, key in enumerate(asked):
+            self._rendered[key] = self._readable(key[0], found[2 * index : 2 * index + 2])
+
+    def _readable(self, messages: Sequence[Message], forms: Sequence[Rendered]) -> str | CheckpointError:
+        """The first form in which all that was said can be found."""
+        texts = [part for _, parts in messages for part in parts if part not in ("video", "image")]
+        for text, _ in forms:
+            if text is not None and "'type'" not in text and all(part.strip() in text for part in texts):
+                return text
+        reason = next((error for _, error in reversed(forms) if error), "text is lost")
+        return CheckpointError(f"{self.checkpoint.folder}: its chat template cannot be rendered ({reason})")
 
     def refuse(self, why: str) -> CheckpointError:
         """The error of a template that strings cannot say."""
@@ -136,11 +159,22 @@ def _text_layout(template: _Template, fallback: PromptTemplate) -> PromptTemplat
     if not head.endswith(user.prefix):
         raise template.refuse("the first question begins otherwise than the next")
     turns = {"user": user, "assistant": TurnLayout(between[len(user_suffix) :], answer_suffix)}
+    spaced = template.render([("user", (SPACED,))])
+    strip = spaced == alone
+    if not strip and spaced != alone.replace(FIRST, SPACED):
+        raise template.refuse("white space around what a user says is changed, and not all of it left out")
     begin, default, system = _system(template, head[: len(head) - len(user.prefix)], user)
     if system is not None:
         turns["system"] = system
     generation_prefix = asked[len(alone) :]
-    return replace(fallback, turns=turns, generation_prefix=generation_prefix, begin=begin, default_system=default)
+    return replace(
+        fallback,
+        turns=turns,
+        generation_prefix=generation_prefix,
+        begin=begin,
+        default_system=default,
+        strip=strip,
+    )
 
 
 def _system(template: _Template, head: str, user: TurnLayout) -> tuple[str, str, TurnLayout | None]:
@@ -194,20 +228,46 @@ def _visual_layout(template: _Template, layout: PromptTemplate, placeholders: Ma
 
 def _compare(template: _Template, layout: PromptTemplate, placeholders: Mapping[str, str] | None) -> None:
     """Refuse strings that do not give what the template gives."""
+    for case in _cases(placeholders, system="system" in layout.turns):
+        ours, theirs = compose(layout, case, placeholders or {}), template.render(case, answer=True)
+        if ours != theirs:
+            raise template.refuse(f"{theirs!r} would be {ours!r}")
+
+
+def _cases(placeholders: Mapping[str, str] | None, *, system: bool) -> list[list[Message]]:
+    """Conversations that both ways must write the same, with and without what the layout may not have."""
     long: list[Message] = [("user", ("Aa b?",)), ("assistant", ("Cc.",)), ("user", ("Dd",)), ("assistant", ("Ee",))]
     cases: list[list[Message]] = [long[:1], long[:3], [("user", ("Ff g",)), *long[1:], ("user", ("Hh",))]]
-    if "system" in layout.turns:
+    cases.append([("user", (SPACED,))])
+    if system:
         cases.append([("system", ("Be brief.",)), *long[:3]])
     if placeholders is not None:
         cases += [
             [("user", (*kinds, "Ii"))]
             for kinds in (("video",), ("image",), ("video", "video"), ("image", "image"), ("video", "image"))
         ]
+        cases.append([("user", ("video", SPACED))])
         cases.append([("user", ("video", "Jj")), ("assistant", ("Kk",)), ("user", ("image", "Ll"))])
-    for case in cases:
-        ours, theirs = compose(layout, case, placeholders or {}), template.render(case, answer=True)
-        if ours != theirs:
-            raise template.refuse(f"{theirs!r} would be {ours!r}")
+    return cases
+
+
+def _usual_conversations(placeholders: Mapping[str, str] | None) -> list[tuple[tuple[Message, ...], bool]]:
+    """All that is rendered of a template that can be said in strings, and whether an answer follows."""
+    question: Message = ("user", (FIRST,))
+    answer: Message = ("assistant", (ANSWER,))
+    asked: list[tuple[tuple[Message, ...], bool]] = [((question,), True)]
+    turns: list[tuple[Message, ...]] = [
+        (question,),
+        (question, answer),
+        (question, answer, ("user", (SECOND,))),
+        (("system", (SYSTEM,)), question),
+        (("user", (SPACED,)),),
+    ]
+    if placeholders is not None:
+        shown = (("video", FIRST), ("video", "video", FIRST), (FIRST, "video"), ("video", "image", FIRST))
+        turns += [(("user", parts),) for parts in shown]
+    asked += [(conversation, False) for conversation in turns]
+    return asked + [(tuple(case), True) for case in _cases(placeholders, system=True)]
 
 
 def compose(layout: PromptTemplate, messages: Sequence[Message], placeholders: Mapping[str, str]) -> str:
@@ -219,9 +279,18 @@ def compose(layout: PromptTemplate, messages: Sequence[Message], placeholders: M
         turn = layout.turns[role]
         if layout.visuals_first:
             parts = tuple(sorted(parts, key=lambda part: layout.rank(Visual(part) if part in placeholders else part)))
+        if layout.strip:
+            parts = _without_leading_space(parts, placeholders)
         shown = [
             placeholders[part] + layout.after_visual if part in placeholders else turn.text_prefix + part
             for part in parts
         ]
-        pieces += [turn.prefix, layout.part_separator.join(shown), turn.suffix]
+        said = layout.part_separator.join(shown)
+        pieces += [turn.prefix, said.rstrip() if layout.strip else said, turn.suffix]
     return "".join([*pieces, layout.generation_prefix])
+
+
+def _without_leading_space(parts: tuple[str, ...], placeholders: Mapping[str, str]) -> tuple[str, ...]:
+    while parts and parts[0] not in placeholders and not parts[0].strip():
+        parts = parts[1:]
+    return parts if not parts or parts[0] in placeholders else (parts[0].lstrip(), *parts[1:])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families.chat import Message, compose, find_template, read_template
 from framefusion.export.families.family import CHATML
 from framefusion.export.families.reading import QWEN_PLACEHOLDERS
+from framefusion.export.template_rendering import render
 from framefusion.runtime.prompt import PromptTemplate
 
 QWEN2_VL = (Path(__file__).parents[1] / "models/tiny_qwen2_vl/chat_template.jinja").read_text()
@@ -123,3 +126,79 @@ def test_videos_may_stand_before_all_text(tmp_path: Path) -> None:
 def test_what_strings_cannot_say_is_refused(template: str, why: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=why):
         read_template(checkpoint(tmp_path, template), CHATML)
+
+
+TRIMMED = CHATML_TEXT.replace("{{ m.content }}", "{{ m.content | trim }}")
+LOOP = "{% for i in range(99999) %}"
+FEATURES = (
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+    "{% if ns.n > 9 %}{% break %}{% endif %}"
+    "{% generation %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endgeneration %}\n"
+    "{%- endfor %}{{ '' if tools is none else tools | tojson }}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("source", [QWEN2_VL, CHATML_TEXT, WITHOUT_SYSTEM, VISUALS_FIRST, QWEN3_VL, TRIMMED, FEATURES])
+def test_the_process_renders_as_transformers_does(source: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    parts = [{"type": "video"}, {"type": "text", "text": "Hi <b> & \u00e9"}]
+    content: list[object] = ["Hi", parts]
+    for one, answer in itertools.product(content, (True, False)):
+        messages = [{"role": "user", "content": one}]
+        try:
+            expected = render_jinja_template(
+                [messages], chat_template=source, add_generation_prompt=answer, bos_token="s"
+            )
+            theirs = expected[0][0]
+        except Exception:  # of jinja2, whose template has no such form
+            theirs = None
+        assert render(source, [("bos_token", "s")], [(messages, answer)])[0].text == theirs
+
+
+def test_white_space_is_left_out_where_the_template_does(tmp_path: Path) -> None:
+    assert read_template(checkpoint(tmp_path, TRIMMED), CHATML).strip
+    assert not read_template(checkpoint(tmp_path, CHATML_TEXT), CHATML).strip
+    with pytest.raises(CheckpointError, match="white space around what a user says is changed"):
+        read_template(checkpoint(tmp_path, TRIMMED.replace("trim", "replace('\\t', '')")), CHATML)
+
+
+@pytest.mark.parametrize(
+    ("attack", "why"),
+    [
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big|exceeds a limit"),
+        ("{{ 'a' * 10**10 }}", "exceeds a limit|of memory"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
+        pytest.param("{{ 10**(10**9) }}", "seconds of the processor", marks=pytest.mark.slow),
+        pytest.param(f"{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}", "seconds of the processor", marks=pytest.mark.slow),
+        pytest.param(
+            f"{{% set ns = namespace(s='ab') %}}{LOOP}{{% set ns.s = ns.s ~ ns.s %}}{{% endfor %}}",
+            "limit",
+            marks=pytest.mark.slow,
+        ),
+        ("{{ '%09999999999d' | format(1) }}", "limit|of memory|too"),
+        ("{{ 'ab' | center(300000) }}", "writes more than 262144 characters"),
+        ("{{ strftime_now('%d %b %Y') }}", "strftime_now, today's date, which a bundle would freeze"),
+        ("{{ ['a', 'b'] | random }}", "the filter random"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("x" * 300_000, "has 3[0-9]{5} characters, the limit is 262144"),
+    ],
+)
+def test_hostile_templates_end_in_an_error(attack: str, why: str, tmp_path: Path) -> None:
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match=why):
+        read_template(checkpoint(tmp_path, attack + CHATML_TEXT, "chat_template.jinja"), CHATML)
+    assert time.perf_counter() - started < 20  # on a busy machine; three seconds of the processor are the limit
+
+
+def test_a_date_that_is_not_written_is_no_matter(tmp_path: Path) -> None:
+    source = "{% if tools %}{{ strftime_now('%Y') }}{% endif %}" + CHATML_TEXT
+    assert read_template(checkpoint(tmp_path, source), CHATML).default_system == "Be kind."
+
+
+@pytest.mark.parametrize("found", [5, {"default": 5}, [{"name": "default", "template": 7}]])
+def test_templates_that_are_no_text_are_refused(found: object, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has chat_template .*, expected a text"):
+        find_template(checkpoint(tmp_path, found))
