@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     from framefusion.export.checkpoint import Checkpoint
 
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
-MAX_FRAMES = 64
-"""What LLaVA-Video-7B was trained with and its authors' example asks for; no file of the checkpoint says it."""
+MAX_FRAMES, MAX_FRAMES_72B, ONEVISION_FRAMES = 64, 32, 32
+"""What LLaVA-Video-7B, LLaVA-Video-72B and LLaVA-OneVision were trained with; no file of a checkpoint says it.
+
+`frames_upbound` of scripts/video/train/SO400M_Qwen2_7B_ov_to_video_am9.sh and ..._72B_..., and of
+scripts/train/finetune_ov.sh of LLaVA-VL/LLaVA-NeXT."""
+WIDE = 8192
+"""Width of the 72B's LLM."""
 
 
 class VisionTower(NamedTuple):
@@ -146,9 +151,23 @@ def tilings(pinpoints: Any, size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def sampling(checkpoint: Checkpoint) -> FrameSampling:
-    """One frame a second, or evenly spread ones where config.json forces their number."""
-    force = bool(checkpoint.config.get("force_sample"))
-    return FrameSampling("llava", fps=1.0, min_frames=1, max_frames=MAX_FRAMES, frame_factor=1, force=force)
+    """LLaVA-Video: one frame a second, or evenly spread ones where config.json forces their number. OneVision: spread.
+
+    One format and one architecture serve both. OneVision's config.json knows none of the keys that came with
+    LLaVA-Video (`force_sample`, `add_time_instruction`), and puts one learned row behind a whole video.
+    """
+    config = checkpoint.config
+    keys = ("force_sample", "add_time_instruction")
+    onevision = not any(key in config for key in keys) and config.get("mm_newline_position") in (None, "one_token")
+    frames = MAX_FRAMES_72B if int(config.get("hidden_size") or 0) >= WIDE else MAX_FRAMES
+    return FrameSampling(
+        "llava",
+        fps=1.0,
+        min_frames=1,
+        max_frames=ONEVISION_FRAMES if onevision else frames,
+        frame_factor=1,
+        force=onevision or bool(config.get("force_sample")),
+    )
 
 
 ROW = Family(

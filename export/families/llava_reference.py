@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from framefusion.export.families import llava
 from framefusion.export.families.composition import fill, last_logits, pixels, qwen2, siglip
 from framefusion.export.families.llava_tower import original_tower
+from framefusion.export.families.reading import text_config
 from framefusion.export.families.transformers_call import TransformersCall
 from framefusion.export.graph.llava_tower import LlavaTower
 from framefusion.runtime.visual_input import Tiles
@@ -64,7 +65,7 @@ def _original_parts(call: TransformersCall) -> tuple[nn.Module, nn.Module, nn.Mo
         nn.Linear(vit.width, plan.out_width), nn.GELU(), nn.Linear(plan.out_width, plan.out_width)
     )
     fill(projector, checkpoint, "model.mm_projector.")
-    return tower, projector, qwen2(call, checkpoint.config)
+    return tower, projector, qwen2(call, text_config(checkpoint))
 
 
 def _pooled(hidden: Tensor, tiles: Tiles) -> Tensor:

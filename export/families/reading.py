@@ -26,6 +26,11 @@ QWEN_PADS = {"<|video_pad|>": "video_token_id", "<|image_pad|>": "image_token_id
 QWEN_PLACEHOLDERS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image")}
 
 
+OVERRULED: Mapping[str, Mapping[str, Any]] = {"LlavaQwenForCausalLM": {"rope_scaling": None}}
+"""By architecture: values that its authors' class sets whatever config.json says, so that no weight was ever trained
+with another (llava/model/language_model/llava_qwen.py of LLaVA-VL/LLaVA-NeXT)."""
+
+
 def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The LLM's configuration: of its own folder, nested in config.json under one of several names, or flat.
 
@@ -39,7 +44,10 @@ def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
         nested = checkpoint.config.get(name)
         if isinstance(nested, dict):
             return completed(nested, kind)
-    return completed(checkpoint.config | {"model_type": kind} if kind else checkpoint.config)
+    flat = dict(checkpoint.config)
+    for architecture in checkpoint.config.get("architectures") or ():
+        flat |= OVERRULED.get(architecture, {})
+    return completed(flat | {"model_type": kind} if kind else flat)
 
 
 def vision_config(checkpoint: Checkpoint) -> Mapping[str, Any]:

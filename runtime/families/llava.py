@@ -111,7 +111,7 @@ class LlavaPreprocessing(Preprocessing):
         check_frames(video.frames)
         pictures = np.stack([self._frame(frame) for frame in video.frames])
         pieces = self._video_pieces(len(pictures))
-        told = (time_instruction(video, self.round_fps),) if self.time_instruction else ()
+        told = (f"\n{time_instruction(video, self.round_fps)}",) if self.time_instruction else ()
         return VisualInput((self._tiles(pictures, self.mm_spatial_pool_mode),), (*pieces, *told))
 
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
@@ -226,7 +226,7 @@ class LlavaPreprocessing(Preprocessing):
 
 
 def time_instruction(video: Video, round_fps: bool) -> str:
-    """The sentence that LLaVA-Video was trained to read after a video."""
+    """The sentence that LLaVA-Video was trained to read on the line after a video."""
     step = max(round(video.fps), 1)
     once_a_second = round_fps and np.array_equal(video.indices, np.arange(0, video.total_frames, step))
     times = video.indices / (step if once_a_second else video.fps)

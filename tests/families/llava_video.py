@@ -85,8 +85,8 @@ class LlavaVideoCase(LlavaCase):
             return "<image>\n"
         times = ",".join(f"{index / seen.fps:.2f}s" for index in seen.indices)
         return (
-            f"<image>The video lasts for {seen.total_frames / seen.fps:.2f} seconds, and {len(seen.frames)} frames are "
-            f"uniformly sampled from it. These frames are located at {times}."
+            f"<image>\nThe video lasts for {seen.total_frames / seen.fps:.2f} seconds, and {len(seen.frames)} frames "
+            f"are uniformly sampled from it. These frames are located at {times}."
             "Please answer the following questions related to this video.\n"
         )
 

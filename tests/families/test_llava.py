@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from framefusion.export.families import llava
+from framefusion.runtime.frame_sampling import sample_indices
 from framefusion.runtime.prompt import Turn, Visual
 from framefusion.runtime.video import Video
 from framefusion.runtime.vision import pool_matrix
@@ -113,3 +114,33 @@ def test_ids_beyond_the_tokenizer_are_never_said(tmp_path: Path) -> None:
     for text in ("What?", "Where is it?", "Why"):
         answer = pipeline.generate([Turn("user", (Visual.VIDEO, text))], [clip], Request(max_new_tokens=8))
         assert max(answer.token_ids) < 303
+
+
+@pytest.mark.parametrize(
+    ("told", "frames", "force"),
+    [
+        ({"hidden_size": 3584, "force_sample": True, "mm_newline_position": "grid"}, 64, True),
+        ({"hidden_size": 3584, "force_sample": False, "mm_newline_position": "grid"}, 64, False),
+        ({"hidden_size": 8192, "force_sample": True, "mm_newline_position": "grid"}, 32, True),
+        ({"hidden_size": 3584, "mm_newline_position": "one_token"}, 32, True),
+        ({"hidden_size": 896}, 32, True),
+    ],
+)
+def test_frames_are_as_many_as_in_training(tmp_path: Path, told: dict[str, Any], frames: int, force: bool) -> None:
+    from framefusion.export.checkpoint import Checkpoint
+
+    tiny.write_json(tmp_path, config={"architectures": ["LlavaQwenForCausalLM"], **told})
+    sampling = llava.sampling(Checkpoint(tmp_path))
+    assert (sampling.max_frames, sampling.force) == (frames, force)
+    if "force_sample" not in told:  # OneVision spreads them over a film of any length
+        assert sample_indices(3000, 25.0, sampling).tolist() == np.linspace(0, 2999, 32, dtype=int).tolist()
+
+
+def test_rope_scaling_is_what_the_authors_class_makes_it(tmp_path: Path) -> None:
+    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.families import language
+
+    tiny.write_original(tmp_path, rope_scaling={"type": "linear", "factor": 4.0})
+    checkpoint = Checkpoint(tmp_path)
+    theta, sections, _ = language.rope(checkpoint, head_dim=16)
+    assert (theta, sections) == (checkpoint.config["rope_theta"], None)

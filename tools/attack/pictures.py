@@ -86,7 +86,7 @@ def number(file: bytearray, random: np.random.Generator, _: bytes) -> bytearray:
 
 def repeat(file: bytearray, random: np.random.Generator, _: bytes) -> bytearray:
     """A piece stands there many times."""
-    start, end = sorted(random.integers(0, len(file), 2).tolist())
+    start, end = (int(at) for at in sorted(random.integers(0, len(file), 2)))
     times = min(int(random.choice([1, 10, 300])), LARGEST // max(end - start, 1))
     return file[:end] + file[start:end] * times + file[end:]
 
@@ -99,7 +99,8 @@ def remove(file: bytearray, random: np.random.Generator, _: bytes) -> bytearray:
 
 def splice(file: bytearray, random: np.random.Generator, other: bytes) -> bytearray:
     """The head of one file, the tail of another."""
-    return file[: int(random.integers(1, len(file)))] + other[int(random.integers(0, len(other))) :]
+    tail = other[int(random.integers(0, len(other))) :]
+    return file[: int(random.integers(1, len(file)))] + tail
 
 
 MUTATIONS: tuple[Callable[[bytearray, np.random.Generator, bytes], bytearray], ...] = (
