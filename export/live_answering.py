@@ -111,7 +111,8 @@ def load_processor(folder: Path) -> Any:
 
         load: Any = AutoProcessor.from_pretrained
         processor = load(folder, trust_remote_code=False)  # nor asks at a terminal whether to
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, AttributeError) as error:
+        # Before 5.17 transformers asks a class that needs torchvision for its module, and finds None.
         cause = " ".join(str(error).split()).split(". ")[0]
         raise BackendError(f"transformers' processor of {folder} cannot be loaded: {cause}") from None
     if getattr(processor, "chat_template", None) is None or not hasattr(processor, "image_processor"):

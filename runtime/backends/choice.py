@@ -37,8 +37,10 @@ PROVEN: Mapping[tuple[Name, Place], str] = {("onnxruntime", "cpu"): "prefill.jso
 """What has run on a device of its kind, and the result under tools/bench/results that shows it, with the device's name.
 All else is called experimental."""
 
-_LOWER_RIGHT = (1, 29)
-"""ONNX Runtime's CUDA kernels of Attention with cache lengths mask lower right since microsoft/onnxruntime#28958."""
+PORTABLE_SINCE: Mapping[Place, tuple[int, int]] = {"cpu": (1, 28), "cuda": (1, 29)}
+"""The first ONNX Runtime whose Attention over a cache masks lower right. On the CPU 1.24 has no TensorScatter, and 1.25
+to 1.27 answer a chunk behind a prefill wrongly without an error (tests/export/test_dialects.py); on CUDA since
+microsoft/onnxruntime#28958."""
 
 
 @dataclass(frozen=True)
@@ -223,13 +225,18 @@ def _kernel_problem(manifest: Manifest, version: str) -> Problem:
             "GroupQueryAttention has no CUDA kernel in float32",
             "build with --dtype float16, or with --dialect portable",
         )
-    if manifest.dialect == "portable" and release(version) < _LOWER_RIGHT:
-        least = ".".join(map(str, _LOWER_RIGHT))
-        return (
-            f"CUDA kernels of onnxruntime {version} mask attention over a cache wrongly",
-            f"pip install 'onnxruntime-gpu>={least}'",
-        )
-    return ()
+    return _portable_problem(manifest, version, "cuda")
+
+
+def _portable_problem(manifest: Manifest, version: str, device: Place) -> Problem:
+    if manifest.dialect != "portable" or release(version) >= PORTABLE_SINCE[device]:
+        return ()
+    package = "onnxruntime-gpu" if device == "cuda" else "onnxruntime"
+    least = ".".join(map(str, PORTABLE_SINCE[device]))
+    return (
+        f"{device.upper()} kernels of onnxruntime {version} lack portable attention or mask it wrongly",
+        f"pip install '{package}>={least}', or build with --dialect gqa",
+    )
 
 
 def _cpu_problem(manifest: Manifest, machine: Machine) -> Problem:
@@ -240,7 +247,7 @@ def _cpu_problem(manifest: Manifest, machine: Machine) -> Problem:
             "the bundle is in bfloat16, the CPU runtime runs float32 and float16",
             "build it again with --dtype float16, or run it on a GPU",
         )
-    return _graph_problem(manifest)
+    return _graph_problem(manifest) or _portable_problem(manifest, machine.onnxruntime, "cpu")
 
 
 def _graph_problem(manifest: Manifest) -> Problem:

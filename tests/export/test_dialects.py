@@ -23,6 +23,7 @@ from framefusion.export.segments import cut_after_attentions, whole_decoder
 from framefusion.export.signatures import segment_module, trace_fixed_prefill
 from framefusion.export.trace import trace
 from framefusion.policy import FixedReduction
+from tests.versions import needs_portable
 
 OPS = torch.ops.framefusion
 TOLERANCE = 2e-6
@@ -89,7 +90,10 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
 }  # fmt: skip
 
 
-BY_DIALECT = ["portable", pytest.param("gqa", marks=pytest.mark.slow)]  # the recordings try gqa before each commit
+BY_DIALECT = [
+    pytest.param("portable", marks=needs_portable),
+    pytest.param("gqa", marks=pytest.mark.slow),  # the recordings try gqa before each commit
+]
 
 
 def in_each_dialect() -> Iterator[Any]:

@@ -6,12 +6,12 @@ Random weights say anything, but always the same.
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from framefusion.errors import BackendError
 from framefusion.export import live_answering
@@ -130,7 +130,7 @@ def test_without_a_processor_the_checkpoint_runs_in_eager_torch(
     questions.write_text(json.dumps({"video": str(film), "question": "What?", "answer": "x"}))
     flags = ("--questions", questions, "--max-new-tokens", 1, "--cost", COST)
     found = json.loads(export("eval", checkpoint, *flags, "--json").stdout)
-    assert found["engine"] == f"eager (torch {torch.__version__})"
+    assert found["engine"] == f"eager (torch {version('torch')})"
     assert found["note"] == "transformers' processor cannot be loaded: it requires a package"
     assert "not by transformers" in render(found)
     assert_refused(export("eval", checkpoint, *flags, "--live", "transformers"), BackendError, "requires a package")

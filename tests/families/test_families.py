@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from numpy.typing import NDArray
+from packaging.version import Version
 
 from framefusion import tracks
 from framefusion.export.checkpoint import Checkpoint
@@ -122,6 +124,8 @@ def test_frames(case: FamilyCase, tmp_path: Path) -> None:
     checkpoint = Checkpoint(folder)
     (family,) = (family for family in FAMILIES if family.name == case.family)
     sampling = family.sampling(checkpoint)
+    if case.family in ("llava_onevision", "llava_next_video") and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers before 5.23 rounds the places of a film's frames in another way")
     for frames, rate in FILMS:
         film = write_film(tmp_path / f"{frames}-{rate}.mp4", frames=frames, fps=rate)
         assert read_video(film, sampling).indices.tolist() == case.indices(frames, rate), (frames, rate)

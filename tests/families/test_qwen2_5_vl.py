@@ -66,6 +66,8 @@ def test_temporal_positions_equal_transformers(frames: int, total: int, fps: flo
     expected = Qwen2_5_VLModel.get_vision_position_ids(
         nobody, 0, torch.tensor(visual.tiles[0].grid), 1, 2, pace * second_per_grid
     )
+    if expected.is_floating_point():
+        pytest.skip("this transformers keeps fractions of a temporal step, later ones do not")
     np.testing.assert_array_equal(rows_of(visual).places, expected.numpy())
 
 

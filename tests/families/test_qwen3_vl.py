@@ -36,6 +36,7 @@ from tests.families.case import IMAGE, VIDEO, clip, picture, relative_error
 from tests.families.eager import eager_pipeline
 from tests.families.qwen2_vl import QwenVLReference
 from tests.families.qwen3_vl import Qwen3VLCase, video_processing
+from tests.versions import needs
 
 CASE = Qwen3VLCase()
 LIMIT = 1e-5  # fp32 sums in another order after six layers; a wrong feature, place or mean is off by 1e-2 and more
@@ -73,13 +74,16 @@ def test_sizes_equal_transformers(frames: int, height: int, width: int, low: int
     rule = Qwen3VLPreprocessing(min_pixels=low, max_pixels=high)
     try:
         expected = video_processing().smart_resize(frames, height, width, 2, 32, low, high)
-    except ValueError:
+    except ValueError as error:
+        if "must be larger than factor" in str(error):  # before transformers 5.17, which enlarges small films
+            return
         with pytest.raises(VideoError, match="the limit is 200 to 1"):
             rule.frame_size(frames, height, width)
     else:
         assert rule.frame_size(frames, height, width) == expected
 
 
+@needs("transformers", "5.17", "its processor knows no cap on the pixels of a frame")
 @pytest.mark.parametrize(("frames", "high"), [(4, 786432), (64, 786432), (700, 786432), (6, 10**8)])
 def test_the_limit_of_a_frame_equals_transformers(frames: int, high: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own `resize`, stopped before it touches pixels."""
@@ -126,6 +130,7 @@ def test_times_of_odd_and_even_films_equal_transformers(frames: int, total: int,
     np.testing.assert_allclose(visual.tiles[0].values, expected, rtol=0, atol=1e-6)
 
 
+@needs("transformers", "5.17", "it has no function that tells the weights alone")
 @settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([2, 6, 48]))
 def test_the_position_table_is_read_as_transformers_does(rows: int, columns: int, side: int) -> None:

@@ -85,7 +85,11 @@ def test_the_cuda_provider_is_taken_where_it_is_listed(bundle: Bundle) -> None:
         (replace(WITH_GPU, providers=("CPUExecutionProvider",)), {}, "has no CUDAExecutionProvider"),
         (replace(WITH_GPU, bindings=False), {}, "cuda-bindings is not installed"),
         (WITH_GPU, {}, "GroupQueryAttention has no CUDA kernel in float32"),
-        (replace(WITH_GPU, onnxruntime="1.25.1"), {"dialect": "portable"}, "onnxruntime 1.25.1 mask attention"),
+        (
+            replace(WITH_GPU, onnxruntime="1.25.1"),
+            {"dialect": "portable"},
+            "onnxruntime 1.25.1 lack portable attention",
+        ),
         (WITH_GPU, {"files": {}}, "the bundle has engines only"),
     ],
 )
@@ -135,6 +139,16 @@ def test_bfloat16_runs_on_no_cpu(bundle: Bundle) -> None:
     assert choose(brain, machine=WITH_GPU).option == Option("onnxruntime", "cuda")
     with pytest.raises(BackendError, match=r"nothing can run this bundle here\. .*the bundle is in bfloat16"):
         choose(brain, machine=CPU_ONLY)
+
+
+@pytest.mark.parametrize("version", ["1.24.1", "1.27.0"])
+def test_portable_attention_that_is_wrong_on_the_cpu_is_refused(bundle: Bundle, version: str) -> None:
+    old = replace(CPU_ONLY, onnxruntime=version)
+    portable = bundle.seen_as(dialect="portable")
+    assert choose(bundle, machine=old).option == Option("onnxruntime", "cpu")
+    with pytest.raises(BackendError, match=rf"onnxruntime {version} lack .* \(pip install 'onnxruntime>=1\.28'"):
+        choose(portable, machine=old)
+    assert choose(portable, machine=replace(CPU_ONLY, onnxruntime="1.28.0")).option == Option("onnxruntime", "cpu")
 
 
 def test_a_place_that_a_backend_does_not_have(bundle: Bundle) -> None:

@@ -20,6 +20,7 @@ from framefusion.runtime.positions import (
     rope_tables,
     vision_rope_tables,
 )
+from tests.versions import needs
 
 GOLDENS = Path(__file__).parents[1] / "goldens/qwen2_vl"
 
@@ -72,6 +73,7 @@ def test_a_grid_that_does_not_merge_is_a_bug() -> None:
         Grid(1, 3, 4).merged(2)
 
 
+@needs("transformers", "5.17", "its class leaves the three axes apart")
 def test_mrope_tables_equal_the_modelling_code() -> None:
     from transformers import Qwen2VLTextConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
@@ -108,6 +110,7 @@ def test_rope_tables_equal_the_modelling_code() -> None:
     compare_tables(rope_tables(positions, 64, 1e6), (expected[0][0].numpy(), expected[1][0].numpy()))
 
 
+@needs("transformers", "5.17", "its class takes no places")
 def test_vision_tables_equal_the_modelling_code() -> None:
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding
