@@ -28,8 +28,10 @@ from framefusion.runtime.backends import Backend
 from framefusion.runtime.backends.choice import Choice, choose
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.bundle import Bundle, ReductionRecord
+from framefusion.runtime.bundle_files import place
 from framefusion.runtime.embedding import Embedding
 from framefusion.runtime.frame_sampling import FrameSampling
+from framefusion.runtime.manifest_checks import TOKENIZER
 from framefusion.runtime.media_file import MediaLimits
 from framefusion.runtime.positions import decode_positions, rope_tables
 from framefusion.runtime.preprocess import Preprocessing
@@ -124,7 +126,7 @@ class Pipeline:
         self.backend: Backend = backend
         self.limits = limits or MediaLimits()
         layout = layout_texts(self.manifest.prompt, self.manifest.preprocessing)
-        self.tokenizer = Tokenizer.from_file(bundle.folder / "tokenizer.json", layout)
+        self.tokenizer = Tokenizer.from_file(place(bundle.folder, TOKENIZER), layout)
         self.embedding = Embedding(bundle.folder, self.manifest.embedding)
         self.stitcher = Stitcher(self.manifest, self.backend)
         self.backend.open(bundle.graphs)

@@ -19,6 +19,8 @@ from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.backends.inductor import InductorBackend
 from framefusion.runtime.backends.tensorrt import TensorRTBackend
 from framefusion.runtime.bundle import Bundle, EngineRecord, file_record, read_manifest, sha256_of, write_manifest
+from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.prompt import Turn, Visual
 from framefusion.runtime.signatures import SIGNATURES, fingerprint, read_keys
 from framefusion.runtime.trust import COMPILED, Trust, distrust, is_compiled_here, remember_compiled
 from framefusion.runtime.user_cache import user_cache
@@ -224,4 +226,21 @@ def test_every_error_says_whose_fault_it_is() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FrameFusionError)]
     senders = {kind.__name__ for kind in kinds if kind.sender_fault}
     assert senders == {"BudgetError", "PromptError", "ReducerError", "VideoError"}
-    assert not BundleError.sender_fault
+
+
+def test_a_refused_request_leaves_a_pipeline_as_it_was(pipeline: Pipeline, film: Path, tmp_path: Path) -> None:
+    turns, request = [Turn("user", (Visual.VIDEO, "What?"))], Request(max_new_tokens=4)
+    answer = pipeline.generate(turns, [film], request).token_ids
+    refused: list[tuple[Any, Any, Any]] = [
+        (turns, [tmp_path / "none.mp4"], request),
+        (turns, [], request),
+        (turns, [film], replace(request, cost=7.0)),
+        (turns, [film], replace(request, reducer="none such")),
+        (turns, [film], replace(request, max_new_tokens=0)),
+        ([Turn("user", ("word " * 2000,))], [], request),
+    ]
+    for asked in refused:
+        with pytest.raises(FrameFusionError) as error:
+            pipeline.generate(*asked)
+        assert error.value.sender_fault, error.value
+        assert pipeline.generate(turns, [film], request).token_ids == answer
