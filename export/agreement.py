@@ -17,7 +17,7 @@ import numpy as np
 from framefusion.export.families.family import load
 from framefusion.export.families.reading import text_config
 from framefusion.export.families.transformers_call import TransformersCall, answered, relative_error
-from framefusion.export.observation import Array, Observed
+from framefusion.export.observation import Array, Doing, Observed, ignore
 from framefusion.export.plan import BuildPlan
 
 LIMIT = 1e-4
@@ -47,12 +47,13 @@ def not_compared(why: str) -> Agreement:
     return Agreement({"compared": False, "why": why})
 
 
-def agreement_of(plan: BuildPlan, ours: Observed) -> Agreement:
+def agreement_of(plan: BuildPlan, ours: Observed, doing: Doing = ignore) -> Agreement:
     """Compare.
 
     Args:
         plan: of the build.
         ours: what its torch graphs make of a prompt.
+        doing: told what runs now.
 
     Raises:
         CheckFailedError: the class cannot read the checkpoint.
@@ -64,9 +65,17 @@ def agreement_of(plan: BuildPlan, ours: Observed) -> Agreement:
         return not_compared(f"transformers has no class for {family.name}")
     answer = ours.dense.tokens
     call = TransformersCall(
-        plan.checkpoint, answered(ours.prompt, answer), ours.visuals, [ours.features[0]], ours.states, ours.final,
-        plan.options.num_decoder_layer, 1 + len(answer),
-    )  # fmt: skip
+        plan.checkpoint,
+        answered(ours.prompt, answer),
+        ours.visuals,
+        rows=[ours.features[0]],
+        states=ours.states,
+        final=ours.final,
+        num_layers=plan.options.num_decoder_layer,
+        keep=1 + len(answer),
+        doing=doing,
+    )
+    doing("transformers")
     logits = call.run(load(family.reference_logits))
     stages = _stages(call, ours, logits)
     stood_in = "vision tower" in family.stand_in

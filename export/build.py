@@ -85,7 +85,7 @@ def build(
             manifest = _write_parts(plan, staged, meter)
             if scope is not None:
                 scratch = partial(scratch_bundle, checkpoint, staged.scratch, meter)
-                checked = report(staged.folder, plan, scope, tolerance, scratch)
+                checked = report(staged.folder, plan, scope, tolerance, scratch, meter.doing)
                 manifest = replace(manifest, check=_passed(checked, staged.folder))
             if options.engines is not None:
                 manifest = _compile(plan, manifest, staged, resources, meter)

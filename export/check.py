@@ -32,10 +32,12 @@ from framefusion.export.observation import (
     DECODED,
     WHOLE,
     Array,
+    Doing,
     Effort,
     Observed,
     Run,
     dense_request,
+    ignore,
     observe,
     run,
 )
@@ -53,7 +55,13 @@ ROUNDINGS = 10
 
 
 def check_bundle(
-    folder: Path, plan: BuildPlan, tolerance: float | None = None, effort: Effort = WHOLE, *, transformers: bool = True
+    folder: Path,
+    plan: BuildPlan,
+    tolerance: float | None = None,
+    effort: Effort = WHOLE,
+    doing: Doing = ignore,
+    *,
+    transformers: bool = True,
 ) -> dict[str, Any]:
     """Compare and report.
 
@@ -63,6 +71,7 @@ def check_bundle(
         tolerance: largest error of the bundle that passes, relative to the largest magnitude of the reference; None
             takes `default_tolerance`. Torch graphs and transformers' class are both in fp32: their limit is fixed.
         effort: how much is run, and whether weights stay on the disk.
+        doing: told what runs now.
         transformers: compare with its class, too.
 
     Returns:
@@ -74,8 +83,11 @@ def check_bundle(
     """
     tolerance = default_tolerance(plan) if tolerance is None else tolerance
     bundle = Bundle(folder)
-    theirs = observe(bundle, plan, effort)
-    agreement = agreement_of(plan, theirs) if transformers else not_compared("this bundle stands for another one")
+    theirs = observe(bundle, plan, effort, doing)
+    agreement = not_compared("this bundle stands for another one")
+    if transformers:
+        agreement = agreement_of(plan, theirs, doing)
+    doing("the bundle in ONNX Runtime")
     comparison = Comparison(_compiled(bundle, effort), theirs, effort.tokens)
     errors = comparison.errors()
     if agreement.logits is not None:

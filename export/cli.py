@@ -220,7 +220,8 @@ def check(
     revision = None if checkpoint is None else source_revision(manifest, checkpoint, revision)
     comparison = None if checkpoint is None else _compare(bundle, checkpoint, revision, bisect)
     report = {"bundle": str(bundle), "files": files, "integrity": integrity, "engines": engines}
-    console.show(report | {"comparison": comparison}, _render_check)
+    report |= {"comparison": comparison, "when_built": dict(manifest.check) or None}
+    console.show(report, _render_check)
     trust.require_signature(bundle, integrity["digest"])
     if comparison is not None and not comparison["passed"]:
         console.log(f"error: {bundle} does not reproduce the eager model of {checkpoint}: rebuild it")
@@ -246,7 +247,12 @@ def _render_check(report: dict[str, Any]) -> str:
     files = report["files"]
     text = f"{report['bundle']}: {files['count']} files, {console.in_bytes(files['bytes'])}, sizes and hashes are right"
     lines = [text, *render_integrity(report["integrity"]), *render_fits(report["engines"])]
-    return "\n".join(lines if report["comparison"] is None else [*lines, _render_lines(report["comparison"])])
+    if report["comparison"] is not None:
+        return "\n".join([*lines, _render_lines(report["comparison"])])
+    from framefusion.export.inspection import compared_words
+
+    built = compared_words(report["when_built"])
+    return "\n".join([*lines, f"files only: NOTHING was compared now (--checkpoint does); when it was built: {built}"])
 
 
 @ff_export.command()

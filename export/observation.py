@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,12 @@ FRAMES, HEIGHT, WIDTH = 12, 112, 168
 QUESTION = "What happens in this video?"
 
 Array = NDArray[np.float32]
+Doing = Callable[[str], object]
+"""Told what runs now, for whoever waits."""
+
+
+def ignore(_: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass
@@ -80,14 +86,15 @@ class Observed:
     final: Array
 
 
-def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE) -> Observed:
+def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doing = ignore) -> Observed:
     """Run the eager model as the bundle is run, in fp32; its weights are gone from memory when this returns."""
     in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
-    recorder = Recorder()
+    recorder = Recorder(lambda layer: doing(f"torch, layer {layer} of {plan.config.num_layers}"))
     eager = Pipeline(in_fp32, EagerBackend(recorder.watched(plan.eager_loaders(streamed=effort.streamed))))
     turns = [Turn("user", (Visual.VIDEO, QUESTION))]
     visuals = eager.read_visuals(turns, [draw_clip(effort.frames)], eager.manifest.sampling, Stopwatch())
     prompt = eager.prompt(turns, visuals)
+    doing("torch, vision tower")
     features = eager.encode_visual(visuals[0])
     rows = eager.embed(prompt, [features])
     recorder.open = True
@@ -103,10 +110,11 @@ def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE) -> Observed
 
 
 class Recorder:
-    """What enters the layers of eager modules, while it is open."""
+    """What enters the layers of eager modules, while it is open; `entering` is told of each layer at any time."""
 
-    def __init__(self) -> None:
+    def __init__(self, entering: Callable[[int], object]) -> None:
         self.open = False
+        self._entering = entering
         self.final: Array = np.zeros(0, np.float32)
         self._states: dict[int, list[Array]] = {}
 
@@ -129,6 +137,7 @@ class Recorder:
         return module
 
     def _enter(self, layer: int, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self._entering(layer)
         if self.open:
             self._states.setdefault(layer, []).append(arguments[0][0].numpy().copy())
 

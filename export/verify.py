@@ -28,7 +28,7 @@ from torch import nn
 from framefusion.budget import cost_of_shares
 from framefusion.export import check
 from framefusion.export.agreement import Agreement, agreement_of, not_compared
-from framefusion.export.observation import SPARING, WHOLE, Effort, observe
+from framefusion.export.observation import SPARING, WHOLE, Doing, Effort, ignore, observe
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan import GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan
 from framefusion.export.signatures import segment_module
@@ -92,6 +92,7 @@ def report(
     scope: Scope,
     tolerance: float | None,
     scratch: Callable[[BuildOptions], AbstractContextManager[Path]],
+    doing: Doing = ignore,
 ) -> dict[str, Any]:
     """Carry a scope out.
 
@@ -101,31 +102,33 @@ def report(
         scope: of this plan.
         tolerance: see `check.check_bundle`.
         scratch: builds a bundle of other options, and removes it when it was checked.
+        doing: told what runs now.
 
     Returns:
         as `check.check_bundle`, with the method and why it was chosen.
     """
     done = {"method": scope.method, "why": scope.why}
     if scope.method in ("full", "streamed"):
-        return check.check_bundle(folder, plan, tolerance, scope.effort) | done
+        return check.check_bundle(folder, plan, tolerance, scope.effort, doing) | done
     found: dict[str, Any] = {"tolerance": tolerance, "lines": [], "notes": []}
     if scope.options is not None:
         with scratch(scope.options) as other:
             smaller = BuildPlan(plan.checkpoint, scope.options)
-            found = check.check_bundle(other, smaller, tolerance, transformers=False)
+            found = check.check_bundle(other, smaller, tolerance, WHOLE, doing, transformers=False)
     weights = weight_report(folder, plan)
     line = {"what": "tensors written that are not the checkpoint's", "value": len(weights["differing"]), "limit": 0.0}
     note = f"{weights['tensors']} tensors of all files of weights, {weights['bytes'] / 1e9:.2f} GB, were read back"
     notes = [*found["notes"], note, *weights["differing"]]
     found |= {"lines": [*found["lines"], line], "notes": notes} | done
-    return check.with_agreement(found, _agreement(folder, plan, scope))
+    return check.with_agreement(found, _agreement(folder, plan, scope, doing))
 
 
-def _agreement(folder: Path, plan: BuildPlan, scope: Scope) -> Agreement:
+def _agreement(folder: Path, plan: BuildPlan, scope: Scope, doing: Doing) -> Agreement:
     """The torch graphs of all layers against transformers' class, which needs no graph of the bundle."""
     if scope.uncompared:
         return not_compared(scope.uncompared)
-    return agreement_of(plan, observe(Bundle(folder), plan, replace(scope.effort, reduced=False)))
+    ours = observe(Bundle(folder), plan, replace(scope.effort, reduced=False), doing)
+    return agreement_of(plan, ours, doing)
 
 
 def memory_of_check(plan: BuildPlan) -> int:

@@ -46,6 +46,7 @@ class TransformersCall:
         final: [D] that enters the last norm behind the prompt's last token.
         num_layers: the first layers of the LLM alone; None: all.
         keep: tokens at the end whose logits are wanted.
+        doing: told what runs now.
         errors: largest difference of each of `states` and of `final`, relative to transformers' largest magnitude.
         row_errors: the same of the rows that enter the first layer: those of text, and those of visuals.
         missing: parameters that a class did not get from the checkpoint; they are NaN.
@@ -61,6 +62,7 @@ class TransformersCall:
     final: Array | None = None
     num_layers: int | None = None
     keep: int = 1
+    doing: Callable[[str], object] = lambda _: None
     errors: list[float] = field(default_factory=list)
     row_errors: dict[str, float] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -186,6 +188,7 @@ class TransformersCall:
 
     def _compare_states(self, layer: int) -> Any:
         def compare(_module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            self.doing(f"transformers, layer {layer} of {len(self.states)}")
             if layer >= len(self.states):
                 return
             ours = self.states[layer]
