@@ -8,6 +8,7 @@ the last norm, and the logits of each token of the answer.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,12 +64,11 @@ def agreement_of(plan: BuildPlan, ours: Observed, doing: Doing = ignore) -> Agre
     family, start = plan.family, time.perf_counter()
     if not family.reference_logits:
         return not_compared(f"transformers has no class for {family.name}")
-    answer = ours.dense.tokens
+    answer = answer_of(ours)
     call = TransformersCall(
         plan.checkpoint,
         answered(ours.prompt, answer),
         ours.visuals,
-        rows=[ours.features[0]],
         states=ours.states,
         final=ours.final,
         num_layers=plan.options.num_decoder_layer,
@@ -78,8 +78,6 @@ def agreement_of(plan: BuildPlan, ours: Observed, doing: Doing = ignore) -> Agre
     doing("transformers")
     logits = call.run(load(family.reference_logits))
     stages = _stages(call, ours, logits)
-    stood_in = "vision tower" in family.stand_in
-    stages = {what: value for what, value in stages.items() if not (stood_in and what == "rows of visuals")}
     lines = [{"what": f"{what} {AGAINST}", "value": value, "limit": LIMIT} for what, value in stages.items()]
     facts = {
         "compared": True,
@@ -102,9 +100,15 @@ def _stages(call: TransformersCall, ours: Observed, logits: Array) -> dict[str, 
     stages = dict(call.row_errors)
     stages[f"what enters {len(call.states)} layers and the last norm"] = _worst(call.errors)
     stages["logits"] = relative_error(ours.dense.logits, logits[0])
-    pairs = zip(ours.dense.decoded, logits[1:], strict=True)
-    stages["decoded logits"] = _worst([relative_error(*pair) for pair in pairs])
-    return stages
+    decoded = zip(ours.dense.decoded, logits[1:], strict=False)  # the answer may have been cut
+    errors = [relative_error(*pair) for pair in decoded]
+    return stages | ({"decoded logits": _worst(errors)} if errors else {})
+
+
+def answer_of(ours: Observed) -> list[int]:
+    """The tokens that were decoded, up to one that stands for a row of the tower, which a class would look for."""
+    pads = set(ours.prompt.token_ids[ours.prompt.row_places].tolist())
+    return list(itertools.takewhile(lambda token: token not in pads, ours.dense.tokens))
 
 
 def _worst(errors: list[float]) -> float:

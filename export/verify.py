@@ -144,16 +144,16 @@ def memory_of_check(plan: BuildPlan) -> int:
 
 
 def memory_of_streamed(plan: BuildPlan) -> int:
-    """Bytes at the peak where weights stay on the disk: the largest unit as it is stored and in fp32, and what is kept.
+    """Bytes at the peak where weights stay on the disk: the largest unit in fp32, twice, since kernels pack it.
 
-    transformers' class has the same units in other words: a layer of the LLM is two of this project's.
+    Pages of files that are mapped are not counted: the system takes them back when memory is wanted. transformers' class has the same units in other words: a layer of the LLM is two of this project's.
     """
     tower = plan.tower.module
     modules = [segment_module(plan.config, segment) for segment in plan.segments]
     halves = [sum(p.numel() for p in block.parameters()) for module in modules for block in module.blocks]
     layer = FLOAT * sum(sorted(halves)[-2:])
     largest = max(layer, streamed_bytes(tower), *(streamed_bytes(module) for module in modules))
-    return largest * 3 // 2 + PROCESS
+    return 2 * largest + PROCESS
 
 
 def truncated(plan: BuildPlan, options: BuildOptions) -> BuildOptions | None:

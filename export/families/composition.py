@@ -5,7 +5,7 @@ Loads weights of a checkpoint into fp32 modules. Knows no family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -80,19 +80,12 @@ def last_logits(
         rows: of the tower and projector for pictures of one size.
         learned: the row [D] of the first learned token that no tokenizer knows.
     """
-    return shown_logits(model, call, [_shown(visual, rows) for visual in call.visuals], learned)
-
-
-def shown_logits(
-    model: Any, call: TransformersCall, shown: Sequence[Tensor], learned: Tensor | None = None
-) -> NDArray[Any]:
-    """The same for rows [n, D] of each video or image."""
     ids = torch.from_numpy(call.prompt.token_ids)
     embedded = model.get_input_embeddings()(ids.clamp(0))
     if learned is not None:
         embedded[ids == FIRST_EXTRA] = learned
-    rows = [one.to(embedded.dtype) for one in shown]
-    embedded[torch.from_numpy(call.prompt.row_places)] = torch.cat([embedded[:0], *rows])
+    shown = [_shown(visual, rows).to(embedded.dtype) for visual in call.visuals]
+    embedded[torch.from_numpy(call.prompt.row_places)] = torch.cat([embedded[:0], *shown])
     logits: NDArray[Any] = model(inputs_embeds=embedded[None], logits_to_keep=call.keep).logits[0].numpy()
     return logits
 

@@ -190,6 +190,7 @@ def special_token(checkpoint: Checkpoint, name: str, default: str) -> str:
     return str(told["content"] if isinstance(told, Mapping) else told)
 
 
+TRANSLATED = "names of tensors and packed q, k and v (translated by this project)"
 CHECKPOINTS_QWEN = ("OpenGVLab/InternVL2_5-1B", "OpenGVLab/InternVL2_5-4B", "OpenGVLab/InternVL2_5-38B")
 CHECKPOINTS_INTERNLM2 = ("OpenGVLab/InternVL2_5-2B", "OpenGVLab/InternVL2_5-8B", "OpenGVLab/InternVL2_5-26B")
 CHAT = Family(
@@ -207,9 +208,9 @@ CHAT = Family(
     similarity_lower_bound=0.6,
     verified="transformers' InternVLForConditionalGeneration with the same weights, at tiny sizes",
     terminators=("<|im_end|>",),
-    reference="the class of the LLM within",
-    reference_logits="framefusion.export.families.internvl_tower:llm_logits",
-    stand_in="vision tower and projector (this project's graph)",
+    reference="InternVLForConditionalGeneration",
+    reference_logits="framefusion.export.families.internvl_reference:chat_logits",
+    stand_in=TRANSLATED,
 )
 CHAT_INTERNLM2 = replace(
     CHAT,
@@ -222,9 +223,7 @@ CHAT_INTERNLM2 = replace(
         names=INTERNLM2_NAMES,
         packed_qkv=True,
     ),
-    reference="LlamaForCausalLM",
-    reference_logits="framefusion.export.families.internvl_tower:internlm2_logits",
-    stand_in="vision tower and projector (this project's graph), rows of q, k and v (unpacked by this project)",
+    reference_logits="framefusion.export.families.internvl_reference:internlm2_logits",
 )
 NATIVE = replace(
     CHAT,
@@ -242,7 +241,6 @@ NATIVE = replace(
     sampling=native_sampling,
     template=native_template,
     verified="transformers' InternVLForConditionalGeneration at tiny sizes",
-    reference="InternVLForConditionalGeneration",
-    reference_logits="framefusion.export.families.internvl_tower:reference_logits",
+    reference_logits="framefusion.export.families.internvl_reference:native_logits",
     stand_in="",
 )

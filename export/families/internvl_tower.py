@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.composition import causal, shown_logits
-from framefusion.export.families.decoders import unpacking
 from framefusion.export.families.internvl import merge_size, square
-from framefusion.export.families.reading import expect, required, text_config, vision_config
+from framefusion.export.families.reading import expect, required, vision_config
 from framefusion.export.families.towers import NORM_BEHIND, TowerPlan, run_of
-from framefusion.export.families.transformers_call import TransformersCall
 from framefusion.export.families.vit import linear_sources, norm_sources, vit_sources
 from framefusion.export.graph.internvl_tower import InternVLTower, InternVLTowerConfig
 from framefusion.export.graph.vit import VitConfig
@@ -73,18 +67,6 @@ NATIVE_NAMES: Mapping[str, str] = MappingProxyType(
 )
 CHAT_PREFIX, CHAT_PROJECTOR = "vision_model.", ("mlp1.0", "mlp1.1", "mlp1.3")
 NATIVE_PREFIXES = ("model.", "")  # newest first
-INTERNLM2_AS_LLAMA: Mapping[str, str] = MappingProxyType(
-    {
-        r"tok_embeddings": "embed_tokens",
-        r"^output": "lm_head",
-        r"attention_norm": "input_layernorm",
-        r"ffn_norm": "post_attention_layernorm",
-        r"attention\.wo\.": "self_attn.o_proj.",
-        r"feed_forward\.w1": "mlp.gate_proj",
-        r"feed_forward\.w3": "mlp.up_proj",
-        r"feed_forward\.w2": "mlp.down_proj",
-    }
-)
 NORM_EPS = 1e-6
 NATIVE_PROJECTOR = tuple(f"multi_modal_projector.{part}" for part in ("layer_norm", "linear_1", "linear_2"))
 
@@ -131,60 +113,6 @@ def native_tower(checkpoint: Checkpoint) -> TowerPlan:
     vit = _vit(checkpoint, vision, place, NATIVE_NAMES, told)
     plan = _plan(checkpoint, vit, place, NATIVE_NAMES, tuple(prefix + part for part in NATIVE_PROJECTOR))
     return replace(plan, unused=_unused(checkpoint, vision, place, NATIVE_NAMES, vit))
-
-
-def reference_logits(call: TransformersCall) -> NDArray[np.float32]:
-    """Logits [keep, V] of the last tokens by transformers' class."""
-    model = call.model("InternVLForConditionalGeneration")
-    patch = model.config.vision_config.patch_size[0]
-    pixels = [_pixels(tiles.values, tiles.grid.height, patch) for visual in call.visuals for tiles in visual.tiles]
-    with torch.inference_mode():
-        result = model(
-            input_ids=torch.from_numpy(call.prompt.token_ids)[None],
-            pixel_values=torch.cat(pixels) if pixels else None,
-            logits_to_keep=call.keep,
-        )
-    logits: NDArray[np.float32] = result.logits[0].numpy()
-    return logits
-
-
-def llm_logits(call: TransformersCall) -> NDArray[np.float32]:
-    """Logits [keep, V] of the last tokens by the class of the LLM within; the tower is this project's own graph."""
-    told = text_config(call.checkpoint)
-    model = causal(call, told["architectures"][0], told, "language_model.")
-    with torch.inference_mode():
-        return shown_logits(model, call, [torch.from_numpy(rows) for rows in call.rows])
-
-
-def internlm2_logits(call: TransformersCall) -> NDArray[np.float32]:
-    """The same for InternLM2, by LlamaForCausalLM, which computes it under other names."""
-    told = text_config(call.checkpoint)
-    config = {**told, "attention_bias": bool(told.get("bias", False)), "model_type": "llama"}
-    model = causal(
-        call, "LlamaForCausalLM", config, "language_model.", renamed=INTERNLM2_AS_LLAMA, supplied=_unpacked(call)
-    )
-    with torch.inference_mode():
-        return shown_logits(model, call, [torch.from_numpy(rows) for rows in call.rows])
-
-
-def _unpacked(call: TransformersCall) -> Callable[[str], Tensor | None]:
-    """Parameters of q, k and v out of the rows that are stored as one tensor."""
-    checkpoint, parts = call.checkpoint, unpacking(call.checkpoint)
-
-    def supply(name: str) -> Tensor | None:
-        found = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", name)
-        if found is None:
-            return None
-        rows = parts[found[2]](checkpoint.tensor(f"language_model.model.layers.{found[1]}.attention.wqkv.{found[3]}"))
-        return rows.T.contiguous() if rows.ndim == 2 else rows  # [out, in]
-
-    return supply
-
-
-def _pixels(values: NDArray[np.float32], rows: int, patch: int) -> Tensor:
-    """Patches [N, P, 3 * p * p] put together to pictures [N, 3, H, W]."""
-    pictures = torch.from_numpy(values).reshape(len(values), rows, -1, 3, patch, patch)
-    return pictures.permute(0, 3, 1, 4, 2, 5).reshape(len(values), 3, rows * patch, -1)
 
 
 def _depth(vision: Mapping[str, Any], layer: Any, checkpoint: Checkpoint) -> int:

@@ -30,7 +30,7 @@ def hf_logits(call: TransformersCall) -> NDArray[Any]:
         pictures, project = pixels(tiles, size, patch), model.model.multi_modal_projector
         if tiles.pool == ("average" if pool_first else "bilinear"):  # as the class itself pools
             own: Tensor = model.get_video_features(pictures[None]).pooler_output[0]
-            return own
+            return own.flatten(0, -2)  # transformers 5.10 has an axis of frames
         states = model.model.vision_tower(pictures, output_hidden_states=True).hidden_states
         hidden: Tensor = states[config.vision_feature_layer]
         hidden = hidden[:, 1:] if config.vision_feature_select_strategy == "default" else hidden

@@ -41,7 +41,6 @@ class TransformersCall:
         checkpoint: a folder; its weights are not read through this object.
         prompt: the tokens, the answer's among them.
         visuals: what the prompt shows.
-        rows: of each visual [n, D] by this project's graph, for a family whose tower no class of transformers is.
         states: [S, D] that enter each layer by this project's graph, S being the prompt's length without the answer.
         final: [D] that enters the last norm behind the prompt's last token.
         num_layers: the first layers of the LLM alone; None: all.
@@ -57,7 +56,6 @@ class TransformersCall:
     checkpoint: Checkpoint
     prompt: Prompt
     visuals: Sequence[VisualInput]
-    rows: Sequence[Array] = ()
     states: Sequence[Array] = ()
     final: Array | None = None
     num_layers: int | None = None

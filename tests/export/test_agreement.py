@@ -59,7 +59,7 @@ def test_every_family_is_compared_a_layer_at_a_time(case: FamilyCase, tmp_path: 
     assert facts["compared"]
     assert facts["classes"]
     assert len(facts["errors_by_layer"]) == plan.config.num_layers + 1
-    assert facts["answer_tokens"] == 1
+    assert facts["answer_tokens"] <= 1  # less where a random model's answer is a token of pictures
     assert facts["stand_in"] == plan.family.stand_in
     whole = f"all {plan.config.num_layers} layers"
     line = compared_words({"transformers": facts})
@@ -198,7 +198,7 @@ def test_what_transformers_cannot_compute_is_said(tmp_path: Path) -> None:
     checkpoint = Checkpoint(qwen(tmp_path / "checkpoint"))
     plan = BuildPlan(checkpoint, OPTIONS)
     configure(checkpoint.folder, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
-    with pytest.raises(CheckFailedError, match=r"cannot compute .*split"):
+    with pytest.raises(CheckFailedError, match=r"cannot compute .*(split|mrope_section)"):
         agreement(plan, tmp_path / "bundle")
 
 

@@ -53,8 +53,8 @@ def test_a_72b_is_planned_in_a_moment(headers: Path, tmp_path: Path, dtype: Any)
     assert facts["memory"]["build"] < 6 * GB
     assert facts["check"]["method"] in ("streamed", "truncated", "weights")
     assert "compared" in facts["check"]["transformers"]
-    vocabulary = 4 * llm.vocab_size * llm.hidden_size  # the largest matrix, in fp32 and beside it as it is stored
-    assert 1.5 * vocabulary < memory_of_streamed(BuildPlan(Checkpoint(headers), BuildOptions())) < 1.7 * vocabulary + GB
+    vocabulary = 4 * llm.vocab_size * llm.hidden_size  # the largest matrix, in fp32
+    assert 2 * vocabulary < memory_of_streamed(BuildPlan(Checkpoint(headers), BuildOptions())) < 2.2 * vocabulary + GB
     assert not list(tmp_path.iterdir())
 
 
