@@ -146,7 +146,8 @@ def memory_of_check(plan: BuildPlan) -> int:
 def memory_of_streamed(plan: BuildPlan) -> int:
     """Bytes at the peak where weights stay on the disk: the largest unit in fp32, twice, since kernels pack it.
 
-    Pages of files that are mapped are not counted: the system takes them back when memory is wanted. transformers' class has the same units in other words: a layer of the LLM is two of this project's.
+    A layer of transformers' is two of this project's units. Pages of files that are mapped are not counted: the system
+    takes them back when memory is wanted.
     """
     tower = plan.tower.module
     modules = [segment_module(plan.config, segment) for segment in plan.segments]
