@@ -219,7 +219,7 @@ def check(
     files = {"count": len(right), "bytes": sum(record.size for record in right)}
     revision = None if checkpoint is None else source_revision(manifest, checkpoint, revision)
     comparison = None if checkpoint is None else _compare(bundle, checkpoint, revision, bisect)
-    report = {"bundle": str(bundle), "files": files, "integrity": integrity, "engines": engines}
+    report: dict[str, Any] = {"bundle": str(bundle), "files": files, "integrity": integrity, "engines": engines}
     report |= {"comparison": comparison, "when_built": dict(manifest.check) or None}
     console.show(report, _render_check)
     trust.require_signature(bundle, integrity["digest"])

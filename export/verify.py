@@ -151,8 +151,12 @@ def memory_of_streamed(plan: BuildPlan) -> int:
     """
     tower = plan.tower.module
     modules = [segment_module(plan.config, segment) for segment in plan.segments]
-    halves = [sum(p.numel() for p in block.parameters()) for module in modules for block in module.blocks]
-    layer = FLOAT * sum(sorted(halves)[-2:])
+    halves: dict[str, int] = {}
+    for module in modules:
+        for block, part in zip(module.plan, module.blocks, strict=True):
+            size = FLOAT * sum(parameter.numel() for parameter in part.parameters())
+            halves[block.kind] = max(size, halves.get(block.kind, 0))
+    layer = sum(halves.values())
     largest = max(layer, streamed_bytes(tower), *(streamed_bytes(module) for module in modules))
     return 2 * largest + PROCESS
 
