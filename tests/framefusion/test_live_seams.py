@@ -219,7 +219,7 @@ def test_an_older_or_newer_version_is_told_apart(monkeypatch: Patch) -> None:
     from framefusion import live_seams
 
     for version, words in (("5.99.0", f"install transformers=={VERSIONS[-1]}.*"), ("5.10.4", "apply FrameFusion last")):
-        monkeypatch.setattr(live_seams.metadata, "version", lambda _, version=version: version)
+        monkeypatch.setattr(live_seams, "installed", lambda version=version: version)
         assert words in str(live_seams.broken("x"))
 
 
