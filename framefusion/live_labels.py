@@ -174,7 +174,8 @@ def _names_next_frame(head: IntArray, before: IntArray, gap: IntArray, behind: I
         return _differ_by_number(before, gap)
     if first.size == name.size and _differ_by_number(first, name, least=1):
         return True
-    return gap.size <= FRAME_NAME and behind.size > 0 and _differ_by_number(gap, behind)
+    ends_alike = head.size < 2 or np.array_equal(head[-2:], gap[-2:])  # a chunk of a prompt may begin with a frame
+    return ends_alike and gap.size <= FRAME_NAME and behind.size > 0 and _differ_by_number(gap, behind)
 
 
 def _differ_by_number(one: IntArray, other: IntArray, least: int = 3) -> bool:

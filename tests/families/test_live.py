@@ -6,6 +6,7 @@ agree within the cases' own limit, for the reasons told there.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from framefusion.export.families import FAMILIES
 from framefusion.interface import apply_framefusion, remove_framefusion
 from framefusion.live_labels import FAMILIES as LIVE
+from framefusion.live_labels import Seen, tile_labels
 from framefusion.policy import Reduction
 from framefusion.runtime.pipeline import Request
+from framefusion.runtime.prompt import Turn, Visual
 from framefusion.runtime.stitching import Stopwatch
 from tests.families import CASES
-from tests.families.case import CONVERSATIONS, FamilyCase, relative_error
+from tests.families.case import CONVERSATIONS, FamilyCase, clip, picture, relative_error
 from tests.families.eager import eager_pipeline
 from tests.families.internvl import InternVLReference
 from tests.families.test_families import OPTIONS, Asked, Subject, ask
@@ -147,3 +150,73 @@ def test_presets_are_the_rows_of_the_table() -> None:
             row.similarity_lower_bound,
             row.importance_rows,
         )
+
+
+# --- Labels of InternVL, which writes frames and pictures with one token ---------------------------------------------
+
+
+def partition(labels: Any) -> list[list[int]]:
+    """Tokens by label, in the order of their first ones; text left out."""
+    return sorted(np.flatnonzero(labels == label).tolist() for label in np.unique(labels[labels >= 0]))
+
+
+def said(*parts: Any) -> list[Turn]:
+    """Turns of the user, each a list of parts, and the same answer to each but the last."""
+    turns = [turn for own in parts for turn in (Turn("user", tuple(own)), Turn("assistant", ("A cat.",)))]
+    return turns[:-1]
+
+
+def tall(frames: int, seed: int = 0) -> Any:
+    return clip(frames, 28, 28, seed=seed)
+
+
+LOOK, SEE = Visual.VIDEO, Visual.IMAGE
+SQUARE = picture(28, 28)
+FILMS_AND_PICTURES: dict[str, tuple[list[Turn], list[Any]]] = {
+    "a film of two frames": (said([LOOK, "What?"]), [tall(2)]),
+    "a film of 24 frames": (said([LOOK, "What?"]), [tall(24)]),
+    "a film behind words": (said(["Look at this film: ", LOOK, "What?"]), [tall(12)]),
+    "two films at once": (said([LOOK, LOOK, "Same?"]), [tall(12), tall(11, 1)]),
+    "films of one frame": (said([LOOK, LOOK, "Same?"]), [tall(1), tall(1, 1)]),
+    "films of two turns": (said([LOOK, "What?"], [LOOK, "What?"]), [tall(4), tall(3, 1)]),
+    "pictures of two turns": (said([SEE, "What?"], [SEE, "What?"]), [SQUARE, SQUARE]),
+    "pictures of four turns": (said(*[[SEE, "What?"]] * 4), [SQUARE] * 4),
+    "pictures at once": (said([SEE, SEE, SEE, "What?"]), [SQUARE] * 3),
+    "pictures with words between": (said([SEE, "and now this other one ", SEE, "What?"]), [SQUARE] * 2),
+    "a picture and a film": (said([SEE, LOOK, "What?"]), [SQUARE, tall(3)]),
+    "a film and a picture": (said([LOOK, "What?"], [SEE, "What?"]), [tall(3), SQUARE]),
+}
+
+
+@pytest.fixture(scope="module")
+def internvl(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    (case,) = [case for case in LIVE_CASES if case.family == "internvl"]
+    folder = tmp_path_factory.mktemp("internvl")
+    case.write(folder, case.variants[0])
+    pipeline = eager_pipeline(folder, tmp_path_factory.mktemp("bundle") / "b", OPTIONS)
+    return Subject(case, folder, pipeline, case.reference(folder))
+
+
+@pytest.mark.parametrize("name", FILMS_AND_PICTURES)
+def test_films_and_pictures_are_told_apart_as_in_a_bundle(internvl: Subject, name: str) -> None:
+    turns, shown = FILMS_AND_PICTURES[name]
+    pipeline, model = internvl.pipeline, internvl.reference.model.base_model  # type: ignore[attr-defined]
+    sampling = replace(pipeline.manifest.sampling, max_frames=32)
+    prompt = pipeline.prompt(turns, pipeline.read_visuals(turns, shown, sampling, Stopwatch()))
+    ids = torch.from_numpy(prompt.token_ids)[None]
+    labels = tile_labels(model, Seen(ids, {}), {})
+    assert labels is not None
+    assert partition(labels[0]) == partition(prompt.labels)
+
+
+def test_a_chunk_may_begin_anywhere(internvl: Subject) -> None:
+    """Within a frame, at its first token, at the token before: whole frames behind it are still one film."""
+    turns, shown = FILMS_AND_PICTURES["a film of 24 frames"]
+    pipeline, model = internvl.pipeline, internvl.reference.model.base_model  # type: ignore[attr-defined]
+    prompt = pipeline.prompt(turns, pipeline.read_visuals(turns, shown, pipeline.manifest.sampling, Stopwatch()))
+    ids, first = prompt.token_ids, int(np.flatnonzero(prompt.labels >= 0)[0])
+    for start in range(first - 3, first + 12):
+        labels = tile_labels(model, Seen(torch.from_numpy(ids[start:])[None], {}), {})
+        whole = partition(prompt.labels[start:])
+        assert labels is not None
+        assert [len(track) for track in partition(labels[0])][-1] >= len(whole[-1]) - 1
