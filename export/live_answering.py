@@ -91,10 +91,10 @@ def _metadata(video: Video) -> dict[str, Any]:
     """Where the frames stood in their film, as processors want it told."""
     height, width = video.frames.shape[1:3]
     return {
-        "total_num_frames": video.total_frames,
+        "total_num_frames": video.counted_frames,
         "fps": video.fps,
         "duration": video.duration,
-        "frames_indices": video.indices.tolist(),
+        "frames_indices": video.counted_indices.tolist(),
         "height": height,
         "width": width,
     }

@@ -5,119 +5,227 @@ Decodes nothing and knows no sampling rule (video.py). PyAV's objects are typed 
 
 from __future__ import annotations
 
-import struct
+import time
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import VideoError
+from framefusion.runtime.animation import still_format
+from framefusion.runtime.ending import Ending
+from framefusion.runtime.media_file import MediaLimits
 
 # A container's own count may be off by a frame or two; less than this share of it means the end of the file is missing.
 COMPLETE_SHARE = 0.95
 
-# What FFmpeg takes for drawings made of letters.
-TEXT_FORMATS = frozenset({"tty", "bin", "xbin", "adf", "idf"})
-
 # Decoders whose every packet shows exactly one frame; the others hide frames in packets, or packets in frames.
-ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg"})
+ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg", "gif", "apng"})
+
+# Their frames are drawn over those before, though each packet calls itself a key frame.
+DRAWN_OVER = frozenset({"gif", "apng"})
+
+# Demuxers that may read a user's file. None of them opens another file or an address, runs a script, or takes text for
+# a picture: playlists (hls, dash, concat, sdp), numbered pictures (image2) and devices are not among them.
+DEMUXERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,kux,asf,asf_o,ogg,nut,gif,apng,mxf,gxf,"
+    "rm,wtv,dv,ivf,h264,hevc,vvc,av1,obu,m4v,h263,h261,vc1,cavsvideo,avs2,avs3,dirac,mjpeg,yuv4mpegpipe,swf,dhav,nsv,"
+    "nuv,pva,ty,amv,flic,roq,smk,bink,jpegxl_anim,mp3,aac,flac,wav,aiff,caf,ape,tak,tta,wv,ac3,eac3,dts,amr"
+)
+
+# Where the bytes between two packets are headers and other tracks' packets, so that a hole shows.
+PACKED = frozenset({"matroska", "avi", "flv"})
+HOLE_BYTES = 100
+"""More between two packets than headers take."""
+REORDERED = 16
+"""Packets among which frames are out of order, at most."""
+
+NO_STAMP = -(1 << 63)
+KEY, DISCARD, CORRUPT = 1, 2, 4
 
 
-class Packet(NamedTuple):
-    """One packet of the film, undecoded."""
-
-    pts: int | None
-    dts: int | None
-    is_key: bool
-    is_discard: bool  # decoded but never shown: cut away by an edit list
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Listing:
-    """What the container and its packets say before anything is decoded."""
+    """What the container and its packets say before anything is decoded.
 
-    packets: list[Packet]
+    Attributes:
+        pts, dts: [packets] timestamps in ticks in the order of the file; NO_STAMP where a packet has none.
+        flags: [packets] KEY, DISCARD (decoded but never shown: cut away by an edit list) and CORRUPT.
+        ticks: [packets] how long each is shown; 0 where the container does not say.
+        holes: [packets] whether bytes before the packet belong to none.
+        codec: FFmpeg's name of the decoder.
+        rates: frames a second as the container claims, the likeliest first; 0 where it does not.
+        height, width: of the frames as they are coded, in pixels.
+        aspect: width of a pixel through its height.
+        header_frames, header_seconds: what the header promises; 0 where it does not.
+        tick: seconds.
+    """
+
+    pts: NDArray[np.int64]
+    dts: NDArray[np.int64]
+    flags: NDArray[np.int64]
+    ticks: NDArray[np.int64]
+    holes: NDArray[np.bool_]
     codec: str
-    fps: float
+    rates: tuple[float, ...]
     height: int
     width: int
-    header_frames: int  # 0: the header does not say
-    header_seconds: float  # 0: the header does not say
-    time_base: float  # seconds per tick
+    aspect: float
+    header_frames: int
+    header_seconds: float
+    tick: float
 
     @classmethod
-    def from_container(cls, container: Any) -> Listing:
-        """List all packets of the first moving picture; nothing is decoded."""
+    def from_container(cls, container: Any, source: Path, limits: MediaLimits, deadline: float) -> Listing:
+        """List all packets of the film; nothing is decoded.
+
+        Raises:
+            VideoError: more frames than the limit, or more time than allowed.
+        """
         stream = film(container)
-        packets = [
-            Packet(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
-            for packet in container.demux(stream)
-            if packet.size
-        ]
-        codec, rate = stream.codec_context, stream.average_rate or stream.guessed_rate or 0
-        seconds = _seconds(stream.metadata.get("DURATION", ""))
+        codec = stream.codec_context
+        pts, dts, flags, ticks, holes = (array(kind) for kind in "qqqqq")
+        packed = bool(PACKED & set(container.format.name.split(",")))
+        end = None
+        for packet in packets(container) if packed else packets(container, stream):
+            hole = packed and end is not None and packet.pos is not None and packet.pos - end > HOLE_BYTES
+            if packed and packet.pos is not None:
+                end = max(end or 0, packet.pos + packet.size)
+            if packet.stream_index != stream.index:
+                if hole and holes:
+                    holes[-1] |= 2  # stands before a packet of another track: the film's next one has it
+                continue
+            if len(pts) % 256 == 0:
+                check_deadline(source, deadline)
+            if len(pts) >= limits.film_frames:
+                raise VideoError(
+                    f"{source} has more than {limits.film_frames} frames, the limit: cut it, or raise --max-film-frames"
+                )
+            hole = hole or bool(holes and holes[-1] & 2)
+            pts.append(NO_STAMP if packet.pts is None else packet.pts)
+            dts.append(NO_STAMP if packet.dts is None else packet.dts)
+            flags.append(KEY * packet.is_keyframe + DISCARD * packet.is_discard + CORRUPT * packet.is_corrupt)
+            ticks.append(packet.duration or 0)
+            holes.append(int(hole))
+        stamps = [np.array(one, np.int64) for one in (pts, dts, flags, ticks)]
+        rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         return cls(
-            packets, codec.name, float(rate), codec.height, codec.width, stream.frames, seconds, float(stream.time_base)
+            *stamps,
+            np.array(holes, np.int64) % 2 == 1,
+            codec.name,
+            tuple(float(rate or 0) for rate in rates),
+            codec.height,
+            codec.width,
+            float(stream.sample_aspect_ratio or 1),
+            stream.frames,
+            _promised_seconds(container, stream),
+            float(stream.time_base),
         )
 
     @cached_property
-    def discarded(self) -> int:
-        """Packets that show nothing."""
-        return sum(packet.is_discard for packet in self.packets)
-
-    @cached_property
-    def pts(self) -> NDArray[np.int64]:
+    def shown(self) -> NDArray[np.int64]:
         """Timestamps of the frames in the order they are shown; as many as there are different ones."""
-        shown = {packet.pts for packet in self.packets if packet.pts is not None and not packet.is_discard}
-        return np.array(sorted(shown), np.int64)
+        stamps: NDArray[np.int64] = np.unique(self.pts[(self.flags & DISCARD == 0) & (self.pts != NO_STAMP)])
+        return stamps
 
     @cached_property
     def keys(self) -> NDArray[np.int64]:
         """[keys, 2]: timestamp of each key frame, ascending, and the timestamp a seek must be given to reach it."""
-        stamps = [(packet.pts, packet.dts) for packet in self.packets if packet.is_key]
-        keys = [(pts, pts if dts is None else min(pts, dts)) for pts, dts in stamps if pts is not None]
-        return np.array(sorted(keys), np.int64).reshape(-1, 2)
+        is_key = (self.flags & KEY > 0) & (self.pts != NO_STAMP)
+        if self.codec in DRAWN_OVER:
+            is_key[1:] = False
+        pts, dts = self.pts[is_key], self.dts[is_key]
+        keys = np.stack((pts, np.where(dts == NO_STAMP, pts, np.minimum(pts, dts))), axis=1)
+        return keys[np.argsort(pts, kind="stable")]
+
+    @cached_property
+    def last_ticks(self) -> int:
+        """How long the frame that is shown last is shown; 0 where the container does not say."""
+        places = np.flatnonzero((self.pts == self.shown[-1]) & (self.flags & DISCARD == 0)) if self.shown.size else []
+        return int(self.ticks[places[0]]) if len(places) else 0
+
+    @cached_property
+    def decodable(self) -> int:
+        """Frames that a decoder can be expected to show: not those before the first key frame."""
+        shown = np.count_nonzero(self.flags & DISCARD == 0)
+        if not (self.keys.size and self.shown.size):
+            return int(shown)
+        return int(shown - np.count_nonzero(self.shown < self.keys[0, 0]))
+
+    @cached_property
+    def torn(self) -> int:
+        """Frames that are missing where the container is damaged, by the time that passes there."""
+        gaps = np.diff(self.shown)
+        if not gaps.size:
+            return 0
+        near = np.zeros(gaps.size, np.bool_)
+        for place in np.flatnonzero(self.holes | (self.flags & CORRUPT > 0)).tolist():
+            around = self.pts[max(place - REORDERED, 0) : place + REORDERED]
+            around = around[around != NO_STAMP]
+            if around.size:
+                near[slice(*np.searchsorted(self.shown, [around.min(), around.max()]).tolist())] = True
+        return int(np.maximum(np.round(gaps[near] / np.median(gaps)) - 1, 0).sum())
 
     def tells_frames_apart(self) -> bool:
         """Whether every frame has a packet and a timestamp of its own, and a key frame to start from."""
-        frames = len(self.packets) - self.discarded
-        has_keys = bool(self.keys.size and frames and self.keys[0, 0] <= self.pts[0])
-        return self.codec in ONE_FRAME_A_PACKET and self.pts.size == frames and has_keys
+        frames = np.count_nonzero(self.flags & DISCARD == 0)
+        has_keys = bool(self.keys.size and frames and self.shown.size and self.keys[0, 0] <= self.shown[0])
+        return self.codec in ONE_FRAME_A_PACKET and self.shown.size == frames and has_keys
 
-    def check_size(self, source: Path, max_frame_pixels: int) -> None:
+    @property
+    def display_width(self) -> int:
+        """Width of the frames with square pixels."""
+        return max(round(self.width * self.aspect), 1)
+
+    def check_size(self, source: Path, limit: int) -> None:
         """Refuse what cannot be a film, before memory is spent on it."""
-        if not self.packets or not self.height * self.width:
+        if not self.pts.size or not self.height * self.width:
             raise VideoError(f"{source} has no frame: it holds a video track without pictures; give another file")
-        check_pixels(source, self.height, self.width, max_frame_pixels)
-
-    def check_bytes(self, source: Path, count: int, max_bytes: int) -> None:
-        """Refuse sampled frames that would not fit in memory."""
-        size = count * self.height * self.width * 3
-        if size > max_bytes:
+        pixels = self.height * max(self.width, self.display_width)
+        if pixels > limit:
             raise VideoError(
-                f"{source}: {count} frames of {self.width}x{self.height} take {size} bytes, the limit is {max_bytes}: "
-                "sample fewer frames (lower fps or max_frames) or scale the video down"
+                f"{source} is {max(self.width, self.display_width)}x{self.height}, {pixels} pixels a frame, the limit "
+                f"is {limit}: scale it down first, or raise --max-frame-pixels"
             )
 
-    def check_complete(self, source: Path, found: int) -> None:
-        """Refuse a file whose end is missing."""
-        share = found / self.header_frames if self.header_frames else 1.0
-        if not self.header_frames and self.header_seconds and self.pts.size:
-            share = (float(self.pts[-1]) * self.time_base + 1 / max(self.fps, 1)) / self.header_seconds
+    def check_complete(self, source: Path, ending: Ending) -> None:
+        """Refuse a file whose end is missing.
+
+        A file whose structure is whole is whole, however long its last frame is shown and whatever its header says of
+        frames or seconds; one that breaks off, or whose structure does not tell, is measured by what was promised.
+        """
+        if ending.whole:
+            return
+        share = ending.share
+        if ending.measure == "frames" and self.header_frames:
+            share = len(self.pts) / self.header_frames
+        elif ending.measure == "seconds" and self.header_seconds and self.shown.size:
+            usual = int(np.median(np.diff(self.shown))) if self.shown.size > 1 else 0
+            length = int(self.shown[-1]) - min(int(self.shown[0]), 0) + (self.last_ticks or usual)
+            share = length * self.tick / self.header_seconds
         if share < COMPLETE_SHARE:
             raise VideoError(
-                f"{source} is truncated: {found} frames are there, {share:.0%} of what its header promises; "
+                f"{source} is truncated: {len(self.pts)} frames are there, {share:.0%} of what its header promises; "
                 "copy or download it again"
             )
 
 
+def _promised_seconds(container: Any, stream: Any) -> float:
+    """How long the film is by its header; 0 where that is no promise but what FFmpeg saw of the end of the file."""
+    kinds = set(container.format.name.split(","))
+    if kinds & {"matroska", "flv", "asf"}:
+        return float((container.duration or 0) / 1e6)
+    return _seconds(stream.metadata.get("DURATION", "")) if kinds & {"ogg", "nut"} else 0.0
+
+
 def _seconds(clock: str) -> float:
-    """Seconds of a Matroska duration tag such as 00:01:02.500000000; 0 for anything else."""
+    """Seconds of a duration tag such as 00:01:02.500000000; 0 for anything else."""
     parts = clock.split(":")
     try:
         return int(parts[-3]) * 3600 + int(parts[-2]) * 60 + float(parts[-1])
@@ -125,18 +233,40 @@ def _seconds(clock: str) -> float:
         return 0.0
 
 
-def check_pixels(source: Path, height: int, width: int, limit: int) -> None:
-    """Refuse a frame or picture too large to be decoded."""
-    if height * width > limit:
+def check_deadline(source: Path, deadline: float) -> None:
+    """Refuse a film that takes longer to read than allowed; `deadline` is of time.monotonic."""
+    if time.monotonic() > deadline:
         raise VideoError(
-            f"{source} is {width}x{height}, {height * width} pixels a frame, the limit is {limit}: scale it down first"
+            f"{source} takes longer to read than its limit allows: cut it or scale it down, or raise --max-film-seconds"
         )
 
 
+def packets(container: Any, stream: Any = None) -> Iterator[Any]:
+    """The packets that have content, of one track or all, up to where the container ends or breaks off."""
+    import av
+
+    demuxer = container.demux() if stream is None else container.demux(stream)
+    while True:
+        try:
+            packet = next(demuxer, None)
+        except (av.FFmpegError, IndexError):  # IndexError: PyAV's, when damage makes up a new track
+            return  # as a player: what lies behind is lost
+        if packet is None:
+            return
+        if packet.size:
+            yield packet
+
+
 def film(container: Any) -> Any:
-    """The first video track that is not the cover of a song, or None."""
-    tracks = container.streams.video
-    return next((track for track in tracks if not track.disposition & track.disposition.attached_pic), None)
+    """The track that a player shows: the default one, else the first; no cover of a song, no still beside a film."""
+    import av
+
+    kinds = av.stream.Disposition
+    aside = kinds.attached_pic | kinds.timed_thumbnails | kinds.still_image | kinds.dependent
+    tracks = [track for track in container.streams.video if not track.disposition & aside]
+    if "avif" in container.metadata.get("major_brand", "") + container.metadata.get("compatible_brands", ""):
+        tracks.sort(key=lambda track: track.frames < 2)  # a still picture stands before the film, undeclared
+    return next((track for track in tracks if track.disposition & kinds.default), tracks[0] if tracks else None)
 
 
 def _lenient(av: Any) -> dict[str, Any]:
@@ -149,46 +279,35 @@ def open_video(source: Path) -> Iterator[Any]:
     """A PyAV container that has a moving picture; what FFmpeg finds wrong becomes a VideoError."""
     import av
 
+    if still := still_format(source):
+        raise VideoError(f"{source} is an image ({still}): pass it as an image")
+    # An absolute path behind "file:" is a path for FFmpeg, whatever colons its name has.
+    address = f"file:{source.absolute()}"
+    options = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
     try:
-        # A playlist must not make this process fetch other addresses.
-        with av.open(str(source), options={"protocol_whitelist": "file"}, **_lenient(av)) as container:
+        with av.open(address, options=options, **_lenient(av)) as container:
             _check_kind(source, container)
             film(container).thread_type = "AUTO"
             yield container
-    except (av.FFmpegError, IndexError) as error:  # IndexError: PyAV's, when damage makes up a new track
-        lost = _missing_from_mp4(source)
-        reason = f"is truncated ({lost})" if lost else f"is damaged or no video ({error})"
+    except (av.FFmpegError, IndexError) as error:
+        lost = Ending.of_mp4(source).reason
+        reason = f"is truncated ({lost})" if lost else f"is damaged or no video ({_said(error)})"
         if isinstance(error, av.EOFError) and not lost:
             reason = "has no frame (it ends before the first)"
         raise VideoError(f"{source} {reason}: copy or download it again, or convert it with ffmpeg") from error
 
 
+def _said(error: Exception) -> str:
+    """What FFmpeg said, without the address."""
+    return str(getattr(error, "strerror", "") or error)
+
+
 def _check_kind(source: Path, container: Any) -> None:
-    """FFmpeg opens stills as films of one frame, text as a recorded terminal, and the cover of a song as a film."""
-    name = container.format.name
-    if name.endswith("_pipe") or name == "image2":
-        raise VideoError(f"{source} is an image ({name.removesuffix('_pipe')}): pass it as an image")
-    if name in TEXT_FORMATS:
-        raise VideoError(f"{source} is damaged or no video (it reads as text): give a file with a moving picture")
+    """FFmpeg opens stills as films of one frame, and the cover of a song as a film."""
     if film(container) is None:
         held = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        if container.streams.video:
+            held += ", none of it moving"
         raise VideoError(f"{source} has no video track (it holds {held}): give a file with a moving picture")
     if film(container).codec_context is None:
         raise VideoError(f"{source} has a video track in an unknown codec: convert it with ffmpeg to H.264")
-
-
-def _missing_from_mp4(source: Path) -> str:
-    """What an MP4's top-level boxes show to be missing; empty for a whole MP4 and for other containers."""
-    size, at, names = source.stat().st_size, 0, []
-    with source.open("rb") as file:
-        while at + 8 <= size:
-            file.seek(at)
-            length, name, long = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
-            length = long if length == 1 else length or size - at
-            names.append(name)
-            at += max(length, 8)
-    if b"ftyp" not in names[:1]:
-        return ""
-    lost = [f"the last {at - size} bytes"] if at > size else []
-    lost += [] if b"moov" in names else ["its index, the moov box"]
-    return f"{' and '.join(lost)} missing" if lost else ""

@@ -85,7 +85,27 @@ QUESTION_OPTIONS = (
         type=click.IntRange(1, PILLOW_PIXELS),
         help="Largest picture read, width times height; default: 134 megapixels.",
     ),
+    click.option("--max-frame-pixels", type=COUNT, help="Largest frame read of a film; default: 35 megapixels."),
+    click.option("--max-film-frames", type=COUNT, help="Longest film read, all its frames counted; default: a million."),
+    click.option("--max-film-bytes", type=COUNT, help="Most memory for the sampled frames of a film; default: 8 GiB."),
+    click.option(
+        "--max-decoded-bytes", type=COUNT, help="Most that is decoded of a film; default: 12 GiB and 4096 times the file."
+    ),
+    click.option(
+        "--max-film-seconds", type=float, help="Spent reading a film; default: 300, and one for each 100 kB of the file."
+    ),
+    click.option("--max-lost-share", type=float, help="Of a damaged film's frames, 0 to 1; default: 0.5."),
 )
+LIMITS = {
+    "max_image_pixels": "image_pixels",
+    "max_frame_pixels": "frame_pixels",
+    "max_film_frames": "film_frames",
+    "max_film_bytes": "film_bytes",
+    "max_decoded_bytes": "decoded_bytes",
+    "max_film_seconds": "film_seconds",
+    "max_lost_share": "lost_share",
+}
+"""Flags, and the fields of MediaLimits that they set."""
 
 
 def question_options(command: Command) -> Command:
@@ -155,8 +175,8 @@ class Question:
         """Of the files that are read: as asked, the rest as the package says."""
         from framefusion.runtime.media_file import MediaLimits
 
-        pixels = self.wishes["max_image_pixels"]
-        return MediaLimits() if pixels is None else MediaLimits(image_pixels=pixels)
+        given = {field: self.wishes[flag] for flag, field in LIMITS.items()}
+        return MediaLimits(**{field: value for field, value in given.items() if value is not None})
 
 
 def visuals_in_order(kinds: Sequence[str], videos: Sequence[Path], images: Sequence[Path]) -> list[tuple[str, Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError, VideoError
+
+SLOWEST, FASTEST = 1e-6, 1e9
+"""Frames a second that are asked for: one in eleven days; more than any film has."""
+MOST_FRAMES = 100_000
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,15 @@ class FrameSampling:
             raise BundleError(
                 f"sampling rule {self.rule!r} is unknown, known are {', '.join(RULES)}: update this package"
             )
-        if self.fps <= 0 or self.frame_factor < 1 or self.max_frames < self.frame_factor:
+        if not SLOWEST <= self.fps <= FASTEST:
             raise VideoError(
-                f"sampling of fps={self.fps}, max_frames={self.max_frames} takes no frame: "
-                f"give fps > 0 and max_frames >= {self.frame_factor}"
+                f"frames cannot be sampled at {self.fps} a second: give fps from {SLOWEST:g} to {FASTEST:g}"
+            )
+        if self.max_frames > MOST_FRAMES:
+            raise VideoError(f"max_frames={self.max_frames} is above the limit of {MOST_FRAMES}: give fewer")
+        if self.frame_factor < 1 or self.max_frames < self.frame_factor:
+            raise VideoError(
+                f"sampling of max_frames={self.max_frames} takes no frame: give max_frames >= {self.frame_factor}"
             )
 
 
@@ -99,7 +109,8 @@ def nvila_indices(total_frames: int, video_fps: float, sampling: FrameSampling) 
     """
     if sampling.force:
         return np.linspace(0, total_frames - 1, sampling.max_frames).round().astype(np.int64)
-    times = np.arange(0, total_frames / video_fps, 1 / sampling.fps)[: sampling.max_frames]
+    step = 1 / sampling.fps
+    times = np.arange(min(math.ceil(total_frames / video_fps / step), sampling.max_frames)) * step
     indices = (times * video_fps).astype(np.int64)
     return indices[indices < total_frames]  # the last time may round up to the end
 

@@ -17,6 +17,16 @@ from framefusion.errors import VideoError
 MAX_IMAGE_PIXELS = 1 << 27
 """Of a still picture: 134 megapixels, 402 MB as RGB."""
 
+MAX_FRAME_PIXELS = 8192 * 4320
+MAX_FILM_FRAMES = 1_000_000
+"""Nine hours at 30 frames a second."""
+MAX_FILM_BYTES = 8 << 30
+MAX_LOST_SHARE = 0.5
+
+SECONDS_A_FILM, BYTES_A_SECOND = 300.0, 100_000
+DECODED_BYTES, DECODED_A_BYTE = 12 << 30, 4096
+"""What a file may cost grows with it: a few kilobytes can claim hours of large frames, which are all alike."""
+
 SHOWN_OF_A_NAME = 120
 """Characters of a name in a message: a data: URI may have millions."""
 
@@ -31,13 +41,50 @@ class MediaLimits:
 
     Attributes:
         image_pixels: of one still picture, width times height.
+        frame_pixels: of one frame of a film, as a player shows it.
+        film_frames: of a whole film, sampled or not.
+        film_bytes: of the sampled frames of a film, as they are kept.
+        decoded_bytes: of all frames that are decoded from a film, kept or not; None allows 12 GiB, and 4096 bytes for
+            each byte of the file.
+        film_seconds: spent reading one film; None allows five minutes, and a second for each 100 kB of the file.
+        lost_share: of the frames of a damaged film that may be lost, from 0 to 1.
     """
 
     image_pixels: int = MAX_IMAGE_PIXELS
+    frame_pixels: int = MAX_FRAME_PIXELS
+    film_frames: int = MAX_FILM_FRAMES
+    film_bytes: int = MAX_FILM_BYTES
+    decoded_bytes: int | None = None
+    film_seconds: float | None = None
+    lost_share: float = MAX_LOST_SHARE
 
     def __post_init__(self) -> None:
         if self.image_pixels < 1:
             raise VideoError(f"a limit of {self.image_pixels} pixels admits no picture: give 1 or more")
+        for name in ("frame_pixels", "film_frames", "film_bytes", "decoded_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise VideoError(f"a limit of {value} for {name} admits no film: give 1 or more")
+        if self.film_seconds is not None and not self.film_seconds > 0:
+            raise VideoError(f"a limit of {self.film_seconds} seconds admits no film: give more than 0")
+        if not 0 <= self.lost_share <= 1:
+            raise VideoError(f"a share of {self.lost_share} lost frames is impossible: give one from 0 to 1")
+
+    def reading_seconds(self, file_size: int) -> float:
+        """Seconds that reading a film of so many bytes may take."""
+        return SECONDS_A_FILM + file_size / BYTES_A_SECOND if self.film_seconds is None else self.film_seconds
+
+    def decoding_bytes(self, file_size: int) -> int:
+        """Bytes of the frames that may be decoded from a film of so many bytes."""
+        return DECODED_BYTES + DECODED_A_BYTE * file_size if self.decoded_bytes is None else self.decoded_bytes
+
+    def check_image(self, name: str, height: int, width: int) -> None:
+        """Refuse a picture that is too large to be decoded."""
+        if height * width > self.image_pixels:
+            raise VideoError(
+                f"{name} is {width}x{height}, {height * width} pixels, the limit is {self.image_pixels}: scale it down "
+                "first, or raise --max-image-pixels (MediaLimits.image_pixels)"
+            )
 
     def check_image(self, name: str, height: int, width: int) -> None:
         """Refuse a picture that is too large to be decoded."""

@@ -50,7 +50,7 @@ from framefusion.runtime.sources import Source, as_image, as_video
 from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch, check_cuts
 from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.tokenizer import Tokenizer
-from framefusion.runtime.video import Video
+from framefusion.runtime.video import Video, VideoFacts
 from framefusion.runtime.vision import TowerCall, tower_call
 from framefusion.runtime.visual_input import RowMap, Tiles, VisualInput
 
@@ -90,6 +90,7 @@ class Generation:
     reduction: tuple[CallRecord, ...]
     kv_lengths: tuple[int, ...]  # tokens in each layer's cache after the prefill
     seconds: dict[str, float]
+    videos: tuple[VideoFacts, ...] = ()  # the films shown, in order
 
     @property
     def cost(self) -> float:
@@ -135,23 +136,32 @@ class Pipeline:
         self, turns: Sequence[Turn], files: Sequence[Source], sampling: FrameSampling, stopwatch: Stopwatch
     ) -> list[VisualInput]:
         """What the turns show, in their order, preprocessed."""
-        return self.preprocess(self.see(turns, files, sampling, stopwatch), stopwatch)
+        return self.preprocess(self.see(turns, files, sampling, stopwatch, whole=False), stopwatch)
 
     def see(
-        self, turns: Sequence[Turn], files: Sequence[Source], sampling: FrameSampling, stopwatch: Stopwatch
+        self,
+        turns: Sequence[Turn],
+        files: Sequence[Source],
+        sampling: FrameSampling,
+        stopwatch: Stopwatch,
+        whole: bool = True,
     ) -> list[Seen]:
-        """What the turns show, in their order, as it is read from files."""
+        """What the turns show, in their order, as it is read from files.
+
+        Frames of films are kept `whole`, or only as small as the family shows them.
+        """
         turns = as_turns(turns)
         kinds = [part for turn in turns for part in turn.parts if isinstance(part, Visual)]
         if isinstance(files, (str, bytes, Path)):
             raise PromptError(f"files is one name, {str(files)[:120]!r}: give a list of what the turns show")
         if len(kinds) != len(files):
             raise PromptError(f"the conversation shows {len(kinds)} video(s) and image(s), {len(files)} were given")
+        rule = self.manifest.preprocessing.for_images(kinds.count(Visual.IMAGE))
         seen: list[Seen] = []
         for kind, file in zip(kinds, files, strict=True):
             with stopwatch.stage("video"):
                 if kind is Visual.VIDEO:
-                    seen.append(as_video(file, sampling, self.limits))
+                    seen.append(as_video(file, sampling, self.limits, None if whole else rule.shrink))
                 else:
                     seen.append(as_image(file, self.limits))
         return seen
@@ -324,7 +334,10 @@ class Pipeline:
             VideoError, PromptError, BudgetError: see `framefusion.errors`.
         """
         stopwatch, request, turns = Stopwatch(), request or Request(), as_turns(turns)
-        visuals = self.read_visuals(turns, files, sampling or self.manifest.sampling, stopwatch)
+        seen = self.see(turns, files, sampling or self.manifest.sampling, stopwatch, whole=False)
+        videos = tuple(one.facts for one in seen if isinstance(one, Video))
+        visuals = self.preprocess(seen, stopwatch)
+        del seen  # pixels are large, and spent
         prompt = self.prompt(turns, visuals)
         self.bounded(request, prompt)  # refuse before the vision tower has worked
         with stopwatch.stage("vision"):
@@ -332,7 +345,7 @@ class Pipeline:
         with stopwatch.stage("embed"):
             rows = self.embed(prompt, visual_rows)
         del visuals, visual_rows  # pixels and features are large, and spent
-        return self.answer(prompt, rows, request, stopwatch, on_text)
+        return replace(self.answer(prompt, rows, request, stopwatch, on_text), videos=videos)
 
     def answer(
         self,

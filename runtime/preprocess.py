@@ -61,6 +61,18 @@ class Preprocessing:
         """
 
     @abstractmethod
+    def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
+        """The pictures [h, w, 3] that a frame [H, W, 3] of a video of so many frames is shown as, uncut."""
+
+    def pictures(self, video: Video) -> tuple[NDArray[np.uint8], ...]:
+        """`shrink` of all frames, each [N, h, w, 3]; a video that was shrunk as it was read has them."""
+        if video.shrunk:
+            return video.shrunk
+        check_frames(video.frames)
+        frames = [self.shrink(frame, len(video.frames)) for frame in video.frames]
+        return tuple(np.stack(alike) for alike in zip(*frames, strict=True))
+
+    @abstractmethod
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
         """An image, RGB [H, W, 3], the `index`-th image of its conversation."""
 

@@ -21,7 +21,7 @@ from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.image_file import read_image
 from framefusion.runtime.image_pixels import on_white, rgb_pixels, unit_shares
 from framefusion.runtime.media_file import MediaLimits
-from framefusion.runtime.video import Video, read_video
+from framefusion.runtime.video import Shrink, Video, read_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
@@ -31,8 +31,12 @@ Source: TypeAlias = "Image | Video | Sequence[Image]"
 """What may be shown; see this module's first lines."""
 
 
-def as_video(source: Any, sampling: FrameSampling, limits: MediaLimits | None = None) -> Video:
+def as_video(
+    source: Any, sampling: FrameSampling, limits: MediaLimits | None = None, shrink: Shrink | None = None
+) -> Video:
     """A file's sampled frames. Frames in memory are all taken; they stand at the sampling's rate.
+
+    `shrink` says what is kept of each frame of a file; see `read_video`.
 
     Raises:
         VideoError: it cannot be read, or is nothing that shows a film.
@@ -40,7 +44,7 @@ def as_video(source: Any, sampling: FrameSampling, limits: MediaLimits | None = 
     if isinstance(source, Video):
         return source
     if isinstance(source, (str, Path)):
-        return read_video(source, sampling)
+        return read_video(source, sampling, limits=limits, shrink=shrink)
     return video_of_frames(source, sampling.fps, limits)
 
 

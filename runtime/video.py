@@ -1,114 +1,298 @@
-"""Frames from a file, read with PyAV: those that a family's rule picks (frame_sampling.py).
+"""Frames from a film's file: those that a family's rule picks (frame_sampling.py), each at its own time (timeline.py).
 
-Knows nothing of pixels wanted by a vision tower (preprocess.py) nor of tokens. Only the sampled frames are ever held.
+Knows nothing of pixels wanted by a vision tower (preprocess.py) nor of tokens. Only the sampled frames are ever held,
+and where the caller gives `shrink`, only what it makes of each.
 
-How a video is read, fastest way first, each step checked by the next:
+How a film is read, fastest way first, each step checked by the next:
 
-1. The packets are listed without decoding: their number is the number of frames, whatever the header claims.
+1. The packets are listed without decoding: their timestamps are the film, whatever the header claims.
 2. For each sampled frame the decoder starts at the key frame before it, unless it is already past that key frame.
-3. A frame that does not turn up under its own timestamp means that the packets lied too: then everything is decoded,
-   once to count and once to pick.
+3. A frame that does not turn up under its own timestamp, or a damaged packet, means that the packets lied: then
+   everything is decoded, once to list what there is and once to pick. What is lost is counted, told, and limited.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.runtime.container import Listing, film, open_video
-from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
-from framefusion.runtime.media_file import existing_file
+from framefusion.errors import MediaWarning, VideoError
+from framefusion.runtime.animation import AnimatedPicture, is_animated_webp
+from framefusion.runtime.container import DRAWN_OVER, ONE_FRAME_A_PACKET, Listing, open_video
+from framefusion.runtime.decoding import Budget, Decoder
+from framefusion.runtime.ending import Ending
+from framefusion.runtime.frame_pixels import as_shown, on_white
+from framefusion.runtime.frame_sampling import FrameSampling
+from framefusion.runtime.media_file import MediaLimits, existing_file
+from framefusion.runtime.timeline import Sampled, Timeline, ascending
 
-MAX_FRAME_PIXELS = 8192 * 4320
-MAX_BYTES = 8 << 30
+Pixels = NDArray[np.uint8]
+Shrink = Callable[[Pixels, int], tuple[Pixels, ...]]
+"""What is kept of a frame [H, W, 3] of a film of so many sampled frames: pictures [h, w, 3], alike for all of them."""
 
 # A seek throws away what the decoder's threads have begun: closer than this, decoding on is cheaper.
 SEEK_DISTANCE = 16
 
 
 @dataclass(frozen=True)
+class VideoFacts:
+    """A film that was read, in numbers.
+
+    Attributes:
+        duration: in seconds.
+        fps: frames a second; where they vary, of the film of constant rate that it was sampled as.
+        frames: in the file.
+        sampled_frames: of those, as often as they were looked at.
+        lost_frames: that damage took from the file.
+    """
+
+    duration: float
+    fps: float
+    frames: int
+    sampled_frames: int
+    lost_frames: int
+
+
+@dataclass(frozen=True)
 class Video:
     """The sampled frames of one video, and where in it they stood."""
 
-    frames: NDArray[np.uint8]  # [N, H, W, 3] RGB, upright
+    frames: Pixels  # [N, H, W, 3] RGB, as a player shows it; [N, H, W, 0] where `shrunk` is kept instead
     indices: NDArray[np.int64]  # [N] frame numbers in the file
-    fps: float  # of the file
+    fps: float  # of the file; where its rate varies, of the film of constant rate that it is sampled as
     total_frames: int  # of the file, counted
     duration: float  # seconds of film
     seconds: float  # spent reading
+    sampled: Sampled | None = None  # None: frames stand at their numbers divided by `fps`
+    shrunk: tuple[Pixels, ...] = ()  # each [N, h, w, 3]: what the caller's `shrink` made of the frames
+    lost_frames: int = 0  # that damage took from the file
 
     @property
     def times(self) -> NDArray[np.float64]:
-        """[N] seconds from the beginning of the film."""
-        return self.indices / self.fps
+        """[N] the frames' own timestamps, in seconds from the beginning of the film."""
+        return self.indices / self.fps if self.sampled is None else self.sampled.timestamps
+
+    @property
+    def moments(self) -> NDArray[np.float64]:
+        """[N] seconds at which the film was looked at: the timestamps, and later ones of a frame that stays."""
+        return self.indices / self.fps if self.sampled is None else self.sampled.moments
+
+    @property
+    def counted_frames(self) -> int:
+        """Frames at the constant rate `fps`."""
+        return self.total_frames if self.sampled is None else max(round(self.duration * self.fps), 1)
+
+    @property
+    def counted_indices(self) -> NDArray[np.int64]:
+        """[N] where the sampled ones stand among them."""
+        return self.indices if self.sampled is None else np.round(self.moments * self.fps).astype(np.int64)
+
+    @property
+    def facts(self) -> VideoFacts:
+        """The numbers without the pixels."""
+        return VideoFacts(self.duration, self.fps, self.total_frames, len(self.indices), self.lost_frames)
 
 
 def read_video(
     path: str | Path,
     sampling: FrameSampling,
     *,
-    max_frame_pixels: int = MAX_FRAME_PIXELS,
-    max_bytes: int = MAX_BYTES,
+    limits: MediaLimits | None = None,
+    shrink: Shrink | None = None,
 ) -> Video:
-    """Read the sampled frames of a video file, upright, as RGB."""
+    """Read the sampled frames of a video file as a player shows them, as RGB.
+
+    Args:
+        path: of a file.
+        sampling: which frames.
+        limits: what the file may cost; None takes the defaults.
+        shrink: what is kept of each frame, at once, so that no two of full size are held; None keeps the frames.
+
+    Raises:
+        VideoError: the file is missing, no video, truncated, damaged beyond the limit, too large or too short.
+    """
+    # 1. The file, and what reading it may cost.
     start = time.perf_counter()
+    limits = limits or MediaLimits()
     source = existing_file(path)
-    with open_video(source) as container:
-        listing = Listing.from_container(container)
-    listing.check_size(source, max_frame_pixels)
-    listing.check_complete(source, len(listing.packets))
+    budget = Budget.of(source, limits)
+    keep = _Keeper(source, shrink, limits)
+    # 2. The frames there are, and those among them that the rule picks.
+    if is_animated_webp(source):
+        timeline, sampled = _read_animation(source, sampling, budget, keep)
+        lost = 0
+    else:
+        timeline, sampled, lost = _read_film(source, sampling, budget, keep)
+    # 3. What is told of them.
+    if lost:
+        count = len(timeline.times) + lost
+        warnings.warn(f"{source} is damaged: {lost} of {count} frames are lost", MediaWarning, stacklevel=2)
+    return Video(
+        keep.frames(), sampled.indices, timeline.fps, len(timeline.times), timeline.duration,
+        time.perf_counter() - start, None if timeline.constant else sampled, keep.shrunk(), lost,
+    )  # fmt: skip
 
-    frames, total = None, len(listing.pts)
+
+def _read_film(source: Path, sampling: FrameSampling, budget: Budget, keep: _Keeper) -> tuple[Timeline, Sampled, int]:
+    """Timeline, what was sampled and how many frames are lost; the frames go to `keep`."""
+    limits = keep.limits
+    # 1. Packets.
+    with open_video(source) as container:
+        listing = Listing.from_container(container, source, limits, budget.deadline)
+    listing.check_size(source, limits.frame_pixels)
+    listing.check_complete(source, Ending.of_file(source))
+    # 2. Where they tell the frames apart, only what is sampled is decoded.
     if listing.tells_frames_apart():
-        indices = sample_indices(total, listing.fps, sampling)
-        listing.check_bytes(source, indices.size, max_bytes)
-        frames = _decode_by_seeking(source, listing, np.unique(indices))
-    if frames is None:
-        total = sum(1 for _ in _decode_all(source))
-        listing.check_complete(source, total + listing.discarded)
-        indices = sample_indices(total, listing.fps, sampling)
-        listing.check_bytes(source, indices.size, max_bytes)
-        chosen = set(indices.tolist())
-        frames = [_upright(frame, listing) for i, frame in enumerate(_decode_all(source)) if i in chosen]
-    seconds = time.perf_counter() - start
-    each = np.unique(indices, return_inverse=True)[1]  # some rules look at a frame of a short film more than once
-    pixels = np.stack([frames[i] for i in each.tolist()])
-    return Video(pixels, indices, listing.fps, total, total / listing.fps, seconds)
-
-
-def _decode_all(source: Path) -> Iterator[Any]:
+        if listing.codec in DRAWN_OVER:
+            budget.check(len(listing.pts), listing.height * listing.width)
+        timeline = Timeline.from_timestamps(listing.shown, listing.tick, listing.rates, listing.last_ticks)
+        lost = listing.torn
+        _check_lost(source, lost, len(timeline.times), limits)
+        sampled = timeline.sample(sampling)
+        keep.start(sampled.indices, listing.height, listing.display_width)
+        if all(keep.add(pixels) for pixels in _picked(source, listing, keep.unique, budget)):
+            return timeline, sampled, lost
+    # 3. Else everything is, twice.
+    budget.check(len(listing.pts), listing.height * listing.width)
+    stamps, damaged = _all_timestamps(source, listing, budget)
+    timeline = Timeline.from_timestamps(stamps, listing.tick, listing.rates, listing.last_ticks)
+    hidden = listing.decodable - len(stamps) if listing.codec in ONE_FRAME_A_PACKET else damaged
+    lost = listing.torn + (max(hidden, 0) if damaged else 0)
+    _check_lost(source, lost, len(stamps), limits)
+    sampled = timeline.sample(sampling)
+    keep.start(sampled.indices, listing.height, listing.display_width)
+    chosen = set(keep.unique.tolist())
     with open_video(source) as container:
-        yield from container.decode(film(container))
+        for number, frame in enumerate(Decoder(container, budget).frames()):
+            if number in chosen:
+                keep.add(as_shown(frame, listing.height, listing.width, listing.aspect))
+            if number == keep.unique[-1]:
+                break
+    return timeline, sampled, lost
 
 
-def _decode_by_seeking(source: Path, listing: Listing, indices: NDArray[np.int64]) -> list[NDArray[np.uint8]] | None:
-    """The frames at `indices`, or None when one does not turn up under its timestamp."""
-    frames = []
+def _picked(source: Path, listing: Listing, indices: NDArray[np.int64], budget: Budget) -> Iterator[Pixels | None]:
+    """The frames at `indices`, ascending; None, and nothing more, where the packets turn out to have lied."""
     with open_video(source) as container:
-        stream = film(container)
-        decoder, reached = container.decode(stream), 0
-        for index, pts in zip(indices.tolist(), listing.pts[indices].tolist(), strict=True):
+        decoder = Decoder(container, budget)
+        frames, reached = decoder.frames(), 0
+        for index, pts in zip(indices.tolist(), listing.shown[indices].tolist(), strict=True):
             key_pts, seek_to = listing.keys[np.searchsorted(listing.keys[:, 0], pts, side="right") - 1].tolist()
-            if np.searchsorted(listing.pts, key_pts) - reached > SEEK_DISTANCE:
-                container.seek(seek_to, stream=stream)
-                decoder = container.decode(stream)
+            if np.searchsorted(listing.shown, key_pts) - reached > SEEK_DISTANCE:
+                frames = decoder.seek(seek_to)
             # A decoder may show a few frames from before the key frame; one without a timestamp cannot be placed.
-            frame = next((frame for frame in decoder if frame.pts is None or frame.pts >= pts), None)
-            if frame is None or frame.pts != pts:
-                return None
-            frames.append(_upright(frame, listing))
+            frame = next((frame for frame in frames if frame.pts is None or frame.pts >= pts), None)
+            if frame is None or frame.pts != pts or decoder.damaged:
+                yield None
+                return
+            yield as_shown(frame, listing.height, listing.width, listing.aspect)
             reached = index
-    return frames
 
 
-def _upright(frame: Any, listing: Listing) -> NDArray[np.uint8]:
-    """RGB [H, W, 3] as a player shows it: phones store films lying on their side, with a note."""
-    # A film may change its size on the way; all its frames get the size that was checked.
-    pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", width=listing.width, height=listing.height)
-    return np.rot90(pixels, round(frame.rotation / 90) % 4)
+def _all_timestamps(source: Path, listing: Listing, budget: Budget) -> tuple[NDArray[np.int64], int]:
+    """Timestamps of all frames that can be decoded, ascending, and how many packets cannot."""
+    with open_video(source) as container:
+        decoder = Decoder(container, budget)
+        stamps = [frame.dts if frame.pts is None else frame.pts for frame in decoder.frames()]
+    if not stamps:
+        raise VideoError(f"{source} has no frame that can be decoded: copy or download it again")
+    rate = next((rate for rate in listing.rates if rate > 0), 25.0)
+    return ascending(stamps, max(round(1 / rate / listing.tick), 1)), decoder.damaged
+
+
+def _read_animation(source: Path, sampling: FrameSampling, budget: Budget, keep: _Keeper) -> tuple[Timeline, Sampled]:
+    """As `_read_film`, of an animated WebP."""
+    film = AnimatedPicture(source, keep.limits)
+    budget.check(film.count, film.height * film.width)
+    begins, stays = list[int](), list[int]()
+    for begin, stay, pixels in film.frames():
+        budget.spend(pixels.nbytes)
+        begins.append(begin)
+        stays.append(stay)
+    timeline = Timeline.from_timestamps(np.array(begins, np.int64), film.tick, (), stays[-1])
+    sampled = timeline.sample(sampling)
+    keep.start(sampled.indices, film.height, film.width)
+    chosen = set(keep.unique.tolist())
+    for number, (_, _, pixels) in enumerate(film.frames()):
+        budget.spend(pixels.nbytes)
+        if number in chosen:
+            keep.add(on_white(pixels))
+    return timeline, sampled
+
+
+def _check_lost(source: Path, lost: int, found: int, limits: MediaLimits) -> None:
+    """Refuse a film of which too much is lost."""
+    share = lost / max(lost + found, 1)
+    if share > limits.lost_share:
+        raise VideoError(
+            f"{source} is damaged: {lost} of {lost + found} frames are lost ({share:.0%}), the limit is "
+            f"{limits.lost_share:.0%}: copy or download it again, or raise --max-lost-share"
+        )
+
+
+class _Keeper:
+    """Takes the sampled frames one after the other and holds what is kept of each, once."""
+
+    def __init__(self, source: Path, shrink: Shrink | None, limits: MediaLimits) -> None:
+        self.source, self.limits = source, limits
+        self._shrink = shrink
+        self.start(np.zeros(0, np.int64), 0, 0)
+
+    def start(self, indices: NDArray[np.int64], height: int, width: int) -> None:
+        """Begin anew, with frames of this size.
+
+        Raises:
+            VideoError: frames that are kept as they are would take more memory than the limit.
+        """
+        # Some rules look at a frame of a short film more than once.
+        self.unique, self._places = np.unique(indices, return_inverse=True)
+        self._kept: tuple[Pixels, ...] = ()
+        self._size = (height, width)
+        self._added = 0
+        if self._shrink is None:
+            self._check_bytes(indices.size * height * width * 3, f"{indices.size} frames of {width}x{height}")
+
+    def add(self, pixels: Pixels | None) -> bool:
+        """The next frame [H, W, 3]; False for None."""
+        if pixels is None:
+            return False
+        if self._added and pixels.shape[:2] != self._size:  # a film that is turned on the way
+            from PIL import Image
+
+            pixels = np.asarray(Image.fromarray(pixels).resize(self._size[::-1]))
+        self._size = (pixels.shape[0], pixels.shape[1])
+        count = len(self._places)
+        pictures = (pixels,) if self._shrink is None else self._shrink(pixels, count)
+        if not self._added:
+            self._check_bytes(count * sum(one.nbytes for one in pictures), f"what is kept of {count} frames")
+            self._kept = tuple(np.empty((count, *one.shape), np.uint8) for one in pictures)
+        for kept, one in zip(self._kept, pictures, strict=True):
+            kept[self._places == self._added] = one
+        self._added += 1
+        return True
+
+    def frames(self) -> Pixels:
+        """[N, H, W, 3], or [N, H, W, 0] where they are shrunk."""
+        if self._added != self.unique.size:
+            raise VideoError(f"{self.source} decodes differently each time: convert it with ffmpeg")
+        if self._shrink is None:
+            return self._kept[0]
+        return np.empty((len(self._places), *self._size, 0), np.uint8)
+
+    def shrunk(self) -> tuple[Pixels, ...]:
+        """What `shrink` made of them."""
+        return () if self._shrink is None else self._kept
+
+    def _check_bytes(self, size: int, what: str) -> None:
+        limit = self.limits.film_bytes
+        if size > limit:
+            raise VideoError(
+                f"{self.source}: {what} take {size} bytes, the limit is {limit}: sample fewer frames (lower fps or "
+                "max_frames), scale the video down, or raise --max-film-bytes"
+            )

@@ -85,13 +85,16 @@ class InternVLPreprocessing(Preprocessing):
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """One tile a frame; a place of the tile is a track."""
-        check_frames(video.frames)
-        tiles = np.stack([self._squeezed(frame) for frame in video.frames])
+        (tiles,) = self.pictures(video)
         pieces: list[Piece] = []
         for number in range(1, len(tiles) + 1):
             before = f"{self.end}\n" if number > 1 else ""
             pieces += [before + self.frame_label.replace(NUMBER, str(number)) + self.start, self._rows(1)]
         return VisualInput((self._tiles(tiles),), (*pieces, self.end))
+
+    def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
+        """The square, shape not kept."""
+        return (self._squeezed(frame),)
 
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
         """Nothing merges within an image: each of its rows is a track of its own."""

@@ -40,6 +40,9 @@ NEWLINE = "image_newline"
 SHRINK_FROM = 1.1
 """A tiled image with this many times the lines of `max_tiles` tiles, or more, is shrunk to them."""
 
+ROUNDED_RATE = 0.002
+"""Share of a film's rate that is rounded away: a little more than 30000/1001 lacks to 30."""
+
 TIME_TOKENS, SENTENCE_TOKENS = 9, 64
 """Room for a time such as "1234.56s," and for the words around the times: Qwen2's tokenizer splits every digit."""
 
@@ -108,11 +111,14 @@ class LlavaPreprocessing(Preprocessing):
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """A place of the pooled grid is a track; rows that end a line or a frame are one too, as in the reference."""
-        check_frames(video.frames)
-        pictures = np.stack([self._frame(frame) for frame in video.frames])
+        (pictures,) = self.pictures(video)
         pieces = self._video_pieces(len(pictures))
         told = (f"\n{time_instruction(video, self.round_fps)}",) if self.time_instruction else ()
         return VisualInput((self._tiles(pictures, self.mm_spatial_pool_mode),), (*pieces, *told))
+
+    def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
+        """The square, squeezed or cut out."""
+        return (self._frame(frame),)
 
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
         """Nothing merges within an image: each of its rows is a track of its own; rows that end a line are text."""
@@ -226,12 +232,17 @@ class LlavaPreprocessing(Preprocessing):
 
 
 def time_instruction(video: Video, round_fps: bool) -> str:
-    """The sentence that LLaVA-Video was trained to read on the line after a video."""
+    """The sentence that LLaVA-Video was trained to read on the line after a video.
+
+    The authors count the frames of a film in whole seconds, as if 29.97 frames a second were 30. They are followed
+    where that is a matter of a thousandth, and frames stand evenly; other films are told the frames' true times.
+    """
     step = max(round(video.fps), 1)
-    once_a_second = round_fps and np.array_equal(video.indices, np.arange(0, video.total_frames, step))
-    times = video.indices / (step if once_a_second else video.fps)
+    rounded = round_fps and video.sampled is None and abs(video.fps - step) < ROUNDED_RATE * step
+    once_a_second = rounded and np.array_equal(video.indices, np.arange(0, video.total_frames, step))
+    times = video.indices / step if once_a_second else video.moments
     return (
-        f"The video lasts for {video.total_frames / video.fps:.2f} seconds, and {len(times)} frames are uniformly "
+        f"The video lasts for {video.duration:.2f} seconds, and {len(times)} frames are uniformly "
         f"sampled from it. These frames are located at {','.join(f'{time:.2f}s' for time in times)}."
         "Please answer the following questions related to this video."
     )

@@ -76,10 +76,10 @@ class MiniCpmVPreprocessing(Preprocessing):
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """Overviews of all frames, then slices of all frames; the prompt shows them frame by frame."""
-        check_frames(video.frames)
+        pictures = self.pictures(video)
         count, height, width, _ = video.frames.shape
         layout = layout_of(height, width, self.max_slice_nums, self)
-        tiles, rows = cut(video.frames, layout, self), self._row_map(layout, count)
+        tiles, rows = cut(pictures, layout, self), self._row_map(layout, count)
         if count == 1:
             return VisualInput(tiles, self._picture(layout), rows)
         frame = self._frame(layout)
@@ -88,15 +88,19 @@ class MiniCpmVPreprocessing(Preprocessing):
         pieces = (self.image_start, *frame, *(between + frame) * (count - 1))
         return VisualInput(tiles, pieces, rows, joint=places)
 
+    def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
+        """The overview and, where there are slices, all of them side by side as they are cut."""
+        return uncut(frame, layout_of(*frame.shape[:2], self.max_slice_nums, self), self)
+
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
         """A picture cut as finely as the checkpoint asks, with its number in front."""
-        frames = pixels[None]
-        check_frames(frames)
+        check_frames(pixels[None])
         height, width, _ = pixels.shape
         layout = layout_of(height, width, self.image_slices, self)
         number = f"{self.id_start}{index}{self.id_end}" if self.use_image_id else ""
         pieces = (number, *self._picture(layout))
-        return VisualInput(cut(frames, layout, self), pieces, self._row_map(layout, 1))
+        pictures = tuple(picture[None] for picture in uncut(pixels, layout, self))
+        return VisualInput(cut(pictures, layout, self), pieces, self._row_map(layout, 1))
 
     def panels(self, height: int, width: int, frames: int | None = None) -> list[Panel]:
         """For each frame its overview and its slices: rows are learned queries, which look at all of either."""
@@ -201,21 +205,34 @@ def longest_side(preprocessing: MiniCpmVPreprocessing) -> int:
     return math.ceil(longest / preprocessing.patch_size) + 1
 
 
-def cut(frames: NDArray[np.uint8], layout: Layout, preprocessing: MiniCpmVPreprocessing) -> tuple[Tiles, ...]:
-    """Overviews of frames [N, H, W, 3], and slices where the layout has any: frame by frame, row by row."""
-    tiles = [_tiles(frames, layout.overview, (1, 1), preprocessing)]
+def uncut(
+    frame: NDArray[np.uint8], layout: Layout, preprocessing: MiniCpmVPreprocessing
+) -> tuple[NDArray[np.uint8], ...]:
+    """A picture [H, W, 3] as its overview and, where the layout has slices, as large as all of them."""
+    sizes = [(layout.overview, (1, 1)), (layout.slice, layout.grid)][: 2 if layout.num_slices else 1]
+    patch = preprocessing.patch_size
+    return tuple(
+        resize(frame, rows * size[0] * patch, columns * size[1] * patch, preprocessing.resample)
+        for size, (rows, columns) in sizes
+    )
+
+
+def cut(
+    pictures: tuple[NDArray[np.uint8], ...], layout: Layout, preprocessing: MiniCpmVPreprocessing
+) -> tuple[Tiles, ...]:
+    """Overviews, and slices where the layout has any, of `uncut` pictures [N, h, w, 3]: frame by frame, row by row."""
+    tiles = [_tiles(pictures[0], layout.overview, (1, 1), preprocessing)]
     if layout.num_slices:
-        tiles.append(_tiles(frames, layout.slice, layout.grid, preprocessing))
+        tiles.append(_tiles(pictures[1], layout.slice, layout.grid, preprocessing))
     return tuple(tiles)
 
 
 def _tiles(
-    frames: NDArray[np.uint8], size: tuple[int, int], grid: tuple[int, int], preprocessing: MiniCpmVPreprocessing
+    whole: NDArray[np.uint8], size: tuple[int, int], grid: tuple[int, int], preprocessing: MiniCpmVPreprocessing
 ) -> Tiles:
-    """Each frame resized to a grid of tiles of this many patches, and cut along it."""
+    """Pictures cut along a grid into tiles of this many patches."""
     height, width = (side * preprocessing.patch_size for side in size)
-    (rows, columns), count = grid, len(frames) * grid[0] * grid[1]
-    whole = [resize(frame, rows * height, columns * width, preprocessing.resample) for frame in frames]
-    pictures = np.stack(whole).reshape(len(frames), rows, height, columns, width, 3).swapaxes(2, 3)
+    (rows, columns), count = grid, len(whole) * grid[0] * grid[1]
+    pictures = whole.reshape(len(whole), rows, height, columns, width, 3).swapaxes(2, 3)
     values = cut_patches(pictures.reshape(count, height, width, 3), preprocessing)
     return Tiles(values, Grid(count, *size))

@@ -12,6 +12,7 @@ Knows neither tower nor tokenizer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -94,18 +95,20 @@ class NvilaPreprocessing(Preprocessing):
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """A place of the pooled frame is a track, and the line feed behind each is one, too."""
-        check_frames(video.frames)
-        (pooled, tall, wide), frames = self.pool_sizes, len(video.frames)
+        (pooled, tall, wide), frames = self.pool_sizes, len(video.indices)
         if frames % pooled:
-            fit = max(frames // pooled, 1) * pooled
             raise VideoError(
-                f"{frames} frames were sampled and this model averages {pooled} to one: sample a multiple of {pooled}, "
-                f"such as --max-frames {fit}"
+                f"{frames} frame(s) were sampled and this model averages {pooled} to one: sample a multiple of "
+                f"{pooled}, such as {_whole_groups(video, pooled)}"
             )
-        pictures = np.stack([self._squeezed(frame) for frame in video.frames])
+        (pictures,) = self.pictures(video)
         rows = self.blocks**2 // (tall * wide)
         pieces = list(self._ended(rows, 0, self.video_end)) * (frames // pooled)
         return VisualInput((self._tiles(pictures, pooled, AVERAGE if tall * wide > 1 else ""),), tuple(pieces))
+
+    def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
+        """The square, shape not kept."""
+        return (self._squeezed(frame),)
 
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
         """Nothing merges within an image: each of its rows is a track of its own."""
@@ -192,3 +195,12 @@ class NvilaPreprocessing(Preprocessing):
         patches = cut_patches(pictures, self)
         grid = Grid(len(pictures) // pooled, pooled * self.side, self.side)
         return Tiles(patches.reshape(grid.frames, -1, patches.shape[-1]), grid, pool)
+
+
+def _whole_groups(video: Video, pooled: int) -> str:
+    """Flags that sample a multiple of `pooled` frames from a film of which another number was sampled."""
+    frames = len(video.indices)
+    if frames > pooled:
+        return f"--max-frames {frames // pooled * pooled}"
+    fps = math.ceil(100 * pooled / video.duration) / 100  # frames at times below the film's length: never fewer
+    return f"--fps {fps:g} --max-frames {pooled}"

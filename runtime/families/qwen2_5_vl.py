@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from framefusion.errors import BundleError
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, patchify
+from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.video import Video
 from framefusion.runtime.visual_input import VisualInput
 
@@ -28,7 +28,7 @@ class Qwen25VLPreprocessing(QwenVLPreprocessing):
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """As Qwen2-VL's; a temporal grid is `tokens_per_second` positions a second after the one before."""
-        sampled_fps = len(video.indices) / video.total_frames * video.fps
+        sampled_fps = len(video.indices) / video.counted_frames * video.fps
         seconds = np.float32(self.temporal_patch_size / sampled_fps)  # of a grid; rounded where transformers rounds
         interval = float(np.float32(self.tokens_per_second) * seconds)
-        return self.shown(patchify(video.frames, self), self.video_pad, interval)
+        return self.shown(self.patches(video), self.video_pad, interval)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 
 from framefusion.errors import BudgetError
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, patchify
+from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.positions import Grid, grid_places
 from framefusion.runtime.preprocess import HALF, check_shape
 from framefusion.runtime.video import Video
@@ -47,11 +47,11 @@ class Qwen3VLPreprocessing(QwenVLPreprocessing):
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """A run of rows for each temporal grid, behind the mean time of its frames; a place of the grid is a track."""
-        tiles = patchify(video.frames, self)
+        tiles = self.patches(video)
         grid = tiles.grid.merged(self.merge_size)
         labels, places = np.arange(grid.height * grid.width), grid_places(Grid(1, grid.height, grid.width))
         depth = self.temporal_patch_size
-        times = np.pad(video.times, (0, -len(video.times) % depth), mode="edge").reshape(-1, depth)
+        times = np.pad(video.moments, (0, -len(video.moments) % depth), mode="edge").reshape(-1, depth)
         pieces: list[Piece] = []
         for first, last in times[:, [0, -1]].tolist():
             pieces += [

@@ -112,7 +112,17 @@ class QwenVLPreprocessing(Preprocessing):
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """One run of rows between the start and the end token; a place of the grid is a track."""
-        return self.shown(patchify(video.frames, self), self.video_pad)
+        return self.shown(self.patches(video), self.video_pad)
+
+    def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
+        """The frame in the size that all of so many get."""
+        height, width = _grid(count, self.frame_size(count, *frame.shape[:2]), self)[1:]
+        return (resize(frame, height * self.patch_size, width * self.patch_size, self.resample),)
+
+    def patches(self, video: Video) -> Tiles:
+        """A video's frames, resized and cut."""
+        (frames,) = self.pictures(video)
+        return patchify(frames, self, (frames.shape[1], frames.shape[2]))
 
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
         """A video of one temporal grid."""

@@ -19,6 +19,7 @@ from PIL import Image
 from framefusion.errors import BundleError, VideoError
 from framefusion.runtime import video as video_module
 from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
+from framefusion.runtime.media_file import MediaLimits
 from framefusion.runtime.records import RecordError, from_json, to_json
 from framefusion.runtime.video import read_video
 
@@ -146,7 +147,7 @@ def test_frames_equal_a_full_decode_on_a_real_film() -> None:
 
 def test_far_frames_are_reached_by_seeking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 600)
-    monkeypatch.setattr(video_module, "_decode_all", lambda source: pytest.fail("decoded everything"))
+    monkeypatch.setattr(video_module, "_all_timestamps", lambda *_: pytest.fail("decoded everything"))
     video = read_video(path, FrameSampling(max_frames=4))
     np.testing.assert_array_equal(video.frames, np.stack(full_decode(path))[video.indices])
 
@@ -250,11 +251,11 @@ def test_too_short_for_the_sampling(tmp_path: Path) -> None:
 
 def test_size_limits_are_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 8)
-    monkeypatch.setattr(video_module, "_upright", lambda frame, listing: pytest.fail("decoded"))
+    monkeypatch.setattr(video_module, "as_shown", lambda *_: pytest.fail("decoded"))
     with pytest.raises(VideoError, match="is 64x48, 3072 pixels a frame, the limit is 3000"):
-        read_video(path, FrameSampling(), max_frame_pixels=3000)
+        read_video(path, FrameSampling(), limits=MediaLimits(frame_pixels=3000))
     with pytest.raises(VideoError, match="4 frames of 64x48 take 36864 bytes, the limit is 30000"):
-        read_video(path, FrameSampling(), max_bytes=30000)
+        read_video(path, FrameSampling(), limits=MediaLimits(film_bytes=30000))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.ts", "a.mkv"])

@@ -1,0 +1,141 @@
+"""Whether a film's file ends where its container says: boxes, elements and chunks that run over the end of the file.
+
+Headers of the outermost parts are read, no table and no packet: in time that grows with their number, which is bounded,
+and in constant memory. MP4 (ISO 14496-12), Matroska (RFC 9559), AVI (RIFF), Ogg (RFC 3533) and NUT; of others, which
+have no length, nothing is known.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+MAX_PARTS = 100_000
+"""Outermost boxes that are looked at; a fragmented MP4 has two a second."""
+
+TAIL = 1 << 16  # an Ogg page has this many bytes at most
+UNKNOWN_SIZE = (1 << 56) - 1  # of a Matroska element that was written to a pipe
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+NUT, NUT_INDEX = b"nut/multimedia container\0", b"NX\xdd\x67\x2f\x23\xe6\x4e"
+END_OF_STREAM = 4  # a flag of Ogg pages
+
+Measure = Literal["frames", "seconds", "bytes"]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What the structure of a file says of its end.
+
+    Attributes:
+        whole: whether nothing is missing; None where the container does not say.
+        share: of the bytes promised that are there.
+        measure: what tells best how much of the film is there, where it is not whole.
+        reason: what is missing, in words; empty where nothing is, or nothing is known.
+    """
+
+    whole: bool | None = None
+    share: float = 1.0
+    measure: Measure = "seconds"
+    reason: str = ""
+
+    @classmethod
+    def of_file(cls, source: Path) -> Ending:
+        """Of any container, by its first bytes."""
+        size = source.stat().st_size
+        with source.open("rb") as file:
+            start = file.read(32)
+            if start[4:8] == b"ftyp":
+                return _mp4(file, size)
+            if start.startswith(EBML):
+                return _matroska(file, size)
+            if start.startswith(b"RIFF"):
+                return _riff(file, size)
+            if start.startswith(b"OggS"):
+                return _ogg(file, size)
+            if start.startswith(NUT):
+                return _nut(file, size)
+        return cls()
+
+    @classmethod
+    def of_mp4(cls, source: Path) -> Ending:
+        """Of an MP4; nothing is known of others."""
+        ending = cls.of_file(source)
+        return ending if ending.measure == "frames" else cls()
+
+
+def _mp4(file: BinaryIO, size: int) -> Ending:
+    at, has_index, open_end = 0, False, False
+    for _ in range(MAX_PARTS):
+        if at + 8 > size:
+            break
+        file.seek(at)
+        length, name, long = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+        has_index = has_index or name == b"moov"
+        open_end = length == 0
+        length = long if length == 1 else length or size - at
+        at += max(length, 8)
+    else:
+        return Ending(measure="frames")
+    lost = [f"the last {at - size} bytes"] if at > size else []
+    lost += [] if has_index else ["its index, the moov box"]
+    reason = f"{' and '.join(lost)} missing" if lost else ""
+    whole = None if open_end and not lost else not lost
+    return Ending(whole, min(size / at, 1.0) if at else 1.0, "frames", reason)
+
+
+def _matroska(file: BinaryIO, size: int) -> Ending:
+    at = 0
+    for _ in range(2):  # the EBML header, then the segment
+        file.seek(at)
+        head = file.read(12).ljust(12, b"\0")
+        width = 9 - head[4].bit_length()  # bytes of the size; its first bit that is set says so
+        if head[4] == 0:
+            return Ending()
+        length = int.from_bytes(head[4 : 4 + width], "big") & ((1 << 7 * width) - 1)
+        unknown = length == (1 << 7 * width) - 1
+        if head[:4] == SEGMENT:
+            end = at + 4 + width + length
+            return Ending() if unknown else _ended(size, end, "seconds")
+        at += 4 + width + length
+    return Ending()
+
+
+def _riff(file: BinaryIO, size: int) -> Ending:
+    at = 0
+    for _ in range(MAX_PARTS):  # films above 1 GB are several
+        file.seek(at)
+        head = file.read(8)
+        if len(head) < 8 or head[:4] != b"RIFF":
+            break
+        length = struct.unpack("<I", head[4:])[0]
+        if length in (0, 0xFFFFFFFF):  # a recording that was never closed
+            return Ending()
+        at += 8 + length + length % 2
+    return _ended(size + size % 2, at, "bytes")
+
+
+def _ogg(file: BinaryIO, size: int) -> Ending:
+    file.seek(max(size - 2 * TAIL, 0))
+    tail, at = file.read(2 * TAIL), 0
+    while (at := tail.find(b"OggS", at)) >= 0:
+        if len(tail) > at + 5 and tail[at + 5] & END_OF_STREAM:
+            return Ending(whole=True)
+        at += 4
+    return Ending()
+
+
+def _nut(file: BinaryIO, size: int) -> Ending:
+    file.seek(max(size - 12, 0))
+    back = int.from_bytes(file.read(8), "big")  # from the end to the index
+    if not 12 < back <= size:
+        return Ending()
+    file.seek(size - back)
+    return Ending(whole=True) if file.read(8) == NUT_INDEX else Ending()
+
+
+def _ended(size: int, end: int, measure: Measure) -> Ending:
+    if end <= size:
+        return Ending(whole=True)
+    return Ending(False, size / end, measure, f"the last {end - size} bytes missing")

@@ -1,0 +1,83 @@
+"""A decoded frame as a player shows it: RGB, upright or mirrored as the file asks, with square pixels, on white.
+
+Knows one frame of PyAV's, typed Any; no file and no time.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+
+ONE = 1 << 16  # in the numbers of a display matrix
+
+
+def as_shown(frame: Any, height: int, width: int, aspect: float = 1.0) -> Pixels:
+    """RGB [H, W, 3] of a frame.
+
+    Args:
+        frame: PyAV's VideoFrame.
+        height, width: of the film's frames as they are coded: one that differs, in a film that changes its size on the
+            way, gets them.
+        aspect: width of a pixel through its height; the width is stretched by it.
+    """
+    wide = max(round(width * aspect), 1)
+    scaled = {} if (frame.height, frame.width) == (height, wide) else {"height": height, "width": wide}
+    if scaled:
+        scaled["interpolation"] = "BICUBIC"
+    if has_alpha(frame):
+        shown = on_white(frame.to_ndarray(format="rgba"))
+        if scaled:
+            from PIL import Image
+
+            shown = np.asarray(Image.fromarray(shown).resize((wide, height), Image.Resampling.BICUBIC))
+    else:
+        shown = frame.to_ndarray(format="rgb24", **scaled)
+    return turned(shown, display_matrix(frame))
+
+
+def has_alpha(frame: Any) -> bool:
+    """Whether some of a frame may be transparent."""
+    layout = frame.format
+    return layout.name == "pal8" or any(component.is_alpha for component in layout.components)
+
+
+def on_white(rgba: Pixels) -> Pixels:
+    """RGB [H, W, 3] of RGBA [H, W, 4], as pictures are: what is transparent becomes white."""
+    if (rgba[:, :, 3] == 255).all():
+        return np.ascontiguousarray(rgba[:, :, :3])
+    from PIL import Image
+
+    white = Image.new("RGBA", (rgba.shape[1], rgba.shape[0]), "white")
+    return np.asarray(Image.alpha_composite(white, Image.fromarray(rgba)).convert("RGB"))
+
+
+def display_matrix(frame: Any) -> tuple[int, int, int, int]:
+    """a, b, c, d: a pixel at (x, y) is shown at (a x + c y, b x + d y), each -1, 0 or 1; the nearest such where it is
+    none (ISO 14496-12, 8.2.2).
+    """
+    for one in frame.side_data:
+        if one.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = struct.unpack("=5i", bytes(one)[:20])
+            return _nearest(a, b, c, d)
+    return (1, 0, 0, 1)
+
+
+def _nearest(a: int, b: int, c: int, d: int) -> tuple[int, int, int, int]:
+    """Of the eight ways to lay a picture, the one that a matrix is nearest to; upright for one of zeros."""
+    if max(abs(a), abs(d)) >= max(abs(b), abs(c)):
+        return (-1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1)
+    return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
+
+
+def turned(pixels: Pixels, matrix: tuple[int, int, int, int]) -> Pixels:
+    """A picture laid as a display matrix says; a view of it."""
+    a, b, c, d = matrix
+    if b:  # x and y change places, then each may be mirrored
+        pixels = pixels.swapaxes(0, 1)
+        return pixels[:: -1 if b < 0 else 1, :: -1 if c < 0 else 1]
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
