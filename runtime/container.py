@@ -28,6 +28,9 @@ COMPLETE_SHARE = 0.95
 # Decoders whose every packet shows exactly one frame; the others hide frames in packets, or packets in frames.
 ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg", "gif", "apng"})
 
+# Packets stand there in the order they are decoded, without saying when they are shown; FFmpeg guesses.
+WITHOUT_PTS = frozenset({"avi"})
+
 # Their frames are drawn over those before, though each packet calls itself a key frame.
 DRAWN_OVER = frozenset({"gif", "apng"})
 
@@ -40,11 +43,14 @@ DEMUXERS = (
 )
 
 # Where the bytes between two packets are headers and other tracks' packets, so that a hole shows.
-PACKED = frozenset({"matroska", "avi", "flv"})
+PACKED = frozenset({"matroska", "avi", "flv", "gif", "apng"})
 HOLE_BYTES = 100
 """More between two packets than headers take."""
-REORDERED = 16
-"""Packets among which frames are out of order, at most."""
+CHUNK_HEADER, AVI_INDEX_ENTRY = 8, 16
+REORDERED = 8
+"""Packets among which frames are out of order, at most: three levels of B-frames."""
+LOST_BY_CORRUPTION = 8
+"""Frames that one corrupt packet of a transport stream, whose holes have no size, can stand for."""
 
 NO_STAMP = -(1 << 63)
 KEY, DISCARD, CORRUPT = 1, 2, 4
@@ -58,7 +64,10 @@ class Listing:
         pts, dts: [packets] timestamps in ticks in the order of the file; NO_STAMP where a packet has none.
         flags: [packets] KEY, DISCARD (decoded but never shown: cut away by an edit list) and CORRUPT.
         ticks: [packets] how long each is shown; 0 where the container does not say.
-        holes: [packets] whether bytes before the packet belong to none.
+        sizes: [packets] in bytes.
+        holes: [packets] bytes before the packet that belong to none.
+        tail: bytes behind the last packet that belong to none.
+        kind: FFmpeg's name of the container.
         codec: FFmpeg's name of the decoder.
         rates: frames a second as the container claims, the likeliest first; 0 where it does not.
         height, width: of the frames as they are coded, in pixels.
@@ -71,7 +80,10 @@ class Listing:
     dts: NDArray[np.int64]
     flags: NDArray[np.int64]
     ticks: NDArray[np.int64]
-    holes: NDArray[np.bool_]
+    sizes: NDArray[np.int64]
+    holes: NDArray[np.int64]
+    tail: int
+    kind: str
     codec: str
     rates: tuple[float, ...]
     height: int
@@ -90,16 +102,20 @@ class Listing:
         """
         stream = film(container)
         codec = stream.codec_context
-        pts, dts, flags, ticks, holes = (array(kind) for kind in "qqqqq")
-        packed = bool(PACKED & set(container.format.name.split(",")))
-        end = None
+        name = container.format.name
+        pts, dts, flags, ticks, sizes, holes = (array("q") for _ in range(6))
+        packed = bool(PACKED & set(name.split(",")))
+        end, hole, count = 0, 0, 0
         for packet in packets(container) if packed else packets(container, stream):
-            hole = packed and end is not None and packet.pos is not None and packet.pos - end > HOLE_BYTES
+            own = packet.stream_index == stream.index
+            count += 1
             if packed and packet.pos is not None:
-                end = max(end or 0, packet.pos + packet.size)
-            if packet.stream_index != stream.index:
-                if hole and holes:
-                    holes[-1] |= 2  # stands before a packet of another track: the film's next one has it
+                skipped = packet.pos - end if end else 0
+                if name == "avi" and own and dts and packet.dts is not None:  # an empty chunk repeats a frame
+                    skipped -= CHUNK_HEADER * (packet.dts - dts[-1])
+                hole += skipped if skipped > HOLE_BYTES else 0
+                end = max(end, packet.pos + packet.size)
+            if not own:
                 continue
             if len(pts) % 256 == 0:
                 check_deadline(source, deadline)
@@ -107,17 +123,24 @@ class Listing:
                 raise VideoError(
                     f"{source} has more than {limits.film_frames} frames, the limit: cut it, or raise --max-film-frames"
                 )
-            hole = hole or bool(holes and holes[-1] & 2)
             pts.append(NO_STAMP if packet.pts is None else packet.pts)
             dts.append(NO_STAMP if packet.dts is None else packet.dts)
             flags.append(KEY * packet.is_keyframe + DISCARD * packet.is_discard + CORRUPT * packet.is_corrupt)
             ticks.append(packet.duration or 0)
-            holes.append(int(hole))
-        stamps = [np.array(one, np.int64) for one in (pts, dts, flags, ticks)]
+            sizes.append(packet.size)
+            holes.append(hole)
+            hole = 0
+        index = AVI_INDEX_ENTRY * (count + stream.frames) if name == "avi" else 0
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         return cls(
-            *stamps,
-            np.array(holes, np.int64) % 2 == 1,
+            np.array(pts, np.int64),
+            np.array(dts, np.int64),
+            np.array(flags, np.int64),
+            np.array(ticks, np.int64),
+            np.array(sizes, np.int64),
+            np.array(holes, np.int64),
+            max(source.stat().st_size - end - index, 0) if end else 0,
+            name,
             codec.name,
             tuple(float(rate or 0) for rate in rates),
             codec.height,
@@ -147,8 +170,9 @@ class Listing:
     @cached_property
     def last_ticks(self) -> int:
         """How long the frame that is shown last is shown; 0 where the container does not say."""
-        places = np.flatnonzero((self.pts == self.shown[-1]) & (self.flags & DISCARD == 0)) if self.shown.size else []
-        return int(self.ticks[places[0]]) if len(places) else 0
+        if not self.shown.size:
+            return 0
+        return int(self.ticks[np.flatnonzero((self.pts == self.shown[-1]) & (self.flags & DISCARD == 0))[0]])
 
     @cached_property
     def decodable(self) -> int:
@@ -160,21 +184,36 @@ class Listing:
 
     @cached_property
     def torn(self) -> int:
-        """Frames that are missing where the container is damaged, by the time that passes there."""
+        """Frames that are missing where the container is damaged.
+
+        By the time that passes at each hole, as far as they fit into its bytes: in films of varying rate time passes
+        between frames that are all there.
+        """
         gaps = np.diff(self.shown)
         if not gaps.size:
             return 0
-        near = np.zeros(gaps.size, np.bool_)
-        for place in np.flatnonzero(self.holes | (self.flags & CORRUPT > 0)).tolist():
+        usual, smallest = float(np.median(gaps)), max(int(np.quantile(self.sizes, 0.1)), 1)
+        lost = 0
+        for place in np.flatnonzero((self.holes > 0) | (self.flags & CORRUPT > 0)).tolist():
             around = self.pts[max(place - REORDERED, 0) : place + REORDERED]
             around = around[around != NO_STAMP]
             if around.size:
-                near[slice(*np.searchsorted(self.shown, [around.min(), around.max()]).tolist())] = True
-        return int(np.maximum(np.round(gaps[near] / np.median(gaps)) - 1, 0).sum())
+                first, last = np.searchsorted(self.shown, [around.min(), around.max()]).tolist()
+                missing = int(np.maximum(np.round(gaps[first:last] / usual) - 1, 0).sum())
+                lost += min(missing, -(-int(self.holes[place]) // smallest) or LOST_BY_CORRUPTION)
+        if self.tail > max(HOLE_BYTES, (1 - COMPLETE_SHARE) * (self.tail + int(self.sizes.sum()))):
+            length = (int(self.shown[-1]) - min(int(self.shown[0]), 0)) * self.tick
+            missing = round((self.header_seconds - length) / (usual * self.tick)) - 1
+            if not self.header_seconds:
+                missing = round(len(self.pts) * self.tail / int(self.sizes.sum()))
+            lost += max(min(missing, -(-self.tail // smallest)), 0)
+        return lost
 
     def tells_frames_apart(self) -> bool:
         """Whether every frame has a packet and a timestamp of its own, and a key frame to start from."""
         frames = np.count_nonzero(self.flags & DISCARD == 0)
+        if self.kind in WITHOUT_PTS and self.codec != "mjpeg":
+            return False
         has_keys = bool(self.keys.size and frames and self.shown.size and self.keys[0, 0] <= self.shown[0])
         return self.codec in ONE_FRAME_A_PACKET and self.shown.size == frames and has_keys
 

@@ -121,3 +121,13 @@ def _codec(stream: Any) -> Any:
         return own
     codec.extradata = own.extradata
     return codec
+
+
+def in_order(frames: Iterator[Any]) -> Iterator[Any]:
+    """Frames up to the first that a player would have shown before the one that came before it."""
+    last = None
+    for frame in frames:
+        if last is not None and frame.pts is not None and frame.pts <= last:
+            return
+        last = frame.pts
+        yield frame

@@ -1,8 +1,8 @@
 """Whether a film's file ends where its container says: boxes, elements and chunks that run over the end of the file.
 
 Headers of the outermost parts are read, no table and no packet: in time that grows with their number, which is bounded,
-and in constant memory. MP4 (ISO 14496-12), Matroska (RFC 9559), AVI (RIFF), Ogg (RFC 3533) and NUT; of others, which
-have no length, nothing is known.
+and in constant memory. MP4 (ISO 14496-12), Matroska (RFC 9559), AVI (RIFF), Ogg (RFC 3533), NUT, GIF and APNG; of
+others, which have no length, nothing is known.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ TAIL = 1 << 16  # an Ogg page has this many bytes at most
 UNKNOWN_SIZE = (1 << 56) - 1  # of a Matroska element that was written to a pipe
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 NUT, NUT_INDEX = b"nut/multimedia container\0", b"NX\xdd\x67\x2f\x23\xe6\x4e"
+PNG, PNG_END = b"\x89PNG", b"IEND\xae\x42\x60\x82"
 END_OF_STREAM = 4  # a flag of Ogg pages
 
 Measure = Literal["frames", "seconds", "bytes"]
@@ -56,6 +57,10 @@ class Ending:
                 return _ogg(file, size)
             if start.startswith(NUT):
                 return _nut(file, size)
+            if start.startswith((b"GIF87a", b"GIF89a")):
+                return _closed(file, size, b";")
+            if start.startswith(PNG):
+                return _closed(file, size, PNG_END)
         return cls()
 
     @classmethod
@@ -63,6 +68,9 @@ class Ending:
         """Of an MP4; nothing is known of others."""
         ending = cls.of_file(source)
         return ending if ending.measure == "frames" else cls()
+
+
+UNCLOSED = Ending(False, reason="the mark of its end missing")
 
 
 def _mp4(file: BinaryIO, size: int) -> Ending:
@@ -123,16 +131,22 @@ def _ogg(file: BinaryIO, size: int) -> Ending:
         if len(tail) > at + 5 and tail[at + 5] & END_OF_STREAM:
             return Ending(whole=True)
         at += 4
-    return Ending()
+    return UNCLOSED
 
 
 def _nut(file: BinaryIO, size: int) -> Ending:
     file.seek(max(size - 12, 0))
     back = int.from_bytes(file.read(8), "big")  # from the end to the index
     if not 12 < back <= size:
-        return Ending()
+        return UNCLOSED
     file.seek(size - back)
-    return Ending(whole=True) if file.read(8) == NUT_INDEX else Ending()
+    return Ending(whole=True) if file.read(8) == NUT_INDEX else UNCLOSED
+
+
+def _closed(file: BinaryIO, size: int, mark: bytes) -> Ending:
+    """Of a file that ends in a mark, but for empty bytes behind it."""
+    file.seek(max(size - TAIL, 0))
+    return Ending(whole=True) if file.read(TAIL).rstrip(b"\0\r\n").endswith(mark) else UNCLOSED
 
 
 def _ended(size: int, end: int, measure: Measure) -> Ending:

@@ -86,13 +86,17 @@ QUESTION_OPTIONS = (
         help="Largest picture read, width times height; default: 134 megapixels.",
     ),
     click.option("--max-frame-pixels", type=COUNT, help="Largest frame read of a film; default: 35 megapixels."),
-    click.option("--max-film-frames", type=COUNT, help="Longest film read, all its frames counted; default: a million."),
+    click.option("--max-film-frames", type=COUNT, help="Longest film read, all frames counted; default: a million."),
     click.option("--max-film-bytes", type=COUNT, help="Most memory for the sampled frames of a film; default: 8 GiB."),
     click.option(
-        "--max-decoded-bytes", type=COUNT, help="Most that is decoded of a film; default: 12 GiB and 4096 times the file."
+        "--max-decoded-bytes",
+        type=COUNT,
+        help="Decoded of a film at most; default: 12 GiB and 4096 times the file.",
     ),
     click.option(
-        "--max-film-seconds", type=float, help="Spent reading a film; default: 300, and one for each 100 kB of the file."
+        "--max-film-seconds",
+        type=float,
+        help="Spent reading a film; default: 300, and one for each 100 kB of it.",
     ),
     click.option("--max-lost-share", type=float, help="Of a damaged film's frames, 0 to 1; default: 0.5."),
 )

@@ -26,17 +26,17 @@ def as_shown(frame: Any, height: int, width: int, aspect: float = 1.0) -> Pixels
         aspect: width of a pixel through its height; the width is stretched by it.
     """
     wide = max(round(width * aspect), 1)
-    scaled = {} if (frame.height, frame.width) == (height, wide) else {"height": height, "width": wide}
-    if scaled:
-        scaled["interpolation"] = "BICUBIC"
+    fits = (frame.height, frame.width) == (height, wide)
     if has_alpha(frame):
         shown = on_white(frame.to_ndarray(format="rgba"))
-        if scaled:
+        if not fits:  # only now: colours under what is transparent must not bleed
             from PIL import Image
 
             shown = np.asarray(Image.fromarray(shown).resize((wide, height), Image.Resampling.BICUBIC))
+    elif fits:
+        shown = frame.to_ndarray(format="rgb24")
     else:
-        shown = frame.to_ndarray(format="rgb24", **scaled)
+        shown = frame.to_ndarray(format="rgb24", height=height, width=wide, interpolation="BICUBIC")
     return turned(shown, display_matrix(frame))
 
 

@@ -86,14 +86,6 @@ class MediaLimits:
                 "first, or raise --max-image-pixels (MediaLimits.image_pixels)"
             )
 
-    def check_image(self, name: str, height: int, width: int) -> None:
-        """Refuse a picture that is too large to be decoded."""
-        if height * width > self.image_pixels:
-            raise VideoError(
-                f"{name} is {width}x{height}, {height * width} pixels, the limit is {self.image_pixels}: scale it down "
-                "first, or raise --max-image-pixels (MediaLimits.image_pixels)"
-            )
-
 
 def existing_file(path: str | Path) -> Path:
     """The path, once it is sure that a regular file with content is there.

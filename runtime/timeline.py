@@ -137,6 +137,12 @@ def ascending(stamps: Sequence[int | None], usual: int) -> NDArray[np.int64]:
     return times
 
 
+def disorder(stamps: Sequence[int | None]) -> int:
+    """How many timestamps, in the order frames are shown, are missing or not after the one before."""
+    known = np.array([stamp for stamp in stamps if stamp is not None], np.int64)
+    return len(stamps) - known.size + int(np.count_nonzero(np.diff(known) <= 0))
+
+
 def _is_constant(times: NDArray[np.float64], duration: float, rate: float) -> bool:
     """Whether the frames, and the end of the last one, stand within half a frame of an even grid."""
     grid = np.append(times, duration) * rate

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from framefusion.errors import MediaWarning, VideoError
 from framefusion.runtime.animation import AnimatedPicture, is_animated_webp
 from framefusion.runtime.container import DRAWN_OVER, ONE_FRAME_A_PACKET, Listing, open_video
-from framefusion.runtime.decoding import Budget, Decoder
+from framefusion.runtime.decoding import Budget, Decoder, in_order
 from framefusion.runtime.ending import Ending
 from framefusion.runtime.frame_pixels import as_shown, on_white
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.media_file import MediaLimits, existing_file
-from framefusion.runtime.timeline import Sampled, Timeline, ascending
+from framefusion.runtime.timeline import Sampled, Timeline, ascending, disorder
 
 Pixels = NDArray[np.uint8]
 Shrink = Callable[[Pixels, int], tuple[Pixels, ...]]
@@ -146,7 +146,10 @@ def _read_film(source: Path, sampling: FrameSampling, budget: Budget, keep: _Kee
     with open_video(source) as container:
         listing = Listing.from_container(container, source, limits, budget.deadline)
     listing.check_size(source, limits.frame_pixels)
-    listing.check_complete(source, Ending.of_file(source))
+    ending = Ending.of_file(source)
+    listing.check_complete(source, ending)
+    if ending.reason:
+        warnings.warn(f"{source} breaks off: {ending.reason}; what is there is shown", MediaWarning, stacklevel=3)
     # 2. Where they tell the frames apart, only what is sampled is decoded.
     if listing.tells_frames_apart():
         if listing.codec in DRAWN_OVER:
@@ -187,7 +190,7 @@ def _picked(source: Path, listing: Listing, indices: NDArray[np.int64], budget: 
             if np.searchsorted(listing.shown, key_pts) - reached > SEEK_DISTANCE:
                 frames = decoder.seek(seek_to)
             # A decoder may show a few frames from before the key frame; one without a timestamp cannot be placed.
-            frame = next((frame for frame in frames if frame.pts is None or frame.pts >= pts), None)
+            frame = next((frame for frame in in_order(frames) if frame.pts is None or frame.pts >= pts), None)
             if frame is None or frame.pts != pts or decoder.damaged:
                 yield None
                 return
@@ -199,10 +202,11 @@ def _all_timestamps(source: Path, listing: Listing, budget: Budget) -> tuple[NDA
     """Timestamps of all frames that can be decoded, ascending, and how many packets cannot."""
     with open_video(source) as container:
         decoder = Decoder(container, budget)
-        stamps = [frame.dts if frame.pts is None else frame.pts for frame in decoder.frames()]
-    if not stamps:
+        both = [(frame.pts, frame.dts) for frame in decoder.frames()]
+    if not both:
         raise VideoError(f"{source} has no frame that can be decoded: copy or download it again")
     rate = next((rate for rate in listing.rates if rate > 0), 25.0)
+    stamps = min(([pts for pts, _ in both], [dts for _, dts in both]), key=disorder)
     return ascending(stamps, max(round(1 / rate / listing.tick), 1)), decoder.damaged
 
 

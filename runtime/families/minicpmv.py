@@ -90,7 +90,8 @@ class MiniCpmVPreprocessing(Preprocessing):
 
     def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
         """The overview and, where there are slices, all of them side by side as they are cut."""
-        return uncut(frame, layout_of(*frame.shape[:2], self.max_slice_nums, self), self)
+        height, width, _ = frame.shape
+        return uncut(frame, layout_of(height, width, self.max_slice_nums, self), self)
 
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
         """A picture cut as finely as the checkpoint asks, with its number in front."""

@@ -250,7 +250,7 @@ def test_frames_stand_in_groups(folders: dict[str, Path]) -> None:
     rule = nvila.preprocessing(Checkpoint(folders["pooled"]))
     assert rule.pool_sizes == (2, 1, 1)
     assert [rule.longest_track(frames) for frames in (12, 13)] == [6, 7]
-    with pytest.raises(VideoError, match=r"7 frames were sampled and this model averages 2 to one.*--max-frames 6"):
+    with pytest.raises(VideoError, match=r"7 frame\(s\) were sampled and this model averages 2 to one.*--max-frames 6"):
         rule.video(as_video(clip(7)))
     assert len(rule.video(as_video(clip(6))).tiles[0].values) == 3
 
