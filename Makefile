@@ -29,7 +29,7 @@ ENGINES := engines-out
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo engines test slow test-latest test-oldest lock test-gpu bench-gpu lint clean
+.PHONY: help setup demo engines test slow test-latest test-oldest lock test-gpu test-authors bench-gpu lint clean
 
 help:
 	@echo "make demo      build a bundle from the tiny checkpoint and ask it about videos, about $(DEMO_TIME)"
@@ -40,6 +40,7 @@ help:
 	@echo "make test-oldest  fast tests with the oldest ones, in $(VENV)-oldest"
 	@echo "make lock      resolve $(LOCK) and $(OLDEST) anew"
 	@echo "make test-gpu  tests that need a GPU"
+	@echo "make test-authors  compare with the authors' own code, in an environment of its own; needs the network"
 	@echo "make bench-gpu prefill and decode of $(PRESET) by $(BACKEND) on the GPU of this machine"
 	@echo "make lint      ruff, ruff format --check, mypy"
 	@echo "make clean     remove .venv, caches, demo-out and engines-out"
@@ -113,6 +114,23 @@ test-gpu: setup
 	@$(BIN)/python -m pip install -qq -e '.[dev,gpu,tensorrt-rtx]'
 	@$(BIN)/python -m pytest -q -m gpu
 
+# Beside the authors' own code, which is never installed into .venv: qwen-vl-utils from the package index, repositories
+# as clones at the commits that docs/families.md names. Not a part of CI: their code changes when they wish.
+AUTHORS ?= .authors
+AUTHORS_VENV ?= .venv-authors
+test-authors:
+	@[ -x $(AUTHORS_VENV)/bin/python ] || $(PYTHON) -m venv $(AUTHORS_VENV)
+	@$(AUTHORS_VENV)/bin/python -m pip install -qq -e . torch torchvision qwen-vl-utils decord pytest
+	@mkdir -p $(AUTHORS)
+	@$(AUTHORS_VENV)/bin/python -m tests.authors.repositories | while read owner name commit; do \
+	  [ -d $(AUTHORS)/$$name ] && continue; \
+	  echo "cloning $$owner/$$name at $$commit"; \
+	  git clone -q --filter=blob:none https://github.com/$$owner/$$name $(AUTHORS)/$$name && \
+	    git -C $(AUTHORS)/$$name checkout -q $$commit || \
+	    { echo "$$owner/$$name could not be cloned: its tests are skipped" >&2; rm -rf $(AUTHORS)/$$name; }; \
+	done
+	@AUTHORS=$(abspath $(AUTHORS)) OMP_NUM_THREADS=1 $(AUTHORS_VENV)/bin/python -m pytest -q --noconftest tests/authors
+
 bench-gpu: setup
 	@$(BIN)/python -m pip install -qq -e '.[dev,gpu,tensorrt-rtx]'
 	@$(BIN)/python -m tools.bench.prefill --backend $(BACKEND) --preset $(PRESET) --write
@@ -124,5 +142,5 @@ lint: setup
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-latest $(VENV)-oldest demo-out $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VENV)-latest $(VENV)-oldest $(AUTHORS_VENV) $(AUTHORS) demo-out $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
