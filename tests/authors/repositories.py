@@ -48,14 +48,15 @@ class Repository(NamedTuple):
             for argument in (*node.args.args, *node.args.kwonlyargs):
                 argument.annotation = None
         space = dict(needed)
-        exec(compile(ast.Module(wanted, []), path, "exec"), space)
+        exec(compile(ast.Module([*wanted], []), path, "exec"), space)
         return space
 
     def sentence(self, path: str, name: str, values: Mapping[str, Any]) -> str:
         """The f-string that a file assigns to a variable somewhere, with these values."""
         for node in ast.walk(ast.parse(self.file(path).read_text())):
-            assigned = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name | ast.Subscript)
-            if assigned and isinstance(node.value, ast.JoinedStr) and name in ast.unparse(node.targets[0]):
+            if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.JoinedStr):
+                continue
+            if ast.unparse(node.targets[0]) == name:
                 return str(eval(compile(ast.Expression(node.value), path, "eval"), dict(values)))
         raise AssertionError(f"{path} assigns no text to {name}")
 

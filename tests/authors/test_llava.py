@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -91,12 +90,14 @@ def test_the_same_frames_and_words_about_them(total: int, rate: float, force: bo
 
 
 def test_the_same_numbers_of_frames() -> None:
-    for script, frames in (("7B", llava.MAX_FRAMES), ("72B", llava.MAX_FRAMES_72B)):
-        told = LLAVA.file(f"scripts/video/train/SO400M_Qwen2_{script}_ov_to_video_am9.sh").read_text()
-        found = re.search(r"--frames_upbound (\d+)", told)
-        assert found is not None
-        assert int(found[1]) == frames
-    told = LLAVA.file("llava/model/language_model/llava_qwen.py").read_text()
-    assert "config.rope_scaling = None" in told
-    found: Any = re.search(r"--frames_upbound (\d+)", LLAVA.file("scripts/train/finetune_ov.sh").read_text())
-    assert int(found[1]) == llava.ONEVISION_FRAMES
+    scripts = {
+        "scripts/video/train/SO400M_Qwen2_7B_ov_to_video_am9.sh": llava.MAX_FRAMES,
+        "scripts/video/train/SO400M_Qwen2_72B_ov_to_video_am9.sh": llava.MAX_FRAMES_72B,
+        "scripts/train/finetune_ov.sh": llava.ONEVISION_FRAMES,
+    }
+    for script, frames in scripts.items():
+        assert re.findall(r"--frames_upbound (\d+)", LLAVA.file(script).read_text()) == [str(frames)]
+
+
+def test_their_class_sets_rope_scaling_to_null() -> None:
+    assert "config.rope_scaling = None" in LLAVA.file("llava/model/language_model/llava_qwen.py").read_text()

@@ -35,7 +35,7 @@ def smooth(count: int, height: int, width: int) -> NDArray[np.uint8]:
 def theirs(frames: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]:
     """`fetch_video` with these frames for a film: decoded frames enter where its readers hand them over."""
     read = torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())
-    readers = {vision_process.get_video_reader_backend(): lambda ele: (read, {}, 2.0)}
+    readers: dict[str, Any] = {vision_process.get_video_reader_backend(): lambda ele: (read, {}, 2.0)}
     monkeypatch.setattr(vision_process, "VIDEO_READER_BACKENDS", readers)
     shown = vision_process.fetch_video({"video": "film.mp4"}).numpy()
     return np.asarray(shown.transpose(0, 2, 3, 1), np.uint8)
@@ -60,7 +60,7 @@ def test_the_same_sizes_of_frames(size: tuple[int, int], count: int, monkeypatch
         return video[:1]
 
     monkeypatch.setattr(vision_process.transforms.functional, "resize", note)
-    readers = {vision_process.get_video_reader_backend(): lambda ele: (_Shape(frames), {}, 2.0)}
+    readers: dict[str, Any] = {vision_process.get_video_reader_backend(): lambda ele: (_Shape(frames), {}, 2.0)}
     monkeypatch.setattr(vision_process, "VIDEO_READER_BACKENDS", readers)
     vision_process.fetch_video({"video": "film.mp4"})
     grid = grid_of(count, *size, RULE)
@@ -85,8 +85,9 @@ def test_the_same_pixels_of_frames_where_rounding_once_is_chosen(
     """Floats of another order of sums round some ties of a level the other way: one level in 1e-4 of them."""
     frames = smooth(2, *size)
     expected = theirs(frames, monkeypatch).astype(int)
-    once = np.stack([resize_rounded_once(frame, *expected.shape[1:3], BICUBIC) for frame in frames]).astype(int)
-    twice = np.stack([resize(frame, *expected.shape[1:3], BICUBIC) for frame in frames]).astype(int)
+    _, height, width, _ = expected.shape
+    once = np.stack([resize_rounded_once(frame, height, width, BICUBIC) for frame in frames]).astype(int)
+    twice = np.stack([resize(frame, height, width, BICUBIC) for frame in frames]).astype(int)
     assert np.abs(once - expected).max() <= 1
     assert (once != expected).mean() < 1e-3
     assert (once != expected).mean() <= (twice != expected).mean()

@@ -65,7 +65,7 @@ def test_head_sends_a_film_as_images() -> None:
         "_extract_video": lambda *_: [0, 1, 2], "_extract_image": None,
     }  # fmt: skip
     code = VILA.functions(MEDIA, ("extract_media",), needed)
-    message = {"value": [film(), "What?"]}
+    message: dict[str, Any] = {"value": [film(), "What?"]}
     media = code["extract_media"]([message], SimpleNamespace(num_video_frames=3))
     assert dict(media) == {"image": [0, 1, 2]}
     assert message["value"] == "<image>" * 3 + "What?"
