@@ -20,18 +20,19 @@ Read = Callable[[str], Tensor]
 """Parameter of the whole module, by name -> its values, in any floating type."""
 
 
-def stream(module: nn.Module, read: Read) -> None:
+def stream(module: nn.Module, read: Read, released: Callable[[str], object] = lambda _: None) -> None:
     """Compute a module in fp32 with weights that are read as they are needed; its parameters are replaced.
 
     Args:
         module: on any device, the meta device included; a tensor that two names share is read for each of them.
         read: see `Read`.
+        released: told the name of each parameter that a unit has let go.
     """
     streamed: set[str] = set()
     for prefix, unit in units(module):
         names = [name for name, _ in unit.named_parameters(remove_duplicate=False)]
         streamed |= {prefix + name for name in names}
-        _Unit(prefix, unit, names, read)
+        _Unit(prefix, unit, names, read, released)
     for name, _ in list(module.named_parameters(remove_duplicate=False)):
         if name not in streamed:
             _set(module, name, read(name).float())
@@ -56,8 +57,11 @@ def streamed_bytes(module: nn.Module) -> int:
 class _Unit:
     """The hooks of one unit."""
 
-    def __init__(self, prefix: str, module: nn.Module, names: list[str], read: Read) -> None:
-        self._prefix, self._module, self._names, self._read = prefix, module, names, read
+    def __init__(
+        self, prefix: str, module: nn.Module, names: list[str], read: Read, released: Callable[[str], object]
+    ) -> None:
+        self._prefix, self._module, self._names = prefix, module, names
+        self._read, self._released = read, released
         # a table's rows are converted when they are looked up: the table stays in the type it is stored in
         self._looked_up = type(module) is nn.Embedding
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters(remove_duplicate=False)}
@@ -72,6 +76,8 @@ class _Unit:
 
     def _leave(self, _module: nn.Module, _arguments: Any, result: Any) -> Any:
         self._release()
+        for name in self._names:
+            self._released(self._prefix + name)
         return result.float() if self._looked_up and isinstance(result, Tensor) else result
 
     def _release(self) -> None:

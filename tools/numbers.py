@@ -28,6 +28,7 @@ def main() -> None:
 def with_tables(readme: str) -> str:
     """README.md with the tables between its markers."""
     numbers = [prefill(load("prefill")), memory(load("memory")), exporting(load("export_memory"))]
+    numbers += [checking(load("export_check"))]
     numbers += [accuracy(load("accuracy")), accuracy(load("accuracy_brief"), STAYS["brief"])]
     numbers += [on_gpu(load(path.stem)) for path in sorted(RESULTS.glob("prefill_*.json"))]
     for marker, tables in (("numbers", "\n\n".join(numbers)), ("families", families())):
@@ -94,6 +95,20 @@ def on_gpu(told: dict[str, Any]) -> str:
 
 def seconds(own: dict[str, Any]) -> tuple[str, str]:
     return f"{own['prefill']['median_s']:.2f}", f"{1000 * own['decode_per_token']['median_s']:.0f}"
+
+
+def checking(told: dict[str, Any]) -> str:
+    """A build that was compared with transformers, larger than memory."""
+    run = told["checked"]
+    check = run["phases"]["check"]
+    facts = run["check"]["transformers"]
+    return (
+        f"The same with its check, all {facts['layers']} layers against transformers' "
+        f"{' and '.join(facts['classes'])} and the bundle in ONNX Runtime against them, weights read from the disk as "
+        f"they are used (`{told['command']}`): the check took {check['seconds']:.0f} s on two cores that other work "
+        f"kept busy and {check['anonymous_gb']:.1f} GB of memory of its own; the largest error against transformers is "
+        f"{max(facts['errors'].values()):.1e}."
+    )
 
 
 def memory(told: dict[str, Any]) -> str:

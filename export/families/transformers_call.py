@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from framefusion.errors import CheckFailedError, FrameFusionError
 from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.machine import page_out
 from framefusion.export.streaming import stream
 from framefusion.export.weights import STORED
 from framefusion.runtime.prompt import Prompt
@@ -155,7 +156,10 @@ class TransformersCall:
             given = supplied(name)
             return torch.full_like(found, torch.nan) if given is None else given
 
-        stream(model, read)
+        def forget(name: str) -> None:
+            page_out(stored[name].data_ptr(), stored[name].nbytes)
+
+        stream(model, read, forget)
 
     def _place(self, prefix: str) -> tuple[Path, str]:
         """The folder that a class reads, and the prefix of its keys there: parts may have folders of their own."""

@@ -68,6 +68,22 @@ def test_every_family_is_compared_a_layer_at_a_time(case: FamilyCase, tmp_path: 
     assert ("NOT compared: " in line) == bool(plan.family.stand_in)
 
 
+def test_what_was_not_compared_is_said_first_and_loudly() -> None:
+    facts = {
+        "compared": True, "version": "5.24.0", "classes": ["A", "B"], "layers": 28, "of_layers": 28,
+        "errors": {"logits": 1e-6, "rows": 2e-6}, "stand_in": "",
+    }  # fmt: skip
+    said = compared_words({"transformers": facts})
+    assert said == "compared with transformers 5.24.0's A and B, all 28 layers: largest error 2e-06"
+    said = compared_words({"transformers": facts | {"stand_in": "projector (x)"}})
+    assert said.endswith("; NOT compared: projector (x)")
+    assert "ONLY the first 4 of 28 layers" in compared_words({"transformers": facts | {"layers": 4}})
+    short = {"compared": False, "why": "it needs 9 GB of memory"}
+    assert compared_words({"transformers": short}) == "NOT COMPARED WITH TRANSFORMERS: it needs 9 GB of memory"
+    assert compared_words({}).startswith("NOT CHECKED")
+    assert compared_words({"lines": []}).startswith("NOT COMPARED WITH TRANSFORMERS")
+
+
 def qwen(folder: Path, **how: Any) -> Path:
     return random_checkpoint(folder, pixels=112 * 112, **how)
 

@@ -164,9 +164,15 @@ def test_a_resumed_build_writes_its_card_afresh(
         result = export("build", checkpoint, "-o", tmp_path / "bundle")
     assert_refused(result, errors.InterruptedBuildError, "resume")
     assert "the test" in (tmp_path / "bundle.partial" / "README.md").read_text()
-    assert export("build", checkpoint, "-o", tmp_path / "bundle", "--no-check").exit_code == 0
+    result = export("build", checkpoint, "-o", tmp_path / "bundle", "--no-check")
+    assert result.exit_code == 0
+    nothing = "NOT CHECKED: compared neither with the eager model nor with transformers"
+    assert result.stdout.splitlines()[-1] == f"{nothing} (--no-check)"
     assert "Not checked" in (tmp_path / "bundle" / "README.md").read_text()
-    assert export("check", tmp_path / "bundle").exit_code == 0
+    result = export("check", tmp_path / "bundle")
+    assert result.exit_code == 0
+    now = "files only: NOTHING was compared now (--checkpoint does); when it was built: "
+    assert result.stdout.splitlines()[-1] == now + nothing
 
 
 @pytest.mark.slow

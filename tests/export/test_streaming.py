@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from framefusion.export import streaming
+from framefusion.export.machine import page_out
 from framefusion.export.streaming import stream, streamed_bytes, units
 
 ROWS, WIDTH, DEPTH = 50, 8, 3
@@ -89,3 +95,25 @@ def test_weights_are_let_go_when_a_layer_fails() -> None:
     with pytest.raises(RuntimeError):
         model.layers[0](torch.ones(1, WIDTH + 1))
     assert is_empty(model)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_a_mapped_file_are_given_back_and_come_again(tmp_path: Path) -> None:
+    values = torch.arange(8 << 20, dtype=torch.float32)  # 32 MiB
+    save_file({"x": values}, tmp_path / "file.safetensors")
+    with safe_open(tmp_path / "file.safetensors", framework="pt") as file:
+        tensor = file.get_tensor("x")
+    assert torch.equal(tensor, values)
+    mapped = resident("RssFile")
+    page_out(tensor.data_ptr(), tensor.nbytes)
+    assert resident("RssFile") < mapped - 30_000
+    assert torch.equal(tensor, values)
+    written = values + 1
+    page_out(written.data_ptr(), written.nbytes)  # memory of no file keeps what was written
+    assert torch.equal(written - 1, values)
+
+
+def resident(kind: str) -> int:
+    """Kilobytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
