@@ -20,6 +20,10 @@ SETUP_TIME := 2 minutes
 TEST_TIME := 1 minute
 DEMO_TIME := 1 minute
 ENGINES_TIME := 1 minute
+ATTACK_TIME := 40 minutes
+
+ATTACK_TRIALS ?= 10000
+ATTACK_SEED ?= 1
 
 # What `make engines` compiles for; what `make bench-gpu` measures on the GPU of this machine.
 TARGET_SM ?= 86,89,120
@@ -39,6 +43,7 @@ help:
 	@echo "make test-latest  fast tests with the newest versions that pyproject.toml admits, in $(VENV)-latest"
 	@echo "make test-oldest  fast tests with the oldest ones, in $(VENV)-oldest"
 	@echo "make lock      resolve $(LOCK) and $(OLDEST) anew"
+	@echo "make attack    $(ATTACK_TRIALS) seeded attacks on files, builds and inputs, about $(ATTACK_TIME)"
 	@echo "make test-gpu  tests that need a GPU"
 	@echo "make test-authors  compare with the authors' own code, in an environment of its own; needs the network"
 	@echo "make bench-gpu prefill and decode of $(PRESET) by $(BACKEND) on the GPU of this machine"
@@ -109,6 +114,10 @@ test-oldest:
 lock: setup
 	@$(BIN)/python -m pip install -qq uv
 	@$(BIN)/python -m tools.lock --torch $(TORCH)
+
+attack:
+	$(call announce,$(ATTACK_TIME))
+	@$(BIN)/python -m tools.attack --trials $(ATTACK_TRIALS) --seed $(ATTACK_SEED) --write
 
 test-gpu: setup
 	@$(BIN)/python -m pip install -qq -e '.[dev,gpu,tensorrt-rtx]'

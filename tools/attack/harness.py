@@ -1,0 +1,218 @@
+"""Runs trials of attacks in child processes with limits, and counts how they end. Knows no attack.
+
+A trial is a function of a random generator, of a world prepared once, and of an empty folder; it returns what went
+wrong, or nothing. It runs in a process of its own, forked from one that has imported everything: so a trial that
+crashes, hangs or eats memory is one that failed, and no other notices. The same seed makes the same trials.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SECONDS = 20.0
+"""Of one trial."""
+MEMORY = 2 << 30
+"""Bytes of one trial, resident."""
+FAULTS = ("lost", "traceback", "hang", "memory", "wrong")
+_TOLD = 20  # faults of a kind that are kept in full
+
+
+class World(NamedTuple):
+    """What the trials share; nobody changes it."""
+
+    checkpoint: Path
+    bundle: Path  # of real graphs
+    reference: Path  # what a build without tracing makes of the checkpoint
+    events: int  # writes of such a build, see endings.py
+    compiled: Path | None  # a bundle that engines can be compiled for, all of them in `cache`
+    cache: Path | None
+    film: Path
+    picture: Path
+
+
+class Fault(NamedTuple):
+    """What went wrong in a trial."""
+
+    kind: str  # of FAULTS
+    what: str
+
+
+Attack = Callable[[random.Random, World, Path], Fault | None]
+
+
+class Kind(NamedTuple):
+    """One kind of attack."""
+
+    name: str
+    about: str  # a phrase for the table
+    attack: Attack
+    share: float = 1.0  # of the trials, relative to the others
+
+
+@dataclass
+class Tally:
+    """The trials of one kind."""
+
+    tried: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    first: list[dict[str, Any]] = field(default_factory=list)
+    slowest: float = 0.0
+    largest: int = 0  # bytes
+
+    def add(self, trial: int, fault: Fault | None, end: End) -> None:
+        """Count a trial."""
+        self.tried += 1
+        self.slowest = max(self.slowest, end.seconds)
+        self.largest = max(self.largest, end.memory)
+        if fault is not None:
+            self.faults[fault.kind] += 1
+            if len(self.first) < _TOLD:
+                self.first.append({"trial": trial, "fault": fault.kind, "what": fault.what[-2000:]})
+
+
+class End(NamedTuple):
+    """How a child process ended."""
+
+    status: int | None  # exit code, or the negative signal; None where it was ended for its time
+    told: Any  # what the function returned; None where it did not come to that
+    seconds: float
+    memory: int  # bytes resident at the peak
+
+
+def in_child(call: Callable[[], Any], seconds: float = SECONDS) -> End:
+    """Call a function in a forked process; what it returns must be plain."""
+    reading, writing = os.pipe()
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _end_with(call, writing)
+    os.close(writing)
+    told = bytearray()
+    timely = True
+    while True:
+        left = seconds - (time.monotonic() - start)
+        if left <= 0 or not select.select([reading], [], [], left)[0]:
+            timely = False
+            os.killpg(child, signal.SIGKILL)
+            break
+        piece = os.read(reading, 1 << 16)
+        if not piece:
+            break
+        told += piece
+    os.close(reading)
+    _, status, usage = os.wait4(child, 0)
+    try:
+        value = json.loads(told)
+    except ValueError:
+        value = None
+    code = os.waitstatus_to_exitcode(status) if timely else None
+    return End(code, value, time.monotonic() - start, usage.ru_maxrss * 1024)
+
+
+def _end_with(call: Callable[[], Any], writing: int) -> None:
+    """The child's part; never returns."""
+    try:
+        os.setpgid(0, 0)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(nowhere, number)
+        told = json.dumps(call()).encode()
+        while told:
+            told = told[os.write(writing, told) :]
+        os._exit(0)
+    except BaseException:
+        told = json.dumps(traceback.format_exc()).encode()
+        os.write(writing, told[:60000])
+        os._exit(1)
+
+
+def run_trial(kind: Kind, seed: int, trial: int, world: World, place: Path) -> tuple[Fault | None, End]:
+    """One trial in a folder of its own, which is gone afterwards."""
+    rng = random.Random(f"{kind.name} {seed} {trial}")
+    folder = place / f"{kind.name.replace(' ', '-')}-{trial}"
+    folder.mkdir()
+
+    def attack() -> list[str] | None:
+        fault = kind.attack(rng, world, folder)
+        return None if fault is None else list(fault)
+
+    end = in_child(attack)
+    shutil.rmtree(folder, ignore_errors=True)
+    if end.status is None:
+        return Fault("hang", f"not done after {SECONDS:g} s"), end
+    if end.status != 0:
+        return Fault("traceback", f"the process ended with {end.status}: {end.told}"), end
+    if end.memory > MEMORY:
+        return Fault("memory", f"{end.memory / 1e9:.1f} GB"), end
+    return (None if end.told is None else Fault(*end.told)), end
+
+
+def attack(
+    kinds: Sequence[Kind],
+    world: World,
+    place: Path,
+    *,
+    trials: int,
+    seed: int,
+    minutes: float | None = None,
+    part: tuple[int, int] = (0, 1),
+    told: Callable[[int], None] = lambda _: None,
+) -> dict[str, Tally]:
+    """Run trials of all kinds, by their shares.
+
+    Args:
+        kinds: what to try.
+        world: what they share.
+        place: an empty folder for theirs.
+        trials: of all kinds together.
+        seed: of all that is drawn.
+        minutes: after which no trial begins.
+        part: (i, n) runs every n-th trial, from the i-th.
+        told: how many were run.
+    """
+    tallies = {kind.name: Tally() for kind in kinds}
+    start = time.monotonic()
+    for number, (trial, kind) in enumerate(_order(kinds, trials)):
+        if number % part[1] != part[0]:
+            continue
+        if minutes is not None and time.monotonic() - start > 60 * minutes:
+            break
+        fault, end = run_trial(kind, seed, trial, world, place)
+        tallies[kind.name].add(trial, fault, end)
+        told(sum(tally.tried for tally in tallies.values()))
+    return tallies
+
+
+def _order(kinds: Sequence[Kind], trials: int) -> Iterator[tuple[int, Kind]]:
+    """Trials of all kinds in turns, each with its number within its kind."""
+    whole = sum(kind.share for kind in kinds)
+    run = dict.fromkeys((kind.name for kind in kinds), 0)
+    for number in range(1, trials + 1):
+        kind = max(kinds, key=lambda kind: kind.share / whole * number - run[kind.name])
+        yield run[kind.name], kind
+        run[kind.name] += 1
+
+
+def limit_file_size(size: int) -> None:
+    """From here on no file of this process grows beyond `size`: what a full disk does, by the kernel itself."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def quiet() -> None:
+    """No progress, no warnings of libraries."""
+    sys.unraisablehook = lambda _: None

@@ -1,0 +1,17 @@
+"""The kinds of attack that `python -m tools.attack` runs. A new one is a function of a module here, and a row."""
+
+from __future__ import annotations
+
+from tools.attack import flags, foreign, killed
+from tools.attack.harness import Kind
+
+KINDS = (
+    Kind(
+        "user's files",
+        "foreign files, links and FIFOs where commands write, ended at any write",
+        foreign.attack,
+        4,
+    ),
+    Kind("killed builds", "builds killed, interrupted or out of disk at any write, and run again", killed.attack, 2),
+    Kind("flags", "any command with any flags and values", flags.attack, 2),
+)
