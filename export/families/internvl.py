@@ -14,15 +14,9 @@ from typing import TYPE_CHECKING, Any
 from framefusion.errors import CheckpointError
 from framefusion.export.families.chat import find_template, read_template
 from framefusion.export.families.family import CHATML, QWEN2_NAMES, Family, LlmKeys
-from framefusion.export.families.reading import (
-    expect,
-    normalisation,
-    processor,
-    required,
-    tokenizer_begin,
-    vision_config,
-)
-from framefusion.runtime.families.internvl import IMAGENET_MEAN, IMAGENET_STD, InternVLPreprocessing
+from framefusion.export.families.processors import levels, processor, require_processor
+from framefusion.export.families.reading import expect, required, tokenizer_begin, vision_config
+from framefusion.runtime.families.internvl import InternVLPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.prompt import PromptTemplate, TurnLayout
 
@@ -76,7 +70,7 @@ def chat_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
     vision = required(config, "vision_config", checkpoint)
     expect(checkpoint, config, {"pad2square": (False,)})
     tiled = bool(config.get("dynamic_image_size", False))
-    levels = normalisation(checkpoint.read_optional_json("preprocessor_config.json"))
+    pixels = levels(checkpoint, InternVLPreprocessing(), processor(checkpoint, "image"))
     return InternVLPreprocessing(
         patch_size=int(required(vision, "patch_size", checkpoint)),
         tile_size=int(config.get("force_image_size") or required(vision, "image_size", checkpoint)),
@@ -84,8 +78,7 @@ def chat_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
         min_tiles=int(config.get("min_dynamic_patch", 1)) if tiled else 1,
         max_tiles=int(config.get("max_dynamic_patch", 6)) if tiled else 1,
         thumbnail=bool(config.get("use_thumbnail", False)),
-        image_mean=levels.get("image_mean", IMAGENET_MEAN),
-        image_std=levels.get("image_std", IMAGENET_STD),
+        **pixels,
         frame_label=FRAME_LABELS.get(str(config.get("template")), InternVLPreprocessing.frame_label),
         image_label=IMAGE_LABEL,
     )
@@ -110,6 +103,7 @@ def chat_template(checkpoint: Checkpoint) -> PromptTemplate:
 
 def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
     """Tiles as the image processor's file says; transformers' processor always cuts images."""
+    require_processor(checkpoint, "image_mean", "image_std")
     image, video = processor(checkpoint, "image"), processor(checkpoint, "video")
     vision = vision_config(checkpoint)
     size, patch = required(vision, "image_size", checkpoint), required(vision, "patch_size", checkpoint)
@@ -119,12 +113,10 @@ def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
         merge_size=merge_size(checkpoint),
         min_tiles=int(image.get("min_patches", 1)),
         max_tiles=int(image.get("max_patches", 12)),
-        resample=int(image.get("resample", 3)),
         start=special_token(checkpoint, "start_image_token", "<img>"),
         pad=special_token(checkpoint, "context_image_token", "<IMG_CONTEXT>"),
         end=special_token(checkpoint, "end_image_token", "</img>"),
-        image_mean=tuple(map(float, required(image, "image_mean", checkpoint))),
-        image_std=tuple(map(float, required(image, "image_std", checkpoint))),
+        **levels(checkpoint, InternVLPreprocessing(), image),
     )
     for told in (image, video):  # one graph and one table of levels serve both
         expect(checkpoint, told, {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,)})
@@ -133,6 +125,8 @@ def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
             found = told.get(key)
             if found and (tuple(found) if isinstance(value, tuple) else dict(found)) != value:
                 raise CheckpointError(f"{checkpoint.folder}: a processor has {key} {found}, supported is {value} here")
+    told_by_image = InternVLPreprocessing(image_mean=result.image_mean, image_std=result.image_std)
+    levels(checkpoint, told_by_image, image, video)  # refuses a video processor of other levels or another filter
     return result
 
 

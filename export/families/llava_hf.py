@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from framefusion.errors import CheckpointError
 from framefusion.export.families import chat, reading
 from framefusion.export.families.family import CHATML, Family, LlmKeys
+from framefusion.export.families.processors import levels, normalisation, processor, require_processor
 from framefusion.export.families.reading import required
 from framefusion.runtime.families.llava import LlavaPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
@@ -89,26 +90,37 @@ def _preprocessing(checkpoint: Checkpoint, default: tuple[tuple[int, ...], ...],
     """The rule with the numbers of the processors' files."""
     config = vision(checkpoint).config
     size = int(required(config, "image_size", checkpoint))
-    still, moving = (reading.processor(checkpoint, kind) for kind in ("image", "video"))
+    require_processor(checkpoint)
+    still, moving = (processor(checkpoint, kind) for kind in ("image", "video"))
     for kind, told in (("image", still), ("video", moving)):
         sides = set((told.get("size") or {}).values()) | set((told.get("crop_size") or {}).values())
         if sides != {size}:
             raise CheckpointError(
                 f"the {kind} processor makes pictures of {sorted(sides)}, the tower takes {size} pixels"
             )
-    if reading.normalisation(still) != reading.normalisation(moving) or not reading.normalisation(still):
+    if normalisation(still) != normalisation(moving) or not normalisation(still):
         raise CheckpointError("image_mean and image_std must be in the processor's files, the same for image and video")
+    crop = "shortest_edge" in (moving.get("size") or {})
+    if crop and moving.get("do_center_crop") is False:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the video processor has do_center_crop false and a size by its shortest_edge, "
+            "whose frames are no squares: supported is true only"
+        )
+    pixels = levels(checkpoint, LlavaPreprocessing(image_size=size), still, moving)
+    if not any(pixels["image_mean"]) and not rule.get("tile_each", True) and still.get("do_normalize") is False:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the image processor has do_normalize false and pads images with the mean, supported "
+            "is true only"
+        )
     pinpoints = checkpoint.config.get("image_grid_pinpoints") or still.get("image_grid_pinpoints") or default
     tilings = tuple((int(tall), int(wide)) for tall, wide in pinpoints)
     if any(side % size or not side for side in sum(tilings, ())):
         raise CheckpointError(f"image_grid_pinpoints {tilings} are not all in whole tiles of {size} pixels")
-    rule |= reading.normalisation(still)
+    rule |= pixels
     return LlavaPreprocessing(
         patch_size=int(required(config, "patch_size", checkpoint)),
         image_size=size,
-        rescale=float(still.get("rescale_factor") or 1 / 255),
-        resample=int(still.get("resample") or 3),
-        crop="shortest_edge" in (moving.get("size") or {}),
+        crop=crop,
         tilings=tilings,
         unpad_digits=7,
         video_pad=PLACEHOLDERS["video"],
@@ -119,7 +131,7 @@ def _preprocessing(checkpoint: Checkpoint, default: tuple[tuple[int, ...], ...],
 
 def sampling(checkpoint: Checkpoint, max_frames: int) -> FrameSampling:
     """As many frames as the video processor says, else `max_frames`, evenly spread."""
-    told = reading.processor(checkpoint, "video")
+    told = processor(checkpoint, "video")
     by_rate = told.get("num_frames") is None and told.get("fps") is not None
     return FrameSampling(
         "uniform",

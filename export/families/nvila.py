@@ -16,7 +16,8 @@ from framefusion.errors import CheckpointError
 from framefusion.export.families.chat import read_template
 from framefusion.export.families.class_defaults import completed
 from framefusion.export.families.family import CHATML, Family, LlmKeys
-from framefusion.export.families.reading import normalisation, required, text_config
+from framefusion.export.families.processors import levels, processor
+from framefusion.export.families.reading import required, text_config
 from framefusion.export.tokenizer_file import listed_tokens
 from framefusion.runtime.families.nvila import ASPECTS, NvilaPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
@@ -132,8 +133,8 @@ def preprocessing(checkpoint: Checkpoint) -> NvilaPreprocessing:
     """Square pictures of the tower's size, blocks, pooling and tiles as the configuration says."""
     vision, video, image = vision_config(checkpoint), encoder(checkpoint, "video"), encoder(checkpoint, "image")
     size, patch = (int(required(vision, key, checkpoint)) for key in ("image_size", "patch_size"))
-    processor = checkpoint.read_optional_json("preprocessor_config.json")
-    for side in (processor.get("size") or {}).values():
+    told = processor(checkpoint, "image")
+    for side in (told.get("size") or {}).values():
         if side != size:
             raise CheckpointError(
                 f"{checkpoint.folder}: preprocessor_config.json makes pictures of {side} pixels, the tower takes {size}"
@@ -143,6 +144,7 @@ def preprocessing(checkpoint: Checkpoint) -> NvilaPreprocessing:
         raise _unexpected(checkpoint, "image_aspect_ratio", ", ".join(ASPECTS))
     if aspect == "dynamic_s2":
         _check_scales(checkpoint, video)
+    default = NvilaPreprocessing(patch_size=patch, image_size=size, merge_size=merge_size(checkpoint))
     return NvilaPreprocessing(
         patch_size=patch,
         image_size=size,
@@ -154,10 +156,8 @@ def preprocessing(checkpoint: Checkpoint) -> NvilaPreprocessing:
         scales=scales(checkpoint, size),
         video_end=video.end,
         image_end=image.end,
-        rescale=float(processor.get("rescale_factor") or 1 / 255),
         # "resize" leaves the resizing to Pillow's default, the others to the image processor
-        resample=BICUBIC if aspect == "resize" else int(processor.get("resample") or BICUBIC),
-        **normalisation(processor),
+        **(levels(checkpoint, default, told) | ({"resample": BICUBIC} if aspect == "resize" else {})),
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from framefusion.export.families import reading
 from framefusion.export.families.family import CHATML, Family, LlmKeys
+from framefusion.export.families.processors import video_processor
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 
@@ -19,7 +20,7 @@ FRAME_TOKENS = 768  # of the processor's class, where cap_pixels_per_frame is on
 
 def preprocessing(checkpoint: Checkpoint) -> Qwen3VLPreprocessing:
     """Patch geometry, pixel limits and normalisation, as far as the checkpoint's processors tell them."""
-    video = reading.video_processor(checkpoint)
+    video = video_processor(checkpoint)
     capped = int(video.get("max_video_tokens") or FRAME_TOKENS) if video.get("cap_pixels_per_frame") else None
     told = reading.told_by_processor(checkpoint, Qwen3VLPreprocessing(max_frame_tokens=capped))
     return replace(told, **reading.image_limits(checkpoint))

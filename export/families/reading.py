@@ -10,6 +10,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.families.chat import read_template
 from framefusion.export.families.class_defaults import completed, kinds_of
 from framefusion.export.families.family import CHATML
+from framefusion.export.families.processors import levels, processor, require_processor, video_processor
 from framefusion.export.generation_file import read_generation
 from framefusion.export.sentencepiece_tokenizer import begin_token, needed
 from framefusion.export.tokenizer_file import added_tokens, tokenizer_of
@@ -87,14 +88,15 @@ def told_by_processor(checkpoint: Checkpoint, told: QwenVL) -> QwenVL:
 
     The pixel limits are the video processor's own: those of the image processor are for single images (`image_limits`).
     """
-    video = video_processor(checkpoint)
-    found = {**processor(checkpoint, "image"), **video}
+    require_processor(checkpoint)
+    still, video = processor(checkpoint, "image"), video_processor(checkpoint)
+    found = {**still, **video}
     known: dict[str, Any] = {
         name: int(found[name]) for name in ("patch_size", "merge_size", "temporal_patch_size") if found.get(name)
     }
     low, high = pixel_limits(video)
     known |= {"min_pixels": low or told.min_pixels, "max_pixels": high or told.max_pixels}
-    known |= normalisation(found)
+    known |= levels(checkpoint, told, still, video or still)
     return replace(told, **known)
 
 
@@ -125,26 +127,6 @@ def image_limits(checkpoint: Checkpoint) -> dict[str, Any]:
     """Pixel limits of single images, as fields of the rule; none where the checkpoint tells none."""
     found = zip(("image_min_pixels", "image_max_pixels"), pixel_limits(processor(checkpoint, "image")), strict=True)
     return {name: limit for name, limit in found if limit is not None}
-
-
-def processor(checkpoint: Checkpoint, kind: str) -> Mapping[str, Any]:
-    """What the files say of the "image" or "video" processor; a video's is the image's where it has none of its own."""
-    of_all = checkpoint.read_optional_json("processor_config.json")
-    still = of_all.get("image_processor") or checkpoint.read_optional_json("preprocessor_config.json")
-    if kind == "image":
-        return still
-    return video_processor(checkpoint) or still
-
-
-def video_processor(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What the files say of the video processor's own; they are one file since transformers 5."""
-    own = checkpoint.read_optional_json("processor_config.json").get("video_processor")
-    return own or checkpoint.read_optional_json("video_preprocessor_config.json")
-
-
-def normalisation(processor: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """image_mean and image_std, where a processor's file tells them."""
-    return {name: tuple(map(float, processor[name])) for name in ("image_mean", "image_std") if processor.get(name)}
 
 
 def told_by_video_processor(checkpoint: Checkpoint, told: FrameSampling) -> FrameSampling:
