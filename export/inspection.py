@@ -9,7 +9,7 @@ from typing import Any
 
 from framefusion.budget import describe_cost
 from framefusion.console import in_bytes, table
-from framefusion.errors import PromptError
+from framefusion.errors import BundleError, PromptError
 from framefusion.export.engine_inspection import engine_block, engine_facts
 from framefusion.export.signing import integrity_facts, render_integrity
 from framefusion.reducers import DEFAULT
@@ -64,9 +64,21 @@ def report(folder: Path, question: Question) -> dict[str, Any]:
         "bytes": bytes_by_part(folder, manifest),
         "memory": {name: asdict(plan) | {"total": plan.total} for name, plan in plans.items()},
         "engines": engine_facts(manifest),
-        "check": dict(manifest.check) or None,
+        "check": _check_report(folder, manifest),
         "tools": dict(manifest.tools),
     }
+
+
+def _check_report(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """What the manifest says of the comparison with the eager model, if it can be shown."""
+    check = dict(manifest.check) or None
+    try:
+        _check_table(check)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"{folder}: the manifest's report of the check is not what a check writes ({error!r}): rebuild the bundle"
+        ) from None
+    return check
 
 
 def reduction_facts(manifest: Manifest, cost: float | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the middle of one later. Reads no file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,7 +16,9 @@ from framefusion.runtime.prompt import ROLES
 from framefusion.runtime.records import RecordError
 
 TOKENIZER = "tokenizer.json"
-WEIGHTS, PAGE = "weights.bin", 4096
+WEIGHTS = "weights.bin"
+PAGE = 4096  # bytes that weights are aligned to
+MOST_PIXELS = 1 << 26  # of a picture as the tower sees it, tiles and all
 DIALECTS = ("gqa", "portable")
 LIBRARIES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "inductor": "torch"}
 """Kind of engine -> the module that loads it: a manifest never says what is imported."""
@@ -30,7 +33,7 @@ def check_manifest(manifest: Manifest) -> None:
     Raises:
         RecordError: with the place and both values.
     """
-    for check in (_model, _limits, _reduction, _segments, _files, _vision, _prompt, _engines):
+    for check in (_model, _limits, _reduction, _segments, _files, _vision, _pictures, _prompt, _engines, _report):
         for where, problem in check(manifest):
             raise RecordError(f"{where}: {problem}")
 
@@ -101,6 +104,8 @@ def _segments(manifest: Manifest) -> Iterator[Problem]:
             yield f"{where}.attention_layers", "there is none"
         if buckets is not None and (not buckets or sorted(set(buckets)) != list(buckets)):
             yield f"{where}.buckets", f"{buckets} are not ascending"
+        if max(buckets or (0,)) > manifest.limits.max_input_len:
+            yield f"{where}.buckets", f"{buckets} are larger than the longest input, {manifest.limits.max_input_len}"
         if segment.deepstack > min(segment.num_mlps, manifest.vision.deepstack):
             yield f"{where}.deepstack", f"{segment.deepstack} is more than its MLPs or the tower's outputs"
         if (segment.decode_graph is not None) != (manifest.fixed is not None):
@@ -160,6 +165,30 @@ def _vision(manifest: Manifest) -> Iterator[Problem]:
         yield "vision.settings.merge_size", f"{merge} is not the preprocessing's {told}"
 
 
+def _pictures(manifest: Manifest) -> Iterator[Problem]:
+    """However small a picture is, it may become as large as this says: that much memory is taken before it is seen."""
+    rule = vars(manifest.preprocessing)
+    side = max(rule.get(name) or 0 for name in ("tile_size", "image_size", "scale_resolution"))
+    tiles = max(
+        1,
+        *(rule.get(name) or 0 for name in ("min_tiles", "max_tiles", "image_slices", "max_slice_nums")),
+        *(scale**2 for scale in rule.get("scales", ())),
+    )
+    areas = [side**2 * (tiles + 1), *(rule.get(name) or 0 for name in ("min_pixels", "image_min_pixels"))]
+    areas += [math.prod(tiling) for tiling in rule.get("tilings", ())]
+    if max(areas) > MOST_PIXELS:
+        yield "preprocessing", f"pictures of {max(areas)} pixels, the limit is {MOST_PIXELS}"
+    if any(len(tiling) != 2 for tiling in rule.get("tilings", ())):
+        yield "preprocessing.tilings", "expected pairs of height and width"
+
+
+def _report(manifest: Manifest) -> Iterator[Problem]:
+    """What a check reported is for people, but for the tolerance that the next one takes."""
+    tolerance = manifest.check.get("tolerance")
+    if tolerance is not None and (type(tolerance) not in (int, float) or not 0 < tolerance < 1e6):
+        yield "check.tolerance", f"expected a number above 0, found {ascii(tolerance)[:60]}"
+
+
 def _settings(settings: Mapping[str, Any], known: Mapping[str, Setting]) -> Iterator[Problem]:
     for name in settings.keys() - known.keys():
         yield "vision.settings", f"{ascii(name)[:60]} is no setting of its kind"
@@ -211,6 +240,8 @@ def _engines(manifest: Manifest) -> Iterator[Problem]:
         graphs |= {graph: segment.attention_layers for graph in (segment.graph, segment.decode_graph) if graph}
     for index, engine in enumerate(manifest.engines):
         where, layers = f"engines[{index}]", graphs.get(engine.graph)
+        if engine.file not in manifest.files or not engine.file.startswith(f"engines/{engine.kind}/"):
+            yield f"{where}.file", f"{engine.file} is not listed, or not in engines/{engine.kind}"
         if engine.graph not in graphs:
             yield f"{where}.graph", f"{engine.graph} is no graph of this bundle"
         if layers is not None and engine.capacities and len(engine.capacities) != len(layers):

@@ -36,13 +36,13 @@ from framefusion.runtime.records import Rule, Rules
 from framefusion.runtime.sampling import GenerationConfig
 
 LAYERS = 1024
-TOKENS = 1 << 24
+TOKENS = 1 << 21
 IDS = 1 << 24
 WIDTH = 1 << 18
 BYTES = 1 << 45
 PIXELS = 1 << 31
 SIDE = 1 << 14
-FRAMES = 1 << 20
+FRAMES = 1 << 16
 TILES = 4096
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.errors import PromptError
+from framefusion.errors import BundleError, PromptError
 from framefusion.policy import (
     CallRecord,
     Observer,
@@ -242,6 +242,12 @@ class Pipeline:
         hidden = device.zeros((ids.size, self.manifest.model.hidden_size), device.row_type)
         added = visual_rows[0].shape[0] - 1 if visual_rows else 0
         deepstack: Any = device.zeros((added, *hidden.shape), device.row_type) if added else None
+        given = sum(rows.shape[1] for rows in visual_rows)
+        if given != places.size:
+            raise BundleError(
+                f"the prompt shows {places.size} rows of the vision tower, it gives {given}: the bundle's rule "
+                "for pictures and its tower do not belong together, rebuild it"
+            )
         start = 0
         for rows in visual_rows:
             own = places[start : start + rows.shape[1]]
@@ -249,8 +255,6 @@ class Pipeline:
             device.put(hidden, own, rows[0])
             for k in range(added):
                 device.put(deepstack[k], own, rows[1 + k])
-        if start != places.size:
-            raise ValueError(f"the prompt shows {places.size} rows of the tower, {start} were given")
         text = np.delete(np.arange(ids.size), places)
         device.put(hidden, text, device.upload(HOST.typed(self.embedding(ids[text]), device.row_type)))
         cos, sin = (device.upload(HOST.typed(table, device.row_type)) for table in self.rope(prompt.positions))

@@ -93,10 +93,12 @@ def _pem_key(path: Path, kind: str, body: str) -> bytes:
 
 
 def _decoded(text: Any) -> bytes | None:
+    """The bytes of a text in base64, None where it is none or not the one way to write them."""
     try:
-        return base64.b64decode(text, validate=True) if isinstance(text, str) else None
+        blob = base64.b64decode(text, validate=True) if isinstance(text, str) else None
     except (binascii.Error, ValueError):
         return None
+    return blob if blob is None or base64.b64encode(blob).decode("ascii") == text else None
 
 
 def read_signatures(folder: Path) -> tuple[Signature, ...]:

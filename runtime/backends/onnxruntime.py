@@ -22,6 +22,7 @@ from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.bundle import Manifest
 from framefusion.runtime.graph_check import check_graph
 from framefusion.runtime.kv_cache import SegmentCache
+from framefusion.runtime.records import is_harmless
 
 if TYPE_CHECKING:
     from framefusion.runtime.cuda.device import CudaDevice
@@ -99,7 +100,7 @@ class OnnxRuntimeBackend(HostBackend):
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.enable_mem_pattern = False
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # errors are raised as well, and logged with the names that a graph gives
         options.add_session_config_entry("session.use_env_allocators", "0" if self._mapped else "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")  # do not disturb the next segment's pool
         if self._mapped:
@@ -111,7 +112,9 @@ class OnnxRuntimeBackend(HostBackend):
         try:
             return ort.InferenceSession(path, options, providers=self._providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise BundleError(f"{path} cannot be loaded by onnxruntime {ort.__version__} ({error}): rebuild") from error
+            raise BundleError(
+                f"{path} cannot be loaded by onnxruntime {ort.__version__} ({_said(error)}): rebuild"
+            ) from error
 
     def bind(
         self,
@@ -211,4 +214,9 @@ class OnnxRuntimeSegment:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             shapes = {name: array.shape for name, array in self.inputs.items()}
-            raise BackendError(f"onnxruntime refused inputs of shapes {shapes} ({error})") from error
+            raise BackendError(f"onnxruntime refused inputs of shapes {shapes} ({_said(error)})") from error
+
+
+def _said(error: Exception) -> str:
+    """What ONNX Runtime says, in a line; names of nodes in it are the graph's own, and a terminal may obey them."""
+    return "".join(filter(is_harmless, " ".join(str(error).split())))

@@ -30,13 +30,15 @@ from typing import Any
 import numpy as np
 
 from framefusion.errors import FrameFusionError
+from framefusion.export import inspection
 from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from framefusion.runtime.bundle import MANIFEST, Bundle
+from framefusion.runtime.frame_sampling import sample_indices
 from framefusion.runtime.graph_check import check_graph
 from framefusion.runtime.manifest_file import DIGEST, digest_of, read_manifest
-from framefusion.runtime.memory import memory_plan
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.records import is_harmless
 from framefusion.runtime.signatures import SIGNATURES, Signature, message, write_signatures
 from framefusion.runtime.trust import Trust
 
@@ -50,10 +52,10 @@ Place = tuple[str | int, ...]
 Random = np.random.Generator
 
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 7, 64, 2**31 - 1, 2**31, 2**62, -(2**40), 0.0, -0.5, 0.3, 1e-300, 1e300, 2.5,
-    "", "x", "0", "1", "../x", "/etc/passwd", "a/../../b", "manifest.json", "tokenizer.json", "\x1b[2J", "a\u202eb",
-    "x" * 10_000, "float16", "float64", "fixed", "none", "plain", "llava", [], [0], [1, 2], [[]], ["x"] * 3, {},
-    {"a": 1},
+    None, True, False, 0, -1, 1, 2, 7, 64, 4096, 2**20, 2**24, 2**31 - 1, 2**31, 2**62, -(2**40), 0.0, -0.5, 0.3, 2.5,
+    1e-300, 1e300, "", "x", "0", "1", "../x", "/etc/passwd", "a/../../b", "manifest.json", "tokenizer.json", "\x1b[2J",
+    "a\u202eb", "x" * 10_000, "float16", "float64", "fixed", "none", "plain", "llava", [], [0], [1, 2], [[]], {},
+    ["x"] * 3, {"a": 1},
 )  # fmt: skip
 TEXTS = (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * 400, b'"\\ud800"', b"[" * 3000, b"", b"{", b'"', b"nul")
 """What takes a value's place in the text of a manifest."""
@@ -140,9 +142,11 @@ class Target:
         self.answer = self.ask(Bundle(bundle))
 
     def ask(self, bundle: Bundle) -> tuple[int, ...]:
-        """The tokens of an answer about a film."""
+        """The tokens of an answer about a film; what `ff-export inspect` shows is rendered before it."""
+        shown = inspection.render(inspection.report(bundle.folder, inspection.Question()))
+        assert all(character == "\n" or is_harmless(character) for character in shown)
+        sample_indices(75, 30.0, bundle.manifest.sampling)
         backend = OnnxRuntimeBackend(bundle.folder, 1, manifest=bundle.manifest)
-        memory_plan(bundle.manifest, bundle.manifest.limits.max_input_len)
         return Pipeline(bundle, backend).generate(TURNS, [self.film], REQUEST).token_ids
 
 
@@ -225,7 +229,7 @@ def attack_signature(target: Target, random: Random) -> str:
     raise AssertionError(f"a changed signature counts: {bytes(content)!r}")
 
 
-def _as_json(content: bytes) -> Any:
+def _as_json(content: bytearray) -> Any:
     try:
         return json.loads(content)
     except ValueError:
