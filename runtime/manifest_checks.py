@@ -240,14 +240,14 @@ def _engines(manifest: Manifest) -> Iterator[Problem]:
         graphs |= {graph: segment.attention_layers for graph in (segment.graph, segment.decode_graph) if graph}
     for index, engine in enumerate(manifest.engines):
         where, layers = f"engines[{index}]", graphs.get(engine.graph)
-        if engine.file not in manifest.files or not engine.file.startswith(f"engines/{engine.kind}/"):
-            yield f"{where}.file", f"{engine.file} is not listed, or not in engines/{engine.kind}"
         if engine.graph not in graphs:
             yield f"{where}.graph", f"{engine.graph} is no graph of this bundle"
         if layers is not None and engine.capacities and len(engine.capacities) != len(layers):
             yield f"{where}.capacities", f"{len(engine.capacities)} caches of {len(layers)} layers"
         if engine.library != LIBRARIES[engine.kind]:
             yield f"{where}.library", f"{engine.library} does not load {engine.kind}, {LIBRARIES[engine.kind]} does"
+        if engine.file not in manifest.files or not engine.file.startswith(f"engines/{engine.kind}/"):
+            yield f"{where}.file", f"{engine.file} is not listed, or not in engines/{engine.kind}"
         if not engine.targets or not all(target.split() for target in engine.targets):
             yield f"{where}.targets", "there is none"
         if engine.dtype not in FLOAT_BYTES:

@@ -136,6 +136,16 @@ def rename(old: str, new: str) -> Edit:
     return edit
 
 
+def engine(**changes: Any) -> Edit:
+    """Add one engine, sound but for what is changed and for its file, which is not there."""
+    record = {
+        "kind": "inductor", "graph": "vision/graph.onnx", "file": "engines/inductor/e.pt2", "library": "torch",
+        "version": "1", "targets": ["cpu"], "dtype": "float32", "key": "k", "profiles": [], "tensors": [],
+        "capacities": [], "weight_bytes": 0,
+    }  # fmt: skip
+    return put("engines", value=[record | changes])
+
+
 EDITS: dict[str, tuple[Edit, str]] = {
     "a name that climbs": (rename("embedding.bin", "../embedding.bin"), "has an empty part, . or .."),
     "an absolute name": (put("embedding", "file", value="/etc/hostname"), "empty or absolute"),
@@ -167,14 +177,11 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "buckets that descend": (put("segments", 0, "buckets", value=[512, 256]), "are not ascending"),
     "a terminal's orders": (put("tools", "torch", value="\x1b]0;mine\x07"), "without control characters"),
     "a line that runs backwards": (put("source", "name", value="a\u202eb"), "without control characters"),
-    "an engine of another module": (
-        put("engines", value=[{
-            "kind": "inductor", "graph": "vision/graph.onnx", "file": "e.pt2", "library": "antigravity", "version": "1",
-            "targets": ["cpu"], "dtype": "float32", "key": "k", "profiles": [], "tensors": [], "capacities": [],
-            "weight_bytes": 0,
-        }]),
-        "antigravity does not load inductor",
-    ),
+    "an engine of another module": (engine(library="antigravity"), "antigravity does not load inductor"),
+    "an engine that is not listed": (engine(), "engines/inductor/e.pt2 is not listed"),
+    "an engine for nothing": (engine(graph="other.onnx"), "other.onnx is no graph of this bundle"),
+    "a report that shows nothing": (put("check", "tolerance", value=-1), "check.tolerance"),
+    "pictures beyond memory": (put("preprocessing", "min_pixels", value=1 << 30), "preprocessing"),
 }  # fmt: skip
 
 
