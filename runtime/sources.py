@@ -21,6 +21,7 @@ from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.image_file import read_image
 from framefusion.runtime.image_pixels import on_white, rgb_pixels, unit_shares
 from framefusion.runtime.media_file import MediaLimits
+from framefusion.runtime.timeline import Sampled
 from framefusion.runtime.video import Shrink, Video, read_video
 
 if TYPE_CHECKING:
@@ -48,26 +49,68 @@ def as_video(
     return video_of_frames(source, sampling.fps, limits)
 
 
-def video_of_frames(frames: Any, fps: float, limits: MediaLimits | None = None) -> Video:
-    """A film of frames in memory, which stand `fps` to the second.
+def video_of_frames(
+    frames: Any, fps: float | None = None, limits: MediaLimits | None = None, *, times: ArrayLike | None = None
+) -> Video:
+    """A film of frames in memory, all of which are shown.
+
+    Args:
+        frames: an array [T, H, W, C] or a sequence of images of one size; see this module's first lines.
+        fps: frames a second.
+        limits: of a picture that is read from a file.
+        times: [T] seconds at which the frames begin, ascending; instead of `fps`.
 
     Raises:
-        VideoError: there is none, they differ in size, or one is no picture.
+        VideoError: there is none, they differ in size, one is no picture, or neither rate nor times place them.
     """
+    if (fps is None) == (times is None):
+        raise VideoError("a film's frames have a rate or times: give one of fps and times")
+    pixels = _frames(frames, limits)
+    count = len(pixels)
+    if times is not None:
+        return _at_times(pixels, times)
+    rate = _rate(fps)
+    return Video(pixels, np.arange(count), rate, count, count / rate, 0.0)
+
+
+def _rate(fps: Any) -> float:
     try:
-        fps = float(fps)
+        rate = float(fps)
     except (TypeError, ValueError) as error:
         raise VideoError(f"a film's rate is {fps!r}: give the frames of a second as a number") from error
-    if not 0 < fps < float("inf"):
-        raise VideoError(f"a film's rate is {fps}: give the frames of a second, above 0")
+    if not 0 < rate < float("inf"):
+        raise VideoError(f"a film's rate is {rate}: give the frames of a second, above 0")
+    return rate
+
+
+def _at_times(pixels: NDArray[np.uint8], times: ArrayLike) -> Video:
+    """A film whose frames begin at these seconds; the last one stays as long as the others usually do."""
+    count = len(pixels)
+    try:
+        begin = np.asarray(times, np.float64)
+    except (TypeError, ValueError) as error:
+        raise VideoError(f"the times of a film's frames are no numbers ({error}): give seconds") from error
+    gaps = np.diff(begin) if begin.ndim == 1 else np.zeros(0)
+    if begin.shape != (count,) or not np.isfinite(begin).all() or begin[0] < 0 or not (gaps > 0).all():
+        raise VideoError(
+            f"the times of a film of {count} frames have shape {begin.shape}: give one for each frame, in seconds from "
+            "0 on, each later than the one before"
+        )
+    usual = float(np.median(gaps)) if gaps.size else 1.0
+    rate = (count - 1) / float(begin[-1] - begin[0]) if gaps.size else 1.0
+    numbers = np.arange(count)
+    return Video(
+        pixels, numbers, rate, count, float(begin[-1]) + usual, 0.0, sampled=Sampled(numbers, begin, begin)
+    )  # fmt: skip
+
+
+def _frames(frames: Any, limits: MediaLimits | None) -> NDArray[np.uint8]:
+    """[T, H, W, 3] of what shows a film."""
     if _is_picture(frames):
         raise VideoError("one picture was given where a video is shown: give a list of frames, or show it as an image")
     if isinstance(frames, (list, tuple)):
-        pixels = _stacked(frames, limits)
-    else:
-        pixels = _rgb(_array(frames, "the video"), "the video", dimensions=4)
-    count = len(pixels)
-    return Video(pixels, np.arange(count), fps, count, count / fps, 0.0)
+        return _stacked(frames, limits)
+    return _rgb(_array(frames, "the video"), "the video", dimensions=4)
 
 
 def as_image(source: Any, limits: MediaLimits | None = None) -> NDArray[np.uint8]:

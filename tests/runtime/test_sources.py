@@ -133,7 +133,34 @@ def test_what_is_no_film(source: Any, words: str) -> None:
         as_video(source, SAMPLING)
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), "fast", None])
+def test_frames_at_their_own_times() -> None:
+    """A phone's film: its last frames come late, and the families tell those times."""
+    begin = [0.0, 0.04, 0.08, 1.5, 3.0]
+    video = video_of_frames(FILM, times=begin)
+    np.testing.assert_array_equal(video.frames, FILM)
+    assert (video.times.tolist(), video.moments.tolist()) == (begin, begin)
+    assert video.duration == pytest.approx(3.0 + 0.73)
+    even = video_of_frames(list(FILM), times=np.arange(5) / 4)
+    assert (even.fps, even.duration) == (4.0, 1.25)
+    assert even.counted_indices.tolist() == [0, 1, 2, 3, 4]
+    assert video_of_frames(FILM[:1], times=[0.0]).duration == 1.0
+
+
+@pytest.mark.parametrize(
+    "begin", [[0, 1], [0, 1, 1, 2, 3], [0, 1, 2, 3, np.nan], [-1, 0, 1, 2, 3], "abcde", [[0]], 3.0, [4, 3, 2, 1, 0]]
+)
+def test_times_that_place_no_frames(begin: Any) -> None:
+    with pytest.raises(VideoError, match=r"the times of a film"):
+        video_of_frames(FILM, times=begin)
+
+
+def test_frames_need_a_rate_or_times() -> None:
+    for given in ({}, {"fps": 2.0, "times": [0, 1, 2, 3, 4]}):
+        with pytest.raises(VideoError, match="give one of fps and times"):
+            video_of_frames(FILM, **given)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), "fast"])
 def test_rates_that_are_none(fps: Any) -> None:
     with pytest.raises(VideoError, match="a film's rate is"):
         video_of_frames(FILM, fps)
