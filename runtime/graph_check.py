@@ -21,7 +21,7 @@ MOST_BYTES = 1 << 28  # of a graph without its weights
 _STANDARD = (
     "Abs Add And ArgMax Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div Einsum Equal "
     "Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid "
-    "HardSwish Identity LayerNormalization Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not Or Pad Pow "
+    "HardSwish Identity IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not Or Pad Pow "
     "RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape RotaryEmbedding "
     "Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Split Sqrt Squeeze Sub Sum Swish Tanh "
     "TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor "
