@@ -19,6 +19,7 @@ from torch import Tensor
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint_files import LFS, check_file, inner_name, is_pointer, present, read_json_file
+from framefusion.export.config_types import check_types
 from framefusion.export.hub import Origin, origin_of, resolve
 from framefusion.export.tensor_file import Entry, TensorFile, TensorFileError
 from framefusion.export.weight_formats import INDEX, SINGLE, check_plain, no_weights
@@ -51,7 +52,7 @@ class Checkpoint:
         self.origin = origin or origin_of(self.folder)
         if not present(self.folder / CONFIG):
             raise no_weights(self.folder, self.folder, CONFIG)
-        self.config: dict[str, Any] = self.read_json(CONFIG)
+        self.config: dict[str, Any] = self.read_config(self.folder)
         self._open: dict[Path, TensorFile] = {}
 
     @classmethod
@@ -66,6 +67,12 @@ class Checkpoint:
         if not present(path):
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again")
         return read_json_file(path, self.folder)
+
+    def read_config(self, folder: Path) -> dict[str, Any]:
+        """The config.json of the checkpoint or of a part, its values of the types that they must have."""
+        config = self.read_json((folder / CONFIG).relative_to(self.folder).as_posix())
+        check_types(config, folder / CONFIG)
+        return config
 
     def read_optional_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint (see `find`), or an empty object where there is none."""
@@ -93,7 +100,7 @@ class Checkpoint:
     def part_config(self, name: str) -> dict[str, Any]:
         """The configuration of a part: its folder's config.json, else the object in config.json; {} without either."""
         if name in self.parts:
-            return self.read_json(f"{self.parts[name].name}/{CONFIG}")
+            return self.read_config(self.parts[name])
         told = self.config.get(name + PART)
         return told if isinstance(told, dict) else {}
 

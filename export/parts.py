@@ -142,6 +142,7 @@ class Builder:
         checkpoint = self.plan.checkpoint
         reading.check_tokens(checkpoint, self.plan.family.terminators)
         reading.check_pads(checkpoint, self.plan.template)
+        reading.check_rows(checkpoint, self.plan.prompt_texts(), checkpoint.shape(self.plan.embedding_key)[0])
         write_tokenizer(checkpoint, folder / TOKENIZER_FILE)
         self._meter.add((folder / TOKENIZER_FILE).stat().st_size)
         return [TOKENIZER_FILE]

@@ -84,13 +84,14 @@ class BuildPlan:
         config = decoders.decoder_config(checkpoint, self.family, options.num_decoder_layer)
         self.config: DecoderConfig = replace(config, deepstack=self.tower.deepstack)
         self.embedding_key = decoders.embedding_key(checkpoint, self.family)
-        self._check_widths()
         self.dialect = _dialect(options.dialect, self.config.head_dim)
         self.sampling = self._sampling()
         self.preprocessing = self._preprocessing()
+        self._check_widths()
         self.limits = self._limits()
         self.reduction = _reduction(self.family, self.config, options)
         self.template = self.family.template(checkpoint)
+        reading.check_placeholders(checkpoint, self.template, checkpoint.shape(self.embedding_key)[0])
         reading.generation(checkpoint)  # refuses what is malformed before anything is written
         self.fixed = self._fixed()
         self.segments: tuple[SegmentPlan, ...] = (
@@ -208,6 +209,13 @@ class BuildPlan:
         stream(module, lambda name: sources[name].make(self.checkpoint))
         return module
 
+    def prompt_texts(self) -> Iterator[object]:
+        """What template and preprocessing put into prompts, among other values."""
+        parts: tuple[Any, ...] = (self.template, self.preprocessing, *self.template.turns.values())
+        for part in parts:
+            yield from (getattr(part, one.name) for one in fields(part))
+        yield from self.template.pads
+
     def _taken(self) -> Iterator[str]:
         """Keys that a bundle of all layers reads, whatever --num-decoder-layer leaves out of this one."""
         layers = decoders.stored_depth(self.checkpoint, self.family)
@@ -224,6 +232,13 @@ class BuildPlan:
         if found != width:
             raise CheckpointError(
                 f"the vision tower gives rows of {found}, hidden_size is {width}: config.json is another one's"
+            )
+        patch, frames = self.preprocessing.patch_size, getattr(self.preprocessing, "temporal_patch_size", 1)
+        numbers = 3 * frames * patch**2
+        if numbers != self.tower.patch_width:
+            raise CheckpointError(
+                f"patches of {frames} frame(s) and {patch} x {patch} pixels are {numbers} numbers, the vision tower "
+                f"takes {self.tower.patch_width}: patch_size or temporal_patch_size is of another model"
             )
         for key in self.tower.extra_rows.values():
             check_parameter(self.checkpoint, Source(key), (width,))

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,10 +120,11 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _entry(told: Mapping[str, object], data: int) -> Entry:
+def _entry(told: Mapping[str, Any], data: int) -> Entry:
     """A tensor of the header, whose offsets count from byte `data` of the file."""
     dtype, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
-    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or not isinstance(dtype, str) or not dtype.isprintable():
         raise TypeError("dtype, shape or data_offsets of another type")
     if any(type(number) is not int or number < 0 for number in (*shape, *offsets)):
         raise TypeError("a size that is no whole number")

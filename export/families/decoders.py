@@ -59,7 +59,13 @@ def decoder_config(checkpoint: Checkpoint, family: Family, num_layers: int | Non
     config = text_config(checkpoint)
     heads = int(required(config, "num_attention_heads", checkpoint))
     hidden = int(required(config, "hidden_size", checkpoint))
+    kv_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or hidden // heads)
+    if heads % kv_heads or head_dim < 2 or head_dim % 2:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: {heads} num_attention_heads over {kv_heads} num_key_value_heads in "
+            f"heads of {head_dim} are no geometry of attention: config.json is another one's"
+        )
     theta, section, interleaved = language.rope(checkpoint, head_dim)
     if num_layers is not None and not 2 <= num_layers <= depth:
         raise CheckpointError(f"--num-decoder-layer {num_layers} is outside 2 .. {depth}, the layers of the checkpoint")
@@ -70,7 +76,7 @@ def decoder_config(checkpoint: Checkpoint, family: Family, num_layers: int | Non
         intermediate_size=int(required(config, "intermediate_size", checkpoint)),
         num_layers=num_layers or depth,
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=checkpoint.shape(head_key(checkpoint, family))[0],
         rms_norm_eps=float(required(config, "rms_norm_eps", checkpoint)),

@@ -15,7 +15,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.families.chat import find_template, read_template
 from framefusion.export.families.family import CHATML, QWEN2_NAMES, Family, LlmKeys
 from framefusion.export.families.processors import levels, processor, require_processor
-from framefusion.export.families.reading import expect, required, tokenizer_begin, vision_config
+from framefusion.export.families.reading import expect, required, square, tokenizer_begin, vision_config
 from framefusion.runtime.families.internvl import InternVLPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.prompt import PromptTemplate, TurnLayout
@@ -72,16 +72,22 @@ def chat_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
     tiled = bool(config.get("dynamic_image_size", False))
     pixels = levels(checkpoint, InternVLPreprocessing(), processor(checkpoint, "image"))
     return InternVLPreprocessing(
-        patch_size=int(required(vision, "patch_size", checkpoint)),
-        tile_size=int(config.get("force_image_size") or required(vision, "image_size", checkpoint)),
+        patch_size=square(vision, "patch_size", checkpoint),
+        tile_size=tile_size(checkpoint, vision),
         merge_size=merge_size(checkpoint),
-        min_tiles=int(config.get("min_dynamic_patch", 1)) if tiled else 1,
-        max_tiles=int(config.get("max_dynamic_patch", 6)) if tiled else 1,
+        min_tiles=int(config.get("min_dynamic_patch") or 1) if tiled else 1,
+        max_tiles=int(config.get("max_dynamic_patch") or 6) if tiled else 1,
         thumbnail=bool(config.get("use_thumbnail", False)),
         **pixels,
         frame_label=FRAME_LABELS.get(str(config.get("template")), InternVLPreprocessing.frame_label),
         image_label=IMAGE_LABEL,
     )
+
+
+def tile_size(checkpoint: Checkpoint, vision: Mapping[str, Any]) -> int:
+    """Side of a tile in pixels: the tower's, unless config.json forces another."""
+    forced = checkpoint.config.get("force_image_size")
+    return square(checkpoint.config if forced else vision, "force_image_size" if forced else "image_size", checkpoint)
 
 
 def chat_sampling(checkpoint: Checkpoint) -> FrameSampling:
@@ -106,10 +112,9 @@ def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
     require_processor(checkpoint, "image_mean", "image_std")
     image, video = processor(checkpoint, "image"), processor(checkpoint, "video")
     vision = vision_config(checkpoint)
-    size, patch = required(vision, "image_size", checkpoint), required(vision, "patch_size", checkpoint)
     result = InternVLPreprocessing(
-        patch_size=square(checkpoint, "patch_size", patch),
-        tile_size=square(checkpoint, "image_size", size),
+        patch_size=square(vision, "patch_size", checkpoint),
+        tile_size=square(vision, "image_size", checkpoint),
         merge_size=merge_size(checkpoint),
         min_tiles=int(image.get("min_patches", 1)),
         max_tiles=int(image.get("max_patches", 12)),
@@ -160,20 +165,12 @@ def native_template(checkpoint: Checkpoint) -> PromptTemplate:
 
 def merge_size(checkpoint: Checkpoint) -> int:
     """Side of the blocks of patches that become one row."""
-    ratio = float(checkpoint.config.get("downsample_ratio", 0.5))
+    ratio = float(checkpoint.config.get("downsample_ratio") or 0.5)
     if ratio <= 0 or (1 / ratio) % 1:
         raise CheckpointError(
             f"config.json has downsample_ratio {ratio}, it must be one over a whole number, such as 0.5"
         )
     return round(1 / ratio)
-
-
-def square(checkpoint: Checkpoint, key: str, value: Any) -> int:
-    """A side in pixels, which newer files write for both directions."""
-    sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    if len(sides) != 1:
-        raise CheckpointError(f"{checkpoint.folder}/config.json has {key} {value}: only squares are supported")
-    return int(sides.pop())
 
 
 def special_token(checkpoint: Checkpoint, name: str, default: str) -> str:

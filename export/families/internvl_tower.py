@@ -13,9 +13,9 @@ from torch import Tensor
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.internvl import merge_size, square
-from framefusion.export.families.reading import expect, required, vision_config
-from framefusion.export.families.towers import NORM_BEHIND, TowerPlan, run_of
+from framefusion.export.families.internvl import merge_size, tile_size
+from framefusion.export.families.reading import expect, given, required, square, vision_config
+from framefusion.export.families.towers import NORM_BEHIND, TowerPlan, head_width, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources, vit_sources
 from framefusion.export.graph.internvl_tower import InternVLTower, InternVLTowerConfig
 from framefusion.export.graph.vit import VitConfig
@@ -74,7 +74,7 @@ NATIVE_PROJECTOR = tuple(f"multi_modal_projector.{part}" for part in ("layer_nor
 class Told(NamedTuple):
     """What the two formats write under different keys, and no tensor tells."""
 
-    image_size: Any
+    image_size: int
     depth: int  # blocks whose output is shown
     qk_norm_eps: float = 1e-6
     post_norm: bool = False
@@ -83,12 +83,12 @@ class Told(NamedTuple):
 def chat_tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower of an `internvl_chat` checkpoint."""
     config = checkpoint.config
-    vision = required(config, "vision_config", checkpoint)
+    vision = vision_config(checkpoint)
     expect(checkpoint, {"ps_version": "v1"} | config, {"ps_version": ("v2",)})  # v1 turned the picture on its side
     told = Told(
-        image_size=config.get("force_image_size") or required(vision, "image_size", checkpoint),
+        image_size=tile_size(checkpoint, vision),
         depth=_depth(vision, config.get("select_layer", -1), checkpoint),
-        qk_norm_eps=float(vision.get("layer_norm_eps", NORM_EPS)),
+        qk_norm_eps=float(given(vision, "layer_norm_eps", NORM_EPS)),
     )
     vit = _vit(checkpoint, vision, CHAT_PREFIX, CHAT_NAMES, told)
     plan = _plan(checkpoint, vit, CHAT_PREFIX, CHAT_NAMES, CHAT_PROJECTOR)
@@ -103,7 +103,7 @@ def native_tower(checkpoint: Checkpoint) -> TowerPlan:
     expect(checkpoint, config, {"vision_feature_select_strategy": ("default",), "projector_hidden_act": ("gelu",)})
     expect(checkpoint, vision, {"use_absolute_position_embeddings": (True,), "use_mask_token": (False,)})
     told = Told(
-        image_size=required(vision, "image_size", checkpoint),
+        image_size=square(vision, "image_size", checkpoint),
         depth=_depth(vision, layer, checkpoint),
         post_norm=layer == -1 and not vision.get("use_mean_pooling", True),  # before pooling, the class token's norm
     )
@@ -129,23 +129,25 @@ def _vit(
     """Geometry from config.json; widths, biases and norms from the tensors themselves."""
     expect(checkpoint, vision, {"hidden_act": ("gelu",), "num_channels": (3,)})
     width, *patch = checkpoint.shape(f"{prefix}{names['patch_embed']}.weight")
+    heads = int(required(vision, "num_attention_heads", checkpoint))
     positions = checkpoint.shape(prefix + names["positions"])[1]
-    side = square(checkpoint, "image_size", told.image_size) // patch[-1]
+    side = told.image_size // patch[-1]
     if positions != side**2 + 1:
         raise CheckpointError(
             f"{prefix}{names['positions']} has {positions} positions, tiles of {side} x {side} patches need "
             f"{side**2 + 1}: tables of another size are not interpolated"
         )
+    head_width(checkpoint, width, heads)
     first = f"{prefix}{names['blocks']}.0."
     stored = _stored_facts(checkpoint, vision, first, names)
     return VitConfig(
         depth=told.depth,
         width=width,
-        num_heads=int(required(vision, "num_attention_heads", checkpoint)),
+        num_heads=heads,
         mlp_width=checkpoint.shape(f"{first}{names['fc1']}.weight")[0],
         patch_width=math.prod(patch),
         num_positions=positions,
-        norm_eps=float(vision.get("layer_norm_eps", NORM_EPS)),
+        norm_eps=float(given(vision, "layer_norm_eps", NORM_EPS)),
         activation="gelu",
         norm="layer" if stored["norm"] == "layer" else "rms",
         class_token=True,

@@ -18,7 +18,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint_files import inner_name, present
 from framefusion.export.families.class_defaults import completed
 from framefusion.export.families.family import CHATML, Family, LlmKeys
-from framefusion.export.families.reading import expect, required
+from framefusion.export.families.reading import expect, given, required, square
 from framefusion.runtime.families.llava import LlavaPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 
@@ -82,14 +82,14 @@ def vision_tower(checkpoint: Checkpoint) -> VisionTower:
 
 
 def _described(checkpoint: Checkpoint, name: str) -> VisionTower:
-    told = checkpoint.read_json(f"{name}/config.json")
-    vision = completed(told.get("vision_config", told))
+    told = checkpoint.read_config(checkpoint.folder / name)
+    vision = completed(told.get("vision_config") or told)
     expect(checkpoint, vision, {"hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)})
     return VisionTower(
         num_layers=int(required(vision, "num_hidden_layers", checkpoint)),
         num_heads=int(required(vision, "num_attention_heads", checkpoint)),
-        image_size=int(required(vision, "image_size", checkpoint)),
-        norm_eps=float(vision.get("layer_norm_eps", 1e-6)),
+        image_size=square(vision, "image_size", checkpoint),
+        norm_eps=float(given(vision, "layer_norm_eps", 1e-6)),
     )
 
 

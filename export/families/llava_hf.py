@@ -89,7 +89,7 @@ def next_preprocessing(checkpoint: Checkpoint) -> LlavaPreprocessing:
 def _preprocessing(checkpoint: Checkpoint, default: tuple[tuple[int, ...], ...], **rule: Any) -> LlavaPreprocessing:
     """The rule with the numbers of the processors' files."""
     config = vision(checkpoint).config
-    size = int(required(config, "image_size", checkpoint))
+    size = reading.square(config, "image_size", checkpoint)
     require_processor(checkpoint)
     still, moving = (processor(checkpoint, kind) for kind in ("image", "video"))
     for kind, told in (("image", still), ("video", moving)):
@@ -113,12 +113,14 @@ def _preprocessing(checkpoint: Checkpoint, default: tuple[tuple[int, ...], ...],
             "is true only"
         )
     pinpoints = checkpoint.config.get("image_grid_pinpoints") or still.get("image_grid_pinpoints") or default
+    if isinstance(pinpoints, str):
+        raise CheckpointError(f"image_grid_pinpoints {pinpoints!r:.60} is text, a list of [height, width] was expected")
     tilings = tuple((int(tall), int(wide)) for tall, wide in pinpoints)
     if any(side % size or not side for side in sum(tilings, ())):
         raise CheckpointError(f"image_grid_pinpoints {tilings} are not all in whole tiles of {size} pixels")
     rule |= pixels
     return LlavaPreprocessing(
-        patch_size=int(required(config, "patch_size", checkpoint)),
+        patch_size=reading.square(config, "patch_size", checkpoint),
         image_size=size,
         crop=crop,
         tilings=tilings,

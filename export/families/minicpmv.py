@@ -82,6 +82,8 @@ def _told(checkpoint: Checkpoint, processor_key: str, *config_keys: str) -> Any:
     if not found:
         raise CheckpointError(f"{checkpoint.folder} has none of {', '.join(told)}: the checkpoint is incomplete")
     first = next(iter(found.values()))
+    if isinstance(first, (list, dict)):
+        raise CheckpointError(f"{checkpoint.folder}: {next(iter(found))} is {first!r:.60}, one number was expected")
     if any(value != first for value in found.values()):
         said = ", ".join(f"{place} = {value}" for place, value in found.items())
         raise CheckpointError(f"{checkpoint.folder} contradicts itself: {said}; download it again")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families.minicpmv import check_version, preprocessing
-from framefusion.export.families.reading import required
+from framefusion.export.families.reading import given, required, square
 from framefusion.export.families.towers import POOLING_HEAD, TowerPlan
 from framefusion.export.families.vit import activation_of, linear_sources, norm_sources, vit_config, vit_sources
 from framefusion.export.graph.minicpmv_tower import RESAMPLER_EPS, MiniCpmVTower, ResamplerConfig
@@ -60,8 +60,8 @@ def encoder_config(checkpoint: Checkpoint) -> VitConfig:
     """Geometry from config.json; widths and the number of blocks from the tensors themselves."""
     vision = required(checkpoint.config, "vision_config", checkpoint)
     positions = checkpoint.shape(f"{VISION}embeddings.position_embedding.weight")[0]
-    size, side = int(required(vision, "patch_size", checkpoint)), math.isqrt(positions)
-    if side**2 != positions or int(required(vision, "image_size", checkpoint)) // size != side:
+    size, side = square(vision, "patch_size", checkpoint), math.isqrt(positions)
+    if side**2 != positions or square(vision, "image_size", checkpoint) // size != side:
         raise CheckpointError(
             f"vision_config.image_size {vision['image_size']} in patches of {size} does not make the "
             f"{positions} rows of {VISION}embeddings.position_embedding.weight: config.json is another one's"
@@ -71,7 +71,7 @@ def encoder_config(checkpoint: Checkpoint) -> VitConfig:
         VISION,
         depth=_depth(checkpoint, vision),
         heads=int(required(vision, "num_attention_heads", checkpoint)),
-        norm_eps=float(vision.get("layer_norm_eps", 1e-6)),
+        norm_eps=float(given(vision, "layer_norm_eps", 1e-6)),
         activation=activation_of(vision, "gelu_pytorch_tanh"),
         post_norm=True,
     )

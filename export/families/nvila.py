@@ -17,7 +17,7 @@ from framefusion.export.families.chat import read_template
 from framefusion.export.families.class_defaults import completed
 from framefusion.export.families.family import CHATML, Family, LlmKeys
 from framefusion.export.families.processors import levels, processor
-from framefusion.export.families.reading import required, text_config
+from framefusion.export.families.reading import required, square, text_config
 from framefusion.export.tokenizer_file import listed_tokens
 from framefusion.runtime.families.nvila import ASPECTS, NvilaPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
@@ -42,6 +42,7 @@ EXPECTED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 QWEN2_LAYOUT = replace(CHATML, default_system="You are a helpful assistant", strip=True)
 """The chat layout that VILA calls qwen2, whose system ends without a full stop. VILA strips what is said in a turn."""
 LLM = "qwen2"
+MOST_POOLED = 64  # frames, lines or columns that become one
 MIN_TILES, MAX_TILES = 1, 12
 """VILA's defaults."""
 
@@ -110,12 +111,19 @@ def encoder(checkpoint: Checkpoint, kind: str) -> Encoder:
     for other in ("start_tokens", "sep_tokens"):
         if told.get(other) is not None:
             raise CheckpointError(f"{checkpoint.folder}/config.json has {key} with {other}, which is not supported")
-    sizes = told.get("pool_sizes", [(1, 1, 1)]) if name == basic else required(told, "pool_sizes", checkpoint)
-    if len(sizes) != 1 or len(sizes[0]) != 3:
+    sizes = told.get("pool_sizes", [[1, 1, 1]]) if name == basic else required(told, "pool_sizes", checkpoint)
+    whole = isinstance(sizes, list) and len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) and len(sizes[0]) == 3
+    if not whole or any(type(size) is not int or not 1 <= size <= MOST_POOLED for size in sizes[0]):
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json has {key} with pool_sizes {sizes}, supported is one entry of 3 numbers"
+            f"{checkpoint.folder}/config.json has {key} with pool_sizes {sizes!r:.60}, supported is one entry of 3 "
+            f"numbers of 1 to {MOST_POOLED}"
         )
-    return Encoder(tuple(map(int, sizes[0])), told.get("end_tokens", "\n") or "")
+    end = told.get("end_tokens", "\n") or ""
+    if not isinstance(end, str):
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json has {key} with end_tokens {end!r:.60}, which is no text"
+        )
+    return Encoder(tuple(sizes[0]), end)
 
 
 def _object(checkpoint: Checkpoint, key: str, told: Any) -> Mapping[str, Any]:
@@ -132,7 +140,7 @@ def _object(checkpoint: Checkpoint, key: str, told: Any) -> Mapping[str, Any]:
 def preprocessing(checkpoint: Checkpoint) -> NvilaPreprocessing:
     """Square pictures of the tower's size, blocks, pooling and tiles as the configuration says."""
     vision, video, image = vision_config(checkpoint), encoder(checkpoint, "video"), encoder(checkpoint, "image")
-    size, patch = (int(required(vision, key, checkpoint)) for key in ("image_size", "patch_size"))
+    size, patch = (square(vision, key, checkpoint) for key in ("image_size", "patch_size"))
     told = processor(checkpoint, "image")
     for side in (told.get("size") or {}).values():
         if side != size:

@@ -15,7 +15,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families import nvila
 from framefusion.export.families.composition import fill, last_logits, pixels, qwen2, siglip
-from framefusion.export.families.reading import required, text_config
+from framefusion.export.families.reading import given, required, text_config
 from framefusion.export.families.towers import TowerPlan
 from framefusion.export.families.transformers_call import TransformersCall
 from framefusion.export.families.vit import (
@@ -100,7 +100,7 @@ def encoder_config(checkpoint: Checkpoint) -> VitConfig:
         vision_prefix(checkpoint),
         depth,
         int(required(vision, "num_attention_heads", checkpoint)),
-        norm_eps=float(vision.get("layer_norm_eps", 1e-6)),
+        norm_eps=float(given(vision, "layer_norm_eps", 1e-6)),
         activation=activation_of(vision, "gelu_pytorch_tanh"),
     )
 

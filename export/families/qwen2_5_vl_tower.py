@@ -16,7 +16,7 @@ from framefusion.export.families.qwen2_vl_tower import (
     transformers_logits,
 )
 from framefusion.export.families.reading import required, vision_config
-from framefusion.export.families.towers import TowerPlan, run_of
+from framefusion.export.families.towers import TowerPlan, head_width, run_of
 from framefusion.export.families.vit import linear_sources
 from framefusion.export.graph.qwen2_5_vl_tower import Qwen25VLTower, WindowTowerConfig
 from framefusion.export.weights import AnySource, Source
@@ -42,6 +42,8 @@ def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:
     """Geometry from config.json; widths from the tensors themselves."""
     vision, prefix = vision_config(checkpoint), find_prefix(checkpoint)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
+    heads = int(required(vision, "num_heads", checkpoint))
+    head_width(checkpoint, embed_dim, heads)
     check_vision(vision, checkpoint, "silu")
     merge = int(required(vision, "spatial_merge_size", checkpoint))
     size, patch_size = required(vision, "window_size", checkpoint), patch[-1]
@@ -56,7 +58,7 @@ def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:
     return WindowTowerConfig(
         depth=depth,
         embed_dim=embed_dim,
-        num_heads=int(required(vision, "num_heads", checkpoint)),
+        num_heads=heads,
         mlp_width=checkpoint.shape(f"{prefix}blocks.0.mlp.gate_proj.weight")[0],
         patch_width=math.prod(patch),
         merge_size=merge,

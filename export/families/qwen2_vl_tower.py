@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.families.reading import required, vision_config
-from framefusion.export.families.towers import TowerPlan, run_of
+from framefusion.export.families.towers import TowerPlan, head_width, run_of
 from framefusion.export.families.transformers_call import TransformersCall
 from framefusion.export.families.vit import linear_sources, norm_sources
 from framefusion.export.graph.qwen2_vl_tower import Qwen2VLTower, TowerConfig
@@ -88,15 +89,14 @@ def tower_config(checkpoint: Checkpoint) -> TowerConfig:
     depth = int(required(vision, "depth", checkpoint))
     run_of(checkpoint, f"{prefix}blocks.", depth)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
-    width = 1
-    for size in patch:
-        width *= size
+    heads = int(required(vision, "num_heads", checkpoint))
+    head_width(checkpoint, embed_dim, heads)
     return TowerConfig(
         depth=depth,
         embed_dim=embed_dim,
-        num_heads=int(required(vision, "num_heads", checkpoint)),
+        num_heads=heads,
         mlp_width=checkpoint.shape(f"{prefix}blocks.0.mlp.fc1.weight")[0],
-        patch_width=width,
+        patch_width=math.prod(patch),
         merge_size=int(required(vision, "spatial_merge_size", checkpoint)),
         out_width=checkpoint.shape(f"{prefix}merger.mlp.2.weight")[0],
     )

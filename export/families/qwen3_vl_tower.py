@@ -17,7 +17,7 @@ from framefusion.export.families.qwen2_vl_tower import (
     transformers_logits,
 )
 from framefusion.export.families.reading import required, vision_config
-from framefusion.export.families.towers import TowerPlan, run_of
+from framefusion.export.families.towers import TowerPlan, head_width, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources
 from framefusion.export.graph.qwen3_vl_tower import DeepstackTowerConfig, Qwen3VLTower
 from framefusion.export.weights import AnySource, Source
@@ -39,6 +39,8 @@ def tower_config(checkpoint: Checkpoint) -> DeepstackTowerConfig:
     """Geometry from config.json; widths from the tensors themselves."""
     vision, prefix = vision_config(checkpoint), find_prefix(checkpoint)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
+    heads = int(required(vision, "num_heads", checkpoint))
+    head_width(checkpoint, embed_dim, heads)
     check_vision(vision, checkpoint, "gelu_pytorch_tanh")
     rows, depth = checkpoint.shape(f"{prefix}pos_embed.weight")[0], int(required(vision, "depth", checkpoint))
     run_of(checkpoint, f"{prefix}blocks.", depth)
@@ -49,7 +51,7 @@ def tower_config(checkpoint: Checkpoint) -> DeepstackTowerConfig:
     return DeepstackTowerConfig(
         depth=depth,
         embed_dim=embed_dim,
-        num_heads=int(required(vision, "num_heads", checkpoint)),
+        num_heads=heads,
         mlp_width=checkpoint.shape(f"{prefix}blocks.0.mlp.linear_fc1.weight")[0],
         patch_width=math.prod(patch),
         merge_size=int(required(vision, "spatial_merge_size", checkpoint)),

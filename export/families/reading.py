@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -69,6 +69,21 @@ def required(config: Mapping[str, Any], key: str, checkpoint: Checkpoint) -> Any
     if config.get(key) is None:
         raise CheckpointError(f"{checkpoint.folder}/config.json has no {key}: the checkpoint is incomplete")
     return config[key]
+
+
+def given(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A value of the configuration; null is no value."""
+    value = config.get(key)
+    return default if value is None else value
+
+
+def square(config: Mapping[str, Any], key: str, checkpoint: Checkpoint) -> int:
+    """A side in pixels, which newer files write for both directions."""
+    value = required(config, key, checkpoint)
+    sides = set(value) if isinstance(value, (list, tuple)) else {value}
+    if len(sides) != 1:
+        raise CheckpointError(f"{checkpoint.folder}/config.json has {key} {value}: only squares are supported")
+    return int(sides.pop())
 
 
 def expect(checkpoint: Checkpoint, config: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]]) -> None:
@@ -195,6 +210,40 @@ def check_tokens(checkpoint: Checkpoint, tokens: Sequence[str]) -> None:
             f"{checkpoint.folder}/tokenizer.json has no token {', '.join(missing)} among its added_tokens: "
             "the checkpoint is incomplete"
         )
+
+
+def check_rows(checkpoint: Checkpoint, texts: Iterable[object], rows: int) -> None:
+    """Refuse an embedding table without a row for a control token that prompts hold.
+
+    Args:
+        checkpoint: whose tokenizer says the ids.
+        texts: what stands in prompts; what is no text is passed over.
+        rows: of the embedding table.
+
+    Raises:
+        CheckpointError: naming the token, its id and the size of the table.
+    """
+    written = "\n".join(text for text in texts if isinstance(text, str))
+    for token, index in added_tokens(checkpoint).items():
+        if index >= rows and token in written:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {token} is token {index}, the embedding table has {rows} rows: the tokenizer is "
+                "of another model, or the table was not resized when tokens were added"
+            )
+
+
+def check_placeholders(checkpoint: Checkpoint, template: PromptTemplate, rows: int) -> None:
+    """Refuse pad tokens without a row in an embedding table of `rows` rows.
+
+    Raises:
+        CheckpointError: naming the token and its id.
+    """
+    for token, index in template.pads.items():
+        if not 0 <= index < rows:
+            raise CheckpointError(
+                f"{checkpoint.folder}/config.json says that {token} is token {index}, the embedding table has {rows} "
+                "rows: config.json is of another model, or the table was not resized"
+            )
 
 
 def check_pads(checkpoint: Checkpoint, template: PromptTemplate) -> None:

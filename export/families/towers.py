@@ -51,6 +51,20 @@ NORM_BEHIND = "the norm behind the last block, while the states before it are ta
 POOLING_HEAD = "the head that makes one vector of a whole picture"
 
 
+def head_width(checkpoint: Checkpoint, width: int, heads: int) -> int:
+    """Numbers of one head of a tower.
+
+    Raises:
+        CheckpointError: the heads do not share the width evenly, or RoPE and attention could not halve them.
+    """
+    if width % heads:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: {heads} heads of the vision tower do not share its width {width} "
+            "evenly: config.json is another one's"
+        )
+    return width // heads
+
+
 def run_of(checkpoint: Checkpoint, prefix: str, declared: int, depth: int | None = None) -> dict[str, str]:
     """Check how many blocks of a tower are stored, and say which of them no output needs.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.towers import NORM_BEHIND, POOLING_HEAD, run_of
+from framefusion.export.families.towers import NORM_BEHIND, POOLING_HEAD, head_width, run_of
 from framefusion.export.graph.vit import Activation, VitConfig
 from framefusion.export.weights import Source
 
@@ -51,6 +51,7 @@ def activation_of(vision: Mapping[str, Any], default: str) -> Activation:
 def vit_config(checkpoint: Checkpoint, prefix: str, depth: int, heads: int, **facts: Any) -> VitConfig:
     """The geometry of an encoder in a checkpoint: widths from the tensors themselves, the rest as given."""
     width, *patch = checkpoint.shape(f"{prefix}embeddings.patch_embedding.weight")
+    head_width(checkpoint, width, heads)
     return VitConfig(
         depth=depth,
         width=width,

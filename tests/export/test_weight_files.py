@@ -24,6 +24,7 @@ from framefusion.export.source import license_files
 from framefusion.runtime.bundle import Manifest
 from tests.commands import assert_refused, export
 from tests.export.test_hub import fill_cache
+from tools.attack.checkpoints import attack
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "model.language_model.norm.weight"
@@ -347,3 +348,39 @@ def test_what_is_refused_is_refused_before_anything_is_written(folder: Path, tmp
     result = export("build", folder, "-o", tmp_path / "out")
     assert_refused(result, CheckpointError, "320 rows, config.json says vocab_size 330")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+@pytest.mark.parametrize(("key", "value"), [("video_token_id", 320), ("image_token_id", -1)])
+def test_placeholders_have_rows_in_the_table(folder: Path, key: str, value: int) -> None:
+    method(key, value)(folder)
+    with pytest.raises(CheckpointError, match=rf"is token {value}, .* has 320 rows"):
+        plan(folder)
+
+
+def test_control_tokens_of_prompts_have_rows_in_the_table(folder: Path, tmp_path: Path) -> None:
+    """A table that ends before <|im_start|>; the placeholders are not even reached."""
+    tensors = load_file(folder / SINGLE)
+    key = next(key for key in tensors if key.endswith("embed_tokens.weight"))
+    plain = json.loads((folder / "tokenizer.json").read_text())
+    start = next(token["id"] for token in plain["added_tokens"] if token["content"] == "<|im_start|>")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = start
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors | {key: tensors[key][:start].clone()}, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"has {start} rows"):
+        plan(folder)
+
+
+def test_checkpoints_changed_at_random_are_planned_or_refused(checkpoint: Path) -> None:
+    """The long run of it, over all families: python -m tools.attack.checkpoints."""
+    facts = attack(trials=150, seed=1, folders=[checkpoint])
+    assert facts["failed"] == []
+    assert facts["planned"] > 10
+    assert facts["slowest_s"] < 20
+
+
+@pytest.mark.slow
+def test_checkpoints_of_every_family_changed_at_random() -> None:
+    facts = attack(trials=400, seed=2)
+    assert facts["failed"] == []
+    assert facts["planned"] > 40
