@@ -1,7 +1,8 @@
 """What both commands share: errors to messages and exit codes, one JSON object on stdout, tables.
 
-Knows click, no model. In JSON mode stdout carries exactly one object, the result or the error; all else goes
-to stderr. A wrong flag is the parser's own business: usage on stderr, exit code 2.
+Knows click, no model. Control characters of answers and of other people's names are spelled out. In JSON mode stdout
+carries exactly one object, the result or the error; all else goes to stderr. A wrong flag is the parser's own business:
+usage on stderr, exit code 2.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import click
 
 from framefusion.errors import FrameFusionError, InterruptedBuildError, MediaWarning, StorageError
 from framefusion.files import FULL
+from framefusion.plain_text import printable
 
 WIDTH = 100
 _JSON = "framefusion.json"
@@ -111,7 +113,7 @@ def write(text: str, *, newline: bool = True) -> None:
         StorageError: the disk that it goes to is full, or its reader has gone.
     """
     try:
-        click.echo(text, nl=newline)
+        click.echo(printable(text), nl=newline)
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -142,7 +144,7 @@ def show(report: Any, render: Callable[[Any], str]) -> None:
 
 def log(message: str) -> None:
     """One line on stderr."""
-    click.echo(message, err=True)
+    click.echo(printable(message), err=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -200,7 +202,7 @@ def _leave_with(error: FrameFusionError) -> NoReturn:
 
 def _say(message: str) -> None:
     with suppress(OSError):
-        click.echo(f"error: {message}", err=True)
+        click.echo(f"error: {printable(message)}", err=True)
     try:
         sys.stdout.flush()
     except OSError:

@@ -10,11 +10,11 @@ import dataclasses
 import math
 import re
 import types
-import unicodedata
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from framefusion.errors import FrameFusionError
+from framefusion.plain_text import is_harmless
 
 Record = TypeVar("Record")
 _WHITE = "\n\t\r"  # the control characters that text may hold
@@ -198,16 +198,6 @@ def _check_text(value: str, where: str, rule: Rule) -> None:
     if rule.is_name:
         problem = name_problem(value)
         _expect(problem is None, value, f"the name of a file in the bundle ({problem})", where)
-
-
-def is_harmless(character: str) -> bool:
-    """Whether a character can be shown as it is: no control character, no mark that turns the direction of a line."""
-    if character.isascii():
-        return character.isprintable()
-    return (
-        unicodedata.category(character) not in ("Cc", "Cs")
-        and character not in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-    )
 
 
 def name_problem(name: str) -> str | None:
