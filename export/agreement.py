@@ -74,6 +74,7 @@ def agreement_of(plan: BuildPlan, ours: Observed, doing: Doing = ignore) -> Agre
         num_layers=plan.options.num_decoder_layer,
         keep=1 + len(answer),
         doing=doing,
+        types=plan.stored_types(),
     )
     doing("transformers")
     logits = call.run(load(family.reference_logits))

@@ -216,6 +216,10 @@ class BuildPlan:
             yield from (getattr(part, one.name) for one in fields(part))
         yield from self.template.pads
 
+    def stored_types(self) -> set[str]:
+        """Types, as safetensors names them, of the tensors that a bundle of all layers reads."""
+        return {self.checkpoint.dtype(key) for key in self._taken()}
+
     def _taken(self) -> Iterator[str]:
         """Keys that a bundle of all layers reads, whatever --num-decoder-layer leaves out of this one."""
         layers = decoders.stored_depth(self.checkpoint, self.family)

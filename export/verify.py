@@ -147,7 +147,7 @@ def memory_of_streamed(plan: BuildPlan) -> int:
     """Bytes at the peak where weights stay on the disk: the largest unit in fp32, twice, since kernels pack it.
 
     A layer of transformers' is two of this project's units. Pages of files that are mapped are not counted: the system
-    takes them back when memory is wanted.
+    takes them back when memory is wanted. A checkpoint of several types is converted as a whole by transformers.
     """
     tower = plan.tower.module
     modules = [segment_module(plan.config, segment) for segment in plan.segments]
@@ -158,7 +158,9 @@ def memory_of_streamed(plan: BuildPlan) -> int:
             halves[block.kind] = max(size, halves.get(block.kind, 0))
     layer = sum(halves.values())
     largest = max(layer, streamed_bytes(tower), *(streamed_bytes(module) for module in modules))
-    return 2 * largest + PROCESS
+    tensors = (math.prod(plan.checkpoint.shape(key)) for key in plan.checkpoint.files)
+    converted = FLOAT * sum(tensors) if len(plan.stored_types()) > 1 else 0
+    return 2 * largest + converted + PROCESS
 
 
 def truncated(plan: BuildPlan, options: BuildOptions) -> BuildOptions | None:

@@ -10,7 +10,7 @@ what stood for the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +47,7 @@ class TransformersCall:
         num_layers: the first layers of the LLM alone; None: all.
         keep: tokens at the end whose logits are wanted.
         doing: told what runs now.
+        types: of the tensors that count, as safetensors names them; none: of all.
         errors: largest difference of each of `states` and of `final`, relative to transformers' largest magnitude.
         row_errors: the same of the rows that enter the first layer: those of text, and those of visuals.
         missing: parameters that a class did not get from the checkpoint; they are NaN.
@@ -62,6 +63,7 @@ class TransformersCall:
     num_layers: int | None = None
     keep: int = 1
     doing: Callable[[str], object] = lambda _: None
+    types: Collection[str] = ()
     errors: list[float] = field(default_factory=list)
     row_errors: dict[str, float] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -163,16 +165,18 @@ class TransformersCall:
 
     def _place(self, prefix: str) -> tuple[Path, str]:
         """The folder that a class reads, and the prefix of its keys there: parts may have folders of their own."""
-        parts = self.checkpoint.parts if set(self.checkpoint.files.values()) else {}
-        for part, folder in parts.items():
-            stored_there = any(path.parent == folder for path in self.checkpoint.files.values())
-            if stored_there and prefix.startswith(f"{part}."):
+        places = {path.parent for path in self.checkpoint.files.values()}
+        for part, folder in self.checkpoint.parts.items():
+            if folder in places and prefix.startswith(f"{part}."):
                 return folder, prefix.removeprefix(f"{part}.")
         return self.checkpoint.folder, prefix
 
     def _stored(self) -> torch.dtype:
-        """The type of the files, so that nothing is converted when they are mapped; fp32 where they have several."""
-        types = {self.checkpoint.dtype(key) for key in self.checkpoint.files}
+        """The type of the tensors, so that nothing is converted when they are mapped; fp32 where they have several.
+
+        A class takes one type for all of them, and a narrower one would round those that are wider.
+        """
+        types = set(self.types) or {self.checkpoint.dtype(key) for key in self.checkpoint.files}
         name = STORED.get(next(iter(types)), "float32") if len(types) == 1 else "float32"
         dtype: torch.dtype = getattr(torch, name)
         return dtype

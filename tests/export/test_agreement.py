@@ -190,6 +190,23 @@ def test_positions_in_one_dimension_are_found(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
+def test_tensors_of_several_types_are_compared_as_they_are_stored(tmp_path: Path) -> None:
+    """A wider type beside a narrower one is not rounded; of tensors that no bundle reads the type does not count."""
+
+    def retyped(tensors: Tensors) -> Tensors:
+        wide = torch.tensor(1 / 3)
+        return {name: value * wide if "norm" in name else value.bfloat16() for name, value in tensors.items()}
+
+    same = change(qwen(tmp_path / "same"), lambda tensors: {name: value.bfloat16() for name, value in tensors.items()})
+    mixed = change(qwen(tmp_path / "mixed"), retyped)
+    plan, other = BuildPlan(Checkpoint(same), OPTIONS), BuildPlan(Checkpoint(mixed), OPTIONS)
+    assert (plan.stored_types(), other.stored_types()) == ({"BF16"}, {"BF16", "F32"})
+    assert memory_of_streamed(other) > memory_of_streamed(plan)
+    assert failing(agreement(plan, tmp_path / "same-bundle")) == []
+    assert failing(agreement(other, tmp_path / "mixed-bundle")) == []
+
+
+@pytest.mark.slow
 def test_the_first_layers_are_compared_with_the_first_layers(tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, num_decoder_layer=3)
     plan = BuildPlan(Checkpoint(qwen(tmp_path / "checkpoint", layers=5)), options)
