@@ -200,6 +200,7 @@ def remove_bundle(folder: Path) -> None:
     if manifest is not None:
         files.remove_named(folder, names_of(folder, manifest) - {MANIFEST})
         files.remove_file(folder / MANIFEST)
+    files.remove_empty_within(folder)
     files.remove_empty(folder)
 
 

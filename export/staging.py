@@ -205,6 +205,8 @@ class Staging:
         self._refuse_foreign_files()
         with self.writing("the finished bundle"):
             files.remove_file(self.folder / STAMPS)
+            files.remove_empty_within(self.folder)
+            self._journal.open_scratch()
             if os.path.lexists(self.output):
                 self._replace_output()
             else:

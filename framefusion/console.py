@@ -31,6 +31,7 @@ WIDTH = 100
 _JSON = "framefusion.json"
 _WARNED = "framefusion.warned"
 _UNWRITABLE = FULL | {errno.EPIPE}
+_NO_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}  # of files that a user has given
 _interrupts: list[int] = []  # Ctrl-C since the command line began
 _UNITS = ("B", "kB", "MB", "GB")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -85,6 +86,9 @@ class CommandGroup(click.Group):
                 _end(ctx, error)
             if isinstance(error, OSError) and error.errno in _UNWRITABLE:
                 _end(ctx, StorageError(_unwritable(error)))
+            if isinstance(error, OSError) and error.errno in _NO_NAMES:
+                shown = os.fsdecode(error.filename or "a file")
+                _end(ctx, StorageError(f"{shown[:80]!r} cannot be opened ({error.strerror}): give another name"))
             raise
 
 

@@ -115,12 +115,11 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def foreign_entries(folder: Path, named: Collection[str]) -> list[str]:
-    """What is in a folder beside the files named, relative to it; empty folders that lead to none of them included.
+    """What is in a folder beside the files named, relative to it. Folders that are empty hold nothing.
 
     Raises:
         OSError: a folder cannot be read.
     """
-    leading = {str(parent) for name in named for parent in PurePosixPath(name).parents}
     found = []
 
     def fail(error: OSError) -> None:
@@ -131,8 +130,6 @@ def foreign_entries(folder: Path, named: Collection[str]) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         names = [os.path.normpath(os.path.join(here, name)) for name in (*files, *links)]
         found += [name for name in names if name not in named]
-        if not folders and not files and here not in leading:
-            found.append(here)
     return sorted(found)
 
 
@@ -305,6 +302,13 @@ def remove_empty(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def remove_empty_within(folder: Path) -> None:
+    """Remove the folders within one that are empty, and those that are then."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        if Path(place) != folder:
+            remove_empty(Path(place))
 
 
 def remove_scratch(folder: Path) -> None:

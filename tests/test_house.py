@@ -200,6 +200,34 @@ def test_only_the_commands_print(path: Path) -> None:
     assert [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"] == []
 
 
+DESTRUCTIVE = {
+    *("unlink", "rmtree", "removedirs", "rename", "renames", "move", "write_bytes", "write_text", "truncate"),
+    *("copyfile", "copytree", "copy2", "mkstemp"),
+}
+REPLACED = {
+    "framefusion/files.py": DESTRUCTIVE,  # the rule itself
+    "export/card.py": {"copyfile", "write_text"},  # these write a part, in a scratch folder of a build
+    "export/compile.py": {"write_text"},
+    "export/parts.py": {"copyfile"},
+    "export/tokenizer_file.py": {"write_text"},
+    "export/engines/cache.py": {"copyfile"},  # to a free name
+    "export/engines/inductor.py": {"unlink"},  # beside an unfinished engine of the cache, which is locked
+    "export/engines/tensorrt_build.py": {"unlink"},
+    "runtime/cuda/kernels.py": {"mkstemp", "unlink"},  # fresh files of the user's cache
+    "runtime/user_cache.py": {"mkstemp", "unlink"},
+    "runtime/manifest_file.py": {"unlink"},  # a fresh file of its own
+    "runtime/signatures.py": {"unlink"},
+}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
+def test_files_are_removed_and_replaced_by_the_rule(path: Path) -> None:
+    """framefusion/files.py alone removes and overwrites; where another module does, it is said here why it may."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    used = {func.attr for func in calls if isinstance(func, ast.Attribute) and func.attr in DESTRUCTIVE}
+    assert used <= REPLACED.get(str(path.relative_to(ROOT)), set())
+
+
 # --- What the documents say -----------------------------------------------------------------------------------------
 
 

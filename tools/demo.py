@@ -20,6 +20,7 @@ from typing import Any
 CHECKPOINT = Path("tests/models/tiny_qwen2_vl")
 OUT = Path("demo-out")
 BUNDLE, CLIPS, BLOCKED = OUT / "bundle", OUT / "clips", OUT / "blocked"
+MARK = OUT / ".made-by-the-demo"
 CLIP_COUNT = 10  # each kind of question twice
 DENSE, REDUCED = 1.0, 0.3
 ABSENT = ("torch", "transformers", "onnx", "onnxscript", "safetensors")  # from the machine that runs a bundle
@@ -33,6 +34,7 @@ Answer = dict[str, Any]  # what `ff-run generate --json` prints
 
 def main() -> int:
     started = time.monotonic()
+    own_folder()
     try:
         build()
         block_imports()
@@ -49,6 +51,14 @@ def main() -> int:
 
 def title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
+
+
+def own_folder() -> None:
+    """Write only to a folder that this demo has made, or that holds nothing."""
+    if OUT.is_symlink() or (OUT.exists() and not MARK.is_file() and not (OUT.is_dir() and not any(OUT.iterdir()))):
+        raise SystemExit(f"demo: {OUT} exists and no demo has made it: move it away, or `make clean`")
+    OUT.mkdir(exist_ok=True)
+    MARK.touch()
 
 
 # --- Steps ----------------------------------------------------------------------------------------------------------

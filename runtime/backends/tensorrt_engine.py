@@ -8,12 +8,12 @@ no request. No GPU has run this yet.
 from __future__ import annotations
 
 import mmap
-import os
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from framefusion import files
 from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends.tensorrt_library import TYPE_NAMES, Library
 from framefusion.runtime.bundle import EngineRecord
@@ -235,8 +235,6 @@ def _save(kernels: Any, path: Path, before: bytes) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(bytes(serialized))
-        part.replace(path)
+        files.write_file(path, bytes(serialized))
     except OSError:
         return

@@ -14,7 +14,6 @@ import resource
 import select
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections import Counter
@@ -51,7 +50,7 @@ class Fault(NamedTuple):
     what: str
 
 
-Attack = Callable[[random.Random, World, Path], Fault | None]
+Attack = Callable[[random.Random, World, Path], "Fault | list[Fault] | None"]
 
 
 class Kind(NamedTuple):
@@ -61,6 +60,8 @@ class Kind(NamedTuple):
     about: str  # a phrase for the table
     attack: Attack
     share: float = 1.0  # of the trials, relative to the others
+    batch: int = 1  # trials that one call runs
+    seconds: float = SECONDS  # that one call may take
 
 
 @dataclass
@@ -73,12 +74,12 @@ class Tally:
     slowest: float = 0.0
     largest: int = 0  # bytes
 
-    def add(self, trial: int, fault: Fault | None, end: End) -> None:
-        """Count a trial."""
-        self.tried += 1
-        self.slowest = max(self.slowest, end.seconds)
+    def add(self, trial: int, faults: Sequence[Fault], end: End, batch: int) -> None:
+        """Count a trial, or a batch of them."""
+        self.tried += batch
+        self.slowest = max(self.slowest, end.seconds / batch)
         self.largest = max(self.largest, end.memory)
-        if fault is not None:
+        for fault in faults:
             self.faults[fault.kind] += 1
             if len(self.first) < _TOLD:
                 self.first.append({"trial": trial, "fault": fault.kind, "what": fault.what[-2000:]})
@@ -141,25 +142,27 @@ def _end_with(call: Callable[[], Any], writing: int) -> None:
         os._exit(1)
 
 
-def run_trial(kind: Kind, seed: int, trial: int, world: World, place: Path) -> tuple[Fault | None, End]:
-    """One trial in a folder of its own, which is gone afterwards."""
+def run_trial(kind: Kind, seed: int, trial: int, world: World, place: Path) -> tuple[list[Fault], End]:
+    """One trial, or a batch of them, in a folder of its own, which is gone afterwards."""
     rng = random.Random(f"{kind.name} {seed} {trial}")
     folder = place / f"{kind.name.replace(' ', '-')}-{trial}"
     folder.mkdir()
 
-    def attack() -> list[str] | None:
-        fault = kind.attack(rng, world, folder)
-        return None if fault is None else list(fault)
+    def attack() -> list[list[str]]:
+        found = kind.attack(rng, world, folder)
+        faults = found if isinstance(found, list) else [] if found is None else [found]
+        return [list(fault) for fault in faults]
 
-    end = in_child(attack)
+    end = in_child(attack, kind.seconds)
     shutil.rmtree(folder, ignore_errors=True)
     if end.status is None:
-        return Fault("hang", f"not done after {SECONDS:g} s"), end
+        return [Fault("hang", f"not done after {kind.seconds:g} s")], end
     if end.status != 0:
-        return Fault("traceback", f"the process ended with {end.status}: {end.told}"), end
+        return [Fault("traceback", f"the process ended with {end.status}: {end.told}")], end
+    faults = [Fault(*fault) for fault in end.told]
     if end.memory > MEMORY:
-        return Fault("memory", f"{end.memory / 1e9:.1f} GB"), end
-    return (None if end.told is None else Fault(*end.told)), end
+        faults.append(Fault("memory", f"{end.memory / 1e9:.1f} GB"))
+    return faults, end
 
 
 def attack(
@@ -192,27 +195,22 @@ def attack(
             continue
         if minutes is not None and time.monotonic() - start > 60 * minutes:
             break
-        fault, end = run_trial(kind, seed, trial, world, place)
-        tallies[kind.name].add(trial, fault, end)
+        faults, end = run_trial(kind, seed, trial, world, place)
+        tallies[kind.name].add(trial, faults, end, kind.batch)
         told(sum(tally.tried for tally in tallies.values()))
     return tallies
 
 
 def _order(kinds: Sequence[Kind], trials: int) -> Iterator[tuple[int, Kind]]:
-    """Trials of all kinds in turns, each with its number within its kind."""
+    """Calls of all kinds in turns, each with its number within its kind, until there were so many trials."""
     whole = sum(kind.share for kind in kinds)
     run = dict.fromkeys((kind.name for kind in kinds), 0)
-    for number in range(1, trials + 1):
-        kind = max(kinds, key=lambda kind: kind.share / whole * number - run[kind.name])
-        yield run[kind.name], kind
-        run[kind.name] += 1
+    while (done := sum(run.values())) < trials:
+        kind = max(kinds, key=lambda kind: kind.share / whole * (done + kind.batch) - run[kind.name] - kind.batch / 2)
+        yield run[kind.name] // kind.batch, kind
+        run[kind.name] += kind.batch
 
 
 def limit_file_size(size: int) -> None:
     """From here on no file of this process grows beyond `size`: what a full disk does, by the kernel itself."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def quiet() -> None:
-    """No progress, no warnings of libraries."""
-    sys.unraisablehook = lambda _: None

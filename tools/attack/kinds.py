@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.attack import flags, foreign, killed
+from tools.attack import batches, flags, foreign, killed
 from tools.attack.harness import Kind
 
 KINDS = (
@@ -14,4 +14,6 @@ KINDS = (
     ),
     Kind("killed builds", "builds killed, interrupted or out of disk at any write, and run again", killed.attack, 2),
     Kind("flags", "any command with any flags and values", flags.attack, 2),
+    Kind("bundles", "edited manifests and damaged files, run", batches.bundles, 2, batches.BATCH, batches.SECONDS),
+    Kind("pictures", "mutated pictures of every format", batches.pictures, 1, batches.BATCH, batches.SECONDS),
 )
