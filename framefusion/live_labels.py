@@ -78,6 +78,11 @@ def mrope_labels(model: Any, seen: Seen, given: dict[str, Any], *, timed: bool =
             "position_ids without three axes do not tell the places of visual tokens: leave position_ids out and give "
             "mm_token_type_ids and the grids, as the processor does"
         )
+    if positions.shape[1] not in (1, len(ids)) or positions.shape[2] != ids.shape[1]:
+        raise PromptError(
+            f"position_ids of shape {tuple(positions.shape)} do not fit {ids.shape[0]} prompts of {ids.shape[1]} "
+            "tokens: transformers before 5.23 cuts them on the wrong axis with prefill_chunk_size; leave it out"
+        )
     axes = np.broadcast_to(positions[-3:].cpu().numpy(), (3, *ids.shape))
     tokens_of_videos = iter(_video_lengths(config, seen.given) if timed else ())
     labels = np.full(ids.shape, TEXT, np.int64)

@@ -6,6 +6,7 @@ What is broken is always the caller or the callee within transformers; our hooks
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from framefusion.errors import BackendError, PromptError
 from framefusion.interface import apply_framefusion, remove_framefusion
+from framefusion.live_labels import FAMILIES
 from framefusion.live_seams import CACHE_ARGUMENTS, VERSIONS, installed
 from tests.framefusion.test_interface import FILM, film_prompt, live, llama, seeing, seen_prompt
 
@@ -234,3 +236,21 @@ def test_names_of_transformers_stand_in_one_module() -> None:
         assert not [name for name in modules if name.split(".")[0] == "transformers"], path
         spelled = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
         assert not {"past_key_values", "cache"} & {word for word in spelled if isinstance(word, str)}, path
+
+
+def test_the_versions_known_to_work_are_those_of_the_committed_answers() -> None:
+    """Every cell is equal, or what the version does without us; the document shows all of them."""
+    from tools.live_versions import BEGIN, DOCUMENT, END, RESULTS, WAYS, table, verdict
+
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert tuple(".".join(one["transformers"].split(".")[:2]) for one in results) == VERSIONS
+    families = list(results[-1]["families"])
+    assert sorted(families) == sorted(FAMILIES)
+    verdicts = {
+        (i, family, way): verdict(results, i, family, way) for i in range(4) for family in families for way in WAYS
+    }
+    assert set(verdicts.values()) <= {"equal", "not by transformers", "differs as transformers does"}
+    newest = [key for key, value in verdicts.items() if key[0] == 3 and value != "equal"]
+    assert newest == [(3, f"llava_{name}", "assisted") for name in ("onevision", "next_video")]
+    shown = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
+    assert shown == table(results)
