@@ -27,6 +27,7 @@ from framefusion.runtime.image_formats import (
     check_missing,
     png_chunks,
     png_pixels,
+    pnm_levels,
 )
 from framefusion.runtime.image_pixels import rgb_pixels
 from framefusion.runtime.media_file import MediaLimits, existing_file
@@ -94,6 +95,7 @@ def decode_image(file: bytes, name: str, limits: MediaLimits) -> NDArray[np.uint
         if any(chunk.name == b"acTL" for chunk in png_chunks(memoryview(file))):
             warnings.warn(OPENING.format(name=name), MediaWarning, stacklevel=2)
         file = png_pixels(memoryview(file), name)
+    file = pnm_levels(file, name)
     if file.startswith(JPEG_SIGNATURE):
         scans = JpegScans.from_bytes(file)
         if scans.scans > MAX_SCANS:

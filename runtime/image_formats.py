@@ -1,4 +1,6 @@
-"""PNG and JPEG as far as it takes to keep the pixels where the rest of a file is odd: chunks, markers, missing ends.
+"""PNG, JPEG and PNM as far as it takes to keep the pixels where the rest of a file is odd, soon.
+
+Chunks, markers, missing ends, and levels that Pillow would read one by one in Python.
 
 Bytes in, bytes out; decodes no pixel and opens no file.
 """
@@ -12,6 +14,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from framefusion.errors import MediaWarning, VideoError
 
@@ -28,11 +32,17 @@ MISSING_SHARE = 0.05
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """Of an interlaced PNG's passes: first column and row, and the steps to the next ones."""
 
+PLAIN_PIXELS = 1 << 22
+"""Of a PNM in text."""
+
 MAX_SCANS = 100
 """Of a JPEG: encoders write about ten. A scan takes a few bytes and a pass over all pixels."""
 
 # Between scans: a marker that is no stuffed zero, no restart and no fill byte.
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+# Magic number, width, height and white of a PNM; comments run to the end of their line.
+_SPACE = rb"(?:\s|#[^\n]*\n)+"
+_PNM = re.compile(rb"(P[1-6])%s(\d{1,9})%s(\d{1,9})(?:%s(\d{1,6}))?\s" % (_SPACE, _SPACE, _SPACE))
 _WITHOUT_LENGTH = frozenset({0x01, 0xD8, 0xD9, *range(0xD0, 0xD8)})
 _START_OF_SCAN, _END = 0xDA, 0xD9
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
@@ -126,6 +136,38 @@ def check_missing(name: str, missing: float, most: float = MISSING_SHARE) -> Non
         raise VideoError(f"{name} is truncated: {missing:.1%} of its pixels are missing; copy or download it again")
     if missing:
         warnings.warn(f"{name} lacks its last bytes: {missing:.1%} of its pixels are blank", MediaWarning, stacklevel=2)
+
+
+def pnm_levels(file: bytes, name: str) -> bytes:
+    """A binary PGM or PPM whose white is neither 255 nor 65535, with levels of 0..255; other files as they are.
+
+    Pillow scales such levels one by one, 2 seconds a megapixel.
+
+    Raises:
+        VideoError: levels are missing, or they are written as text and too many for that.
+    """
+    header = _PNM.match(file)
+    if header is None:
+        return file
+    kind, width, height, white = header[1], int(header[2]), int(header[3]), int(header[4] or 255)
+    if kind in (b"P1", b"P2", b"P3") and width * height > PLAIN_PIXELS:
+        raise VideoError(
+            f"{name} is {width}x{height} in levels that are written as text, the limit of such is {PLAIN_PIXELS} "
+            "pixels: save it as PNG"
+        )
+    direct = {b"P5": (255, 65535), b"P6": (255,)}.get(kind)
+    if direct is None or white in direct or not 0 < white < 65536:
+        return file
+    count = width * height * (3 if kind == b"P6" else 1)
+    kept = file[header.end() : header.end() + count * (1 + (white > 255))]
+    levels = np.frombuffer(kept[: len(kept) // 2 * 2] if white > 255 else kept, ">u2" if white > 255 else np.uint8)
+    if levels.size < count:
+        share = 1 - levels.size / count
+        raise VideoError(f"{name} is truncated: {share:.1%} of its pixels are missing; copy or download it again")
+    if levels.max(initial=0) > white:
+        raise VideoError(f"{name} is damaged: a level is {levels.max()}, white is {white}; copy or download it again")
+    table = np.rint(np.arange(white + 1) / white * 255).astype(np.uint8)
+    return b"%s %d %d 255\n" % (kind, width, height) + table[levels].tobytes()
 
 
 def _number(file: memoryview, at: int) -> int:

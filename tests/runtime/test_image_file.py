@@ -68,11 +68,27 @@ def test_16_bit_grey_is_scaled() -> None:
             np.testing.assert_array_equal(read[:, :, channel], want)
 
 
-@pytest.mark.parametrize("white", [1023, 4095])
-def test_grey_of_other_depths_is_scaled(white: int) -> None:
-    ramp = np.linspace(0, white, 64 * 48).reshape(48, 64).astype(">u2")
-    read = decode_image(f"P5 64 48 {white}\n".encode() + ramp.tobytes(), "a", LIMITS)
-    assert np.abs(read[:, :, 0].astype(float) - ramp.astype(float) / white * 255).max() <= 0.51
+@pytest.mark.parametrize("white", [1, 15, 100, 1023, 4095, 65535])
+@pytest.mark.parametrize("kind", ["P5", "P6"])
+def test_grey_and_colours_of_other_depths_are_scaled_to_their_white(kind: str, white: int) -> None:
+    shape = (48, 64, 3) if kind == "P6" else (48, 64)
+    levels = np.linspace(0, white, int(np.prod(shape))).reshape(shape).astype(">u2" if white > 255 else np.uint8)
+    file = f"{kind} # of a camera\n64 48\n{white}\n".encode() + levels.tobytes()
+    read = decode_image(file, "a", LIMITS).astype(float)
+    wanted = levels.astype(float) / white * 255
+    assert np.abs(read - (wanted if kind == "P6" else wanted[:, :, None])).max() <= 0.51
+    if white != 65535:
+        refused(file[: len(file) // 2], "is truncated: 5[0-9].[0-9]% of its pixels are missing")
+
+
+def test_levels_above_their_white_are_damage() -> None:
+    refused(b"P5 2 1 100\n\x05\xc8", "a level is 200, white is 100")
+
+
+def test_a_large_picture_in_text_is_refused() -> None:
+    refused(b"P2 3000 3000 255\n7 7 7", "in levels that are written as text, the limit of such is 4194304")
+    assert decode_image(b"P2 2 1 15\n15 0\n", "a", LIMITS).tolist() == [[[255] * 3, [0] * 3]]
+    assert decode_image(b"P1 2 1\n1 0\n", "a", LIMITS).tolist() == [[[0] * 3, [255] * 3]]
 
 
 def test_floats_are_shares_of_white() -> None:

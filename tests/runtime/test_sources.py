@@ -155,7 +155,8 @@ def test_times_that_place_no_frames(begin: Any) -> None:
 
 
 def test_frames_need_a_rate_or_times() -> None:
-    for given in ({}, {"fps": 2.0, "times": [0, 1, 2, 3, 4]}):
+    both: dict[str, Any] = {"fps": 2.0, "times": [0, 1, 2, 3, 4]}
+    for given in (dict[str, Any](), both):
         with pytest.raises(VideoError, match="give one of fps and times"):
             video_of_frames(FILM, **given)
 
