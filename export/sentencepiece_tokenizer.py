@@ -176,7 +176,7 @@ def _normalizer(spec: Any) -> Any:
         steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))
     if spec.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(rf"{SPACE}+\z"), ""))
+        steps.append(normalizers.Replace(Regex(rf"(?<!{SPACE}){SPACE}+\z"), ""))
     return normalizers.Sequence(steps)
 
 

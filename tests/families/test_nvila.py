@@ -119,6 +119,9 @@ def test_rows_of_several_images_and_a_video(folders: dict[str, Path], variant: s
         (" Why?\n", IMAGE, " \n"),
         (VIDEO, "\n So? \n"),
         ("Look: ", IMAGE, " here", VIDEO),
+        (" \n", "  Why? ", IMAGE, "\t", " "),
+        ("", "\t", IMAGE, " x"),
+        ("  ", " \n"),
     ],
 )
 def test_prompts_are_stripped(folders: dict[str, Path], variant: str, parts: tuple[str | Visual, ...]) -> None:
