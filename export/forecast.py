@@ -175,11 +175,9 @@ def _check_line(check: Mapping[str, Any] | None, memory: int | None) -> str:
         return "check: left out, NOTHING will be compared"
     streamed = "all of it, weights read from the disk as they are used"
     told = check["why"] or {"streamed": streamed}.get(check["method"], "full")
-    against = check["transformers"]
-    compared = (
-        "with transformers' class, all layers" if against["compared"] else f"NOT with transformers: {against['why']}"
-    )
-    return f"check: {told}; memory about {in_bytes(memory)}; compared {compared}"
+    why = check["transformers"].get("why")
+    compared = f"NOT compared with transformers: {why}" if why else "each layer built is compared with transformers'"
+    return f"check: {told}; memory about {in_bytes(memory)}; {compared}"
 
 
 def render(facts: Mapping[str, Any]) -> str:
