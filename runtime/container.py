@@ -201,13 +201,18 @@ class Listing:
                 first, last = np.searchsorted(self.shown, [around.min(), around.max()]).tolist()
                 missing = int(np.maximum(np.round(gaps[first:last] / usual) - 1, 0).sum())
                 lost += min(missing, -(-int(self.holes[place]) // smallest) or LOST_BY_CORRUPTION)
-        if self.tail > max(HOLE_BYTES, (1 - COMPLETE_SHARE) * (self.tail + int(self.sizes.sum()))):
+        if self.has_tail:
             length = (int(self.shown[-1]) - min(int(self.shown[0]), 0)) * self.tick
             missing = round((self.header_seconds - length) / (usual * self.tick)) - 1
             if not self.header_seconds:
                 missing = round(len(self.pts) * self.tail / int(self.sizes.sum()))
             lost += max(min(missing, -(-self.tail // smallest)), 0)
         return lost
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether more than a small part of the file lies behind the last packet: the container broke there."""
+        return self.tail > max(HOLE_BYTES, (1 - COMPLETE_SHARE) * (self.tail + int(self.sizes.sum())))
 
     def tells_frames_apart(self) -> bool:
         """Whether every frame has a packet and a timestamp of its own, and a key frame to start from."""
@@ -239,7 +244,7 @@ class Listing:
         A file whose structure is whole is whole, however long its last frame is shown and whatever its header says of
         frames or seconds; one that breaks off, or whose structure does not tell, is measured by what was promised.
         """
-        if ending.whole:
+        if ending.whole or (ending.whole is None and self.has_tail):  # the second is damage: `torn` counts it
             return
         share = ending.share
         if ending.measure == "frames" and self.header_frames:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-MAX_PARTS = 100_000
-"""Outermost boxes that are looked at; a fragmented MP4 has two a second."""
+MAX_PARTS = 20_000
+"""Outermost boxes that are looked at; a fragmented MP4 has some each second."""
 
 TAIL = 1 << 16  # an Ogg page has this many bytes at most
 UNKNOWN_SIZE = (1 << 56) - 1  # of a Matroska element that was written to a pipe

@@ -25,6 +25,9 @@ EPSILON = 1e-3  # of a frame, for timestamps rounded to their time base
 MAX_RATE = 240.0
 """Frames a second that a film of varying rate is counted in, at most: a pair of frames in one tick says nothing."""
 
+NEAR = 0.9
+"""Of the rate at which the closest frames stand: what a container claims is taken if it is this much."""
+
 MAX_SECONDS = 7 * 86400.0
 """Length of a film: timestamps beyond are damage."""
 
@@ -93,7 +96,10 @@ class Timeline:
         for rate in [*claimed, *fitted]:
             if _is_constant(times, duration, rate):
                 return cls(times, count / rate, rate, constant=True)
-        rate = max([rate for rate in claimed if rate <= MAX_RATE] + [min(1 / usual, MAX_RATE) if usual else 1.0])
+        rate = max([rate for rate in claimed if rate <= MAX_RATE], default=0.0)
+        densest = min(1 / float(gaps[gaps > 0].min(initial=duration)), MAX_RATE)
+        if rate < NEAR * densest:  # so that no frame falls between two that are counted
+            rate = densest
         return cls(times, duration, rate, constant=False)
 
     @property

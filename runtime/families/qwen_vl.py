@@ -117,7 +117,12 @@ class QwenVLPreprocessing(Preprocessing):
     def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
         """The frame in the size that all of so many get."""
         height, width = _grid(count, self.frame_size(count, *frame.shape[:2]), self)[1:]
-        return (resize(frame, height * self.patch_size, width * self.patch_size, self.resample),)
+        return (self.resized(frame, height * self.patch_size, width * self.patch_size),)
+
+    def resized(self, frame: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+        """A frame in another size, rounded as often as this checkpoint's processor does."""
+        by = resize if self.resize_rounding == "twice" else resize_rounded_once
+        return by(frame, height, width, self.resample)
 
     def patches(self, video: Video) -> Tiles:
         """A video's frames, resized and cut."""
@@ -192,9 +197,8 @@ def patchify(
     blocks = (grid.height // merge, grid.width // merge)
     values = np.empty((grid.frames, *blocks, merge, merge, 3, depth, patch, patch), np.float32)
     levels = normalised_levels(preprocessing)
-    resized_by = resize if preprocessing.resize_rounding == "twice" else resize_rounded_once
     for i, frame in enumerate(frames):
-        resized = resized_by(frame, grid.height * patch, grid.width * patch, preprocessing.resample)
+        resized = preprocessing.resized(frame, grid.height * patch, grid.width * patch)
         for channel in range(3):
             plane = levels[channel].take(resized[:, :, channel])  # [h * patch, w * patch]
             plane = plane.reshape(blocks[0], merge, patch, blocks[1], merge, patch)
