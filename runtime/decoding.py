@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from framefusion.errors import VideoError
-from framefusion.runtime.container import check_deadline, film, packets
+from framefusion.runtime.container import Listing, check_deadline, film, packets
+from framefusion.runtime.frame_pixels import UPRIGHT, as_shown, display_matrix
 from framefusion.runtime.media_file import MediaLimits
 
 # FFmpeg's own decoders of these drop the transparency that a second picture in each packet holds; the library's do not.
@@ -72,6 +76,7 @@ class Decoder:
 
     Attributes:
         damaged: packets so far that could not be decoded.
+        matrix: of the first frame, how the film is laid.
     """
 
     def __init__(self, container: Any, budget: Budget) -> None:
@@ -79,6 +84,7 @@ class Decoder:
         self.stream = film(container)
         self.codec = _codec(self.stream)
         self.damaged = 0
+        self.matrix: tuple[int, int, int, int] | None = None
 
     def frames(self) -> Iterator[Any]:
         """From where the container stands."""
@@ -104,7 +110,13 @@ class Decoder:
             return
         for frame in frames:
             self.budget.spend(sum(plane.buffer_size for plane in frame.planes))
+            if self.matrix is None:
+                self.matrix = display_matrix(frame)
             yield frame
+
+    def shown(self, frame: Any, listing: Listing) -> NDArray[np.uint8]:
+        """RGB [H, W, 3] of a frame of this film, as a player shows it."""
+        return as_shown(frame, listing.height, listing.width, listing.aspect, self.matrix or UPRIGHT)
 
 
 def _codec(stream: Any) -> Any:

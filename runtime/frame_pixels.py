@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 
-ONE = 1 << 16  # in the numbers of a display matrix
+UPRIGHT = (1, 0, 0, 1)
 
 
-def as_shown(frame: Any, height: int, width: int, aspect: float = 1.0) -> Pixels:
+def as_shown(
+    frame: Any, height: int, width: int, aspect: float = 1.0, matrix: tuple[int, int, int, int] = UPRIGHT
+) -> Pixels:
     """RGB [H, W, 3] of a frame.
 
     Args:
@@ -24,6 +26,7 @@ def as_shown(frame: Any, height: int, width: int, aspect: float = 1.0) -> Pixels
         height, width: of the film's frames as they are coded: one that differs, in a film that changes its size on the
             way, gets them.
         aspect: width of a pixel through its height; the width is stretched by it.
+        matrix: the film's `display_matrix`.
     """
     wide = max(round(width * aspect), 1)
     fits = (frame.height, frame.width) == (height, wide)
@@ -37,7 +40,7 @@ def as_shown(frame: Any, height: int, width: int, aspect: float = 1.0) -> Pixels
         shown = frame.to_ndarray(format="rgb24")
     else:
         shown = frame.to_ndarray(format="rgb24", height=height, width=wide, interpolation="BICUBIC")
-    return turned(shown, display_matrix(frame))
+    return turned(shown, matrix)
 
 
 def has_alpha(frame: Any) -> bool:
@@ -59,12 +62,14 @@ def on_white(rgba: Pixels) -> Pixels:
 def display_matrix(frame: Any) -> tuple[int, int, int, int]:
     """a, b, c, d: a pixel at (x, y) is shown at (a x + c y, b x + d y), each -1, 0 or 1; the nearest such where it is
     none (ISO 14496-12, 8.2.2).
+
+    Read it from one frame of a film: PyAV's side data keep their frame in memory until garbage is collected.
     """
     for one in frame.side_data:
         if one.type.name == "DISPLAYMATRIX":
             a, b, _, c, d = struct.unpack("=5i", bytes(one)[:20])
             return _nearest(a, b, c, d)
-    return (1, 0, 0, 1)
+    return UPRIGHT
 
 
 def _nearest(a: int, b: int, c: int, d: int) -> tuple[int, int, int, int]:

@@ -27,7 +27,7 @@ from framefusion.runtime.animation import AnimatedPicture, is_animated_webp
 from framefusion.runtime.container import DRAWN_OVER, ONE_FRAME_A_PACKET, Listing, open_video
 from framefusion.runtime.decoding import Budget, Decoder, in_order
 from framefusion.runtime.ending import Ending
-from framefusion.runtime.frame_pixels import as_shown, on_white
+from framefusion.runtime.frame_pixels import on_white
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.media_file import MediaLimits, existing_file
 from framefusion.runtime.timeline import Sampled, Timeline, ascending, disorder
@@ -172,9 +172,10 @@ def _read_film(source: Path, sampling: FrameSampling, budget: Budget, keep: _Kee
     keep.start(sampled.indices, listing.height, listing.display_width)
     chosen = set(keep.unique.tolist())
     with open_video(source) as container:
-        for number, frame in enumerate(Decoder(container, budget).frames()):
+        decoder = Decoder(container, budget)
+        for number, frame in enumerate(decoder.frames()):
             if number in chosen:
-                keep.add(as_shown(frame, listing.height, listing.width, listing.aspect))
+                keep.add(decoder.shown(frame, listing))
             if number == keep.unique[-1]:
                 break
     return timeline, sampled, lost
@@ -194,7 +195,7 @@ def _picked(source: Path, listing: Listing, indices: NDArray[np.int64], budget: 
             if frame is None or frame.pts != pts or decoder.damaged:
                 yield None
                 return
-            yield as_shown(frame, listing.height, listing.width, listing.aspect)
+            yield decoder.shown(frame, listing)
             reached = index
 
 
@@ -266,10 +267,6 @@ class _Keeper:
         """The next frame [H, W, 3]; False for None."""
         if pixels is None:
             return False
-        if self._added and pixels.shape[:2] != self._size:  # a film that is turned on the way
-            from PIL import Image
-
-            pixels = np.asarray(Image.fromarray(pixels).resize(self._size[::-1]))
         self._size = (pixels.shape[0], pixels.shape[1])
         count = len(self._places)
         pictures = (pixels,) if self._shrink is None else self._shrink(pixels, count)

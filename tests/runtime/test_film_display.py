@@ -109,7 +109,7 @@ def test_the_default_track_is_shown_not_the_first() -> None:
 def test_animated_pictures_are_films(tmp_path: Path, kind: str) -> None:
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 250)]
     first, *rest = [Image.new("RGB", (32, 32), colour) for colour in colours]
-    options = {"lossless": True} if kind == "webp" else {}
+    options: dict[str, Any] = {"lossless": True} if kind == "webp" else {}
     try:
         first.save(tmp_path / f"a.{kind}", save_all=True, append_images=rest, duration=[100, 200, 300, 400], **options)
     except (KeyError, OSError) as error:

@@ -127,7 +127,7 @@ def test_minutes_of_2160p_take_no_more_memory_than_one_frame_needs() -> None:
     )
     *shape, peak = map(int, done.stdout.split())
     assert shape == [120, 112, 112, 3]
-    assert peak / 1024 < 1500  # MB; 120 frames alone would be 2,986, twice with a copy
+    assert peak / 1024 < 800  # MB; measured 260, of any number of frames; 120 frames as they are would be 2,986
 
 
 def test_the_rate_of_the_command_line_is_refused_in_one_line(bundle: Path) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from framefusion.errors import BundleError, VideoError
 from framefusion.runtime import video as video_module
+from framefusion.runtime.decoding import Decoder
 from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media_file import MediaLimits
 from framefusion.runtime.records import RecordError, from_json, to_json
@@ -251,7 +252,7 @@ def test_too_short_for_the_sampling(tmp_path: Path) -> None:
 
 def test_size_limits_are_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 8)
-    monkeypatch.setattr(video_module, "as_shown", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(Decoder, "shown", lambda *_: pytest.fail("decoded"))
     with pytest.raises(VideoError, match="is 64x48, 3072 pixels a frame, the limit is 3000"):
         read_video(path, FrameSampling(), limits=MediaLimits(frame_pixels=3000))
     with pytest.raises(VideoError, match="4 frames of 64x48 take 36864 bytes, the limit is 30000"):
