@@ -110,7 +110,8 @@ class OnnxRuntimeBackend(HostBackend):
             options.enable_cpu_mem_arena = False
             options.add_session_config_entry("session.disable_prepacking", "1")
         try:
-            return ort.InferenceSession(path, options, providers=self._providers)
+            on_cpu = self._place[0] == "cpu"  # there is nothing to fall back to, and it would be printed on stdout
+            return ort.InferenceSession(path, options, providers=self._providers, enable_fallback=not on_cpu)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise BundleError(
                 f"{path} cannot be loaded by onnxruntime {ort.__version__} ({_said(error)}): rebuild"
@@ -184,6 +185,7 @@ class OnnxRuntimeSegment:
 
         self._session, self._binding, self._cache, self._place = session, session.io_binding(), cache, place
         self._options = ort.RunOptions()
+        self._options.log_severity_level = 4  # as for the session
         self._options.only_execute_path_to_fetches = True  # a chunk whose logits nobody wants has no head
         if place[0] != "cpu":  # what follows is on the same stream: nothing has to wait here
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")

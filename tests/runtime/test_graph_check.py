@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,3 +194,19 @@ def test_the_list_holds_what_the_dialects_say_and_no_code() -> None:
     assert {"GroupQueryAttention", "MultiHeadAttention", "QuickGelu"} == graph_check.CONTRIB
     known = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == ""}
     assert known >= graph_check.STANDARD
+
+
+def test_what_onnxruntime_has_to_say_is_one_line_of_an_error(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A node's name is the graph's own, and terminals obey some names."""
+    model = load(bundle / VISION)
+    model.graph.node[0].name = "\x1b]0;mine\x07"
+    model.graph.node[0].input.append("nothing that there is")
+    copied = tmp_path / "bundle"
+    shutil.copytree(bundle, copied)
+    (copied / VISION).write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match="cannot be loaded by onnxruntime") as refused:
+        OnnxRuntimeBackend(copied).session(VISION)
+    assert str(refused.value).isprintable()
+    assert capfd.readouterr() == ("", "")
