@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from framefusion.errors import BackendError, BundleError
+from framefusion.plain_text import printable
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.bundle import Manifest
 from framefusion.runtime.graph_check import check_graph
 from framefusion.runtime.kv_cache import SegmentCache
-from framefusion.runtime.records import is_harmless
 
 if TYPE_CHECKING:
     from framefusion.runtime.cuda.device import CudaDevice
@@ -221,4 +221,4 @@ class OnnxRuntimeSegment:
 
 def _said(error: Exception) -> str:
     """What ONNX Runtime says, in a line; names of nodes in it are the graph's own, and a terminal may obey them."""
-    return "".join(filter(is_harmless, " ".join(str(error).split())))
+    return printable(" ".join(str(error).split()))

@@ -31,6 +31,7 @@ import numpy as np
 
 from framefusion.errors import FrameFusionError
 from framefusion.export import inspection
+from framefusion.plain_text import is_harmless
 from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from framefusion.runtime.bundle import MANIFEST, Bundle
 from framefusion.runtime.frame_sampling import sample_indices
@@ -38,7 +39,6 @@ from framefusion.runtime.graph_check import check_graph
 from framefusion.runtime.manifest_file import DIGEST, digest_of, read_manifest
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.prompt import Turn, Visual
-from framefusion.runtime.records import is_harmless
 from framefusion.runtime.signatures import SIGNATURES, Signature, message, write_signatures
 from framefusion.runtime.trust import Trust
 
