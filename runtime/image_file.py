@@ -136,9 +136,18 @@ def _decoded(file: bytes, name: str, limits: MediaLimits) -> NDArray[np.uint8]:
                 image.load()
         except DECODER_ERRORS as error:
             raise VideoError(_unreadable(name, error)) from error
-        if getattr(image, "is_animated", False):
+        pixels = rgb_pixels(image, name)
+        if _is_animated(image):
             warnings.warn(OPENING.format(name=name), MediaWarning, stacklevel=2)
-        return rgb_pixels(image, name)
+        return pixels
+
+
+def _is_animated(image: PilImage) -> bool:
+    """Whether more pictures follow; where the next one is damaged, the first is all there is."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except DECODER_ERRORS:
+        return False
 
 
 def _without_end(file: bytes, name: str, scans: JpegScans, limits: MediaLimits) -> NDArray[np.uint8]:

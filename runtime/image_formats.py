@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from framefusion.errors import MediaWarning, VideoError
 
@@ -166,8 +167,9 @@ def pnm_levels(file: bytes, name: str) -> bytes:
         raise VideoError(f"{name} is truncated: {share:.1%} of its pixels are missing; copy or download it again")
     if levels.max(initial=0) > white:
         raise VideoError(f"{name} is damaged: a level is {levels.max()}, white is {white}; copy or download it again")
-    table = np.rint(np.arange(white + 1) / white * 255).astype(np.uint8)
-    return b"%s %d %d 255\n" % (kind, width, height) + table[levels].tobytes()
+    table: NDArray[np.uint8] = np.rint(np.arange(white + 1) / white * 255).astype(np.uint8)
+    scaled: bytes = table[levels].tobytes()
+    return b"%s %d %d 255\n" % (kind, width, height) + scaled
 
 
 def _number(file: memoryview, at: int) -> int:

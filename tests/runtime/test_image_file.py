@@ -205,6 +205,16 @@ def test_of_an_animation_the_first_picture_is_shown_with_a_warning(kind: str) ->
         np.testing.assert_array_equal(decode_image(file, "a", LIMITS), np.asarray(frames[0]))
 
 
+def test_damage_behind_the_first_picture_of_an_animation_costs_nothing() -> None:
+    frames = [Image.fromarray(np.full((20, 20), level, np.uint8)) for level in (10, 90, 200)]
+    file = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    second = file.index(b",", file.index(b",") + 10)
+    for end in range(second, len(file), 3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MediaWarning)
+            assert (decode_image(file[:end], "a", LIMITS) == 10).all()
+
+
 # ---- what is refused
 
 
@@ -297,6 +307,6 @@ def test_a_photo_of_48_megapixels_is_in_memory_once_decoded_and_once_as_rgb() ->
 
 
 def test_mutated_pictures_end_in_pixels_or_in_an_error() -> None:
-    facts = attack(trials=200, seed=1)
+    facts = attack(trials=400, seed=1)
     assert facts["failed"] == []
     assert min(facts["read"], facts["refused"]) > 20
