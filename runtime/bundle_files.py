@@ -109,7 +109,8 @@ def verify_files(folder: Path, files: Mapping[str, FileRecord], *, trust_stamps:
     """
     check_sizes(folder, files)
     memo = _memo(folder)
-    known, stamps = _read(memo), dict[str, str]()
+    known = _read(memo)
+    stamps: dict[str, str] = {}
     for name, record in files.items():
         path = folder / name
         stamp = _stamp(path, record.sha256)
