@@ -8,6 +8,7 @@ context variable or in the KV cache that travels with the request, never on the 
     before and after the decoder      begins and ends a call; the hidden states regain their length behind it
     before each decoder layer         call 0; position embeddings, mask and cache slots of the tokens present;
                                       DeepStack features of the layer before
+    before input_layernorm            whether the layer was given those
     before post_attention_layernorm   calls 1 and on, in place: the tensor it takes is the layer's residual, too
     before the MLP                    whether that is so
     after each decoder layer          what the layer must have shown
@@ -102,6 +103,8 @@ class FrameFusion:
             enter, between, leave = (partial(hook, i) for hook in (self._enter_layer, self._between, self._leave_layer))
             self._undo.append(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
             self._undo.append(layer.register_forward_hook(leave).remove)
+            before = partial(self._before_attention, i)
+            self._undo.append(layer.input_layernorm.register_forward_pre_hook(before).remove)
             self._undo.append(layer.post_attention_layernorm.register_forward_pre_hook(between).remove)
             self._undo.append(layer.mlp.register_forward_pre_hook(partial(self._before_mlp, i)).remove)
             config = layer.self_attn.config
@@ -267,6 +270,12 @@ class FrameFusion:
         last = index > self.settings.depth + 1 or index >= len(self.decoder.layers) - 1
         call.watching = not last and any(row.reduction.wants_importance for row in call.rows)
         return (hidden,), told
+
+    def _before_attention(self, index: int, *_: Any) -> None:
+        """Whether the layer has the arguments of the tokens that are left, before its attention fails on others."""
+        call = current()
+        if call is not None and call.asked.owner is self:
+            call.proof.entered(index)
 
     def _between(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A call between attention and MLP: the residual is the very tensor that the norm takes."""

@@ -44,14 +44,22 @@ class Proof:
         self._skip(index)
         self.layer, self.place = index, "entered"
 
-    def between(self, index: int) -> None:
-        """Before the norm behind the attention.
+    def entered(self, index: int) -> None:
+        """Within a layer, before its attention.
 
         Raises:
             BackendError: the layer was not entered through its hooks.
         """
         if (self.layer, self.place) != (index, "entered"):
             raise broken(f"decoder layer {index} ran, but nothing before its forward did")
+
+    def between(self, index: int) -> None:
+        """Before the norm behind the attention.
+
+        Raises:
+            BackendError: the layer was not entered through its hooks.
+        """
+        self.entered(index)
         self.place = "between"
 
     def leave(self, index: int, output: Any, present: int, stored: Any, cache: Any) -> None:

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from framefusion.errors import BackendError
 from framefusion.export.families import FAMILIES
 from framefusion.interface import apply_framefusion, remove_framefusion
 from framefusion.live_labels import FAMILIES as LIVE
 from framefusion.live_labels import Seen, tile_labels
+from framefusion.live_seams import DEEPSTACK_ARGUMENTS
 from framefusion.policy import Reduction
 from framefusion.runtime.pipeline import Request
 from framefusion.runtime.prompt import Turn, Visual
@@ -31,6 +33,7 @@ from tests.families.test_families import OPTIONS, Asked, Subject, ask
 ROWS = [family for family in FAMILIES if family.name in LIVE]
 LIVE_CASES = [case for case in CASES if case.family in LIVE]
 QUICK = ("video", "mixed")
+ALL_STATES = {"output_hidden_states": True}
 
 
 @pytest.fixture(params=LIVE_CASES, ids=lambda case: str(case.family), scope="module")
@@ -140,6 +143,51 @@ def test_equals_the_pipeline_for_every_kind_of_checkpoint(case: FamilyCase, vari
 @pytest.mark.slow
 def test_equals_the_pipeline_with_eager_attention(subject: Subject) -> None:
     compare(subject, "mixed", "eager")
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_hidden_states_are_the_models_own_where_nothing_is_dropped(subject: Subject) -> None:
+    """Before and behind every layer, those that DeepStack adds to among them."""
+    asked, model = ask(subject, "mixed"), subject.reference.model  # type: ignore[attr-defined]
+    model.set_attn_implementation("sdpa")
+    states: list[Any] = []
+    hooks = [
+        model.register_forward_pre_hook(lambda _, args, named: (args, named | ALL_STATES), with_kwargs=True),
+        model.register_forward_hook(lambda _, __, output: states.append(output.hidden_states)),
+    ]
+    try:
+        live_logits(subject, asked)
+        apply_framefusion(model, 1.0, 1.0)
+        live_logits(subject, asked)
+    finally:
+        remove_framefusion(model)
+        for hook in hooks:
+            hook.remove()
+    dense, kept = states
+    assert len(kept) == len(dense) == len(model.get_decoder().layers) + 1
+    for ours, theirs in zip(kept, dense, strict=True):
+        assert relative_error(ours.numpy(), theirs.numpy()) < subject.case.limit
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_features_of_deepstack_under_another_name_are_refused(tmp_path: Path) -> None:
+    """They would be added at the places of tokens that went."""
+    (case,) = [case for case in LIVE_CASES if case.family == "qwen3_vl"]
+    (tmp_path / "checkpoint").mkdir()
+    case.write(tmp_path / "checkpoint", case.variants[0])
+    pipeline = eager_pipeline(tmp_path / "checkpoint", tmp_path / "bundle", OPTIONS)
+    subject = Subject(case, tmp_path / "checkpoint", pipeline, case.reference(tmp_path / "checkpoint"))
+    model = subject.reference.model  # type: ignore[attr-defined]
+
+    def renamed(_: Any, args: Any, given: dict[str, Any]) -> Any:
+        return args, {"stacked" if name == DEEPSTACK_ARGUMENTS[1] else name: one for name, one in given.items()}
+
+    model.get_decoder().register_forward_pre_hook(renamed, with_kwargs=True)
+    apply_framefusion(model, 0.3)
+    with pytest.raises(BackendError, match=r"no deepstack_visual_embeds .* newest version known to work"):
+        live_logits(subject, ask(subject, "video"))
 
 
 def test_presets_are_the_rows_of_the_table() -> None:

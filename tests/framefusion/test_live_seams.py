@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,38 @@ def test_a_seam_that_breaks_behind_the_prompt_is_refused_by_name(
     with handle.labels(labels):
         past = model(ids).past_key_values
         BROKEN[name][0](monkeypatch)
+        with pytest.raises(BackendError):
+            model(ids[:, :1], past_key_values=past)
+
+
+HOOKS = [
+    (module, kind)
+    for module in (
+        "model",
+        "model.layers.0",
+        "model.layers.3",
+        "model.layers.5",
+        "model.layers.3.post_attention_layernorm",
+    )
+    for kind in ("_forward_pre_hooks", "_forward_hooks")
+    if "norm" not in module or "pre" in kind
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), HOOKS)
+@torch.inference_mode()
+def test_a_hook_that_somebody_drops_is_refused_by_name(
+    live: tuple[Any, Any], name: str, kind: str, monkeypatch: Patch
+) -> None:
+    """Of the decoder, of its first, some and last layer: in the prompt and in a step behind it."""
+    model, handle = live
+    ids, labels = film_prompt()
+    with handle.labels(labels):
+        past = model(ids).past_key_values
+        monkeypatch.setattr(model.get_submodule(name), kind, OrderedDict())
+        with pytest.raises(BackendError) as error:
+            model(ids)
+        assert refused(error, "ran" if name == "model" else "decoder layer"), error.value
         with pytest.raises(BackendError):
             model(ids[:, :1], past_key_values=past)
 
