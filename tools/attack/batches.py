@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.attack import bundles as bundle_attack
+from tools.attack import checkpoints as checkpoint_attack
 from tools.attack import pictures as picture_attack
 from tools.attack.harness import Fault, World
 
@@ -24,6 +25,11 @@ def bundles(rng: random.Random, world: World, folder: Path) -> list[Fault]:
 def pictures(rng: random.Random, world: World, folder: Path) -> list[Fault]:
     """Mutated pictures."""
     return faults_of(picture_attack.attack(BATCH, rng.getrandbits(31)))
+
+
+def checkpoints(rng: random.Random, world: World, folder: Path) -> list[Fault]:
+    """Checkpoints of every family, with one thing changed."""
+    return faults_of(checkpoint_attack.attack(BATCH, rng.getrandbits(31), world.checkpoints))
 
 
 def faults_of(facts: dict[str, Any]) -> list[Fault]:

@@ -41,6 +41,7 @@ class World(NamedTuple):
     cache: Path | None
     film: Path
     picture: Path
+    checkpoints: tuple[Path, ...] = ()  # of every family
 
 
 class Fault(NamedTuple):

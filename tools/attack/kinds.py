@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.attack import batches, flags, foreign, killed
+from tools.attack import batches, flags, foreign, killed, prompts
 from tools.attack.harness import Kind
 
 KINDS = (
@@ -16,4 +16,15 @@ KINDS = (
     Kind("flags", "any command with any flags and values", flags.attack, 2),
     Kind("bundles", "edited manifests and damaged files, run", batches.bundles, 2, batches.BATCH, batches.SECONDS),
     Kind("pictures", "mutated pictures of every format", batches.pictures, 1, batches.BATCH, batches.SECONDS),
+    Kind(
+        "checkpoints",
+        "changed configurations, indices and weight files",
+        batches.checkpoints,
+        1,
+        batches.BATCH,
+        batches.SECONDS,
+    ),
+    Kind(
+        "prompts", "texts that spell control tokens, are no text, or very long", prompts.attack, 4, prompts.BATCH, 200
+    ),
 )

@@ -29,7 +29,7 @@ def world_in(folder: Path) -> World:
     return World(
         checkpoint, folder / "bundle", folder / "reference", int(counted.told),
         folder / "compiled" if has_engines else None, folder / "cache" if has_engines else None,
-        folder / "film.mp4", folder / "picture.png",
+        folder / "film.mp4", folder / "picture.png", tuple(sorted((folder / "families").iterdir())),
     )  # fmt: skip
 
 
@@ -68,9 +68,12 @@ def make(folder: Path) -> None:
     """Write all of it but the reference."""
     from tests.films import write_film, write_picture
     from tests.random_checkpoint import random_checkpoint
+    from tools.attack.checkpoints import written
     from tools.attack.command import call
 
     random_checkpoint(folder / "checkpoint", pixels=112 * 112)
+    (folder / "families").mkdir()
+    list(written(folder / "families"))
     write_film(folder / "film.mp4")
     write_picture(folder / "picture.png")
     build = ["build", str(folder / "checkpoint"), "--no-check"]
