@@ -9,6 +9,7 @@ from typing import Any
 
 from tools.attack import bundles as bundle_attack
 from tools.attack import checkpoints as checkpoint_attack
+from tools.attack import films as film_attack
 from tools.attack import pictures as picture_attack
 from tools.attack.harness import Fault, World
 
@@ -25,6 +26,11 @@ def bundles(rng: random.Random, world: World, folder: Path) -> list[Fault]:
 def pictures(rng: random.Random, world: World, folder: Path) -> list[Fault]:
     """Mutated pictures."""
     return faults_of(picture_attack.attack(BATCH, rng.getrandbits(31)))
+
+
+def films(rng: random.Random, world: World, folder: Path) -> list[Fault]:
+    """Mutated films."""
+    return faults_of(film_attack.attack(BATCH, rng.getrandbits(31)))
 
 
 def checkpoints(rng: random.Random, world: World, folder: Path) -> list[Fault]:

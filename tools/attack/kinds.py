@@ -27,4 +27,5 @@ KINDS = (
     Kind(
         "prompts", "texts that spell control tokens, are no text, or very long", prompts.attack, 4, prompts.BATCH, 200
     ),
+    Kind("films", "mutated films in every container", batches.films, 2, batches.BATCH, batches.SECONDS),
 )
