@@ -303,9 +303,9 @@ def packets(container: Any, stream: Any = None) -> Iterator[Any]:
 
 def film(container: Any) -> Any:
     """The track that a player shows: the default one, else the first; no cover of a song, no still beside a film."""
-    import av
-
-    kinds = av.stream.Disposition
+    if not container.streams.video:
+        return None
+    kinds = type(container.streams.video[0].disposition)
     aside = kinds.attached_pic | kinds.timed_thumbnails | kinds.still_image | kinds.dependent
     tracks = [track for track in container.streams.video if not track.disposition & aside]
     if "avif" in container.metadata.get("major_brand", "") + container.metadata.get("compatible_brands", ""):
@@ -327,9 +327,10 @@ def open_video(source: Path) -> Iterator[Any]:
         raise VideoError(f"{source} is an image ({still}): pass it as an image")
     # An absolute path behind "file:" is a path for FFmpeg, whatever colons its name has.
     address = f"file:{source.absolute()}"
+    # Given as `options`, PyAV 14 writes them past the tracks of a container that finds its tracks late (FLV).
     options = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
     try:
-        with av.open(address, options=options, **_lenient(av)) as container:
+        with av.open(address, container_options=options, **_lenient(av)) as container:
             _check_kind(source, container)
             film(container).thread_type = "AUTO"
             yield container

@@ -28,6 +28,8 @@ FILMS = Path(__file__).parent.parent / "media" / "films"
 TIMES: dict[str, list[float]] = json.loads((FILMS / "times.json").read_text())["times"]
 EVERY = FrameSampling(fps=1e6, max_frames=100_000, min_frames=1, frame_factor=1)
 TWO_A_SECOND = FrameSampling(fps=2.0, max_frames=768, min_frames=1, frame_factor=1)
+VERSIONS = 9.9
+"""Seconds of vfr_phone.mp4: for FFmpeg 7 its last frame stays for 1/60 second, for FFmpeg 8 for 0.2."""
 TALL = "k4long.mp4"  # 2160p, for the test of memory
 
 
@@ -61,11 +63,16 @@ def test_an_animated_webp_is_a_film() -> None:
 
 @pytest.mark.parametrize(
     ("name", "seconds", "frames"),
-    [("slide_concat.mkv", 30.04, 7), ("slide_recipe.mkv", 30.0, 6), ("vfr_phone.mp4", 10.0, 105), ("st.ogv", 2.48, 62)],
+    [
+        ("slide_concat.mkv", 30.04, 7),
+        ("slide_recipe.mkv", 30.0, 6),
+        ("vfr_phone.mp4", VERSIONS, 105),
+        ("st.ogv", 2.48, 62),
+    ],
 )
 def test_a_film_lasts_as_long_as_its_last_frame(name: str, seconds: float, frames: int) -> None:
     video = shown(name, TWO_A_SECOND)
-    assert video.duration == pytest.approx(seconds, abs=0.005)
+    assert video.duration == pytest.approx(seconds, abs=0.1 if seconds == VERSIONS else 0.005)
     assert video.total_frames == frames
 
 
