@@ -37,6 +37,7 @@ from framefusion.export.leftovers import check_all_read
 from framefusion.export.options import BuildOptions as BuildOptions  # part of this module's interface
 from framefusion.export.segments import SegmentPlan, cut_after, whole_decoder
 from framefusion.export.signatures import segment_module
+from framefusion.export.source import license_files
 from framefusion.export.streaming import stream
 from framefusion.export.weights import (
     AnySource,
@@ -80,6 +81,7 @@ class BuildPlan:
         self.checkpoint, self.options = checkpoint, options
         self.family: Family = family_of(checkpoint.config)
         checkpoint.check_plain()
+        license_files(checkpoint.folder)  # refuses one that leads out of the folder before anything is written
         self.tower: TowerPlan = self.family.plan_tower(checkpoint)
         config = decoders.decoder_config(checkpoint, self.family, options.num_decoder_layer)
         self.config: DecoderConfig = replace(config, deepstack=self.tower.deepstack)

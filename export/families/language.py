@@ -221,10 +221,12 @@ def _other_rope(checkpoint: Checkpoint, config: Mapping[str, Any], kind: str) ->
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     remedy = "no bundle can be built of a model that was trained with it"
     if kind == "yarn":
-        rest = "leave its mrope_section there" if "mrope_section" in rope_scaling(config) else f"take {key} out"
+        change = f"take {key} out of it"
+        if "mrope_section" in rope_scaling(config):
+            change = "write the type 'default' there and leave its mrope_section there"
         remedy = (
-            f"if it was added for longer prompts, as model cards say, write the type 'default' instead ({rest}); "
-            "of a model that was trained with it no bundle can be built"
+            f"if it was added for longer prompts, as model cards say, {change}; of a model that was trained with it no "
+            "bundle can be built"
         )
     return (
         f"{checkpoint.folder}/config.json: {key} has rope type {kind!r}, which is not supported, only "
