@@ -41,6 +41,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 BYTES_A_PIXEL = 4
 """Most that a file may take for each pixel that the limit allows."""
 
+MOVING = frozenset({"GIF", "WEBP", "AVIF"})
+"""Formats whose further pictures are an animation; those of a TIFF are pages, those of a phone's JPEG its depth."""
 OPENING = "{name} is an animation, of which the first picture is shown: give it as a video to show all"
 
 NOISE, BLOCK = 64, 8
@@ -145,7 +147,7 @@ def _decoded(file: bytes, name: str, limits: MediaLimits) -> NDArray[np.uint8]:
 def _is_animated(image: PilImage) -> bool:
     """Whether more pictures follow; where the next one is damaged, the first is all there is."""
     try:
-        return bool(getattr(image, "is_animated", False))
+        return image.format in MOVING and bool(getattr(image, "is_animated", False))
     except DECODER_ERRORS:
         return False
 
