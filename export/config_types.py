@@ -53,7 +53,7 @@ FRAMES = _whole(1, 100_000)
 TILES = _whole(0, 256)  # every number of tiles up to this one is tried when a picture is cut
 LAYER = _whole(-10_000, 10_000)
 LAYERS = _list_of(_whole(0, 9_999), 10_000)
-ID = _whole(-1, 1 << 31)  # LLaVA has negative ones for tokens that no tokenizer knows
+ID = _whole(-1_000_000, 1 << 31)  # LLaVA has negative ones for tokens that no tokenizer knows
 POSITIVE = _number(1e-30, 1e12)
 NOT_NEGATIVE = _number(0, 1e12)
 FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
@@ -87,7 +87,7 @@ TYPES: Mapping[str, _Kind] = MappingProxyType(
     | dict.fromkeys(("slice_mode", "use_image_id", "drop_vision_last_layer", "dynamic_s2", "mrope_interleaved"), FLAG)
     | dict.fromkeys(("model_type", "hidden_act", "template", "mm_vision_tower", "mm_projector_type"), WORD)
     | dict.fromkeys(("image_aspect_ratio", "vision_aspect_ratio", "mm_spatial_pool_mode", "norm_type"), WORD)
-    | dict.fromkeys(("mm_newline_position", "mm_patch_merge_type", "rope_type", "ps_version", "chat_template"), WORD)
+    | dict.fromkeys(("mm_newline_position", "mm_patch_merge_type", "rope_type", "ps_version"), WORD)
     | dict.fromkeys(("projector_hidden_act", "vision_feature_select_strategy", "time_token_format"), WORD)
     | dict.fromkeys(("text_config", "llm_config", "vision_config", "rope_scaling", "rope_parameters"), OBJECT)
     | {"slice_config": OBJECT, "image_grid_pinpoints": _either(PAIRS, WORD)}

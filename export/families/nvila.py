@@ -225,7 +225,7 @@ def check_time_tokens(checkpoint: Checkpoint) -> None:
         return
     form = required(checkpoint.config, "time_token_format", checkpoint)
     tokens = listed_tokens(checkpoint)
-    for token in (form.format(t=0), form.format(t=count - 1)):
+    for token in (form.replace("{t}", "0"), form.replace("{t}", str(count - 1))):
         if token not in tokens:
             raise CheckpointError(
                 f"{checkpoint.folder}: config.json has num_time_tokens {count}, {token} is not in tokenizer.json: "
