@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tools.attack.harness import End, in_child, limit_file_size
+from tools.attack.harness import SECONDS, End, in_child, limit_file_size
 
 _WRITES = frozenset(
     f"os.{name}" for name in ("rename", "remove", "mkdir", "rmdir", "link", "symlink", "truncate", "chmod", "utime")
@@ -66,4 +66,4 @@ def run_until(call: Callable[[], Any], ending: Ending) -> End:
             Counter(ending.at, lambda: signal.raise_signal(signal.SIGINT))
         return call()
 
-    return in_child(run)
+    return in_child(run, SECONDS - 2, group=False)

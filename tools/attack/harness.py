@@ -7,6 +7,7 @@ crashes, hangs or eats memory is one that failed, and no other notices. The same
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -95,14 +96,20 @@ class End(NamedTuple):
     memory: int  # bytes resident at the peak
 
 
-def in_child(call: Callable[[], Any], seconds: float = SECONDS) -> End:
-    """Call a function in a forked process; what it returns must be plain."""
+def in_child(call: Callable[[], Any], seconds: float = SECONDS, *, group: bool = True) -> End:
+    """Call a function in a forked process; what it returns must be plain.
+
+    `group` ends those that it has forked along with it; theirs are in the group of whoever forked them.
+    """
     reading, writing = os.pipe()
     start = time.monotonic()
     child = os.fork()
+    if child and group:
+        with contextlib.suppress(OSError):  # the child does it, too: whoever is first
+            os.setpgid(child, child)
     if child == 0:
         os.close(reading)
-        _end_with(call, writing)
+        _end_with(call, writing, group)
     os.close(writing)
     told = bytearray()
     timely = True
@@ -110,7 +117,7 @@ def in_child(call: Callable[[], Any], seconds: float = SECONDS) -> End:
         left = seconds - (time.monotonic() - start)
         if left <= 0 or not select.select([reading], [], [], left)[0]:
             timely = False
-            os.killpg(child, signal.SIGKILL)
+            (os.killpg if group else os.kill)(child, signal.SIGKILL)
             break
         piece = os.read(reading, 1 << 16)
         if not piece:
@@ -126,10 +133,11 @@ def in_child(call: Callable[[], Any], seconds: float = SECONDS) -> End:
     return End(code, value, time.monotonic() - start, usage.ru_maxrss * 1024)
 
 
-def _end_with(call: Callable[[], Any], writing: int) -> None:
+def _end_with(call: Callable[[], Any], writing: int, group: bool) -> None:
     """The child's part; never returns."""
     try:
-        os.setpgid(0, 0)
+        if group:
+            os.setpgid(0, 0)
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
             os.dup2(nowhere, number)
