@@ -123,6 +123,8 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
         EvaluationError: the file cannot be read or holds no question, or a line is no question: its number is told.
     """
     try:
+        if path.exists() and not path.is_file():  # a FIFO would be waited for
+            raise OSError("it is no plain file")
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path} cannot be read ({error}): give a file of one JSON object a line") from None
