@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from framefusion.errors import BundleError, CheckpointError
+from framefusion.export.families.class_defaults import CLASS_DEFAULTS
 from framefusion.runtime.sampling import GenerationConfig
 
 if TYPE_CHECKING:
@@ -76,7 +77,25 @@ def read_generation(
         config = GenerationConfig.from_dict(told | {"eos_token_id": next((e for e in ends if e is not None), None)})
     except BundleError as error:
         raise CheckpointError(f"{checkpoint.folder}/{place}: {error}") from None
-    return replace(config, eos_token_ids=tuple(dict.fromkeys((*terminators, *(config.eos_token_ids or ())))))
+    ids = _within(checkpoint, place, config.eos_token_ids or (), text_config)
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*terminators, *ids))))
+
+
+def _within(checkpoint: Checkpoint, place: str, ids: Sequence[int], text_config: Mapping[str, Any]) -> Sequence[int]:
+    """The end tokens that the LLM can say: others beside them end nothing, in transformers neither.
+
+    Raises:
+        CheckpointError: it can say none of those that the checkpoint names.
+    """
+    rows = text_config.get("vocab_size")
+    within = [index for index in ids if rows is None or index < rows]
+    default = CLASS_DEFAULTS.get(str(text_config.get("model_type")), {}).get("eos_token_id")
+    if ids and not within and list(ids) != [default]:
+        raise CheckpointError(
+            f"{checkpoint.folder}/{place}: eos_token_id {list(ids)!r:.80} is beyond vocab_size {rows}, no answer would "
+            "end: the file is of another model, take that of the base model"
+        )
+    return within
 
 
 def _told(source: Mapping[str, Any], keys: set[str]) -> list[tuple[str, Any]]:

@@ -246,6 +246,12 @@ class BuildPlan:
                 f"patches of {frames} frame(s) and {patch} x {patch} pixels are {numbers} numbers, the vision tower "
                 f"takes {self.tower.patch_width}: patch_size or temporal_patch_size is of another model"
             )
+        joined = getattr(self.preprocessing, "merge_size", 1), self.tower.settings.get("merge_size")
+        if joined[1] not in (None, joined[0]):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: the processor has merge_size {joined[0]}, vision_config spatial_merge_size "
+                f"{joined[1]}: one of the two is of another model"
+            )
         for key in self.tower.extra_rows.values():
             check_parameter(self.checkpoint, Source(key), (width,))
 
@@ -254,14 +260,18 @@ class BuildPlan:
         options, config = self.options, reading.text_config(self.checkpoint)
         trained = config.get("max_position_embeddings")
         usual = max(DEFAULT_INPUT, self.preprocessing.video_tokens(self.sampling.max_frames) + options.max_text_len)
-        window = language.attention_window(config)
-        room = usual if window is None else max(window - DEFAULT_NEW_TOKENS, window // 2)
+        window, dynamic = language.attention_window(config), language.rope_type(config) == "dynamic"
+        ends = [end for end in (window, trained if dynamic else None) if end is not None]
+        end = min(ends, default=None)  # beyond it the checkpoint's attention is another one
+        room = usual if end is None else max(end - DEFAULT_NEW_TOKENS, end // 2)
         longest = options.max_input_len or min(usual, room, int(trained or usual))
         if trained is not None and longest > trained:
             raise CheckpointError(
                 f"--max-input-len {longest} is beyond max_position_embeddings {trained} of the checkpoint"
             )
         capacity = options.max_kv_cache_capacity or longest + DEFAULT_NEW_TOKENS
+        if options.max_kv_cache_capacity is None and end is not None and longest < end:
+            capacity = min(capacity, end)
         if capacity <= longest:
             raise BudgetError(
                 f"--max-kv-cache-capacity {capacity} leaves no room for new tokens after --max-input-len {longest}"
@@ -271,7 +281,7 @@ class BuildPlan:
                 f"--max-kv-cache-capacity {capacity} is beyond sliding_window {window}, from where on the checkpoint's "
                 f"attention forgets and this package's does not: give {window} or less"
             )
-        if trained is not None and capacity > trained and language.rope_type(config) == "dynamic":
+        if trained is not None and capacity > trained and dynamic:
             raise CheckpointError(
                 f"--max-kv-cache-capacity {capacity} is beyond max_position_embeddings {trained}, where dynamic RoPE "
                 f"changes: give {trained} or less"

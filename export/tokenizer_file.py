@@ -155,8 +155,16 @@ def _add_tokens(checkpoint: Checkpoint, folder: Path, backend: tokenizers.Tokeni
     config = _read(checkpoint, folder, "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
         config = config | _read(checkpoint, folder, "special_tokens_map.json")
+    if config.get("split_special_tokens"):
+        raise CheckpointError(
+            f"{folder}/tokenizer_config.json has split_special_tokens true, with which control tokens are spelled in "
+            "letters and no picture is found: set it to false"
+        )
     roles = [token for token in (config.get(name) for name in NAMED) if token]
+    roles += [token for name, token in config.items() if name not in NAMED and _names_token(name, token)]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if not isinstance(extra, (list, Mapping)):
+        raise CheckpointError(f"{folder}: the tokenizer's files have special tokens {extra!r:.80}, expected a list")
     roles += list(extra.values()) if isinstance(extra, Mapping) else list(extra)
     special = {_content(folder, token): token for token in roles}
     known = backend.get_added_tokens_decoder()
@@ -202,6 +210,15 @@ def _listed(
         if not flags or not all(isinstance(flag, bool) for flag in flags.values()):
             raise CheckpointError(f"{folder}/{place} has {token!r:.80} for {key}, expected a token: correct it")
         yield _index(folder, place, key), _content(folder, token), flags
+
+
+def _names_token(name: str, token: Any) -> bool:
+    """Whether a key of tokenizer_config.json tells a token of a role that only this model has: `image_token`."""
+    return (
+        name.endswith("_token")
+        and bool(token.get("content") if isinstance(token, Mapping) else token)
+        and (isinstance(token, (str, Mapping)))
+    )
 
 
 def _read(checkpoint: Checkpoint, folder: Path, name: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from framefusion.errors import UnknownFamilyError
 from framefusion.export.families import internvl, llava, llava_hf, minicpmv, nvila, qwen2_5_vl, qwen2_vl, qwen3_vl
+from framefusion.export.families.class_defaults import llm_config
 from framefusion.export.families.family import QWEN2_NAMES, Family
-from framefusion.export.families.reading import TEXT_CONFIGS
 
 FAMILIES: tuple[Family, ...] = (
     qwen2_vl.ROW,
@@ -38,8 +38,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         UnknownFamilyError: none does; the message lists the known ones.
     """
     architectures = config.get("architectures") or []
-    nested: Mapping[str, Any] = next((config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), {})
-    llm = nested.get("architectures") or []
+    llm = (llm_config(config) or {}).get("architectures") or []
     candidates = [row for row in FAMILIES if not row.llm_architectures or set(llm) & set(row.llm_architectures)]
     for family in candidates:
         if set(architectures) & set(family.architectures):
@@ -48,10 +47,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
     for family in () if architectures else candidates:  # a reward model has the model_type of a chat model
         if model_type in family.model_types:
             return family
+    of_llm = sorted(
+        {name for row in FAMILIES if set(architectures) & set(row.architectures) for name in row.llm_architectures}
+    )
+    if of_llm:
+        raise UnknownFamilyError(
+            f"{', '.join(architectures)} with an LLM of architectures {llm} is unknown; known for its LLM are "
+            f"{', '.join(of_llm)}"
+        )
     known = sorted({name for family in FAMILIES for name in family.architectures})
-    within = f" and an LLM of {llm}" if llm else ""
     raise UnknownFamilyError(
-        f"model_type {model_type!r} with architectures {architectures}{within} is unknown; known are {', '.join(known)}"
+        f"model_type {model_type!r} with architectures {architectures} is unknown; known are {', '.join(known)}"
     )
 
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from framefusion.errors import CheckpointError
-from framefusion.export.families.reading import text_config
+from framefusion.export.families.reading import required, text_config
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoint import Checkpoint
@@ -79,7 +79,7 @@ KNOWN = frozenset(
     ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers")
 )
 """Keys of that form that are computed, and checked where they are."""
-HARMLESS = re.compile(r"^(mm_|image_|vision_|video_|s2_|audio_|chunk_size_feed_forward$|scale_resolution$)")
+HARMLESS = re.compile(r"^(mm_|image_|vision_|video_|s2_|audio_|chunk_size_feed_forward$|scale_resolution$)|_dropout$")
 """Keys of that form that are not the LLM's, or change how it is computed and not what."""
 NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, "", [], {}, *ACTIVATIONS, "rms_norm", "rmsnorm")
 ONLY_ABSENT = ("attention_multiplier", "query_pre_attn_scalar", "scale_depth")  # no number of theirs means ours
@@ -203,7 +203,7 @@ def rope(checkpoint: Checkpoint, head_dim: int) -> tuple[float, tuple[int, ...] 
     for key, values in (("partial_rotary_factor", (1, None)), ("mrope_interleaved", (found.interleaved, None))):
         if scaling.get(key) not in values:
             raise _unsupported(checkpoint, f"{key} of its RoPE", scaling[key], f"{values[0]!r} is")
-    theta = float(scaling.get("rope_theta") or config["rope_theta"])
+    theta = float(scaling.get("rope_theta") or required(config, "rope_theta", checkpoint))
     if found.mrope is None:
         return theta, None, False
     section = tuple(scaling.get("mrope_section") or found.mrope)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from framefusion.errors import CheckpointError
 from framefusion.export.families.chat import read_template
-from framefusion.export.families.class_defaults import completed, kinds_of
+from framefusion.export.families.class_defaults import completed, kinds_of, llm_config, token_id
 from framefusion.export.families.family import CHATML
 from framefusion.export.families.processors import levels, processor, require_processor, video_processor
 from framefusion.export.generation_file import read_generation
@@ -22,7 +22,6 @@ from framefusion.runtime.sampling import GenerationConfig
 if TYPE_CHECKING:
     from framefusion.export.checkpoint import Checkpoint
 
-TEXT_CONFIGS = ("text_config", "llm_config", "llm_cfg")
 QWEN_PADS = {"<|video_pad|>": "video_token_id", "<|image_pad|>": "image_token_id"}
 QWEN_PLACEHOLDERS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image")}
 
@@ -33,7 +32,7 @@ with another (llava/model/language_model/llava_qwen.py of LLaVA-VL/LLaVA-NeXT)."
 
 
 def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The LLM's configuration: of its own folder, nested in config.json under one of several names, or flat.
+    """The LLM's configuration: of its own folder, nested in config.json under the key of its class, or flat.
 
     What it leaves out is as its class in transformers has it, `model_type` too.
     """
@@ -41,10 +40,9 @@ def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     part = checkpoint.part_config("llm")
     if part:
         return completed(part, kind)
-    for name in TEXT_CONFIGS:
-        nested = checkpoint.config.get(name)
-        if isinstance(nested, dict):
-            return completed(nested, kind)
+    nested = llm_config(checkpoint.config)
+    if nested is not None:
+        return completed(nested, kind)
     flat = dict(checkpoint.config)
     for architecture in checkpoint.config.get("architectures") or ():
         flat |= OVERRULED.get(architecture, {})
@@ -95,6 +93,8 @@ def expect(checkpoint: Checkpoint, config: Mapping[str, Any], known: Mapping[str
             )
 
 
+GEOMETRY = ("patch_size", "merge_size", "temporal_patch_size")
+"""Sizes that Qwen-VL's processors have and that its tower has too."""
 QwenVL = TypeVar("QwenVL", bound=QwenVLPreprocessing)
 
 
@@ -105,10 +105,15 @@ def told_by_processor(checkpoint: Checkpoint, told: QwenVL) -> QwenVL:
     """
     require_processor(checkpoint)
     still, video = processor(checkpoint, "image"), video_processor(checkpoint)
+    for key in GEOMETRY:
+        sizes = [one[key] for one in (still, video) if one.get(key)]
+        if len(set(sizes)) > 1:
+            raise CheckpointError(
+                f"{checkpoint.folder}: the image and the video processor have different {key}, "
+                f"{' and '.join(map(str, sizes))}: one tower serves both"
+            )
     found = {**still, **video}
-    known: dict[str, Any] = {
-        name: int(found[name]) for name in ("patch_size", "merge_size", "temporal_patch_size") if found.get(name)
-    }
+    known: dict[str, Any] = {name: int(found[name]) for name in GEOMETRY if found.get(name)}
     low, high = pixel_limits(video)
     known |= {"min_pixels": low or told.min_pixels, "max_pixels": high or told.max_pixels}
     known |= levels(checkpoint, told, still, video or still)
@@ -162,9 +167,8 @@ def qwen_template(checkpoint: Checkpoint, fallback: PromptTemplate = CHATML) -> 
 
 def with_pads(checkpoint: Checkpoint, template: PromptTemplate, keys: Mapping[str, str]) -> PromptTemplate:
     """The template with the ids that config.json says the pad tokens have; `keys` is token -> key."""
-    return replace(
-        template, pads={token: int(required(checkpoint.config, key, checkpoint)) for token, key in keys.items()}
-    )
+    told = {key: token_id(checkpoint.config, key) for key in keys.values()}
+    return replace(template, pads={token: int(required(told, key, checkpoint)) for token, key in keys.items()})
 
 
 def tokenizer_begin(checkpoint: Checkpoint) -> str:

@@ -36,6 +36,35 @@ def test_end_tokens_come_from_where_transformers_reads_them(top: Any, text: Any,
     assert ours == (tuple(theirs) if isinstance(theirs, list) else (theirs,))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}},
+        {"model_type": "qwen2_5_vl", "text_config": {}},
+        {"model_type": "qwen3_vl", "text_config": {}},
+        {"model_type": "llava_next_video", "text_config": {"model_type": "llama"}},
+        {"model_type": "llava_next_video", "text_config": {"model_type": "mistral"}},
+        {"model_type": "llava_onevision", "text_config": {"model_type": "qwen2"}},
+    ],
+)
+def test_end_tokens_that_save_pretrained_leaves_out(config: dict[str, Any], tmp_path: Path) -> None:
+    """They equal the default of the class."""
+    from transformers import AutoConfig
+    from transformers import GenerationConfig as Theirs
+
+    ours = read(tmp_path, config).eos_token_ids
+    theirs = Theirs.from_model_config(AutoConfig.from_pretrained(tmp_path)).eos_token_id
+    assert ours == (() if theirs is None else (theirs,))
+
+
+def test_end_tokens_beyond_the_vocabulary_end_nothing(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"model_type": "qwen2_vl", "text_config": {"vocab_size": 320}}
+    assert read(tmp_path, config).eos_token_ids == ()
+    assert read(tmp_path, config, {"eos_token_id": [302, 320]}).eos_token_ids == (302,)
+    with pytest.raises(CheckpointError, match=r"eos_token_id \[320\] is beyond vocab_size 320, no answer would end"):
+        read(tmp_path, config, {"eos_token_id": 320})
+
+
 def test_generation_config_goes_before_config(tmp_path: Path) -> None:
     assert read(tmp_path, {"eos_token_id": 5}, {"eos_token_id": [8, 9]}, (9, 3)).eos_token_ids == (9, 3, 8)
     assert read(tmp_path, {"eos_token_id": 5}, {"do_sample": True}).eos_token_ids == (5,)

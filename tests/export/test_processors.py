@@ -110,3 +110,12 @@ def test_values_of_a_wrong_type_name_their_key(key: str, value: Any, expected: s
 def test_a_processor_that_is_no_object_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"image_processor has its content 'x', expected an object"):
         processor(checkpoint(tmp_path, both={"image_processor": "x"}), "image")
+
+
+@pytest.mark.parametrize("key", ["patch_size", "merge_size", "temporal_patch_size"])
+def test_sizes_that_two_processors_tell_differently_are_refused(key: str, tmp_path: Path) -> None:
+    """One tower serves both, so one of the files is of another model; transformers fails on the shapes."""
+    told = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    files = checkpoint(tmp_path, image=LIMITS | told | {key: 4}, video=LIMITS | told)
+    with pytest.raises(CheckpointError, match=f"image and the video processor have different {key}, 4 and"):
+        qwen2_vl.preprocessing(files)

@@ -89,7 +89,9 @@ def next_id(folder: Path) -> int:
     return max(ids) + 1
 
 
-@pytest.mark.parametrize("told_by", ["added_tokens_decoder", "added_tokens.json", "both", "pad_token", "extra"])
+@pytest.mark.parametrize(
+    "told_by", ["added_tokens_decoder", "added_tokens.json", "both", "pad_token", "extra", "roles"]
+)
 def test_tokens_beside_tokenizer_json_exist(folder: Path, told_by: str) -> None:
     new = next_id(folder)
     config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
@@ -101,6 +103,8 @@ def test_tokens_beside_tokenizer_json_exist(folder: Path, told_by: str) -> None:
         write(folder, "special_tokens_map.json", {"eos_token": {"content": "</ref>"}})
     if told_by == "pad_token":
         config |= {"pad_token": "<ref>", "cls_token": {"content": "</ref>", "__type": "AddedToken"}}
+    if told_by == "roles":  # that only this model has
+        config |= {"image_token": "<ref>", "context_token": "</ref>", "add_bos_token": True}
     if told_by == "extra":
         config["additional_special_tokens"] = ["<ref>", "</ref>"]
     write(folder, "tokenizer_config.json", config)
@@ -142,6 +146,8 @@ def test_ids_that_no_file_can_keep_are_refused(folder: Path) -> None:
         ({"added_tokens_decoder": {"307": added("<ref>") | {"special": "no"}}}, "expected a token"),
         ({"added_tokens_decoder": [1]}, "expected an object"),
         ({"pad_token": 5}, "have a token 5, expected"),
+        ({"additional_special_tokens": "<ref>"}, "special tokens '<ref>', expected a list"),
+        ({"split_special_tokens": True}, "split_special_tokens true"),
     ],
 )
 def test_malformed_tokens_are_refused(folder: Path, config: dict[str, Any], why: str) -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from framefusion.errors import CheckpointError
+from framefusion.errors import CheckpointError, UnknownFamilyError
 from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.class_defaults import CLASS_DEFAULTS
+from framefusion.export.families.class_defaults import CLASS_DEFAULTS, TOKEN_IDS, token_id
 from framefusion.export.families.language import LLM_CLASSES, attention_window
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan import BuildPlan
+from framefusion.runtime.bundle import Limits
 from tests.families import CASES
 from tests.families.case import FamilyCase
 from tests.families.eager import eager_pipeline
@@ -186,6 +187,63 @@ def test_rope_scaling_wins_over_rope_parameters(tmp_path: Path) -> None:
     agrees(BY_NAME["qwen2_vl"], folder, tmp_path / "bundle")
 
 
+def test_dynamic_rope_and_windows_bound_what_a_bundle_holds(checkpoint: Path, tmp_path: Path) -> None:
+    """Without a flag a bundle ends where the attention of the checkpoint becomes another one."""
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "mrope_section": [4, 2, 2]}
+    edit_config(folder, text(rope_scaling=scaling, max_position_embeddings=1500))
+    assert plan(folder).limits == Limits(750, 1500)
+    assert plan(folder, max_input_len=300).limits == Limits(300, 1324)
+    edit_config(folder, text(rope_scaling=scaling, max_position_embeddings=6000))
+    assert plan(folder).limits.max_kv_cache_capacity <= 6000
+
+
+def test_blocks_of_patches_are_those_of_the_tower(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        edit_config(folder, lambda told: told.update(merge_size=1), name)
+    with pytest.raises(CheckpointError, match="processor has merge_size 1, vision_config spatial_merge_size 2"):
+        plan(folder)
+
+
+# --- Where the LLM's configuration is ---------------------------------------------------------------------------------
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 9}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava_video", "minicpmv", "internvl_chat", "internvl_chat_internlm2", "nvila"])
+def test_a_text_config_that_the_class_does_not_read_counts_for_nothing(family: str, tmp_path: Path) -> None:
+    """LLaVA's class of transformers leaves one in files that its authors' class reads at the top."""
+    folder = write(BY_NAME[family], tmp_path / "checkpoint")
+    expected = plan(folder)
+    edit_config(folder, lambda config: config.update(text_config=LLAMA))
+    assert plan(folder).config == expected.config
+    assert plan(folder).family is expected.family
+
+
+@pytest.mark.slow
+def test_the_llm_of_internvl_is_what_its_architecture_says(tmp_path: Path) -> None:
+    folder = write(BY_NAME["internvl_chat"], tmp_path / "checkpoint")
+    expected = plan(folder).config
+    edit_config(folder, lambda config: config["llm_config"].pop("model_type"))
+    assert plan(folder).config == expected
+    edit_config(folder, lambda config: config["llm_config"].update(architectures=["Phi3ForCausalLM"]))
+    with pytest.raises(UnknownFamilyError, match=r"\['Phi3ForCausalLM'\] is unknown; known .* Qwen2ForCausalLM"):
+        plan(folder)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video"])
+def test_ids_of_pad_tokens_are_those_of_the_class(model_type: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    theirs = CONFIG_MAPPING[model_type]().to_dict()
+    assert TOKEN_IDS[model_type]
+    for key in TOKEN_IDS[model_type]:
+        assert token_id({"model_type": model_type}, key) == theirs[key]
+        assert token_id({"model_type": model_type, key: 7}, key) == 7
+
+
 # --- Refused by name --------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +281,8 @@ REFUSED: tuple[tuple[Change, str], ...] = (
     (text(num_attention_heads="2"), "text_config.num_attention_heads is '2', a whole number"),
     (text(rope_parameters=[]), r"text_config.rope_parameters is \[\], an object was expected"),
     (text(num_key_value_heads=3), "2 num_attention_heads over 3 num_key_value_heads"),
+    (text(rope_parameters={"mrope_section": [4, 2, 2]}, rope_theta=None), "has no rope_theta"),
+    (lambda config: config.pop("video_token_id"), "video_pad.> is token 151656, the embedding table has 320 rows"),
     (text(vocab_size=330), "has 320 rows, config.json says vocab_size 330"),
     (text(hidden_size=48), "gives rows of 32, hidden_size is 48"),
     (lambda config: config["vision_config"].update(hidden_act="gelu"), "hidden_act 'gelu' of vision_config"),
@@ -253,6 +313,7 @@ HARMLESS: tuple[Change, ...] = (
     text(layer_types=["full_attention"] * 4),
     text(partial_rotary_factor=1.0, logits_scaling=None, use_qk_norm=False, num_experts=0),
     text(hidden_act="swish"),
+    text(activation_dropout=0.1, resid_dropout=0.2),
     text(temperature=0.5, top_k=50, length_penalty=1.0, chunk_size_feed_forward=0, pruned_heads={}),
 )
 
