@@ -58,6 +58,8 @@ def check_output(output: Path, *, force: bool, checkpoint: Path | None = None) -
     journals.tidy(place)
     if not os.path.lexists(place):
         return place
+    if os.path.ismount(place):
+        raise StorageError(f"{output} is where a disk is mounted, which cannot be renamed: choose {output}/bundle")
     if checkpoint is not None and place.is_dir() and place.samefile(checkpoint):
         raise StorageError(f"{output} is the checkpoint itself: choose another place")
     if not force:
@@ -248,6 +250,8 @@ class Staging:
         """Refuse a staging folder that no build of ours made: it holds neither a journal nor nothing."""
         if not files.is_real_folder(self.folder):
             raise StorageError(f"{self.folder} is a link, a build needs that name: {_AWAY}")
+        if os.path.ismount(self.folder):
+            raise StorageError(f"{self.folder} is where a disk is mounted, a build needs that name: {_AWAY}")
         started = set(os.listdir(self.folder)) <= {LOCK}
         if not started and Journal.read(self.folder) is None:
             raise StorageError(f"{self.folder} is in the way and no unfinished build of ours: {_AWAY}")

@@ -30,7 +30,7 @@ from framefusion.plain_text import printable
 WIDTH = 100
 _JSON = "framefusion.json"
 _WARNED = "framefusion.warned"
-_UNWRITABLE = FULL | {errno.EPIPE}
+_UNWRITABLE = FULL | {errno.EPIPE, errno.EBADF}  # EBADF: it was closed before the command began (start.py)
 _NO_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}  # of files that a user has given
 _interrupts: list[int] = []  # Ctrl-C since the command line began
 _UNITS = ("B", "kB", "MB", "GB")
@@ -223,14 +223,15 @@ def _drop_stdout() -> None:
 
 
 def _unwritable(error: OSError) -> str:
-    if error.errno == errno.EPIPE:
+    if error.errno in (errno.EPIPE, errno.EBADF):
         return _unwritable_output(error)
     place = error.filename or "standard output or a file"
     return f"{place} cannot be written ({error.strerror}): make room, also in the folder for temporary files"
 
 
 def _unwritable_output(error: OSError) -> str:
-    remedy = "its reader ended early" if error.errno == errno.EPIPE else "make room where it goes"
+    remedies = {errno.EPIPE: "its reader ended early", errno.EBADF: "it is closed, let it go to /dev/null or a file"}
+    remedy = remedies.get(error.errno or 0, "make room where it goes")
     return f"standard output cannot be written ({error.strerror}): {remedy}"
 
 

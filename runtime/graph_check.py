@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from framefusion.errors import BundleError
 from framefusion.runtime.bundle_files import place, read_small
 from framefusion.runtime.manifest import FileRecord, Manifest, SegmentRecord
+from framefusion.runtime.manifest_rules import WIDTH
 from framefusion.runtime.onnx_wire import OnnxModel, Tensor, Value, WireError, read_model
 
 MOST_BYTES = 1 << 28  # of a graph without its weights
@@ -30,6 +31,15 @@ STANDARD = frozenset(_STANDARD.split())
 CONTRIB = frozenset({"GroupQueryAttention", "MultiHeadAttention", "QuickGelu"})
 OPERATORS: Mapping[str, frozenset[str]] = {"": STANDARD, "com.microsoft": CONTRIB}
 """Operators by domain: what the dialects write, and the plain functions of tensors that torch's exporter may choose."""
+
+_INT32 = (-(1 << 31), (1 << 31) - 1)
+_RANGES: Mapping[str, tuple[int, int]] = {
+    **dict.fromkeys(("num_heads", "q_num_heads", "kv_num_heads"), (0, WIDTH)),
+    "batch_dims": (0, 16),
+}
+"""Integers that attributes may be, by name; others have 32 bits. ONNX Runtime crashes at some that are beyond."""
+_OWN_ATTRIBUTES = frozenset({"num_heads", "kv_num_heads", "alpha"})
+"""Those of operators that are not standard: the others choose code that no build has run."""
 
 _FLOATS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
 _INT64 = 7
@@ -86,6 +96,12 @@ def _problems(folder: Path, name: str, model: OnnxModel, manifest: Manifest | No
             yield f"operator {ascii(said)[:80]} is none of those that builds write"
     for domain in model.opsets.keys() - OPERATORS.keys():
         yield f"it takes operators of {ascii(domain)[:80]}"
+    for domain, operator, attribute, value in sorted(model.attributes, key=str):
+        least, most = _RANGES.get(attribute, _INT32)
+        if value is not None and not least <= value <= most:
+            yield f"{ascii(attribute)[:60]} of {operator} is {value}, it may be {least} to {most}"
+        if domain and attribute not in _OWN_ATTRIBUTES:
+            yield f"{operator} has {ascii(attribute)[:60]}, which no build writes"
     sizes: dict[str, int] = {}
     for tensor in model.initializers:
         yield from _misplaced(folder, name, tensor, manifest, sizes)

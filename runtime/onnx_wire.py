@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 MOST_FIELDS = 1 << 21  # of all messages of a file: those of a 7B model have a twentieth
+_MOST_NUMBERS = 64  # of a shape or an attribute
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _WIDTH = {_FIXED64: 8, _FIXED32: 4}
 
@@ -37,12 +38,22 @@ class Value(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Attribute(NamedTuple):
+    """An attribute of some node; one for each of its integers, with None where it has none."""
+
+    domain: str
+    operator: str
+    name: str
+    value: int | None
+
+
 @dataclass
 class OnnxModel:
     """What is read of a model."""
 
     opsets: dict[str, int] = field(default_factory=dict)  # domain -> version
     operators: set[tuple[str, str]] = field(default_factory=set)  # domain, type
+    attributes: set[Attribute] = field(default_factory=set)  # of all nodes but constants
     initializers: list[Tensor] = field(default_factory=list)
     inputs: dict[str, Value] = field(default_factory=dict)
     outputs: dict[str, Value] = field(default_factory=dict)
@@ -103,28 +114,44 @@ class _Reader:
     def _node(self, span: Any) -> None:
         operator: str | None = None
         domain: str | None = None
+        attributes: list[tuple[str, list[int]]] = []
         for number, value in self._fields(span, "node", {1, 2, 3, 4, 5, 6, 7, 9}):
             if number == 4:
                 operator = self._again(operator, value, "operator")
             elif number == 7:
                 domain = self._again(domain, value, "domain")
             elif number == 5:
-                self._attribute(value)
+                attributes.append(self._attribute(value))
         self._found.nodes += 1
         self._found.operators.add((domain or "", operator or ""))
+        if operator == "Constant":
+            return  # its attribute is a value, and may be any
+        for name, values in attributes:
+            among = [Attribute(domain or "", operator or "", name, value) for value in values or (None,)]
+            self._found.attributes.update(among)
 
     def _again(self, before: str | None, value: Any, what: str) -> str:
         if before is not None:
             raise WireError(f"a node states its {what} twice")
         return self._text(value)
 
-    def _attribute(self, span: Any) -> None:
+    def _attribute(self, span: Any) -> tuple[str, list[int]]:
+        """Its name and integers."""
         tensors = 0
+        name: str | None = None
+        values: list[int] = []
         for number, value in self._fields(span, "attribute", {1, 2, 3, 4, 5, 7, 8, 9, 13, 20}):
             if number == 5:
                 tensors += 1
                 if tensors > 1 or self._tensor(value).external is not None:
                     raise WireError("an attribute's numbers lie in another file")
+            elif number == 1:
+                name = self._again(name, value, "attribute's name")
+            elif number in (3, 8):
+                values += self._numbers(value)
+                if len(values) > _MOST_NUMBERS:
+                    raise WireError(f"an attribute has more than {_MOST_NUMBERS} numbers")
+        return name or "", values
 
     def _tensor(self, span: Any) -> Tensor:
         name, dtype = "", 0
@@ -232,7 +259,7 @@ class _Reader:
             return [self._number(value)]
         place, end = self._span(value)
         found: list[int] = []
-        while place < end and len(found) <= 64:  # a shape
+        while place < end and len(found) <= _MOST_NUMBERS:
             number, place = self._varint(place, end)
             found.append(self._number(number))
         return found

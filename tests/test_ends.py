@@ -50,6 +50,26 @@ def test_a_reader_that_has_gone(arguments: tuple[str, ...]) -> None:
     assert_said(done, "Broken pipe")
 
 
+def test_a_closed_stdout() -> None:
+    """`>&-`: what is answered goes nowhere, and says so."""
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *command("ff_run", "--version")], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert_said(done, "Bad file descriptor", "it is closed")
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """What a C library prints would go into the middle of it."""
+    code = (
+        "import sys; from framefusion import start; start._open_closed_streams();print(open(sys.argv[1], 'w').fileno())"
+    )
+    done = subprocess.run(
+        ["sh", "-c", '"$@" <&- 2>&-', "sh", sys.executable, "-c", code, tmp_path / "file"],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) > 2
+
+
 def test_ctrl_c_that_a_library_turns_into_another_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an import of onnxruntime does that Ctrl-C ends."""
     from framefusion.runtime.backends import choice

@@ -59,6 +59,12 @@ def test_names_that_cannot_be_an_output(checkpoint: Path, tmp_path: Path, output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "real"]
 
 
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="nothing is mounted at a place that is known")
+def test_a_mounted_disk_is_no_output(checkpoint: Path) -> None:
+    """It cannot be renamed, which would show when all work is done."""
+    assert_refused(export(*build(checkpoint, "/proc", "--force")), errors.StorageError, "choose /proc/bundle")
+
+
 def test_the_checkpoint_itself_is_no_output(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "c")
     before = sorted((tmp_path / "c").iterdir())

@@ -109,7 +109,30 @@ def outside_attribute(model: Any) -> None:
     model.graph.node.append(helper.make_node("Constant", [], ["c"], value=tensor))
 
 
+def attribute(operator: str, **values: Any) -> Edit:
+    """Change attributes of the nodes of an operator, or add them."""
+
+    def edit(model: Any) -> None:
+        for node in model.graph.node:
+            if node.op_type == operator:
+                kept = [one for one in node.attribute if one.name not in values]
+                del node.attribute[:]
+                node.attribute.extend(kept)
+                node.attribute.extend(helper.make_attribute(name, value) for name, value in values.items())
+
+    return edit
+
+
 EDITS: dict[str, tuple[Edit, str]] = {
+    "heads beyond 32 bits": (attribute("GroupQueryAttention", num_heads=1 << 40), "it may be 0 to"),
+    "key heads beyond 32 bits": (attribute("GroupQueryAttention", kv_num_heads=1 << 40), "it may be 0 to"),
+    "an axis beyond 32 bits": (attribute("Gather", axis=-(1 << 63)), "'axis' of Gather is -9223372036854775808"),
+    "code that no build runs": (attribute("GroupQueryAttention", local_window_size=3), "which no build writes"),
+    "numbers without end": (attribute("Reshape", allowzero=[0] * 10_000), "more than 64 numbers"),
+    "batch dimensions below 0": (
+        add_node("GatherND", ["a", "b"], ["c"], batch_dims=-2),
+        "'batch_dims' of GatherND is -2, it may be 0 to 16",
+    ),
     "custom domain": (add_node("Add", ["a", "b"], ["c"], domain="my.ops"), "operator 'my.ops.Add'"),
     "contrib operator of no dialect": (add_node("Rfft", ["a"], ["b"], domain="com.microsoft"), "com.microsoft.Rfft"),
     "python": (add_node("PyOp", ["a"], ["b"], domain="ai.onnx.contrib"), "ai.onnx.contrib.PyOp"),
