@@ -73,6 +73,7 @@ class Listing:
         height, width: of the frames as they are coded, in pixels.
         aspect: width of a pixel through its height.
         header_frames, header_seconds: what the header promises; 0 where it does not.
+        sound_seconds: where the sound ends, which may last longer than the pictures; 0 where that was not listed.
         tick: seconds.
     """
 
@@ -91,6 +92,7 @@ class Listing:
     aspect: float
     header_frames: int
     header_seconds: float
+    sound_seconds: float
     tick: float
 
     @classmethod
@@ -106,6 +108,7 @@ class Listing:
         pts, dts, flags, ticks, sizes, holes = (array("q") for _ in range(6))
         packed = bool(PACKED & set(name.split(",")))
         end, hole, count = 0, 0, 0
+        sound_end = 0.0
         for packet in packets(container) if packed else packets(container, stream):
             own = packet.stream_index == stream.index
             count += 1
@@ -116,6 +119,8 @@ class Listing:
                 hole += skipped if skipped > HOLE_BYTES else 0
                 end = max(end, packet.pos + packet.size)
             if not own:
+                if packet.stream.type == "audio" and packet.pts is not None:
+                    sound_end = max(sound_end, (packet.pts + (packet.duration or 0)) * float(packet.time_base))
                 continue
             if len(pts) % 256 == 0:
                 check_deadline(source, deadline)
@@ -148,6 +153,7 @@ class Listing:
             float(stream.sample_aspect_ratio or 1),
             stream.frames,
             _promised_seconds(container, stream),
+            sound_end,
             float(stream.time_base),
         )
 
@@ -166,6 +172,11 @@ class Listing:
         pts, dts = self.pts[is_key], self.dts[is_key]
         keys = np.stack((pts, np.where(dts == NO_STAMP, pts, np.minimum(pts, dts))), axis=1)
         return keys[np.argsort(pts, kind="stable")]
+
+    @cached_property
+    def decoding_times(self) -> NDArray[np.int64]:
+        """Timestamps of the packets in the order they are decoded, of those that are shown."""
+        return np.sort(self.dts[(self.flags & DISCARD == 0) & (self.dts != NO_STAMP)])
 
     @cached_property
     def last_ticks(self) -> int:
@@ -203,6 +214,7 @@ class Listing:
                 lost += min(missing, -(-int(self.holes[place]) // smallest) or LOST_BY_CORRUPTION)
         if self.has_tail:
             length = (int(self.shown[-1]) - min(int(self.shown[0]), 0)) * self.tick
+            length = max(length, self.sound_seconds)
             missing = round((self.header_seconds - length) / (usual * self.tick)) - 1
             if not self.header_seconds:
                 missing = round(len(self.pts) * self.tail / int(self.sizes.sum()))
@@ -252,7 +264,7 @@ class Listing:
         elif ending.measure == "seconds" and self.header_seconds and self.shown.size:
             usual = int(np.median(np.diff(self.shown))) if self.shown.size > 1 else 0
             length = int(self.shown[-1]) - min(int(self.shown[0]), 0) + (self.last_ticks or usual)
-            share = length * self.tick / self.header_seconds
+            share = max(length * self.tick, self.sound_seconds) / self.header_seconds
         if share < COMPLETE_SHARE:
             raise VideoError(
                 f"{source} is truncated: {len(self.pts)} frames are there, {share:.0%} of what its header promises; "

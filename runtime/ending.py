@@ -1,8 +1,8 @@
 """Whether a film's file ends where its container says: boxes, elements and chunks that run over the end of the file.
 
 Headers of the outermost parts are read, no table and no packet: in time that grows with their number, which is bounded,
-and in constant memory. MP4 (ISO 14496-12), Matroska (RFC 9559), AVI (RIFF), Ogg (RFC 3533), NUT, GIF and APNG; of
-others, which have no length, nothing is known.
+and in constant memory. MP4 (ISO 14496-12), Matroska (RFC 9559), AVI (RIFF), ASF (WMV), Ogg (RFC 3533), NUT, GIF and
+APNG; of others, which have no length, nothing is known.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ TAIL = 1 << 16  # an Ogg page has this many bytes at most
 UNKNOWN_SIZE = (1 << 56) - 1  # of a Matroska element that was written to a pipe
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 NUT, NUT_INDEX = b"nut/multimedia container\0", b"NX\xdd\x67\x2f\x23\xe6\x4e"
+ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")  # GUIDs of ASF's outermost objects
+ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 PNG, PNG_END = b"\x89PNG", b"IEND\xae\x42\x60\x82"
 END_OF_STREAM = 4  # a flag of Ogg pages
 
@@ -53,6 +55,8 @@ class Ending:
                 return _matroska(file, size)
             if start.startswith(b"RIFF"):
                 return _riff(file, size)
+            if start.startswith(ASF_HEADER):
+                return _asf(file, size)
             if start.startswith(b"OggS"):
                 return _ogg(file, size)
             if start.startswith(NUT):
@@ -122,6 +126,17 @@ def _riff(file: BinaryIO, size: int) -> Ending:
             return Ending()
         at += 8 + length + length % 2
     return _ended(size + size % 2, at, "bytes")
+
+
+def _asf(file: BinaryIO, size: int) -> Ending:
+    file.seek(16)
+    header = int.from_bytes(file.read(8), "little")
+    file.seek(header)
+    head = file.read(50).ljust(50, b"\0")
+    length = int.from_bytes(head[16:24], "little")
+    if head[:16] != ASF_DATA or length <= len(head):  # broadcast, or never closed
+        return Ending()
+    return _ended(size, header + length, "bytes")
 
 
 def _ogg(file: BinaryIO, size: int) -> Ending:

@@ -25,6 +25,7 @@ from framefusion.runtime.image_formats import (
     PNG_SIGNATURE,
     JpegScans,
     check_missing,
+    jpeg_pixels,
     png_chunks,
     png_pixels,
     pnm_levels,
@@ -78,7 +79,7 @@ def read_image(path: str | Path, limits: MediaLimits | None = None) -> NDArray[n
     """
     limits = limits or MediaLimits()
     source = existing_file(path)
-    # 1. The bytes, with the words about the picture taken out of a PNG.
+    # 1. The bytes; `decode_image` takes the words about the picture out of a PNG or JPEG.
     size = source.stat().st_size
     most = BYTES_A_PIXEL * limits.image_pixels + (1 << 24)
     if size > most:
@@ -99,6 +100,7 @@ def decode_image(file: bytes, name: str, limits: MediaLimits) -> NDArray[np.uint
         file = png_pixels(memoryview(file), name)
     file = pnm_levels(file, name)
     if file.startswith(JPEG_SIGNATURE):
+        file = jpeg_pixels(file)
         scans = JpegScans.from_bytes(file)
         if scans.scans > MAX_SCANS:
             raise VideoError(f"{name} has more than {MAX_SCANS} scans, the limit: save it again as PNG")

@@ -46,6 +46,10 @@ _SPACE = rb"(?:\s|#[^\n]*\n)+"
 _PNM = re.compile(rb"(P[1-6])%s(\d{1,9})%s(\d{1,9})(?:%s(\d{1,6}))?\s" % (_SPACE, _SPACE, _SPACE))
 _WITHOUT_LENGTH = frozenset({0x01, 0xD8, 0xD9, *range(0xD0, 0xD8)})
 _START_OF_SCAN, _END = 0xDA, 0xD9
+# What segments of words begin with that say how the pixels are meant, and how long they must be: the colours, and which
+# side is up.
+_WORDS = frozenset({*range(0xE0, 0xF0), 0xFE})
+_MEANING = {0xE0: (b"JFIF\0", 14), 0xE1: (b"Exif\0\0", 14), 0xEE: (b"Adobe", 12)}
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 
 
@@ -84,8 +88,8 @@ def png_pixels(file: memoryview, name: str) -> bytes:
     header = b""
     for chunk in png_chunks(file):
         content = file[chunk.start : chunk.end]
-        if chunk.name == b"eXIf" and chunk.whole and bytes(content[:2]) in (b"II", b"MM") and not pixels:
-            parts.append(_chunk(chunk.name, content))
+        if chunk.name == b"eXIf" and chunk.whole and bytes(content[:2]) in (b"II", b"MM"):
+            parts.append(_chunk(chunk.name, content))  # it may stand behind the pixels
         if chunk.name not in PIXEL_CHUNKS or chunk.name == b"IEND":
             continue
         if chunk.whole and zlib.crc32(content, zlib.crc32(chunk.name)) != _number(file, chunk.end):
@@ -179,6 +183,32 @@ def _number(file: memoryview, at: int) -> int:
 def _chunk(name: bytes, content: bytes | memoryview) -> bytes:
     checksum = zlib.crc32(content, zlib.crc32(name))
     return b"".join((struct.pack(">I4s", len(content), name), content, struct.pack(">I", checksum)))
+
+
+def jpeg_pixels(file: bytes) -> bytes:
+    """The JPEG without the words about its picture, which may be broken, but those that say how its pixels are meant.
+
+    Left out before the first scan: comments, colour profiles, previews, and whatever is too short for its kind. A file
+    whose segments cannot be followed that far stays as it is.
+    """
+    kept = [file[:2]]
+    at = 2
+    while at + 4 <= len(file) and file[at] == 0xFF:
+        marker = file[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker in _WITHOUT_LENGTH:
+            break
+        if marker == _START_OF_SCAN:
+            return b"".join((*kept, file[at:]))
+        end = at + 2 + int(struct.unpack_from(">H", file, at + 2)[0])
+        start, least = _MEANING.get(marker, (b"", 0))
+        meant = least and file.startswith(start, at + 4) and end - at - 4 >= least
+        if marker not in _WORDS or meant:
+            kept.append(file[at:end])
+        at = end
+    return file
 
 
 @dataclass(frozen=True)

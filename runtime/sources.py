@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from framefusion.errors import VideoError
-from framefusion.runtime.frame_sampling import FrameSampling
+from framefusion.runtime.frame_sampling import FASTEST, SLOWEST, FrameSampling
 from framefusion.runtime.image_file import read_image
 from framefusion.runtime.image_pixels import on_white, rgb_pixels, unit_shares
 from framefusion.runtime.media_file import MediaLimits
@@ -78,8 +78,8 @@ def _rate(fps: Any) -> float:
         rate = float(fps)
     except (TypeError, ValueError) as error:
         raise VideoError(f"a film's rate is {fps!r}: give the frames of a second as a number") from error
-    if not 0 < rate < float("inf"):
-        raise VideoError(f"a film's rate is {rate}: give the frames of a second, above 0")
+    if not SLOWEST <= rate <= FASTEST:
+        raise VideoError(f"a film's rate is {rate}: give the frames of a second, from {SLOWEST:g} to {FASTEST:g}")
     return rate
 
 
@@ -110,7 +110,13 @@ def _frames(frames: Any, limits: MediaLimits | None) -> NDArray[np.uint8]:
         raise VideoError("one picture was given where a video is shown: give a list of frames, or show it as an image")
     if isinstance(frames, (list, tuple)):
         return _stacked(frames, limits)
-    return _rgb(_array(frames, "the video"), "the video", dimensions=4)
+    array = _array(frames, "the video")
+    if array.ndim == 3 and array.shape[-1] in (3, 4):
+        raise VideoError(
+            f"the video has shape {array.shape}, which is one picture: give [frames, height, width, channels], or show "
+            "it as an image"
+        )
+    return _rgb(array, "the video", dimensions=4)
 
 
 def as_image(source: Any, limits: MediaLimits | None = None) -> NDArray[np.uint8]:

@@ -126,8 +126,9 @@ class Timeline:
 def ascending(stamps: Sequence[int | None], usual: int) -> NDArray[np.int64]:
     """Timestamps in the order frames are shown, each after the one before.
 
-    One that is missing stands `usual` ticks after the one before; where time jumps back, as between two recordings
-    that were joined, it goes on from there.
+    One that is missing stands `usual` ticks after the one before. One that repeats the one before, or lies before it by
+    no more than `usual`, stands a tick after it, and those behind it stay where they are. Where time jumps back
+    further, as between two recordings that were joined, it goes on from there.
     """
     times = np.empty(len(stamps), np.int64)
     offset, last = 0, None
@@ -136,9 +137,9 @@ def ascending(stamps: Sequence[int | None], usual: int) -> NDArray[np.int64]:
         if stamp is None:
             last = expected
         else:
-            if last is not None and stamp + offset <= last:
+            if last is not None and stamp + offset < last - usual:
                 offset = expected - stamp
-            last = stamp + offset
+            last = stamp + offset if last is None else max(stamp + offset, last + 1)
         times[place] = last
     return times
 

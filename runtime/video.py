@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import MediaWarning, VideoError
 from framefusion.runtime.animation import AnimatedPicture, is_animated_webp
-from framefusion.runtime.container import DRAWN_OVER, ONE_FRAME_A_PACKET, Listing, open_video
+from framefusion.runtime.container import DRAWN_OVER, ONE_FRAME_A_PACKET, WITHOUT_PTS, Listing, open_video
 from framefusion.runtime.decoding import Budget, Decoder, in_order
 from framefusion.runtime.ending import Ending
 from framefusion.runtime.frame_pixels import on_white
@@ -206,6 +206,9 @@ def _all_timestamps(source: Path, listing: Listing, budget: Budget) -> tuple[NDA
         both = [(frame.pts, frame.dts) for frame in decoder.frames()]
     if not both:
         raise VideoError(f"{source} has no frame that can be decoded: copy or download it again")
+    if listing.kind in WITHOUT_PTS and len(both) == listing.decoding_times.size:
+        # One frame a packet: the first that is shown is shown when the first packet is due, and so on.
+        return ascending(listing.decoding_times.tolist(), 1), decoder.damaged
     rate = next((rate for rate in listing.rates if rate > 0), 25.0)
     stamps = min(([pts for pts, _ in both], [dts for _, dts in both]), key=disorder)
     return ascending(stamps, max(round(1 / rate / listing.tick), 1)), decoder.damaged

@@ -93,13 +93,45 @@ def test_empty_chunks_of_an_avi_repeat_the_frame_before(tmp_path: Path, dropped:
     assert np.abs(np.diff(video.moments)).max() < 0.5 + 0.1 * dropped
 
 
+def with_sound(path: Path, seconds: int) -> Path:
+    """A film of 3 seconds whose sound lasts longer."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=10)
+        sound: Any = container.add_stream("aac", rate=44100)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(seconds * 10):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 4410), np.float32), format="fltp", layout="mono")
+            silence.sample_rate, silence.pts = 44100, number * 4410
+            container.mux(sound.encode(silence))
+            if number < 30:
+                pixels = np.full((48, 64, 3), 8 * number, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+        container.mux(sound.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["flv", "mkv", "mp4"])
+def test_a_film_may_end_before_its_sound(tmp_path: Path, suffix: str) -> None:
+    """The header of an FLV gives one length, that of the longest track."""
+    video = read_video(with_sound(tmp_path / f"a.{suffix}", 6), SAMPLING)
+    assert (video.total_frames, video.lost_frames, video.duration) == (30, 0, pytest.approx(3.0, abs=0.02))
+
+
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_a_wmv_of_few_frames_is_whole(tmp_path: Path, count: int) -> None:
+    path = write_video(tmp_path / "a.wmv", count, "wmv2")
+    assert Ending.of_file(path).whole
+    assert read_video(path, SAMPLING).total_frames == count
+
+
 # ---- cut
 
 
-@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.avi", "a.mp4", "a.flv"])
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.avi", "a.mp4", "a.flv", "a.wmv"])
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_more_than_a_twentieth_missing_is_refused(tmp_path: Path, name: str, share: float) -> None:
-    codec = {"a.webm": "libvpx-vp9", "a.avi": "mpeg4"}.get(name, "libx264")
+    codec = {"a.webm": "libvpx-vp9", "a.avi": "mpeg4", "a.wmv": "wmv2"}.get(name, "libx264")
     file = write_video(tmp_path / name, 90, codec).read_bytes()
     (tmp_path / name).write_bytes(file[: int(len(file) * share)])
     with pytest.raises(VideoError, match="is truncated"):

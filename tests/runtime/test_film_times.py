@@ -23,6 +23,7 @@ from framefusion.runtime.flags import frame_sampling
 from framefusion.runtime.frame_sampling import RULES, FrameSampling, sample_indices
 from framefusion.runtime.timeline import MAX_SECONDS, Timeline, ascending, disorder
 from framefusion.runtime.video import Video, read_video
+from tests.runtime.test_video import write_video
 
 FILMS = Path(__file__).parent.parent / "media" / "films"
 TIMES: dict[str, list[float]] = json.loads((FILMS / "times.json").read_text())["times"]
@@ -148,7 +149,16 @@ def test_timestamps_that_no_film_has_are_refused(times: list[float], last: float
 def test_joined_recordings_follow_one_another() -> None:
     assert ascending([0, 10, 20, 0, 10, 20], 10).tolist() == [0, 10, 20, 30, 40, 50]
     assert ascending([None, None, 25, None], 10).tolist() == [0, 10, 25, 35]
+    assert ascending([0, 10, 10, 20, 40, 30, 50], 10).tolist() == [0, 10, 11, 20, 40, 41, 50]
     assert disorder([0, 10, 5, None, 20]) == 2
+
+
+@pytest.mark.parametrize("count", [2, 3, 30])
+def test_b_frames_of_an_avi_stand_at_the_rate_of_its_chunks(tmp_path: Path, count: int) -> None:
+    """AVI does not say when a frame is shown: FFmpeg gives those of H.264 in disorder."""
+    video = read_video(write_video(tmp_path / "a.avi", count), FrameSampling("uniform", force=True))
+    np.testing.assert_allclose(video.times, np.arange(count) / 10)
+    assert (video.fps, video.duration) == (10, count / 10)
 
 
 # ---- what families tell

@@ -107,8 +107,12 @@ def test_colours_of_any_kind_become_rgb() -> None:
     source = Image.fromarray(picture())
     for mode, kind in (("1", "PNG"), ("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF")):
         file = saved(source.convert(mode), kind)
-        with Image.open(io.BytesIO(file)) as image:
-            want = np.asarray(image.convert("RGB"))
+        try:
+            with Image.open(io.BytesIO(file)) as image:
+                want = np.asarray(image.convert("RGB"))
+        except OSError:
+            assert mode == "YCbCr"  # Pillow 11.0 does not read what it wrote
+            continue
         np.testing.assert_array_equal(decode_image(file, "a", LIMITS), want)
 
 
@@ -151,6 +155,35 @@ def test_odd_metadata_do_not_cost_the_picture() -> None:
         file = saved(Image.fromarray(picture()), "JPEG")
         file = file[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + file[2:]
         assert decode_image(file, "a", LIMITS).shape == (96, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"\xff\xe0\0\x08JFIF\0\0",  # too short: Pillow ends in struct.error
+        b"\xff\xee\0\x08Adobe\0",
+        b"\xff\xe2\0\x12ICC_PROFILE\0\x05\x02xx",
+        b"\xff\xe2\0\x0aMPF\0\xff\xff\xff\xff",
+        b"\xff\xed\0\x14Photoshop 3.0\x008BIM",
+        b"\xff\xff\xff\xfe\0\x02",
+    ],
+)
+def test_broken_words_in_a_jpeg_are_passed_over(words: bytes) -> None:
+    for mode in ("RGB", "CMYK", "L"):
+        file = saved(Image.fromarray(picture()).convert(mode), "JPEG")
+        odd = decode_image(file[:2] + words + file[2:], "a", LIMITS)
+        np.testing.assert_array_equal(odd, decode_image(file, "a", LIMITS))
+
+
+def test_a_png_says_behind_its_pixels_which_side_is_up() -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    file = saved(Image.fromarray(picture()), "PNG", exif=exif)
+    start = file.index(b"eXIf") - 4
+    chunk = file[start : start + 12 + int.from_bytes(file[start : start + 4], "big")]
+    moved = file.replace(chunk, b"")
+    moved = moved[:-12] + chunk + moved[-12:]
+    np.testing.assert_array_equal(decode_image(moved, "a", LIMITS), np.rot90(picture(), -1))
 
 
 def test_a_chunk_of_words_with_a_wrong_checksum_is_passed_over_one_of_pixels_is_not() -> None:

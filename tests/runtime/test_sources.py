@@ -74,6 +74,7 @@ def test_alpha_is_mixed_with_white_as_pillow_does() -> None:
         (RGB.transpose(2, 0, 1), r"shape \(3, 12, 10\).*channels stand first, move them"),
         (RGB[:0], "has shape"),
         (3.5, "has shape"),
+        (Image.new("RGB", (0, 0)), "is 0x0, it has no pixel"),
         (torch.from_numpy(RGB.copy()).bfloat16(), "makes no array|no array of pixels"),
         (torch.zeros(2, 2, 3, requires_grad=True), "makes no array"),
         (as_video(FILM, SAMPLING), "a film was given where an image is shown"),
@@ -120,6 +121,7 @@ def test_frames_from_files(tmp_path: Path) -> None:
         ([], "a video of no frames"),
         (FILM[:0], "has shape"),
         (RGB[:, :, 0], "has shape"),
+        (RGB, r"has shape \(12, 10, 3\), which is one picture"),
         (Image.fromarray(RGB), "one picture was given where a video is shown"),
         ([RGB, RGB[:6]], "frame 1 of the video is 10x6, the first is 10x12"),
         ([RGB, None], "the image is of type NoneType"),
@@ -161,7 +163,7 @@ def test_frames_need_a_rate_or_times() -> None:
             video_of_frames(FILM, **given)
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), "fast"])
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e-320, 1e12, "fast"])
 def test_rates_that_are_none(fps: Any) -> None:
     with pytest.raises(VideoError, match="a film's rate is"):
         video_of_frames(FILM, fps)
