@@ -111,10 +111,10 @@ def _frames(frames: Any, limits: MediaLimits | None) -> NDArray[np.uint8]:
     if isinstance(frames, (list, tuple)):
         return _stacked(frames, limits)
     array = _array(frames, "the video")
-    if array.ndim == 3 and array.shape[-1] in (3, 4):
+    if array.ndim == 3:  # which of its sides is time cannot be told
         raise VideoError(
-            f"the video has shape {array.shape}, which is one picture: give [frames, height, width, channels], or show "
-            "it as an image"
+            f"the video has shape {array.shape}: give [frames, height, width, channels]; one picture is a film as "
+            "array[None], and frames of grey are one as array[..., None]"
         )
     return _rgb(array, "the video", dimensions=4)
 
