@@ -30,9 +30,10 @@ def check_cost(cost: float, smallest: float = 0.0) -> None:
             f"say for example {meant:g} ({describe_cost(meant)})"
         )
     if cost < smallest * (1 - 1e-12):  # a caller who passes 1 / num_layers means exactly that
+        shown = math.ceil(smallest * 1e6) / 1e6  # upwards: what the message says is accepted
         raise BudgetError(
-            f"cost {cost} ({describe_cost(cost)}) cannot be reached: the smallest cost is {smallest:.6g} "
-            f"({describe_cost(smallest)}); ask at least that, or merge more and prune earlier"
+            f"cost {cost} ({describe_cost(cost)}) cannot be reached: the smallest cost is {shown:g} "
+            f"({describe_cost(shown)}); ask at least that, or merge more and prune earlier"
         )
 
 

@@ -24,6 +24,14 @@ def test_a_cost_outside_its_range_is_refused_in_both_senses(cost: float, remedy:
         budget.check_cost(cost)
 
 
+@pytest.mark.parametrize("layers", [3, 4, 12, 28, 48, 80])
+def test_the_cost_that_a_refusal_names_is_accepted(layers: int) -> None:
+    smallest = budget.smallest_cost(layers)
+    with pytest.raises(BudgetError, match="the smallest cost is") as refusal:
+        budget.check_cost(smallest / 2, smallest)
+    budget.check_cost(float(str(refusal.value).split("the smallest cost is ")[1].split()[0]), smallest)
+
+
 def test_required_drop_without_calls_is_the_share_to_drop() -> None:
     assert budget.required_drop([], 0.3, 28) == pytest.approx(0.7)
 
