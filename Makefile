@@ -33,7 +33,7 @@ ENGINES := engines-out
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo engines test slow test-latest test-oldest lock test-gpu test-authors bench-gpu lint clean
+.PHONY: help setup demo engines test slow test-latest test-oldest lock attack test-gpu test-authors bench-gpu lint clean
 
 help:
 	@echo "make demo      build a bundle from the tiny checkpoint and ask it about videos, about $(DEMO_TIME)"
