@@ -190,7 +190,10 @@ def _describe(manifest: Manifest, checkpoint: Checkpoint, staged: Staging) -> Ma
 def _passed(report: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     if not report["passed"]:
         failed = ", ".join(f"{line['what']}: {line['value']:.3g} > {line['limit']:.3g}" for line in report["failures"])
-        raise CheckFailedError(f"{folder} does not reproduce the eager model ({failed}); it was not published")
+        raise CheckFailedError(
+            f"{folder} does not reproduce the eager model ({failed}); it was not published: "
+            "report it, or give --tolerance a limit that you accept"
+        )
     return report
 
 

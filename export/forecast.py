@@ -176,7 +176,9 @@ def _check_line(check: Mapping[str, Any] | None, memory: int | None) -> str:
     streamed = "all of it, weights read from the disk as they are used"
     told = check["why"] or {"streamed": streamed}.get(check["method"], "full")
     why = check["transformers"].get("why")
-    compared = f"NOT compared with transformers: {why}" if why else "each layer built is compared with transformers'"
+    compared = (
+        f"NOT compared with transformers: {why}" if why else "each layer built is compared with transformers' own class"
+    )
     return f"check: {told}; memory about {in_bytes(memory)}; {compared}"
 
 

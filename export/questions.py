@@ -127,7 +127,8 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
             raise OSError("it is no plain file")
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path} cannot be read ({error}): give a file of one JSON object a line") from None
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise EvaluationError(f"{path} cannot be read ({reason}): give a file of one JSON object a line") from None
     found = list(_questions(path, lines, limit))
     if not found:
         raise EvaluationError(f"{path} holds no question: give one JSON object a line")

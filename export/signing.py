@@ -92,8 +92,9 @@ def _private_key(path: Path) -> Any:
             f"{path} -out COPY)"
         ) from None
     except (OSError, ValueError, BundleError, UnsupportedAlgorithm) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise TrustError(
-            f"{path} is no private key ({error}): make one with ssh-keygen -t ed25519 -N '' -f KEY"
+            f"{path} is no private key ({reason}): make one with ssh-keygen -t ed25519 -N '' -f KEY"
         ) from None
     if not isinstance(private, Ed25519PrivateKey):
         raise TrustError(f"{path} is no ed25519 key: make one with ssh-keygen -t ed25519 -N '' -f KEY")

@@ -41,6 +41,7 @@ class _Format(NamedTuple):
 
 
 FORMATS: tuple[_Format, ...] = (
+    _Format(("manifest.json",), "a bundle", "give the checkpoint that it was built from"),
     _Format(("*.gguf",), "GGUF weights", "give the checkpoint that they were converted from"),
     _Format(
         ("zero_to_fp32.py", "global_step*", "zero_pp_rank_*"),

@@ -180,7 +180,7 @@ def kind_of(file: bytes) -> str:
     if file[4:8] == b"ftyp" and file[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "it is a HEIC picture"
     if file[4:8] == b"ftyp":
-        return "it is a film or a picture that this build of Pillow does not read"
+        return "it is a film, which --video shows, or a picture that this build of Pillow does not read"
     return next((f"it is {kind}" for start, kind in OTHERS.items() if file.startswith(start)), "it is of no known kind")
 
 

@@ -155,7 +155,10 @@ class Pipeline:
         if isinstance(files, (str, bytes, Path)):
             raise PromptError(f"files is one name, {str(files)[:120]!r}: give a list of what the turns show")
         if len(kinds) != len(files):
-            raise PromptError(f"the conversation shows {len(kinds)} video(s) and image(s), {len(files)} were given")
+            raise PromptError(
+                f"the conversation shows {len(kinds)} video(s) and image(s), {len(files)} were given: "
+                "give one source for each Visual of the turns"
+            )
         rule = self.manifest.preprocessing.for_images(kinds.count(Visual.IMAGE))
         seen: list[Seen] = []
         for kind, file in zip(kinds, files, strict=True):

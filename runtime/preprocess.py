@@ -36,7 +36,7 @@ class Preprocessing:
 
     record_tag: ClassVar[str] = "rule"
     rule: ClassVar[str]
-    pixels: ClassVar[str] = "the size of its frames is fixed"  # for the message of an option that does not apply
+    pixels: ClassVar[str] = "the size of its frames is fixed"  # why an option of pixels does not apply
 
     patch_size: int = 14
     image_mean: tuple[float, ...] = HALF
@@ -106,8 +106,10 @@ class Preprocessing:
         known = {field.name for field in fields(self)}
         for name, value in chosen.items():
             if name not in known:
+                why = f": {self.pixels}" if "pixels" in name else ""
                 raise BudgetError(
-                    f"--{name.replace('_', '-')} {value} does not apply to this family ({self.rule}): {self.pixels}"
+                    f"--{name.replace('_', '-')} {value!r} does not apply to this family ({self.rule}){why}; "
+                    "leave it out"
                 )
         return replace(self, **chosen)
 

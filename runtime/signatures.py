@@ -63,7 +63,8 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
     try:
         text = read_small(path, _MOST_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError, BundleError) as error:
-        raise TrustError(f"{path} is no file of public keys ({error}): give one, as ssh-keygen writes it") from None
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise TrustError(f"{path} is no file of public keys ({reason}): give one, as ssh-keygen writes it") from None
     keys = [_pem_key(path, kind, body) for kind, body in _PEM.findall(text)]
     lines = [line.strip() for line in _PEM.sub("", text).splitlines()]
     keys += [_ssh_key(path, line.split()) for line in lines if line and not line.startswith("#")]

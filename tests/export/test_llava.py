@@ -193,6 +193,10 @@ def test_options_that_do_not_apply_are_refused() -> None:
     assert PIXELS.with_options(mm_spatial_pool_mode="average", max_pixels=None).mm_spatial_pool_mode == "average"
     with pytest.raises(BudgetError, match="--max-pixels 100 does not apply to this family"):
         PIXELS.with_options(max_pixels=100)
+    with pytest.raises(
+        BudgetError, match=r"--frame-label 'F\{\}: ' does not apply to this family \(.*\); leave it out$"
+    ):
+        PIXELS.with_options(frame_label="F{}: ")
     with pytest.raises(BundleError, match="a tiling whole pictures"):
         replace(PIXELS, tilings=((100, 72),))
 

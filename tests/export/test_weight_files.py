@@ -295,6 +295,7 @@ def tensors_as(*names: str) -> Edit:
         (adapter, "is a LoRA adapter of Qwen/Qwen2-VL-7B-Instruct.*merge_and_unload"),
         (only("pytorch_model.bin"), "PyTorch pickles .pytorch_model.bin.*save_pretrained"),
         (only("model.pt"), "PyTorch pickles"),
+        (only("manifest.json"), "It holds a bundle .manifest.json.: give the checkpoint that it was built from"),
         (only("model-q4.gguf"), "GGUF weights"),
         (only("zero_to_fp32.py", "pytorch_model.bin"), "DeepSpeed ZeRO.*zero_to_fp32.py . OUTPUT"),
         (only("model.fp16.safetensors"), "a variant of the weights"),
