@@ -43,7 +43,7 @@ DEMUXERS = (
 )
 
 # Where the bytes between two packets are headers and other tracks' packets, so that a hole shows.
-PACKED = frozenset({"matroska", "avi", "flv", "gif", "apng"})
+PACKED = frozenset({"matroska", "avi", "flv", "nut", "ivf", "yuv4mpegpipe", "gif", "apng"})
 HOLE_BYTES = 100
 """More between two packets than headers take."""
 CHUNK_HEADER, AVI_INDEX_ENTRY = 8, 16

@@ -185,7 +185,7 @@ def test_more_lost_than_allowed_is_refused(name: str, lost: float) -> None:
         quietly(FILMS / name, lost_share=lost - 0.01)
 
 
-@pytest.mark.parametrize("name", ["a.mkv", "a.flv", "a.mp4", "a.mov"])
+@pytest.mark.parametrize("name", ["a.mkv", "a.flv", "a.nut", "a.mp4", "a.mov"])
 def test_bad_bytes_in_any_container_are_counted_or_harmless(tmp_path: Path, name: str) -> None:
     path = write_video(tmp_path / name, 90)
     file = bytearray(path.read_bytes())
