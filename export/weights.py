@@ -123,9 +123,11 @@ def check_parameter(checkpoint: Checkpoint, source: AnySource, shape: tuple[int,
         )
     for key in source.keys:
         if checkpoint.dtype(key) not in STORED:
+            wide = checkpoint.dtype(key) == "F64"
+            remedy = "save it again as float32 or bfloat16" if wide else "give the checkpoint before it was quantized"
             raise CheckpointError(
-                f"{key} is stored as {checkpoint.dtype(key)}, known are {', '.join(STORED)}: "
-                "give the checkpoint before it was quantized"
+                f"{checkpoint.folder}: {key} is stored as {checkpoint.dtype(key)}, known are {', '.join(STORED)}: "
+                f"{remedy}"
             )
 
 

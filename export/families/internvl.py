@@ -15,7 +15,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.families.chat import find_template, read_template
 from framefusion.export.families.family import CHATML, QWEN2_NAMES, Family, LlmKeys
 from framefusion.export.families.processors import levels, processor, require_processor
-from framefusion.export.families.reading import expect, required, square, tokenizer_begin, vision_config
+from framefusion.export.families.reading import expect, given, required, square, tokenizer_begin, vision_config
 from framefusion.runtime.families.internvl import InternVLPreprocessing
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.prompt import PromptTemplate, TurnLayout
@@ -116,8 +116,8 @@ def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
         patch_size=square(vision, "patch_size", checkpoint),
         tile_size=square(vision, "image_size", checkpoint),
         merge_size=merge_size(checkpoint),
-        min_tiles=int(image.get("min_patches", 1)),
-        max_tiles=int(image.get("max_patches", 12)),
+        min_tiles=int(given(image, "min_patches", 1)),
+        max_tiles=int(given(image, "max_patches", 12)),
         start=special_token(checkpoint, "start_image_token", "<img>"),
         pad=special_token(checkpoint, "context_image_token", "<IMG_CONTEXT>"),
         end=special_token(checkpoint, "end_image_token", "</img>"),
@@ -125,11 +125,9 @@ def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
     )
     for told in (image, video):  # one graph and one table of levels serve both
         expect(checkpoint, told, {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,)})
-        expected = {"size": {"height": result.tile_size, "width": result.tile_size}}
-        for key, value in (expected | {"image_mean": result.image_mean, "image_std": result.image_std}).items():
-            found = told.get(key)
-            if found and (tuple(found) if isinstance(value, tuple) else dict(found)) != value:
-                raise CheckpointError(f"{checkpoint.folder}: a processor has {key} {found}, supported is {value} here")
+        found, size = told.get("size"), {"height": result.tile_size, "width": result.tile_size}
+        if found and dict(found) != size:
+            raise CheckpointError(f"{checkpoint.folder}: a processor has size {found}, supported is {size} here")
     told_by_image = InternVLPreprocessing(image_mean=result.image_mean, image_std=result.image_std)
     levels(checkpoint, told_by_image, image, video)  # refuses a video processor of other levels or another filter
     return result

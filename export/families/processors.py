@@ -98,14 +98,14 @@ def levels(
 
 
 def _levels(checkpoint: Checkpoint, told: Mapping[str, Any], default: Preprocessing) -> dict[str, Any]:
-    if told.get("do_resize") is False:
+    resized, rescaled, normalised = (bool(told.get(key, True)) for key in ("do_resize", "do_rescale", "do_normalize"))
+    if not resized:  # null is what transformers takes for false
         raise CheckpointError(f"{checkpoint.folder}: a processor has do_resize false, supported is true only")
     rescale = default.rescale if told.get("rescale_factor") is None else float(told["rescale_factor"])
     mean, std = (told.get(name) or getattr(default, name) for name in ("image_mean", "image_std"))
-    normalised = told.get("do_normalize") is not False
     resample = told.get("resample")
     return {
-        "rescale": 1.0 if told.get("do_rescale") is False else rescale,
+        "rescale": rescale if rescaled else 1.0,
         "image_mean": _triple(mean) if normalised else (0.0, 0.0, 0.0),
         "image_std": _triple(std) if normalised else (1.0, 1.0, 1.0),
         "resample": default.resample if resample is None else int(resample),

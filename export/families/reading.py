@@ -143,10 +143,14 @@ def pixel_limits(found: Mapping[str, Any]) -> tuple[int | None, int | None]:
     return int(low) if low else None, int(high) if high else None
 
 
+IMAGE_PIXELS = 56 * 56, 1280 * 28 * 28
+"""Of transformers' Qwen2VLImageProcessor, which Qwen2.5-VL and Qwen3-VL have too."""
+
+
 def image_limits(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Pixel limits of single images, as fields of the rule; none where the checkpoint tells none."""
-    found = zip(("image_min_pixels", "image_max_pixels"), pixel_limits(processor(checkpoint, "image")), strict=True)
-    return {name: limit for name, limit in found if limit is not None}
+    """Pixel limits of single images, as fields of the rule; what a file leaves out is as in the processor's class."""
+    low, high = pixel_limits(processor(checkpoint, "image"))
+    return {"image_min_pixels": low or IMAGE_PIXELS[0], "image_max_pixels": high or IMAGE_PIXELS[1]}
 
 
 def told_by_video_processor(checkpoint: Checkpoint, told: FrameSampling) -> FrameSampling:

@@ -119,3 +119,21 @@ def test_sizes_that_two_processors_tell_differently_are_refused(key: str, tmp_pa
     files = checkpoint(tmp_path, image=LIMITS | told | {key: 4}, video=LIMITS | told)
     with pytest.raises(CheckpointError, match=f"image and the video processor have different {key}, 4 and"):
         qwen2_vl.preprocessing(files)
+
+
+@pytest.mark.parametrize("told", [{}, {"min_pixels": 784}, {"max_pixels": 7840}, {"size": {"shortest_edge": 784}}])
+@pytest.mark.parametrize("null", [(), ("do_normalize",), ("do_rescale", "do_normalize")])
+def test_what_an_image_processor_leaves_out_is_as_in_its_class(
+    told: dict[str, Any], null: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Limits of pixels from the class, and null for false; tolerance as above."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    flags: dict[str, Any] = dict.fromkeys(null)
+    default = {"size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}}
+    complete = told if "size" not in told else {"size": default["size"] | told["size"]}  # there it has to be complete
+    shown = picture(140, 196)
+    theirs = Qwen2VLImageProcessorPil(**complete, **flags)(shown, return_tensors="np")["pixel_values"]
+    rule = qwen2_vl.preprocessing(checkpoint(tmp_path, image={"patch_size": 14} | told | flags))
+    ours = rule.image(shown).tiles[0].values
+    np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())

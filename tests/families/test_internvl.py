@@ -87,7 +87,7 @@ REFUSED: tuple[tuple[str, str, Change, str], ...] = (
     ("native", "preprocessor_config", lambda content: content.pop("image_mean"), "has no image_mean"),
     ("native", "preprocessor_config", told(size={"height": 448, "width": 448}), "a processor has size"),
     ("native", "preprocessor_config", told(do_normalize=False), "do_normalize is False"),
-    ("native", "video_preprocessor_config", told(image_std=[0.5] * 3), "a processor has image_std"),
+    ("native", "video_preprocessor_config", told(image_std=[0.5] * 3), "different image_std"),
     ("native", "video_preprocessor_config", told(initial_shift=0), "initial_shift is 0"),
 )
 
@@ -96,6 +96,17 @@ REFUSED: tuple[tuple[str, str, Change, str], ...] = (
 def test_refusals(kind: str, name: str, change: Change, message: str, folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         BuildPlan(changed(folders[kind], tmp_path, name, change), OPTIONS)
+
+
+def test_one_number_for_three_channels_and_null_for_a_default(folders: dict[str, Path], tmp_path: Path) -> None:
+    values = {"image_mean": 0.5, "image_std": 0.25, "max_patches": None, "min_patches": None}
+    (tmp_path / "image").mkdir()
+    first = changed(folders["native"], tmp_path / "image", "preprocessor_config", told(**values))
+    (tmp_path / "both").mkdir()
+    both = changed(first.folder, tmp_path / "both", "video_preprocessor_config", told(**values))
+    rule = BuildPlan(both, OPTIONS).preprocessing
+    assert isinstance(rule, InternVLPreprocessing)
+    assert (rule.image_mean, rule.image_std, rule.min_tiles, rule.max_tiles) == ((0.5,) * 3, (0.25,) * 3, 1, 12)
 
 
 def test_an_llm_that_nobody_declared_is_refused_by_its_name(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -404,3 +404,13 @@ def test_a_bias_that_the_class_has_not_is_refused(checkpoint: Path, tmp_path: Pa
     added = add_tensor(folder, "layers.0.self_attn.", name)
     with pytest.raises(CheckpointError, match=f"no part of this model reads .{added}"):
         plan(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [(torch.float64, "as float32 or bf"), (torch.int8, "before it was quant")]
+)
+def test_types_that_are_not_read_are_named(checkpoint: Path, tmp_path: Path, dtype: torch.dtype, remedy: str) -> None:
+    folder, key = shutil.copytree(checkpoint, tmp_path / "checkpoint"), "model.layers.0.input_layernorm.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    with pytest.raises(CheckpointError, match=rf"{folder}: {key} is stored as \w+, known are .*{remedy}"):
+        plan(folder)
