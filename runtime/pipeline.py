@@ -50,7 +50,7 @@ from framefusion.runtime.sources import Source, as_image, as_video
 from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch, check_cuts
 from framefusion.runtime.token_rows import TokenRows
 from framefusion.runtime.tokenizer import Tokenizer
-from framefusion.runtime.video import Video, VideoFacts
+from framefusion.runtime.video import Video, VideoFacts, facts_of_films
 from framefusion.runtime.vision import TowerCall, tower_call
 from framefusion.runtime.visual_input import RowMap, Tiles, VisualInput
 
@@ -342,7 +342,7 @@ class Pipeline:
         """
         stopwatch, request, turns = Stopwatch(), request or Request(), as_turns(turns)
         seen = self.see(turns, files, sampling or self.manifest.sampling, stopwatch, whole=False)
-        videos = tuple(one.facts for one in seen if isinstance(one, Video))
+        videos = facts_of_films(seen)
         visuals = self.preprocess(seen, stopwatch)
         del seen  # pixels are large, and spent
         prompt = self.prompt(turns, visuals)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,11 @@ class Video:
     def facts(self) -> VideoFacts:
         """The numbers without the pixels."""
         return VideoFacts(self.duration, self.fps, self.total_frames, len(self.indices), self.lost_frames)
+
+
+def facts_of_films(seen: Iterable[object]) -> tuple[VideoFacts, ...]:
+    """Of the films among what a conversation shows, in order."""
+    return tuple(one.facts for one in seen if isinstance(one, Video))
 
 
 def read_video(

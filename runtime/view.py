@@ -30,7 +30,7 @@ from framefusion.runtime.preprocess import Preprocessing, resize
 from framefusion.runtime.prompt import Prompt, Turn, Visual
 from framefusion.runtime.sources import Source
 from framefusion.runtime.stitching import Stopwatch
-from framefusion.runtime.video import Video
+from framefusion.runtime.video import Video, facts_of_films
 
 BINS = 40
 RARE = 0.02  # of the similarities of a call may lie below the bins
@@ -97,7 +97,7 @@ def watch(
         dense = plain.answer(prompt, rows, whole)
     decisions: list[Decision] = []
     prefilled = pipeline.prefill(prompt, rows, request, stopwatch, decisions.append)
-    answer = pipeline.complete(prompt, prefilled, request, stopwatch)
+    answer = replace(pipeline.complete(prompt, prefilled, request, stopwatch), videos=facts_of_films(seen))
     return Watched(turns, seen, prompt, request, prefilled.kept[-1], answer, decisions, dense)
 
 
