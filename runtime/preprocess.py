@@ -100,7 +100,7 @@ class Preprocessing:
         """The same with what a user chose; None leaves a field as it is.
 
         Raises:
-            BudgetError: this family has no such choice.
+            BudgetError: this family has no such choice, or none of this value.
         """
         chosen = {name: value for name, value in given.items() if value is not None}
         known = {field.name for field in fields(self)}
@@ -111,7 +111,10 @@ class Preprocessing:
                     f"--{name.replace('_', '-')} {value!r} does not apply to this family ({self.rule}){why}; "
                     "leave it out"
                 )
-        return replace(self, **chosen)
+        try:
+            return replace(self, **chosen)
+        except BundleError as error:  # the numbers of a flag, not those of a manifest
+            raise BudgetError(str(error)) from None
 
 
 def normalised_levels(preprocessing: Preprocessing) -> NDArray[np.float32]:

@@ -152,7 +152,7 @@ def test_labels_are_those_of_the_version_that_the_template_names(folders: dict[s
     native = internvl.native_preprocessing(Checkpoint(folders["native"]))
     assert (native.frame_label, native.image_label) == ("Frame{}: ", "")
     assert new.with_options(frame_label="Frame{}: ").frame_label == "Frame{}: "
-    with pytest.raises(BundleError, match=r"a label 'Frame: ' has no place for a number: write it once as \{\}"):
+    with pytest.raises(BudgetError, match=r"a label 'Frame: ' has no place for a number: write it once as \{\}"):
         new.with_options(frame_label="Frame: ")
 
 
