@@ -115,7 +115,8 @@ def with_sound(path: Path, seconds: int) -> Path:
 def test_a_film_may_end_before_its_sound(tmp_path: Path, suffix: str) -> None:
     """The header of an FLV gives one length, that of the longest track."""
     video = read_video(with_sound(tmp_path / f"a.{suffix}", 6), SAMPLING)
-    assert (video.total_frames, video.lost_frames, video.duration) == (30, 0, pytest.approx(3.0, abs=0.02))
+    assert (video.total_frames, video.lost_frames) == (30, 0)
+    assert video.duration == pytest.approx(3.0, abs=0.02)
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
