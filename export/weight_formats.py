@@ -16,6 +16,7 @@ from framefusion.export.checkpoint_files import present, read_json_file
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 QUANTIZED_KEYS = ("quantization_config", "quantization", "compression_config")
 """Keys of config.json for what awq, gptq, fp8, bitsandbytes, compressed-tensors, ModelOpt and MLX did."""
 MODELOPT = "hf_quant_config.json"
@@ -122,6 +123,13 @@ def check_plain(folder: Path, configs: Iterable[Mapping[str, Any]], keys: Collec
         raise CheckpointError(
             f"{folder} is quantized ({found}), and quantized weights are not read: "
             "give the checkpoint before it was quantized"
+        )
+    adapter = next((name for name in ADAPTER_WEIGHTS if present(folder / name)), None)
+    if adapter is not None and present(folder / ADAPTER):
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER}, {adapter}) beside the weights, and transformers applies it: "
+            "merge it with peft's merge_and_unload() and save_pretrained() the result, or take these two files out if "
+            "it is merged already"
         )
     left = sorted(key for key in keys if _ADAPTED.search(key))
     if left:

@@ -251,6 +251,12 @@ def adapter(folder: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"x")
 
 
+def adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct"}))
+    plan(folder)  # the file alone is a leftover
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+
+
 def rename(prefix: str) -> Edit:
     def change(folder: Path) -> None:
         tensors = load_file(folder / SINGLE)
@@ -302,6 +308,7 @@ def tensors_as(*names: str) -> Edit:
         (only("model-00001-of-00002.safetensors"), "shards without their model.safetensors.index.json"),
         (only("consolidated.safetensors"), "under another name .consolidated.safetensors"),
         (only(), "no weights of another kind"),
+        (adapter_beside, r"holds an adapter .adapter_config.json, adapter_model.safetensors. beside.*merge_and_unload"),
         (rename("base_model.model."), "merge_and_unload"),
         (lora, "an adapter"),
         (method("quantization_config", {"quant_method": "awq", "bits": 4}), "quantized .awq, 4 bits"),
