@@ -92,7 +92,9 @@ def _private_key(path: Path) -> Any:
             f"{path} -out COPY)"
         ) from None
     except (OSError, ValueError, BundleError, UnsupportedAlgorithm) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        reason = str((error.strerror if isinstance(error, OSError) else None) or error)
+        if isinstance(error, BundleError):
+            reason = f"no regular file of at most {_KEY_BYTES} bytes"
         raise TrustError(
             f"{path} is no private key ({reason}): make one with ssh-keygen -t ed25519 -N '' -f KEY"
         ) from None

@@ -77,10 +77,14 @@ def read_small(path: Path, most_bytes: int) -> bytes:
         OSError: it cannot be read.
         BundleError: it is too long, or no regular file.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise BundleError(f"{path} is no regular file: copy the bundle again or rebuild it")
-        content = file.read(most_bytes + 1)
+        with open(handle, "rb", closefd=False) as file:
+            content = file.read(most_bytes + 1)
+    finally:
+        os.close(handle)
     if len(content) > most_bytes:
         raise BundleError(f"{path} has more than {most_bytes} bytes, which is the limit: it is not of this package")
     return content

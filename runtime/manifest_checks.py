@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from framefusion.runtime.manifest import FLOAT_BYTES, Manifest
+from framefusion.runtime.manifest import FLOAT_BYTES, Manifest, ReductionRecord
 from framefusion.runtime.prompt import ROLES
 from framefusion.runtime.records import RecordError
 
@@ -72,6 +72,8 @@ def _reduction(manifest: Manifest) -> Iterator[Problem]:
         yield "reduction.mode", f"{record.mode} does not agree with whether there is a schedule and its sizes"
     if record.depth is not None and record.depth >= layers:
         yield "reduction.depth", f"{record.depth} is beyond {layers} layers"
+    if record.mode == "adaptive":
+        yield from _adaptive(record, layers)
     if fixed is None or record.schedule is None:
         return
     size = fixed.max_text + fixed.max_visual
@@ -83,6 +85,16 @@ def _reduction(manifest: Manifest) -> Iterator[Problem]:
         yield "reduction.schedule.prune_layer", f"{record.schedule.prune_layer} is beyond {layers} layers"
     if size > manifest.limits.max_input_len:
         yield "fixed", f"{size} tokens are more than the longest input, {manifest.limits.max_input_len}"
+
+
+def _adaptive(record: ReductionRecord, layers: int) -> Iterator[Problem]:
+    """The ranges of `policy.ReductionSettings`, where the bundle is at fault and not who asks it."""
+    if record.depth is not None and record.depth > layers - 2:
+        yield "reduction.depth", f"{record.depth} is beyond {layers - 2}, the last layer but one of {layers}"
+    if not -1 <= record.similarity_lower_bound <= 1:
+        yield "reduction.similarity_lower_bound", f"{record.similarity_lower_bound} is outside [-1, 1], as cosines go"
+    if not 0 <= record.ratio_lower_bound < 1:
+        yield "reduction.ratio_lower_bound", f"{record.ratio_lower_bound} is outside [0, 1), it is a share of tokens"
 
 
 def _segments(manifest: Manifest) -> Iterator[Problem]:

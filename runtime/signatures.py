@@ -61,9 +61,11 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
         TrustError: the file cannot be read, or holds no key, or something else.
     """
     try:
-        text = read_small(path, _MOST_BYTES).decode("utf-8")
+        text = read_small(path, _MOST_BYTES).decode("utf-8-sig")  # Windows writes a mark before it
     except (OSError, UnicodeDecodeError, BundleError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        reason = str((error.strerror if isinstance(error, OSError) else None) or error)
+        if isinstance(error, BundleError):
+            reason = f"no regular file of at most {_MOST_BYTES} bytes"
         raise TrustError(f"{path} is no file of public keys ({reason}): give one, as ssh-keygen writes it") from None
     keys = [_pem_key(path, kind, body) for kind, body in _PEM.findall(text)]
     lines = [line.strip() for line in _PEM.sub("", text).splitlines()]

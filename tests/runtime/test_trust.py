@@ -132,11 +132,21 @@ def test_files_that_are_no_keys(bundle: Path, tmp_path: Path) -> None:
         ("ssh-rsa AAAA me\n", "no ed25519 key"),
         ("ssh-ed25519 AAAA me\n", "no ed25519 key"),
         (rsa, "no public ed25519 key"),
-        ("x" * 100_000, "more than 65536 bytes"),
+        ("x" * 100_000, "no regular file of at most 65536 bytes"),
     ):
         if content is not None:
             path.write_text(content)
         assert_refused(run("generate", bundle, "--prompt", "?", "--trusted-keys", path), TrustError, words)
+
+
+def test_a_folder_of_keys_and_a_file_that_windows_wrote(tmp_path: Path) -> None:
+    with pytest.raises(TrustError, match="no regular file") as refused:
+        Trust.of(tmp_path)
+    assert "bundle" not in str(refused.value)
+    _, public = in_pem(tmp_path)
+    keys = Trust.of(public).keys
+    public.write_bytes(b"\xef\xbb\xbf" + public.read_bytes().replace(b"\n", b"\r\n"))
+    assert Trust.of(public).keys == keys
 
 
 def test_the_environment_may_name_the_keys(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
