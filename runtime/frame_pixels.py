@@ -30,17 +30,30 @@ def as_shown(
     """
     wide = max(round(width * aspect), 1)
     fits = (frame.height, frame.width) == (height, wide)
+    colours = _colours(frame)
     if has_alpha(frame):
-        shown = on_white(frame.to_ndarray(format="rgba"))
+        shown = on_white(frame.to_ndarray(format="rgba", **colours))
         if not fits:  # only now: colours under what is transparent must not bleed
             from PIL import Image
 
             shown = np.asarray(Image.fromarray(shown).resize((wide, height), Image.Resampling.BICUBIC))
     elif fits:
-        shown = frame.to_ndarray(format="rgb24")
+        shown = frame.to_ndarray(format="rgb24", **colours)
     else:
-        shown = frame.to_ndarray(format="rgb24", height=height, width=wide, interpolation="BICUBIC")
+        shown = frame.to_ndarray(format="rgb24", height=height, width=wide, interpolation="BICUBIC", **colours)
     return turned(shown, matrix)
+
+
+def _colours(frame: Any) -> dict[str, Any]:
+    """From the frame's own matrix and range to those of RGB: PyAV 14, if not told, takes BT.601 for all."""
+    from av.video.reformatter import ColorRange, Colorspace
+
+    full = int(frame.color_range) == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    return {
+        "src_color_range": ColorRange.JPEG if full else ColorRange.MPEG,
+        "dst_color_range": ColorRange.UNSPECIFIED,  # of RGB it says nothing; PyAV 14 passes over what is alike
+        "dst_colorspace": Colorspace.DEFAULT,
+    }
 
 
 def has_alpha(frame: Any) -> bool:

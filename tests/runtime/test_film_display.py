@@ -97,6 +97,30 @@ def test_a_transparent_film_equals_its_pictures(tmp_path: Path) -> None:
     np.testing.assert_array_equal(shown(tmp_path / "a.mov"), expected)
 
 
+@pytest.mark.parametrize("matrix", [1, 5])
+@pytest.mark.parametrize("full", [False, True])
+def test_colours_are_those_of_the_matrix_and_range_that_the_film_names(tmp_path: Path, matrix: int, full: bool) -> None:
+    """BT.709 and BT.601, by their equations; rounding costs two levels."""
+    luma, blue, red = 120, 90, 150
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv444p"
+        stream.codec_context.colorspace = matrix
+        stream.codec_context.color_range = 2 if full else 1
+        planes = np.array([luma, blue, red], np.uint8)[:, None, None] * np.ones((1, 16, 16), np.uint8)
+        for _ in range(2):
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv444p")
+            frame.colorspace, frame.color_range = matrix, 2 if full else 1
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    of_red, of_blue = {1: (0.2126, 0.0722), 5: (0.299, 0.114)}[matrix]
+    y, u, v = (luma, blue - 128, red - 128) if full else ((luma - 16) * 255 / 219, *(np.array([-38, 22]) * 255 / 224))
+    r, b = y + 2 * (1 - of_red) * v, y + 2 * (1 - of_blue) * u
+    want = np.array([r, (y - of_red * r - of_blue * b) / (1 - of_red - of_blue), b])
+    assert np.abs(read_video(path, SAMPLING).frames[0, 8, 8] - want).max() <= 2
+
+
 def test_the_default_track_is_shown_not_the_first() -> None:
     """F8: a red second before a film of 100 frames."""
     video = read_video(FILMS / "two_tracks.mkv", SAMPLING)
