@@ -21,7 +21,7 @@ from typing import Any
 import click
 import numpy as np
 
-from tools.bench.setting import SEED, SHAPES, TOKENIZER, Shape, special_ids
+from tools.bench.setting import PIXELS, SEED, SHAPES, TOKENIZER, Shape, special_ids
 
 SHARD = 5_000_000_000  # bytes at most, as save_pretrained cuts
 PIECE = 1 << 22  # numbers drawn at a time
@@ -174,9 +174,8 @@ def config_of(shape: BigShape) -> dict[str, Any]:
 
 def settings() -> dict[str, Any]:
     """The small files beside the weights."""
-    pixels = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
     generation = {"eos_token_id": special_ids()["<|im_end|>"], "do_sample": False}
-    return {"preprocessor_config.json": pixels, "generation_config.json": generation}
+    return {"preprocessor_config.json": PIXELS, "generation_config.json": generation}
 
 
 def main() -> None:

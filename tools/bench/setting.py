@@ -61,8 +61,14 @@ SHAPES = {
 }
 
 
+PIXELS = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+"""preprocessor_config.json of Qwen2-VL."""
+
+
 def write_checkpoint(shape: Shape, folder: Path) -> Path:
     """A Qwen2-VL checkpoint of random bf16 weights, written once; transformers loads it too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS), encoding="utf-8")
     if (folder / "config.json").is_file():
         return folder
     import torch
@@ -100,7 +106,6 @@ def write_checkpoint(shape: Shape, folder: Path) -> Path:
         model: Any = Qwen2VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(usual)
-    folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
     return folder
