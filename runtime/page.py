@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import os
@@ -13,7 +14,7 @@ from framefusion import files
 from framefusion.errors import StorageError
 
 TEMPLATE = Path(__file__).with_name("page.html")
-_MARK = b": what FrameFusion kept</title>"  # of every version's pages
+_SEAL = "<!-- sha256 of all above: {} -->\n"  # a page that anybody edited is theirs
 _LARGEST = 1 << 32  # bytes of a page
 
 
@@ -22,30 +23,33 @@ def page(facts: Mapping[str, Any]) -> str:
     told = json.dumps(facts, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     told = told.replace("<", "\\u003c")  # no text of a user or a model may end the script
     template = TEMPLATE.read_text(encoding="utf-8").replace("{{name}}", html.escape(str(facts["name"])))
-    return template.replace("{{facts}}", told)  # last: what users and models say stays as it is
+    content = template.replace("{{facts}}", told)  # last: what users and models say stays as it is
+    return content + _seal(content.encode("utf-8"))
 
 
 def check_writable(path: Path) -> Path:
     """The place of a page, refused before a model has worked for it where none can be written.
 
     Raises:
-        StorageError: it is a link, a folder, a file that is no page of ours, or in no folder that can be written.
+        StorageError: it is a link, a folder, a file that is no page of ours or was edited, or in no folder that can be
+            written.
     """
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise StorageError(f"{path} cannot be written: give -o a file in a folder that exists, such as report.html")
     place = files.output_path(path)
     if os.path.lexists(place) and not is_page(place):
-        raise StorageError(f"{path} exists and is no page of view: choose another file with -o")
+        raise StorageError(f"{path} exists and is no page of view, or was edited: choose another file with -o")
     return place
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page that this module wrote, or empty: what a new one may replace."""
+    """Whether a file is a page as this module wrote it, or empty: what a new one may replace."""
     try:
         content = files.read_file(path, _LARGEST)
     except OSError:
         return False
-    return not content or (content.startswith(_beginning()) and _MARK in content)
+    length = len(_seal(b""))
+    return not content or content[-length:] == _seal(content[:-length]).encode("ascii")
 
 
 def write_page(facts: Mapping[str, Any], path: Path) -> int:
@@ -65,6 +69,6 @@ def write_page(facts: Mapping[str, Any], path: Path) -> int:
     return len(content)
 
 
-def _beginning() -> bytes:
-    """What every page begins with, up to its name."""
-    return TEMPLATE.read_bytes().partition(b"{{name}}")[0]
+def _seal(content: bytes) -> str:
+    """The last line of a page, from all bytes before it."""
+    return _SEAL.format(hashlib.sha256(content).hexdigest())

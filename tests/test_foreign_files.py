@@ -246,6 +246,17 @@ def test_an_old_page_stays_where_the_disk_is_full(tmp_path: Path) -> None:
         write_page({"name": "third"}, letter(tmp_path / "letter.html"))
 
 
+def test_a_page_that_somebody_edited_is_theirs(tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    write_page({"name": "first"}, out)
+    notes = out.read_text(encoding="utf-8").replace("</body>", "<p>Look at frame 7.</p></body>")
+    assert "frame 7" in notes
+    out.write_text(notes, encoding="utf-8")
+    with pytest.raises(errors.StorageError, match="was edited: choose another file"):
+        write_page({"name": "second"}, out)
+    assert out.read_text(encoding="utf-8") == notes
+
+
 def test_a_manifest_that_names_no_file_of_its_own_folder_is_nobodys(built: Path) -> None:
     manifest = read_manifest(built)
     assert own_manifest(built) is not None

@@ -143,7 +143,7 @@ def test_numbers_are_those_of_the_answer(watched: Watched, told: dict[str, Any],
     own, model = page_facts["reduced"], pipeline.manifest.model
     for field in dataclasses.fields(answer):
         value = getattr(answer, field.name)
-        plain = [dataclasses.asdict(call) for call in value] if field.name == "reduction" else value
+        plain = [dataclasses.asdict(one) for one in value] if field.name in ("reduction", "videos") else value
         assert own[field.name] == (list(plain) if isinstance(plain, tuple) else plain), field.name
     caches = pipeline.prefill(*pipeline_inputs(watched, pipeline), watched.request, Stopwatch()).caches
     used = sum(
