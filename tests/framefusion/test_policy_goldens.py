@@ -178,7 +178,7 @@ def test_every_recorded_case_is_held_to_something() -> None:
 @pytest.mark.parametrize("name", [name for name in CORRECTED if "cost_too_small" in name])
 def test_a_cost_too_small_is_refused_before_the_first_layer(name: str) -> None:
     # the reference raises in the middle of a prefill; with the early prune any cost of 1 / L or more is met instead
-    with pytest.raises(BudgetError, match=r"smallest cost is 0\.0357143 \(keeps 3\.571 %, drops 96\.43 %\)"):
+    with pytest.raises(BudgetError, match=r"smallest cost is 0\.035715 \(keeps 3\.571 %, drops 96\.43 %\)"):
         settings_of(name)
 
 

@@ -245,7 +245,7 @@ def test_a_missing_or_misshapen_vector_is_named() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((0.03, 0.6, 0.1, 28, 4), "smallest cost is 0.0357143"),
+        ((0.03, 0.6, 0.1, 28, 4), "smallest cost is 0.035715"),
         ((30, 0.6, 0.1, 28, 4), r"outside \(0, 1\]"),
         ((0.3, 0.6, 1.0, 28, 4), "ratio_lower_bound 1.0"),
         ((0.3, 0.6, 0.1, 28, 27), r"depth 27 is outside 0 \.\. 26"),
