@@ -78,11 +78,13 @@ def display_matrix(frame: Any) -> tuple[int, int, int, int]:
 
     Read it from one frame of a film: PyAV's side data keep their frame in memory until garbage is collected.
     """
-    for one in frame.side_data:
-        if one.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = struct.unpack("=5i", bytes(one)[:20])
-            return _nearest(a, b, c, d)
-    return UPRIGHT
+    from av.sidedata.sidedata import Type
+
+    one = frame.side_data.get(Type["DISPLAYMATRIX"])  # looked up: a loop yields values until PyAV 18, keys from 19 on
+    if one is None:
+        return UPRIGHT
+    a, b, _, c, d = struct.unpack("=5i", bytes(one)[:20])
+    return _nearest(a, b, c, d)
 
 
 def _nearest(a: int, b: int, c: int, d: int) -> tuple[int, int, int, int]:
