@@ -93,7 +93,7 @@ def build(
             staged.publish()
     except KeyboardInterrupt:
         raise InterruptedBuildError("interrupted before anything was written: run the same command again") from None
-    return Built(output, manifest)
+    return Built(staged.output, manifest)
 
 
 def sizes_of(plan: BuildPlan, scope: Scope | None) -> dict[str, int]:

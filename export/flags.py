@@ -5,6 +5,7 @@ A flag that is not given leaves the field to that class; the default told is its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
@@ -27,6 +28,19 @@ COUNT = click.IntRange(min=1)
 JOBS = click.IntRange(min=1, max=MOST_THREADS)
 LAYER = click.IntRange(min=0)
 POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+class _Finite(click.FloatRange):
+    """Above zero and no infinity; nan, which no comparison of a range notices, is refused as well."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        number = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number above 0.", parameter, context)
+        return number
+
+
+FINITE = _Finite(min=0, min_open=True)
 OF_FAMILY, OF_CHECKPOINT = "the family's", "the checkpoint's"
 
 
@@ -64,7 +78,7 @@ TARGETS = (
 ENGINE_RESOURCES = (
     _flag("--jobs", JOBS, "Engines compiled at once.", "one for two cores, as far as memory allows"),
     _flag("--engine-cache", click.Path(path_type=Path), "Where engines are kept for other builds.", "the user's cache"),
-    _flag("--engine-cache-limit", POSITIVE, "Gigabytes of engines that are kept.", "64"),
+    _flag("--engine-cache-limit", FINITE, "Gigabytes of engines that are kept.", "64"),
 )
 BUILD_OPTIONS = (
     _flag("--reduction", click.Choice(("none", "fixed", "adaptive")), "Where tokens are dropped.", "adaptive"),
@@ -113,7 +127,7 @@ BUILD_OPTIONS = (
 CHECKPOINT_REVISION = _flag("--revision", str, "Branch, tag or commit of a checkpoint on the hub.", "main")
 BUNDLE_REVISION = _flag("--revision", str, "Branch, tag or commit of that id.", "the bundle's own")
 TOLERANCE = _flag(
-    "--tolerance", POSITIVE, "Largest error that passes, relative to the reference's maximum.", "by --dtype"
+    "--tolerance", FINITE, "Largest error that passes, relative to the reference's maximum.", "by --dtype"
 )
 EVAL_OPTIONS = (
     click.option("--questions", required=True, type=FILE, help="One JSON object a line: see docs/evaluation.md."),

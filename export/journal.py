@@ -213,7 +213,10 @@ def tidy(output: Path) -> None:
     if not os.path.lexists(output):
         _restore(output)
         return
-    if not files.is_real_folder(output) or not os.path.lexists(output / JOURNAL):
+    if not files.is_real_folder(output):
+        return
+    if not os.path.lexists(output / JOURNAL):
+        _remove_lock(output)
         return
     journal = Journal.read(output)
     if journal is None or journal.inode != os.lstat(output).st_ino or own_manifest(output) is None:
@@ -228,6 +231,20 @@ def tidy(output: Path) -> None:
         return
     finally:
         lock.close()
+
+
+def _remove_lock(output: Path) -> None:
+    """Remove the lock of a bundle whose process was killed behind all else that it had to do."""
+    if not os.path.lexists(output / LOCK):
+        return
+    manifest = own_manifest(output)
+    if manifest is None or not _is_lock(output / LOCK, manifest):
+        return
+    try:
+        with files.hold(output / LOCK):
+            files.remove_file(output / LOCK)
+    except OSError:
+        return  # the process lives
 
 
 def finish(journal: Journal) -> None:

@@ -62,6 +62,8 @@ def output_path(path: Path, longest_suffix: str = "") -> Path:
         if path.is_symlink():
             raise StorageError(f"{path} is a link to {os.readlink(path)}: give the place itself, or another one")
         folder = path.parent.resolve()
+        if ".." in path.parts and not path.parent.is_dir():  # resolved all the same, and then somewhere else
+            raise StorageError(f"{path} cannot be written, {path.parent} is no folder: choose another place")
         nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
         if not nearest.is_dir():
             raise StorageError(f"{path} cannot be written, {nearest} is no folder: choose another place")

@@ -121,6 +121,15 @@ def test_threads_are_bounded(arguments: tuple[object, ...]) -> None:
     assert f"0<=x<={MOST_THREADS}" in result.stderr
 
 
+@pytest.mark.parametrize("flag", ["--tolerance", "--engine-cache-limit"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "-1", "0"])
+def test_limits_are_finite_and_above_zero(flag: str, value: str) -> None:
+    """A tolerance of nan would pass every check."""
+    result = export("build", "checkpoint", "-o", "bundle", flag, value)
+    assert result.exit_code == 2
+    assert flag in result.stderr
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_a_command_starts(bundle: Path) -> None:
     """At ten moments between the first import and the answer; a command that had its answer has ended well."""

@@ -264,3 +264,25 @@ def test_a_manifest_that_names_no_file_of_its_own_folder_is_nobodys(built: Path)
     (built / "manifest.json").symlink_to("elsewhere.json")
     assert own_manifest(built) is None
     assert replace(manifest) == manifest
+
+
+def test_what_a_process_left_that_was_killed_behind_its_work_is_tidied(built: Path) -> None:
+    lock = built / ".lock"
+    lock.touch()
+    journal.tidy(built)
+    assert not lock.exists()
+    lock.write_text("Dear")
+    journal.tidy(built)
+    assert lock.read_text() == "Dear"
+    lock.write_text("")
+    with files.hold(lock):
+        journal.tidy(built)
+        assert lock.exists()  # its process lives
+    lock.unlink()
+
+
+def test_a_way_back_out_of_a_file_is_no_place_for_an_output(tmp_path: Path) -> None:
+    mine = letter(tmp_path / "letter.html")
+    with pytest.raises(errors.StorageError, match="is no folder"):
+        files.output_path(mine / ".." / "bundle")
+    assert files.output_path(tmp_path / "new" / "bundle") == tmp_path.resolve() / "new" / "bundle"

@@ -18,7 +18,9 @@ from tools.attack.harness import Fault, World
 
 BATCH = 200
 SECONDS = 2.0
-"""That the longest text may take, also on a machine that does other things."""
+"""Of the processor that the longest text may take, whatever else the machine does."""
+LIMITS = (512, 4096, 32768)
+"""Tokens of a prompt that bundles take; what surely has more is refused from its beginning."""
 LONGEST = 2 << 20
 PIECES = ("<", "|", "|>", "<|", "im_start", "im_end", "\n", " ", "\u200b", "\u202e", "\x1b[31m", "\0", "é", "e\u0301",
           "\ud55c", "\U0001f642", "\U0001f469\u200d\U0001f469", "assistant",
@@ -36,23 +38,27 @@ def attack(rng: random.Random, world: World, folder: Path) -> list[Fault]:
     for _ in range(BATCH):
         text = draw_text(rng, special)
         role = rng.choice(("user", "user", "system"))
-        start = time.monotonic()
+        limit = rng.choice(LIMITS)
+        start = time.process_time()
         try:
-            found = _control_tokens(bundle, tokenizer, control, role, text)
+            found = _control_tokens(bundle, tokenizer, control, role, text, limit)
         except FrameFusionError:
-            continue
-        if time.monotonic() - start > SECONDS:
-            faults.append(Fault("hang", f"{len(text)} characters took {time.monotonic() - start:.1f} s: {text[:80]!r}"))
-        if found != _control_tokens(bundle, tokenizer, control, role, "x"):
+            found = None
+        seconds = time.process_time() - start
+        if seconds > SECONDS:
+            faults.append(Fault("hang", f"{len(text)} characters took {seconds:.1f} s of {limit}: {text[:80]!r}"))
+        if found is not None and found != _control_tokens(bundle, tokenizer, control, role, "x", limit):
             faults.append(Fault("wrong", f"a control token was smuggled: {text[:300]!r}"))
     return faults
 
 
-def _control_tokens(bundle: Bundle, tokenizer: Tokenizer, control: set[int], role: str, text: str) -> list[int]:
-    """The control tokens of a conversation, in their order."""
+def _control_tokens(
+    bundle: Bundle, tokenizer: Tokenizer, control: set[int], role: str, text: str, limit: int
+) -> list[int]:
+    """The control tokens of a conversation, in their order, as a bundle of this limit of tokens reads it."""
     manifest = bundle.manifest
     turns = [Turn("system", (text,)), Turn("user", ("x",))] if role == "system" else [Turn("user", (text,))]
-    check_texts(turns, tokenizer, 1 << 30)
+    check_texts(turns, tokenizer, limit)
     prompt = build_prompt(manifest.prompt, tokenizer, turns, [], manifest.embedding.extra)
     return [index for index in prompt.token_ids.tolist() if index in control]
 
