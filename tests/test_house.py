@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,21 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def calls_of(path: Path) -> tuple[ast.Call, ...]:
+    return tuple(node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call))
+
+
+@cache
 def imports_of(path: Path) -> set[str]:
     """Every module that a file imports anywhere, also inside functions, also for types only."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -115,21 +127,23 @@ def test_importing_the_runtime_is_light() -> None:
     assert fresh_python(f"import framefusion.runtime\n{loaded(heavy)}") == "[]"
 
 
-@pytest.mark.parametrize("path", files_of("framefusion"), ids=module_name)
-def test_the_algorithm_imports_no_other_floor(path: Path) -> None:
-    assert {name for name in imports_of(path) if within(name, ("framefusion.export", "framefusion.runtime"))} == set()
+def imports_within(paths: list[Path], packages: set[str]) -> list[str]:
+    """Every import of one of the packages, as "module imports name"."""
+    found = [(path, name) for path in paths for name in sorted(imports_of(path)) if within(name, packages)]
+    return [f"{module_name(path)} imports {name}" for path, name in found]
 
 
-@pytest.mark.parametrize("path", files_of("runtime"), ids=module_name)
-def test_the_runtime_imports_neither_export_nor_torch(path: Path) -> None:
-    banned = {"framefusion.export", *TORCH_MODULES, *NEVER_AT_RUN_TIME}
-    assert {name for name in imports_of(path) if within(name, banned)} == set()
+def test_the_algorithm_imports_no_other_floor() -> None:
+    assert imports_within(files_of("framefusion"), {"framefusion.export", "framefusion.runtime"}) == []
 
 
-@pytest.mark.parametrize("path", files_of("framefusion"), ids=module_name)
-def test_torch_stays_in_the_modules_declared_for_it(path: Path) -> None:
-    uses_torch = any(within(name, ("torch",)) for name in imports_of(path))
-    assert uses_torch == (module_name(path) in TORCH_MODULES)
+def test_the_runtime_imports_neither_export_nor_torch() -> None:
+    assert imports_within(files_of("runtime"), {"framefusion.export", *TORCH_MODULES, *NEVER_AT_RUN_TIME}) == []
+
+
+def test_torch_stays_in_the_modules_declared_for_it() -> None:
+    users = {module_name(path) for path in files_of("framefusion") if imports_within([path], {"torch"})}
+    assert users == TORCH_MODULES
 
 
 # --- What ships -----------------------------------------------------------------------------------------------------
@@ -187,17 +201,14 @@ def code_files() -> Iterator[Path]:
     yield from sorted((ROOT / "tools").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", list(code_files()), ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_module_opens_with_a_docstring(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+def test_every_module_opens_with_a_docstring() -> None:
+    assert [str(path.relative_to(ROOT)) for path in code_files() if not ast.get_docstring(tree_of(path))] == []
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
-def test_only_the_commands_print(path: Path) -> None:
-    if path.name in ("cli.py", "console.py"):
-        return
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-    assert [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"] == []
+def test_only_the_commands_print() -> None:
+    silent = [path for path in LIBRARY if path.name not in ("cli.py", "console.py")]
+    prints = [(path, call) for path in silent for call in calls_of(path) if ast.unparse(call.func) == "print"]
+    assert [f"{path.relative_to(ROOT)}:{call.lineno}" for path, call in prints] == []
 
 
 DESTRUCTIVE = {
@@ -220,12 +231,14 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
-def test_files_are_removed_and_replaced_by_the_rule(path: Path) -> None:
+def test_files_are_removed_and_replaced_by_the_rule() -> None:
     """framefusion/files.py alone removes and overwrites; where another module does, it is said here why it may."""
-    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-    used = {func.attr for func in calls if isinstance(func, ast.Attribute) and func.attr in DESTRUCTIVE}
-    assert used <= REPLACED.get(str(path.relative_to(ROOT)), set())
+    offenders = []
+    for path in LIBRARY:
+        name = str(path.relative_to(ROOT))
+        used = {call.func.attr for call in calls_of(path) if isinstance(call.func, ast.Attribute)}
+        offenders += [f"{name} calls {call}" for call in used & DESTRUCTIVE - REPLACED.get(name, set())]
+    assert offenders == []
 
 
 # --- What the documents say -----------------------------------------------------------------------------------------
