@@ -10,8 +10,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import framefusion
 from framefusion.errors import CheckpointError
 from framefusion.export.template_process import MEMORY, PROCESSOR_SECONDS, VARYING
 
@@ -40,8 +42,10 @@ def render(source: str, tokens: Sequence[tuple[str, str]], conversations: Sequen
 
 @lru_cache(maxsize=64)
 def _rendered(asked: str) -> list[Rendered]:
-    path = [place for place in sys.path if place]  # never the folder that somebody happens to be in
-    command = [sys.executable, "-I", "-c", _START.format(path=path)]
+    # Never the folder that somebody happens to be in; without -S whatever site-packages start by themselves, torch for
+    # one, would count against the limit of memory.
+    path = [str(Path(framefusion.__file__).parents[1]), *filter(None, sys.path)]
+    command = [sys.executable, "-I", "-S", "-c", _START.format(path=path)]
     try:
         done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:

@@ -122,7 +122,18 @@ def test_sampling_is_refused_by_name(told: dict[str, Any]) -> None:
 # --- lmms-eval itself -----------------------------------------------------------------------------------------------
 
 PINNED = "lmms-eval==0.7.3"
-IMPORTED = ("datasets", "evaluate", "sacrebleu", "pytablewriter", "loguru", "tenacity", "pytz", "aiohttp", "requests")
+IMPORTED = (
+    "datasets",
+    "evaluate",
+    "sacrebleu",
+    "pytablewriter",
+    "loguru",
+    "tenacity",
+    "pytz",
+    "aiohttp",
+    "requests",
+    "filelock<4",
+)
 """What it imports for a task like ours, of the sixty packages it asks for."""
 KEPT = ("torch", "transformers", "huggingface-hub", "tokenizers", "numpy", "av", "pillow")
 SCHEMAS = """\
