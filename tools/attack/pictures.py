@@ -7,12 +7,9 @@ Prints one JSON object; exit code 1 where a trial failed. A trial is known by it
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import resource
 import struct
-import sys
 import time
 import warnings
 from collections import Counter
@@ -25,6 +22,7 @@ from PIL import Image
 from framefusion.errors import VideoError
 from framefusion.runtime.image_file import FORMATS, decode_image
 from framefusion.runtime.media_file import MediaLimits
+from tools.attack.alone import run_alone
 
 SECONDS = 20.0
 """Of one trial; the target of the whole attack."""
@@ -155,15 +153,5 @@ def attack(trials: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    facts = attack(asked.trials, asked.seed)
-    print(json.dumps(facts))
-    sys.exit(bool(facts["failed"]))
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, attack)
