@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import framefusion
-from framefusion import files
+from framefusion.console.progress import Meter, Progress
 from framefusion.errors import CheckFailedError, InterruptedBuildError, StorageError
-from framefusion.export import staging
-from framefusion.export.card import write_card
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.compile import Compiled, compile_engines, with_engines, without_graphs, write_checksums
+from framefusion.export.check.verify import Scope, report, scope_of
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.engines.compile import Compiled, compile_engines, with_engines, without_graphs, write_checksums
 from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.jobs import KINDS, check_options
-from framefusion.export.journal import CHECKSUMS
 from framefusion.export.options import BuildOptions, Resources
-from framefusion.export.parts import Builder
-from framefusion.export.plan import BuildPlan, identity_of
-from framefusion.export.replan import replan
-from framefusion.export.staging import Staging
-from framefusion.export.verify import Scope, report, scope_of
-from framefusion.progress import Meter, Progress
+from framefusion.export.plan.build_plan import BuildPlan, identity_of
+from framefusion.export.plan.replan import replan
+from framefusion.export.report.card import write_card
+from framefusion.export.writing import staging
+from framefusion.export.writing.journal import CHECKSUMS
+from framefusion.export.writing.parts import Builder
+from framefusion.export.writing.staging import Staging
 from framefusion.runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, FileRecord, Manifest, write_manifest
+from framefusion.storage import files
 
 CARD = "card"  # the part of the model card
 

@@ -24,7 +24,7 @@ class BuildOptions:
         reduction: where tokens are dropped: nowhere, by a built-in schedule, or by thresholds at run time.
         reducer: what drops tokens (adaptive): a name of `framefusion.reducers`. The decoder is cut where it may act.
         cost: share of the computation over visual tokens that is kept, in (0, 1].
-        similarity_lower_bound, ratio_lower_bound: see `framefusion.policy.ReductionSettings`.
+        similarity_lower_bound, ratio_lower_bound: see `framefusion.reduction.policy.ReductionSettings`.
         depth: deepest layer whose attention a reduction may follow (adaptive).
         merge_shares, prune_layer: the schedule (fixed).
         dialect: how the graphs say attention over a cache.

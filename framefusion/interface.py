@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from framefusion.errors import CheckpointError
-from framefusion.live_handle import FrameFusion as FrameFusion  # part of this module's interface
-from framefusion.live_labels import FAMILIES, Preset
-from framefusion.live_seams import FOREIGN_PART, LAYER_PARTS, unwrapped
-from framefusion.policy import ReductionSettings
+from framefusion.live.handle import FrameFusion as FrameFusion  # part of this module's interface
+from framefusion.live.labels import FAMILIES, Preset
+from framefusion.live.seams import FOREIGN_PART, LAYER_PARTS, unwrapped
 from framefusion.reducers import DEFAULT, load_reducer
+from framefusion.reduction.policy import ReductionSettings
 
 
 def apply_framefusion(

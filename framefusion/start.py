@@ -10,12 +10,12 @@ _INTERRUPTED = 130  # framefusion.errors has it, and may not be imported yet
 
 def ff_run() -> None:
     """Run `ff-run`."""
-    _start("framefusion.runtime.cli")
+    _start("framefusion.runtime.commands.cli")
 
 
 def ff_export() -> None:
     """Run `ff-export`."""
-    _start("framefusion.export.cli")
+    _start("framefusion.export.commands.cli")
 
 
 def _start(module: str) -> None:

@@ -32,12 +32,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from framefusion.budget import check_cost
 from framefusion.errors import PromptError
+from framefusion.reduction.budget import check_cost
 from framefusion.runtime.backends.host import CHUNK
 from framefusion.runtime.bundle import FLOAT_BYTES, Manifest, SegmentRecord
+from framefusion.runtime.generation.stitching import bucket_for, chunks_of
 from framefusion.runtime.pipeline import PATCHES_AT_ONCE
-from framefusion.runtime.stitching import bucket_for, chunks_of
 
 FLOAT = 4
 PAGE = 4096

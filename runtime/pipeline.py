@@ -16,26 +16,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError, PromptError
-from framefusion.policy import (
+from framefusion.reducers import load_reducer
+from framefusion.reducers.reducer import ReductionRequest
+from framefusion.reduction.policy import (
     CallRecord,
     Observer,
     ReductionSettings,
     ReductionState,
 )
-from framefusion.reducers import load_reducer
-from framefusion.reducers.reducer import ReductionRequest
-from framefusion.runtime.backends import Backend
+from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.choice import Choice, choose
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.bundle import Bundle, ReductionRecord
-from framefusion.runtime.bundle_files import place
-from framefusion.runtime.embedding import Embedding
-from framefusion.runtime.frame_sampling import FrameSampling
-from framefusion.runtime.manifest_checks import TOKENIZER
-from framefusion.runtime.media_file import MediaLimits
-from framefusion.runtime.positions import decode_positions, rope_tables
-from framefusion.runtime.preprocess import Preprocessing
-from framefusion.runtime.prompt import (
+from framefusion.runtime.format.bundle_files import place
+from framefusion.runtime.format.manifest_checks import TOKENIZER
+from framefusion.runtime.generation.sampling import GenerationConfig, Sampler
+from framefusion.runtime.generation.stitching import Prefilled, Stitcher, Stopwatch, check_cuts
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.runtime.media.sources import Source, as_image, as_video
+from framefusion.runtime.media.video.frames import Video, VideoFacts, facts_of_films
+from framefusion.runtime.media.vision import TowerCall, tower_call
+from framefusion.runtime.media.visual_input import RowMap, Tiles, VisualInput
+from framefusion.runtime.text.embedding import Embedding
+from framefusion.runtime.text.positions import decode_positions, rope_tables
+from framefusion.runtime.text.prompt import (
     Prompt,
     Turn,
     Visual,
@@ -45,14 +52,7 @@ from framefusion.runtime.prompt import (
     check_texts,
     layout_texts,
 )
-from framefusion.runtime.sampling import GenerationConfig, Sampler
-from framefusion.runtime.sources import Source, as_image, as_video
-from framefusion.runtime.stitching import Prefilled, Stitcher, Stopwatch, check_cuts
-from framefusion.runtime.token_rows import TokenRows
-from framefusion.runtime.tokenizer import Tokenizer
-from framefusion.runtime.video import Video, VideoFacts, facts_of_films
-from framefusion.runtime.vision import TowerCall, tower_call
-from framefusion.runtime.visual_input import RowMap, Tiles, VisualInput
+from framefusion.runtime.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
 PATCHES_AT_ONCE = 4096  # of the vision graph: bounds its activations, large enough to keep the processor busy
@@ -332,7 +332,7 @@ class Pipeline:
 
         Args:
             turns: what was said, the last one the user's.
-            files: the videos and images that the turns show, in order: see `framefusion.runtime.sources`.
+            files: the videos and images that the turns show, in order: see `framefusion.runtime.media.sources`.
             request: limits, reduction and sampling of tokens.
             sampling: of frames; None takes the bundle's.
             on_text: called with each new piece of text.

@@ -8,8 +8,8 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 
 from framefusion.errors import FrameFusionError
-from framefusion.export.cli import ff_export
-from framefusion.runtime.cli import ff_run
+from framefusion.export.commands.cli import ff_export
+from framefusion.runtime.commands.cli import ff_run
 
 
 def export(*arguments: object) -> Result:

@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adaptive; nobody may change it: copy it first."""
     from framefusion.export.build import build
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
 
     options = BuildOptions(cost=COST, similarity_lower_bound=0.9, depth=1, max_input_len=512)
@@ -75,7 +75,8 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def instant_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds that skip the tracing: for tests of what happens around the graphs."""
-    from framefusion.export import parts, signatures
+    from framefusion.export.graphs.tracing import signatures
+    from framefusion.export.writing import parts
 
     for name in ("trace_segment", "trace_tower", "trace_fixed_prefill"):
         monkeypatch.setattr(signatures, name, lambda *_: None)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
 from tools.bench import big_checkpoint
 from tools.bench.big_checkpoint import BIG_SHAPES, shards_of, tensors_of, write_big_checkpoint

@@ -13,17 +13,17 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from framefusion import console
+from framefusion.console import messages as console
 from framefusion.errors import CheckFailedError
 from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.cli import ff_export
-from framefusion.export.inspection import Question, padding, render, report
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.commands.cli import ff_export
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import DEFAULT_DEPTH, DEFAULT_INPUT, DEFAULT_NEW_TOKENS
+from framefusion.export.plan.build_plan import DEFAULT_DEPTH, DEFAULT_INPUT, DEFAULT_NEW_TOKENS
+from framefusion.export.report.inspection import Question, padding, render, report
 from framefusion.runtime.bundle import read_manifest
-from framefusion.runtime.cli import ff_run
-from framefusion.runtime.flags import visuals_in_order
+from framefusion.runtime.commands.cli import ff_run
+from framefusion.runtime.commands.flags import visuals_in_order
 from tests.random_checkpoint import random_checkpoint
 
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime", "av")
@@ -57,7 +57,7 @@ def answer(command: click.Command, *arguments: object) -> dict[str, Any]:
 def test_help_needs_no_heavy_package(module: str, command: str, arguments: list[str]) -> None:
     code = f"""
 import sys
-from framefusion.{module}.cli import {command}
+from framefusion.{module}.commands.cli import {command}
 try:
     {command}({arguments})
 except SystemExit as done:
@@ -72,7 +72,7 @@ assert not loaded, loaded
 def test_inspect_needs_no_torch(bundle: Path) -> None:
     code = f"""
 import sys
-from framefusion.export.cli import ff_export
+from framefusion.export.commands.cli import ff_export
 try:
     ff_export(["inspect", {str(bundle)!r}])
 except SystemExit as done:
@@ -103,7 +103,7 @@ def test_defaults_told_are_those_of_the_library() -> None:
 
 
 def test_choices_on_the_command_line_are_those_of_the_library() -> None:
-    from framefusion.export.dialects import DIALECTS
+    from framefusion.export.graphs.tracing.dialects import DIALECTS
 
     text = next(parameter for parameter in ff_export.commands["build"].params if parameter.name == "dialect")
     assert isinstance(text, click.Option)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from framefusion import console, errors
-from framefusion.runtime.flags import MOST_THREADS
+from framefusion import errors
+from framefusion.console import messages as console
+from framefusion.runtime.commands.flags import MOST_THREADS
 from tests.commands import export, run
 
 BEGIN = "from framefusion.start import {0}; {0}()"

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from framefusion import errors, files
-from framefusion.export import journal
-from framefusion.export.amendment import Amendment
-from framefusion.export.answer_file import AnswerFile
+from framefusion import errors
 from framefusion.export.engines.cache import EngineCache
-from framefusion.export.journal import own_manifest
+from framefusion.export.evaluate.answer_file import AnswerFile
+from framefusion.export.writing import journal
+from framefusion.export.writing.amendment import Amendment
+from framefusion.export.writing.journal import own_manifest
 from framefusion.runtime.bundle import read_manifest
-from framefusion.runtime.page import write_page
+from framefusion.runtime.view.page import write_page
+from framefusion.storage import files
 from tests.commands import assert_refused, export
 from tests.test_unfinished_builds import largest_file
 from tools.attack.endings import Ending, run_until
@@ -115,7 +116,7 @@ def test_a_build_killed_while_it_replaces(
     def replace_it() -> int:
         monkeypatch.setattr(files, "exchange", killed if exchanged else lambda *_: False)
         if not exchanged:
-            monkeypatch.setattr("framefusion.export.staging.files.rename_new", _only_once(built, killed))
+            monkeypatch.setattr("framefusion.export.writing.staging.files.rename_new", _only_once(built, killed))
         return export(*build(checkpoint, built, "--force")).exit_code
 
     assert run_until(replace_it, Ending("end")).status == -9

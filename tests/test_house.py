@@ -16,20 +16,13 @@ from pathlib import Path
 import pytest
 
 from framefusion import errors
-from framefusion.export.cli import ff_export
-from framefusion.runtime.cli import ff_run
+from framefusion.export.commands.cli import ff_export
+from framefusion.runtime.commands.cli import ff_run
 from tests.wheel import FLOORS, ROOT, build_wheel
 
 LINKS = ("export", "runtime")
-# The modules of framefusion/ that need torch; the runtime and the policy must do without them.
-TORCH_MODULES = {
-    f"framefusion.{name}"
-    for name in (
-        *("ops", "static_reduction", "interface"),
-        *("live_attention", "live_cache", "live_call", "live_handle", "live_labels", "live_mask", "live_plan"),
-        *("live_proof", "live_seams"),
-    )
-}
+# What of framefusion/ needs torch; the runtime and the policy must do without it.
+TORCH_PACKAGES = ("framefusion.interface", "framefusion.live", "framefusion.ops")
 NEVER_AT_RUN_TIME = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -37,7 +30,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def files_of(floor: str) -> list[Path]:
     """The modules of a top-level folder, those behind the links of framefusion/ left out."""
     if floor == "framefusion":
-        return sorted(path for folder in (ROOT / floor, ROOT / floor / "reducers") for path in folder.glob("*.py"))
+        return sorted(path for path in (ROOT / floor).rglob("*.py") if path.relative_to(ROOT).parts[1] not in LINKS)
     return sorted((ROOT / floor).rglob("*.py"))
 
 
@@ -86,7 +79,7 @@ def loaded(names: set[str]) -> str:
 
 
 RUNTIME = [module_name(path) for path in files_of("runtime")]
-NUMPY_MODULES = [name for path in files_of("framefusion") if (name := module_name(path)) not in TORCH_MODULES]
+NUMPY_MODULES = [name for path in files_of("framefusion") if not within(name := module_name(path), TORCH_PACKAGES)]
 LIBRARY = [path for floor in FLOORS for path in files_of(floor)]
 
 
@@ -102,7 +95,7 @@ def test_runtime_never_loads_torch_nor_an_export_package() -> None:
 def test_ff_run_help_never_loads_torch(arguments: list[str]) -> None:
     code = (
         f"import sys; sys.argv = {['ff-run', *arguments]!r}\n"
-        "from framefusion.runtime.cli import main\n"
+        "from framefusion.runtime.commands.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
     )
@@ -114,7 +107,7 @@ def test_ff_export_help_works_without_torch(arguments: list[str]) -> None:
     code = (
         f"import sys; sys.argv = {['ff-export', *arguments]!r}\n"
         f"sys.modules.update(dict.fromkeys({sorted(NEVER_AT_RUN_TIME)!r}))\n"  # None makes an import fail
-        "from framefusion.export.cli import main\n"
+        "from framefusion.export.commands.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "print('helped')\n"
@@ -138,12 +131,13 @@ def test_the_algorithm_imports_no_other_floor() -> None:
 
 
 def test_the_runtime_imports_neither_export_nor_torch() -> None:
-    assert imports_within(files_of("runtime"), {"framefusion.export", *TORCH_MODULES, *NEVER_AT_RUN_TIME}) == []
+    assert imports_within(files_of("runtime"), {"framefusion.export", *TORCH_PACKAGES, *NEVER_AT_RUN_TIME}) == []
 
 
 def test_torch_stays_in_the_modules_declared_for_it() -> None:
     users = {module_name(path) for path in files_of("framefusion") if imports_within([path], {"torch"})}
-    assert users == TORCH_MODULES
+    assert {name for name in users if not within(name, TORCH_PACKAGES)} == set()
+    assert {package for package in TORCH_PACKAGES if not any(within(name, (package,)) for name in users)} == set()
 
 
 # --- What ships -----------------------------------------------------------------------------------------------------
@@ -188,8 +182,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     assert inside == expected | {"optimum/commands/register/register_framefusion.py"}  # read by optimum-cli alone
     assert {
         "framefusion/py.typed",
-        "framefusion/runtime/page.html",
-        "framefusion/runtime/cuda/kernels.cu",
+        "framefusion/runtime/view/page.html",
+        "framefusion/runtime/backends/cuda/kernels.cu",
     } <= set(names)
 
 
@@ -206,7 +200,7 @@ def test_every_module_opens_with_a_docstring() -> None:
 
 
 def test_only_the_commands_print() -> None:
-    silent = [path for path in LIBRARY if path.name not in ("cli.py", "console.py")]
+    silent = [path for path in LIBRARY if path.name not in ("cli.py", "messages.py")]
     prints = [(path, call) for path in silent for call in calls_of(path) if ast.unparse(call.func) == "print"]
     assert [f"{path.relative_to(ROOT)}:{call.lineno}" for path, call in prints] == []
 
@@ -216,23 +210,23 @@ DESTRUCTIVE = {
     *("copyfile", "copytree", "copy2", "mkstemp"),
 }
 REPLACED = {
-    "framefusion/files.py": DESTRUCTIVE,  # the rule itself
-    "export/card.py": {"copyfile", "write_text"},  # these write a part, in a scratch folder of a build
-    "export/compile.py": {"write_text"},
-    "export/parts.py": {"copyfile"},
-    "export/tokenizer_file.py": {"write_text"},
+    "framefusion/storage/files.py": DESTRUCTIVE,  # the rule itself
+    "export/report/card.py": {"copyfile", "write_text"},  # these write a part, in a scratch folder of a build
+    "export/engines/compile.py": {"write_text"},
+    "export/writing/parts.py": {"copyfile"},
+    "export/checkpoints/text/tokenizer_file.py": {"write_text"},
     "export/engines/cache.py": {"copyfile"},  # to a free name
-    "export/engines/inductor.py": {"unlink"},  # beside an unfinished engine of the cache, which is locked
-    "export/engines/tensorrt_build.py": {"unlink"},
-    "runtime/cuda/kernels.py": {"mkstemp", "unlink"},  # fresh files of the user's cache
-    "runtime/user_cache.py": {"mkstemp", "unlink"},
-    "runtime/manifest_file.py": {"unlink"},  # a fresh file of its own
-    "runtime/signatures.py": {"unlink"},
+    "export/engines/inductor/build.py": {"unlink"},  # beside an unfinished engine of the cache, which is locked
+    "export/engines/tensorrt/build.py": {"unlink"},
+    "runtime/backends/cuda/kernels.py": {"mkstemp", "unlink"},  # fresh files of the user's cache
+    "runtime/machine/user_cache.py": {"mkstemp", "unlink"},
+    "runtime/format/manifest_file.py": {"unlink"},  # a fresh file of its own
+    "runtime/trust/signatures.py": {"unlink"},
 }
 
 
 def test_files_are_removed_and_replaced_by_the_rule() -> None:
-    """framefusion/files.py alone removes and overwrites; where another module does, it is said here why it may."""
+    """framefusion/storage/files.py alone removes and overwrites; where another module does, its reason stands here."""
     offenders = []
     for path in LIBRARY:
         name = str(path.relative_to(ROOT))
@@ -254,10 +248,11 @@ def test_relative_links_resolve(document: str) -> None:
     assert [target for target in targets if not (folder / target).exists()] == []
 
 
-def readme_tree() -> list[tuple[Path, str]]:
+def file_tree() -> list[tuple[Path, str]]:
     """Paths and phrases of the file tree: four spaces a level, folders end with a slash."""
-    block = re.search(r"^## Files\n.*?^```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert block is not None, "README.md has no `## Files` with a text block"
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    block = re.search(r"^## Files\n.*?^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert block is not None, "docs/architecture.md has no `## Files` with a text block"
     entries, folders = [], [ROOT]
     for line in block.group(1).splitlines():
         entry = re.fullmatch(r"( *)(\S+)(?:  +(\S.*))?", line)
@@ -270,16 +265,17 @@ def readme_tree() -> list[tuple[Path, str]]:
     return entries
 
 
-def test_readme_tree_names_only_what_exists_and_says_what_it_is() -> None:
-    assert [str(path) for path, phrase in readme_tree() if not path.exists() or not phrase] == []
+def test_file_tree_names_only_what_exists_and_says_what_it_is() -> None:
+    assert [str(path) for path, phrase in file_tree() if not path.exists() or not phrase] == []
 
 
-def test_readme_tree_is_complete() -> None:
-    """A package's `__init__.py` is told by its folder, and so is a module that belongs to one model family."""
-    told = {path for path, _ in readme_tree()}
+def test_file_tree_is_complete() -> None:
+    """A package's `__init__.py` is described by its folder, and so is a module that belongs to one model family."""
+    described = {path for path, _ in file_tree()}
     parts = {path.parent if path.name == "__init__.py" else path for path in LIBRARY}
-    parts = {path.parent if path.parent.name == "families" or path.stem.endswith("_tower") else path for path in parts}
-    assert sorted(str(path.relative_to(ROOT)) for path in parts - told) == []
+    families = {ROOT / "runtime/families", *(path.parent for path in (ROOT / "export/families").glob("*/row.py"))}
+    parts = {path.parent if path.parent in families else path for path in parts}
+    assert sorted(str(path.relative_to(ROOT)) for path in parts - described) == []
 
 
 def test_readme_error_table_is_complete() -> None:

@@ -19,19 +19,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.dialects import DIALECTS
-from framefusion.export.engines.eager import EagerBackend
-from framefusion.export.families import decoders, qwen2_vl
-from framefusion.export.families.qwen2_vl_tower import tower
-from framefusion.export.hashed_file import HashedFile
-from framefusion.export.segments import SegmentPlan, cut_after_attentions
-from framefusion.export.signatures import segment_module, trace_segment
-from framefusion.export.trace import save_graph
-from framefusion.export.weights import load_parameters, write_parameters
-from framefusion.policy import Reduction, ReductionSettings
-from framefusion.runtime.backends import Backend
-from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.weights import load_parameters, write_parameters
+from framefusion.export.eager.backend import EagerBackend
+from framefusion.export.families import decoders
+from framefusion.export.families.qwen2_vl import row as qwen2_vl
+from framefusion.export.families.qwen2_vl.weights import tower
+from framefusion.export.graphs.segments import SegmentPlan, cut_after_attentions
+from framefusion.export.graphs.tracing.dialects import DIALECTS
+from framefusion.export.graphs.tracing.signatures import segment_module, trace_segment
+from framefusion.export.graphs.tracing.trace import save_graph
+from framefusion.export.writing.hashed_file import HashedFile
+from framefusion.reduction.policy import Reduction, ReductionSettings
+from framefusion.runtime.backends.base import Backend
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import (
     SCHEMA_VERSION,
     EmbeddingRecord,
@@ -43,12 +44,12 @@ from framefusion.runtime.bundle import (
     VisionRecord,
 )
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
-from framefusion.runtime.frame_sampling import FrameSampling
-from framefusion.runtime.positions import rope_tables, vision_rope_tables
-from framefusion.runtime.prompt import PromptTemplate
-from framefusion.runtime.sampling import GenerationConfig
-from framefusion.runtime.stitching import Stitcher, Stopwatch
-from framefusion.runtime.token_rows import TokenRows
+from framefusion.runtime.generation.sampling import GenerationConfig
+from framefusion.runtime.generation.stitching import Stitcher, Stopwatch
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.text.positions import rope_tables, vision_rope_tables
+from framefusion.runtime.text.prompt import PromptTemplate
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 2e-5

@@ -53,7 +53,7 @@ def python(environment: dict[str, str], *arguments: object) -> str:
 
 
 def command(name: str, floor: str) -> tuple[str, str]:
-    return "-c", f"import sys; sys.argv[0] = {name!r}; from framefusion.{floor}.cli import main; main()"
+    return "-c", f"import sys; sys.argv[0] = {name!r}; from framefusion.{floor}.commands.cli import main; main()"
 
 
 RUN, EXPORT = command("ff-run", "runtime"), command("ff-export", "export")

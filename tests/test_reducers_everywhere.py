@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 
 from framefusion.errors import PromptError, ReducerError
 from framefusion.export.build import build, check_again
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.engines.eager import EagerBackend
-from framefusion.export.inspection import Question, render, report
+from framefusion.export.check.verify import truncated
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import BuildPlan
-from framefusion.export.verify import truncated
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.report.inspection import Question, render, report
 from framefusion.interface import apply_framefusion, remove_framefusion
 from framefusion.reducers import REDUCERS, load_reducer
 from framefusion.runtime.bundle import Bundle, Manifest
+from framefusion.runtime.format.records import from_json
+from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Prompt, Turn, Visual
-from framefusion.runtime.records import from_json
-from framefusion.runtime.sources import as_image, as_video
-from framefusion.runtime.stitching import Prefilled, Stopwatch
-from framefusion.runtime.token_rows import TokenRows
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.commands import assert_refused, export, run
 from tests.families.case import clip, picture
 from tests.families.qwen2_vl import QwenVLReference, processed

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.text.prompt import Turn, Visual
 from tools.tiny import clips
 
 TRAINED = Path(__file__).parent / "models" / "tiny_qwen2_vl"

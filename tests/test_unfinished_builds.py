@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from framefusion import errors
-from framefusion.export.journal import Journal
-from framefusion.export.staging import Staging
+from framefusion.export.writing.journal import Journal
+from framefusion.export.writing.staging import Staging
 from tests.commands import assert_only_complete_parts, assert_refused, export
 
 
@@ -55,7 +55,7 @@ def test_a_disk_too_small_for_the_plan(checkpoint: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("instant_traces")
 def test_an_interrupted_build_resumes(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from framefusion.export import signatures
+    from framefusion.export.graphs.tracing import signatures
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -78,10 +78,10 @@ def test_a_killed_build_resumes_and_says_what_it_compares(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a killed process leaves: half of a part, the scratch bundle of a check, and the journal."""
+    from framefusion.console.progress import Step
     from framefusion.export.build import build
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
-    from framefusion.progress import Step
 
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "__exit__", lambda *_: None)  # nobody tidies up after a kill
@@ -116,7 +116,7 @@ def written(folder: Path) -> dict[str, int]:
 
 @pytest.mark.usefixtures("instant_traces")
 def test_an_interruption_in_the_check(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from framefusion.export import check
+    from framefusion.export.check import check
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -131,7 +131,7 @@ def test_an_interruption_in_the_check(checkpoint: Path, tmp_path: Path, monkeypa
 def test_a_bundle_that_fails_its_check_is_not_published(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from framefusion.export import check
+    from framefusion.export.check import check
 
     line = {"what": "dense logits", "value": 0.5, "limit": 1e-4}
     monkeypatch.setattr(check, "check_bundle", lambda *_: {"passed": False, "lines": [line], "failures": [line]})
@@ -192,7 +192,7 @@ def test_ctrl_c_between_a_part_and_its_line_in_the_journal(tmp_path: Path, monke
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_real_build(checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from framefusion.export.cli import main; main()"]
+    command = [sys.executable, "-c", "from framefusion.export.commands.cli import main; main()"]
     command += ["build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--no-check", "--depth", "1"]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     journal, deadline = tmp_path / "bundle.partial" / "journal.json", time.monotonic() + 120

@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from framefusion.export.answering import EAGER, Condition, Setup
-from framefusion.export.evaluation import conditions, evaluate
+from framefusion.console.progress import CountLines
+from framefusion.export.evaluate.answering import EAGER, Condition, Setup
+from framefusion.export.evaluate.evaluation import conditions, evaluate
+from framefusion.export.evaluate.questions import Question, key_of
 from framefusion.export.options import BuildOptions
-from framefusion.export.questions import Question, key_of
-from framefusion.progress import CountLines
 from framefusion.reducers import DEFAULT, REDUCERS
 from framefusion.runtime.bundle import read_manifest
-from framefusion.runtime.prompt import Visual
-from framefusion.runtime.sources import Source
+from framefusion.runtime.media.sources import Source
+from framefusion.runtime.text.prompt import Visual
 from tools.bench.setting import ROOT, open_bundle, report
 from tools.tiny import clips
 

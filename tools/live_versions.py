@@ -45,10 +45,10 @@ def write_inputs(folder: Path) -> list[str]:
     """A checkpoint and two prompts with a film for each family, as torch.save writes them.  -> the families"""
     import torch
 
-    from framefusion.live_labels import FAMILIES
-    from framefusion.runtime.prompt import Turn, Visual
-    from framefusion.runtime.sources import as_video
-    from framefusion.runtime.stitching import Stopwatch
+    from framefusion.live.labels import FAMILIES
+    from framefusion.runtime.generation.stitching import Stopwatch
+    from framefusion.runtime.media.sources import as_video
+    from framefusion.runtime.text.prompt import Turn, Visual
     from tests.families import CASES
     from tests.families.case import clip
     from tests.families.eager import eager_pipeline

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from framefusion import files
 from framefusion.errors import StorageError
-from framefusion.export.staging import identity
+from framefusion.export.writing.staging import identity
 from framefusion.runtime.bundle import FileRecord, sha256_of
-from framefusion.runtime.records import RecordError, from_json, to_json
-from framefusion.runtime.user_cache import user_cache
+from framefusion.runtime.format.records import RecordError, from_json, to_json
+from framefusion.runtime.machine.user_cache import user_cache
+from framefusion.storage import files
 
 _OBJECTS = "objects"  # the lock of what several entries may name
 _POLL = 0.1  # seconds between two looks at a lock that another process holds

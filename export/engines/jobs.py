@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from framefusion.console import in_bytes
+from framefusion.console.messages import in_bytes
 from framefusion.errors import BackendError, BundleError, StorageError
 from framefusion.export.engines.cache import EngineCache
-from framefusion.export.machine import free_disk
 from framefusion.export.options import ENGINE_DIALECT, ENGINE_DTYPES, EngineOptions
-from framefusion.export.staging import SPARE
-from framefusion.runtime.backends.tensorrt_library import load_library
+from framefusion.export.plan.machine import free_disk
+from framefusion.export.writing.staging import SPARE
+from framefusion.runtime.backends.fit import installed_version
+from framefusion.runtime.backends.tensorrt.library import load_library
 from framefusion.runtime.bundle import Bundle, EngineKind, Manifest
-from framefusion.runtime.engines import installed_version
-from framefusion.runtime.records import to_json
+from framefusion.runtime.format.records import to_json
 
 if TYPE_CHECKING:
-    from framefusion.export.plan import BuildPlan
+    from framefusion.export.plan.build_plan import BuildPlan
 
 FOLDER = "engines"
 CORES_PER_JOB = 2  # a builder keeps about that many busy
@@ -36,17 +36,16 @@ _MEMORY_SHARE = 0.9  # of the free memory that builds may take by their estimate
 class Kind(NamedTuple):
     """What differs between the kinds, seen from here."""
 
-    builder: str  # module of this folder
-    code: str  # files of it that decide an engine's bytes
+    folder: str  # folder beside this module: build.py is the builder, and all its modules decide an engine's bytes
     library: str  # module that compiles and runs it
     from_onnx: bool  # compiled from the graphs of the portable dialect; else traced from the checkpoint's configuration
     weights_inside: bool  # else an engine is given the bundle's own files of weights
 
 
 KINDS: Mapping[EngineKind, Kind] = {
-    "tensorrt-rtx": Kind("tensorrt_build", "tensorrt_*.py", "tensorrt_rtx", True, True),
-    "tensorrt": Kind("tensorrt_build", "tensorrt_*.py", "tensorrt", True, True),
-    "inductor": Kind("inductor", "inductor*.py", "torch", False, False),
+    "tensorrt-rtx": Kind("tensorrt", "tensorrt_rtx", True, True),
+    "tensorrt": Kind("tensorrt", "tensorrt", True, True),
+    "inductor": Kind("inductor", "torch", False, False),
 }
 _NO_WEIGHTS = 1 << 25  # bytes of an engine without any, at most
 
@@ -105,7 +104,7 @@ def _wanted(dialect: str, dtype: str) -> tuple[tuple[str, str, tuple[str, ...]],
 def builder_of(kind: EngineKind) -> Any:
     """The module that builds engines of a kind."""
     try:
-        return importlib.import_module(f"framefusion.export.engines.{KINDS[kind].builder}")
+        return importlib.import_module(f"framefusion.export.engines.{KINDS[kind].folder}.build")
     except ImportError as error:
         raise BackendError(f"{error.name or error} is not installed: pip install 'framefusion-aot[export]'") from None
 
@@ -220,6 +219,6 @@ def admitted(jobs: Sequence[Job], asked: int | None, free: int) -> tuple[int, st
 def _code_of(kind: Kind) -> str:
     """A hash of the code that makes the network: engines of an older one are not taken for those of a newer."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob(kind.code)):
+    for path in sorted((Path(__file__).parent / kind.folder).glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

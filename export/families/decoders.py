@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families import language
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.weights import AnySource, Computed, Source
 from framefusion.export.families.family import Family
-from framefusion.export.families.reading import required, text_config
-from framefusion.export.graph.decoder import DecoderConfig
-from framefusion.export.segments import SegmentPlan
-from framefusion.export.weights import AnySource, Computed, Source
+from framefusion.export.families.reading import language
+from framefusion.export.families.reading.configs import required, text_config
+from framefusion.export.graphs.decoder import DecoderConfig
+from framefusion.export.graphs.segments import SegmentPlan
 
 
 def llm_prefix(checkpoint: Checkpoint, family: Family) -> str:

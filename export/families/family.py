@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from framefusion.runtime.frame_sampling import FrameSampling
-from framefusion.runtime.preprocess import Preprocessing
-from framefusion.runtime.prompt import PromptTemplate, TurnLayout
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.runtime.text.prompt import PromptTemplate, TurnLayout
 
 if TYPE_CHECKING:
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.families.towers import TowerPlan
 
 QWEN2_NAMES: Mapping[str, str] = MappingProxyType(

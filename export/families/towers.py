@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.graph.tower import Tower
-from framefusion.export.weights import AnySource
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.weights import AnySource
+from framefusion.export.graphs.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TowerPlan:
     Attributes:
         module: on the meta device.
         sources: of its parameters, by name.
-        kind: what the graph wants beside patches: see `framefusion.runtime.vision`.
+        kind: what the graph wants beside patches: see `framefusion.runtime.media.vision`.
         patch_width: numbers of a patch.
         head_dim, embed_dim, mlp_width: geometry, for tables and for planning memory.
         out_width: of a row; it must be the LLM's.

@@ -1,6 +1,6 @@
 """Where a plain vision transformer's parameters are in a checkpoint: the names of SigLIP's and CLIP's releases.
 
-Knows the encoder of `framefusion.export.graph.vit`, no tower and no projector.
+Knows the encoder of `framefusion.export.graphs.vit`, no tower and no projector.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.weights import Source
 from framefusion.export.families.towers import NORM_BEHIND, POOLING_HEAD, head_width, run_of
-from framefusion.export.graph.vit import Activation, VitConfig
-from framefusion.export.weights import Source
+from framefusion.export.graphs.vit import Activation, VitConfig
 
 SIGLIP_NAMES: Mapping[str, str] = MappingProxyType(
     {

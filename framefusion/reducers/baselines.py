@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from framefusion import tracks
-from framefusion.policy import Mask, top
 from framefusion.reducers.reducer import Reading, ReductionRequest, Selection
-from framefusion.tracks import TEXT, IntArray
+from framefusion.reduction import tracks
+from framefusion.reduction.policy import Mask, top
+from framefusion.reduction.tracks import TEXT, IntArray
 
 
 class KeepAll(Selection):

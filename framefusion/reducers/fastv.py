@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from framefusion.policy import Mask, ReductionSettings, top
 from framefusion.reducers.reducer import Reading, Selection
-from framefusion.tracks import TEXT
+from framefusion.reduction.policy import Mask, ReductionSettings, top
+from framefusion.reduction.tracks import TEXT
 
 LAYERS = 2  # K of the paper: layers that see all tokens
 

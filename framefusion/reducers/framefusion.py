@@ -1,9 +1,9 @@
-"""FrameFusion behind the interface. The algorithm is framefusion.policy.Reduction; nothing of it is here."""
+"""FrameFusion behind the interface. The algorithm is framefusion.reduction.policy.Reduction; nothing of it is here."""
 
 from __future__ import annotations
 
-from framefusion.policy import Reduction, ReductionSettings, ReductionState
 from framefusion.reducers.reducer import Reducer, ReductionRequest
+from framefusion.reduction.policy import Reduction, ReductionSettings, ReductionState
 
 
 class FrameFusion(Reducer):

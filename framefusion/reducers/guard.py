@@ -14,15 +14,15 @@ from typing import Literal, NoReturn
 import numpy as np
 
 from framefusion.errors import ReducerError
-from framefusion.policy import Mask, Plan, ReductionState
-from framefusion.tracks import TEXT, IntArray
+from framefusion.reduction.policy import Mask, Plan, ReductionState
+from framefusion.reduction.tracks import TEXT, IntArray
 
 Input = Literal["similarity", "importance", "features"]
 
 
 @dataclass(frozen=True)
 class Promises:
-    """What one reducer declared for one request: a framefusion.policy.Guard."""
+    """What one reducer declared for one request: a framefusion.reduction.policy.Guard."""
 
     name: str
     merges: bool

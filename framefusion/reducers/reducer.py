@@ -3,7 +3,8 @@
     Reducer     name, paper, what it reads, the calls it acts at, the counts it promises; `start` begins one request
     Selection   a Reducer that decides once and drops: it only says which tokens stay
 
-Calls, plans and states are framefusion.policy's, what is enforced is in guard.py. Knows no method, no model, no bundle.
+Calls, plans and states are those of framefusion/policy.py, what is enforced is in guard.py. Knows no method, no model,
+no bundle.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from framefusion import budget, tracks
 from framefusion.errors import ReducerError
-from framefusion.policy import Mask, Plan, ReductionSettings, ReductionState, Scores, keep_all, prune_plan
 from framefusion.reducers.guard import Input, Promises
-from framefusion.tracks import TEXT, FloatArray, IntArray
+from framefusion.reduction import budget, tracks
+from framefusion.reduction.policy import Mask, Plan, ReductionSettings, ReductionState, Scores, keep_all, prune_plan
+from framefusion.reduction.tracks import TEXT, FloatArray, IntArray
 
 
 @dataclass(frozen=True)

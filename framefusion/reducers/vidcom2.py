@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from framefusion import tracks
-from framefusion.policy import Mask, top
 from framefusion.reducers.reducer import Reading, Selection
-from framefusion.tracks import FloatArray, IntArray
+from framefusion.reduction import tracks
+from framefusion.reduction.policy import Mask, top
+from framefusion.reduction.tracks import FloatArray, IntArray
 
 TEMPERATURE, EPSILON = 0.01, 1e-8  # of equation 5
 ROUNDING = 1e-5

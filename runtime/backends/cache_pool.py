@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from framefusion.errors import PromptError
-from framefusion.runtime.backends import Device
+from framefusion.runtime.backends.base import Device
+from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import SegmentRecord
-from framefusion.runtime.kv_cache import SegmentCache
 
 Buffers = tuple[list[Any], list[Any]]
 

@@ -8,7 +8,7 @@ The order, and what each needs:
     inductor             engines that fit this GPU or CPU, and torch
     onnxruntime on cpu   graphs, in a type that the CPU kernels have
 
-Nothing is loaded to decide: see framefusion.runtime.engines. Knows no segment.
+Nothing is loaded to decide: see framefusion.runtime.backends.fit. Knows no segment.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from framefusion.errors import BackendError
-from framefusion.runtime.backends import Backend
-from framefusion.runtime.backends.onnxruntime import CUDA_PROVIDER, OnnxRuntimeBackend, OnnxRuntimeCudaBackend
+from framefusion.runtime.backends.base import Backend
+from framefusion.runtime.backends.fit import build_command, examine, is_cpu, release
+from framefusion.runtime.backends.onnxruntime.backend import CUDA_PROVIDER, OnnxRuntimeBackend, OnnxRuntimeCudaBackend
 from framefusion.runtime.bundle import Bundle, EngineKind, Manifest
-from framefusion.runtime.engines import build_command, examine, is_cpu, release
-from framefusion.runtime.gpu import GPU, find_gpu
-from framefusion.runtime.trust import NOT_VOUCHED, TRUST_ENGINES, distrust, require_vouched
+from framefusion.runtime.machine.gpu import GPU, find_gpu
+from framefusion.runtime.trust.origin import NOT_VOUCHED, TRUST_ENGINES, distrust, require_vouched
 
 Name = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "inductor"]
 Place = Literal["cuda", "cpu"]
@@ -122,10 +122,10 @@ class Choice:
         if self.option.backend == "onnxruntime":
             return _open_onnxruntime(bundle, self.option.device, threads)
         if self.option.backend == "inductor":
-            from framefusion.runtime.backends.inductor import InductorBackend
+            from framefusion.runtime.backends.inductor.backend import InductorBackend
 
             return InductorBackend(bundle, self.option.device, threads)
-        from framefusion.runtime.backends.tensorrt import TensorRTBackend
+        from framefusion.runtime.backends.tensorrt.backend import TensorRTBackend
 
         return TensorRTBackend(bundle, self.option.backend)
 
@@ -259,7 +259,7 @@ def _graph_problem(manifest: Manifest) -> Problem:
 def _open_onnxruntime(bundle: Bundle, device: Place, threads: int) -> Backend:
     if device == "cpu":
         return OnnxRuntimeBackend(bundle.folder, threads, manifest=bundle.manifest)
-    from framefusion.runtime.cuda.device import CudaDevice
+    from framefusion.runtime.backends.cuda.device import CudaDevice
 
     return OnnxRuntimeCudaBackend(bundle.folder, CudaDevice(bundle.manifest.model.float_type), bundle.manifest)
 

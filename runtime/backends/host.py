@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion import tracks
-from framefusion.policy import Plan, apply_plan
-from framefusion.runtime.backends import Array, BoundSegment, Device
+from framefusion.reduction import tracks
+from framefusion.reduction.policy import Plan, apply_plan
+from framefusion.runtime.backends.base import Array, BoundSegment, Device
+from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import SegmentRecord
-from framefusion.runtime.kv_cache import SegmentCache
-from framefusion.runtime.visual_input import RowMap
+from framefusion.runtime.media.visual_input import RowMap
 
 CHUNK = 512
 """Tokens of the last segment's prefill at a time. An attention kernel that computes the masked half as well pays for

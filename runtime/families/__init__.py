@@ -11,7 +11,7 @@ from framefusion.runtime.families.nvila import NvilaPreprocessing
 from framefusion.runtime.families.qwen2_5_vl import Qwen25VLPreprocessing
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
-from framefusion.runtime.preprocess import Preprocessing
+from framefusion.runtime.media.preprocess import Preprocessing
 
 # A manifest is read by the rule's name: importing this package makes all of them known.
 RULES: Mapping[str, type[Preprocessing]] = {

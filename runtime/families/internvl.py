@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
-from framefusion.runtime.families.anyres import cut_tiles, nearest_tiling
-from framefusion.runtime.panels import Panel, cells, even, within
-from framefusion.runtime.positions import Grid
-from framefusion.runtime.preprocess import Preprocessing, check_frames, cut_patches, resize
-from framefusion.runtime.video import Video
-from framefusion.runtime.visual_input import Piece, Rows, Tiles, VisualInput
+from framefusion.runtime.media.preprocess import Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.media.tiles.anyres import cut_tiles, nearest_tiling
+from framefusion.runtime.media.tiles.panels import Panel, cells, even, within
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.visual_input import Piece, Rows, Tiles, VisualInput
+from framefusion.runtime.text.positions import Grid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

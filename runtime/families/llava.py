@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
-from framefusion.runtime.families.anyres import (
+from framefusion.reduction.tracks import TEXT
+from framefusion.runtime.media.preprocess import Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.media.tiles.anyres import (
     best_tiling,
     cut_tiles,
     fitted,
@@ -27,13 +29,11 @@ from framefusion.runtime.families.anyres import (
     rows_shown,
     unpadded,
 )
-from framefusion.runtime.panels import Boxes, Panel, Spans, cells, even, seen_through, tiled
-from framefusion.runtime.positions import Grid
-from framefusion.runtime.preprocess import Preprocessing, check_frames, cut_patches, resize
-from framefusion.runtime.scales import tile_places
-from framefusion.runtime.video import Video
-from framefusion.runtime.visual_input import Piece, Rows, Tiles, Token, VisualInput
-from framefusion.tracks import TEXT
+from framefusion.runtime.media.tiles.panels import Boxes, Panel, Spans, cells, even, seen_through, tiled
+from framefusion.runtime.media.tiles.scales import tile_places
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.visual_input import Piece, Rows, Tiles, Token, VisualInput
+from framefusion.runtime.text.positions import Grid
 
 NEWLINE = "image_newline"
 """The learned row, by its name in `EmbeddingRecord.extra`."""

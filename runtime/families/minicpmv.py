@@ -19,9 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
-from framefusion.runtime.panels import WHOLE, Panel, cells, even
-from framefusion.runtime.positions import Grid
-from framefusion.runtime.preprocess import (
+from framefusion.runtime.media.preprocess import (
     MAX_ASPECT_RATIO,
     Preprocessing,
     check_frames,
@@ -29,8 +27,10 @@ from framefusion.runtime.preprocess import (
     cut_patches,
     resize,
 )
-from framefusion.runtime.video import Video
-from framefusion.runtime.visual_input import Piece, RowMap, Rows, Tiles, Token, VisualInput
+from framefusion.runtime.media.tiles.panels import WHOLE, Panel, cells, even
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.visual_input import Piece, RowMap, Rows, Tiles, Token, VisualInput
+from framefusion.runtime.text.positions import Grid
 
 LINE_FEED = "\n"
 

@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError, VideoError
-from framefusion.runtime.families.anyres import cut_tiles, nearest_tiling
-from framefusion.runtime.panels import Panel, Spans, cells, even, tiled, within
-from framefusion.runtime.positions import Grid
-from framefusion.runtime.preprocess import BICUBIC, Preprocessing, check_frames, cut_patches, resize
-from framefusion.runtime.scales import tile_places
-from framefusion.runtime.video import Video
-from framefusion.runtime.visual_input import Piece, RowMap, Rows, Tiles, Token, VisualInput
+from framefusion.runtime.media.preprocess import BICUBIC, Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.media.tiles.anyres import cut_tiles, nearest_tiling
+from framefusion.runtime.media.tiles.panels import Panel, Spans, cells, even, tiled, within
+from framefusion.runtime.media.tiles.scales import tile_places
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.visual_input import Piece, RowMap, Rows, Tiles, Token, VisualInput
+from framefusion.runtime.text.positions import Grid
 
 ASPECTS = ("resize", "dynamic", "dynamic_s2")
 AVERAGE, SCALES = "average", "scales"

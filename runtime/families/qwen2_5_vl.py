@@ -9,8 +9,8 @@ import numpy as np
 
 from framefusion.errors import BundleError
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
-from framefusion.runtime.video import Video
-from framefusion.runtime.visual_input import VisualInput
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.visual_input import VisualInput
 
 
 @dataclass(frozen=True, kw_only=True)

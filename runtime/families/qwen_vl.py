@@ -13,9 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
-from framefusion.runtime.panels import Panel, cells, even
-from framefusion.runtime.positions import Grid, grid_places
-from framefusion.runtime.preprocess import (
+from framefusion.runtime.media.preprocess import (
     MAX_ASPECT_RATIO,
     Preprocessing,
     check_frames,
@@ -24,8 +22,10 @@ from framefusion.runtime.preprocess import (
     resize,
     resize_rounded_once,
 )
-from framefusion.runtime.video import Video
-from framefusion.runtime.visual_input import Piece, Rows, Tiles, VisualInput
+from framefusion.runtime.media.tiles.panels import Panel, cells, even
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.visual_input import Piece, Rows, Tiles, VisualInput
+from framefusion.runtime.text.positions import Grid, grid_places
 
 
 @dataclass(frozen=True, kw_only=True)

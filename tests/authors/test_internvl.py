@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from framefusion.export.families import internvl
+from framefusion.export.families.internvl import row as internvl
 from framefusion.runtime.families.internvl import InternVLPreprocessing
-from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
-from framefusion.runtime.preprocess import cut_patches
-from framefusion.runtime.video import Video
+from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
+from framefusion.runtime.media.preprocess import cut_patches
+from framefusion.runtime.media.video.frames import Video
 from tests.authors.repositories import INTERNVL
 
 INTERNVL.required()

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from framefusion.export.families import llava
-from framefusion.runtime.families.anyres import best_tiling, cut_tiles, fitted
+from framefusion.export.families.llava import row as llava
 from framefusion.runtime.families.llava import LlavaPreprocessing
-from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
-from framefusion.runtime.preprocess import BICUBIC
-from framefusion.runtime.video import Video
+from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
+from framefusion.runtime.media.preprocess import BICUBIC
+from framefusion.runtime.media.tiles.anyres import best_tiling, cut_tiles, fitted
+from framefusion.runtime.media.video.frames import Video
 from tests.authors.repositories import LLAVA
 
 LLAVA.required()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from framefusion.runtime.families.minicpmv import MiniCpmVPreprocessing
-from framefusion.runtime.preprocess import cut_patches
+from framefusion.runtime.media.preprocess import cut_patches
 from tests.authors.repositories import MINICPM
 
 MINICPM.required()

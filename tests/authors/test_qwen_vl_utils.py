@@ -17,9 +17,9 @@ torch: Any = importlib.import_module("torch")
 vision_process: Any = importlib.import_module("qwen_vl_utils.vision_process")
 
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of  # noqa: E402
-from framefusion.runtime.frame_sampling import FrameSampling, sample_indices  # noqa: E402
-from framefusion.runtime.preprocess import BICUBIC, resize, resize_rounded_once  # noqa: E402
-from framefusion.runtime.video import read_video  # noqa: E402
+from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices  # noqa: E402
+from framefusion.runtime.media.preprocess import BICUBIC, resize, resize_rounded_once  # noqa: E402
+from framefusion.runtime.media.video.frames import read_video  # noqa: E402
 from tests.films import write_film  # noqa: E402
 
 RULE = QwenVLPreprocessing(total_pixels=0.9 * 128_000 * 28**2, resize_rounding="once")

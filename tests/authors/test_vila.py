@@ -11,7 +11,7 @@ import PIL
 import PIL.Image
 import pytest
 
-from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
+from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from tests.authors.repositories import VILA
 
 VILA.required()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from framefusion.export.dialects import DIALECTS
-from framefusion.export.graph.decoder import DecoderConfig, Segment
-from framefusion.export.segments import SegmentPlan, cut_after_attentions
-from framefusion.export.signatures import trace_segment
+from framefusion.export.graphs.decoder import DecoderConfig, Segment
+from framefusion.export.graphs.segments import SegmentPlan, cut_after_attentions
+from framefusion.export.graphs.tracing.dialects import DIALECTS
+from framefusion.export.graphs.tracing.signatures import trace_segment
 from tests.conftest import made_once
 
 TINY = DecoderConfig(

@@ -18,17 +18,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from framefusion.errors import CheckFailedError
-from framefusion.export import check
-from framefusion.export.agreement import LIMIT, Agreement, agreement_of
 from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.check import check
+from framefusion.export.check.agreement import LIMIT, Agreement, agreement_of
+from framefusion.export.check.observation import SPARING, observe
+from framefusion.export.check.verify import memory_of_check, memory_of_streamed
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.uncompiled import uncompiled_bundle
 from framefusion.export.families import decoders
-from framefusion.export.inspection import compared_words
-from framefusion.export.observation import SPARING, observe
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import BuildPlan
-from framefusion.export.uncompiled import uncompiled_bundle
-from framefusion.export.verify import memory_of_check, memory_of_streamed
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.report.inspection import compared_words
 from tests.families import CASES
 from tests.families.case import FamilyCase
 from tests.random_checkpoint import random_checkpoint

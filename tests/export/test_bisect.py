@@ -15,9 +15,9 @@ import onnx_ir as ir
 import pytest
 
 from framefusion.errors import BackendError, CheckFailedError
-from framefusion.export import bisect
 from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.check.bisect import bisect
+from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
 from framefusion.runtime.bundle import file_record, read_manifest, write_manifest
 from tests.commands import export

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from framefusion.console.progress import Step
 from framefusion.errors import CheckpointError
-from framefusion.export import signatures
 from framefusion.export.build import build, check_again
-from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.graphs.tracing import signatures
 from framefusion.export.options import BuildOptions
-from framefusion.export.parts import Builder
-from framefusion.export.plan import BuildPlan
-from framefusion.progress import Step
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.writing.parts import Builder
 from framefusion.runtime.bundle import Manifest, read_manifest
-from framefusion.runtime.records import from_json
+from framefusion.runtime.format.records import from_json
 from tests.random_checkpoint import random_checkpoint
 
 SINGLE = "model.safetensors"

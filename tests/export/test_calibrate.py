@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from framefusion.budget import cost_of_schedule
 from framefusion.errors import BudgetError, VideoError
-from framefusion.export.calibrate import calibrate, median_shares, merge_shares
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.plan import BuildOptions, BuildPlan
-from framefusion.policy import CallRecord
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.calibrate import calibrate, median_shares, merge_shares
+from framefusion.export.plan.build_plan import BuildOptions, BuildPlan
+from framefusion.reduction.budget import cost_of_schedule
+from framefusion.reduction.policy import CallRecord
 
 OPTIONS = BuildOptions(reduction="fixed", cost=0.5, similarity_lower_bound=0.3, max_input_len=512, max_text_len=64)
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from framefusion import errors
-from framefusion.export.card import card, front_matter
-from framefusion.export.inspection import bytes_of_files
-from framefusion.export.source import License, license_of
+from framefusion.export.checkpoints.origin.source import License, license_of
+from framefusion.export.report.card import card, front_matter
+from framefusion.export.report.inspection import bytes_of_files
 from framefusion.runtime.bundle import Manifest, SourceRecord, read_manifest, sha256_of, write_manifest
 from tests.commands import assert_refused, export
 from tests.export.test_hub import COMMIT, REPO, cache, fill_cache  # noqa: F401  (a fixture)
@@ -151,7 +151,8 @@ def test_a_resumed_build_writes_its_card_afresh(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first try ends between card and publication, after a check; the second leaves the check out."""
-    from framefusion.export import check, staging
+    from framefusion.export.check import check
+    from framefusion.export.writing import staging
 
     def interrupt(_: staging.Staging) -> None:
         raise KeyboardInterrupt

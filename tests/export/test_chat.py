@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.chat import Message, compose, find_template, read_template
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.text.chat import Message, compose, find_template, read_template
+from framefusion.export.checkpoints.text.template_rendering import render
 from framefusion.export.families.family import CHATML
-from framefusion.export.families.reading import QWEN_PLACEHOLDERS
-from framefusion.export.template_rendering import render
-from framefusion.runtime.prompt import PromptTemplate
+from framefusion.export.families.reading.configs import QWEN_PLACEHOLDERS
+from framefusion.runtime.text.prompt import PromptTemplate
 
 QWEN2_VL = (Path(__file__).parents[1] / "models/tiny_qwen2_vl/chat_template.jinja").read_text()
 # Layouts in use, each written here in the shortest jinja that gives it.

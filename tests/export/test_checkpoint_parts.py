@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.plan import identity_of
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.plan.build_plan import identity_of
 
 TENSORS = {
     "llm": {"model.embed_tokens.weight": torch.arange(12.0).reshape(6, 2), "model.norm.weight": torch.ones(2)},

@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 
 from framefusion import errors
-from framefusion.export import compile as compilation
+from framefusion.export.engines import compile as compilation
 from framefusion.export.engines import jobs
 from framefusion.export.engines.jobs import Job, admitted, components_of
-from framefusion.export.engines.tensorrt_build import EngineSpec
+from framefusion.export.engines.tensorrt.build import EngineSpec
 from framefusion.export.options import BuildOptions
-from framefusion.runtime.backends.tensorrt_library import load_library
+from framefusion.runtime.backends.fit import examine
+from framefusion.runtime.backends.tensorrt.library import load_library
 from framefusion.runtime.bundle import FixedRecord, Manifest, ProfileRecord, read_manifest, write_manifest
-from framefusion.runtime.engines import examine
-from framefusion.runtime.gpu import find_gpu
+from framefusion.runtime.machine.gpu import find_gpu
 from tests.commands import assert_refused, export
 from tests.conftest import made_once
 
@@ -107,7 +107,7 @@ def test_no_bundle_and_no_readable_graph(graphless: Path, tmp_path: Path) -> Non
 
 
 def test_another_process_writes_the_bundle(graphless: Path) -> None:
-    from framefusion.export.staging import LOCK, lock
+    from framefusion.export.writing.staging import LOCK, lock
 
     with lock(graphless / LOCK):
         assert_refused(export("compile", graphless, *KIND), errors.StorageError, "another build", "wait")
@@ -184,7 +184,7 @@ def test_library_and_code_are_in_the_key(bundle: Path, monkeypatch: pytest.Monke
     ours = components_of(manifest, GRAPH, SPEC)
     assert ours["version"] == tensorrt_rtx.__version__
     monkeypatch.setattr(jobs, "library_version", lambda _: "1.8.0")
-    monkeypatch.setitem(jobs.KINDS, "tensorrt-rtx", jobs.KINDS["tensorrt-rtx"]._replace(code="cache.py"))
+    monkeypatch.setitem(jobs.KINDS, "tensorrt-rtx", jobs.KINDS["tensorrt-rtx"]._replace(folder="inductor"))
     theirs = components_of(manifest, GRAPH, SPEC)
     assert {key for key in ours if ours[key] != theirs[key]} == {"version", "code"}
 
@@ -360,7 +360,7 @@ def test_too_little_room_is_said_before_the_first_engine(
 
 
 def start(folder: Path, cache: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from framefusion.export.cli import main; main()", "compile", str(folder)]
+    command = [sys.executable, "-c", "from framefusion.export.commands.cli import main; main()", "compile", str(folder)]
     command += [*KIND, "--target-sm", "86", "--engine-cache", str(cache), "--json", "--jobs", "1"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -402,7 +402,13 @@ def test_a_compilation_that_ended_early_goes_on(copy: Path, tmp_path: Path, how:
 @pytest.mark.slow
 def test_a_killed_build_resumes_with_its_engines(checkpoint: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "b", tmp_path / "cache"
-    command = [sys.executable, "-c", "from framefusion.export.cli import main; main()", "build", str(checkpoint)]
+    command = [
+        sys.executable,
+        "-c",
+        "from framefusion.export.commands.cli import main; main()",
+        "build",
+        str(checkpoint),
+    ]
     command += ["-o", str(out), "--no-check", *KIND, "--target-sm", "86", "--engine-cache", str(cache), "--jobs", "1"]
     command += [*map(str, PORTABLE)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

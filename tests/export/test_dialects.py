@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import framefusion.ops  # noqa: F401
-from framefusion.budget import schedule_for_cost
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.dialects import DIALECTS
-from framefusion.export.plan import BuildOptions, BuildPlan
-from framefusion.export.segments import cut_after_attentions, whole_decoder
-from framefusion.export.signatures import segment_module, trace_fixed_prefill
-from framefusion.export.trace import trace
-from framefusion.policy import FixedReduction
+import framefusion.ops.kernels  # noqa: F401
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.graphs.segments import cut_after_attentions, whole_decoder
+from framefusion.export.graphs.tracing.dialects import DIALECTS
+from framefusion.export.graphs.tracing.signatures import segment_module, trace_fixed_prefill
+from framefusion.export.graphs.tracing.trace import trace
+from framefusion.export.plan.build_plan import BuildOptions, BuildPlan
+from framefusion.reduction.budget import schedule_for_cost
+from framefusion.reduction.policy import FixedReduction
 from tests.versions import needs_portable
 
 OPS = torch.ops.framefusion
@@ -186,9 +186,9 @@ def test_the_fixed_graph_keeps_what_the_policy_keeps(checkpoint: Path) -> None:
 
 def segment_by_segment(plan: BuildPlan, hidden: Tensor, table: Tensor, twin: FixedReduction) -> np.ndarray:
     """Kept places after all reductions, from the cut decoder and the numpy policy."""
-    from framefusion import tracks
-    from framefusion.export.weights import load_parameters
-    from framefusion.policy import apply_plan
+    from framefusion.export.checkpoints.weights import load_parameters
+    from framefusion.reduction import tracks
+    from framefusion.reduction.policy import apply_plan
 
     config, rows, origin = plan.config, hidden[0].numpy(), np.arange(hidden.shape[1])
     step = twin.step(tracks.track_similarity(rows, twin.labels), None)
@@ -253,6 +253,6 @@ def test_ops_are_opaque_with_static_shapes(name: str) -> None:
         "similarity": (QUERY, PREVIOUS),
         "importance": (QUERY, KEY, torch.tensor([10]), 4, HEADS, KV_HEADS),
     }  # fmt: skip
-    import framefusion.static_reduction  # noqa: F401
+    import framefusion.ops.static_reduction  # noqa: F401
 
     torch.library.opcheck(getattr(OPS, name).default, cases[name], test_utils=("test_schema", "test_faketensor"))

@@ -26,14 +26,14 @@ from framefusion.errors import (
     StorageError,
     VideoError,
 )
-from framefusion.export.answering import EAGER, Condition, PipelineAnswerer, Setup, fingerprint
 from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.evaluation import ask_all, conditions, evaluate, render
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.uncompiled import eager_pipeline
+from framefusion.export.evaluate.answering import EAGER, Condition, PipelineAnswerer, Setup, fingerprint
+from framefusion.export.evaluate.evaluation import ask_all, conditions, evaluate, render
+from framefusion.export.evaluate.questions import Question, read_questions
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import BuildPlan
-from framefusion.export.questions import Question, read_questions
-from framefusion.export.uncompiled import eager_pipeline
+from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reducers import REDUCERS
 from framefusion.runtime.pipeline import Pipeline, Request
 from tests.commands import assert_refused, export
@@ -108,7 +108,7 @@ def test_a_bundle_is_evaluated_without_torch(bundle: Path, questions: Path) -> N
     arguments = ["eval", str(bundle), "--questions", str(questions), "--limit", "1", "--max-new-tokens", "1", "--json"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({sorted(NEVER_AT_RUN_TIME)!r}))\n"
-        f"sys.argv = {['ff-export', *arguments]!r}\nfrom framefusion.export.cli import main; main()"
+        f"sys.argv = {['ff-export', *arguments]!r}\nfrom framefusion.export.commands.cli import main; main()"
     )
     done = subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -239,7 +239,7 @@ def test_a_killed_process_leaves_what_it_answered(setup: Setup, questions: Path,
     many, output = tmp_path / "many.jsonl", tmp_path / "out.json"
     many.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("--questions", many, "-o", output, "--max-new-tokens", 3, "--cost", COST, "--threads", 1, "--jobs", 2)
-    code = "from framefusion.export.cli import main; main()"
+    code = "from framefusion.export.commands.cli import main; main()"
     command = [sys.executable, "-c", code, "eval", setup.model, *map(str, flags)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
     partial = tmp_path / "out.json.partial"

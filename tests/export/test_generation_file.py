@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.reading import generation
-from framefusion.runtime.sampling import GenerationConfig
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.families.reading.configs import generation
+from framefusion.runtime.generation.sampling import GenerationConfig
 from tests.versions import needs
 
 

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from framefusion import errors
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.hub import origin_of, resolve
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.origin.hub import origin_of, resolve
 from tests.commands import assert_refused, export
 
 REPO, COMMIT = "Tiny/Video-1B", "0123456789abcdef0123456789abcdef01234567"
@@ -205,7 +205,7 @@ def resolved(names: list[tuple[str, str | None]], home: Path, **settings: str) -
     code = f"""
 import json
 from framefusion.errors import FrameFusionError
-from framefusion.export.hub import resolve
+from framefusion.export.checkpoints.origin.hub import resolve
 told = []
 for name, revision in {names!r}:
     try:

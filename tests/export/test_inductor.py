@@ -19,22 +19,22 @@ from torch import Tensor
 
 from framefusion.errors import BackendError, BundleError
 from framefusion.export.build import build
-from framefusion.export.check import Comparison, relative_error, tolerance_of
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.compile import compile_bundle
-from framefusion.export.engines import inductor
-from framefusion.export.engines.inductor_graph import PLAIN, cache_attention, export, kinds_of, traceables
-from framefusion.export.observation import DECODED, draw_clip, observe, run
+from framefusion.export.check.check import Comparison, relative_error, tolerance_of
+from framefusion.export.check.observation import DECODED, draw_clip, observe, run
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.engines.compile import compile_bundle
+from framefusion.export.engines.inductor import build as inductor
+from framefusion.export.engines.inductor.graph import PLAIN, cache_attention, export, kinds_of, traceables
 from framefusion.export.options import BuildOptions, EngineOptions, Resources
-from framefusion.export.plan import BuildPlan
-from framefusion.export.replan import replan
-from framefusion.ops import KERNELS
-from framefusion.runtime.backends.inductor import InductorBackend
-from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.plan.replan import replan
+from framefusion.ops.kernels import KERNELS
+from framefusion.runtime.backends.fit import examine
+from framefusion.runtime.backends.inductor.backend import InductorBackend
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.engines import examine
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.text.prompt import Turn, Visual
 from tests.conftest import made_once
 from tests.export.test_build import MODES
 

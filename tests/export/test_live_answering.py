@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from framefusion.errors import BackendError
-from framefusion.export import live_answering
-from framefusion.export.answering import Answer, Condition, PipelineAnswerer, Setup
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.evaluation import render
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.uncompiled import eager_pipeline
+from framefusion.export.evaluate import live_answering
+from framefusion.export.evaluate.answering import Answer, Condition, PipelineAnswerer, Setup
+from framefusion.export.evaluate.evaluation import render
+from framefusion.export.evaluate.questions import Question
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import BuildPlan
-from framefusion.export.questions import Question
-from framefusion.export.uncompiled import eager_pipeline
-from framefusion.runtime.prompt import Visual
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.runtime.text.prompt import Visual
 from tests.commands import assert_refused, export
 from tests.conftest import COST
 

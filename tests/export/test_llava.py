@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 
 from framefusion.errors import BudgetError, BundleError, CheckpointError, PromptError
-from framefusion.export.families import language, llava, llava_hf
+from framefusion.export.families.llava import hf_rows as llava_hf
+from framefusion.export.families.llava import row as llava
+from framefusion.export.families.reading import language
 from framefusion.runtime.families.llava import LlavaPreprocessing
-from framefusion.runtime.frame_sampling import FrameSampling
-from framefusion.runtime.prompt import Turn, Visual, build_prompt
-from framefusion.runtime.records import from_json, to_json
-from framefusion.runtime.tokenizer import Tokenizer
-from framefusion.runtime.video import Video
-from framefusion.runtime.visual_input import Rows, Token, VisualInput
+from framefusion.runtime.format.records import from_json, to_json
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.visual_input import Rows, Token, VisualInput
+from framefusion.runtime.text.prompt import Turn, Visual, build_prompt
+from framefusion.runtime.text.tokenizer import Tokenizer
 from tests.families import llava_checkpoints as tiny
 from tests.families.llava import tokenizer_of
 from tests.families.llava_checkpoints import TILINGS
@@ -209,7 +211,7 @@ def seen(count: int = 4) -> VisualInput:
 @pytest.mark.parametrize("begin", ["", "<|endoftext|>"])
 def test_prompts_of_every_kind_of_tokenizer(words: str, begin: str, tmp_path: Path) -> None:
     """Ids equal those of the whole text read at once, the mark of its first word included."""
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
 
     ids = tiny.write_tokenizer(tmp_path, begin=begin, words=words)
     config = {
@@ -227,7 +229,7 @@ def test_prompts_of_every_kind_of_tokenizer(words: str, begin: str, tmp_path: Pa
 
 def test_a_template_that_knows_images_only_shows_videos_in_their_place(tmp_path: Path) -> None:
     """As the script that converted LLaVA-NeXT-Video wrote it."""
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
 
     ids = tiny.write_tokenizer(tmp_path)
     config = {"image_token_index": ids["<image>"], "video_token_index": ids["<video>"]}
@@ -241,7 +243,7 @@ def test_a_template_that_knows_images_only_shows_videos_in_their_place(tmp_path:
 
 def test_images_stand_before_videos_where_the_template_has_it_so(tmp_path: Path) -> None:
     """The rows still go where each visual stands, in the order in which they were given."""
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
 
     ids = tiny.write_tokenizer(tmp_path)
     config = {"image_token_index": ids["<image>"], "video_token_index": ids["<video>"]}
@@ -260,7 +262,7 @@ def test_images_stand_before_videos_where_the_template_has_it_so(tmp_path: Path)
 
 def test_a_template_that_says_the_system_twice_has_no_system_turn(tmp_path: Path) -> None:
     """As LLaVA-NeXT-Video's own does; its users never had such a turn either."""
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
 
     ids = tiny.write_tokenizer(tmp_path)
     config = {"image_token_index": ids["<image>"], "video_token_index": ids["<video>"]}
@@ -271,7 +273,7 @@ def test_a_template_that_says_the_system_twice_has_no_system_turn(tmp_path: Path
 
 
 def test_a_checkpoint_without_chat_template(tmp_path: Path) -> None:
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
 
     ids = tiny.write_tokenizer(tmp_path)
     config = {"image_token_index": ids["<image>"], "video_token_index": ids["<video>"]}
@@ -283,9 +285,9 @@ def test_a_checkpoint_without_chat_template(tmp_path: Path) -> None:
 
 
 def limits(folder: Path, **options: Any) -> tuple[int, int]:
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
-    from framefusion.export.plan import BuildPlan
+    from framefusion.export.plan.build_plan import BuildPlan
 
     told = BuildPlan(Checkpoint(folder), BuildOptions(**options)).limits
     return told.max_input_len, told.max_kv_cache_capacity
@@ -319,7 +321,7 @@ def test_no_bundle_is_built_for_more_than_an_attention_window(tmp_path: Path) ->
 
 def build(folder: Path, **options: Any) -> Any:
     from framefusion.export.build import build as build_bundle
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
 
     return build_bundle(Checkpoint(folder), folder.parent / "bundle", BuildOptions(cost=0.5, **options))

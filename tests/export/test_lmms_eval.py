@@ -22,13 +22,13 @@ from PIL import Image
 
 from framefusion.errors import EvaluationError
 from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.lmms_eval.requests import TaskQuestion, decoding_of, question_of
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.evaluate.lmms_eval.requests import TaskQuestion, decoding_of, question_of
 from framefusion.export.options import BuildOptions
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.media.sources import as_image
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
-from framefusion.runtime.sources import as_image
+from framefusion.runtime.text.prompt import Turn, Visual
 from tests.conftest import made_once
 from tests.wheel import build_wheel
 from tools.tiny import clips
@@ -308,8 +308,8 @@ REFUSED = {
 ASKED = """\
 import json, sys
 from framefusion.errors import EvaluationError
-from framefusion.export.lmms_eval.model import FrameFusionModel
-from framefusion.export.lmms_eval.requests import decoding_of, question_of
+from framefusion.export.evaluate.lmms_eval.model import FrameFusionModel
+from framefusion.export.evaluate.lmms_eval.requests import decoding_of, question_of
 from lmms_eval.models import get_model, list_available_models
 from lmms_eval.protocol import ChatMessages
 

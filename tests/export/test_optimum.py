@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from framefusion.export.cli import ff_export
+from framefusion.export.commands.cli import ff_export
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.skipif(
@@ -30,7 +30,7 @@ def optimum_cli(*arguments: object, folder: Path) -> subprocess.CompletedProcess
 
 def parsed(*arguments: str) -> list[str]:
     """What `ff-export` is called with."""
-    from framefusion.export.optimum_command import add_arguments, command_line
+    from framefusion.export.commands.optimum import add_arguments, command_line
 
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_arguments(parser)
@@ -80,9 +80,9 @@ def test_nothing_else_needs_optimum() -> None:
         names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
         names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         if any(name.split(".")[0] == "optimum" for name in names):
-            importing.add(path.name)
-        assert path.name == "optimum_command.py" or "framefusion.export.optimum_command" not in names
-    assert importing == {"optimum_command.py"}
+            importing.add(path.relative_to(ROOT).as_posix())
+        assert path.name == "optimum.py" or "framefusion.export.commands.optimum" not in names
+    assert importing == {"export/commands/optimum.py"}
 
 
 def test_the_namespace_stays_optimums() -> None:
@@ -110,7 +110,7 @@ def test_it_builds_what_ff_export_builds(checkpoint: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["check"]["passed"]
-    code = "from framefusion.export.cli import main; main()"
+    code = "from framefusion.export.commands.cli import main; main()"
     ours = [sys.executable, "-c", code, "build", str(checkpoint), "-o", "ours", *map(str, flags)]
     subprocess.run(ours, cwd=tmp_path, check=True, capture_output=True, timeout=600)
     theirs, expected = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("optimum", "ours"))

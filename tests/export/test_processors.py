@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families import qwen2_vl
-from framefusion.export.families.processors import levels, processor, require_processor
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.families.qwen2_vl import row as qwen2_vl
+from framefusion.export.families.reading.processors import levels, processor, require_processor
 from framefusion.runtime.families.llava import LlavaPreprocessing
-from framefusion.runtime.preprocess import cut_patches, resize
+from framefusion.runtime.media.preprocess import cut_patches, resize
 from tests.families.case import picture
 from tests.versions import needs
 

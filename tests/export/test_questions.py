@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from framefusion.errors import EvaluationError
-from framefusion.export.questions import Question, choice_of, normalised, read_questions
-from framefusion.runtime.prompt import Turn, Visual
+from framefusion.export.evaluate.questions import Question, choice_of, normalised, read_questions
+from framefusion.runtime.text.prompt import Turn, Visual
 
 PLAIN = {"video": "a.mp4", "question": "What color is it?", "answer": "red"}
 CHOICES = ("A cat", "Two dogs", "a bird.")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from framefusion.export.scoring import Z, mcnemar, newcombe, paired, share_of, wilson
+from framefusion.export.evaluate.scoring import Z, mcnemar, newcombe, paired, share_of, wilson
 
 COUNTS = st.integers(0, 60)
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.sentencepiece_tokenizer import PROBES, SPACE, begin_token, convert, needed
-from framefusion.runtime.tokenizer import Tokenizer
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.text.sentencepiece_tokenizer import PROBES, SPACE, begin_token, convert, needed
+from framefusion.runtime.text.tokenizer import Tokenizer
 from tests.families.internvl_checkpoints import train_sentencepiece, write_sentencepiece
 from tests.families.llava_checkpoints import write_json
 

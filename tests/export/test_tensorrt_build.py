@@ -14,18 +14,18 @@ import pytest
 import torch
 
 from framefusion.errors import BackendError, StorageError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.engines.tensorrt_build import build_engine, estimate_memory
-from framefusion.export.engines.tensorrt_profiles import (
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.engines.tensorrt.build import build_engine, estimate_memory
+from framefusion.export.engines.tensorrt.profiles import (
     CODE_BYTES,
     EngineSpec,
     ProfileRecord,
     graph_axes,
     weight_bytes,
 )
+from framefusion.export.graphs.tracing.signatures import trace_fixed_prefill
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import BuildPlan
-from framefusion.export.signatures import trace_fixed_prefill
+from framefusion.export.plan.build_plan import BuildPlan
 from tests.export.tensorrt_graphs import LOOKED_AT, TINY, tiny_segment, write_graph, write_segment
 
 pytest.importorskip("tensorrt_rtx")
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_a_build(graph: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_disk_that_is_full(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from framefusion.export.hashed_file import HashedFile
+    from framefusion.export.writing.hashed_file import HashedFile
 
     write = HashedFile.write
 
@@ -176,7 +176,7 @@ def test_a_graph_of_whom_nobody_told_the_size_is_refused(graph: Path, tmp_path: 
 
 def test_the_estimate_of_memory_grows_with_weights(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer of the 7B shape and eight profiles took 0.99 GB, beside 0.47 GB of weights mapped from their file."""
-    from framefusion.export.engines import tensorrt_build
+    from framefusion.export.engines.tensorrt import build as tensorrt_build
 
     monkeypatch.setattr(tensorrt_build, "weight_bytes", lambda path: 466_115_584)
     estimate = estimate_memory(spec_of(graph, (2,) * 8))

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.engines.tensorrt_build import build_engine, segment_spec, tower_spec
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.engines.tensorrt.build import build_engine, segment_spec, tower_spec
 from framefusion.export.options import BuildOptions
-from framefusion.export.parts import Builder
-from framefusion.export.plan import BuildPlan
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.writing.parts import Builder
 from framefusion.runtime.bundle import Manifest
-from framefusion.runtime.engine_record import ProfileRecord
+from framefusion.runtime.format.engine_record import ProfileRecord
+from framefusion.runtime.media.vision import tower_call
+from framefusion.runtime.media.visual_input import Tiles, VisualInput
 from framefusion.runtime.pipeline import PATCHES_AT_ONCE
-from framefusion.runtime.vision import tower_call
-from framefusion.runtime.visual_input import Tiles, VisualInput
 from tests.families import CASES
 from tests.families.case import FamilyCase, clip, picture
 from tests.families.test_families import name_of
@@ -34,7 +34,7 @@ OPTIONS = BuildOptions(cost=0.5, dialect="portable", dtype="float16")
 
 def shown(manifest: Manifest) -> list[VisualInput]:
     """A film, a picture and one of many pictures, in sizes that differ."""
-    from framefusion.runtime.sources import as_video
+    from framefusion.runtime.media.sources import as_video
 
     rule, sampling = manifest.preprocessing, manifest.sampling
     films = [as_video(clip(8, *size), sampling) for size in ((84, 112), (150, 60))]

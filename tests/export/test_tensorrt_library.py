@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from framefusion.errors import BackendError
-from framefusion.runtime.backends import tensorrt_library
-from framefusion.runtime.backends.tensorrt_library import Library, dotted, load_library
-from framefusion.runtime.gpu import GPU
+from framefusion.runtime.backends.tensorrt import library as tensorrt_library
+from framefusion.runtime.backends.tensorrt.library import Library, dotted, load_library
+from framefusion.runtime.machine.gpu import GPU
 
 trt = pytest.importorskip("tensorrt_rtx")
 

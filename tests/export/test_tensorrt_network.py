@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from framefusion.errors import BackendError, BundleError
-from framefusion.export.engines import tensorrt_network
-from framefusion.export.engines.tensorrt_network import (
+from framefusion.export.engines.tensorrt import network as tensorrt_network
+from framefusion.export.engines.tensorrt.network import (
     attentions_of,
     check_network,
     inputs_of,
@@ -21,7 +21,7 @@ from framefusion.export.engines.tensorrt_network import (
     outputs_of,
     parse_graph,
 )
-from framefusion.runtime.backends.tensorrt_library import Library, load_library
+from framefusion.runtime.backends.tensorrt.library import Library, load_library
 from tests.export.tensorrt_graphs import renamed, shapes_of, tiny_segment
 
 trt = pytest.importorskip("tensorrt_rtx")

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from framefusion.export.graph.decoder import Segment
-from framefusion.export.segments import SegmentPlan
+from framefusion.export.graphs.decoder import Segment
+from framefusion.export.graphs.segments import SegmentPlan
 from tests.conftest import made_once
 from tests.export.tensorrt_graphs import LOOKED_AT, REST, TINY, empty_caches, segment, write_segment
 

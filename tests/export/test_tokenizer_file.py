@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from framefusion.errors import CheckpointError, PromptError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.tokenizer_file import added_tokens, tokenizer_of, write_tokenizer
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.text.tokenizer_file import added_tokens, tokenizer_of, write_tokenizer
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.sampling import GenerationConfig
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn
-from framefusion.runtime.sampling import GenerationConfig
-from framefusion.runtime.tokenizer import Tokenizer
+from framefusion.runtime.text.prompt import Turn
+from framefusion.runtime.text.tokenizer import Tokenizer
 from tests.random_checkpoint import write_tokenizer as write_base
 
 QUESTION = "What happens in this video? Say what you see, in one word."

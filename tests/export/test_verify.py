@@ -9,15 +9,11 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from framefusion.budget import cost_of_shares
 from framefusion.errors import CheckFailedError
-from framefusion.export import check
 from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.observation import SPARING
-from framefusion.export.options import BuildOptions
-from framefusion.export.plan import BuildPlan
-from framefusion.export.verify import (
+from framefusion.export.check import check
+from framefusion.export.check.observation import SPARING
+from framefusion.export.check.verify import (
     PROCESS,
     Scope,
     memory_of_check,
@@ -26,6 +22,10 @@ from framefusion.export.verify import (
     truncated,
     weight_report,
 )
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.options import BuildOptions
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.reduction.budget import cost_of_shares
 from tests.conftest import COST
 from tests.random_checkpoint import random_checkpoint
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from framefusion.errors import CheckpointError, UnknownFamilyError
-from framefusion.export.card import write_card
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.checkpoint_files import DEEPEST_JSON, LARGEST_JSON
-from framefusion.export.hub import resolve
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.files import DEEPEST_JSON, LARGEST_JSON
+from framefusion.export.checkpoints.origin.hub import resolve
+from framefusion.export.checkpoints.origin.source import license_files
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import BuildPlan
-from framefusion.export.source import license_files
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.report.card import write_card
 from framefusion.runtime.bundle import Manifest
 from tests.commands import assert_refused, export
 from tests.export.test_hub import fill_cache

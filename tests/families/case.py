@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.runtime.prompt import Prompt, Turn, Visual
-from framefusion.runtime.video import Video
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 
 Array = NDArray[Any]
 Seen = Video | Array

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from framefusion.export import build, parts, plan, signatures
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.engines.eager import EagerBackend
+from framefusion.export import build
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.backend import EagerBackend
+from framefusion.export.graphs.tracing import signatures
 from framefusion.export.options import BuildOptions
+from framefusion.export.plan import build_plan as plan
+from framefusion.export.writing import parts
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline
 

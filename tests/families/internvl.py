@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from framefusion.runtime.prompt import Prompt, Turn, Visual
-from framefusion.runtime.video import Video
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families.case import Array, FamilyCase, Reference, Seen
 from tests.families.internvl_checkpoints import (
     KV_HEADS,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framefusion.export.sentencepiece_tokenizer import PROBES
+from framefusion.export.checkpoints.text.sentencepiece_tokenizer import PROBES
 from tests.families.llava_checkpoints import randomize, write_json, write_tensors, write_tokenizer
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 32, 4, 4, 2, 48

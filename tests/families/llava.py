@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from framefusion.runtime.video import Video
+from framefusion.runtime.media.video.frames import Video
 from tests.families import llava_checkpoints as tiny
 from tests.families.case import Array, FamilyCase, Seen
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from framefusion.runtime.prompt import Prompt, Turn
-from framefusion.runtime.video import Video
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.text.prompt import Prompt, Turn
 from tests.families import llava_checkpoints as tiny
 from tests.families.case import Array, Reference, Seen
 from tests.families.llava import LlavaCase, config_of, resized, tokenizer_of

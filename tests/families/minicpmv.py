@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from framefusion.runtime.prompt import Prompt, Turn, Visual
-from framefusion.runtime.video import Video
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families.case import Array, FamilyCase, Reference, Seen
 from tests.families.llava_checkpoints import write_json, write_tensors, write_tokenizer
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from framefusion.runtime.prompt import Prompt, Turn
-from framefusion.runtime.video import Video
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.text.prompt import Prompt, Turn
 from tests.families.case import Array, FamilyCase, Reference, Seen
 from tests.families.llava_checkpoints import HIDDEN, randomize, text_config, write_json, write_tensors, write_tokenizer
 

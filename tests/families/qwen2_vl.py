@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from framefusion.runtime.prompt import Prompt, Turn, Visual
-from framefusion.runtime.video import Video
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families.case import Array, FamilyCase, Reference, Seen
 from tests.random_checkpoint import random_checkpoint
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from framefusion.runtime.video import Video
+from framefusion.runtime.media.video.frames import Video
 from tests.families.case import Seen
 from tests.families.qwen2_5_vl import TEXT, VISION, end_tokens, save_random, visual_ids, write_processors
 from tests.families.qwen2_vl import MERGE, Processed, Qwen2VLCase, processed

@@ -17,18 +17,18 @@ import transformers
 from numpy.typing import NDArray
 from packaging.version import Version
 
-from framefusion import tracks
-from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.families import FAMILIES
 from framefusion.export.options import BuildOptions
+from framefusion.reduction import tracks
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.media.sources import as_image, as_video
+from framefusion.runtime.media.video.frames import Video, read_video
+from framefusion.runtime.media.visual_input import Rows, VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Prompt, Turn, Visual
-from framefusion.runtime.sources import as_image, as_video
-from framefusion.runtime.stitching import Stopwatch
-from framefusion.runtime.token_rows import TokenRows
-from framefusion.runtime.video import Video, read_video
-from framefusion.runtime.visual_input import Rows, VisualInput
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families import CASES
 from tests.families.case import CONVERSATIONS, FamilyCase, Reference, Seen, relative_error
 from tests.films import write_film

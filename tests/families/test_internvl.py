@@ -15,17 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framefusion.errors import BudgetError, BundleError, CheckpointError, UnknownFamilyError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families import family_of, internvl, internvl_tower
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.families import family_of
+from framefusion.export.families.internvl import row as internvl
+from framefusion.export.families.internvl import weights as internvl_tower
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import BuildPlan
+from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.families.internvl import InternVLPreprocessing
-from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
-from framefusion.runtime.prompt import TurnLayout
-from framefusion.runtime.sources import as_image, as_video
-from framefusion.runtime.stitching import Stopwatch
-from framefusion.runtime.token_rows import TokenRows
-from framefusion.runtime.visual_input import Rows
+from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
+from framefusion.runtime.media.sources import as_image, as_video
+from framefusion.runtime.media.visual_input import Rows
+from framefusion.runtime.text.prompt import TurnLayout
 from tests.families.case import CONVERSATIONS, FamilyCase, Seen, picture, relative_error
 from tests.families.eager import eager_pipeline
 from tests.families.internvl import ChatCase, InternLM2Case, NativeCase, chosen_grid
@@ -186,7 +188,7 @@ def test_answers_end_where_the_layout_does(
 ) -> None:
     """config.json and generation_config.json name another end."""
     from framefusion.export.build import build
-    from framefusion.runtime.tokenizer import Tokenizer
+    from framefusion.runtime.text.tokenizer import Tokenizer
 
     built = build(Checkpoint(folders[kind]), tmp_path / "bundle", OPTIONS, verify=False)
     tokenizer = Tokenizer.from_file(built.folder / "tokenizer.json")

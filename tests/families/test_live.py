@@ -17,13 +17,13 @@ import torch
 from framefusion.errors import BackendError
 from framefusion.export.families import FAMILIES
 from framefusion.interface import apply_framefusion, remove_framefusion
-from framefusion.live_labels import FAMILIES as LIVE
-from framefusion.live_labels import Seen, tile_labels
-from framefusion.live_seams import DEEPSTACK_ARGUMENTS
-from framefusion.policy import Reduction
+from framefusion.live.labels import FAMILIES as LIVE
+from framefusion.live.labels import Seen, tile_labels
+from framefusion.live.seams import DEEPSTACK_ARGUMENTS
+from framefusion.reduction.policy import Reduction
+from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.pipeline import Request
-from framefusion.runtime.prompt import Turn, Visual
-from framefusion.runtime.stitching import Stopwatch
+from framefusion.runtime.text.prompt import Turn, Visual
 from tests.families import CASES
 from tests.families.case import CONVERSATIONS, FamilyCase, clip, picture, relative_error
 from tests.families.eager import eager_pipeline

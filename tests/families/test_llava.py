@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from framefusion.export.families import llava
-from framefusion.runtime.frame_sampling import sample_indices
-from framefusion.runtime.prompt import Turn, Visual
-from framefusion.runtime.video import Video
-from framefusion.runtime.vision import pool_matrix
+from framefusion.export.families.llava import row as llava
+from framefusion.runtime.media.frame_sampling import sample_indices
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.vision import pool_matrix
+from framefusion.runtime.text.prompt import Turn, Visual
 from tests.families import llava_checkpoints as tiny
 from tests.families.case import relative_error
 from tests.films import write_film
@@ -22,7 +22,7 @@ from tests.films import write_film
 
 def build(folder: Path, **options: Any) -> Any:
     from framefusion.export.build import build as build_bundle
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
 
     return build_bundle(Checkpoint(folder), folder.parent / "bundle", BuildOptions(cost=0.5, **options))
@@ -35,9 +35,9 @@ def test_the_released_towers_geometry(tmp_path: Path) -> None:
     from safetensors.torch import load_file
     from torch.nn.functional import gelu, interpolate, linear
 
-    from framefusion.export.checkpoint import Checkpoint
-    from framefusion.export.families.llava_tower import original_tower
-    from framefusion.export.weights import load_parameters
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.weights import load_parameters
+    from framefusion.export.families.llava.weights import original_tower
 
     tiny.write_original(tmp_path, vision=tiny.SO400M, mm_vision_tower="google/siglip-so400m-patch14-384")
     checkpoint, tensors = Checkpoint(tmp_path), load_file(tmp_path / "model.safetensors")
@@ -127,7 +127,7 @@ def test_ids_beyond_the_tokenizer_are_never_said(tmp_path: Path) -> None:
     ],
 )
 def test_frames_are_as_many_as_in_training(tmp_path: Path, told: dict[str, Any], frames: int, force: bool) -> None:
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
 
     tiny.write_json(tmp_path, config={"architectures": ["LlavaQwenForCausalLM"], **told})
     sampling = llava.sampling(Checkpoint(tmp_path))
@@ -137,8 +137,8 @@ def test_frames_are_as_many_as_in_training(tmp_path: Path, told: dict[str, Any],
 
 
 def test_rope_scaling_is_what_the_authors_class_makes_it(tmp_path: Path) -> None:
-    from framefusion.export.checkpoint import Checkpoint
-    from framefusion.export.families import language
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+    from framefusion.export.families.reading import language
 
     tiny.write_original(tmp_path, rope_scaling={"type": "linear", "factor": 4.0})
     checkpoint = Checkpoint(tmp_path)

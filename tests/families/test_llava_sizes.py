@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import BuildPlan
+from framefusion.export.plan.build_plan import BuildPlan
 from tests.families import llava_checkpoints as tiny
 from tests.families.llava_hf import CHATML, VICUNA
 

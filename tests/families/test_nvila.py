@@ -13,24 +13,25 @@ from PIL import Image
 from torch import nn
 
 from framefusion.errors import BundleError, CheckpointError, VideoError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families import nvila, reading
-from framefusion.export.families.nvila_tower import MAPS, encoder_config, projector_sources, reference_logits, tower
-from framefusion.export.families.transformers_call import TransformersCall
-from framefusion.export.graph.nvila_tower import NvilaTowerConfig
-from framefusion.export.graph.vit import VitConfig
-from framefusion.export.weights import load_parameters
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.weights import load_parameters
+from framefusion.export.families.nvila import row as nvila
+from framefusion.export.families.nvila.tower import NvilaTowerConfig
+from framefusion.export.families.nvila.weights import MAPS, encoder_config, projector_sources, reference_logits, tower
+from framefusion.export.families.reading import configs as reading
+from framefusion.export.families.reference.transformers_call import TransformersCall
+from framefusion.export.graphs.vit import VitConfig
 from framefusion.runtime.bundle import VisionRecord
-from framefusion.runtime.families.anyres import nearest_tiling
 from framefusion.runtime.families.nvila import NvilaPreprocessing
-from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
-from framefusion.runtime.prompt import Turn, Visual, build_prompt
-from framefusion.runtime.records import from_json, to_json
-from framefusion.runtime.scales import scale_taps, single_taps
-from framefusion.runtime.tokenizer import Tokenizer
-from framefusion.runtime.video import Video, read_video
-from framefusion.runtime.vision import tower_call
-from framefusion.runtime.visual_input import Rows, Tiles, Token, VisualInput
+from framefusion.runtime.format.records import from_json, to_json
+from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
+from framefusion.runtime.media.tiles.anyres import nearest_tiling
+from framefusion.runtime.media.tiles.scales import scale_taps, single_taps
+from framefusion.runtime.media.video.frames import Video, read_video
+from framefusion.runtime.media.vision import tower_call
+from framefusion.runtime.media.visual_input import Rows, Tiles, Token, VisualInput
+from framefusion.runtime.text.prompt import Turn, Visual, build_prompt
+from framefusion.runtime.text.tokenizer import Tokenizer
 from tests.families.case import IMAGE, VIDEO, clip, picture, relative_error
 from tests.families.nvila import (
     CONFIGS,

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from framefusion.errors import CheckpointError, UnknownFamilyError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.class_defaults import CLASS_DEFAULTS, TOKEN_IDS, token_id
-from framefusion.export.families.language import LLM_CLASSES, attention_window
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.families.reading.class_defaults import CLASS_DEFAULTS, TOKEN_IDS, token_id
+from framefusion.export.families.reading.language import LLM_CLASSES, attention_window
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan import BuildPlan
+from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.bundle import Limits
 from tests.families import CASES
 from tests.families.case import FamilyCase

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from framefusion.runtime.panels import WHOLE, Panel
+from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.runtime.media.sources import as_image, as_video
+from framefusion.runtime.media.tiles.panels import WHOLE, Panel
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.pipeline import Pipeline, Seen
-from framefusion.runtime.preprocess import Preprocessing
-from framefusion.runtime.sources import as_image, as_video
-from framefusion.runtime.stitching import Stopwatch
-from framefusion.runtime.video import Video
-from framefusion.runtime.visual_input import VisualInput
 from tests.families import CASES
 from tests.families.case import FamilyCase, clip, picture
 from tests.families.test_families import OPTIONS

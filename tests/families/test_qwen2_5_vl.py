@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framefusion.errors import BundleError, CheckpointError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.qwen2_5_vl import preprocessing
-from framefusion.export.families.qwen2_5_vl_tower import tower
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.families.qwen2_5_vl.row import preprocessing
+from framefusion.export.families.qwen2_5_vl.weights import tower
 from framefusion.runtime.families.qwen2_5_vl import Qwen25VLPreprocessing
-from framefusion.runtime.positions import mrope_positions
-from framefusion.runtime.video import Video
-from framefusion.runtime.vision import windows_of
-from framefusion.runtime.visual_input import Rows, VisualInput
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.vision import windows_of
+from framefusion.runtime.media.visual_input import Rows, VisualInput
+from framefusion.runtime.text.positions import mrope_positions
 from tests.families.case import clip, picture
 from tests.families.qwen2_5_vl import Qwen25VLCase
 

@@ -16,22 +16,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from framefusion.errors import CheckpointError, VideoError
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.families.qwen3_vl import preprocessing
-from framefusion.export.families.qwen3_vl_tower import tower
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.families.qwen3_vl.row import preprocessing
+from framefusion.export.families.qwen3_vl.weights import tower
 from framefusion.export.options import BuildOptions
-from framefusion.policy import FixedReduction, Plan, ReductionState, merge_plan, prune_plan
+from framefusion.reduction.policy import FixedReduction, Plan, ReductionState, merge_plan, prune_plan
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
-from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
+from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
+from framefusion.runtime.media.sources import as_image, as_video
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.vision import rope_2d_table
+from framefusion.runtime.media.visual_input import Rows, Tiles
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.positions import Grid
-from framefusion.runtime.prompt import Prompt, Turn
-from framefusion.runtime.sources import as_image, as_video
-from framefusion.runtime.stitching import Prefilled, Stopwatch
-from framefusion.runtime.token_rows import TokenRows
-from framefusion.runtime.video import Video
-from framefusion.runtime.vision import rope_2d_table
-from framefusion.runtime.visual_input import Rows, Tiles
+from framefusion.runtime.text.positions import Grid
+from framefusion.runtime.text.prompt import Prompt, Turn
 from tests.families.case import IMAGE, VIDEO, clip, picture, relative_error
 from tests.families.eager import eager_pipeline
 from tests.families.qwen2_vl import QwenVLReference

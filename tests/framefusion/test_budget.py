@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framefusion import budget
 from framefusion.errors import BudgetError
+from framefusion.reduction import budget
 
 Shares = st.lists(st.floats(0, 0.9), max_size=5)
 

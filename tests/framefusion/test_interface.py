@@ -20,11 +20,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from framefusion import policy, tracks
 from framefusion.errors import BackendError, BudgetError, CheckpointError, PromptError
 from framefusion.interface import apply_framefusion, remove_framefusion
-from framefusion.live_plan import apply_plan, apply_plan_on_device
-from framefusion.live_seams import installed
+from framefusion.live.plan import apply_plan, apply_plan_on_device
+from framefusion.live.seams import installed
+from framefusion.reduction import policy, tracks
 from tests.random_checkpoint import random_checkpoint
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

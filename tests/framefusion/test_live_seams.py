@@ -17,8 +17,8 @@ import torch
 
 from framefusion.errors import BackendError, PromptError
 from framefusion.interface import apply_framefusion, remove_framefusion
-from framefusion.live_labels import FAMILIES
-from framefusion.live_seams import CACHE_ARGUMENTS, VERSIONS, installed
+from framefusion.live.labels import FAMILIES
+from framefusion.live.seams import CACHE_ARGUMENTS, VERSIONS, installed
 from tests.framefusion.test_interface import FILM, film_prompt, live, llama, seeing, seen_prompt
 
 __all__ = ["live", "seeing"]  # fixtures
@@ -251,7 +251,7 @@ def test_visual_tokens_without_labels_are_refused(seeing: Any, monkeypatch: Patc
 
 def test_an_older_or_newer_version_is_told_apart(monkeypatch: Patch) -> None:
     """The remedy of a newer version is the newest known one; of a known version it is not to install it again."""
-    from framefusion import live_seams
+    from framefusion.live import seams as live_seams
 
     for version, words in (("5.99.0", f"install transformers=={VERSIONS[-1]}.*"), ("5.10.4", "apply FrameFusion last")):
         monkeypatch.setattr(live_seams, "installed", lambda version=version: version)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from framefusion import console
-from framefusion.plain_text import is_harmless, printable
+from framefusion.console import messages as console
+from framefusion.console.plain_text import is_harmless, printable
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from framefusion import budget
 from framefusion.errors import BudgetError
-from framefusion.policy import Plan, Reduction, ReductionSettings, apply_plan
-from framefusion.tracks import TEXT, track_similarity
+from framefusion.reduction import budget
+from framefusion.reduction.policy import Plan, Reduction, ReductionSettings, apply_plan
+from framefusion.reduction.tracks import TEXT, track_similarity
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "algorithm"
 RECORDED_LAYERS = 28  # the reference's constant, whatever the model

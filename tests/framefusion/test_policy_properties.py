@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framefusion import budget, tracks
 from framefusion.errors import BudgetError
-from framefusion.policy import (
+from framefusion.reducers import load_reducer
+from framefusion.reducers.reducer import ReductionRequest
+from framefusion.reduction import budget, tracks
+from framefusion.reduction.policy import (
     FixedReduction,
     Plan,
     Reduction,
@@ -21,9 +23,7 @@ from framefusion.policy import (
     apply_plan,
     top,
 )
-from framefusion.reducers import load_reducer
-from framefusion.reducers.reducer import ReductionRequest
-from framefusion.tracks import TEXT, IntArray
+from framefusion.reduction.tracks import TEXT, IntArray
 
 modest = settings(deadline=None, max_examples=120)
 

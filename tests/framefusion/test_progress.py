@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import io
 
-from framefusion.progress import CountLines, LogLines, Meter, Step, TerminalLines, in_time, line_of, progress_lines
+from framefusion.console.progress import (
+    CountLines,
+    LogLines,
+    Meter,
+    Step,
+    TerminalLines,
+    in_time,
+    line_of,
+    progress_lines,
+)
 
 SIZES = {"table": 1_000_000, "segments/rest": 3_000_000}
 

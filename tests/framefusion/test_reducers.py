@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framefusion import tracks
 from framefusion.errors import BudgetError, ReducerError
-from framefusion.policy import Mask, Plan, ReductionSettings, ReductionState, keep_all, merge_plan, prune_plan
 from framefusion.reducers import REDUCERS, load_reducer, reducer_facts, reducer_names
 from framefusion.reducers.reducer import Reading, Reducer, ReductionRequest, Selection
-from framefusion.tracks import TEXT, FloatArray, IntArray
+from framefusion.reduction import tracks
+from framefusion.reduction.policy import Mask, Plan, ReductionSettings, ReductionState, keep_all, merge_plan, prune_plan
+from framefusion.reduction.tracks import TEXT, FloatArray, IntArray
 from tests.framefusion.test_policy_properties import labels_of_requests
 
 LAYERS = 12

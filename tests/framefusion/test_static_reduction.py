@@ -16,10 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from framefusion import tracks
-from framefusion.budget import FixedSchedule, drop_counts
-from framefusion.policy import FixedReduction, Scores, apply_plan, top
-from framefusion.static_reduction import (
+from framefusion.ops.static_reduction import (
     DECOMPOSITIONS,
     TokenState,
     exactly,
@@ -27,7 +24,10 @@ from framefusion.static_reduction import (
     prune_by_rank,
     track_similarity,
 )
-from framefusion.tracks import TEXT, IntArray
+from framefusion.reduction import tracks
+from framefusion.reduction.budget import FixedSchedule, drop_counts
+from framefusion.reduction.policy import FixedReduction, Scores, apply_plan, top
+from framefusion.reduction.tracks import TEXT, IntArray
 
 # What TensorRT refuses, and sorts, which no step needs.
 FORBIDDEN = {"TopK", "NonZero", "Unique", "Compress", "ScatterND", "Loop", "If", "SequenceAt"}

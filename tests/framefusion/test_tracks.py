@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from framefusion import tracks
-from framefusion.tracks import IntArray
+from framefusion.reduction import tracks
+from framefusion.reduction.tracks import IntArray
 
 Labels = arrays(np.int64, st.integers(0, 60), elements=st.integers(-1, 5))
 

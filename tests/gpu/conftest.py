@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from framefusion.runtime.gpu import find_gpu
+from framefusion.runtime.machine.gpu import find_gpu
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:

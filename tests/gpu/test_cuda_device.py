@@ -18,18 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from framefusion import tracks
 from framefusion.errors import BackendError
-from framefusion.policy import Plan, apply_plan, keep_all, merge_plan
+from framefusion.reduction import tracks
+from framefusion.reduction.policy import Plan, apply_plan, keep_all, merge_plan
+from framefusion.runtime.backends.cuda.device import CudaDevice
+from framefusion.runtime.backends.cuda.driver import OutOfMemoryError
+from framefusion.runtime.backends.cuda.memory import RING
 from framefusion.runtime.backends.host import HOST
-from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle, SegmentRecord
-from framefusion.runtime.cuda.device import CudaDevice
-from framefusion.runtime.cuda.driver import OutOfMemoryError
-from framefusion.runtime.cuda.memory import RING
-from framefusion.runtime.kv_cache import SegmentCache
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.text.prompt import Turn, Visual
 
 pytestmark = pytest.mark.gpu
 modest = settings(deadline=None, max_examples=60)

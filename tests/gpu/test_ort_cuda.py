@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from framefusion.runtime.backends.choice import choose
-from framefusion.runtime.backends.onnxruntime import CUDA_PROVIDER, OnnxRuntimeBackend, OnnxRuntimeCudaBackend
+from framefusion.runtime.backends.onnxruntime.backend import CUDA_PROVIDER, OnnxRuntimeBackend, OnnxRuntimeCudaBackend
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn
-from framefusion.runtime.stitching import Stopwatch
+from framefusion.runtime.text.prompt import Turn
 from tests.conftest import COST, made_once
 from tests.gpu.test_tensorrt import QUESTIONS, STEPS, apart, watched
 
@@ -34,7 +34,7 @@ def pair(
     if CUDA_PROVIDER not in onnxruntime.get_available_providers():
         pytest.skip("the installed onnxruntime has no CUDA provider: pip install onnxruntime-gpu in its place")
     from framefusion.export.build import build
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
 
     options = BuildOptions(

@@ -17,16 +17,16 @@ import pytest
 
 from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends.choice import choose
-from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from framefusion.runtime.backends.tensorrt import TensorRTBackend, TensorRTSegment
-from framefusion.runtime.backends.tensorrt_library import LibraryKind, load_library
+from framefusion.runtime.backends.cuda.device import CudaDevice
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from framefusion.runtime.backends.tensorrt.backend import TensorRTBackend, TensorRTSegment
+from framefusion.runtime.backends.tensorrt.library import LibraryKind, load_library
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.cuda.device import CudaDevice
-from framefusion.runtime.gpu import find_gpu
+from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.positions import decode_positions
-from framefusion.runtime.prompt import Turn, Visual
-from framefusion.runtime.stitching import Stopwatch
+from framefusion.runtime.text.positions import decode_positions
+from framefusion.runtime.text.prompt import Turn, Visual
 from tests.conftest import COST, made_once
 
 pytestmark = pytest.mark.gpu
@@ -60,7 +60,7 @@ def usable_kind() -> LibraryKind:
 def portable(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle to compile."""
     from framefusion.export.build import build
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
 
     options = BuildOptions(
@@ -82,7 +82,7 @@ def bundle(portable: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
         install()
         return compile_for_emulation(Bundle(portable, verify=False), scratch)
-    from framefusion.export.compile import compile_bundle
+    from framefusion.export.engines.compile import compile_bundle
     from framefusion.export.options import EngineOptions, Resources
 
     gpu = find_gpu()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from framefusion.runtime.manifest_file import DIGEST, MANIFEST, digest_of
+from framefusion.runtime.format.manifest_file import DIGEST, MANIFEST, digest_of
 
 Edit = Callable[[dict[str, Any]], object]
 

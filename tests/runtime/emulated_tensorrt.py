@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from framefusion.export.engines.tensorrt_profiles import segment_spec, tower_spec
+from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec
+from framefusion.runtime.backends.fit import installed_version
 from framefusion.runtime.bundle import Bundle, EngineRecord, FileRecord
-from framefusion.runtime.engines import installed_version
-from framefusion.runtime.records import to_json
+from framefusion.runtime.format.records import to_json
 
 NAME, KIND = "tensorrt_rtx", "tensorrt-rtx"
 CAPABILITY = "8.7"  # of the emulated GPU

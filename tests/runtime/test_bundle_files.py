@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from framefusion.errors import BundleError
-from framefusion.runtime import bundle_files
 from framefusion.runtime.bundle import Bundle, FileRecord, file_record, sha256_of, verify_files
-from framefusion.runtime.bundle_files import VERIFIED, place
-from framefusion.runtime.records import name_problem
-from framefusion.runtime.user_cache import read_own, user_cache, write_own
+from framefusion.runtime.format import bundle_files
+from framefusion.runtime.format.bundle_files import VERIFIED, place
+from framefusion.runtime.format.records import name_problem
+from framefusion.runtime.machine.user_cache import read_own, user_cache, write_own
 from tests.commands import assert_refused, run
 
 

@@ -10,13 +10,13 @@ from typing import Any, get_args
 import pytest
 
 from framefusion.errors import BackendError
-from framefusion.runtime import flags
 from framefusion.runtime.backends import choice
 from framefusion.runtime.backends.choice import NAMES, PLACES, PROVEN, Choice, Machine, Option, choose
-from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.runtime.backends.fit import installed_version
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle, EngineKind, EngineRecord, FileRecord
-from framefusion.runtime.engines import installed_version
-from framefusion.runtime.gpu import GPU
+from framefusion.runtime.commands import flags
+from framefusion.runtime.machine.gpu import GPU
 from framefusion.runtime.pipeline import Pipeline
 from tests.commands import assert_refused, run
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framefusion.runtime.cuda.array import DeviceArray
+from framefusion.runtime.backends.cuda.array import DeviceArray
 
 ARRAY = np.arange(3 * 4 * 5, dtype=np.float32).reshape(3, 4, 5)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from framefusion.runtime.cuda.kernels import SOURCE
+from framefusion.runtime.backends.cuda.kernels import SOURCE
 from tests.conftest import made_once
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def script(library: Path, code: str, **machine: object) -> str:
     opening = (
         "import numpy as np\n"
         "from framefusion.errors import BackendError\n"
-        "from framefusion.runtime.cuda.device import CudaDevice\n"
+        "from framefusion.runtime.backends.cuda.device import CudaDevice\n"
     )
     return run(library, "-c", opening + code, machine=machine).strip()
 
@@ -132,7 +132,7 @@ def test_memory_that_waits_to_be_freed_is_had_before_an_error_is(library: Path, 
 
 
 def test_a_compiler_that_is_too_new_for_the_driver_is_told(library: Path) -> None:
-    before = "from framefusion.runtime.cuda import kernels; kernels._nvrtc = lambda *_: (14, 0)"
+    before = "from framefusion.runtime.backends.cuda import kernels; kernels._nvrtc = lambda *_: (14, 0)"
     assert "nvidia-cuda-nvrtc 14.0 is too new for the driver of Emulated GPU" in refusal(library, before)
 
 

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from framefusion import tracks
 from framefusion.errors import BackendError
-from framefusion.policy import apply_plan, merge_plan
-from framefusion.runtime.cuda import kernels
-from framefusion.runtime.cuda.array import DeviceArray
-from framefusion.runtime.cuda.device import reading_order, track_entries
-from framefusion.runtime.cuda.driver import cuda_module
-from framefusion.runtime.cuda.kernels import (
+from framefusion.reduction import tracks
+from framefusion.reduction.policy import apply_plan, merge_plan
+from framefusion.runtime.backends.cuda import kernels
+from framefusion.runtime.backends.cuda.array import DeviceArray
+from framefusion.runtime.backends.cuda.device import reading_order, track_entries
+from framefusion.runtime.backends.cuda.driver import cuda_module
+from framefusion.runtime.backends.cuda.kernels import (
     SPAN,
     THREADS,
     WARP,

@@ -11,13 +11,13 @@ import pytest
 
 from framefusion.runtime.backends.cache_pool import CachePool
 from framefusion.runtime.backends.host import HOST
-from framefusion.runtime.backends.onnxruntime import OnnxRuntimeSegment
-from framefusion.runtime.backends.tensorrt import cache_buffers, capacities
-from framefusion.runtime.backends.tensorrt_library import LibraryKind
+from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeSegment
+from framefusion.runtime.backends.tensorrt.backend import cache_buffers, capacities
+from framefusion.runtime.backends.tensorrt.library import LibraryKind
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.kv_cache import SegmentCache
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.text.prompt import Turn, Visual
 from tests.conftest import COST
 from tests.runtime.test_wide_decode import StaticBackend
 
@@ -62,8 +62,8 @@ def _within(shape: tuple[int, ...], limits: tuple[tuple[int, ...], ...]) -> bool
 def test_what_is_bound_is_what_engines_take(checkpoint: Path, film: Path, picture: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from framefusion.export.build import build
-    from framefusion.export.checkpoint import Checkpoint
-    from framefusion.export.compile import compile_bundle
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+    from framefusion.export.engines.compile import compile_bundle
     from framefusion.export.options import BuildOptions, EngineOptions, Resources
 
     options = BuildOptions(

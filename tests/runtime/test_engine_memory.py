@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from framefusion.errors import BackendError
+from framefusion.runtime.backends.tensorrt.memory import EngineMemory, engine_memory, require_room
 from framefusion.runtime.bundle import EngineRecord, FileRecord, Manifest, ProfileRecord, read_manifest
-from framefusion.runtime.engine_memory import EngineMemory, engine_memory, require_room
 
 SLOTS, TOKENS, SIZE = 64, 48, 1000
 

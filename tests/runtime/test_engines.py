@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from framefusion.errors import BackendError, BundleError
-from framefusion.runtime import engines
+from framefusion.runtime.backends import fit as engines
+from framefusion.runtime.backends.fit import examine, gpu_memory, installed_version, release, require_fit
 from framefusion.runtime.bundle import Bundle, EngineRecord, Manifest, file_record, read_manifest, write_manifest
-from framefusion.runtime.engines import examine, gpu_memory, installed_version, release, require_fit
-from framefusion.runtime.gpu import GPU, find_gpu
+from framefusion.runtime.machine.gpu import GPU, find_gpu
 
 VERSION = "1.7.1.116"
 GRAPH = "segments/rest/graph.onnx"

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from framefusion.errors import MediaWarning, VideoError
-from framefusion.runtime.ending import Ending
-from framefusion.runtime.frame_sampling import FrameSampling
-from framefusion.runtime.media_file import MediaLimits
-from framefusion.runtime.video import Video, read_video
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.video.ending import Ending
+from framefusion.runtime.media.video.frames import Video, read_video
 from tests.runtime.test_video import write_video
 
 FILMS = Path(__file__).parent.parent / "media" / "films"

@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from framefusion.runtime.frame_sampling import FrameSampling
-from framefusion.runtime.video import read_video
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.video.frames import read_video
 
 MEDIA = Path(__file__).parent.parent / "media"
 FILMS = MEDIA / "films"

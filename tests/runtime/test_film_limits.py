@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from framefusion.errors import VideoError
-from framefusion.runtime.cli import ff_run
-from framefusion.runtime.frame_sampling import FrameSampling
-from framefusion.runtime.media_file import MediaLimits
-from framefusion.runtime.video import read_video
+from framefusion.runtime.commands.cli import ff_run
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.video.frames import read_video
 from tools.attack.films import attack
 
 FILMS = Path(__file__).parent.parent / "media" / "films"
@@ -115,8 +115,8 @@ def test_mutated_films_end_in_frames_or_an_error() -> None:
 def test_minutes_of_2160p_take_no_more_memory_than_one_frame_needs() -> None:
     """F12: 480 sampled frames of 3840x2160 took 12 GB; now decoder, one frame, and 480 of 112x112."""
     code = (
-        "import sys; from framefusion.runtime.video import read_video\n"
-        "from framefusion.runtime.frame_sampling import FrameSampling\n"
+        "import sys; from framefusion.runtime.media.video.frames import read_video\n"
+        "from framefusion.runtime.media.frame_sampling import FrameSampling\n"
         "from framefusion.runtime.families.llava import LlavaPreprocessing\n"
         "rule = LlavaPreprocessing(image_size=112, patch_size=14)\n"
         "video = read_video(sys.argv[1], FrameSampling(fps=0.5), shrink=rule.shrink)\n"

@@ -16,13 +16,13 @@ import pytest
 from numpy.typing import NDArray
 
 from framefusion.errors import VideoError
+from framefusion.runtime.commands.flags import frame_sampling
 from framefusion.runtime.families.llava import LlavaPreprocessing, time_instruction
 from framefusion.runtime.families.nvila import NvilaPreprocessing
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
-from framefusion.runtime.flags import frame_sampling
-from framefusion.runtime.frame_sampling import RULES, FrameSampling, sample_indices
-from framefusion.runtime.timeline import MAX_SECONDS, Timeline, ascending, disorder
-from framefusion.runtime.video import Video, read_video
+from framefusion.runtime.media.frame_sampling import RULES, FrameSampling, sample_indices
+from framefusion.runtime.media.video.frames import Video, read_video
+from framefusion.runtime.media.video.timeline import MAX_SECONDS, Timeline, ascending, disorder
 from tests.runtime.test_video import write_video
 
 FILMS = Path(__file__).parent.parent / "media" / "films"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from framefusion.budget import FixedSchedule
 from framefusion.errors import BudgetError, PromptError
+from framefusion.reduction.budget import FixedSchedule
 from framefusion.runtime.bundle import FixedRecord, Manifest, ReductionRecord
-from framefusion.runtime.stitching import _fixed_drops
+from framefusion.runtime.generation.stitching import _fixed_drops
 from tests.test_model_goldens import manifest_of
 
 

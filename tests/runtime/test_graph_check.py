@@ -14,11 +14,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from framefusion.errors import BundleError
-from framefusion.runtime import graph_check, onnx_wire
-from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle, read_manifest
-from framefusion.runtime.graph_check import OPERATORS, check_graph
-from framefusion.runtime.onnx_wire import WireError, read_model
+from framefusion.runtime.trust import graph_check, onnx_wire
+from framefusion.runtime.trust.graph_check import OPERATORS, check_graph
+from framefusion.runtime.trust.onnx_wire import WireError, read_model
 
 GRAPH, VISION = "segments/rest/graph.onnx", "vision/graph.onnx"
 Edit = Callable[[Any], object]

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from framefusion.errors import MediaWarning, VideoError
-from framefusion.runtime.image_file import FORMATS, decode_image, read_image
-from framefusion.runtime.media_file import MediaLimits
+from framefusion.runtime.media.image.file import FORMATS, decode_image, read_image
+from framefusion.runtime.media.media_file import MediaLimits
 from tools.attack.pictures import attack
 
 MEDIA = Path(__file__).parent.parent / "media"
@@ -328,8 +328,8 @@ def test_a_bomb_in_the_words_of_a_png_costs_nothing() -> None:
 @pytest.mark.slow
 def test_a_photo_of_48_megapixels_is_in_memory_once_decoded_and_once_as_rgb() -> None:
     code = (
-        "import resource, sys; from framefusion.runtime.image_file import read_image;"
-        "from framefusion.runtime.preprocess import resize;"
+        "import resource, sys; from framefusion.runtime.media.image.file import read_image;"
+        "from framefusion.runtime.media.preprocess import resize;"
         "import PIL.Image; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         f"pixels = read_image({str(MEDIA / 'p48mp.png')!r}); small = resize(pixels, 756, 1008, 3);"
         "print(pixels.shape, small.shape, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from framefusion.errors import VideoError
-from framefusion.runtime.families.anyres import best_tiling, rows_shown, unpadded
+from framefusion.reduction.tracks import TEXT
 from framefusion.runtime.families.llava import NEWLINE, LlavaPreprocessing, time_instruction
-from framefusion.runtime.frame_sampling import FrameSampling, sample_indices
-from framefusion.runtime.scales import tile_places
-from framefusion.runtime.video import Video, read_video
-from framefusion.runtime.visual_input import Rows, Token
-from framefusion.tracks import TEXT
+from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
+from framefusion.runtime.media.tiles.anyres import best_tiling, rows_shown, unpadded
+from framefusion.runtime.media.tiles.scales import tile_places
+from framefusion.runtime.media.video.frames import Video, read_video
+from framefusion.runtime.media.visual_input import Rows, Token
 from tests.families import llava_checkpoints as tiny
 from tests.families.llava_checkpoints import SIZES, TILE, TILINGS
 from tests.films import write_film

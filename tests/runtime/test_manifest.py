@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from framefusion.bounded_json import JsonError, parse_json
 from framefusion.errors import BundleError
 from framefusion.runtime.bundle import Bundle, read_manifest, write_manifest
-from framefusion.runtime.manifest import Manifest
-from framefusion.runtime.manifest_checks import SETTINGS
-from framefusion.runtime.manifest_file import MANIFEST, read_manifest_file
-from framefusion.runtime.manifest_rules import RULES
-from framefusion.runtime.preprocess import Preprocessing
-from framefusion.runtime.vision import KINDS
+from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.format.manifest_checks import SETTINGS
+from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest_file
+from framefusion.runtime.format.manifest_rules import RULES
+from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.runtime.media.vision import KINDS
+from framefusion.storage.bounded_json import JsonError, parse_json
 from tests.commands import assert_refused, export, run
 from tests.runtime.bundle_edits import Edit, copied, edited, in_old_layout
 

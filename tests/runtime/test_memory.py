@@ -20,7 +20,7 @@ PEAK = """
 import json, sys
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.text.prompt import Turn, Visual
 turn = Turn("user", (Visual.VIDEO, "What happens?"))
 answer = Pipeline(Bundle(sys.argv[1])).generate([turn], [sys.argv[2]], Request(32, cost=json.loads(sys.argv[3])))
 status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
@@ -75,7 +75,7 @@ def test_lengths_and_segments_must_pair(manifest: Manifest) -> None:
 )
 def test_a_process_peaks_where_the_plan_says(tmp_path: Path, options: dict[str, Any], cost: float | None) -> None:
     from framefusion.export.build import build
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
 
     sizes: dict[str, Any] = {"layers": 8, "hidden": 512, "intermediate": 1536, "heads": 8, "vision": (4, 384, 6)}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from framefusion.errors import PromptError
 from framefusion.runtime.pipeline import Generation, Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.text.prompt import Turn, Visual
 from tests.films import write_film
 
 NEW = 6

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from framefusion.runtime.positions import (
+from framefusion.runtime.text.positions import (
     Grid,
     decode_positions,
     grid_places,

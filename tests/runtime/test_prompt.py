@@ -12,11 +12,11 @@ import pytest
 from framefusion.errors import BundleError, PromptError
 from framefusion.export.families.family import CHATML
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
-from framefusion.runtime.positions import Grid, grid_places, mrope_positions
-from framefusion.runtime.prompt import FIRST_EXTRA, ROW, PromptTemplate, Turn, Visual, build_prompt, check_length
-from framefusion.runtime.records import RecordError, from_json, to_json
-from framefusion.runtime.tokenizer import Tokenizer
-from framefusion.runtime.visual_input import Rows, Tiles, Token, VisualInput
+from framefusion.runtime.format.records import RecordError, from_json, to_json
+from framefusion.runtime.media.visual_input import Rows, Tiles, Token, VisualInput
+from framefusion.runtime.text.positions import Grid, grid_places, mrope_positions
+from framefusion.runtime.text.prompt import FIRST_EXTRA, ROW, PromptTemplate, Turn, Visual, build_prompt, check_length
+from framefusion.runtime.text.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parents[1] / "models/tiny_qwen2_vl"
 VIDEO, IMAGE = Visual.VIDEO, Visual.IMAGE

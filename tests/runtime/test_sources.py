@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from framefusion.errors import VideoError
-from framefusion.runtime.frame_sampling import FrameSampling
-from framefusion.runtime.media_file import MediaLimits
-from framefusion.runtime.sources import as_image, as_video, video_of_frames
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.sources import as_image, as_video, video_of_frames
 
 SAMPLING = FrameSampling()
 RGB = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)

@@ -65,7 +65,7 @@ def test_the_emulation_has_no_call_that_the_library_lacks(ours: type) -> None:
 
 def test_every_call_of_the_backend_is_emulated() -> None:
     """So that what the tests above run is all that a GPU would be asked."""
-    source = (Path(__file__).parents[2] / "runtime/backends/tensorrt_engine.py").read_text(encoding="utf-8")
+    source = (Path(__file__).parents[2] / "runtime/backends/tensorrt/engine.py").read_text(encoding="utf-8")
     called = set(re.findall(r"\b(?:runtime|engine|config|context|kernels)\.([a-z_0-9]+)\(", source))
     known = {name for ours in PAIRS for name in vars(ours)}
     own = {"context", "forget"}  # of our own classes of these names

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from framefusion.errors import BundleError, PromptError
-from framefusion.runtime.tokenizer import Tokenizer
+from framefusion.runtime.text.tokenizer import Tokenizer
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|video_pad|>")
 CORPUS = [

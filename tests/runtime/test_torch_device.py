@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from framefusion.errors import BackendError
-from framefusion.policy import Plan, Reduction, ReductionSettings
+from framefusion.reduction.policy import Plan, Reduction, ReductionSettings
 from framefusion.runtime.backends.host import HOST
-from framefusion.runtime.backends.torch_device import TorchDevice
+from framefusion.runtime.backends.inductor.device import TorchDevice
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 torch = pytest.importorskip("torch")

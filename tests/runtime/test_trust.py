@@ -16,14 +16,14 @@ import pytest
 from framefusion import errors
 from framefusion.errors import BundleError, FrameFusionError, TrustError
 from framefusion.runtime.backends.choice import choose
-from framefusion.runtime.backends.inductor import InductorBackend
-from framefusion.runtime.backends.tensorrt import TensorRTBackend
+from framefusion.runtime.backends.inductor.backend import InductorBackend
+from framefusion.runtime.backends.tensorrt.backend import TensorRTBackend
 from framefusion.runtime.bundle import Bundle, EngineRecord, file_record, read_manifest, sha256_of, write_manifest
+from framefusion.runtime.machine.user_cache import user_cache
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
-from framefusion.runtime.signatures import SIGNATURES, fingerprint, read_keys
-from framefusion.runtime.trust import COMPILED, Trust, distrust, is_compiled_here, remember_compiled
-from framefusion.runtime.user_cache import user_cache
+from framefusion.runtime.text.prompt import Turn, Visual
+from framefusion.runtime.trust.origin import COMPILED, Trust, distrust, is_compiled_here, remember_compiled
+from framefusion.runtime.trust.signatures import SIGNATURES, fingerprint, read_keys
 from tests.commands import assert_refused, export, run
 from tests.runtime.bundle_edits import copied, edited
 from tests.runtime.test_choice import CPU_ONLY

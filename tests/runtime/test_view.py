@@ -21,12 +21,12 @@ from PIL import Image
 
 from framefusion.errors import BudgetError, CheckpointError, StorageError, VideoError
 from framefusion.export.options import BuildOptions
-from framefusion.runtime import view
-from framefusion.runtime.page import page
+from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
-from framefusion.runtime.stitching import Stopwatch
-from framefusion.runtime.view import SIDES, Watched, facts, fates, stored_size, watch
+from framefusion.runtime.text.prompt import Turn, Visual
+from framefusion.runtime.view import view
+from framefusion.runtime.view.page import page
+from framefusion.runtime.view.view import SIDES, Watched, facts, fates, stored_size, watch
 from tests.commands import assert_refused, export, run
 from tests.families.eager import eager_pipeline
 from tests.films import write_film
@@ -263,7 +263,7 @@ def test_a_bundle_is_viewed_without_torch(module: str, command: str, bundle: Pat
     asked = ["view", str(bundle), "--video", str(film), "--prompt", "What?", "-o", str(tmp_path / "report.html")]
     code = f"""
 import sys
-from framefusion.{module}.cli import {command}
+from framefusion.{module}.commands.cli import {command}
 try:
     {command}({asked})
 except SystemExit as done:

@@ -14,13 +14,13 @@ import pytest
 from framefusion.errors import PromptError
 from framefusion.runtime.backends.cache_pool import CachePool
 from framefusion.runtime.backends.host import HOST
-from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle, SegmentRecord
-from framefusion.runtime.kv_cache import SegmentCache
+from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.positions import decode_positions
-from framefusion.runtime.prompt import Turn, Visual
-from framefusion.runtime.stitching import Prefilled, Stopwatch
+from framefusion.runtime.text.positions import decode_positions
+from framefusion.runtime.text.prompt import Turn, Visual
 from tests.conftest import COST, made_once
 
 STEPS = 6
@@ -52,7 +52,7 @@ def static(
     if request.param == "gqa":
         return Bundle(bundle, verify=False)
     from framefusion.export.build import build
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
 
     options = BuildOptions(cost=COST, similarity_lower_bound=0.9, depth=1, dialect="portable", max_input_len=192)

@@ -27,18 +27,18 @@ from typing import Any
 
 import numpy as np
 
+from framefusion.console.plain_text import is_harmless
 from framefusion.errors import FrameFusionError
-from framefusion.export import inspection
-from framefusion.plain_text import is_harmless
-from framefusion.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from framefusion.export.report import inspection
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import MANIFEST, Bundle
-from framefusion.runtime.frame_sampling import sample_indices
-from framefusion.runtime.graph_check import check_graph
-from framefusion.runtime.manifest_file import DIGEST, digest_of, read_manifest
+from framefusion.runtime.format.manifest_file import DIGEST, digest_of, read_manifest
+from framefusion.runtime.media.frame_sampling import sample_indices
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
-from framefusion.runtime.signatures import SIGNATURES, Signature, message, write_signatures
-from framefusion.runtime.trust import Trust
+from framefusion.runtime.text.prompt import Turn, Visual
+from framefusion.runtime.trust.graph_check import check_graph
+from framefusion.runtime.trust.origin import Trust
+from framefusion.runtime.trust.signatures import SIGNATURES, Signature, message, write_signatures
 from tools.attack.alone import run_alone
 
 SECONDS = 20
@@ -304,7 +304,7 @@ def _can_sign() -> bool:
 def build_target(folder: Path) -> Path:
     """A bundle of the model of this repository."""
     from framefusion.export.build import build
-    from framefusion.export.checkpoint import Checkpoint
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.options import BuildOptions
 
     options = BuildOptions(cost=0.4, depth=1, max_input_len=512)

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.errors import FrameFusionError
-from framefusion.export.checkpoint import Checkpoint
+from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
-from framefusion.export.parts import Builder
-from framefusion.export.plan import BuildPlan
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.writing.parts import Builder
 from tools.attack.alone import run_alone
 
 SECONDS = 20

@@ -19,9 +19,9 @@ CODES = {0, 2} | {
 def call(program: str, arguments: list[str]) -> list[Any]:
     """Exit code, the last line of stderr, and the traceback of what was not caught."""
     if program == "ff-run":
-        from framefusion.runtime.cli import ff_run as group
+        from framefusion.runtime.commands.cli import ff_run as group
     else:
-        from framefusion.export.cli import ff_export as group
+        from framefusion.export.commands.cli import ff_export as group
 
     done = CliRunner().invoke(group, arguments)
     trace = ""

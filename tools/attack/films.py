@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 
 from framefusion.errors import VideoError
-from framefusion.runtime.frame_sampling import FrameSampling
-from framefusion.runtime.media_file import MediaLimits
-from framefusion.runtime.video import read_video
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.video.frames import read_video
 from tools.attack.alone import run_alone
 from tools.attack.pictures import SECONDS, trial
 

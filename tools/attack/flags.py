@@ -84,9 +84,9 @@ def draw_path(rng: random.Random, parameter: click.Parameter, world: World, fold
 
 def _group(program: str) -> click.Group:
     if program == "ff-run":
-        from framefusion.runtime.cli import ff_run
+        from framefusion.runtime.commands.cli import ff_run
 
         return ff_run
-    from framefusion.export.cli import ff_export
+    from framefusion.export.commands.cli import ff_export
 
     return ff_export

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.errors import FrameFusionError
-from framefusion.export import journal
-from framefusion.export.answer_file import AnswerFile
-from framefusion.export.answering import Answer, Condition
+from framefusion.export.evaluate.answer_file import AnswerFile
+from framefusion.export.evaluate.answering import Answer, Condition
+from framefusion.export.writing import journal
 from framefusion.runtime.bundle import FileRecord, read_manifest, write_manifest
-from framefusion.runtime.page import write_page
+from framefusion.runtime.view.page import write_page
 from tools.attack.command import call, fault_of
 from tools.attack.endings import draw_ending, run_until
 from tools.attack.harness import Fault, World

@@ -9,7 +9,7 @@ import random
 import shutil
 from pathlib import Path
 
-from framefusion.export import journal
+from framefusion.export.writing import journal
 from tools.attack.command import call, fault_of
 from tools.attack.endings import Ending, draw_ending, run_until
 from tools.attack.foreign import snapshot

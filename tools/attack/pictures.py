@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from framefusion.errors import VideoError
-from framefusion.runtime.image_file import FORMATS, decode_image
-from framefusion.runtime.media_file import MediaLimits
+from framefusion.runtime.media.image.file import FORMATS, decode_image
+from framefusion.runtime.media.media_file import MediaLimits
 from tools.attack.alone import run_alone
 
 SECONDS = 20.0

@@ -38,13 +38,14 @@ def load_everything() -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    import framefusion.export.answering
     import framefusion.export.build
-    import framefusion.export.card
-    import framefusion.export.evaluation
-    import framefusion.export.uncompiled
+    import framefusion.export.eager.uncompiled
+    import framefusion.export.evaluate.answering
+    import framefusion.export.evaluate.evaluation
+    import framefusion.export.report.card
     import framefusion.runtime.pipeline  # noqa: F401
-    from framefusion.export import parts, signatures
+    from framefusion.export.graphs.tracing import signatures
+    from framefusion.export.writing import parts
 
     if find_spec("tensorrt_rtx") is not None:
         import_module("tensorrt_rtx")

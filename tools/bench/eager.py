@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from framefusion.runtime.positions import decode_positions
+from framefusion.runtime.text.positions import decode_positions
 from tools.bench.setting import Film
 
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from framefusion import tracks
 from framefusion.errors import BackendError
-from framefusion.policy import Plan, merge_plan
-from framefusion.runtime.cuda.array import DeviceArray
-from framefusion.runtime.cuda.device import CudaDevice, track_entries
+from framefusion.reduction import tracks
+from framefusion.reduction.policy import Plan, merge_plan
+from framefusion.runtime.backends.cuda.array import DeviceArray
+from framefusion.runtime.backends.cuda.device import CudaDevice, track_entries
 from tools.bench.setting import report, summary
 
 SHARES = (0.3, 0.5, 0.7)  # of the tokens that merge

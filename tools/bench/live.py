@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.interface import FrameFusion, apply_framefusion, remove_framefusion
-from framefusion.live_attention import CALL
-from framefusion.live_call import Call
+from framefusion.live.attention.importance import CALL
+from framefusion.live.call import Call
 from framefusion.runtime.bundle import ModelRecord
-from framefusion.runtime.flops import prefill_flops
-from framefusion.runtime.positions import Grid
+from framefusion.runtime.text.positions import Grid
+from framefusion.runtime.view.flops import prefill_flops
 from tools.bench.eager import Eager
 from tools.bench.setting import SHAPES, Shape, draw_film, report, summary, write_checkpoint
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from framefusion.export.plan import BuildOptions
+from framefusion.export.plan.build_plan import BuildOptions
 from framefusion.runtime.bundle import read_manifest
 from framefusion.runtime.memory import memory_plan
 from tools.bench.setting import SHAPES, open_bundle, report, write_checkpoint
@@ -27,7 +27,7 @@ import json, sys
 from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.prompt import Turn, Visual
+from framefusion.runtime.text.prompt import Turn, Visual
 folder, film, cost, new = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
 bundle = Bundle(folder, verify=False)
 pipeline = Pipeline(bundle, threads=2, choice=choose(bundle, "onnxruntime", "cpu"))

@@ -16,14 +16,14 @@ from typing import Any, get_args
 import numpy as np
 
 from framefusion.export.options import BuildOptions, DType
-from framefusion.export.plan import BUCKET_MULTIPLE
+from framefusion.export.plan.build_plan import BUCKET_MULTIPLE
 from framefusion.runtime.backends.choice import Choice, choose
 from framefusion.runtime.bundle import Bundle, EngineKind
-from framefusion.runtime.flags import BACKENDS
+from framefusion.runtime.commands.flags import BACKENDS
+from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
+from framefusion.runtime.media.visual_input import Tiles, VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request
-from framefusion.runtime.positions import Grid, decode_positions
-from framefusion.runtime.stitching import Prefilled, Stopwatch
-from framefusion.runtime.visual_input import Tiles, VisualInput
+from framefusion.runtime.text.positions import Grid, decode_positions
 from tools.bench.eager import Eager
 from tools.bench.setting import SEED, SHAPES, Film, draw_film, open_bundle, write_checkpoint
 

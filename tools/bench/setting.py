@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.export.build import build
-from framefusion.export.checkpoint import Checkpoint
-from framefusion.export.plan import BuildOptions
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.plan.build_plan import BuildOptions
 from framefusion.runtime.bundle import ModelRecord
-from framefusion.runtime.gpu import find_gpu
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.pipeline import Pipeline
-from framefusion.runtime.positions import Grid, grid_places, mrope_positions
-from framefusion.runtime.prompt import Prompt
-from framefusion.runtime.token_rows import TokenRows
+from framefusion.runtime.text.positions import Grid, grid_places, mrope_positions
+from framefusion.runtime.text.prompt import Prompt
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tools" / "bench" / "results"

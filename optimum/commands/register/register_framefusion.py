@@ -2,6 +2,6 @@
 
 from optimum.commands.export.base import ExportCommand
 
-from framefusion.export.optimum_command import FrameFusionExportCommand
+from framefusion.export.commands.optimum import FrameFusionExportCommand
 
 REGISTER_COMMANDS = [(FrameFusionExportCommand, ExportCommand)]

@@ -1,0 +1,194 @@
+"""A bundle against the eager model: vision features, dense and reduced logits, kept tokens, sixteen decoded tokens.
+
+The bundle runs in the runtime as it will for users. It is compared with this project's torch graphs under the same
+pipeline, and they in turn, without a reduction, with transformers' own class (agreement.py); both are in fp32 whatever
+the bundle's type is. One after the other is in memory: first the eager model, then transformers', then the bundle,
+which decodes the tokens of the first. Where memory is short all three read their weights from the disk as they run.
+Errors are relative to the largest magnitude of the reference; fp32 against fp32 in another order of sums differs by
+about 1e-6 a layer.
+
+In half precision a layer rounds ROUNDINGS times what is on its way (norm, projections, attention, projection, sum;
+norm, gate and up, product, down, sum), each by u / sqrt(3) in the mean, u being half a unit (fp16: 2^-11), and
+independent roundings add up like a random walk: the limit is four standard deviations, 4 u sqrt(ROUNDINGS / 3 layers).
+Two tokens may be nearer to each other than that, so the bundle repeats the eager model's decisions and the scores
+behind them are compared (replay.py); how many tokens it chooses otherwise by itself is told. The static graph of the
+fixed mode shows no scores: there the tokens themselves are compared, and up to MOST_SWAPPED of them may be others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from framefusion.export.check.agreement import AGAINST, LIMIT, Agreement, agreement_of, not_compared
+from framefusion.export.check.observation import (
+    DECODED,
+    WHOLE,
+    Array,
+    Doing,
+    Effort,
+    Observed,
+    Run,
+    dense_request,
+    ignore,
+    observe,
+    run,
+)
+from framefusion.export.check.replay import Replayed
+from framefusion.export.families.reference.transformers_call import (
+    relative_error as relative_error,  # of the checks, too
+)
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.plan.machine import available_memory as available_memory  # of the checks that need it
+from framefusion.reduction.policy import ReductionState
+from framefusion.runtime.backends.choice import choose
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
+
+KEPT, SWAPPED = "kept tokens", "share of swapped tokens"  # what is compared has limits of its own
+MOST_SWAPPED = 0.05
+ROUNDINGS = 10
+
+
+def check_bundle(
+    folder: Path,
+    plan: BuildPlan,
+    tolerance: float | None = None,
+    effort: Effort = WHOLE,
+    doing: Doing = ignore,
+    *,
+    transformers: bool = True,
+) -> dict[str, Any]:
+    """Compare and report.
+
+    Args:
+        folder: the bundle.
+        plan: what it was built from.
+        tolerance: largest error of the bundle that passes, relative to the largest magnitude of the reference; None
+            takes `default_tolerance`. Torch graphs and transformers' class are both in fp32: their limit is fixed.
+        effort: how much is run, and whether weights stay on the disk.
+        doing: told what runs now.
+        transformers: compare with its class, too.
+
+    Returns:
+        passed, tolerance, reference, lines (each what, value, limit), failures, notes and transformers (see
+        `agreement.Agreement.facts`), as plain values for the manifest.
+
+    Raises:
+        CheckFailedError: transformers' class cannot read the checkpoint.
+    """
+    tolerance = default_tolerance(plan) if tolerance is None else tolerance
+    bundle = Bundle(folder)
+    theirs = observe(bundle, plan, effort, doing)
+    agreement = not_compared("this bundle stands for another one")
+    if transformers:
+        agreement = agreement_of(plan, theirs, doing)
+    doing("the bundle in ONNX Runtime")
+    comparison = Comparison(_compiled(bundle, effort), theirs, effort.tokens)
+    errors = comparison.errors()
+    if agreement.logits is not None:
+        errors[f"dense logits {AGAINST}"] = relative_error(comparison.dense_logits, agreement.logits)
+    limits = {KEPT: 0.0, SWAPPED: MOST_SWAPPED}
+    lines: list[dict[str, Any]] = [
+        {"what": what, "value": value, "limit": next((limits[e] for e in limits if what.endswith(e)), tolerance)}
+        for what, value in errors.items()
+    ]
+    kept = {"prompt_tokens": int(theirs.prompt.token_ids.size), "kept_tokens": comparison.kept_tokens}
+    found = {"tolerance": tolerance, "lines": lines, "notes": comparison.notes} | kept
+    return with_agreement(found, agreement)
+
+
+def with_agreement(found: dict[str, Any], agreement: Agreement) -> dict[str, Any]:
+    """A report and what a comparison with transformers gave, judged together."""
+    lines = [*found["lines"], *agreement.lines]
+    failures = [line for line in lines if not line["value"] <= line["limit"]]  # a NaN fails as well
+    verdict = {"passed": not failures, "reference": reference_of(agreement.facts), "failures": failures}
+    return found | verdict | {
+        "lines": lines, "notes": [*found["notes"], *agreement.notes], "transformers": agreement.facts,
+    }  # fmt: skip
+
+
+def reference_of(facts: Mapping[str, Any]) -> str:
+    """What the dense path was compared with, in words."""
+    if not facts["compared"]:
+        return "framefusion.export in eager torch"
+    stood_in = f"; not transformers': {facts['stand_in']}" if facts["stand_in"] else ""
+    return f"transformers {' and '.join(facts['classes'])}{stood_in}"
+
+
+def _compiled(bundle: Bundle, effort: Effort) -> Pipeline:
+    if effort.streamed:
+        return Pipeline(bundle, OnnxRuntimeBackend(bundle.folder, mapped=True))
+    return Pipeline(bundle, choice=choose(bundle, "onnxruntime", "cpu"))
+
+
+def default_tolerance(plan: BuildPlan) -> float:
+    """The limit of all errors of a build: see the module."""
+    return tolerance_of(plan.dtype, plan.config.num_layers)
+
+
+def tolerance_of(dtype: torch.dtype, layers: int) -> float:
+    """The limit behind some layers: see the module."""
+    if dtype == torch.float32:
+        return LIMIT
+    return 4 * torch.finfo(dtype).eps / 2 * math.sqrt(ROUNDINGS / 3 * layers)
+
+
+class Comparison:
+    """A bundle's pipeline beside what the eager model made of the same prompt."""
+
+    def __init__(self, compiled: Pipeline, theirs: Observed, tokens: int = DECODED) -> None:
+        self.compiled, self.theirs, self.tokens = compiled, theirs, tokens
+        self.exact = compiled.manifest.model.dtype == "float32"
+        self.dense_logits = np.zeros(0, np.float32)
+        self.kept_tokens, self.notes = 0, list[str]()
+
+    def errors(self) -> dict[str, float]:
+        """All that is compared, by what it is."""
+        found = {"vision features": relative_error(self._features(), self.theirs.features)}
+        request = dense_request(self.compiled.manifest, self.tokens)
+        ours = self._run(dense_pipeline(self.compiled), request, self.theirs.dense)
+        self.dense_logits, self.kept_tokens = ours.logits, len(ours.kept[-1])
+        dense = {KEPT: float(differing(ours, self.theirs.dense)), **run_errors(ours, self.theirs.dense)}
+        found |= {f"dense {what}": value for what, value in dense.items()}
+        if self.theirs.reduced is not None:
+            found |= {f"reduced {what}": value for what, value in self._reduced(self.theirs.reduced).items()}
+        return found
+
+    def _features(self) -> Array:
+        return self.compiled.backend.device.download(self.compiled.encode_visual(self.theirs.visuals[0]))
+
+    def _run(self, pipeline: Pipeline, request: Request, theirs: Run, reduction: ReductionState | None = None) -> Run:
+        return run(pipeline, self.theirs.prompt, self.theirs.rows, request, reduction, theirs.tokens)
+
+    def _reduced(self, theirs: Run) -> dict[str, float]:
+        ours = self._run(self.compiled, Request(self.tokens), theirs)
+        self.kept_tokens = len(ours.kept[-1])
+        others, kept = differing(ours, theirs), sum(map(len, theirs.kept))
+        if self.theirs.decisions and not self.exact:
+            replayed = Replayed(self.theirs.prompt.labels, self.theirs.decisions)
+            ours = self._run(self.compiled, Request(self.tokens), theirs, replayed)
+            self.notes.append(
+                "reduced: the bundle repeated the eager model's decisions; by itself it keeps other tokens in "
+                f"{others} of {kept} cases, all segments together"
+            )
+            return {**replayed.errors, **run_errors(ours, theirs)}
+        found = {KEPT: float(others)} if self.exact else {SWAPPED: others / 2 / kept}
+        return found if others else found | run_errors(ours, theirs)  # the logits of other tokens say nothing
+
+
+def run_errors(ours: Run, theirs: Run) -> dict[str, float]:
+    """Errors of the logits after the prompt and, at worst, after a decoded token."""
+    decoded = max(relative_error(*pair) for pair in zip(ours.decoded, theirs.decoded, strict=True))
+    return {"logits": relative_error(ours.logits, theirs.logits), "decoded logits": decoded}
+
+
+def differing(ours: Run, theirs: Run) -> int:
+    """Tokens that only one of the two has, over all segments."""
+    return sum(np.setxor1d(*pair).size for pair in zip(ours.kept, theirs.kept, strict=True))

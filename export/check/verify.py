@@ -1,0 +1,222 @@
+"""Which check a build gets, and the checks that need no whole model in memory.
+
+    full        the bundle and the eager model (check.py), where memory holds them
+    streamed    else: the same with a shorter clip and answer, and weights that are read from the disk as they are used
+    truncated   where that cannot be (a static graph computes its whole length): a bundle of the first layers, built
+                with the same options in a scratch folder
+    in float32  where the runtime has no kernels for the type (bfloat16): the same graphs, built and checked in float32
+
+Where it was not the bundle itself that was checked, tensors of each of its files are read back and compared with the
+checkpoint byte by byte, and the torch graphs of all layers are compared with transformers' class all the same
+(agreement.py). What was done, and why, is in the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from framefusion.export.check import check
+from framefusion.export.check.agreement import Agreement, agreement_of, not_compared
+from framefusion.export.check.observation import SPARING, WHOLE, Doing, Effort, ignore, observe
+from framefusion.export.checkpoints.weights import AnySource, blocks_of
+from framefusion.export.eager.streaming import streamed_bytes
+from framefusion.export.graphs.tracing.signatures import segment_module
+from framefusion.export.options import BuildOptions
+from framefusion.export.plan.build_plan import GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan
+from framefusion.reducers import load_reducer
+from framefusion.reduction.budget import cost_of_shares
+from framefusion.runtime.bundle import Bundle
+
+FEWEST_LAYERS = 4  # a segment of each kind: first, middle and last
+SAMPLES = 8  # tensors of a file that are read back
+PROCESS = 900_000_000  # bytes of a process with torch and ONNX Runtime in it, measured
+FLOAT = 4  # bytes: the eager model is in fp32, and ONNX Runtime's CPU kernels multiply fp16 in fp32
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a build will check.
+
+    Attributes:
+        method: "full", "streamed", "truncated", "in float32", or "weights": the bundle's graphs are not run.
+        why: in words, for the manifest and for whoever reads the output.
+        options: of the bundle that is checked in its place; None for the bundle itself and where nothing is run.
+        effort: of the run, and of the comparison with transformers.
+        uncompared: why transformers' class cannot be run; "": it is.
+        memory: bytes that the check takes.
+    """
+
+    method: str
+    why: str = ""
+    options: BuildOptions | None = None
+    effort: Effort = WHOLE
+    uncompared: str = ""
+    memory: int = 0
+
+
+def scope_of(plan: BuildPlan) -> Scope:
+    """Decide from the plan and the memory that is free now."""
+    runs = plan.options.dtype != "bfloat16"
+    options = plan.options if runs else replace(plan.options, dtype="float32")
+    untried = "" if runs else "onnxruntime's CPU kernels do not compute bfloat16: the same graphs in float32 were run"
+    needed, free = memory_of_check(plan), check.available_memory()
+    if needed <= free:
+        return Scope("full" if runs else "in float32", untried, None if runs else options, memory=needed)
+    least = memory_of_streamed(plan)
+    uncompared = "" if least <= free else f"it needs {least / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    if runs and plan.fixed is None and not uncompared:
+        return Scope("streamed", effort=SPARING, memory=least)
+    short = f"the full check needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    smaller = truncated(plan, options)
+    part = 0 if smaller is None else memory_of_check(BuildPlan(plan.checkpoint, smaller))
+    if smaller is None or part > free:
+        return Scope("weights", f"the graphs were not run: {short}", None, SPARING, uncompared, least)
+    layers = f"truncated to {smaller.num_decoder_layer} of {plan.config.num_layers} layers: {short}"
+    why = "; ".join(filter(None, (layers, untried)))
+    return Scope("truncated", why, smaller, SPARING, uncompared, max(part, 0 if uncompared else least))
+
+
+def report(
+    folder: Path,
+    plan: BuildPlan,
+    scope: Scope,
+    tolerance: float | None,
+    scratch: Callable[[BuildOptions], AbstractContextManager[Path]],
+    doing: Doing = ignore,
+) -> dict[str, Any]:
+    """Carry a scope out.
+
+    Args:
+        folder: the bundle.
+        plan: what it was built from.
+        scope: of this plan.
+        tolerance: see `check.check_bundle`.
+        scratch: builds a bundle of other options, and removes it when it was checked.
+        doing: told what runs now.
+
+    Returns:
+        as `check.check_bundle`, with the method and why it was chosen.
+    """
+    done = {"method": scope.method, "why": scope.why}
+    if scope.method in ("full", "streamed"):
+        return check.check_bundle(folder, plan, tolerance, scope.effort, doing) | done
+    found: dict[str, Any] = {"tolerance": tolerance, "lines": [], "notes": []}
+    if scope.options is not None:
+        with scratch(scope.options) as other:
+            smaller = BuildPlan(plan.checkpoint, scope.options)
+            found = check.check_bundle(other, smaller, tolerance, WHOLE, doing, transformers=False)
+    weights = weight_report(folder, plan)
+    line = {"what": "tensors written that are not the checkpoint's", "value": len(weights["differing"]), "limit": 0.0}
+    note = f"{weights['tensors']} tensors of all files of weights, {weights['bytes'] / 1e9:.2f} GB, were read back"
+    notes = [*found["notes"], note, *weights["differing"]]
+    found |= {"lines": [*found["lines"], line], "notes": notes} | done
+    return check.with_agreement(found, _agreement(folder, plan, scope, doing))
+
+
+def _agreement(folder: Path, plan: BuildPlan, scope: Scope, doing: Doing) -> Agreement:
+    """The torch graphs of all layers against transformers' class, which needs no graph of the bundle."""
+    if scope.uncompared:
+        return not_compared(scope.uncompared)
+    ours = observe(Bundle(folder), plan, replace(scope.effort, reduced=False), doing)
+    return agreement_of(plan, ours, doing)
+
+
+def memory_of_check(plan: BuildPlan) -> int:
+    """Bytes at the peak: the eager model and the bundle are there one after the other, both with fp32 weights.
+
+    While ONNX Runtime packs a tensor it has it twice.
+    """
+    copies = 1 if plan.fixed is None else 2  # a second graph over the same weights has a copy of its own
+    tower = [parameter.numel() for parameter in plan.tower.module.parameters()]
+    modules = (segment_module(plan.config, segment) for segment in plan.segments)
+    segments = [parameter.numel() for module in modules for parameter in module.parameters()]
+    return FLOAT * (copies * sum(segments) + sum(tower) + max(*segments, *tower)) + PROCESS
+
+
+def memory_of_streamed(plan: BuildPlan) -> int:
+    """Bytes at the peak where weights stay on the disk: the largest unit in fp32, twice, since kernels pack it.
+
+    A layer of transformers' is two of this project's units. Pages of files that are mapped are not counted: the system
+    takes them back when memory is wanted. A checkpoint of several types is converted as a whole by transformers.
+    """
+    tower = plan.tower.module
+    modules = [segment_module(plan.config, segment) for segment in plan.segments]
+    halves: dict[str, int] = {}
+    for module in modules:
+        for block, part in zip(module.plan, module.blocks, strict=True):
+            size = FLOAT * sum(parameter.numel() for parameter in part.parameters())
+            halves[block.kind] = max(size, halves.get(block.kind, 0))
+    layer = sum(halves.values())
+    largest = max(layer, streamed_bytes(tower), *(streamed_bytes(module) for module in modules))
+    tensors = (math.prod(plan.checkpoint.shape(key)) for key in plan.checkpoint.files)
+    converted = FLOAT * sum(tensors) if len(plan.stored_types()) > 1 else 0
+    return 2 * largest + converted + PROCESS
+
+
+def truncated(plan: BuildPlan, options: BuildOptions) -> BuildOptions | None:
+    """Options of the first layers with the same segments in kind; None where that would be all layers.
+
+    A schedule keeps its layers and shares, so the cost is the one that it has in the smaller model.
+    """
+    schedule, record = plan.reduction.schedule, plan.reduction
+    layers = max(FEWEST_LAYERS, math.ceil(1 / record.cost), schedule.prune_layer + 2 if schedule else 0)
+    if record.depth is not None and load_reducer(record.reducer).static:  # all layers up to its call see all tokens
+        layers = max(layers, math.floor((record.depth + 1) / record.cost) + 1)
+    if layers >= plan.config.num_layers:
+        return None
+    smaller = replace(options, num_decoder_layer=layers)
+    if schedule is not None:
+        return replace(smaller, cost=cost_of_shares(schedule.shares, layers), merge_shares=schedule.merge_shares)
+    return smaller if record.depth is None else replace(smaller, depth=min(record.depth, layers - 2))
+
+
+def weight_report(folder: Path, plan: BuildPlan) -> dict[str, Any]:
+    """Compare some tensors of each file of weights with the checkpoint.
+
+    Returns:
+        tensors and bytes compared, and the names of those that differ.
+    """
+    compared, size, differing = 0, 0, []
+    for graph, module, sources in _graphs(plan):
+        for name, tensor in _sampled(folder / graph, [name for name, _ in module.named_parameters()]):
+            compared, size = compared + 1, size + tensor.nbytes
+            if not _stands(folder / Path(graph).parent / WEIGHTS, tensor, plan, sources[name]):
+                differing.append(f"{graph}: {name}")
+    return {"tensors": compared, "bytes": size, "differing": differing}
+
+
+def _graphs(plan: BuildPlan) -> Iterator[tuple[str, nn.Module, Mapping[str, AnySource]]]:
+    yield VISION_GRAPH, plan.tower.module, plan.tower.sources
+    for segment in plan.segments:
+        yield f"segments/{segment.name}/{GRAPH}", segment_module(plan.config, segment), plan.sources(segment)
+
+
+def _sampled(graph: Path, names: Sequence[str]) -> Iterator[tuple[str, ir.ExternalTensor]]:
+    """First and last of the parameters, and some between, as the graph itself says where they are."""
+    initializers = ir.load(graph).graph.initializers
+    between = random.Random(str(graph.parent.name)).sample(names[1:-1], min(SAMPLES - 2, len(names[1:-1])))
+    for name in dict.fromkeys((names[0], names[-1], *between)):
+        tensor = initializers[name].const_value
+        assert isinstance(tensor, ir.ExternalTensor), name
+        yield name, tensor
+
+
+def _stands(weights: Path, tensor: ir.ExternalTensor, plan: BuildPlan, source: AnySource) -> bool:
+    """Whether the file has at the tensor's place what the checkpoint gives for it."""
+    with weights.open("rb") as file:
+        file.seek(tensor.offset or 0)
+        for block in blocks_of(source.make(plan.checkpoint), plan.dtype):
+            expected = block.contiguous().view(-1).view(torch.uint8).numpy().data
+            if file.read(len(expected)) != expected:
+                return False
+        return file.tell() - (tensor.offset or 0) == tensor.length

@@ -1,0 +1,222 @@
+"""A checkpoint folder, read lazily: config.json, generation and preprocessing files, safetensors in one file or many.
+
+Some repositories keep each part of the model (`llm`, `vision_tower`, `mm_projector`) in a folder of its own. Such a
+checkpoint reads as one: a part's tensor is `part.key`, the name it has where all parts are in one file.
+
+A tensor is read when it is asked for and nothing of it is kept; headers are read once. Knows no family.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from framefusion.errors import CheckpointError
+from framefusion.export.checkpoints.config_types import check_types
+from framefusion.export.checkpoints.files import LFS, check_file, inner_name, is_pointer, present, read_json_file
+from framefusion.export.checkpoints.origin.hub import Origin, origin_of, resolve
+from framefusion.export.checkpoints.tensor_file import Entry, TensorFile, TensorFileError
+from framefusion.export.checkpoints.weight_formats import INDEX, SINGLE, check_plain, no_weights
+
+CONFIG = "config.json"
+PART = "_cfg"
+"""What ends the keys of config.json that name a part: `llm_cfg` is the part `llm`."""
+
+
+class _Place(NamedTuple):
+    """A tensor on disk: its file, and its name in there."""
+
+    file: Path
+    key: str
+
+
+class Checkpoint:
+    """A folder as `save_pretrained` or a hub snapshot leaves it; `origin` says what it is called elsewhere.
+
+    Raises:
+        CheckpointError: the folder, its config.json or its safetensors are missing or unreadable.
+    """
+
+    def __init__(self, folder: Path | str, origin: Origin | None = None) -> None:
+        self.folder = Path(folder)
+        if self.folder.is_file():
+            raise CheckpointError(f"{self.folder} is a file: give the folder that holds it, config.json and tokenizer")
+        if not self.folder.is_dir():
+            raise CheckpointError(f"no checkpoint folder at {self.folder}: give a folder with config.json")
+        self.origin = origin or origin_of(self.folder)
+        if not present(self.folder / CONFIG):
+            raise no_weights(self.folder, self.folder, CONFIG)
+        self.config: dict[str, Any] = self.read_config(self.folder)
+        self._open: dict[Path, TensorFile] = {}
+
+    @classmethod
+    def named(cls, name: Path | str, revision: str | None = None) -> Checkpoint:
+        """A checkpoint by folder or by id on the hub: see `hub.resolve`."""
+        origin = resolve(name, revision)
+        return cls(origin.folder, origin)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder that must be there; see `checkpoint_files.read_json_file` for its limits."""
+        path = self.folder / name
+        if not present(path):
+            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again")
+        return read_json_file(path, self.folder)
+
+    def read_config(self, folder: Path) -> dict[str, Any]:
+        """The config.json of the checkpoint or of a part, its values of the types that they must have."""
+        config = self.read_json((folder / CONFIG).relative_to(self.folder).as_posix())
+        check_types(config, folder / CONFIG)
+        return config
+
+    def read_optional_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the checkpoint (see `find`), or an empty object where there is none."""
+        path = self.find(name)
+        return {} if path is None else self.read_json(path.relative_to(self.folder).as_posix())
+
+    @cached_property
+    def parts(self) -> Mapping[str, Path]:
+        """Part of the model -> its folder, for parts that have one; config.json says their names."""
+        found: dict[str, Path] = {}
+        for key, value in self.config.items():
+            if key.endswith(PART):
+                # a string is a path, perhaps one of the machine that trained it: its last name is the folder's
+                name = key.removesuffix(PART)
+                place = Path(value).name if isinstance(value, str) else name
+                if inner_name(place) and present(self.folder / place / CONFIG):
+                    found[name] = self.folder / place
+        return found
+
+    def check_plain(self) -> None:
+        """Refuse quantized weights and adapters, by what the configurations say and by names of tensors."""
+        nested = [value for value in self.config.values() if isinstance(value, dict)]
+        check_plain(self.folder, (self.config, *nested, *map(self.part_config, self.parts)), self._places)
+
+    def part_config(self, name: str) -> dict[str, Any]:
+        """The configuration of a part: its folder's config.json, else the object in config.json; {} without either."""
+        if name in self.parts:
+            return self.read_config(self.parts[name])
+        told = self.config.get(name + PART)
+        return told if isinstance(told, dict) else {}
+
+    def find(self, name: str) -> Path | None:
+        """A file of the checkpoint: the folder's own, else that of the first part that has one; None without any."""
+        paths = (folder / name for folder in (self.folder, *self.parts.values()))
+        path = next((path for path in paths if present(path)), None)
+        if path is not None:
+            check_file(path, self.folder)
+        return path
+
+    @cached_property
+    def files(self) -> Mapping[str, Path]:
+        """Tensor name -> file that holds it."""
+        return {key: place.file for key, place in self._places.items()}
+
+    @cached_property
+    def _places(self) -> Mapping[str, _Place]:
+        if not self.parts or any(present(self.folder / name) for name in (SINGLE, INDEX)):
+            return self._places_in(self.folder)
+        parts = ((part, self._places_in(folder)) for part, folder in self.parts.items())
+        return {f"{part}.{key}": place for part, places in parts for key, place in places.items()}
+
+    def _places_in(self, folder: Path) -> dict[str, _Place]:
+        """Tensors of one folder, by their names in its files; the single file comes before an index, as transformers
+        has it."""
+        path = folder / SINGLE
+        if present(path):
+            return {key: _Place(path, key) for key in self._file(path).entries}
+        if not present(folder / INDEX):
+            raise no_weights(folder, self.folder)
+        weight_map = self.read_json((folder / INDEX).relative_to(self.folder).as_posix()).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map: download it again")
+        for key, name in weight_map.items():
+            if not inner_name(name):
+                raise CheckpointError(
+                    f"{folder / INDEX} says that {key} is in {name!r:.80}, which is no file of the folder: "
+                    "download it again"
+                )
+        return self._places_of(folder, weight_map)
+
+    def _places_of(self, folder: Path, weight_map: Mapping[str, str]) -> dict[str, _Place]:
+        """Tensors of shards: all that they hold, as transformers loads them, and at least what the index names."""
+        places: dict[str, _Place] = {}
+        for name in sorted(set(weight_map.values())):
+            for key in self._file(folder / name).entries:
+                other, place = places.get(key), _Place(folder / name, key)
+                if other is not None and not self._equal(other, place):
+                    raise CheckpointError(
+                        f"{other.file} and {place.file} both hold {key}, with other values: files of two models are "
+                        "mixed here, download the checkpoint again"
+                    )
+                places[key] = place
+        # what a shard lacks is missed when it is read, or as a tensor that nobody reads
+        return {key: _Place(folder / name, key) for key, name in weight_map.items()} | places
+
+    def _equal(self, one: _Place, other: _Place) -> bool:
+        """Whether two tensors on disk are the same, number by number."""
+        entries = [self._file(place.file).entries[place.key] for place in (one, other)]
+        if entries[0][:2] != entries[1][:2]:
+            return False
+        first, second = (self._file(place.file).raw(place.key) for place in (one, other))
+        return torch.equal(first, second)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def count_blocks(self, prefix: str) -> int:
+        """Numbers that follow a prefix in the names of tensors: how many blocks of a stack are stored."""
+        rests = (key.removeprefix(prefix) for key in self._places if key.startswith(prefix))
+        return len({rest.partition(".")[0] for rest in rests})
+
+    def tensor(self, key: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or only some of its rows, read from disk now."""
+        self._entry(key)
+        place = self._places[key]
+        try:
+            return self._file(place.file).read(place.key, rows)
+        except (TensorFileError, OSError) as error:
+            raise CheckpointError(f"{place.file}: cannot read {key} ({error}): download the file again") from None
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return self._entry(key).shape
+
+    def nbytes(self, key: str) -> int:
+        """Bytes of a tensor as it is stored."""
+        entry = self._entry(key)
+        return entry.end - entry.begin
+
+    def dtype(self, key: str) -> str:
+        """Element type as safetensors writes it: F32, F16, BF16."""
+        return self._entry(key).dtype
+
+    def _entry(self, key: str) -> Entry:
+        place = self._places.get(key)
+        if place is None:
+            near = difflib.get_close_matches(key, self._places, n=3)
+            hint = f"; the nearest it has: {', '.join(near)}" if near else ""
+            raise CheckpointError(f"{self.folder} has no tensor {key}{hint}: the checkpoint is incomplete")
+        entry = self._file(place.file).entries.get(place.key)
+        if entry is None:
+            raise CheckpointError(
+                f"{place.file} has no tensor {place.key} though the index names it: download the file again"
+            )
+        return entry
+
+    def _file(self, path: Path) -> TensorFile:
+        if path not in self._open:
+            if not present(path):
+                raise CheckpointError(f"{path} is missing though the index names it: download it again")
+            check_file(path, self.folder)
+            try:
+                self._open[path] = TensorFile(path)
+            except (TensorFileError, OSError) as error:
+                why = LFS if is_pointer(path) else f"is truncated or no safetensors file ({error}): download it"
+                raise CheckpointError(f"{path} {why}") from None
+        return self._open[path]

@@ -1,0 +1,149 @@
+"""Weights that are not plain safetensors, named as what they are, with what turns them into a checkpoint.
+
+Reads names of files and config.json, no tensor. Knows no family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from framefusion.errors import CheckpointError
+from framefusion.export.checkpoints.files import present, read_json_file
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+QUANTIZED_KEYS = ("quantization_config", "quantization", "compression_config")
+"""Keys of config.json for what awq, gptq, fp8, bitsandbytes, compressed-tensors, ModelOpt and MLX did."""
+MODELOPT = "hf_quant_config.json"
+_QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv|_2)?|input_scale|absmax|quant_map|SCB|weight_format|"
+    r"scales|zeros|qscales|weight\.(absmax|quant_map|nested_absmax|quant_state\..*))$"
+)
+"""Tensors that only a quantized linear map has."""
+_ADAPTED = re.compile(
+    r"\.(lora_|base_layer\.|modules_to_save\.|original_module\.|ia3_|vera_|oft_|adapter)|^base_model\."
+)
+"""Tensors that peft writes for a model whose adapter was not merged."""
+SHOWN = 4  # names in a message
+_SAVE = "load it with transformers and save_pretrained() it, which writes safetensors"
+
+
+class _Format(NamedTuple):
+    """A kind of weights: how its files are called, what it is, what helps."""
+
+    patterns: tuple[str, ...]
+    name: str
+    remedy: str
+
+
+FORMATS: tuple[_Format, ...] = (
+    _Format(("manifest.json",), "a bundle", "give the checkpoint that it was built from"),
+    _Format(("*.gguf",), "GGUF weights", "give the checkpoint that they were converted from"),
+    _Format(
+        ("zero_to_fp32.py", "global_step*", "zero_pp_rank_*"),
+        "a checkpoint of DeepSpeed ZeRO",
+        "python zero_to_fp32.py . OUTPUT --safe_serialization puts it together; config.json and tokenizer belong to it",
+    ),
+    _Format(
+        ("*.distcp", "pytorch_model_fsdp*"),
+        "a sharded checkpoint of FSDP",
+        "accelerate merge-weights FOLDER OUTPUT puts it together; config.json and tokenizer belong to it",
+    ),
+    _Format(
+        ("model.*.safetensors", "model.safetensors.index.*.json", "model.*.safetensors.index.json"),
+        "a variant of the weights only",
+        f"{_SAVE} (from_pretrained(..., variant=...))",
+    ),
+    _Format(("model-*-of-*.safetensors",), f"shards without their {INDEX}", f"download {INDEX} too"),
+    _Format(
+        ("*.safetensors",),
+        "safetensors under another name",
+        f"{_SAVE}, or call the file {SINGLE} if it is the whole model",
+    ),
+    _Format(("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt"), "PyTorch pickles", _SAVE),
+    _Format(("tf_model.h5", "*.msgpack"), "TensorFlow or Flax weights", _SAVE),
+    _Format(("*.onnx",), "ONNX graphs", "give the checkpoint that they were exported from"),
+)
+
+
+def no_weights(folder: Path, root: Path, missing: str = "") -> CheckpointError:
+    """The error for a folder without the files that are read.
+
+    Args:
+        folder: of the checkpoint or of a part of it.
+        root: the checkpoint.
+        missing: the file that was looked for and is not there; "" for the weights.
+    """
+    if present(folder / ADAPTER):
+        base = read_json_file(folder / ADAPTER, root).get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base.isprintable() else ""
+        return CheckpointError(
+            f"{folder} is a LoRA adapter{of} and no whole model: merge it with peft's merge_and_unload(), "
+            "save_pretrained() the result with its tokenizer, and give that folder"
+        )
+    found = next(((kind, name) for kind in FORMATS if (name := _first(folder, kind.patterns))), None)
+    if missing and (found is None or found[0].name.startswith(("safetensors", "shards"))):
+        return CheckpointError(f"{folder / missing} is missing: the checkpoint is incomplete, download it again")
+    said = f"{folder} holds neither {SINGLE} nor {INDEX}: only safetensors are read"
+    if found is None:
+        return CheckpointError(f"{said}, and there are no weights of another kind: download the checkpoint again")
+    kind, name = found
+    return CheckpointError(f"{said}. It holds {kind.name} ({name}): {kind.remedy}")
+
+
+def _first(folder: Path, patterns: Iterable[str]) -> str | None:
+    names = (path.name for pattern in patterns for path in sorted(folder.glob(pattern)))
+    return next(names, None)
+
+
+def check_plain(folder: Path, configs: Iterable[Mapping[str, Any]], keys: Collection[str]) -> None:
+    """Refuse a checkpoint whose weights were quantized, or hold an adapter that was not merged.
+
+    Args:
+        folder: of the checkpoint.
+        configs: of the model and of its parts.
+        keys: names of its tensors.
+
+    Raises:
+        CheckpointError: naming the method, or the adapter's tensors.
+    """
+    told = ((key, config[key]) for config in configs for key in QUANTIZED_KEYS if config.get(key))
+    found = next((f"{_method(value)}: {key} of config.json" for key, value in told), None)
+    if found is None and present(folder / MODELOPT):
+        found = f"by ModelOpt: {MODELOPT}"
+    if found is None:
+        names = (f"its tensor {key} says so, though config.json does not" for key in keys if _QUANTIZED.search(key))
+        found = next(names, None)
+    if found is not None:
+        raise CheckpointError(
+            f"{folder} is quantized ({found}), and quantized weights are not read: "
+            "give the checkpoint before it was quantized"
+        )
+    adapter = next((name for name in ADAPTER_WEIGHTS if present(folder / name)), None)
+    if adapter is not None and present(folder / ADAPTER):
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER}, {adapter}) beside the weights, and transformers applies it: "
+            "merge it with peft's merge_and_unload() and save_pretrained() the result, or take these two files out if "
+            "it is merged already"
+        )
+    left = sorted(key for key in keys if _ADAPTED.search(key))
+    if left:
+        rest = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        raise CheckpointError(
+            f"{folder} holds tensors of an adapter beside the model's ({', '.join(left[:SHOWN])}{rest}): merge it with "
+            "peft's merge_and_unload(), save_pretrained() the result, and give that folder"
+        )
+
+
+def _method(told: Any) -> str:
+    """What quantized a model, and to how many bits, as far as it can be said in a few words."""
+    if not isinstance(told, dict):
+        return str(told)[:40]
+    name = told.get("quant_method") or told.get("quant_algo") or told.get("mode") or "an unnamed method"
+    bits = next((told[key] for key in ("bits", "w_bit", "weight_bits") if isinstance(told.get(key), int)), None)
+    return str(name)[:40] + (f", {bits} bits" if bits else "")

@@ -1,0 +1,1 @@
+"""The commands of `ff-export` and their flags."""

@@ -1,0 +1,160 @@
+"""The flags of a build, as click takes them: one for each field of BuildOptions. No torch here.
+
+A flag that is not given leaves the field to that class; the default told is its own, or says whose it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
+
+import click
+
+from framefusion.runtime.commands.flags import MOST_THREADS
+from framefusion.runtime.format.engine_record import EngineKind
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # generic only since click 8.2
+
+Item = TypeVar("Item", int, float, str)
+Command = TypeVar("Command", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path)
+LIVE = ("transformers", "eager")
+COUNT = click.IntRange(min=1)
+JOBS = click.IntRange(min=1, max=MOST_THREADS)
+LAYER = click.IntRange(min=0)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+class _Finite(click.FloatRange):
+    """Above zero and no infinity; nan, which no comparison of a range notices, is refused as well."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        number = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number above 0.", parameter, context)
+        return number
+
+
+FINITE = _Finite(min=0, min_open=True)
+OF_FAMILY, OF_CHECKPOINT = "the family's", "the checkpoint's"
+
+
+class CommaList(ParamType, Generic[Item]):
+    """Numbers or words with commas between them."""
+
+    def __init__(self, kind: type[Item]) -> None:
+        self.kind: type[Item] = kind
+        self.name = f"{kind.__name__},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Item, ...]:
+        """Read "0.4,0.1"."""
+        try:
+            return value if isinstance(value, tuple) else tuple(map(self.kind, value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is no list of {self.kind.__name__} with commas between them", param, ctx)
+
+
+def _flag(name: str, kind: Any, text: str, default: str | None = None) -> Callable[[Command], Command]:
+    """An option without a default of its own; `default` is only told."""
+    return click.option(name, type=kind, help=text if default is None else f"{text[:-1]}; default: {default}.")
+
+
+KINDS, DTYPES, DEVICES = get_args(EngineKind), ("float32", "float16", "bfloat16"), ("cpu", "cuda")
+BACKEND = _flag(
+    "--backend", click.Choice(KINDS), "Compile engines of this kind, too.", "none, ONNX Runtime runs the graphs"
+)
+TARGETS = (
+    _flag(
+        "--target-sm", CommaList(str), "Compute capabilities of the GPUs: 86,89,120.", "all that the library builds for"
+    ),
+    _flag("--device", click.Choice(DEVICES), "What inductor compiles for, on a machine that has it.", "cpu"),
+    click.option("--engines-only", is_flag=True, help="Leave out the graphs and weights that engines stand for."),
+)
+ENGINE_RESOURCES = (
+    _flag("--jobs", JOBS, "Engines compiled at once.", "one for two cores, as far as memory allows"),
+    _flag("--engine-cache", click.Path(path_type=Path), "Where engines are kept for other builds.", "the user's cache"),
+    _flag("--engine-cache-limit", FINITE, "Gigabytes of engines that are kept.", "64"),
+)
+BUILD_OPTIONS = (
+    _flag("--reduction", click.Choice(("none", "fixed", "adaptive")), "Where tokens are dropped.", "adaptive"),
+    _flag("--reducer", str, "What drops tokens (adaptive): a name that `ff-run reducers` lists.", "framefusion"),
+    _flag("--cost", float, "Share of the computation over visual tokens that is kept, in (0, 1].", "0.3"),
+    _flag("--similarity-lower-bound", float, "Tokens at least this alike merge (adaptive).", OF_FAMILY),
+    _flag("--ratio-lower-bound", float, "Merging ends when a smaller share merges (adaptive).", "0.1"),
+    _flag("--depth", LAYER, "Deepest layer a reduction may follow (adaptive).", "7"),
+    _flag("--merge-shares", CommaList(float), "Share merged at calls 0, 1, ... (fixed)."),
+    _flag("--prune-layer", LAYER, "Layer the prune follows (fixed)."),
+    _flag(
+        "--dialect",
+        str,
+        "How the graphs say attention: gqa (ONNX Runtime) or portable.",
+        "gqa; with --backend portable",
+    ),
+    _flag("--buckets", CommaList(int), "Sizes of a prefill; the gqa dialect needs none."),
+    _flag("--max-input-len", COUNT, "Longest prompt in tokens.", "8192, or what the LLM was trained for"),
+    _flag("--max-kv-cache-capacity", COUNT, "Longest prompt and answer together.", "1024 beyond the prompt"),
+    _flag("--max-text-len", COUNT, "Longest text of a prompt (fixed).", "512"),
+    _flag("--dtype", click.Choice(DTYPES), "Of weights, activations and caches.", "float32; with --backend float16"),
+    _flag("--num-decoder-layer", COUNT, "Take only the first layers, for a smoke test.", "all"),
+    _flag("--fps", POSITIVE, "Frames sampled from a second of film.", OF_CHECKPOINT),
+    _flag("--max-frames", COUNT, "Most frames sampled.", OF_CHECKPOINT),
+    _flag("--min-pixels", COUNT, "Smallest frame.", OF_CHECKPOINT),
+    _flag("--max-pixels", COUNT, "Largest frame.", OF_CHECKPOINT),
+    _flag(
+        "--mm-spatial-pool-mode",
+        click.Choice(("bilinear", "average")),
+        "Pooling of a frame's patches (LLaVA).",
+        OF_CHECKPOINT,
+    ),
+    _flag("--max-slice-nums", COUNT, "Most slices of a frame (MiniCPM-V).", OF_FAMILY),
+    _flag("--max-tiles", COUNT, "Most tiles of an image.", OF_FAMILY),
+    _flag("--frame-label", str, "Text before each frame, {} its number (InternVL).", OF_CHECKPOINT),
+    _flag("--total-pixels", COUNT, "Most pixels of all frames together (Qwen2-VL, Qwen2.5-VL).", OF_CHECKPOINT),
+    _flag(
+        "--resize-rounding",
+        click.Choice(("twice", "once")),
+        "To whole levels, after each direction or at the end (Qwen-VL).",
+        "twice",
+    ),
+    BACKEND,
+    *TARGETS,
+)
+CHECKPOINT_REVISION = _flag("--revision", str, "Branch, tag or commit of a checkpoint on the hub.", "main")
+BUNDLE_REVISION = _flag("--revision", str, "Branch, tag or commit of that id.", "the bundle's own")
+TOLERANCE = _flag(
+    "--tolerance", FINITE, "Largest error that passes, relative to the reference's maximum.", "by --dtype"
+)
+EVAL_OPTIONS = (
+    click.option("--questions", required=True, type=FILE, help="One JSON object a line: see docs/evaluation.md."),
+    _flag("--reducer", CommaList(str), "What drops tokens; the first is compared with the others.", "the bundle's own"),
+    _flag("--cost", CommaList(float), "Share of the computation over visual tokens kept.", "1 and the bundle's"),
+    click.option("-o", "--output", type=FILE, help="Report and all answers; a run that has begun goes on from there."),
+    click.option("--limit", type=COUNT, help="Ask the first questions only."),
+    click.option("--jobs", type=JOBS, default=1, show_default=True, help="Processes, each with the model."),
+    _flag("--live", click.Choice(LIVE), "What runs a checkpoint.", f"{LIVE[0]} where its processor loads"),
+    click.option("--max-new-tokens", type=COUNT, default=16, show_default=True, help="Of an answer."),
+    _flag("--fps", POSITIVE, "Frames sampled from a second of film.", "the model's"),
+    _flag("--max-frames", COUNT, "Most frames sampled.", "the model's"),
+    _flag("--system", str, "System prompt.", OF_FAMILY),
+    click.option("--seed", type=LAYER, default=0, show_default=True, help="Of reducers that draw."),
+)
+
+
+def options_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Add some options to a command, in this order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+build_options = options_of(*BUILD_OPTIONS)
+eval_options = options_of(*EVAL_OPTIONS)

@@ -1,0 +1,290 @@
+"""The main path from a bundle to its engines, one for each graph; needs no checkpoint.
+
+    bundle -> spec of each graph -> key -> cache, or a build in one of `jobs` threads -> engines/KIND/ -> report
+    -> manifest -> checksums
+
+An engine is in the cache before it is in the bundle, and the manifest names it when it is there with its hash; so a
+compilation that ended early goes on from the engines that are complete. What builds an engine is a module of
+export/engines that offers what `Builder` says. Knows no library.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import framefusion
+from framefusion.console.progress import Meter, Progress
+from framefusion.errors import InterruptedBuildError
+from framefusion.export.engines.cache import EngineCache, Fetched, default_folder
+from framefusion.export.engines.jobs import (
+    FOLDER,
+    KINDS,
+    Job,
+    admitted,
+    builder_of,
+    check_disk,
+    check_options,
+    plan_jobs,
+)
+from framefusion.export.options import EngineOptions, Resources
+from framefusion.export.plan.machine import available_memory, peak_memory
+from framefusion.export.writing.amendment import Amendment
+from framefusion.export.writing.journal import CHECKSUMS
+from framefusion.runtime.backends.fit import other_files
+from framefusion.runtime.bundle import (
+    MANIFEST,
+    Bundle,
+    EngineKind,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    file_record,
+    sha256_of,
+    verify_files,
+    write_manifest,
+)
+from framefusion.runtime.format.records import from_json, to_json
+from framefusion.runtime.trust.origin import remember_compiled
+
+if TYPE_CHECKING:
+    from framefusion.export.plan.build_plan import BuildPlan
+
+REPORT = "report.json"
+_TICK = 0.1  # seconds between two looks at the builds
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came of a compilation."""
+
+    records: tuple[EngineRecord, ...]
+    files: Mapping[str, FileRecord]
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+def compile_bundle(
+    folder: Path,
+    options: EngineOptions,
+    resources: Resources | None = None,
+    progress: Progress | None = None,
+    plan: BuildPlan | None = None,
+) -> Compiled:
+    """Compile the graphs of a published bundle and add the engines to it.
+
+    Args:
+        folder: the bundle.
+        options: what to compile.
+        resources: what that may take.
+        progress: told of each engine, in bytes of its graph's weights.
+        plan: of the checkpoint that the bundle was built from; inductor traces it.
+
+    Raises:
+        BundleError: the bundle is damaged, of another dialect, or holds engines only.
+        BackendError: a package is missing, a target is unknown, the type has no engines, or memory is short.
+        StorageError: disk or cache cannot take the engines, or another process writes the bundle.
+        InterruptedBuildError: Ctrl-C; engines that are complete are in the cache.
+    """
+    with Amendment(folder) as amendment:
+        bundle = Bundle(folder, verify=False)
+        verify_files(folder, other_files(bundle.manifest))  # an engine's key speaks of their hashes
+        made = compile_engines(
+            bundle, options, resources, progress, plan, into=amendment.scratch, check_names=amendment.require_own
+        )
+        manifest = with_engines(bundle.manifest, made, options.kind)
+        if options.engines_only:
+            manifest = without_graphs(manifest)
+        write_manifest(amendment.scratch, manifest)
+        write_checksums(amendment.scratch, manifest)
+        amendment.commit(
+            moves=[*made.files, MANIFEST, CHECKSUMS], removes=bundle.manifest.files.keys() - manifest.files.keys()
+        )
+    return made
+
+
+def compile_engines(
+    bundle: Bundle,
+    options: EngineOptions,
+    resources: Resources | None = None,
+    progress: Progress | None = None,
+    plan: BuildPlan | None = None,
+    *,
+    into: Path,
+    check_names: Callable[[Sequence[str]], None] = lambda _: None,
+) -> Compiled:
+    """Bring all engines of a kind, and the report, into the folder `into`, under the names that they have in a bundle;
+    its manifest is left to the caller. `check_names` is told these names before anything is compiled."""
+    resources, start = resources or Resources(), time.monotonic()
+    folder, manifest = bundle.folder, bundle.manifest
+    bundle.require_graphs()
+    check_options(options, manifest.dialect, manifest.model.dtype)
+    jobs = plan_jobs(bundle, options, plan)
+    report_name = f"{FOLDER}/{options.kind}/{REPORT}"
+    check_names([*(job.file for job in jobs), report_name, CHECKSUMS])
+    if KINDS[options.kind].weights_inside:  # inductor compiles torch's graphs, TensorRT parses the bundle's
+        bundle.check_graphs()
+    cache = EngineCache(resources.cache or default_folder(), resources.cache_limit)
+    missing = [job for job in jobs if cache.find(job.components) is None]
+    check_disk(folder, cache, jobs, missing)
+    threads, word = admitted(missing, resources.jobs, available_memory())
+    meter = Meter(progress, {job.label: job.weight_bytes for job in jobs})
+    fetched = list(_fetch_all(into, jobs, cache, threads, meter))
+    records = [_record(job, one) for job, one in zip(jobs, fetched, strict=True)]
+    files = {job.file: one.entry.file for job, one in zip(jobs, fetched, strict=True)}
+    is_ours = cache.folder == default_folder()  # what others share may hold what they compiled
+    remember_compiled(one.entry.file.sha256 for one in fetched if is_ours or not one.hit)
+    kept = cache.trim()
+    told = {
+        "jobs": threads,
+        "notes": [word] if word else [],
+        "seconds": round(time.monotonic() - start, 2),
+        "cache": {"folder_bytes": kept, "limit": cache.limit, "hits": sum(one.hit for one in fetched)},
+        "engines": [_told(job, one) for job, one in zip(jobs, fetched, strict=True)],
+    }
+    report = _summary(records[0], options) | told
+    path = into / report_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    files[report_name] = file_record(path)
+    return Compiled(tuple(records), files, report)
+
+
+def with_engines(manifest: Manifest, made: Compiled, kind: EngineKind) -> Manifest:
+    """The manifest with these engines in place of others of their kind."""
+    ours = f"{FOLDER}/{kind}/"
+    files = {name: record for name, record in manifest.files.items() if not name.startswith(ours)}
+    engines = tuple(engine for engine in manifest.engines if engine.kind != kind)
+    return replace(manifest, engines=(*engines, *made.records), files=files | dict(made.files))
+
+
+def without_graphs(manifest: Manifest) -> Manifest:
+    """The manifest without the files that engines stand for; the CPU, checks and further engines need those."""
+    places = {str(Path(engine.graph).parent) for engine in manifest.engines}
+    weights_needed = any(not KINDS[engine.kind].weights_inside for engine in manifest.engines)
+
+    def stays(name: str) -> bool:
+        return str(Path(name).parent) not in places or (weights_needed and not name.endswith(".onnx"))
+
+    return replace(manifest, files={name: record for name, record in manifest.files.items() if stays(name)})
+
+
+def write_checksums(folder: Path, manifest: Manifest) -> None:
+    """Write SHA256SUMS over all files and the manifest, which is in `folder`, for `sha256sum -c`."""
+    sums = {name: record.sha256 for name, record in manifest.files.items()} | {MANIFEST: sha256_of(folder / MANIFEST)}
+    text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+    (folder / CHECKSUMS).write_text(text, encoding="utf-8")
+
+
+def _fetch_all(folder: Path, jobs: Sequence[Job], cache: EngineCache, threads: int, meter: Meter) -> Iterator[Fetched]:
+    """All engines in order; builds run ahead in threads, the meter is told by this one alone."""
+    cancel = threading.Event()
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(_fetch, folder, job, cache, cancel) for job in jobs]
+        try:
+            for job, future in zip(jobs, futures, strict=True):
+                meter.begin(job.label)
+                yield _watched(job, future, meter)
+        except BaseException as error:
+            cancel.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                done = sum(future.done() and not future.cancelled() and not future.exception() for future in futures)
+                raise InterruptedBuildError(
+                    f"interrupted: {done} of {len(jobs)} engines are complete in {cache.folder}, run the same command "
+                    "to go on"
+                ) from None
+            raise
+
+
+def _watched(job: Job, future: Future[Fetched], meter: Meter) -> Fetched:
+    """Wait for an engine and tell how far it is, in bytes of its graph's weights."""
+    told = 0
+    meter.doing("compiling")
+    while not future.done():
+        wait([future], timeout=_TICK)
+        if (done := int(job.share * job.weight_bytes)) > told:
+            meter.add(done - told)
+            told = done
+    fetched = future.result()
+    meter.doing(fetched.reason)
+    meter.add(job.weight_bytes - told)
+    return fetched
+
+
+def _fetch(folder: Path, job: Job, cache: EngineCache, cancel: threading.Event) -> Fetched:
+    """One engine, in a thread of the pool."""
+    builder = builder_of(job.spec.kind)
+
+    def go_on() -> None:
+        if cancel.is_set():
+            raise InterruptedBuildError(f"{job.graph}: the compilation was ended")
+
+    def tell(share: float) -> None:
+        go_on()  # what is raised here ends the build
+        job.share = share
+
+    def compiled(target: Path) -> tuple[Mapping[str, Any], FileRecord | None]:
+        go_on()
+        timing = "-".join([job.components["library"], job.components["version"], *job.targets])
+        facts = builder.build_engine(job.spec, target, timing_cache=cache.timing_cache(timing), progress=tell)
+        if facts.timing_cache is not None:
+            cache.keep_timing_cache(timing, facts.timing_cache)
+        kept = {"tensors": facts.tensors, "layer_kinds": facts.layer_kinds, "seconds": round(facts.seconds, 2)}
+        plain: Mapping[str, Any] = to_json(kept)
+        return plain, FileRecord(facts.size, facts.sha256) if hasattr(facts, "sha256") else None
+
+    return cache.fetch(job.components, folder / job.file, compiled, go_on)
+
+
+def _record(job: Job, fetched: Fetched) -> EngineRecord:
+    spec, entry = job.spec, fetched.entry
+    return EngineRecord(
+        kind=spec.kind,
+        graph=job.graph,
+        file=job.file,
+        library=job.components["library"],
+        version=job.components["version"],
+        targets=job.targets,
+        dtype=spec.dtype,
+        key=entry.key,
+        profiles=tuple(spec.profiles),
+        tensors=tuple(from_json(TensorRecord, tensor) for tensor in entry.facts["tensors"]),
+        capacities=tuple(spec.capacities),
+        weight_bytes=job.weight_bytes if KINDS[spec.kind].weights_inside else 0,
+        options=dict(spec.options),
+    )
+
+
+def _summary(record: EngineRecord, options: EngineOptions) -> dict[str, Any]:
+    return {
+        "framefusion-aot": framefusion.__version__,
+        "kind": record.kind,
+        "library": record.library,
+        "version": record.version,
+        "targets": list(record.targets),
+        "engines_only": options.engines_only,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _told(job: Job, fetched: Fetched) -> dict[str, Any]:
+    """An engine's line of the report."""
+    entry = fetched.entry
+    facts = {name: entry.facts.get(name) for name in ("seconds", "layer_kinds")}
+    return {
+        "graph": job.graph,
+        "file": job.file,
+        "bytes": entry.file.size,
+        "sha256": entry.file.sha256,
+        "weight_bytes": job.weight_bytes,
+        "estimated_memory_bytes": job.memory,
+        "cache": fetched.reason,
+        **facts,
+    }

@@ -1,0 +1,1 @@
+"""Engines by torch's inductor: the graphs in plain torch, and their compilation."""

@@ -1,0 +1,239 @@
+"""Engines by torch's inductor, compiled ahead of time: the torch graphs themselves, for CPUs and GPUs of any kind.
+
+A graph is traced from the checkpoint's configuration, because ONNX is no input of inductor: config.json and the headers
+of the tensors are read, no weight is. One engine takes every number of tokens and cache slots, so prefill, chunks and
+decode share it; the caches are inputs that it writes to in place. The custom ops are replaced by their own kernels in
+plain torch, and attention over a cache by a masked one whose shapes follow from the inputs alone, so no Python runs
+later. Weights stay outside: the parameters are views of the bundle's own files, and the package only says where each
+lies (runtime/backends/inductor/backend.py). Segments of one structure therefore compile to one engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_shapes
+
+from framefusion.errors import BackendError, BundleError
+from framefusion.export.engines.inductor.graph import Traceable, export, kinds_of, traceables
+from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
+from framefusion.runtime.backends.inductor.backend import KIND, PLACES
+from framefusion.runtime.bundle import EngineKind, Manifest, ProfileRecord, TensorRecord
+from framefusion.runtime.machine import cpu
+
+SUFFIX = ".pt2"
+DEVICES = ("cpu", "cuda")
+_PEAK = 1_000_000_000  # bytes of a process with torch, and of the compiler it starts, measured: 0.47 GB each
+_ONE = threading.Lock()  # inductor's settings are the process's
+
+
+@dataclass(frozen=True, eq=False)
+class InductorSpec:
+    """Everything that decides an engine's bytes, and what it is made from."""
+
+    graph: Path
+    make: Callable[[], Traceable]
+    dtype: str
+    targets: tuple[str, ...]
+    kind: EngineKind = KIND
+    capacities: tuple[int, ...] = ()  # any
+    profiles: tuple[ProfileRecord, ...] = ()  # one engine takes every shape
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """As torch names it."""
+        return self.targets[0].split()[0]
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What came of a build."""
+
+    tensors: tuple[TensorRecord, ...]
+    layer_kinds: Mapping[str, int]
+    seconds: float
+    size: int
+    timing_cache: bytes | None = None
+
+
+def specs(folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVICES[0]) -> dict[str, InductorSpec]:
+    """What to compile for each graph of a bundle.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        plan: of the checkpoint that it was built from, with the options in its manifest.
+        device: what the engines are to run on; the machine has it.
+
+    Raises:
+        BackendError: there is no C++ compiler, or no such device.
+    """
+    target, options = _target(device)
+    return {
+        graph: InductorSpec(folder / graph, make, manifest.model.dtype, (target,), options=options)
+        for graph, make in traceables(plan).items()
+    }
+
+
+def estimate_memory(spec: InductorSpec) -> int:
+    """Bytes at the peak of a build: weights are mapped and never read."""
+    return _PEAK
+
+
+def build_engine(
+    spec: InductorSpec,
+    target: Path,
+    *,
+    timing_cache: bytes | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> EngineFacts:
+    """Trace, compile and package one graph.
+
+    Raises:
+        BackendError: the C++ compiler failed, with what it said.
+        BundleError: the graph has other weights than the checkpoint's configuration says.
+    """
+    start = time.monotonic()
+    with _alone():
+        progress(0.0)
+        source, dtype = spec.make(), getattr(torch, spec.dtype)
+        places = give_weights(source.module, spec.graph, dtype, spec.device)
+        program = export(source, dtype, spec.device)
+        progress(0.2)
+        fresh = target.with_name(target.name + SUFFIX)  # torch wants the suffix
+        try:
+            _compile(program, fresh, places)
+            os.replace(fresh, target)
+        finally:
+            fresh.unlink(missing_ok=True)
+    progress(1.0)
+    return EngineFacts(_records(source, spec), kinds_of(program), time.monotonic() - start, target.stat().st_size)
+
+
+def give_weights(module: nn.Module, graph: Path, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+    """Give a module the bundle's own weights as views of its file, and say where each lies.
+
+    Another device than the CPU gets memory of that size without the values, which no compilation reads.
+
+    Raises:
+        BundleError: the graph has other parameters.
+    """
+    initializers = ir.load(graph).graph.initializers
+    flat = torch.from_numpy(np.memmap(graph.parent / WEIGHTS, mode="c", dtype=np.uint8))
+    places: dict[str, Any] = {}
+    for name, parameter in list(module.named_parameters()):
+        value = initializers[name].const_value if name in initializers else None
+        if not isinstance(value, ir.ExternalTensor) or tuple(value.shape) != tuple(parameter.shape):
+            raise BundleError(
+                f"{graph} has no {name} {tuple(parameter.shape)}: give the checkpoint that it was built from"
+            )
+        begin, end = value.offset or 0, (value.offset or 0) + (value.length or 0)
+        *path, last = name.split(".")
+        owner = module.get_submodule(".".join(path))
+        view = flat[begin:end].view(dtype).view(parameter.shape)
+        given = view if device == "cpu" else torch.empty_like(view, device=device)
+        setattr(owner, last, nn.Parameter(given, requires_grad=False))
+        places[f"module.{name}"] = [begin, list(parameter.shape)]
+    return {"file": WEIGHTS, "tensors": places}
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """The settings of a trace and a compilation, which are the process's, for one thread at a time."""
+    sizes: Any = symbolic_shapes
+    with _ONE, torch.no_grad(), warnings.catch_warnings(), sizes.patch(backed_size_oblivious=True):
+        warnings.simplefilter("ignore")  # torch warns of its own code
+        yield  # one token and one slot are sizes like others, which is what the patch says
+
+
+def _compile(program: torch.export.ExportedProgram, target: Path, places: Mapping[str, Any]) -> None:
+    settings = {
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.metadata": {PLACES: json.dumps(places)},
+        "cpp.dynamic_threads": True,  # as many as the machine has that runs it, not this one
+    }
+    with _told_by_the_compiler():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=settings)
+
+
+@contextmanager
+def _told_by_the_compiler() -> Iterator[None]:
+    """Turn what inductor raises for a compiler that fails into an error of ours."""
+    from torch._inductor import exc
+
+    try:
+        yield
+    except (exc.InvalidCxxCompiler, exc.CppCompileError, subprocess.CalledProcessError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise BackendError(
+            f"{compiler()} did not compile the engine ({'; '.join(lines[-3:])}): see its own message"
+        ) from error
+
+
+def compiler() -> str:
+    """Name and version of the C++ compiler that inductor calls.
+
+    Raises:
+        BackendError: there is none.
+    """
+    name = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
+    path = shutil.which(name)
+    if path is None:
+        raise BackendError(f"inductor needs a C++ compiler and {name} is not there: install it, or set CXX to yours")
+    told = subprocess.run((path, "--version"), capture_output=True, text=True, check=False)
+    return (told.stdout.splitlines() or [name])[0]
+
+
+def _target(device: str) -> tuple[str, dict[str, Any]]:
+    """What engines are compiled for here, in words and by what decides their bytes."""
+    if device not in DEVICES:
+        raise BackendError(f"device {device!r} is unknown to inductor engines; known are {', '.join(DEVICES)}")
+    options: dict[str, Any] = {"compiler": compiler()}
+    if device == "cpu":
+        words = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability().lower()}"
+        return words, options | {"cpu_features": sorted(cpu.features())}
+    if not torch.cuda.is_available():
+        raise BackendError(
+            f"inductor compiles for the GPU of the machine it runs on, and torch {torch.__version__} finds none: "
+            "compile there, or with --device cpu"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return f"cuda {major}.{minor}", options
+
+
+def _records(source: Traceable, spec: InductorSpec) -> tuple[TensorRecord, ...]:
+    """Inputs and outputs in order; sizes that are free are -1, and those of outputs are told by rank alone."""
+    floats = spec.dtype
+
+    def told(argument: Tensor, axes: Any) -> tuple[str, tuple[int, ...]]:
+        free = axes or {}
+        shape = tuple(-1 if axis in free else size for axis, size in enumerate(argument.shape))
+        return floats if argument.is_floating_point() else str(argument.dtype).removeprefix("torch."), shape
+
+    inputs = [
+        TensorRecord(name, "input", *told(argument, axes))
+        for name, argument, axes in zip(source.inputs, source.arguments, source.axes, strict=True)
+    ]
+    kinds = {"logits": "float32", "similarity": "float32", "importance": "float32", "origin": "int64"}
+    ranks = {"logits": 2, "similarity": 1, "importance": 1, "origin": 1, "tokens": 2}
+    outputs = [
+        TensorRecord(name, "output", kinds.get(name, floats), (-1,) * ranks.get(name, 3)) for name in source.outputs
+    ]
+    return (*inputs, *outputs)

@@ -1,0 +1,1 @@
+"""Engines by TensorRT and TensorRT-RTX: sizes, network and build."""

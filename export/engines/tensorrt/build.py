@@ -1,0 +1,266 @@
+"""Build one TensorRT engine from its specification: without a GPU where the library can (tensorrt-rtx).
+
+The plan goes to its file while it is serialized, hashed on the way; the file has its name only when it is whole.
+Who watches the build may end it: an exception from `progress`, Ctrl-C among them, reaches the library as a "stop" of
+its progress monitor and comes back out of `build_engine`. Knows no bundle, no cache of engines and no runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from framefusion.errors import BackendError, StorageError
+from framefusion.export.engines.tensorrt.network import inputs_of, layer_kinds, outputs_of, parse_graph
+from framefusion.export.engines.tensorrt.profiles import EngineSpec as EngineSpec  # part of this module's interface
+from framefusion.export.engines.tensorrt.profiles import ProfileRecord, weight_bytes
+from framefusion.export.engines.tensorrt.profiles import segment_spec as segment_spec
+from framefusion.export.engines.tensorrt.profiles import tower_spec as tower_spec
+from framefusion.export.writing.hashed_file import HashedFile
+from framefusion.runtime.backends.tensorrt.library import AMPERE, TYPE_NAMES, Library, load_library
+from framefusion.runtime.format.engine_record import TensorRecord
+
+SUFFIX = ".engine"
+LONG_PHASE = "Computing profile costs"  # of the library
+DTYPES = ("float16", "bfloat16")  # fused attention exists in no other
+BASE_MEMORY = 300 << 20
+PROFILE_MEMORY = 20 << 20
+MEMORY_PER_WEIGHT = 2.0
+
+Share = Callable[[float], None]  # told how much of a build is done, 0 to 1
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What a build gave.
+
+    Attributes:
+        size: bytes of the engine.
+        sha256: of the engine.
+        version: of the library that built it.
+        targets: compute capabilities it was built for.
+        tensors: inputs and outputs, named and typed as in the graph.
+        layer_kinds: layers of the network of each kind.
+        seconds: of parsing and building.
+        timing_cache: what the library measured, for the next build; None where it has no such cache.
+    """
+
+    size: int
+    sha256: str
+    version: str
+    targets: tuple[str, ...]
+    tensors: tuple[TensorRecord, ...]
+    layer_kinds: Mapping[str, int]
+    seconds: float
+    timing_cache: bytes | None
+
+
+def build_engine(
+    spec: EngineSpec, target: Path, *, timing_cache: bytes | None = None, progress: Share | None = None
+) -> EngineFacts:
+    """Build an engine into a file.
+
+    Args:
+        spec: what to build.
+        target: the file; its folder exists. Replaced in one step, at the end.
+        timing_cache: what an earlier build gave; left unused where the library has no such cache.
+        progress: told of the share that is done; what it raises ends the build and is raised again.
+
+    Raises:
+        BackendError: the library is missing, cannot build for the targets or the type, or refuses the graph.
+        BundleError: the graph cannot be read.
+        StorageError: the file cannot be written. In all cases nothing is left behind.
+    """
+    library = load_library(spec.kind)
+    targets = library.check_targets(spec.targets)
+    check_dtype(spec, targets)
+    begun = time.monotonic()
+    builder = library.builder()
+    parsed = parse_graph(
+        library, builder, spec.graph, spec.capacities, targets
+    )  # its parser owns the weights: it stays
+    network = parsed.network
+    config = _config(library, builder, network, spec, targets)
+    cache = _attach_timing_cache(library, config, timing_cache)
+    monitor = config.progress_monitor = _monitor(library, progress or (lambda share: None))
+    with _new_file(target) as file:
+        writer = _writer(library, file)
+        built = _aside(lambda: builder.build_serialized_network_to_stream(network, config, writer), monitor)
+        for error in (monitor.error, writer.error):
+            if error is not None:
+                raise error
+        if not built or not file.position:
+            raise BackendError(
+                f"{library.kind} {library.version} cannot build {spec.graph} for compute capability "
+                f"{', '.join(targets)}: {library.reason()}"
+            )
+    return EngineFacts(
+        size=file.record.size,
+        sha256=file.record.sha256,
+        version=library.version,
+        targets=targets,
+        tensors=_tensors(network),
+        layer_kinds=layer_kinds(network),
+        seconds=time.monotonic() - begun,
+        timing_cache=None if cache is None else bytes(cache.serialize()),
+    )
+
+
+def check_dtype(spec: EngineSpec, targets: tuple[str, ...]) -> None:
+    """Refuse a type that the kernels of the targets do not have."""
+    if spec.dtype not in DTYPES:
+        raise BackendError(
+            f"{spec.kind} has no fused attention in {spec.dtype}: build the bundle with --dtype {' or '.join(DTYPES)}"
+        )
+    old = [target for target in targets if float(target) < AMPERE]
+    if old and spec.dtype == "bfloat16":
+        raise BackendError(
+            f"GPUs of compute capability {', '.join(old)} have no bfloat16: build the bundle with --dtype float16, or "
+            "leave them out of --target-sm"
+        )
+
+
+def estimate_memory(spec: EngineSpec) -> int:
+    """Bytes of this machine's memory at the peak of a build, to be compared with what is free before it starts.
+
+    Fitted on TensorRT-RTX 1.7 with eight profiles, fp16: 0.99 GB for 0.47 GB of weights, 9.5 GB for 5.2 GB; and some to
+    spare. The graph's own weights are mapped from their file and not counted: the system drops such pages if it must.
+    """
+    return BASE_MEMORY + PROFILE_MEMORY * len(spec.profiles) + round(MEMORY_PER_WEIGHT * weight_bytes(spec.graph))
+
+
+def _config(library: Library, builder: Any, network: Any, spec: EngineSpec, targets: tuple[str, ...]) -> Any:
+    """Targets and profiles, in the order of the specification."""
+    config = builder.create_builder_config()
+    if library.capabilities:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(library.capabilities[target], index)
+    stream_capture = getattr(library.module.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if stream_capture is not None:  # else the library may allocate during a run, which a CUDA graph cannot hold
+        config.set_flag(stream_capture)
+    if "optimization_level" in spec.options:
+        config.builder_optimization_level = spec.options["optimization_level"]
+    free = [tensor for tensor in inputs_of(network) if -1 in tensor.shape]
+    for record in spec.profiles if free else ():
+        config.add_optimization_profile(_profile(builder, record, free))
+    return config
+
+
+def _profile(builder: Any, record: ProfileRecord, free: list[Any]) -> Any:
+    profile = builder.create_optimization_profile()
+    for tensor in free:
+        shapes = record.shapes[tensor.name]
+        profile.set_shape(tensor.name, *(shapes * 3 if len(shapes) == 1 else shapes))
+    return profile
+
+
+def _tensors(network: Any) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(
+            tensor.name,
+            mode,  # type: ignore[arg-type]
+            TYPE_NAMES.get(tensor.dtype.name, tensor.dtype.name.lower()),
+            tuple(tensor.shape),
+        )
+        for mode, tensors in (("input", inputs_of(network)), ("output", outputs_of(network)))
+        for tensor in tensors
+    )
+
+
+def _attach_timing_cache(library: Library, config: Any, content: bytes | None) -> Any:
+    """The cache that the build reads and extends; None where the library measures nothing."""
+    if not library.measures:
+        return None
+    cache = config.create_timing_cache(content or b"")
+    if cache is None or not config.set_timing_cache(cache, False):  # another GPU or version measured it
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+@contextlib.contextmanager
+def _new_file(target: Path) -> Iterator[HashedFile]:
+    """A file beside the target that takes its name when the body has ended without an error, or is removed."""
+    scratch = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        with HashedFile(scratch) as file:
+            yield file
+        scratch.replace(target)
+    except OSError as error:
+        raise StorageError(
+            f"{target} cannot be written ({error.strerror}): free some space, or choose another folder"
+        ) from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _aside(work: Callable[[], Any], monitor: Any) -> Any:
+    """Run `work` beside the main thread: there Ctrl-C would be raised in whatever callback is on, the log's too."""
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        try:
+            return future.result()
+        except KeyboardInterrupt as error:
+            monitor.error = error  # the next step ends the build
+            return future.result()
+
+
+def _writer(library: Library, file: HashedFile) -> Any:
+    """What takes the plan piece by piece; an error of the file is kept and ends the build."""
+
+    class Writer(library.module.IStreamWriter):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            library.module.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, content: Any) -> int:
+            try:
+                return file.write(memoryview(content))
+            except OSError as error:
+                self.error = error
+                return 0  # fewer than were given: the library gives up
+
+    return Writer()
+
+
+def _monitor(library: Library, progress: Share) -> Any:
+    """What the library tells of its phases; it stops where `progress` raises, and keeps what was raised.
+
+    Nearly all time goes to one phase, which has the same number of steps for each profile.
+    """
+
+    class Monitor(library.module.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            library.module.IProgressMonitor.__init__(self)
+            self.error: BaseException | None = None
+            self._steps, self._share, self._lock = 1, 0.0, threading.Lock()  # called from the library's own threads
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if name == LONG_PHASE:
+                self._steps = max(steps, 1)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            with self._lock:
+                if name == LONG_PHASE:
+                    self._share = max(self._share, min((step + 1) / self._steps, 1.0))
+                try:
+                    if self.error is None:
+                        progress(self._share)
+                except BaseException as error:  # an exception must not cross the library
+                    self.error = error
+            return self.error is None
+
+        def phase_finish(self, name: str) -> None:
+            """Its last step was told."""
+
+    return Monitor()

@@ -1,0 +1,228 @@
+"""What decides the bytes of an engine: a graph, its caches, and the sizes that it is built for. No library, no GPU.
+
+A segment has static profiles: one for each prefill bucket, one for a decode of two tokens, the second of which is
+padding. They share the weights and each costs its code alone, CODE_BYTES. A profile of one token would get a copy of
+all weights.
+
+A tower has ranges, because pictures come in many sizes: a profile for each stretch of sizes, a quarter of the next.
+The number of pictures at once is free within PATCHES_AT_ONCE patches, so one stretch never asks for the memory of many
+of the largest. A range costs as much code as a static shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from framefusion.errors import BundleError
+from framefusion.runtime.bundle import Manifest, SegmentRecord
+from framefusion.runtime.format.engine_record import ProfileRecord as ProfileRecord  # part of this module's interface
+from framefusion.runtime.media.preprocess import MAX_ASPECT_RATIO
+from framefusion.runtime.pipeline import PATCHES_AT_ONCE
+
+DECODE_TOKENS = 2
+CACHE_MULTIPLE = 16
+STRETCH = 4  # the largest picture of a profile over the smallest
+CODE_BYTES = 2 << 20  # of a profile: between 1.5 and 3 MB whatever the weights (TensorRT-RTX 1.7)
+
+Range = tuple[int, int, int]  # min, opt, max
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Everything that decides an engine's bytes, beside the library's version.
+
+    Attributes:
+        graph: ONNX file, of the portable dialect, over its weights.
+        kind: "tensorrt-rtx" or "tensorrt".
+        targets: compute capabilities, "8.6"; none takes the library's own choice.
+        dtype: of weights, activations and caches.
+        capacities: slots of each layer's cache.
+        profiles: in the order of the engine.
+        options: what else the builder is told; `optimization_level` is known.
+    """
+
+    graph: Path
+    kind: str
+    targets: tuple[str, ...]
+    dtype: str
+    capacities: tuple[int, ...]
+    profiles: tuple[ProfileRecord, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def segment_spec(
+    folder: Path, manifest: Manifest, record: SegmentRecord, graph: str, kind: str, targets: Sequence[str]
+) -> EngineSpec:
+    """The engine of a segment's prefill and decode graph, or of one of them where they differ.
+
+    Args:
+        folder: the bundle.
+        manifest: of it.
+        record: the segment.
+        graph: its `graph` or its `decode_graph`.
+        kind: of the engine.
+        targets: compute capabilities.
+
+    Raises:
+        BundleError: the bundle's dialect has no static sizes.
+    """
+    capacities = cache_capacities(manifest, record)
+    sizes: list[tuple[str, int | None]] = []
+    if graph != record.decode_graph:
+        if manifest.fixed is not None:
+            sizes.append(("prefill", None))
+        elif record.buckets is None:
+            raise BundleError(
+                f"{folder} is of the {manifest.dialect} dialect, which has no static sizes for {kind} to be built for: "
+                "build it with --dialect portable"
+            )
+        else:
+            sizes += [(f"prefill {size}", size) for size in record.buckets]
+    if graph == (record.decode_graph or record.graph):
+        sizes.append(("decode", DECODE_TOKENS))
+    axes = graph_axes(folder / graph)
+    profiles = tuple(_segment_profile(name, size, axes, capacities) for name, size in sizes)
+    return EngineSpec(folder / graph, kind, tuple(targets), manifest.model.dtype, capacities, profiles)
+
+
+def tower_spec(folder: Path, manifest: Manifest, kind: str, targets: Sequence[str]) -> EngineSpec:
+    """The engine of the vision tower."""
+    axes = graph_axes(folder / manifest.vision.graph)
+    profiles = tower_profiles(manifest, axes)
+    return EngineSpec(folder / manifest.vision.graph, kind, tuple(targets), manifest.model.dtype, (), profiles)
+
+
+def cache_capacities(manifest: Manifest, record: SegmentRecord) -> tuple[int, ...]:
+    """Slots of each layer of a segment: a full cache or the largest bucket, and the padding of a decode step.
+
+    In the fixed mode a layer's prompt is as long as the reductions before it leave it.
+    """
+    limits, fixed = manifest.limits, manifest.fixed
+    answer = limits.max_kv_cache_capacity - limits.max_input_len
+    if fixed is not None:
+        slots = [fixed.lengths[layer] + answer for layer in record.attention_layers]
+    else:
+        slots = [max(limits.max_kv_cache_capacity, *(record.buckets or (0,)))] * len(record.attention_layers)
+    return tuple(_multiple(count + DECODE_TOKENS - 1, CACHE_MULTIPLE) for count in slots)
+
+
+def graph_axes(graph: Path) -> dict[str, tuple[int | str, ...]]:
+    """Inputs of a graph and their axes: numbers where static, words where free."""
+    return {
+        value.name: tuple(axis.dim_param or int(axis.dim_value) for axis in value.type.tensor_type.shape.dim)
+        for value in read_model(graph).graph.input
+    }
+
+
+def read_model(graph: Path) -> Any:
+    """The proto of a graph without its weights.
+
+    Raises:
+        BundleError: there is none.
+    """
+    try:
+        return onnx.load(str(graph), load_external_data=False)
+    except Exception as error:  # protobuf's and the file system's classes have nothing in common
+        raise BundleError(f"{graph} is no readable ONNX graph ({error}): copy the bundle again or rebuild it") from None
+
+
+def weight_bytes(graph: Path) -> int:
+    """Bytes of the weights that a graph reads from its file."""
+    told = (entry for tensor in read_model(graph).graph.initializer for entry in tensor.external_data)
+    return sum(int(entry.value) for entry in told if entry.key == "length")
+
+
+def _segment_profile(
+    name: str, tokens: int | None, axes: Mapping[str, Sequence[int | str]], capacities: Sequence[int]
+) -> ProfileRecord:
+    """One shape for each input; the fixed prefill has no free axis but the caches'."""
+    words = {f"capacity_{j}": size for j, size in enumerate(capacities)} | ({"tokens": tokens} if tokens else {})
+    shapes = {
+        value: (tuple(axis if isinstance(axis, int) else words[axis] for axis in shape),)
+        for value, shape in axes.items()
+    }
+    return ProfileRecord(name, tokens or shapes["hidden"][0][1], shapes)
+
+
+def tower_profiles(manifest: Manifest, axes: Mapping[str, Sequence[int | str]]) -> tuple[ProfileRecord, ...]:
+    """A profile for each stretch of picture sizes, the smallest first."""
+    count, patches = axes["patches"][:2]
+    stretches = [(patches, patches)] if isinstance(patches, int) else _stretches(*_picture_patches(manifest))
+    profiles = []
+    for low, high in stretches:
+        words = {str(count): _at_once(low, high), str(patches): (low, high, high)}
+        words |= _other_words(manifest, low, high)
+        shapes = {name: _ranged(shape, words) for name, shape in axes.items()}
+        profiles.append(ProfileRecord(f"pictures of up to {high} patches", None, shapes))
+    return tuple(profiles)
+
+
+def _picture_patches(manifest: Manifest) -> tuple[int, int, int]:
+    """Fewest and most patches of a picture that fits into a prompt, and what they are multiples of."""
+    settings, (least, most) = manifest.vision.settings, manifest.preprocessing.picture_patches()
+    longest = round(manifest.limits.max_input_len * manifest.vision.patches_per_token)
+    step = int(settings.get("merge_size", 1)) ** 2
+    if "scales" in settings:  # coarser scales take patches and give no rows of their own
+        step = int(settings["side"]) ** 2
+        longest += step * sum(count**2 for count in settings["scales"][:-1])
+    most = max(least, min(most, longest))
+    return least, most - most % step, step
+
+
+def _stretches(least: int, most: int, step: int) -> list[tuple[int, int]]:
+    """From the least to the most, in multiples of `step`; each stretch ends at about STRETCH times its begin."""
+    ends = [most]
+    while ends[-1] // STRETCH > least:
+        ends.append(_multiple(ends[-1] // STRETCH, step))
+    ends.reverse()
+    return list(zip([least, *(end + step for end in ends[:-1])], ends, strict=True))
+
+
+def _at_once(low: int, high: int) -> Range:
+    """Pictures of one call, as `Pipeline` makes them."""
+    return 1, max(1, PATCHES_AT_ONCE // high), max(1, PATCHES_AT_ONCE // low)
+
+
+def _other_words(manifest: Manifest, low: int, high: int) -> dict[str, Range]:
+    """Axes that follow from the patches of a picture, by the towers' own words."""
+    settings = manifest.vision.settings
+    words: dict[str, Range] = {"rows": (1, high, high)}  # a pool keeps all patches at most
+    if "blocks" in settings:
+        words["rows"] = (1, settings["blocks"] ** 2, settings["blocks"] ** 2)
+    if "merge_size" in settings:
+        smallest, largest = (patches // settings["merge_size"] ** 2 for patches in (low, high))
+        words["merge_blocks"] = (smallest, largest, largest)
+        if "window" in settings:
+            words["windows"] = _windows(smallest, largest, settings["window"])
+    if "scales" in settings:
+        in_tile, scales = settings["side"] ** 2, len(settings["scales"])
+        words["places"] = (scales * in_tile, scales * high, scales * high)  # of the finest scale, at every scale
+    return words
+
+
+def _windows(smallest: int, largest: int, side: int) -> Range:
+    """Windows over a picture of so many merge blocks; the most where it is as long and thin as pictures may be."""
+    outline = math.sqrt(largest) * (math.sqrt(MAX_ASPECT_RATIO) + 1) + 2  # rows and columns together
+    square = _multiple(math.isqrt(largest), side) // side
+    return (
+        -(-smallest // side**2),
+        max(square**2, -(-largest // side**2)),
+        math.ceil(largest / side**2 + outline / side + 1),
+    )
+
+
+def _ranged(shape: Sequence[int | str], words: Mapping[str, Range]) -> tuple[tuple[int, ...], ...]:
+    """(min, opt, max) of a shape, or one where nothing is free."""
+    known = [(axis,) * 3 if isinstance(axis, int) else words[axis] for axis in shape]
+    found = tuple(zip(*known, strict=True))
+    return found[:1] if len(set(found)) == 1 else found
+
+
+def _multiple(size: int, step: int) -> int:
+    return -(-size // step) * step

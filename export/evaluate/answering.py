@@ -1,0 +1,217 @@
+"""What answers the questions of an evaluation: a bundle, a checkpoint in eager torch, or a live model of transformers.
+
+Each reads and encodes what a question shows once, and then answers it under every condition. Decoding is greedy.
+Scores nothing and writes nothing; the live model is in live_answering.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from framefusion.errors import BackendError, EvaluationError
+from framefusion.export.commands.flags import LIVE
+from framefusion.export.evaluate.questions import Question
+from framefusion.reduction.policy import CallRecord
+from framefusion.runtime.bundle import MANIFEST, Bundle, read_manifest, sha256_of
+from framefusion.runtime.commands.flags import frame_sampling
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
+
+if TYPE_CHECKING:
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+
+ONNXRUNTIME = "onnxruntime"
+TRANSFORMERS, EAGER = LIVE
+DENSE = "none"
+"""The reducer that drops nothing: it has no cost but 1."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How a question is answered: by which reducer, at which cost."""
+
+    reducer: str
+    cost: float
+
+    def __str__(self) -> str:
+        return f"{self.reducer} at cost {self.cost:g}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer under one condition, and what it cost."""
+
+    text: str
+    reached: float  # share of the computation over visual tokens that was kept
+    visual_tokens: int  # of the prompt
+    visual_left: int  # of them in the last layer
+    outcomes: tuple[str, ...] = ()  # what the reducer could not do as asked
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How to open what answers; another process can, too.
+
+    Attributes:
+        model: a bundle's folder, a checkpoint's, or an id on the hub.
+        revision: of an id on the hub.
+        live: one of LIVE for a checkpoint; None takes transformers where its processor can be loaded.
+        max_new_tokens: of an answer.
+        fps, max_frames: of the sampling of frames; None leaves them to the bundle or the checkpoint.
+        system: system prompt; None leaves it to the family.
+        seed: of reducers that draw.
+        threads: of one process; 0 takes the physical cores.
+    """
+
+    model: str
+    revision: str | None = None
+    live: str | None = None
+    max_new_tokens: int = 16
+    fps: float | None = None
+    max_frames: int | None = None
+    system: str | None = None
+    seed: int = 0
+    threads: int = 0
+
+    @property
+    def is_bundle(self) -> bool:
+        """Whether the model is a bundle."""
+        return (Path(self.model) / MANIFEST).is_file()
+
+    def seed_of(self, question: Question) -> int:
+        """For a question's own draws, whichever questions are asked beside it."""
+        return (int(question.key, 16) + self.seed) % 2**32
+
+    def sampling(self, told: FrameSampling) -> FrameSampling:
+        """Of frames: as asked, the rest as told."""
+        return frame_sampling(told, self.fps, self.max_frames)
+
+
+class Answerer(ABC):
+    """A model that is open.
+
+    Attributes:
+        engine: what runs it, with versions; answers of another engine are another evaluation's.
+        note: why it is this engine, where that was not asked for.
+    """
+
+    engine: str
+    note: str | None = None
+
+    @abstractmethod
+    def answers(self, question: Question, conditions: Sequence[Condition]) -> Iterator[Answer]:
+        """The question under each condition, in their order; a condition that cannot be met is refused first."""
+
+
+def open_answerer(setup: Setup) -> Answerer:
+    """Open what a setup names.
+
+    Raises:
+        FrameFusionError: a bundle or checkpoint that cannot be opened.
+    """
+    if setup.is_bundle:
+        if setup.live is not None:
+            raise EvaluationError(f"--live {setup.live} is for a checkpoint, {setup.model} is a bundle: leave it out")
+        return PipelineAnswerer(Pipeline(Bundle(setup.model), threads=setup.threads), setup, engine_of(ONNXRUNTIME))
+    import torch
+
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+
+    if setup.threads:
+        torch.set_num_threads(setup.threads)
+    checkpoint, note = Checkpoint.named(setup.model, setup.revision), None
+    if setup.live != EAGER:
+        from framefusion.export.evaluate.live_answering import TransformersAnswerer
+
+        try:
+            return TransformersAnswerer(checkpoint, setup)
+        except BackendError as error:
+            if setup.live == TRANSFORMERS:
+                raise
+            note = str(error)
+    return _eager(checkpoint, setup, note)
+
+
+def _eager(checkpoint: Checkpoint, setup: Setup, note: str | None) -> Answerer:
+    from framefusion.export.eager.uncompiled import eager_pipeline
+    from framefusion.export.options import BuildOptions
+    from framefusion.export.plan.build_plan import BuildPlan
+
+    parts = tempfile.TemporaryDirectory()  # stays as long as the answerer
+    pipeline = eager_pipeline(BuildPlan(checkpoint, BuildOptions()), Path(parts.name) / "parts")
+    answerer = PipelineAnswerer(pipeline, setup, engine_of(EAGER))
+    answerer.parts, answerer.note = parts, note
+    return answerer
+
+
+def engine_of(name: str) -> str:
+    """With the versions that its numbers depend on."""
+    from importlib.metadata import version
+
+    packages = {ONNXRUNTIME: ("onnxruntime",), EAGER: ("torch",), TRANSFORMERS: ("transformers", "torch")}[name]
+    return f"{name} ({', '.join(f'{package} {version(package)}' for package in packages)})"
+
+
+def outcomes_of(calls: Sequence[CallRecord]) -> tuple[str, ...]:
+    """What the calls of a reduction could not do as asked, each outcome once."""
+    return tuple(dict.fromkeys(call.outcome for call in calls if call.outcome))
+
+
+class PipelineAnswerer(Answerer):
+    """The runtime's pipeline, over compiled graphs or those of eager torch: our own prompt and preprocessing."""
+
+    def __init__(self, pipeline: Pipeline, setup: Setup, engine: str) -> None:
+        bundle, sampling = pipeline.bundle, setup.sampling(pipeline.manifest.sampling)
+        if sampling != pipeline.manifest.sampling:
+            pipeline = Pipeline(bundle.seen_as(sampling=sampling), pipeline.backend)
+        self.pipeline, self.setup, self.engine = pipeline, setup, engine
+        self.dense = dense_pipeline(pipeline)
+        self.parts: tempfile.TemporaryDirectory[str] | None = None
+
+    def answers(self, question: Question, conditions: Sequence[Condition]) -> Iterator[Answer]:
+        """See `Answerer.answers`."""
+        prompt, rows = self.pipeline.read(question.turns(self.setup.system), question.files)
+        text, dense = prompt.token_ids.size - prompt.num_visual, None
+        asked = [self._asked(question, condition) for condition in conditions]
+        for pipeline, request in asked:
+            pipeline.reduction(prompt, request)  # refuses
+        for (pipeline, request), condition in zip(asked, conditions, strict=True):
+            made = dense if condition.cost == 1.0 and dense is not None else pipeline.answer(prompt, rows, request)
+            dense = made if condition.cost == 1.0 else dense  # the same whichever reducer has nothing to do
+            left = made.kv_lengths[-1] - text
+            yield Answer(made.text, made.cost, made.visual_tokens, left, outcomes_of(made.reduction))
+
+    def _asked(self, question: Question, condition: Condition) -> tuple[Pipeline, Request]:
+        greedy = replace(self.pipeline.manifest.generation, do_sample=False)
+        most, seed = self.setup.max_new_tokens, self.setup.seed_of(question)
+        if condition.cost == 1.0 and self.dense.manifest.reduction.mode == "none":
+            return self.dense, Request(most, generation=greedy)
+        return self.pipeline, Request(most, condition.cost, generation=greedy, seed=seed, reducer=condition.reducer)
+
+
+def fingerprint(setup: Setup) -> str:
+    """What tells a model from any other: a bundle by its manifest, which hashes all its files; a checkpoint by names,
+    sizes and times of its files, as reading all of them would take longer than many an evaluation.
+    """
+    if setup.is_bundle:
+        return sha256_of(Path(setup.model) / MANIFEST)
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+    from framefusion.export.plan.build_plan import identity_of
+    from framefusion.export.writing.staging import identity
+
+    return identity(identity_of(Checkpoint.named(setup.model, setup.revision)))
+
+
+def own_condition(setup: Setup) -> Condition:
+    """Reducer and cost that a model has by itself; those of a build for a checkpoint."""
+    if setup.is_bundle:
+        record = read_manifest(Path(setup.model)).reduction
+        return Condition(DENSE if record.mode == "none" else record.reducer, record.cost)
+    from framefusion.export.options import BuildOptions
+
+    return Condition(BuildOptions().reducer, BuildOptions().cost)

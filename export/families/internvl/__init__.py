@@ -1,0 +1,1 @@
+"""InternVL in three formats."""

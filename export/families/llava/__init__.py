@@ -1,0 +1,1 @@
+"""LLaVA-Video, LLaVA-OneVision and LLaVA-NeXT-Video."""

@@ -1,0 +1,202 @@
+"""NVILA's vision tower: its geometry, where its weights are in a checkpoint, and what to check it against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from framefusion.errors import CheckpointError
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.weights import AnySource, Computed
+from framefusion.export.families.nvila import row as nvila
+from framefusion.export.families.nvila.tower import NORM_EPS, NvilaScalesTower, NvilaTower, NvilaTowerConfig
+from framefusion.export.families.reading.configs import given, required, text_config
+from framefusion.export.families.reference.composition import fill, last_logits, pixels, qwen2, siglip
+from framefusion.export.families.reference.transformers_call import TransformersCall
+from framefusion.export.families.towers import TowerPlan
+from framefusion.export.families.vit import (
+    activation_of,
+    linear_sources,
+    norm_sources,
+    vit_config,
+    vit_sources,
+    vit_unused,
+)
+from framefusion.export.graphs.vit import VitConfig
+from framefusion.runtime.families.nvila import NvilaPreprocessing
+from framefusion.runtime.media.visual_input import Tiles
+from framefusion.runtime.text.positions import Grid
+
+PROJECTOR = "mm_projector.layers."
+MAPS: Mapping[int, tuple[int, ...]] = {2: (2, 4), 3: (2, 5, 7)}
+"""Side of a block -> numbers of the projector's linear maps; the first norm is number 1, the second one 4."""
+VISION_PREFIXES = ("vision_tower.vision_tower.vision_model.", "vision_tower.vision_model.", "vision_tower.")
+
+
+def tower(checkpoint: Checkpoint) -> TowerPlan:
+    """The tower on the meta device, and the sources of its parameters."""
+    told = nvila.preprocessing(checkpoint)
+    vit, maps = encoder_config(checkpoint), MAPS[told.merge_size]
+    if vit.num_positions != told.side**2:
+        raise CheckpointError(
+            f"the vision tower has {vit.num_positions} positions, pictures of {told.image_size} pixels have "
+            f"{told.side**2} patches: is vision_tower/config.json of another model?"
+        )
+    declared = int(required(nvila.vision_config(checkpoint), "num_hidden_layers", checkpoint))
+    unused = vit_unused(checkpoint, vision_prefix(checkpoint), declared, vit.depth)
+    _check_projector(checkpoint, told, vit)
+    widths = tuple(checkpoint.shape(f"{PROJECTOR}{number}.weight")[0] for number in maps)
+    frames, tall, wide = told.pool_sizes
+    config = NvilaTowerConfig(vit, told.side, told.merge_size, widths, pools=tall * wide > 1)
+    kind, settings = _kind(told)
+    if kind == "scales":
+        config = replace(config, scales=len(told.scales), taps=settings["most"] ** 2)
+    with torch.device("meta"):
+        module = (NvilaScalesTower if kind == "scales" else NvilaTower)(config)
+    return TowerPlan(
+        module,
+        vit_sources("vit.", vision_prefix(checkpoint), vit) | projector_sources(checkpoint, config, len(told.scales)),
+        kind,
+        patch_width=vit.patch_width,
+        head_dim=vit.head_dim,
+        embed_dim=vit.width,
+        mlp_width=max(vit.mlp_width, config.block**2 * vit.width),
+        out_width=widths[-1],
+        patches_per_token=frames * told.side**2 * tall * wide / config.blocks**2,
+        settings=settings,
+        unused=unused,
+    )
+
+
+def _kind(told: NvilaPreprocessing) -> tuple[str, dict[str, Any]]:
+    """What the graph wants beside patches, and the numbers of that; `patches` are those of a row's frames."""
+    frames, tall, wide = told.pool_sizes
+    patches = {"patches": frames * told.side**2}
+    if told.image_aspect_ratio == "dynamic_s2":
+        # a place of the finest scale covers at most as many of a coarser one as that has tiles
+        most = max((1, *told.scales[:-1]))
+        return "scales", {"rows": told.blocks**2, "side": told.side, "scales": list(told.scales), "most": most}
+    if tall * wide > 1:
+        return "block_pooled", {"blocks": told.blocks, "pool_sizes": [tall, wide]} | patches
+    return "plain", {"rows": told.blocks**2} | patches
+
+
+def encoder_config(checkpoint: Checkpoint) -> VitConfig:
+    """The encoder as far as it is run: up to the layer that config.json selects, no norm after it."""
+    vision, key = nvila.vision_config(checkpoint), "mm_vision_select_layer"
+    layers = int(required(vision, "num_hidden_layers", checkpoint))
+    select = int(required(checkpoint.config, key, checkpoint))
+    depth = select if select >= 0 else layers + 1 + select  # of the states before, between and after the layers
+    if not 1 <= depth <= layers:
+        raise CheckpointError(f"{checkpoint.folder}/config.json has {key} {select}, the tower has {layers} layers")
+    return vit_config(
+        checkpoint,
+        vision_prefix(checkpoint),
+        depth,
+        int(required(vision, "num_attention_heads", checkpoint)),
+        norm_eps=float(given(vision, "layer_norm_eps", 1e-6)),
+        activation=activation_of(vision, "gelu_pytorch_tanh"),
+    )
+
+
+def vision_prefix(checkpoint: Checkpoint) -> str:
+    """What the keys of the vision tower begin with; it changed between releases of transformers."""
+    for prefix in VISION_PREFIXES:
+        if f"{prefix}embeddings.patch_embedding.weight" in checkpoint:
+            return prefix
+    tried = ", ".join(f"{prefix}embeddings.patch_embedding.weight" for prefix in VISION_PREFIXES)
+    raise CheckpointError(f"{checkpoint.folder} has no vision tower under any known name ({tried})")
+
+
+def projector_sources(checkpoint: Checkpoint, config: NvilaTowerConfig, scales: int) -> dict[str, AnySource]:
+    """Parameter of the projector -> place in the checkpoint; the first norm is folded into the first map.
+
+    So are the `scales` that the checkpoint takes side by side, where the graph gives one for all of them.
+    """
+    gain, shift, first = f"{PROJECTOR}1.weight", f"{PROJECTOR}1.bias", f"{PROJECTOR}2"
+    folded = partial(_folded, config.block**2, scales // config.scales)
+    sources: dict[str, AnySource] = {
+        "maps.0.weight": Computed((f"{first}.weight", gain), folded),
+        "maps.0.bias": Computed((f"{first}.weight", shift, f"{first}.bias"), _shifted),
+    }
+    for index, number in enumerate(MAPS[config.block][1:], start=1):
+        sources |= linear_sources(f"maps.{index}", f"{PROJECTOR}{number}")
+    return sources | norm_sources("norm", f"{PROJECTOR}4")
+
+
+def _check_projector(checkpoint: Checkpoint, told: NvilaPreprocessing, vit: VitConfig) -> None:
+    """Refuse a projector that takes other blocks than config.json says."""
+    gain, block, scales = f"{PROJECTOR}1.weight", told.merge_size, len(told.scales)
+    width = scales * block**2 * vit.width
+    if checkpoint.shape(gain) != (width,):
+        raise CheckpointError(
+            f"{gain} has shape {checkpoint.shape(gain)}, {block} x {block} patches of {vit.width} numbers in {scales} "
+            f"scale(s) are {width}: do mm_projector_type and dynamic_s2 belong to it?"
+        )
+
+
+def _folded(places: int, copies: int, weight: Tensor, gain: Tensor) -> Tensor:
+    """[in, out] of a map after a norm with this gain, for an input given once instead of in copies side by side.
+
+    The copies of one place in the block lie side by side, place by place.
+    """
+    scaled = weight.float() * gain.float()
+    return scaled.reshape(len(weight), places, copies, -1).sum(2).flatten(1).T
+
+
+def _shifted(weight: Tensor, shift: Tensor, bias: Tensor) -> Tensor:
+    """The bias of a map after a norm with this shift."""
+    return bias.float() + weight.float() @ shift.float()
+
+
+def reference_logits(call: TransformersCall) -> NDArray[Any]:
+    """Logits [keep, V] of the last tokens, by SiglipVisionModel and Qwen2ForCausalLM with VILA's steps between them.
+
+    Of images at several scales only the tests have a reference.
+    """
+    checkpoint = call.checkpoint
+    told = nvila.preprocessing(checkpoint)
+    copies = len(told.scales)
+    vision = siglip(call, vision_prefix(checkpoint), encoder_config(checkpoint), told.image_size, told.patch_size)
+    projector = _projector(checkpoint, told.merge_size)
+    missing = told.blocks * told.merge_size - told.side
+
+    def rows(tiles: Tiles) -> Tensor:
+        frames = tiles.grid.height // told.side
+        alone = Grid(tiles.grid.frames * frames, told.side, told.side)
+        pictures = pixels(
+            Tiles(tiles.values.reshape(alone.frames, told.side**2, -1), alone), told.image_size, told.patch_size
+        )
+        hidden = vision(pictures, output_hidden_states=True).hidden_states[-1].repeat(1, 1, copies)
+        padded = nn.functional.pad(
+            hidden.transpose(1, 2).reshape(len(hidden), -1, *alone[1:]), (0, missing, 0, missing)
+        )
+        blocks = nn.functional.unfold(padded, told.merge_size, stride=told.merge_size)  # channels first in a column
+        channels_last = blocks.reshape(*padded.shape[:2], told.merge_size**2, -1).permute(0, 3, 2, 1).flatten(2)
+        projected: Tensor = projector(channels_last)
+        projected = projected.reshape(-1, frames, *projected.shape[1:]).mean(1)
+        if tiles.pool:
+            grid = projected.transpose(1, 2).reshape(len(projected), -1, told.blocks, told.blocks)
+            projected = nn.functional.avg_pool2d(grid, told.pool_sizes[1:]).flatten(2).transpose(1, 2)
+        return projected.flatten(0, 1)
+
+    with torch.inference_mode():
+        return last_logits(qwen2(call, text_config(checkpoint), "llm."), call, rows)
+
+
+def _projector(checkpoint: Checkpoint, block: int) -> nn.Module:
+    """The projector as VILA has it, its first layer left out, which joins blocks."""
+    shapes = [checkpoint.shape(f"{PROJECTOR}{number}.weight") for number in MAPS[block]]
+    layers: list[nn.Module] = [nn.Identity(), nn.LayerNorm(shapes[0][1], NORM_EPS)]
+    for index, (out, width) in enumerate(shapes):
+        layers += [nn.LayerNorm(width, NORM_EPS)] if index == 1 and len(shapes) == 3 else []
+        layers += [nn.Linear(width, out), nn.GELU()]
+    projector = nn.Sequential(*layers[:-1])
+    fill(projector, checkpoint, PROJECTOR)
+    return projector.eval()

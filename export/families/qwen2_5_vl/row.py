@@ -1,0 +1,43 @@
+"""Qwen2.5-VL: its row of the table and what its checkpoints say about frames."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from framefusion.export.families.family import Family, LlmKeys
+from framefusion.export.families.reading import configs as reading
+from framefusion.runtime.families.qwen2_5_vl import Qwen25VLPreprocessing
+from framefusion.runtime.media.frame_sampling import FrameSampling
+
+if TYPE_CHECKING:
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+
+
+def preprocessing(checkpoint: Checkpoint) -> Qwen25VLPreprocessing:
+    """Patch geometry, pixel limits, normalisation and the pace of temporal positions, as the checkpoint tells them."""
+    vision = reading.vision_config(checkpoint)
+    pace = float(reading.required(vision, "tokens_per_second", checkpoint))
+    told = reading.told_by_processor(checkpoint, Qwen25VLPreprocessing(tokens_per_second=pace))
+    return replace(told, total_pixels=reading.film_pixels(checkpoint, told), **reading.image_limits(checkpoint))
+
+
+ROW = Family(
+    name="qwen2_5_vl",
+    architectures=("Qwen2_5_VLForConditionalGeneration",),
+    model_types=("qwen2_5_vl",),
+    checkpoints=tuple(f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")),
+    llm=LlmKeys(
+        prefixes=("model.language_model.", "model.", "language_model.model."),
+        head_keys=("lm_head.weight", "language_model.lm_head.weight"),
+    ),
+    tower="framefusion.export.families.qwen2_5_vl.weights:tower",
+    preprocessing=preprocessing,
+    sampling=lambda checkpoint: reading.told_by_video_processor(checkpoint, FrameSampling("qwen2_vl")),
+    template=reading.qwen_template,
+    importance_rows=4,  # the reference has no such model: as for Qwen2-VL, whose prompts end the same way
+    similarity_lower_bound=0.5,
+    verified="transformers' Qwen2_5_VLForConditionalGeneration at tiny sizes",
+    reference="Qwen2_5_VLForConditionalGeneration",
+    reference_logits="framefusion.export.families.qwen2_5_vl.weights:reference_logits",
+)

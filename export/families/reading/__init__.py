@@ -1,0 +1,1 @@
+"""What families read from a checkpoint in the same way: configurations, their defaults, and processors."""

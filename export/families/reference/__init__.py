@@ -1,0 +1,1 @@
+"""transformers' own classes, called with our prompts: what the torch graphs are compared with."""

@@ -1,0 +1,186 @@
+"""The generic decoder of all families, cut anywhere between an attention and an MLP.
+
+GQA, RoPE or M-RoPE (the tables come from outside), RMSNorm, SwiGLU, with or without biases and q/k norms. A
+`Segment` is a run of half layers ("blocks"); it knows no checkpoint, no position rule and no budget.
+
+Inputs of a segment, in order (B is 1):
+
+    name        shape              dtype   when
+    hidden      [B, S, D]          float   always
+    cos, sin    [B, S, hd/2]       float   it has attention
+    kv_len      [A]                int64   it has attention: tokens in each cache once this chunk is in it
+    previous    [S]                int64   scores: previous token of the track, -1 for none
+    last        [1]                int64   scores or head: index of the last real token
+    past_key_j, past_value_j       [B, Hkv, C_j, hd]   one pair for each attention block j
+    deepstack   [n, S, D]          float   n of its MLPs are those of the first layers, which add visual features
+
+Outputs: hidden [B, S, D] or logits fp32 [B, vocab]; similarity and importance, fp32 [S], with scores; present_key_j and
+present_value_j, which a runtime binds to the memory of the past ones. float is the module's own type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import framefusion.ops.kernels  # noqa: F401  (registers the ops)
+from framefusion.export.graphs.layers import Linear, RMSNorm
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Geometry of a decoder, read from the checkpoint."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, ...] | None = None  # channels (of head_dim / 2) for time, height, width
+    mrope_interleaved: bool = False  # one channel after the other, instead of three blocks
+    deepstack: int = 0  # first layers behind which visual features are added to the hidden states (Qwen3-VL)
+    qkv_bias: bool = True
+    out_bias: bool = False  # of the projection behind the attention (Llama and Qwen3 with attention_bias)
+    mlp_bias: bool = False  # of gate, up and down (Llama)
+    qk_norm: bool = False  # RMSNorm of each head before RoPE (Qwen3)
+    importance_rows: int = 1  # query rows the importance is averaged over; a fact of the family
+
+
+@dataclass(frozen=True)
+class Block:
+    """Half of a layer."""
+
+    kind: Literal["attention", "mlp"]
+    layer: int
+    deepstack: bool = False  # adds visual features: an MLP of the first layers, where the family has them
+
+
+class AttentionBlock(nn.Module):
+    """Input norm, attention over the cache, residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.q = Linear(config.hidden_size, width, config.qkv_bias)
+        self.k = Linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.v = Linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.o = Linear(width, config.hidden_size, config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query and key after RoPE, and value, of hidden [B, S, D]."""
+        normed = self.norm(hidden)
+        query, key, value = self.q(normed), self.k(normed), self.v(normed)
+        if self.q_norm is not None and self.k_norm is not None:
+            query = self.q_norm(query.unflatten(-1, (self.num_heads, -1))).flatten(-2)
+            key = self.k_norm(key.unflatten(-1, (self.num_kv_heads, -1))).flatten(-2)
+        rotary = torch.ops.framefusion.rotary
+        return rotary(query, cos, sin, self.num_heads), rotary(key, cos, sin, self.num_kv_heads), value
+
+    def forward(
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor], kv_len: Tensor, past: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return hidden, (query, key) for the importance, and the present caches."""
+        query, key, value = self.project(hidden, *rope)
+        out, present_key, present_value = torch.ops.framefusion.cache_attention(
+            query, key, value, *past, kv_len, self.num_heads, self.num_kv_heads
+        )
+        return hidden + self.o(out), (query, key), (present_key, present_value)
+
+
+class MlpBlock(nn.Module):
+    """Post-attention norm, SwiGLU, residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gate = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, S, D] -> the same shape."""
+        normed = self.norm(hidden)
+        down: Tensor = self.down(torch.ops.framefusion.swish(self.gate(normed), 1.0) * self.up(normed))
+        return hidden + down
+
+
+class Head(nn.Module):
+    """Final norm and vocabulary projection."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, 1, D] -> logits [B, vocab], always fp32: sampling happens outside."""
+        logits: Tensor = self.lm_head(self.norm(hidden))[:, 0].float()
+        return logits
+
+
+class Segment(nn.Module):
+    """A run of blocks, optionally ending in scores (similarity, importance) or in the head."""
+
+    def __init__(self, config: DecoderConfig, blocks: Sequence[Block], *, scores: bool, head: bool) -> None:
+        super().__init__()
+        self.config, self.plan, self.scores = config, tuple(blocks), scores
+        kinds = {"attention": AttentionBlock, "mlp": MlpBlock}
+        self.blocks = nn.ModuleList(kinds[block.kind](config) for block in blocks)
+        self.head = Head(config) if head else None
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_len: Tensor,
+        previous: Tensor | None,
+        last: Tensor | None,
+        past: Sequence[tuple[Tensor, Tensor]],
+        deepstack: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """See the module's table."""
+        presents: list[Tensor] = []
+        final, added = len(self.blocks) - 1, 0
+        for index, block in enumerate(self.blocks):
+            if self.head is not None and index == final and last is not None:
+                hidden = hidden.index_select(1, last)  # only this token's logits are wanted: its MLP is enough
+                deepstack = None if deepstack is None else deepstack.index_select(1, last)
+            if isinstance(block, AttentionBlock):
+                slot = len(presents) // 2
+                hidden, states, present = block(hidden, (cos, sin), kv_len[slot : slot + 1], past[slot])
+                presents += present
+            else:
+                hidden = block(hidden)
+                if self.plan[index].deepstack and deepstack is not None:
+                    hidden, added = hidden + deepstack[added : added + 1], added + 1
+        if self.head is not None:
+            return self.head(hidden), *presents
+        if not self.scores:
+            return hidden, *presents
+        return hidden, *score_tokens(self.config, hidden, states, previous, last), *presents
+
+
+def score_tokens(
+    config: DecoderConfig, hidden: Tensor, states: tuple[Tensor, Tensor], previous: Tensor | None, last: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Similarity and importance, each fp32 [S], of the tokens after an attention."""
+    query, key = states
+    return (
+        torch.ops.framefusion.similarity(hidden, previous),
+        torch.ops.framefusion.importance(
+            query, key, last, config.importance_rows, config.num_heads, config.num_kv_heads
+        ),
+    )

@@ -1,0 +1,72 @@
+"""Where the decoder is cut. Reduction happens between an attention and its MLP, so segments run from MLP to attention.
+
+    segment 0:      attention of layer 0                                   -> hidden, similarity, importance
+    segment k:      MLP of layer k-1, attention of layer k                 -> hidden, similarity, importance
+    last segment:   MLP of layer D, layers D+1 .. L-1, final norm, lm_head on the last token
+
+Other reducers act at other calls: the decoder is cut only behind the attentions where the chosen one may act, and stays
+whole for a method that is done before the LLM. Knows no weights and no targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from framefusion.export.graphs.decoder import Block
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """A run of blocks and how it ends."""
+
+    name: str
+    blocks: tuple[Block, ...]
+    scores: bool
+    head: bool
+
+    @property
+    def structure(self) -> tuple[tuple[tuple[str, bool], ...], bool, bool]:
+        """Segments of equal structure share one traced graph."""
+        return tuple((block.kind, block.deepstack) for block in self.blocks), self.scores, self.head
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers whose attention, and so whose cache, this segment holds."""
+        return tuple(block.layer for block in self.blocks if block.kind == "attention")
+
+    @property
+    def deepstack(self) -> int:
+        """How many of its MLPs add visual features."""
+        return sum(block.deepstack for block in self.blocks)
+
+
+def half_layers(num_layers: int, deepstack: int = 0) -> tuple[Block, ...]:
+    """All blocks of a decoder in order; the first `deepstack` layers add visual features after their MLPs."""
+    return tuple(
+        block
+        for layer in range(num_layers)
+        for block in (Block("attention", layer), Block("mlp", layer, deepstack=layer < deepstack))
+    )
+
+
+def whole_decoder(num_layers: int, name: str = "decoder", deepstack: int = 0) -> tuple[SegmentPlan, ...]:
+    """One segment: nothing looks inside."""
+    return (SegmentPlan(name, half_layers(num_layers, deepstack), scores=False, head=True),)
+
+
+def cut_after_attentions(num_layers: int, depth: int, deepstack: int = 0) -> tuple[SegmentPlan, ...]:
+    """Cut after the attention of layers 0 .. depth (D above); depth <= num_layers - 2."""
+    return cut_after(num_layers, range(depth + 1), deepstack)
+
+
+def cut_after(num_layers: int, layers: Sequence[int], deepstack: int = 0) -> tuple[SegmentPlan, ...]:
+    """Cut after the attention of these layers, ascending and one at least; a segment is named by its last one."""
+    blocks = half_layers(num_layers, deepstack)
+    ends = [2 * layer + 1 for layer in layers]
+    starts = [0, *ends[:-1]]
+    looked_at = [
+        SegmentPlan(f"layer{layer:02d}", blocks[start:end], scores=True, head=False)
+        for layer, start, end in zip(layers, starts, ends, strict=True)
+    ]
+    return (*looked_at, SegmentPlan("rest", blocks[ends[-1] :], scores=False, head=True))

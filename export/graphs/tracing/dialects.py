@@ -1,0 +1,253 @@
+"""Dialects: how each custom op of the graph is said to a target. One table a target; nothing else differs between them.
+
+`gqa` speaks to ONNX Runtime in its contrib operators: the cache is updated in place and every shape is dynamic.
+`portable` uses standard operators of opset 24 only (TensorScatter, then Attention), which TensorRT reads too and ONNX
+Runtime's CPU kernels can verify.
+
+The functions below are called by torch's exporter with symbolic tensors and emit nodes as they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from onnxscript.values import Op, Opset
+
+from framefusion.reduction.tracks import DISSIMILAR
+
+Symbol = Any  # a symbolic tensor of the exporter
+Translation = Callable[..., Any]
+
+_op = Opset("", 23)
+_op24 = Opset("", 24)
+_contrib = Opset("com.microsoft", 1)
+_Schema = onnx.defs.OpSchema
+_INT, _FLOAT = _Schema.AttrType.INT, _Schema.AttrType.FLOAT
+INT32, INT64, FLOAT32 = (int(t) for t in (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT))
+
+
+def declare_op(
+    opset: Opset, name: str, inputs: Mapping[str, str], outputs: tuple[str, ...], attributes: Mapping[str, Any]
+) -> Op:
+    """An operator with a schema of ours: contrib operators have none, and optional outputs must not be emitted."""
+    types = {
+        "T": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
+        "M": ["tensor(int32)"],
+        "N": ["tensor(int64)"],
+    }
+    used = {"T", *inputs.values()}
+    schema = _Schema(
+        name,
+        opset.domain,
+        opset.version,
+        inputs=[_Schema.FormalParameter(parameter, kind) for parameter, kind in inputs.items()],
+        outputs=[_Schema.FormalParameter(output, "T") for output in outputs],
+        type_constraints=[(kind, types[kind], "") for kind in sorted(used)],
+        attributes=[_Schema.Attribute(attribute, kind, "") for attribute, kind in attributes.items()],
+    )
+    return Op(opset, name, schema)
+
+
+_GQA = declare_op(
+    _contrib,
+    "GroupQueryAttention",
+    dict.fromkeys(("query", "key", "value", "past_key", "past_value"), "T")
+    | dict.fromkeys(("seqlens_k", "total_sequence_length"), "M"),
+    ("output", "present_key", "present_value"),
+    {"num_heads": _INT, "kv_num_heads": _INT},
+)
+_MULTI_HEAD = declare_op(
+    _contrib, "MultiHeadAttention", dict.fromkeys(("query", "key", "value"), "T"), ("output",), {"num_heads": _INT}
+)
+_MASKED_MULTI_HEAD = declare_op(
+    _contrib,
+    "MultiHeadAttention",
+    dict.fromkeys(("query", "key", "value", "bias"), "T") | {"key_padding_mask": "M"} | {"attention_bias": "T"},
+    ("output",),
+    {"num_heads": _INT},
+)
+_MASKED_ATTENTION = declare_op(
+    _op,
+    "Attention",
+    dict.fromkeys(("Q", "K", "V", "attn_mask"), "T"),
+    ("Y",),
+    {"q_num_heads": _INT, "kv_num_heads": _INT},
+)
+_ATTENTION = declare_op(
+    _op, "Attention", dict.fromkeys(("Q", "K", "V"), "T"), ("Y",), {"q_num_heads": _INT, "kv_num_heads": _INT}
+)
+_CACHE_ATTENTION = declare_op(
+    _op24,
+    "Attention",
+    dict.fromkeys(("Q", "K", "V", "attn_mask", "past_key", "past_value"), "T") | {"nonpad_kv_seqlen": "N"},
+    ("Y",),
+    {"is_causal": _INT},
+)
+_QUICK_GELU = declare_op(_contrib, "QuickGelu", {"X": "T"}, ("Y",), {"alpha": _FLOAT})
+
+
+def _ints(*values: int) -> Symbol:
+    return _op.Constant(value_ints=list(values))
+
+
+def _float(value: float) -> Symbol:
+    return _op.Constant(value_float=value)
+
+
+def rms_norm(x: Symbol, weight: Symbol, eps: float) -> Symbol:
+    """Standard in opset 23."""
+    return _op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+
+
+def rotary(x: Symbol, cos: Symbol, sin: Symbol, num_heads: int) -> Symbol:
+    """Standard in opset 23; without position ids the tables are per token, which is how M-RoPE fits in."""
+    return _op.RotaryEmbedding(x, cos, sin, num_heads=num_heads)
+
+
+def gqa_cache_attention(
+    query: Symbol, key: Symbol, value: Symbol, past_key: Symbol, past_value: Symbol, kv_len: Symbol, heads: int, kv: int
+) -> Symbol:
+    """`seqlens_k` is the valid length - 1 and the past is what `total_sequence_length` has beyond the query."""
+    total = _op.Cast(kv_len, to=INT32)
+    before = _op.Cast(_op.Sub(kv_len, _ints(1)), to=INT32)
+    return _GQA(query, key, value, past_key, past_value, before, total, num_heads=heads, kv_num_heads=kv)
+
+
+def portable_cache_attention(
+    query: Symbol, key: Symbol, value: Symbol, past_key: Symbol, past_value: Symbol, kv_len: Symbol, heads: int, kv: int
+) -> Symbol:
+    """Scatter the new rows into the cache at kv_len - S, then attend to the first kv_len of it, lower right causal."""
+    length = _op.Shape(query, start=1, end=2)
+    start = _op.Sub(kv_len, length)
+
+    def split(x: Symbol, count: int) -> Symbol:  # [B, S, n*hd] -> [B, n, S, hd]
+        return _op.Transpose(_op.Reshape(x, _ints(0, 0, count, -1)), perm=[0, 2, 1, 3])
+
+    present_key = _op24.TensorScatter(past_key, split(key, kv), start, axis=2)
+    present_value = _op24.TensorScatter(past_value, split(value, kv), start, axis=2)
+    out = _CACHE_ATTENTION(split(query, heads), present_key, present_value, None, None, None, kv_len, is_causal=1)
+    merged = _op.Reshape(_op.Transpose(out, perm=[0, 2, 1, 3]), _ints(0, 0, -1))
+    return merged, present_key, present_value
+
+
+def contrib_full_attention(query: Symbol, key: Symbol, value: Symbol, heads: int) -> Symbol:
+    """ONNX Runtime's fused kernel, which never writes the P x P scores out."""
+    return _MULTI_HEAD(query, key, value, num_heads=heads)
+
+
+def portable_full_attention(query: Symbol, key: Symbol, value: Symbol, heads: int) -> Symbol:
+    """Attention without a mask; 3-D inputs need the head counts."""
+    return _ATTENTION(query, key, value, q_num_heads=heads, kv_num_heads=heads)
+
+
+def contrib_masked_attention(query: Symbol, key: Symbol, value: Symbol, bias: Symbol, heads: int) -> Symbol:
+    """As above, the mask added to the scores."""
+    return _MASKED_MULTI_HEAD(query, key, value, None, None, bias, num_heads=heads)
+
+
+def portable_masked_attention(query: Symbol, key: Symbol, value: Symbol, bias: Symbol, heads: int) -> Symbol:
+    """As above, the mask added to the scores."""
+    return _MASKED_ATTENTION(query, key, value, bias, q_num_heads=heads, kv_num_heads=heads)
+
+
+def contrib_swish(x: Symbol, alpha: float) -> Symbol:
+    """One pass over memory instead of two or three."""
+    return _QUICK_GELU(x, alpha=alpha)
+
+
+def portable_swish(x: Symbol, alpha: float) -> Symbol:
+    """Sigmoid and a product: engines fuse them."""
+    scaled = x if alpha == 1.0 else _op.Mul(x, _op.CastLike(_float(alpha), x))
+    return _op.Mul(x, _op.Sigmoid(scaled))
+
+
+def similarity(hidden: Symbol, previous: Symbol) -> Symbol:
+    """Cosine to the gathered previous token, fp32; -2 where there is none or a norm is zero."""
+    rows = _op.Cast(_op.Squeeze(hidden, _ints(0)), to=FLOAT32)
+    index = _op.Max(previous, _ints(0))
+    dots = _op.ReduceSum(_op.Mul(rows, _op.Gather(rows, index, axis=0)), _ints(-1), keepdims=0)
+    norms = _op.ReduceL2(rows, _ints(-1), keepdims=0)
+    scale = _op.Mul(norms, _op.Gather(norms, index, axis=0))
+    comparable = _op.And(_op.GreaterOrEqual(previous, _ints(0)), _op.Greater(scale, _float(0.0)))
+    tiny = _float(float(torch.finfo(torch.float32).tiny))
+    return _op.Where(comparable, _op.Div(dots, _op.Max(scale, tiny)), _float(DISSIMILAR))
+
+
+def importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, kv: int) -> Symbol:
+    """Softmax of a few query rows over all keys, mean over heads and rows.
+
+    query [S, H*hd] -> chosen rows [kv, rows*g, hd] --MatMul-- [kv, hd, S] <- key;  mask, softmax, mean -> [S]
+    """
+    chosen = _op.Max(_op.Sub(last, _ints(*range(rows))), _ints(0))  # [rows]
+    picked = _op.Gather(_op.Squeeze(query, _ints(0)), chosen, axis=0)
+    q = _op.Transpose(_op.Reshape(_op.Cast(picked, to=FLOAT32), _ints(rows, kv, heads // kv, -1)), perm=[1, 0, 2, 3])
+    q = _op.Reshape(q, _ints(0, rows * (heads // kv), -1))
+    k = _op.Reshape(_op.Cast(_op.Squeeze(key, _ints(0)), to=FLOAT32), _ints(0, kv, -1))
+    head_dim = _op.Cast(_op.Shape(q, start=2, end=3), to=FLOAT32)
+    scores = _op.Div(_op.MatMul(q, _op.Transpose(k, perm=[1, 2, 0])), _op.Sqrt(head_dim))  # [kv, rows*g, S]
+    scores = _op.Reshape(scores, _ints(kv, rows, heads // kv, -1))
+    length = _op.Squeeze(_op.Shape(query, start=1, end=2), _ints(0))
+    zero, one = _op.Squeeze(_ints(0), _ints(0)), _op.Squeeze(_ints(1), _ints(0))
+    visible = _op.LessOrEqual(_op.Range(zero, length, one), _op.Unsqueeze(chosen, _ints(1)))  # [rows, S]
+    hidden = _op.Unsqueeze(_op.Where(visible, _float(0.0), _float(float("-inf"))), _ints(1))  # [rows, 1, S]
+    return _op.ReduceMean(_op.Softmax(_op.Add(scores, hidden), axis=-1), _ints(0, 1, 2), keepdims=0)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A target's way to say the custom ops."""
+
+    name: str
+    description: str
+    translations: Mapping[str, Translation]
+    exact_shapes: bool  # True: any length runs as it is; False: one static size a bucket
+    opset: int  # the lowest that has its operators: older runtimes refuse newer ones
+    head_dim_multiple: int = 1  # of the channels of a head, as its kernels want them
+
+    def table(self) -> dict[Any, Translation]:
+        """As torch's exporter wants it: overload -> function."""
+        return {getattr(torch.ops.framefusion, op).default: function for op, function in self.translations.items()}
+
+
+_COMMON: dict[str, Translation] = {
+    "rms_norm": rms_norm,
+    "rotary": rotary,
+    "similarity": similarity,
+    "importance": importance,
+}
+DIALECTS = {
+    dialect.name: dialect
+    for dialect in (
+        Dialect(
+            "gqa",
+            "ONNX Runtime: GroupQueryAttention over caches updated in place, dynamic shapes",
+            _COMMON
+            | {
+                "cache_attention": gqa_cache_attention,
+                "full_attention": contrib_full_attention,
+                "masked_attention": contrib_masked_attention,
+                "swish": contrib_swish,
+            },
+            exact_shapes=True,
+            opset=23,
+            head_dim_multiple=8,
+        ),
+        Dialect(
+            "portable",
+            "standard operators of opset 24: TensorScatter + Attention, static buckets",
+            _COMMON
+            | {
+                "cache_attention": portable_cache_attention,
+                "full_attention": portable_full_attention,
+                "masked_attention": portable_masked_attention,
+                "swish": portable_swish,
+            },
+            exact_shapes=False,
+            opset=24,
+        ),
+    )
+}

@@ -1,0 +1,143 @@
+"""From a torch module on the meta device to an ONNX graph whose weights lie in an external file. No weight is touched.
+
+The traced graph is written once and reused for every segment of its structure: `save_graph` only changes which file
+and offsets its initializers name.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from framefusion.export.graphs.tracing.dialects import Dialect
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from framefusion.export.checkpoints.weights import Placement
+
+Arguments = tuple[Any, ...]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter prints progress and warns about torchvision; neither is ours to show."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
+
+
+class Traced(NamedTuple):
+    """A graph in a dialect, and the torch program that it says; its values have the names of the program's nodes."""
+
+    model: ir.Model
+    program: torch.export.ExportedProgram
+
+
+def trace(*arguments: Any, **named: Any) -> ir.Model:
+    """The model of `trace_program`."""
+    return trace_program(*arguments, **named).model
+
+
+def trace_program(
+    module: nn.Module,
+    arguments: Arguments,
+    dynamic_shapes: Any,
+    dialect: Dialect,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    decompositions: Mapping[Any, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Traced:
+    """Trace a module and say it in a dialect.
+
+    Args:
+        module: parameters on the meta device.
+        arguments: example inputs on the meta device; only shapes and types count.
+        dynamic_shapes: as torch.export takes them.
+        dialect: table of the custom ops.
+        inputs: names of the graph's inputs, in the order of the flattened arguments.
+        outputs: names of the graph's outputs.
+        decompositions: custom ops to be inlined as plain torch before the translation.
+        dtype: of parameters and of all inputs that are floats; modules come in fp32.
+    """
+    module, arguments = _typed(module, arguments, dtype)
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(module, arguments, dynamic_shapes=dynamic_shapes, strict=False)
+        if decompositions:
+            program = program.run_decompositions(dict(decompositions))
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=dialect.opset,
+            custom_translation_table=dialect.table(),
+            optimize=False,  # its folding would read the weights
+            verbose=False,
+        )
+    assert exported is not None
+    assert exported.exported_program is not None
+    _rename(exported.model.graph.inputs, inputs)
+    _rename(exported.model.graph.outputs, outputs)
+    return Traced(_plain(exported.model), exported.exported_program)
+
+
+def _typed(module: nn.Module, arguments: Arguments, dtype: torch.dtype) -> tuple[nn.Module, Arguments]:
+    """Module and example inputs in another type; the caller's module stays as it is."""
+    if dtype == torch.float32:
+        return module, arguments
+
+    def typed(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return copy.deepcopy(module).to(dtype), tree_map(typed, arguments)
+
+
+def _rename(values: Sequence[ir.Value], names: Sequence[str]) -> None:
+    assert len(values) == len(names), ([value.name for value in values], names)
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+def _plain(model: ir.Model) -> ir.Model:
+    """Drop what the exporter leaves for debuggers: it holds paths of this machine and makes equal graphs differ."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    return model
+
+
+def save_graph(model: ir.Model, path: Path, weights_file: str, placements: Mapping[str, Placement]) -> None:
+    """Write the graph with its initializers pointing into `weights_file`, which lies beside it."""
+    for name, value in model.graph.initializers.items():
+        if name not in placements:
+            continue  # a constant of the graph itself
+        place = placements[name]
+        assert value.dtype is not None
+        value.const_value = ir.ExternalTensor(
+            weights_file, place.offset, place.length, value.dtype, shape=ir.Shape(place.shape), name=name,
+            base_dir=path.parent,
+        )  # fmt: skip
+    ir.save(model, path)

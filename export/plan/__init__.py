@@ -1,0 +1,1 @@
+"""What a build will write and take, worked out before anything is written."""

@@ -1,0 +1,213 @@
+"""What a build will write and take, before anything is written: `ff-export plan`. Reads config.json and headers alone.
+
+Bytes of weights, table and tokenizer are exact; graphs are left out, some hundred kilobytes each. Time and memory of
+the build follow from constants measured on two cores and a disk of 0.27 GB/s (tools/bench/export_memory.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from framefusion.console.messages import in_bytes, table
+from framefusion.console.progress import in_time
+from framefusion.export.build import sizes_of
+from framefusion.export.check.verify import Scope, scope_of
+from framefusion.export.engines.jobs import FOLDER as ENGINES
+from framefusion.export.engines.jobs import KINDS
+from framefusion.export.engines.tensorrt.build import BASE_MEMORY, MEMORY_PER_WEIGHT, PROFILE_MEMORY
+from framefusion.export.engines.tensorrt.profiles import CODE_BYTES
+from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
+from framefusion.export.plan.machine import free_disk
+from framefusion.export.report.inspection import TEXT, reduction_facts, span
+from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
+from framefusion.export.writing.staging import SPARE
+from framefusion.runtime.bundle import FLOAT_BYTES, FileRecord, Manifest
+from framefusion.runtime.memory import expected_lengths, memory_plan
+
+CHECKED_A_SECOND = 40e6  # bytes of the checkpoint that a streamed check compares: 360 s of one core for a 7B
+COMPARED_A_SECOND = 80e6  # without the runs in ONNX Runtime
+BYTES_A_SECOND = 180e6  # read, converted, hashed, written and on the disk
+COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eight profiles, a 7B's
+COMPILER, COMPILER_PER_WEIGHT = 500_000_000, 3  # bytes of a process that compiles; for each byte of the graph's weights
+TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
+PROCESS = 650_000_000  # bytes of a process that traces, without a tensor in it
+NEW_TOKENS = 128
+
+
+def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str, Any]:
+    """All facts as plain values.
+
+    Args:
+        plan: of the build.
+        output: where the bundle is to be.
+        verify: whether the build will check it.
+    """
+    scope = scope_of(plan) if verify else None
+    sizes = sizes_of(plan, scope)
+    manifest = predicted(plan, sizes)
+    checked = sizes.pop("check", 0)
+    engines = _engines(plan, sizes.get(ENGINES, 0))
+    total, free = sum(sizes.values()), free_disk(output)
+    tokens = plan.limits.max_input_len
+    visual = max(tokens - TEXT, 0)
+    lengths = expected_lengths(manifest, tokens, visual)
+    plans = {
+        "worst": memory_plan(manifest, tokens, visual, NEW_TOKENS),
+        "expected": memory_plan(manifest, tokens, visual, NEW_TOKENS, lengths=lengths),
+    }
+    return {
+        "checkpoint": str(plan.checkpoint.folder),
+        "family": plan.family.name,
+        "model": asdict(manifest.model),
+        "dialect": plan.dialect.name,
+        "limits": asdict(plan.limits),
+        "reduction": reduction_facts(manifest),
+        "segments": [_segment(manifest, index) for index in range(len(manifest.segments))],
+        "files": _files(sizes),
+        "bytes": total,
+        "kv_bytes_per_token": sum(_slot(manifest) * len(s.attention_layers) for s in manifest.segments),
+        "prompt": {"input_len": tokens, "visual_len": visual, "max_new_tokens": NEW_TOKENS},
+        "memory": {
+            "build": _build_memory(plan),
+            "run": {name: one.total for name, one in plans.items()},
+            "check": None if scope is None else scope.memory,
+        },
+        "check": None if scope is None else _check(scope, checked),
+        "engines": engines,
+        "seconds": _seconds(plan, total + checked) + (engines["seconds"] if engines else 0) + _checking(plan, scope),
+        "disk": {"folder": str(output), "needed": total + checked + SPARE, "free": free,
+                 "fits": total + checked + SPARE <= free},
+    }  # fmt: skip
+
+
+def predicted(plan: BuildPlan, sizes: Mapping[str, int]) -> Manifest:
+    """The manifest as far as it is known now: no graph, no hash."""
+    files = {name: FileRecord(size, "") for name, size in _files(sizes).items()}
+    return Builder(plan).manifest(files, None)
+
+
+def _files(sizes: Mapping[str, int]) -> dict[str, int]:
+    """File of the bundle -> bytes."""
+    single = {"embedding": EMBEDDING_FILE, "tokenizer": TOKENIZER_FILE}
+    single[ENGINES] = ENGINES
+    return {single.get(part, f"{part}/{WEIGHTS}"): size for part, size in sizes.items() if part != "check"}
+
+
+def _check(scope: Scope, scratch: int) -> dict[str, Any]:
+    compared = {"compared": not scope.uncompared} | ({"why": scope.uncompared} if scope.uncompared else {})
+    return {"method": scope.method, "why": scope.why, "scratch_bytes": scratch, "transformers": compared}
+
+
+def _checking(plan: BuildPlan, scope: Scope | None) -> float:
+    """Seconds of a check whose weights are read from the disk as they are used; of another one little."""
+    if scope is None or not scope.effort.streamed or scope.uncompared:
+        return 0.0
+    weights = sum(plan.checkpoint.nbytes(key) for key in plan.checkpoint.files)
+    return weights / (CHECKED_A_SECOND if scope.method == "streamed" else COMPARED_A_SECOND)
+
+
+def _engines(plan: BuildPlan, size: int) -> dict[str, Any] | None:
+    """What is compiled; the bytes are those of the weights and some megabytes for each profile of a segment."""
+    options = plan.options.engines
+    if options is None:
+        return None
+    inside = KINDS[options.kind].weights_inside
+    heaviest = max(plan.vision_record().weight_bytes, *(plan.segment_record(s).weight_bytes for s in plan.segments))
+    profiles = len(plan.buckets() or (0,)) + 1  # a fixed prefill has one
+    memory = BASE_MEMORY + PROFILE_MEMORY * profiles + round(MEMORY_PER_WEIGHT * heaviest)
+    return {
+        "kind": options.kind,
+        "targets": list(options.targets),
+        "bytes": size + CODE_BYTES * len(plan.segments) * profiles if inside else None,
+        "seconds": size / COMPILED_A_SECOND if inside else None,
+        "memory": memory if inside else None,
+    }
+
+
+def _segment(manifest: Manifest, index: int) -> dict[str, Any]:
+    record = manifest.segments[index]
+    first = sum(segment.num_mlps for segment in manifest.segments[:index])
+    return {
+        "name": record.name,
+        "mlp_layers": list(range(first, first + record.num_mlps)),
+        "attention_layers": list(record.attention_layers),
+        "weight_bytes": record.weight_bytes,
+        "kv_bytes_per_token": _slot(manifest) * len(record.attention_layers),
+    }
+
+
+def _slot(manifest: Manifest) -> int:
+    """Bytes of one token's key and value in one layer."""
+    model = manifest.model
+    return 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
+
+
+def _build_memory(plan: BuildPlan) -> int:
+    """Bytes at the peak: the largest tensor as it is stored, and the process."""
+    segments = (source for segment in plan.segments for source in plan.sources(segment).values())
+    keys = {key for source in (*segments, *plan.tower.sources.values()) for key in source.keys}
+    return PROCESS + max(plan.checkpoint.nbytes(key) for key in keys if key in plan.checkpoint)
+
+
+def _seconds(plan: BuildPlan, size: int) -> float:
+    structures = {segment.structure: len(plan.sources(segment)) for segment in plan.segments}
+    graphs = 1 if plan.fixed is None else 2
+    return size / BYTES_A_SECOND + TRACING * (graphs * sum(structures.values()) + len(plan.tower.sources))
+
+
+def _engine_lines(engines: Mapping[str, Any] | None) -> list[str]:
+    if engines is None:
+        return []
+    if engines["bytes"] is None:
+        return [f"{engines['kind']} engines: without weights, some megabytes and minutes; not forecast"]
+    targets = ", ".join(engines["targets"]) or "all that the library builds for"
+    return [
+        f"{engines['kind']} engines for {targets}: about {in_bytes(engines['bytes'])}, compiled one by one in "
+        f"{in_time(engines['seconds'])}, the largest with {in_bytes(engines['memory'])} of memory"
+    ]
+
+
+def _check_line(check: Mapping[str, Any] | None, memory: int | None) -> str:
+    if check is None or memory is None:
+        return "check: left out, NOTHING will be compared"
+    streamed = "all of it, weights read from the disk as they are used"
+    told = check["why"] or {"streamed": streamed}.get(check["method"], "full")
+    why = check["transformers"].get("why")
+    compared = (
+        f"NOT compared with transformers: {why}" if why else "each layer built is compared with transformers' own class"
+    )
+    return f"check: {told}; memory about {in_bytes(memory)}; {compared}"
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The report as tables."""
+    model, memory, disk, check = facts["model"], facts["memory"], facts["disk"], facts["check"]
+    prompt = facts["prompt"]
+    head = [
+        f"{facts['checkpoint']}: {facts['family']}, {model['num_layers']} layers, hidden {model['hidden_size']}, "
+        f"vocabulary {model['vocab_size']}, to be built in {model['dtype']}, dialect {facts['dialect']}",
+        f"reduction: {facts['reduction']['text']}",
+        f"KV cache: {in_bytes(facts['kv_bytes_per_token'])} a token, all segments together",
+    ]
+    rows = [
+        (row["name"], span(row["mlp_layers"]), span(row["attention_layers"]), in_bytes(row["kv_bytes_per_token"]))
+        for row in facts["segments"]
+    ]
+    files = [(name, size, in_bytes(size)) for name, size in facts["files"].items()]
+    tail = [
+        f"memory of the build: about {in_bytes(memory['build'])}",
+        f"memory of a run, {prompt['input_len']} tokens of prompt and {prompt['max_new_tokens']} new ones: "
+        f"{in_bytes(memory['run']['expected'])} expected, {in_bytes(memory['run']['worst'])} at worst",
+        *_engine_lines(facts["engines"]),
+        _check_line(check, memory["check"]),
+        f"time: about {in_time(facts['seconds'])} to write, at {BYTES_A_SECOND / 1e9:.2f} GB/s and "
+        f"{TRACING:g} s of tracing for each parameter of a graph",
+        f"disk at {disk['folder']}: {in_bytes(disk['needed'])} needed, {in_bytes(disk['free'])} free: "
+        + ("it fits" if disk["fits"] else "it does NOT fit"),
+    ]
+    blocks = ["\n".join(head), table(("segment", "MLPs", "attentions", "KV a token"), rows)]
+    blocks += [table(("file", "bytes", ""), [*files, ("total", facts["bytes"], in_bytes(facts["bytes"]))])]
+    return "\n\n".join([*blocks, "\n".join(tail)])

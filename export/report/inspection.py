@@ -1,0 +1,295 @@
+"""What a bundle says about itself, for people and for programs: `ff-export inspect`. Reads manifests, runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from framefusion.console.messages import in_bytes, table
+from framefusion.errors import BundleError, PromptError
+from framefusion.export.commands.signing import integrity_facts, render_integrity
+from framefusion.export.engines.inspection import engine_block, engine_facts
+from framefusion.reducers import DEFAULT
+from framefusion.reduction.budget import describe_cost
+from framefusion.runtime.bundle import (
+    MANIFEST,
+    UNKNOWN_LICENSE,
+    FileRecord,
+    Manifest,
+    SourceRecord,
+    read_manifest,
+)
+from framefusion.runtime.memory import MemoryPlan, expected_lengths, memory_plan
+
+TEXT = 64  # tokens of text taken for granted where only the length of a prompt is asked
+
+
+@dataclass(frozen=True)
+class Question:
+    """The prompt that lengths and memory are worked out for; None takes the longest, mostly visual."""
+
+    input_len: int | None = None
+    visual_len: int | None = None
+    max_new_tokens: int = 128
+    cost: float | None = None
+
+
+def report(folder: Path, question: Question) -> dict[str, Any]:
+    """All facts as plain values.
+
+    Raises:
+        BundleError, PromptError, BudgetError: no bundle, or the prompt asked for does not fit it.
+    """
+    manifest = read_manifest(folder)
+    tokens, visual = _prompt(manifest, question)
+    lengths = expected_lengths(manifest, tokens, visual, question.cost)
+    plans = {
+        "worst": memory_plan(manifest, tokens, visual, question.max_new_tokens),
+        "expected": memory_plan(manifest, tokens, visual, question.max_new_tokens, lengths=lengths),
+    }
+    return {
+        "bundle": str(folder),
+        "integrity": integrity_facts(folder),
+        "source": None if manifest.source is None else asdict(manifest.source),
+        "model": asdict(manifest.model),
+        "dialect": manifest.dialect,
+        "limits": asdict(manifest.limits),
+        "reduction": reduction_facts(manifest, question.cost),
+        "prompt": {"input_len": tokens, "visual_len": visual, "max_new_tokens": question.max_new_tokens},
+        "segments": _segments(manifest, plans),
+        "buckets": padding(manifest.segments[0].buckets or ()),
+        "fixed": None if manifest.fixed is None else asdict(manifest.fixed),
+        "bytes": bytes_by_part(folder, manifest),
+        "memory": {name: asdict(plan) | {"total": plan.total} for name, plan in plans.items()},
+        "engines": engine_facts(manifest),
+        "check": _check_report(folder, manifest),
+        "tools": dict(manifest.tools),
+    }
+
+
+def _check_report(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """What the manifest says of the comparison with the eager model, if it can be shown."""
+    check = dict(manifest.check) or None
+    try:
+        _check_table(check)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"{folder}: the manifest's report of the check is not what a check writes ({error!r}): rebuild the bundle"
+        ) from None
+    return check
+
+
+def reduction_facts(manifest: Manifest, cost: float | None = None) -> dict[str, Any]:
+    """The reduction with its cost in both senses."""
+    record = manifest.reduction
+    cost = record.cost if cost is None else cost
+    by = f" by {record.reducer}" if record.mode == "adaptive" and record.reducer != DEFAULT else ""
+    calls = list(manifest.calls) if record.mode == "adaptive" else []
+    return asdict(record) | {"cost": cost, "text": f"{record.mode}{by}, {describe_cost(cost)}", "calls": calls}
+
+
+def padding(buckets: tuple[int, ...]) -> list[dict[str, Any]]:
+    """For each bucket the lengths it takes, and which share of it is padding: at worst, and over all its lengths."""
+    rows, below = [], 0
+    for size in buckets:
+        first, below = below + 1, size
+        worst = (size - first) / size
+        rows.append({"bucket": size, "first": first, "last": size, "expected": worst / 2, "worst": worst})
+    return rows
+
+
+def bytes_by_part(folder: Path, manifest: Manifest) -> dict[str, int]:
+    """Bytes on disk: one entry a segment, one a kind of engine, and one each for the other parts."""
+    return bytes_of_files(manifest.files) | {"manifest": (folder / MANIFEST).stat().st_size}
+
+
+def bytes_of_files(files: Mapping[str, FileRecord]) -> dict[str, int]:
+    """The same for the files that a manifest records."""
+    sizes: dict[str, int] = {}
+    for name, record in files.items():
+        parts = Path(name).parts
+        part = "/".join(parts[:2]) if parts[0] in ("segments", "engines") else Path(parts[0]).stem
+        sizes[part] = sizes.get(part, 0) + record.size
+    return sizes
+
+
+def base_model(source: SourceRecord) -> str:
+    """The checkpoint in a line: its id with the commit, or the folder's name."""
+    if not source.on_hub:
+        return f"{source.name}, a folder"
+    return f"{source.name} at {source.commit}" + (f" ({source.revision})" if source.revision != source.commit else "")
+
+
+def licence(source: SourceRecord) -> str:
+    """What the checkpoint says of its licence, in a line."""
+    if source.license == UNKNOWN_LICENSE:
+        return "unknown: the checkpoint does not state one"
+    return (source.license_name or source.license) + (f" ({source.license_link})" if source.license_link else "")
+
+
+def _prompt(manifest: Manifest, question: Question) -> tuple[int, int]:
+    longest = manifest.limits.max_input_len
+    tokens = question.input_len or longest
+    visual = max(tokens - TEXT, 0) if question.visual_len is None else question.visual_len
+    if tokens > longest:
+        raise PromptError(f"--input-len {tokens} is beyond the bundle's longest input {longest}: ask for less")
+    if visual > tokens:
+        raise PromptError(f"--visual-len {visual} is beyond --input-len {tokens}: it is a part of it")
+    return tokens, visual
+
+
+def _segments(manifest: Manifest, plans: Mapping[str, MemoryPlan]) -> list[dict[str, Any]]:
+    rows, first = [], 0
+    for index, record in enumerate(manifest.segments):
+        rows.append(
+            {
+                "name": record.name,
+                "mlp_layers": list(range(first, first + record.num_mlps)),
+                "attention_layers": list(record.attention_layers),
+                "weight_bytes": record.weight_bytes,
+                "buckets": list(record.buckets or ()),
+                "static": manifest.fixed is not None,
+                "kv_length": {
+                    name: plan.lengths[index] if manifest.fixed is None else max(manifest.fixed.lengths)
+                    for name, plan in plans.items()
+                },
+                "kv_bytes": {name: plan.caches_by_segment[index] for name, plan in plans.items()},
+            }
+        )
+        first += record.num_mlps
+    return rows
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The report as tables."""
+    model, limits, prompt = facts["model"], facts["limits"], facts["prompt"]
+    head = [
+        f"{facts['bundle']}: {model['family']} ({model['model_type']}), {model['num_layers']} layers, "
+        f"hidden {model['hidden_size']}, {model['num_heads']}/{model['num_kv_heads']} heads of {model['head_dim']}, "
+        f"vocabulary {model['vocab_size']}, {model['dtype']}",
+        *_source_lines(facts["source"]),
+        *render_integrity(facts["integrity"]),
+        f"reduction: {facts['reduction']['text']}",
+        *_reducer_lines(facts["reduction"]),
+        f"dialect: {facts['dialect']}",
+        f"limits: {limits['max_input_len']} tokens of prompt, {limits['max_kv_cache_capacity']} with the answer",
+        f"below: a prompt of {prompt['input_len']} tokens, {prompt['visual_len']} of them visual, "
+        f"{prompt['max_new_tokens']} new ones",
+    ]
+    blocks = ["\n".join(head), _segment_table(facts["segments"]), _shapes(facts)]
+    blocks += [engine_block(kind) for kind in facts["engines"]]
+    blocks += [_byte_table(facts["bytes"]), _memory_table(facts["memory"]), _check_table(facts["check"])]
+    return "\n\n".join(blocks)
+
+
+def _source_lines(source: Mapping[str, Any] | None) -> list[str]:
+    if source is None:
+        return []
+    record = SourceRecord(**source)
+    return [f"base model: {base_model(record)}", f"licence: {licence(record)}"]
+
+
+def _reducer_lines(reduction: Mapping[str, Any]) -> list[str]:
+    if not reduction["calls"]:
+        return []
+    calls = ", ".join(map(str, reduction["calls"]))
+    return [f"reducer: {reduction['reducer']}; cut for calls {calls}, so others that act there run as well"]
+
+
+def _segment_table(segments: list[dict[str, Any]]) -> str:
+    names = ("segment", "MLPs", "attentions", "weights", "buckets", "KV worst", "KV expected", "KV bytes worst")
+    rows = [
+        (
+            row["name"], span(row["mlp_layers"]), span(row["attention_layers"]), in_bytes(row["weight_bytes"]),
+            "static" if row["static"] else len(row["buckets"]) or "any length",
+            row["kv_length"]["worst"], row["kv_length"]["expected"], in_bytes(row["kv_bytes"]["worst"]),
+        )
+        for row in segments
+    ]  # fmt: skip
+    return table(names, rows)
+
+
+def span(layers: list[int]) -> str:
+    """First and last of some layers in a row: 3-9."""
+    if len(layers) < 2:
+        return "".join(map(str, layers)) or "-"
+    return f"{layers[0]}-{layers[-1]}"
+
+
+def _shapes(facts: Mapping[str, Any]) -> str:
+    """What sizes a prefill may have: the static ones of the fixed mode, or buckets."""
+    fixed = facts["fixed"]
+    if fixed is None:
+        return _bucket_table(facts["buckets"])
+    schedule, size = facts["reduction"]["schedule"], fixed["max_text"] + fixed["max_visual"]
+    merges = ", ".join(f"call {call} merges {share:.1%}" for call, share in enumerate(schedule["merge_shares"]))
+    rows = [(span(layers), length, f"{length / size:.1%}") for length, layers in _runs(fixed["lengths"])]
+    return (
+        f"static: up to {fixed['max_text']} tokens of text and {fixed['max_visual']} visual ones, padded to {size}\n"
+        f"schedule: {merges or 'no merge'}; after layer {schedule['prune_layer']} {schedule['prune_share']:.1%} "
+        "of the visual tokens are pruned\n" + table(("layers", "tokens and KV", "of the input"), rows)
+    )
+
+
+def _runs(lengths: list[int]) -> list[tuple[int, list[int]]]:
+    """Neighbouring layers of equal length."""
+    runs: list[tuple[int, list[int]]] = []
+    for layer, length in enumerate(lengths):
+        if not runs or runs[-1][0] != length:
+            runs.append((length, []))
+        runs[-1][1].append(layer)
+    return runs
+
+
+def _bucket_table(buckets: list[dict[str, Any]]) -> str:
+    if not buckets:
+        return "buckets: none, every length runs as it is, without padding"
+    rows = [
+        (row["bucket"], f"{row['first']}-{row['last']}", f"{row['expected']:.1%}", f"{row['worst']:.1%}")
+        for row in buckets
+    ]
+    return table(("bucket", "lengths", "padding expected", "padding worst"), rows)
+
+
+def _byte_table(sizes: Mapping[str, int]) -> str:
+    rows = [(part, size, in_bytes(size)) for part, size in sizes.items()]
+    total = sum(sizes.values())
+    return table(("part", "bytes", ""), [*rows, ("total", total, in_bytes(total))])
+
+
+def _memory_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
+    names = ("process", "weights", "embedding", "activations", "rows", "caches", "total")
+    rows = [(name, *(in_bytes(plan[name]) for plan in plans.values())) for name in names]
+    return table(("memory", *plans), rows)
+
+
+def _check_table(check: Mapping[str, Any] | None) -> str:
+    if check is None:
+        return compared_words(check)
+    return f"checked against {check['reference']}\n{comparison(check)}\n{compared_words(check)}"
+
+
+def comparison(check: Mapping[str, Any]) -> str:
+    """What was compared, as a table; above it why it was not the bundle itself, below it what is to be known."""
+    rows = [(line["what"], f"{line['value']:.3g}", f"{line['limit']:.3g}") for line in check["lines"]]
+    why = [check["why"]] if check.get("why") else []
+    return "\n".join([*why, table(("compared", "error", "limit"), rows), *check.get("notes", ())])
+
+
+def compared_words(check: Mapping[str, Any] | None) -> str:
+    """One line: what a bundle was compared with, and loudly that it was not."""
+    if not check:
+        return "NOT CHECKED: compared neither with the eager model nor with transformers"
+    facts = check.get("transformers")
+    if facts is None:
+        return "NOT COMPARED WITH TRANSFORMERS as far as the report says: it is an older release's"
+    if not facts["compared"]:
+        return f"NOT COMPARED WITH TRANSFORMERS: {facts['why']}"
+    layers = f"all {facts['layers']} layers"
+    if facts["layers"] < facts["of_layers"]:
+        layers = f"ONLY the first {facts['layers']} of {facts['of_layers']} layers"
+    classes, worst = " and ".join(facts["classes"]), max(facts["errors"].values())
+    line = f"compared with transformers {facts['version']}'s {classes}, {layers}: largest error {worst:.2g}"
+    return line + (f"; NOT compared: {facts['stand_in']}" if facts["stand_in"] else "")

@@ -1,0 +1,257 @@
+"""What both commands share: errors to messages and exit codes, one JSON object on stdout, tables.
+
+Knows click, no model. Control characters of answers and of other people's names are spelled out. In JSON mode stdout
+carries exactly one object, the result or the error; all else goes to stderr. A wrong flag is the parser's own business:
+usage on stderr, exit code 2.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from framefusion.console.plain_text import printable
+from framefusion.errors import FrameFusionError, InterruptedBuildError, MediaWarning, StorageError
+from framefusion.storage.files import FULL
+
+WIDTH = 100
+_JSON = "framefusion.json"
+_WARNED = "framefusion.warned"
+_UNWRITABLE = FULL | {errno.EPIPE, errno.EBADF}  # EBADF: it was closed before the command began (start.py)
+_NO_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}  # of files that a user has given
+_interrupts: list[int] = []  # Ctrl-C since the command line began
+_UNITS = ("B", "kB", "MB", "GB")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class CommandGroup(click.Group):
+    """Commands whose users see a message and an exit code where they made a mistake, and a traceback only for a bug.
+
+    A full disk is a `StorageError` wherever it shows, and so is a standard output that takes no more: the disk it goes
+    to is full, or its reader has gone. Ctrl-C is exit code 130, also where a library that was being imported made
+    another error of it.
+    """
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        """Run the command line, help texts included."""
+        with _remembered_interrupts():
+            try:
+                return super().main(*arguments, **settings)
+            except SystemExit as end:
+                if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # click's own answer to a reader that has gone
+                    _leave_with(StorageError(_unwritable_output(BrokenPipeError(errno.EPIPE, "Broken pipe"))))
+                if _interrupts and end.code not in (0, InterruptedBuildError.exit_code):
+                    _leave_with(InterruptedBuildError("interrupted"))
+                try:
+                    sys.stdout.flush()
+                except OSError as error:
+                    _leave_with(StorageError(_unwritable_output(error)))
+                raise
+            except OSError as error:  # of a help text
+                if error.errno not in _UNWRITABLE:
+                    raise
+                _leave_with(StorageError(_unwritable_output(error)))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command named."""
+        texts: list[str] = ctx.meta.setdefault(_WARNED, [])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", MediaWarning)
+                warnings.showwarning = _shown_by(texts, warnings.showwarning)
+                return super().invoke(ctx)
+        except InterruptedBuildError as error:
+            _end(ctx, error)
+        except KeyboardInterrupt:
+            _end(ctx, InterruptedBuildError("interrupted"), "Interrupted")
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if _interrupts:
+                _end(ctx, InterruptedBuildError("interrupted"), "Interrupted")
+            if isinstance(error, FrameFusionError):
+                _end(ctx, error)
+            if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+                _end(ctx, StorageError(_unwritable(error)))
+            if isinstance(error, OSError) and error.errno in _NO_NAMES:
+                shown = os.fsdecode(error.filename or "a file")
+                _end(ctx, StorageError(f"{shown[:80]!r} cannot be opened ({error.strerror}): give another name"))
+            raise
+
+
+def _shown_by(texts: list[str], others: Callable[..., None]) -> Callable[..., None]:
+    """What shows a warning: a line on stderr for those about films and pictures, kept in `texts`; others as before."""
+
+    def show_warning(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
+        if not issubclass(category, MediaWarning):
+            others(message, category, *place, **named)
+            return
+        texts.append(str(message))
+        log(f"warning: {message}")
+
+    return show_warning
+
+
+def warned() -> list[str]:
+    """What the command that runs has warned of, for its JSON."""
+    return list(click.get_current_context().meta.get(_WARNED, []))
+
+
+def write(text: str, *, newline: bool = True) -> None:
+    """Print on stdout, at once.
+
+    Raises:
+        StorageError: the disk that it goes to is full, or its reader has gone.
+    """
+    try:
+        click.echo(printable(text), nl=newline)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise StorageError(_unwritable_output(error)) from None
+
+
+def json_option(command: Command) -> Command:
+    """Add --json to a command; `show` looks it up."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.meta[_JSON] = value
+
+    text = "Print one JSON object on stdout, all else on stderr."
+    return click.option("--json", is_flag=True, expose_value=False, is_eager=True, callback=remember, help=text)(
+        command
+    )
+
+
+def wants_json(ctx: click.Context | None = None) -> bool:
+    """Whether --json was given."""
+    return bool((ctx or click.get_current_context()).meta.get(_JSON))
+
+
+def show(report: Any, render: Callable[[Any], str]) -> None:
+    """Print a report: as one JSON object, or as `render` lays it out."""
+    write(json.dumps(report) if wants_json() else render(report))
+
+
+def log(message: str) -> None:
+    """One line on stderr."""
+    click.echo(printable(message), err=True)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as their widest cell; those of numbers stand to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    right = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        parts = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def labelled(facts: Mapping[str, str]) -> str:
+    """A line for each fact, its label before it; wrapped to the terminal, at most WIDTH columns."""
+    indent = max(map(len, facts)) + 2
+    width = min(shutil.get_terminal_size().columns, WIDTH)
+    lines = [
+        textwrap.fill(
+            text, width, initial_indent=label.ljust(indent), subsequent_indent=" " * indent, break_on_hyphens=False
+        )
+        for label, text in facts.items()
+    ]
+    return "\n".join(lines)
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes in the unit that people read: 1.5 GB."""
+    unit = 0
+    while size >= 1000 and unit < len(_UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.3g} {_UNITS[unit]}" if size < 1000 else f"{size:.0f} {_UNITS[unit]}"
+
+
+# --- Ends -------------------------------------------------------------------------------------------------------------
+
+
+def _end(ctx: click.Context, error: FrameFusionError, kind: str | None = None) -> NoReturn:
+    """Report an error and leave with its exit code."""
+    message = str(error)
+    if wants_json(ctx):
+        with suppress(OSError):  # stdout itself may be what cannot be written
+            click.echo(json.dumps({"error": {"kind": kind or type(error).__name__, "message": message}}))
+    _say(message)
+    ctx.exit(error.exit_code)
+
+
+def _leave_with(error: FrameFusionError) -> NoReturn:
+    """The same where no command runs: before it, or after it."""
+    _say(str(error))
+    raise SystemExit(error.exit_code) from None
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):
+        click.echo(f"error: {printable(message)}", err=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    """Let what stdout still holds go nowhere: Python would try again at its end, with a traceback."""
+    with suppress(OSError, ValueError):
+        number = sys.stdout.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+def _unwritable(error: OSError) -> str:
+    if error.errno in (errno.EPIPE, errno.EBADF):
+        return _unwritable_output(error)
+    place = error.filename or "standard output or a file"
+    return f"{place} cannot be written ({error.strerror}): make room, also in the folder for temporary files"
+
+
+def _unwritable_output(error: OSError) -> str:
+    remedies = {errno.EPIPE: "its reader ended early", errno.EBADF: "it is closed, let it go to /dev/null or a file"}
+    remedy = remedies.get(error.errno or 0, "make room where it goes")
+    return f"standard output cannot be written ({error.strerror}): {remedy}"
+
+
+@contextmanager
+def _remembered_interrupts() -> Iterator[None]:
+    """Remember that Ctrl-C was pressed while a command line runs: libraries turn it into errors of their own."""
+    _interrupts.clear()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

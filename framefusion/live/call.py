@@ -1,0 +1,352 @@
+"""One forward of a live model: which tokens of each row are present, and what belongs to them.
+
+The policy's plans are applied to hidden states, rotary tables, masks, cache slots and DeepStack features of a batch
+whose rows shrink each on their own. Knows no module and no hook: framefusion.interface calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from framefusion.live.attention.cache import adopt, caught_up
+from framefusion.live.attention.mask import reduced_mask, tokens_seen
+from framefusion.live.plan import apply_plan, features_of, similarity
+from framefusion.live.proof import Proof, check_arguments
+from framefusion.live.seams import DEEPSTACK_ARGUMENTS, broken, cache_of
+from framefusion.ops import kernels as ops
+from framefusion.reduction import budget
+from framefusion.reduction.policy import CallRecord, Plan, ReductionState, keep_all
+from framefusion.reduction.tracks import IntArray
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """What one forward with visual tokens did to one row of its batch.
+
+    Attributes:
+        tokens_per_layer: tokens that entered each layer's attention, padding not counted.
+        visual_before: visual tokens of the request.
+        visual_after: those that reached the last layer.
+        cost: share of the computation over visual tokens that was kept.
+        calls: what each call of the policy did.
+        kept: places in the given tokens of what entered each layer's attention.  L x [K]
+    """
+
+    tokens_per_layer: tuple[int, ...]
+    visual_before: int
+    visual_after: int
+    cost: float
+    calls: tuple[CallRecord, ...]
+    kept: tuple[IntArray, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Share of the visual tokens that reached the last layer; 1 without any."""
+        return self.visual_after / self.visual_before if self.visual_before else 1.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call needs to know of its model."""
+
+    owner: Any  # whose hooks serve this call
+    importance_rows: int
+    device: torch.device  # of the hidden states that the decoder is given
+    flash: bool  # masks have two dimensions
+
+
+class Row:
+    """One request of a batch: the policy's state and the places of its tokens in the call."""
+
+    def __init__(self, reduction: ReductionState, origin: IntArray) -> None:
+        self.reduction = reduction
+        self.visual, self.origin = reduction.num_visual, origin
+        self.kept: list[IntArray] = []
+
+    def record(self, num_layers: int) -> RequestRecord:
+        """What was done so far; a row that no call has seen is dense."""
+        reduction, kept = self.reduction, tuple(self.kept) or (self.origin,) * num_layers
+        cost = budget.cost_of_shares(reduction.shares, num_layers) if self.visual else 1.0
+        lengths = tuple(places.size for places in kept)
+        return RequestRecord(lengths, self.visual, reduction.num_visual, cost, tuple(reduction.history), kept)
+
+
+class Call:
+    """One forward of the decoder over S new tokens behind `past` earlier ones.
+
+    `index` and `valid` [B, K] are the places of the tokens present and which of them are no padding; None is all of
+    them. Padding repeats the last token of its row: it attends what that attends, so nothing in it is undefined.
+    """
+
+    def __init__(
+        self, asked: Asked, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any, proof: Proof
+    ) -> None:
+        self.proof = proof
+        self.asked, self.rows, self.shape, self.past = asked, rows, shape, past
+        self.real = tokens_seen(mask, 0, past, shape[0])
+        self.index: Tensor | None = None
+        self.valid: Tensor | None = None
+        self.features: list[Tensor] = []  # [B, K, D] for each of the next layers to add
+        self.importance: list[Tensor] = []
+        self.watching = False
+        self.cache: Any = None  # transformers'
+        self.layer: Any = None  # of the cache
+        self.stored = 0  # tokens that it holds once the layer has run
+        self.attention: nn.Module | None = None  # of the layer that is running
+        self.residual: ref[Tensor] | None = None  # of the layer that is running, once it is reduced
+        self.states: list[tuple[Tensor | None, Tensor | None]] = []  # index and valid of each state that is captured
+        self._memo: dict[Any, Any] = {}  # by object: layers with the same tokens share masks, tables and slots
+
+    @property
+    def present(self) -> int:
+        """Tokens of the longest row that are left."""
+        return self.shape[1] if self.index is None else self.index.shape[1]
+
+    @property
+    def reducing(self) -> bool:
+        """Whether any row has calls to make."""
+        return any(not row.reduction.finished for row in self.rows)
+
+    def take_deepstack(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments without DeepStack's features, which the call adds, as they follow their tokens."""
+        positions, embeddings = DEEPSTACK_ARGUMENTS
+        told, where = dict(given), given.get(positions)
+        for rows in told.pop(embeddings, None) or ():
+            whole = rows.new_zeros(*self.shape, rows.shape[-1])
+            whole[where.to(rows.device)] = rows  # type: ignore[union-attr]
+            self.features.append(whole)
+        if self.features:
+            told.pop(positions, None)
+        return told
+
+    def begin(self, hidden: Tensor, features: list[Tensor]) -> Tensor:
+        """Leave the padding of the prompt out and make call 0.  [B, S, D] -> [B, K, D]"""
+        self.features = features
+        padded = any(row.origin.size < self.shape[1] for row in self.rows)
+        if padded:
+            self._place(hidden.device)
+            hidden, *self.features = [self._gather(tensor) for tensor in (hidden, *features)]
+        return self.reduce(hidden)
+
+    def add_features(self, hidden: Tensor) -> Tensor:
+        """Add DeepStack's features of the next layer that has any.  [B, K, D] -> [B, K, D]"""
+        return hidden + self.features.pop(0).to(hidden)
+
+    def reduce(self, hidden: Tensor) -> Tensor:
+        """One call of every row that is not finished; the same tensor where nothing goes.  [B, K, D] -> [B, K', D]"""
+        plans = self._plans(hidden)
+        if all(plan.kind == "none" for plan in plans):
+            return hidden
+        for row, plan in zip(self.rows, plans, strict=True):
+            row.origin = row.origin[plan.kept]
+        longest = max(row.origin.size for row in self.rows)
+        hidden, *self.features = [
+            _stacked([apply_plan(own, plan) for own, plan in zip(tensor, plans, strict=True)], longest)
+            for tensor in (hidden, *self.features)
+        ]
+        self._place(hidden.device)
+        return hidden
+
+    def _plans(self, hidden: Tensor) -> list[Plan]:
+        """The policy's plans; what it reads of all rows comes to the host in one transfer."""
+        active = [i for i, row in enumerate(self.rows) if not row.reduction.finished]
+        scores: dict[tuple[int, str], Tensor] = {}
+        for i in active:
+            reduction, own = self.rows[i].reduction, hidden[i : i + 1, : self.rows[i].origin.size]
+            if reduction.wants_similarity:
+                scores[i, "similarity"] = similarity(own, reduction.labels)
+            if reduction.wants_importance and reduction.call:
+                if not self.importance:
+                    raise broken("no importance came from the attention of the layer")
+                scores[i, "importance"] = self.importance[i]
+        told: dict[tuple[int, str], npt.NDArray[np.float32]] = {}
+        if scores:
+            host = torch.cat(list(scores.values())).cpu().numpy()
+            ends = np.cumsum([values.numel() for values in scores.values()])[:-1]
+            told = dict(zip(scores, np.split(host, ends), strict=True))
+        plans = [keep_all(row.reduction.labels) for row in self.rows]
+        for i in active:
+            reduction = self.rows[i].reduction
+            features = features_of(hidden[i, : self.rows[i].origin.size]) if reduction.wants_features else None
+            plans[i] = reduction.step(told.get((i, "similarity")), told.get((i, "importance")), features)
+        return plans
+
+    def _place(self, device: torch.device) -> None:
+        longest = max(row.origin.size for row in self.rows)
+        places = [np.pad(row.origin, (0, longest - row.origin.size), mode="edge") for row in self.rows]
+        self.index, self.valid = torch.from_numpy(np.stack(places)).to(device), None
+        if any(row.origin.size < longest for row in self.rows):
+            lengths = torch.tensor([row.origin.size for row in self.rows], device=device)
+            self.valid = torch.arange(longest, device=device) < lengths[:, None]
+        self._memo.clear()
+
+    def _gather(self, table: Tensor) -> Tensor:
+        """Rows of the tokens present.  [..., 1 or B, S, D] -> [..., B, K, D]"""
+        if self.index is None:
+            return table
+        index = self.index.to(table.device)
+        table = table.expand(*table.shape[:-3], len(index), *table.shape[-2:])
+        return table[..., torch.arange(len(index), device=table.device)[:, None], index, :]
+
+    def enter(self, layer: int, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a layer, for the tokens present, and their slots in its cache."""
+        self.importance = []
+        for row in self.rows:
+            row.kept.append(row.origin)
+        told = dict(given)
+        self._once("known", tuple(given.values()), lambda: self._check_arguments(given))
+        if self.index is not None:
+            # gaps between positions would read as packed sequences; the rotary tables say all there is to say
+            told["position_ids"] = None
+            tables = given["position_embeddings"]
+            told["position_embeddings"] = self._once("tables", tables, lambda: tuple(map(self._gather, tables)))
+        cache = cache_of(given)
+        self.cache, self.layer = cache, None
+        new = self._once("new", self.index, lambda: self.past + self._places())
+        if cache is None:
+            slots, valid = new, self.valid
+        else:
+            self.layer = adopt(cache, layer, self._once("dense", None, self._dense))
+            stored, told_valid = self.layer.slots, self.layer.valid
+            old, old_valid = self._once("old", (stored, told_valid), lambda: self._earlier(self.layer))
+            slots = self._once("slots", old, lambda: torch.cat([old.to(new.device), new], dim=1))
+            valid = self._once("valid", (old, old_valid), lambda: _joined(old, old_valid, new, self.valid))
+            self.layer.extend(slots, valid, self.past + self.shape[1])
+        self.stored = slots.shape[1]
+        mask = given.get("attention_mask")
+        told["attention_mask"] = self._once(
+            "mask", (mask, slots), lambda: reduced_mask(mask, self._places(), slots, valid, self.past, self.asked.flash)
+        )
+        return told
+
+    def _check_arguments(self, given: dict[str, Any]) -> bool:
+        check_arguments(given, self.shape[1])
+        return True
+
+    def _dense(self) -> tuple[Tensor, Tensor | None]:
+        """Slots [B, past] of a cache that holds all earlier tokens, and which of them are no padding."""
+        slots = torch.arange(self.past, device=self.asked.device).expand(self.shape[0], -1)
+        padded = self.real is not None and not bool(self.real.all())
+        return slots, self.real if padded else None
+
+    def _earlier(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        """Slots and validity of what a layer holds; those of nothing are the same for all layers."""
+        dense: tuple[Tensor, Tensor | None] = self._once("dense", None, self._dense)
+        return caught_up(layer, self.past) if self.past else dense
+
+    def _places(self) -> Tensor:
+        if self.index is not None:
+            return self.index
+        return torch.arange(self.shape[1], device=self.asked.device).expand(self.shape)
+
+    def _once(self, name: str, key: Any, make: Any) -> Any:
+        """Make once for the same objects; they are kept, so that none takes another's place."""
+        keys = key if isinstance(key, tuple) else (key,)
+        entry = (name, *map(id, keys))
+        if entry not in self._memo:
+            self._memo[entry] = (keys, make())
+        return self._memo[entry][1]
+
+    def watch(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Importance of each row's tokens.  query [B, H, K, hd] and key [B, Hkv, T, hd], earlier slots in front.
+
+        Raises:
+            BackendError: this is not the attention of the layer that is running, or it reads other tokens than are
+                stored.
+        """
+        if module is not self.attention:
+            raise broken(f"{type(module).__name__} attends, which is not the attention of the layer that is running")
+        if query.shape[2] != self.present or key.shape[2] != self.stored:
+            raise broken(
+                f"{query.shape[2]} tokens attend {key.shape[2]}, where {self.present} are left and {self.stored} stored"
+            )
+        earlier = key.shape[2] - query.shape[2]
+        stored = None if self.layer is None else self.layer.valid
+        factor = scaling * query.shape[-1] ** 0.5  # the op divides by the root of the head's width
+        for i, row in enumerate(self.rows):
+            keep = torch.arange(earlier + row.origin.size, device=key.device)
+            if stored is not None:
+                keep = keep[stored[i, : keep.numel()].to(key.device)]
+            k = key[i].index_select(1, keep).transpose(0, 1).flatten(1)[None]
+            q = query[i, :, : row.origin.size].transpose(0, 1).flatten(1) * factor
+            q = nn.functional.pad(q, (0, 0, keep.numel() - row.origin.size, 0))[None]
+            last = torch.tensor([keep.numel() - 1], device=key.device)
+            scores = ops.importance(q, k, last, self.asked.importance_rows, query.shape[1], key.shape[1])
+            self.importance.append(scores[-row.origin.size :])
+
+    def note_state(self) -> None:
+        """Say that a hidden state was given out, of the tokens present now."""
+        self.states.append((self.index, self.valid))
+
+    def restored_states(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a decoder captured before, between and behind its layers, each at its tokens' places.
+
+        The last one may be the decoder's own output.  L + 1 of [B, K, D], None: not asked for  -> of [B, S, D]
+
+        Raises:
+            BackendError: there are more or fewer of them than layers.
+        """
+        if len(states) != len(self.states):
+            raise broken(f"{len(states)} hidden states came back from {len(self.states) - 1} decoder layers")
+        places = zip(states, self.states, strict=True)
+        return tuple(None if state is None else self._restored(state, *where) for state, where in places)
+
+    def restored_output(self, output: Any) -> Any:
+        """A decoder's output with all hidden states at their tokens' places.
+
+        Raises:
+            BackendError: it has no last_hidden_state.
+        """
+        if isinstance(output, tuple):
+            rest = (self.restored_states(one) if _is_states(one) else one for one in output[1:])
+            return (self.restored(output[0]), *rest)
+        if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
+            raise broken(f"the decoder's output, a {type(output).__name__}, has no last_hidden_state")
+        states = getattr(output, "hidden_states", None)
+        if states is not None:
+            output.hidden_states = self.restored_states(states)
+        output.last_hidden_state = self.restored(output.last_hidden_state)
+        return output
+
+    def restored(self, hidden: Tensor) -> Tensor:
+        """The tokens present at their places among S, zeros where one was dropped.  [B, K, D] -> [B, S, D]"""
+        return self._restored(hidden, self.index, self.valid)
+
+    def _restored(self, hidden: Tensor, index: Tensor | None, valid: Tensor | None) -> Tensor:
+        if index is None:
+            return hidden
+        if hidden.shape[1] != index.shape[1]:
+            raise broken(f"{hidden.shape[1]} hidden states came back for {index.shape[1]} tokens that are left")
+        index = index.to(hidden.device)
+        valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid.to(hidden.device)
+        rows, tokens = torch.nonzero(valid, as_tuple=True)
+        whole = hidden.new_zeros(*self.shape, hidden.shape[-1])
+        whole[rows, index[rows, tokens]] = hidden[rows, tokens]
+        return whole
+
+
+def _is_states(value: Any) -> bool:
+    return isinstance(value, tuple) and any(isinstance(one, Tensor) and one.ndim == 3 for one in value)
+
+
+def _stacked(rows: list[Tensor], length: int) -> Tensor:
+    """Rows [K, D] as [B, length, D], their last tokens repeated up to that length."""
+    if len(rows) == 1:
+        return rows[0][None]
+    return torch.stack([torch.cat([row, row[-1:].expand(length - len(row), -1)]) for row in rows])
+
+
+def _joined(old: Tensor, old_valid: Tensor | None, new: Tensor, valid: Tensor | None) -> Tensor | None:
+    if old_valid is None and valid is None:
+        return None
+    pairs = ((old, old_valid), (new, valid))
+    whole = [torch.ones_like(slots, dtype=torch.bool) if known is None else known for slots, known in pairs]
+    return torch.cat([part.to(new.device) for part in whole], dim=1)

@@ -1,0 +1,337 @@
+"""The hooks of a live model, and what the last forward did: `model.framefusion`.
+
+No forward is copied. Hooks stand at the places where the policy acts, and whatever belongs to one forward lives in a
+context variable or in the KV cache that travels with the request, never on the module:
+
+    around the model                  whether its decoder began and ended at all
+    before the multimodal model       notes input_ids and grids, from which the labels come
+    before and after the decoder      begins and ends a call; the hidden states regain their length behind it
+    before each decoder layer         call 0; position embeddings, mask and cache slots of the tokens present;
+                                      DeepStack features of the layer before
+    before input_layernorm            whether the layer was given those
+    before post_attention_layernorm   calls 1 and on, in place: the tensor it takes is the layer's residual, too
+    before the MLP                    whether that is so
+    after each decoder layer          what the layer must have shown
+    attention registry                importance from the layer's own queries and keys, where the policy wants it
+
+A cache layer stores the tokens that were kept, but tells transformers the length of the whole prompt: positions, masks
+and the slicing of input_ids stay as they were, and each layer takes the columns of the mask that it stores.
+
+Knows the seams of transformers 5 and nothing of bundles. What it cannot serve it refuses by name. Decisions are
+framefusion.reduction.policy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from threading import get_ident
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from framefusion.errors import BackendError, PromptError
+from framefusion.live.attention.cache import compiled_step, refuse_to_compile
+from framefusion.live.attention.importance import CALL, WatchedConfig, current, register
+from framefusion.live.attention.mask import tokens_seen
+from framefusion.live.call import Asked, Call, RequestRecord, Row
+from framefusion.live.labels import Labels, Preset, Seen, check_labels, labels_behind
+from framefusion.live.proof import BEGUN, Proof
+from framefusion.live.seams import DEEPSTACK_ARGUMENTS, arguments_of, broken, cache_of
+from framefusion.reducers import DEFAULT, load_reducer
+from framefusion.reducers.reducer import ReductionRequest
+from framefusion.reduction import tracks
+from framefusion.reduction.policy import ReductionSettings
+from framefusion.reduction.tracks import IntArray
+
+_SEEN: ContextVar[Seen | None] = ContextVar("framefusion_seen", default=None)
+_LABELS: ContextVar[tuple[FrameFusion, IntArray] | None] = ContextVar("framefusion_labels", default=None)
+
+
+class FrameFusion:
+    """What `model.framefusion` is: the settings, what the last forward did, and labels of the user's own."""
+
+    def __init__(self, model: Any, labels: Labels | None, preset: Preset, settings: ReductionSettings) -> None:
+        self.model, self.decoder = model, model.get_decoder()
+        self.settings = settings
+        self.reducer, self.seed = load_reducer(DEFAULT), 0
+        self.importance_rows = preset.importance_rows
+        self._find_labels = labels
+        self._records: dict[int, tuple[RequestRecord, ...]] = {}
+        self._undo: list[Any] = []
+
+    @property
+    def last(self) -> tuple[RequestRecord, ...]:
+        """One record per row of the latest prefill: this thread's own, else that of any thread; empty before one."""
+        return self._records.get(get_ident()) or next(reversed(self._records.values()), ())
+
+    @contextmanager
+    def labels(self, patch_type: npt.ArrayLike | Tensor) -> Iterator[None]:
+        """Within the block, prompts have these labels in place of those read from input_ids.
+
+        Args:
+            patch_type: [S] or [B, S] of the whole prompt, padding included: -1 for text and structure, 0 upwards for
+                places in a frame. Tokens behind them are text, so generation goes on as it is.
+        """
+        given = patch_type.cpu().numpy() if isinstance(patch_type, Tensor) else np.asarray(patch_type)
+        token = _LABELS.set((self, np.atleast_2d(given).astype(np.int64)))
+        try:
+            yield
+        finally:
+            _LABELS.reset(token)
+
+    def install(self) -> None:
+        """Put the hooks in place."""
+        register()
+        owner, layers = self.model.base_model, self.decoder.layers
+        if owner is not self.decoder:
+            self._undo.append(owner.register_forward_pre_hook(self._note_inputs, with_kwargs=True).remove)
+            self._undo.append(owner.register_forward_hook(self._forget_inputs, always_call=True).remove)
+        for module in dict.fromkeys((self.model, owner)):
+            if module is not self.decoder:
+                self._undo.append(module.register_forward_pre_hook(self._await_decoder, with_kwargs=True).remove)
+                self._undo.append(module.register_forward_hook(self._check_decoder).remove)
+        self._undo.append(self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        self._undo.append(self.decoder.register_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
+        for i, layer in enumerate(layers):
+            enter, between, leave = (partial(hook, i) for hook in (self._enter_layer, self._between, self._leave_layer))
+            self._undo.append(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            self._undo.append(layer.register_forward_hook(leave).remove)
+            before = partial(self._before_attention, i)
+            self._undo.append(layer.input_layernorm.register_forward_pre_hook(before).remove)
+            self._undo.append(layer.post_attention_layernorm.register_forward_pre_hook(between).remove)
+            self._undo.append(layer.mlp.register_forward_pre_hook(partial(self._before_mlp, i)).remove)
+            config = layer.self_attn.config
+            layer.self_attn.config = WatchedConfig(config)
+            self._undo.append(partial(setattr, layer.self_attn, "config", config))
+
+    def uninstall(self) -> None:
+        """Take the hooks away."""
+        while self._undo:
+            self._undo.pop()()
+
+    def when_removed(self, undo: Any) -> None:
+        """Call this, too, when the model is restored."""
+        self._undo.append(undo)
+
+    def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            named = arguments_of(module, "input_ids", args, given)
+            _SEEN.set(Seen(named.get("input_ids"), named))
+
+    def _forget_inputs(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            _SEEN.set(None)
+
+    def _await_decoder(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        """Note that a forward began within which the decoder must; a step of a generation is the cache's to check."""
+        if torch.compiler.is_compiling():
+            return
+        named = arguments_of(module, "input_ids", args, given)
+        tokens = named.get("input_ids") if named.get("inputs_embeds") is None else named["inputs_embeds"]
+        BEGUN.set(False if tokens is not None and tokens.shape[1] > 1 else None)
+        CALL.set(None)
+
+    def _check_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Whether the decoder that has the hooks began and ended.
+
+        Raises:
+            BackendError: it did not.
+        """
+        if torch.compiler.is_compiling():
+            return
+        begun, call = BEGUN.get(), CALL.get()
+        CALL.set(None)
+        if begun is False:
+            raise broken(f"{type(module).__name__} ran without the hooks of its decoder")
+        if call is not None and call.asked.owner is self:
+            raise broken(f"nothing ran behind the decoder of {type(module).__name__}")
+
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Begin a call where there is something to reduce, or a cache that was reduced before."""
+        # 1. what the decoder was given
+        compiling = torch.compiler.is_compiling()
+        named = given if compiling else arguments_of(module, "input_ids", args, given)
+        tokens = named.get("inputs_embeds")
+        tokens = (args[0] if args else given["input_ids"]) if tokens is None else tokens
+        shape = (tokens.shape[0], tokens.shape[1])
+        if compiling:
+            return refuse_to_compile() if shape[1] > 1 else None
+        BEGUN.set(True)
+        CALL.set(None)
+        seen, cache = _SEEN.get(), cache_of(named)
+        if seen is None and self.model.base_model is self.decoder:
+            seen = Seen(named.get("input_ids"), named)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        # 2. the visual tokens among it
+        labels = self._labels_of(seen, named, shape, past)
+        mask = named.get("attention_mask")
+        if labels is None and shape[1] > 1:
+            labels = np.full(shape, tracks.TEXT, np.int64)
+        reduced = any(hasattr(layer, "slots") for layer in getattr(cache, "layers", ()))
+        rows = [] if labels is None else self._rows(labels, mask, past)
+        visual = any(row.visual for row in rows)
+        if not visual and rows:
+            if shape[1] > 1:  # a prompt of text alone, no step of a generation
+                self._note([row.record(len(self.decoder.layers)) for row in rows])
+            rows = []
+        if not visual and not reduced:
+            return None
+        # 3. the call, and the decoder's arguments without what the call does itself
+        self._check(named, tokens, past + shape[1])
+        call = Call(
+            self._asked(tokens.device), rows, shape, past, mask, Proof(self.decoder.layers, shape[1], past + shape[1])
+        )
+        CALL.set(call)
+        return ((), call.take_deepstack(named)) if visual else None
+
+    def _rows(self, labels: IntArray, mask: Any, past: int) -> list[Row]:
+        seen = tokens_seen(mask, past, past + labels.shape[1], len(labels))
+        real = np.ones(labels.shape, np.bool_) if seen is None else seen.cpu().numpy()
+        return [self._row(own, np.flatnonzero(there)) for own, there in zip(labels, real, strict=True)]
+
+    def _row(self, labels: IntArray, origin: IntArray) -> Row:
+        return Row(self.reducer.start(ReductionRequest(self.settings, labels[origin], self.seed)), origin)
+
+    def _labels_of(
+        self, seen: Seen | None, given: dict[str, Any], shape: tuple[int, int], past: int
+    ) -> IntArray | None:
+        """Labels of the new tokens [B, S], or None: no visual token among them."""
+        own = _LABELS.get()
+        if own is not None and own[0] is self:
+            return labels_behind(own[1], shape, past)
+        if shape[1] == 1:
+            return None
+        if seen is None or seen.ids is None:
+            if self._find_labels is None:
+                return None
+            raise PromptError(
+                "inputs_embeds do not say which tokens are visual: give input_ids to the whole model, or labels in a "
+                "block of `with model.framefusion.labels(patch_type):`"
+            )
+        labels = None if self._find_labels is None else self._find_labels(self.model.base_model, seen, given)
+        check_labels(self.model.config, seen.ids, labels, shape)
+        return labels
+
+    def _asked(self, device: torch.device) -> Asked:
+        flash = "flash" in (self.decoder.config._attn_implementation or "")
+        return Asked(self, self.importance_rows, device, flash)
+
+    def _check(self, given: dict[str, Any], tokens: Tensor, length: int) -> None:
+        """Refuse what cannot be reduced.
+
+        Raises:
+            BackendError: gradients or attentions asked for, a prompt beyond a sliding window.
+        """
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (tokens, *self.decoder.parameters())):
+            raise BackendError("tokens are reduced in place: run the model under torch.no_grad() or inference_mode()")
+        config = self.decoder.config
+        if given.get("output_attentions") or getattr(config, "output_attentions", False):
+            raise BackendError("output_attentions cannot be given for reduced tokens: leave it out")
+        deep = getattr(getattr(self.model.config, "vision_config", None), "deepstack_visual_indexes", None)
+        if deep and DEEPSTACK_ARGUMENTS[1] not in given and _SEEN.get() is not None:
+            raise broken(f"no {DEEPSTACK_ARGUMENTS[1]} are passed to the decoder")
+        window = getattr(config, "sliding_window", None)
+        if window is not None and length >= window:
+            raise BackendError(
+                f"{length} tokens exceed the model's sliding window of {window}, which cannot follow reduced tokens: "
+                "sample fewer frames or ask for fewer new tokens"
+            )
+
+    def _enter_layer(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            return args, compiled_step(index, args[0] if args else given["hidden_states"], given)
+        call = CALL.get()
+        if call is None or call.asked.owner is not self:
+            return None
+        named = arguments_of(module, "hidden_states", args, given)
+        if "hidden_states" not in named:
+            raise broken("no hidden_states are passed to the decoder layers")
+        hidden = named.pop("hidden_states")
+        call.proof.enter(index)
+        with torch.autocast(hidden.device.type, enabled=False):  # scores of halves would tie
+            if index == 0:
+                hidden = call.begin(hidden, call.features) if call.rows else hidden
+                call.note_state()
+            elif call.features:
+                hidden = call.add_features(hidden)
+        told = call.enter(index, named)
+        call.attention = module.get_submodule("self_attn")
+        last = index > self.settings.depth + 1 or index >= len(self.decoder.layers) - 1
+        call.watching = not last and any(row.reduction.wants_importance for row in call.rows)
+        return (hidden,), told
+
+    def _before_attention(self, index: int, *_: Any) -> None:
+        """Whether the layer has the arguments of the tokens that are left, before its attention fails on others."""
+        call = current()
+        if call is not None and call.asked.owner is self:
+            call.proof.entered(index)
+
+    def _between(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A call between attention and MLP: the residual is the very tensor that the norm takes."""
+        call = current()
+        if call is None or call.asked.owner is not self:
+            return
+        call.proof.between(index)
+        if call.watching:
+            raise broken(f"the attention of decoder layer {index} did not look its function up in the registry")
+        if not call.reducing or index >= len(self.decoder.layers) - 1:
+            return
+        if len(args) != 1:
+            raise broken(f"the norm behind the attention of decoder layer {index} takes {len(args)} tensors")
+        (hidden,) = args
+        with torch.autocast(hidden.device.type, enabled=False):
+            reduced = call.reduce(hidden)
+        if reduced is not hidden:
+            hidden.set_(reduced)
+            call.residual = ref(hidden)
+
+    def _before_mlp(self, index: int, *_: Any) -> None:
+        """Whether the layer still holds the tensor that was reduced in place: without gradients, nobody else does.
+
+        Raises:
+            BackendError: it holds another one, of the tokens before.
+        """
+        call = current()
+        if call is None or call.asked.owner is not self or call.residual is None:
+            return
+        residual, call.residual = call.residual(), None
+        if residual is None:
+            raise broken(f"the residual of decoder layer {index} is not the tensor that its norm takes")
+
+    def _leave_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        call = current()
+        if call is None or call.asked.owner is not self:
+            return None
+        call.proof.leave(index, output, call.present, call.layer, call.cache)
+        call.note_state()
+        if call.features and index == len(self.decoder.layers) - 1:
+            return call.add_features(output)
+        return None
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        call = CALL.get()
+        CALL.set(None)
+        if output is None or call is None or call.asked.owner is not self:
+            return None
+        call.proof.end(output, given.get("use_cache"))
+        if not call.rows:
+            return None
+        self._note([row.record(len(self.decoder.layers)) for row in call.rows])
+        return call.restored_output(output)
+
+    def _note(self, records: Sequence[RequestRecord]) -> None:
+        self._records.pop(get_ident(), None)
+        self._records[get_ident()] = tuple(records)

@@ -1,0 +1,67 @@
+"""Similarity and plans on the hidden states of a live model: numpy's own code on the CPU, its torch twin elsewhere.
+
+On the CPU the memory is shared and numpy's one pass is several times faster than torch's kernels for each step. Knows
+tokens of one request, no batch and no layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from framefusion.ops import kernels as ops
+from framefusion.reduction import policy, tracks
+from framefusion.reduction.policy import Plan
+from framefusion.reduction.tracks import FloatArray, IntArray
+
+
+def similarity(hidden: Tensor, labels: IntArray) -> Tensor:
+    """Cosine of each token to the one before it in its track, in fp32: numpy's on the CPU.  [1, S, D] -> [S]"""
+    if hidden.device.type == "cpu":
+        return torch.from_numpy(tracks.track_similarity(_array(hidden[0]), labels))
+    scores: Tensor = ops.similarity(hidden, torch.from_numpy(tracks.previous_in_track(labels)).to(hidden.device))
+    return scores
+
+
+def features_of(hidden: Tensor) -> FloatArray:
+    """Hidden states of one request as a reducer reads them: in fp32 on the host.  [S, D]"""
+    features: FloatArray = hidden.detach().float().cpu().numpy()
+    return features
+
+
+def apply_plan(hidden: Tensor, plan: Plan) -> Tensor:
+    """What policy.apply_plan does, by it on the CPU; rows behind the plan's tokens are padding and go.  -> [K, D]"""
+    if hidden.device.type == "cpu":
+        return torch.from_numpy(policy.apply_plan(_array(hidden), plan)).to(hidden.dtype)
+    return apply_plan_on_device(hidden, plan)
+
+
+def apply_plan_on_device(hidden: Tensor, plan: Plan) -> Tensor:
+    """The torch twin of policy.apply_plan: the same sums in the same order, one transfer of indices."""
+    kept = torch.from_numpy(plan.kept).to(hidden.device)
+    reduced = hidden[kept]
+    lengths = np.diff(plan.run_starts, append=plan.members.size)
+    if not lengths.size:
+        return reduced
+    longest_first = np.argsort(-lengths, kind="stable")
+    heads, starts, lengths = plan.heads[longest_first], plan.run_starts[longest_first], lengths[longest_first]
+    # every place in the runs, one after the other: one transfer
+    places = [plan.members[starts[: np.count_nonzero(lengths > p)] + p] for p in range(1, lengths[0])]
+    told = torch.from_numpy(np.concatenate([heads, np.searchsorted(plan.kept, heads), lengths, *places]))
+    told = told.to(hidden.device)
+    head, slot, length, *members = torch.split(told, [heads.size] * 3 + [own.size for own in places])
+    means = hidden[head].float()
+    for own in members:
+        means[: own.numel()] += hidden[own]
+    reduced[slot] = (means / length[:, None]).to(hidden.dtype)
+    return reduced
+
+
+def _array(hidden: Tensor) -> npt.NDArray[np.floating[Any]]:
+    """On the CPU: the same memory, but for bf16, which numpy lacks."""
+    array: npt.NDArray[np.floating[Any]] = (hidden.float() if hidden.dtype == torch.bfloat16 else hidden).numpy()
+    return array

@@ -1,0 +1,1 @@
+"""The algorithm in numpy: policy (two short vectors in, a plan out), budget and tracks. Knows no model."""

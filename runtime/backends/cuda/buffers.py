@@ -1,0 +1,183 @@
+"""Memory of one GPU and what travels to and from it, in the order of two streams.
+
+Everything that computes is enqueued on `stream`, in the order of the calls, and the host waits for none of it. Results
+go to the host on a second stream that waits for what was computed when they were requested, so their copy runs beside
+whatever is enqueued next and does not write them: zeroing of the next caches, uploads, padding. The host waits once a
+reduction, in `Mirror.pull`: two vectors requested together arrive together.
+
+Knows no kernel; `device` adds what is done to rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import BackendError
+from framefusion.runtime.backends.cuda.array import DeviceArray
+from framefusion.runtime.backends.cuda.driver import EXTRA, Cuda
+from framefusion.runtime.backends.cuda.graph import Captured
+from framefusion.runtime.backends.cuda.memory import RING, DeviceMemory, PinnedMemory, Ring
+
+Array = NDArray[Any]
+
+
+class CudaBuffers:
+    """The part of `backends.Device` that needs no kernel, and what backends need beside the protocol.
+
+    Args:
+        ordinal: of the GPU among those that CUDA_VISIBLE_DEVICES shows.
+    """
+
+    def __init__(self, ordinal: int) -> None:
+        self.cuda = cuda = Cuda(ordinal)
+        self.gpu, self.ordinal = cuda.gpu, ordinal
+        self._stream, self._copies = cuda.stream(), cuda.stream()
+        self._computed, self._copied = cuda.event(), cuda.event()
+        self._memory = DeviceMemory(cuda, self._stream, self._copied)
+        self._pinned = PinnedMemory(cuda)
+        self._ring = Ring(cuda, self._stream, self._pinned)
+
+    @property
+    def stream(self) -> int:
+        """CUstream of everything that computes."""
+        return int(self._stream)
+
+    def synchronize(self) -> None:
+        """Wait for all that was enqueued."""
+        for stream in (self._stream, self._copies):
+            self.cuda.call("cuStreamSynchronize", stream)
+
+    def free_memory(self) -> int:
+        """Bytes of the GPU that nobody has."""
+        return self.cuda.free_memory()
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """numpy's type by its name, bfloat16 included.
+
+        Raises:
+            BackendError: bfloat16 without ml_dtypes.
+        """
+        if name != "bfloat16":
+            return np.dtype(name)
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise BackendError(f"bfloat16 needs the package ml-dtypes: {EXTRA}") from None
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+
+    def capture(self, run: Callable[[], object]) -> Callable[[], None]:
+        """What `run` enqueues, to be replayed; see `graph`. It may neither allocate, upload nor wait."""
+        return Captured(self.cuda, self._stream, self._memory, run)
+
+    # --- Memory and copies ------------------------------------------------------------------------------------------
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+        """See `Device.empty`."""
+        array = DeviceArray(0, shape, dtype)
+        array.owner = self._memory.allocate(array.nbytes)
+        array.address = array.owner.address
+        return array
+
+    def zeros(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+        """See `Device.zeros`."""
+        array = self.empty(shape, dtype)
+        self._clear(array)
+        return array
+
+    def _clear(self, array: DeviceArray) -> None:
+        if array.nbytes:
+            self.cuda.call("cuMemsetD8Async", array.address, 0, array.nbytes, self._stream)
+
+    def mirror(self, shape: Sequence[int], dtype: Any) -> CudaMirror:
+        """See `Device.mirror`."""
+        return CudaMirror(self, self.zeros(shape, dtype))
+
+    def upload(self, array: Array) -> DeviceArray:
+        """See `Device.upload`; the caller may change the array at once."""
+        buffer = self.empty(array.shape, array.dtype)
+        self.send(array, buffer)
+        return buffer
+
+    def send(self, array: Array, buffer: DeviceArray) -> None:
+        """Copy an array of the host into a contiguous buffer of as many bytes, in stream order.
+
+        What the ring takes does not wait; a larger array, the rows of a prompt, is waited for.
+        """
+        packed = np.ascontiguousarray(array)
+        if not packed.nbytes:
+            return
+        small = packed.nbytes <= RING // 2
+        source = self._ring.place(packed) if small else packed.ctypes.data
+        self.cuda.call("cuMemcpyHtoDAsync", buffer.address, source, packed.nbytes, self._stream)
+        if not small:
+            self.cuda.call("cuStreamSynchronize", self._stream)
+
+    def download(self, buffer: DeviceArray) -> Array:
+        """See `Device.download`."""
+        packed = self.contiguous(buffer)
+        array = np.empty(packed.shape, packed.dtype)
+        if array.nbytes:
+            self.cuda.call("cuMemcpyDtoHAsync", array.ctypes.data, packed.address, array.nbytes, self._stream)
+            self.cuda.call("cuStreamSynchronize", self._stream)
+        return array
+
+    def contiguous(self, buffer: DeviceArray) -> DeviceArray:
+        """See `Device.contiguous`."""
+        if buffer.contiguous:
+            return buffer
+        packed = self.empty(buffer.shape, buffer.dtype)
+        self.copy(packed, buffer)
+        return packed
+
+    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+        """See `Device.copy`; both of one type."""
+        if target.shape != source.shape:
+            raise ValueError(f"{source!r} does not fit {target!r}")
+        if not (target.contiguous and source.contiguous):
+            for place in range(len(target)):
+                self.copy(target[place], source[place])
+        elif target.dtype != source.dtype:
+            raise TypeError(f"{source!r} is not of the type of {target!r}")
+        elif target.nbytes:
+            self.cuda.call("cuMemcpyDtoDAsync", target.address, source.address, target.nbytes, self._stream)
+
+
+class CudaMirror:
+    """See `backends.Mirror`: pinned memory of the host, and its twin on the GPU.
+
+    Request again after each run that computes the twin; what is pulled is the state of the last request.
+    """
+
+    def __init__(self, device: CudaBuffers, there: DeviceArray) -> None:
+        self._device, self.there = device, there
+        self._block, raw = device._pinned.lend(there.nbytes)
+        raw[:] = 0
+        self.host: Array = raw.view(there.dtype).reshape(there.shape)
+
+    def push(self) -> None:
+        """See `Mirror.push`; the host may write again at once."""
+        self._device.send(self.host, self.there)
+
+    def request(self) -> None:
+        """See `Mirror.request`: what is enqueued from here on runs beside the copy."""
+        device, call = self._device, self._device.cuda.call
+        call("cuEventRecord", device._computed, device._stream)
+        call("cuStreamWaitEvent", device._copies, device._computed, 0)
+        if self.host.nbytes:
+            call("cuMemcpyDtoHAsync", self._block.address, self.there.address, self.host.nbytes, device._copies)
+        call("cuEventRecord", self._block.ready, device._copies)
+        call("cuEventRecord", device._copied, device._copies)
+        self._block.awaited = True
+
+    def pull(self) -> Array:
+        """See `Mirror.pull`."""
+        if not self._block.awaited:
+            self.request()
+        self._device.cuda.call("cuEventSynchronize", self._block.ready)
+        self._block.awaited = False
+        return self.host

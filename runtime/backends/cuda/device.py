@@ -1,0 +1,217 @@
+"""One GPU as `backends.Device`: rows stay on it, scores and logits come back, plans go there.
+
+Indices are int32 on the GPU. Sums are fp32 in the order of policy.apply_plan, so `reduced` gives its bits; `similarity`
+sums in another order than numpy and differs in the last bits of fp32. What is enqueued when, see `buffers`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.reduction import tracks
+from framefusion.reduction.policy import Plan
+from framefusion.runtime.backends.cuda.array import DeviceArray
+from framefusion.runtime.backends.cuda.buffers import CudaBuffers, CudaMirror
+from framefusion.runtime.backends.cuda.kernels import (
+    THREADS,
+    WORDS,
+    Geometry,
+    Kernels,
+    count,
+    dimensions,
+    reach,
+    row_geometry,
+    span_geometry,
+    width,
+)
+
+
+class CudaDevice(CudaBuffers):
+    """See `backends.Device`. One request at a time; buffers may be dropped by any thread.
+
+    Args:
+        row_type: of rows before the first segment: the bundle's own, so that they travel and lie in it.
+        ordinal: of the GPU among those that CUDA_VISIBLE_DEVICES shows.
+        kernels: folder for compiled kernels; None takes the user's cache folder.
+
+    Raises:
+        BackendError: there is no GPU, no driver, one too old, a missing package, or a GPU too old for the kernels.
+    """
+
+    def __init__(self, row_type: Any = np.float16, ordinal: int = 0, kernels: Path | None = None) -> None:
+        super().__init__(ordinal)
+        self.row_type: Any = row_type
+        self._kernels = Kernels(self.cuda, self._stream, kernels)
+        self._uploaded_plan: tuple[Plan, DeviceArray, DeviceArray] | None = None
+
+    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+        """See `Device.copy`; in the target's type."""
+        super().copy(target, self.typed(source, target.dtype))
+
+    def typed(self, buffer: DeviceArray, dtype: Any) -> DeviceArray:
+        """See `Device.typed`; to nearest, ties to even."""
+        if buffer.dtype == np.dtype(dtype):
+            return buffer
+        made = self.empty(buffer.shape, dtype)
+        self._cast(made, self.contiguous(buffer))
+        return made
+
+    def _cast(self, target: DeviceArray, source: DeviceArray) -> None:
+        pair = {target.dtype.name, source.dtype.name}
+        if not pair <= {"float32", "float16", "bfloat16"}:
+            raise TypeError(f"no kernel turns {source.dtype.name} into {target.dtype.name}")
+        if not target.size:
+            return
+        geometry = Geometry((min(-(-target.size // THREADS), 1 << 16), 1), (THREADS, 1))
+        name = f"cast_{source.dtype.name}_{target.dtype.name}"
+        self._kernels.launch(name, geometry, source, target, width(target.size))
+
+    def _indices(self, index: NDArray[np.int64], below: int) -> DeviceArray:
+        """Indices on the GPU, where nothing checks them any more."""
+        if index.size and not 0 <= index.min() <= index.max() < below:
+            raise IndexError(f"indices {index.min()} .. {index.max()} into {below} rows")
+        return self.upload(index.astype(np.int32))
+
+    def take(self, rows: DeviceArray, index: NDArray[np.int64]) -> DeviceArray:
+        """See `Device.take`."""
+        of, elements = dimensions(rows)
+        made = self._with_room(index.size, of, elements, rows.dtype)
+        self._move("take", rows, self._indices(index, of), made, index.size)
+        return made
+
+    def put(self, target: DeviceArray, index: NDArray[np.int64], rows: DeviceArray) -> None:
+        """See `Device.put`; no place may be named twice."""
+        given, elements = dimensions(rows)
+        into, own = dimensions(target)
+        if elements != own or given < index.size:
+            raise ValueError(f"{rows!r} has no {index.size} rows for {target!r}")
+        self._move("put", self.typed(rows, target.dtype), self._indices(index, into), target, index.size)
+
+    def _move(self, kernel: str, rows: DeviceArray, index: DeviceArray, out: DeviceArray, number: int) -> None:
+        row = rows.shape[1] * rows.dtype.itemsize
+        fitting = [word for word in WORDS if all(place % word == 0 for place in (row, rows.address, out.address))]
+        if not fitting:
+            raise TypeError(f"rows of {rows.dtype.name} [{rows.shape[1]}] cannot be moved by {min(WORDS)} bytes")
+        if not number or not row:
+            return
+        word = fitting[0]
+        arguments = rows, index, out, count(number), width(row // word)
+        self._kernels.launch(f"{kernel}_{word}", row_geometry(number, row // word), *arguments)
+
+    def mix(self, rows: DeviceArray, index: NDArray[np.int64], weight: NDArray[np.float32]) -> DeviceArray:
+        """See `Device.mix`; rounded once to the type of the rows."""
+        (number, terms), (of, elements) = index.shape, dimensions(rows)
+        made = self.empty((number, elements), rows.dtype)
+        places, weights = self._indices(index, of), self.upload(weight.astype(np.float32, copy=False))
+        arguments = rows, places, weights, made, count(number), count(terms)
+        self._launch("mix", elements, rows, made, number, 1, *arguments, width(elements))
+        return made
+
+    def _launch(
+        self, name: str, elements: int, rows: DeviceArray, out: DeviceArray, number: int, tables: int, *arguments: Any
+    ) -> None:
+        """A kernel over rows, in the widest reads that they allow."""
+        if not number or not elements or not tables:
+            return
+        itemsize = rows.dtype.itemsize
+        at_once = reach(elements, itemsize, rows, out)
+        suffix = "wide" if at_once == 16 else "single"
+        geometry = row_geometry(number, elements * itemsize // at_once, tables)
+        self._kernels.launch(f"{name}_{rows.dtype.name}_{suffix}", geometry, *arguments)
+
+    def _with_room(self, number: int, room: int, elements: int, dtype: Any) -> DeviceArray:
+        """[number, elements], with room behind it for padding up to `room` rows."""
+        whole = self.empty((max(number, room), elements), dtype)
+        rows = whole[:number]
+        rows.room = len(whole) - number
+        return rows
+
+    def padded(self, rows: DeviceArray, length: int, size: int) -> DeviceArray:
+        """See `Device.padded`: in place where there is room, without a copy where there are rows enough."""
+        if rows.shape[-2] == size:
+            return rows
+        if rows.ndim == 2 and rows.contiguous and rows.shape[0] + rows.room >= size:
+            kept = rows[: min(len(rows), size)]
+            longer = DeviceArray(kept.address, (size, rows.shape[1]), rows.dtype, rows.owner)
+            self._clear(longer[len(kept) :])
+            return longer
+        made = self.empty((*rows.shape[:-2], size, rows.shape[-1]), rows.dtype)
+        for table, own in zip(_tables(made), _tables(rows), strict=True):
+            self.copy(table[:length], own[:length])
+            self._clear(table[length:])
+        return made
+
+    def reduced(self, rows: DeviceArray, plan: Plan) -> DeviceArray:
+        """See `Device.reduced`. Each row that is kept or merged is read once, by one launch for all tables."""
+        if rows.ndim not in (2, 3) or not rows.contiguous:
+            raise ValueError(f"{rows!r} is neither [S, D] nor [K, S, D] without gaps")
+        tables, (of, elements) = (1 if rows.ndim == 2 else len(rows)), rows.shape[-2:]
+        starts, members = self._plan_there(plan, of)
+        number = plan.kept.size
+        if rows.ndim == 2:
+            made = self._with_room(number, of, elements, rows.dtype)
+        else:
+            made = self.empty((tables, number, elements), rows.dtype)
+        arrays = rows, starts, members, made
+        sizes = count(number), width(elements), width(of * elements), width(number * elements)
+        self._launch("reduce", elements, rows, made, number, tables, *arrays, *sizes)
+        return made
+
+    def _plan_there(self, plan: Plan, of: int) -> tuple[DeviceArray, DeviceArray]:
+        """A plan's `reading_order` on the GPU; the last one stays there, for the other tables of the same tokens."""
+        if self._uploaded_plan is None or self._uploaded_plan[0] is not plan:
+            starts, members = reading_order(plan)
+            self._uploaded_plan = plan, self.upload(starts), self._indices(members, of)
+        return self._uploaded_plan[1:]
+
+    def similarity(self, rows: DeviceArray, labels: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `Device.similarity`. Waits for the result."""
+        of, elements = dimensions(rows)
+        if labels.size > of:
+            raise ValueError(f"{labels.size} labels for {rows!r}")
+        order, entries = track_entries(labels)
+        found = np.full(labels.size, tracks.DISSIMILAR, np.float32)
+        if order.size and elements:
+            found[order] = self.track_cosines(rows, entries).pull()
+        return found
+
+    def track_cosines(self, rows: DeviceArray, entries: NDArray[np.int32]) -> CudaMirror:
+        """Enqueue the cosines of tokens in track order, `track_entries`, to the ones before them.  [V]"""
+        elements, itemsize = rows.shape[1], rows.dtype.itemsize
+        scores, there = CudaMirror(self, self.empty(entries.shape, np.float32)), self.upload(entries)
+        at_once = reach(elements, itemsize, rows)
+        name = f"similarity_{rows.dtype.name}_{'wide' if at_once == 16 else 'single'}"
+        geometry = span_geometry(entries.size, elements * itemsize // at_once)
+        self._kernels.launch(name, geometry, rows, there, scores.there, count(entries.size), width(elements))
+        return scores
+
+
+def reading_order(plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The rows that make each row of the result: members[starts[i]:starts[i + 1]], in run order.  [K + 1], [M]"""
+    lengths = np.diff(plan.run_starts, append=plan.members.size)
+    heads = np.searchsorted(plan.kept, plan.heads)
+    sizes = np.ones(plan.kept.size, np.int64)
+    sizes[heads] = lengths
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    members = np.empty(starts[-1], np.int64)
+    members[starts[:-1]] = plan.kept
+    place = np.arange(plan.members.size) - np.repeat(plan.run_starts, lengths)
+    members[np.repeat(starts[heads], lengths) + place] = plan.members
+    return starts.astype(np.int32), members
+
+
+def track_entries(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The visual tokens in track order, and the same with ~token for the first of each track.  [V], [V]"""
+    order = tracks.track_order(labels)
+    visual = order[: tracks.count_visual(labels)]
+    follows = tracks.previous_in_track(labels, order)[visual] >= 0
+    return visual, np.where(follows, visual, ~visual).astype(np.int32)
+
+
+def _tables(rows: DeviceArray) -> list[DeviceArray]:
+    """The [S, D] tables of [..., S, D]."""
+    return [rows] if rows.ndim == 2 else [table for place in range(len(rows)) for table in _tables(rows[place])]

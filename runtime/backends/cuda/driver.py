@@ -1,0 +1,115 @@
+"""The CUDA driver API over one GPU: every call is checked, and what can fail says so in words.
+
+cuda-bindings is the C API one to one, the same in its versions 12 and 13, and what cuda.core itself stands on. Knows no
+kernel and no tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from typing import Any
+
+from framefusion.errors import BackendError
+from framefusion.runtime.machine.gpu import GPU, find_gpu
+
+EXTRA = "pip install 'framefusion-aot[gpu]'"
+EXTRA_CUDA_12 = "pip install 'framefusion-aot[gpu-cuda12]'"
+
+
+def cuda_module(name: str) -> Any:
+    """A module of cuda-bindings: "driver" or "nvrtc".
+
+    Raises:
+        BackendError: the package is missing.
+    """
+    try:
+        return importlib.import_module(f"cuda.bindings.{name}")
+    except ImportError as error:
+        raise BackendError(f"the package cuda-bindings cannot be imported ({error}): {EXTRA}") from None
+
+
+class OutOfMemoryError(BackendError):
+    """The GPU, or the memory that the host can pin, is full."""
+
+
+class Cuda:
+    """One GPU's primary context, made current in each thread that calls.
+
+    Args:
+        ordinal: of the GPU among those that CUDA_VISIBLE_DEVICES shows.
+
+    Raises:
+        BackendError: no GPU, no driver, no package, or a driver too old for the package.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self.gpu, self.ordinal = _require_gpu(ordinal), ordinal
+        self.api = cuda_module("driver")
+        _require_driver(self.gpu)
+        self._threads = threading.local()
+        self._context: Any = None
+        self.call("cuInit", 0)
+        self._device = self.call("cuDeviceGet", ordinal)
+        self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a function of the driver: its one result, a tuple of them, or None."""
+        if self._context is not None and not hasattr(self._threads, "entered"):
+            self._checked("cuCtxSetCurrent", self._context)
+            self._threads.entered = True
+        return self._checked(name, *arguments)
+
+    def _checked(self, name: str, *arguments: Any) -> Any:
+        status, *values = getattr(self.api, name)(*arguments)
+        if status != self.api.CUresult.CUDA_SUCCESS:
+            raise self._error(name, status)
+        return values[0] if len(values) == 1 else tuple(values) or None
+
+    def _error(self, name: str, status: Any) -> BackendError:
+        if status == self.api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            return OutOfMemoryError(f"{name} finds no memory on {self.gpu.name}")
+        _, words = self.api.cuGetErrorString(status)
+        spelled = words.decode() if words else "no description"
+        return BackendError(
+            f"{name} failed on {self.gpu.name}: {self.api.CUresult(status).name} ({spelled}). Start the process again; "
+            "if it stays so, see nvidia-smi and update the driver"
+        )
+
+    def attribute(self, name: str) -> int:
+        """An attribute of the GPU, by the end of its name in CUdevice_attribute."""
+        which = getattr(self.api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(self.call("cuDeviceGetAttribute", which, self._device))
+
+    def free_memory(self) -> int:
+        """Bytes nobody has."""
+        free, _ = self.call("cuMemGetInfo")
+        return int(free)
+
+    def stream(self) -> Any:
+        """A new stream, which does not wait for the default one."""
+        return self.call("cuStreamCreate", int(self.api.CUstream_flags.CU_STREAM_NON_BLOCKING))
+
+    def event(self, *, timed: bool = False) -> Any:
+        """A new event."""
+        flags = self.api.CUevent_flags
+        return self.call("cuEventCreate", int(flags.CU_EVENT_DEFAULT if timed else flags.CU_EVENT_DISABLE_TIMING))
+
+
+def _require_gpu(ordinal: int) -> GPU:
+    gpu = find_gpu(ordinal=ordinal)
+    if gpu is None:
+        raise BackendError(
+            f"there is no NVIDIA GPU {ordinal} with a working driver on this machine (nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES show what there is): take the backend onnxruntime, which runs on the CPU"
+        )
+    return gpu
+
+
+def _require_driver(gpu: GPU) -> None:
+    version = importlib.import_module("cuda.bindings").__version__
+    if gpu.cuda[0] < int(version.split(".")[0]):
+        raise BackendError(
+            f"the NVIDIA driver of {gpu.name} goes up to CUDA {gpu.cuda[0]}.{gpu.cuda[1]}, the installed cuda-bindings "
+            f"{version} needs a newer one: update the driver, or {EXTRA_CUDA_12}"
+        )

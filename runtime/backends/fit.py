@@ -1,0 +1,245 @@
+"""Does a compiled engine fit this machine? Told from the manifest and, where there is a GPU, by the engine's library.
+
+Nothing is loaded: the file's size, the library's version, the targets, the driver and the memory are compared, then the
+library reads the engine's header. What agrees may still fail when it is loaded; what does not agree certainly would.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import packages_distributions
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+from framefusion.errors import BackendError
+from framefusion.runtime.bundle import FLOAT_BYTES, EngineKind, EngineRecord, FileRecord, Manifest, sha256_of
+from framefusion.runtime.machine import cpu
+from framefusion.runtime.machine.gpu import GPU, find_gpu
+
+EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt", "torch": "export"}  # module -> what installs it
+_RELEASE = 3  # numbers of a version that two builds of one release share
+
+Reason = tuple[str, str]
+"""What is wrong, with its figures; and what mends it."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is known of one engine on one machine."""
+
+    engine: EngineRecord
+    problem: str | None  # None where nothing speaks against it
+    remedy: str | None
+    gpu: GPU | None
+    damaged: bool = False  # the file itself is missing, truncated or altered
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing speaks against loading it; on a machine without a GPU only the manifest was asked."""
+        return self.problem is None
+
+    @property
+    def text(self) -> str:
+        """One line: "fits ..." or "rebuild because ..., with: ..."."""
+        if self.problem is not None:
+            return f"rebuild because {self.problem}; {self.remedy}"
+        targets = ", ".join(self.engine.targets)
+        if self.gpu is None and not is_cpu(self.engine):
+            return f"fits {targets}; there is no GPU here to ask"
+        return f"fits {'this CPU' if self.gpu is None or is_cpu(self.engine) else self.gpu.name} (built for {targets})"
+
+
+def is_cpu(engine: EngineRecord) -> bool:
+    """Whether it runs on a CPU."""
+    return all(target.startswith("cpu") for target in engine.targets)
+
+
+def examine(folder: Path, manifest: Manifest, *, gpu: GPU | None = None, hashes: bool = False) -> list[Fit]:
+    """One Fit for each engine of a bundle.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        gpu: what engines are to run on; None for a machine without one (see `find_gpu`).
+        hashes: read every engine and compare its hash, too.
+    """
+    return [_examine(folder, manifest, engine, gpu, hashes) for engine in manifest.engines]
+
+
+def require_fit(folder: Path, manifest: Manifest, kind: EngineKind, gpu: GPU | None = None) -> None:
+    """Refuse engines of a kind that cannot run here.
+
+    Raises:
+        BackendError: the bundle holds none, there is no GPU, or an engine does not fit; with what mends it.
+    """
+    engines = [engine for engine in manifest.engines if engine.kind == kind]
+    gpu = find_gpu() if gpu is None else gpu
+    if not engines:
+        raise BackendError(f"{folder} holds no {kind} engine: {build_command(folder, kind)}")
+    if gpu is None and not is_cpu(engines[0]):
+        raise BackendError(
+            f"{kind} engines need an NVIDIA GPU and its driver, this machine has none: run the bundle with "
+            "--backend onnxruntime"
+        )
+    for engine in engines:
+        fit = _examine(folder, manifest, engine, gpu, hashes=False)
+        if not fit.fits:
+            raise BackendError(f"{engine.file} cannot run here: {fit.problem}; {fit.remedy}")
+
+
+def other_files(manifest: Manifest) -> dict[str, FileRecord]:
+    """Files that are no engine: an engine that is damaged is compiled again, and nothing else is refused for it."""
+    compiled = {engine.file for engine in manifest.engines}
+    return {name: record for name, record in manifest.files.items() if name not in compiled}
+
+
+def build_command(folder: Path, kind: EngineKind, targets: Sequence[str] = ()) -> str:
+    """The command that makes engines for some compute capabilities."""
+    numbers = ",".join(target.replace(".", "") for target in targets if re.fullmatch(r"\d+\.\d", target))
+    command = f"ff-export compile {folder} --backend {kind}" + (f" --target-sm {numbers}" if numbers else "")
+    return f"{command} --checkpoint CHECKPOINT" if kind == "inductor" else command  # it traces the graphs anew
+
+
+def gpu_memory(manifest: Manifest, kind: EngineKind) -> int:
+    """Bytes that the engines of a kind hold on a device at least: themselves and the caches; no activations."""
+    model, engines = manifest.model, {e.graph: e for e in manifest.engines if e.kind == kind}
+    files = sum(manifest.files[engine.file].size for engine in engines.values() if engine.file in manifest.files)
+    slot = 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
+    for segment in manifest.segments:  # an engine without weights of its own is given the bundle's
+        if segment.graph in engines and not engines[segment.graph].weight_bytes:
+            files += segment.weight_bytes
+    caches = 0
+    for segment in manifest.segments:  # a fixed prefill and its decode graph share the caches
+        of_segment = [engines[graph] for graph in (segment.graph, segment.decode_graph) if graph in engines]
+        caches += max((slot * sum(engine.capacities) for engine in of_segment), default=0)
+    return files + caches
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Distributions by the modules they provide; reading them takes a second where many are installed."""
+    return packages_distributions()
+
+
+def installed_version(library: str) -> tuple[str, str] | None:
+    """Distribution and version that provide a module, without importing it; None where nothing does."""
+    names = _distributions().get(library)
+    return None if not names else (names[0], version_of(names[0]))
+
+
+def _examine(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | None, hashes: bool) -> Fit:
+    """The first thing that speaks against an engine; what is cheapest to ask comes first."""
+    again = _rebuild(folder, manifest, engine, gpu)
+    damage = next(_file(folder, manifest, engine, again, hashes), None)
+    problem, remedy = damage or next(_reasons(folder, manifest, engine, gpu, again), (None, None))
+    return Fit(engine, problem, remedy, gpu, damaged=damage is not None)
+
+
+def _reasons(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | None, again: str) -> Iterator[Reason]:
+    yield from _library(engine, again)
+    if is_cpu(engine):
+        yield from _processor(engine, again)
+    elif gpu is not None:
+        yield from _device(manifest, engine, gpu, again)
+        yield from _header(folder, engine, again)
+
+
+def _rebuild(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | None) -> str:
+    if engine.graph not in manifest.files:
+        return "its graph was left out (--engines-only): build the bundle again, or compile the one it was made of"
+    targets = [*engine.targets]
+    if gpu is not None and gpu.capability not in targets:
+        targets.append(gpu.capability)
+    return f"with: {build_command(folder, engine.kind, targets)}"
+
+
+def _file(folder: Path, manifest: Manifest, engine: EngineRecord, again: str, hashes: bool) -> Iterator[Reason]:
+    path, record = folder / engine.file, manifest.files.get(engine.file)
+    if record is None or not path.is_file():
+        yield f"{engine.file} is missing", again
+        return
+    size = path.stat().st_size
+    if size != record.size:
+        how = "truncated" if size < record.size else "altered"
+        yield f"{engine.file} is {how}, {size} of {record.size} bytes", again
+    elif hashes and sha256_of(path) != record.sha256:
+        yield f"{engine.file} is altered, its sha256 is not the manifest's", again
+
+
+def _library(engine: EngineRecord, again: str) -> Iterator[Reason]:
+    """Engines are promised to load in the release that wrote them and in no other."""
+    found = installed_version(engine.library)
+    if found is None:
+        extra = EXTRAS.get(engine.library)
+        install = f"pip install 'framefusion-aot[{extra}]'" if extra else f"install {engine.library} {engine.version}"
+        yield f"{engine.library} {engine.version} that built it is not installed", install
+    elif release(found[1]) != release(engine.version):
+        yield (
+            f"it was built by {engine.library} {engine.version} and {found[1]} is installed, which loads only its own",
+            f"{again}; or pip install '{found[0]}=={engine.version}'",
+        )
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version that must agree: 1.7.1.116 -> (1, 7, 1)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:_RELEASE])
+
+
+def _processor(engine: EngineRecord, again: str) -> Iterator[Reason]:
+    """A CPU is told as "cpu", its architecture and a word of the compiler's; its instructions are in the options."""
+    machine, wanted = engine.targets[0].split()[1:2], set(engine.options.get("cpu_features", ()))
+    if machine and machine[0] != platform.machine():
+        yield f"it was built for {engine.targets[0]} and this CPU is {platform.machine()}", again
+    elif lacking := sorted(wanted - cpu.features()):
+        yield f"it was built for a CPU with {', '.join(lacking)} and this one has not", again
+
+
+def _device(manifest: Manifest, engine: EngineRecord, gpu: GPU, again: str) -> Iterator[Reason]:
+    if not any(runs_on(target, gpu.capability) for target in engine.targets):
+        yield f"it was built for {', '.join(engine.targets)} and {gpu.name} is {gpu.capability}", again
+    wanted = _cuda_of(engine.library)
+    if wanted is not None and gpu.cuda[0] < wanted:
+        yield (
+            f"the driver knows CUDA {gpu.cuda[0]}.{gpu.cuda[1]} and {engine.library} needs {wanted}",
+            f"update the NVIDIA driver; or {again}, where a {engine.library} for CUDA {gpu.cuda[0]} is installed",
+        )
+    needed = gpu_memory(manifest, engine.kind)
+    if needed > gpu.memory:
+        yield (
+            f"engines and caches take {needed / 1e9:.1f} GB and {gpu.name} has {gpu.memory / 1e9:.1f} GB",
+            "build the bundle with a smaller --max-kv-cache-capacity, or run it on another GPU",
+        )
+
+
+def runs_on(target: str, capability: str) -> bool:
+    """Whether an engine for a target, "8.6" or "cuda 8.6", runs on a device."""
+    return target.split()[-1] == capability
+
+
+def _cuda_of(library: str) -> int | None:
+    """Major version of CUDA that the installed build of a library was made for: its package ends in -cu13."""
+    found = installed_version(library)
+    told = None if found is None else re.search(r"cu(\d+)$", found[0])
+    return None if told is None else int(told[1])
+
+
+def _header(folder: Path, engine: EngineRecord, again: str) -> Iterator[Reason]:
+    """What the library says of the engine's first bytes, where it can be asked (TensorRT-RTX)."""
+    try:
+        library: Any = __import__(engine.library)
+    except (ImportError, OSError):
+        return
+    if not hasattr(library, "EngineValidity"):
+        return
+    runtime = library.Runtime(library.Logger(library.Logger.ERROR))
+    with (folder / engine.file).open("rb") as file:
+        validity, flags = runtime.get_engine_validity(file.read(runtime.engine_header_size))
+    if validity == library.EngineValidity.INVALID:
+        told = [name for name, flag in library.EngineInvalidityDiagnostics.__members__.items() if flags & flag.value]
+        mend = "mend the CUDA installation" if told == ["CUDA_ERROR"] or not told else again
+        yield f"{engine.library} refuses it ({', '.join(told) or 'the device does not answer'})", mend

@@ -1,0 +1,203 @@
+"""Engines that torch's inductor compiled ahead of time (.pt2), for CPUs and for GPUs where TensorRT does not run.
+
+libtorch runs them: torch is imported when the first one is opened, and by nothing before. An engine holds no weight; it
+is given those of the bundle's own files, memory-mapped on the CPU, so they are on the disk and in memory once, and
+segments of one structure share one engine. No GPU has run this yet.
+
+A package's metadata says where its weights lie (PLACES): {"file": beside the graph, "tensors": {name: [offset,
+shape]}}.
+Inputs and outputs are those of the engine's record, in its order; caches are inputs that are written to. They lie in
+memory slot after slot, [C, Hkv, hd], so that on the CPU an engine is shown only the slots that are taken, without a
+copy: attention costs what the tokens cost and not what the cache could hold.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from framefusion.errors import BackendError, BundleError
+from framefusion.runtime.backends.base import Array
+from framefusion.runtime.backends.fit import require_fit
+from framefusion.runtime.backends.host import HostBackend
+from framefusion.runtime.backends.inductor.device import TorchDevice, as_tensor, load_torch
+from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.bundle import Bundle, EngineKind, EngineRecord, SegmentRecord
+from framefusion.runtime.format.bundle_files import place
+from framefusion.runtime.trust.origin import require_vouched
+from framefusion.storage.bounded_json import parse_json
+
+KIND: EngineKind = "inductor"
+PLACES = "framefusion.places"
+_CPU = "cpu"
+
+
+class InductorBackend(HostBackend):
+    """The inductor engines of a bundle.
+
+    Args:
+        bundle: what holds them.
+        device: what they were compiled for, "cpu" or "cuda".
+        threads: of the CPU; 0 leaves torch's own number.
+
+    Raises:
+        BackendError: torch or an engine is missing, or an engine is of another torch, processor or device.
+        TrustError: nobody vouches for the engines, which are shared libraries.
+    """
+
+    name: str = KIND
+
+    def __init__(self, bundle: Bundle, device: str = _CPU, threads: int = 0) -> None:
+        require_vouched(bundle, KIND)
+        require_fit(bundle.folder, bundle.manifest, KIND)
+        self._bundle, self._on, self._torch = bundle, device, load_torch()
+        if device == _CPU:
+            super().__init__()
+        else:
+            super().__init__(device=TorchDevice(device, bundle.manifest.model.float_type))
+        if threads:
+            self._torch.set_num_threads(threads)
+        self._weights: dict[Path, Any] = {}  # graphs over one file share its tensors
+        self._engines: dict[str, Engine] = {}
+
+    def open(self, graphs: Sequence[str]) -> None:
+        """See `Backend.open`."""
+        for graph in graphs:
+            self.engine(graph)
+
+    def engine(self, graph: str) -> Engine:
+        """The engine of a graph, loaded."""
+        if graph not in self._engines:
+            record = self._bundle.engine(graph, KIND)
+            if record is None:
+                raise BackendError(f"{self._bundle.folder} holds no {KIND} engine of {graph}: compile it again")
+            self._engines[graph] = self._load(record)
+        return self._engines[graph]
+
+    def _load(self, record: EngineRecord) -> Engine:
+        path = self._bundle.folder / record.file
+        if record.targets[0].split()[0] != self._on:
+            raise BackendError(
+                f"{record.file} was compiled for {record.targets[0]}, {self._on} was asked: run it there, or compile "
+                f"with --device {self._on}"
+            )
+        try:
+            package = importlib.import_module("torch._inductor").aoti_load_package(str(path))
+            told = parse_json(package.get_metadata()[PLACES].encode())
+            tensors = self._tensors(self._weights_of(record.graph, told["file"]), told["tensors"], record.dtype)
+            package.load_constants(tensors, check_full_update=True, user_managed=True)
+        except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise BundleError(
+                f"{path} cannot be loaded by torch {self._torch.__version__} ({reason}): compile it again"
+            ) from error
+        return Engine(self._torch, record, package, tensors)
+
+    def _weights_of(self, graph: str, name: str) -> Path:
+        """The file of weights that a package names: beside its graph, within the bundle, and listed."""
+        beside = str(PurePosixPath(graph).parent / name)
+        if beside not in self._bundle.manifest.files:
+            raise ValueError(f"its weights are in {beside!r:.80}, which the manifest does not list")
+        return place(self._bundle.folder, beside)
+
+    def _tensors(self, path: Path, places: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+        """Views of a file of weights: mapped on the CPU, which reads what is used; a copy on a GPU."""
+        torch = self._torch
+        if path not in self._weights:
+            mapped = torch.from_numpy(np.memmap(path, mode="c", dtype=np.uint8))  # private pages: nothing is written
+            self._weights[path] = mapped if self._on == _CPU else mapped.to(self._on)
+        flat, kind = self._weights[path], getattr(torch, dtype)
+        sizes = {name: math.prod(shape) * kind.itemsize for name, (_, shape) in places.items()}
+        for name, (offset, shape) in places.items():
+            if min((offset, *shape)) < 0 or offset + sizes[name] > len(flat):
+                raise ValueError(f"{name!r:.60} lies at {offset} with shape {shape}, the file has {len(flat)} bytes")
+        return {
+            name: flat[offset : offset + sizes[name]].view(kind).view(shape) for name, (offset, shape) in places.items()
+        }
+
+    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+        """Caches of zeros, as large as asked, slot after slot."""
+        cache = SegmentCache.empty(self.device, [(1, slots, heads, hd) for _, heads, slots, hd in shapes], dtype)
+        keys, values = ([buffer.swapaxes(1, 2) for buffer in buffers] for buffers in (cache.keys, cache.values))
+        return SegmentCache(keys, values, cache.lengths)
+
+    def bind(
+        self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], cache: SegmentCache | None
+    ) -> InductorSegment:
+        """See `Backend.bind`."""
+        return InductorSegment(self.engine(graph), inputs, outputs, cache)
+
+
+class Engine:
+    """A package with its weights, and what it is bound to by name."""
+
+    def __init__(self, torch: Any, record: EngineRecord, package: Any, tensors: Mapping[str, Any]) -> None:
+        self.torch, self.record, self._package = torch, record, package
+        self._tensors = tensors  # the package has their addresses only
+        self.inputs = [tensor for tensor in record.tensors if tensor.mode == "input"]
+        self.outputs = [tensor.name for tensor in record.tensors if tensor.mode == "output"]
+
+    def tensor(self, buffer: Any) -> Any:
+        """A buffer of either device as torch has it."""
+        return as_tensor(self.torch, buffer) if isinstance(buffer, np.ndarray) else buffer
+
+    def run(self, arguments: list[Any]) -> dict[str, Any]:
+        """Compute the outputs, by name; the caches among the arguments change in place."""
+        try:
+            return dict(zip(self.outputs, self._package.loader.run(arguments), strict=True))
+        except RuntimeError as error:
+            shapes = [tuple(argument.shape) for argument in arguments]
+            reason = str(error).splitlines()[0]
+            raise BackendError(f"{self.record.file} refused inputs of shapes {shapes} ({reason})") from error
+
+
+class InductorSegment:
+    """An engine and the buffers it reads and writes."""
+
+    def __init__(
+        self, engine: Engine, inputs: Mapping[str, Any], outputs: Mapping[str, Any], cache: SegmentCache | None
+    ) -> None:
+        self._engine, self.outputs = engine, outputs
+        caches = {} if cache is None else _named(cache)
+        wanted = {tensor.name for tensor in engine.inputs}
+        self.inputs = {name: buffer for name, buffer in inputs.items() if name in wanted}
+        self._arguments = {name: engine.tensor(buffer) for name, buffer in {**self.inputs, **caches}.items()}
+        self._targets = {name: engine.tensor(buffer) for name, buffer in outputs.items()}
+        kv_len = self.inputs.get("kv_len")
+        self._taken: Array | None = kv_len if isinstance(kv_len, np.ndarray) and caches else None
+        self._check()
+
+    def _check(self) -> None:
+        """An engine trusts its inputs: one of another type or size would be read beyond its end."""
+        for told in self._engine.inputs:
+            given = self._arguments[told.name]
+            dtype, shape = str(given.dtype).removeprefix("torch."), tuple(given.shape)
+            fits = len(shape) == len(told.shape) and all(a in (-1, b) for a, b in zip(told.shape, shape, strict=True))
+            if dtype != told.dtype or not fits:
+                raise BackendError(
+                    f"{told.name} is {dtype} {shape}, {self._engine.record.file} takes {told.dtype} {told.shape}"
+                )
+
+    def run(self) -> None:
+        """See `BoundSegment.run`."""
+        results = self._engine.run([self._argument(told.name) for told in self._engine.inputs])
+        for name, target in self._targets.items():
+            target.copy_(results[name])
+
+    def _argument(self, name: str) -> Any:
+        argument = self._arguments[name]
+        if self._taken is None or not name.startswith("past_"):
+            return argument
+        return argument[:, :, : int(self._taken[int(name.rsplit("_", 1)[1])])]
+
+
+def _named(cache: SegmentCache) -> dict[str, Any]:
+    pairs = enumerate(zip(cache.keys, cache.values, strict=True))
+    return {
+        f"past_{part}_{j}": buffer for j, pair in pairs for part, buffer in zip(("key", "value"), pair, strict=True)
+    }

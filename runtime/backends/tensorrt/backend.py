@@ -1,0 +1,252 @@
+"""TensorRT and TensorRT-RTX: the engines of a bundle on an NVIDIA GPU, without torch.
+
+Everything is on one stream of the device. Activations of all engines share one block; caches are allocated once at the
+engines' static length and updated in place; a decode step through all segments is captured as one CUDA graph and
+replayed. An engine decodes two tokens at a time, because a profile of one token would have its own copy of the
+weights: the second is padding. One request at a time: contexts and the block for activations are shared.
+
+No GPU has run this yet: see framefusion.runtime.backends.choice.PROVEN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from framefusion.errors import BackendError
+from framefusion.runtime.backends.base import BoundSegment
+from framefusion.runtime.backends.cache_pool import CachePool
+from framefusion.runtime.backends.cuda.device import CudaDevice
+from framefusion.runtime.backends.fit import require_fit
+from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.backends.tensorrt.engine import Context, Engine, Loader, On, Tensor
+from framefusion.runtime.backends.tensorrt.library import LibraryKind, load_library
+from framefusion.runtime.backends.tensorrt.memory import engine_memory, require_room
+from framefusion.runtime.bundle import Bundle, SegmentRecord
+from framefusion.runtime.machine.gpu import find_gpu
+from framefusion.runtime.machine.user_cache import user_cache
+from framefusion.runtime.trust.origin import require_vouched
+
+ALIGNMENT = 256  # bytes, of the memory for activations
+CAPTURED = 4  # graphs kept: one for each set of buffers that requests happen to get
+
+
+class TensorRTBackend:
+    """The engines of one kind, checked, loaded and bound.
+
+    Args:
+        bundle: read and verified.
+        kind: which engines.
+        device: where they run; None takes the first GPU, rows in the bundle's own type.
+        kernels: folder for kernels that TensorRT-RTX compiles on this GPU; None takes the user's cache folder.
+
+    Raises:
+        BackendError: the library is missing, the engines are for another GPU, library or driver, there is no GPU, or it
+            has too little memory. Nothing is loaded by then.
+        TrustError: nobody vouches for the engines.
+    """
+
+    decode_width = 2
+    chunk: int | None = None
+
+    def __init__(
+        self, bundle: Bundle, kind: LibraryKind, device: CudaDevice | None = None, kernels: Path | None = None
+    ) -> None:
+        require_vouched(bundle, kind)
+        gpu = find_gpu()
+        require_fit(bundle.folder, bundle.manifest, kind, gpu)
+        assert gpu is not None  # what fits has one
+        library = load_library(kind)
+        self.name: str = kind
+        self.bundle, self._gpu = bundle, gpu.name
+        self.device = device or CudaDevice(bundle.manifest.model.float_type)
+        require_room(engine_memory(bundle.manifest, kind), self.device.free_memory(), gpu.name, bundle.manifest)
+        self._kind: LibraryKind = kind
+        self.loader = Loader(library, (kernels or kernel_folder()) / kernel_file(bundle, kind, gpu.name))
+        self._engines: dict[str, Engine] = {}
+        self._workspace = self.device.empty((0,), np.uint8)
+        self._on = On(self.device.stream, 0, 0)
+        self._pool = CachePool(self.device, capacities(bundle, kind))
+        self._graphs: OrderedDict[object, Callable[[], None]] = OrderedDict()
+        self._captures = True
+
+    def open(self, graphs: Sequence[str]) -> None:
+        """See `Backend.open`."""
+        fresh = [graph for graph in graphs if graph not in self._engines]
+        for graph in fresh:
+            record = self.bundle.engine(graph, self._kind)
+            if record is None:
+                raise BackendError(f"the bundle has no {self._kind} engine of {graph}: compile it again")
+            self._engines[graph] = self.loader.load(self.bundle.folder / record.file, record)
+        self._reserve(max((self._engines[graph].workspace for graph in fresh), default=0))
+
+    def _reserve(self, size: int) -> None:
+        """One block for the activations of whichever engine runs."""
+        if size <= self._on.workspace_bytes:
+            return
+        plan = replace(engine_memory(self.bundle.manifest, self._kind), weights=0, activations=size + ALIGNMENT)
+        require_room(plan, self.device.free_memory(), self._gpu, self.bundle.manifest)
+        self._workspace = self.device.empty((size + ALIGNMENT,), np.uint8)
+        self._on = On(self.device.stream, -(-self._workspace.address // ALIGNMENT) * ALIGNMENT, size)
+        self.forget_graphs()  # they know the block before
+        for engine in self._engines.values():
+            engine.forget()
+
+    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+        """See `CachePool.take`."""
+        return self._pool.take(record, shapes, dtype)
+
+    def bind(
+        self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], cache: SegmentCache | None
+    ) -> TensorRTSegment:
+        """See `Backend.bind`."""
+        if graph not in self._engines:
+            self.open([graph])
+        return TensorRTSegment(self._engines[graph], inputs, outputs, cache, self)
+
+    @property
+    def captured(self) -> int:
+        """CUDA graphs that are kept."""
+        return len(self._graphs)
+
+    def forget_graphs(self) -> None:
+        """Capture anew."""
+        self._graphs.clear()
+
+    @property
+    def on(self) -> On:
+        """Where contexts run now."""
+        return self._on
+
+    def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
+        """Run bound segments in turn: once as they are, then captured as one CUDA graph and replayed.
+
+        Where the same buffers come again with another request, its first step replays the graph of the one before.
+        """
+        bound = [segment for segment in segments if isinstance(segment, TensorRTSegment)]
+        key = tuple(segment.key for segment in bound)
+
+        def plain() -> None:
+            for segment in bound:
+                segment.run()
+
+        def run() -> None:
+            if key in self._graphs:
+                self._graphs.move_to_end(key)
+                self._graphs[key]()
+                return
+            plain()  # compiles kernels and allocates: neither may happen while a stream is captured
+            if self._captures and all(segment.capturable for segment in bound):
+                self._capture(key, plain)
+
+        return run
+
+    def _capture(self, key: object, run: Callable[[], None]) -> None:
+        """Keep a run as a graph; where the library does what cannot be captured, steps are run plainly from now on."""
+        try:
+            self._graphs[key] = self.device.capture(run)
+        except BackendError:
+            self._captures = False
+        if len(self._graphs) > CAPTURED:
+            self._graphs.popitem(last=False)
+
+
+class TensorRTSegment:
+    """An engine bound to buffers that this object keeps alive, as `BoundSegment` says."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        cache: SegmentCache | None,
+        backend: TensorRTBackend,
+    ) -> None:
+        self._backend, self._cache = backend, cache
+        self._token = object()  # what the context remembers of this binding; it must not keep the buffers alive
+        given = dict(inputs) | cache_buffers("past", cache)
+        wanted = [tensor for tensor in engine.tensors if tensor.is_input]
+        missing = [tensor.name for tensor in wanted if tensor.name not in given]
+        if missing:
+            raise BackendError(f"{engine.record.file} wants {', '.join(missing)}: compile the bundle again")
+        self.inputs = {tensor.name: given[tensor.name] for tensor in wanted}
+        self._shapes = {name: tuple(map(int, buffer.shape)) for name, buffer in self.inputs.items()}
+        self._profile = engine.profile_for(self._shapes)
+        self._context: Context = engine.context(self._profile)
+        self.outputs = outputs
+        made = dict(outputs) | cache_buffers("present", cache)
+        results = {tensor.name: tensor for tensor in engine.tensors if not tensor.is_input}
+        self._buffers = self.inputs | {name: made[name] for name in results if name in made}
+        for tensor in engine.tensors:
+            if tensor.name in self._buffers:
+                _check(engine, tensor, self._buffers[tensor.name])
+        for name in results.keys() - self._buffers.keys():  # an engine writes every output, also what nobody wants
+            size = self._context.output_bytes(name, self._profile, self._shapes, backend.on)
+            self._buffers[name] = backend.device.empty((size,), np.uint8)
+        self._addresses = {name: int(buffer.address) for name, buffer in sorted(self._buffers.items())}
+
+    @property
+    def key(self) -> object:
+        """Equal for segments whose captured graphs are interchangeable."""
+        return id(self._context), self._profile, tuple(self._addresses.items())
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can be captured of it."""
+        return self._context.capturable(self._backend.on.stream)
+
+    def run(self) -> None:
+        """Enqueue a run."""
+        self._context.run(self._token, self._profile, self._shapes, self._addresses, self._backend.on)
+
+
+def capacities(bundle: Bundle, kind: LibraryKind) -> dict[str, tuple[int, ...]]:
+    """Slots of each layer's cache by segment; the prefill graph of the fixed mode and its decode graph share them.
+
+    Raises:
+        BackendError: they do not agree.
+    """
+    slots: dict[str, tuple[int, ...]] = {}
+    for segment in bundle.manifest.segments:
+        engines = [bundle.engine(graph, kind) for graph in (segment.graph, segment.decode_graph) if graph]
+        told = {engine.capacities for engine in engines if engine is not None}
+        if len(told) != 1:
+            raise BackendError(f"the {kind} engines of segment {segment.name} differ in their caches: compile it again")
+        slots[segment.name] = told.pop()
+    return slots
+
+
+def kernel_folder() -> Path:
+    """Where kernels compiled on this machine are kept: $XDG_CACHE_HOME or ~/.cache."""
+    return user_cache("runtime")
+
+
+def kernel_file(bundle: Bundle, kind: LibraryKind, gpu: str) -> str:
+    """One file for a set of engines on a kind of GPU."""
+    keys = sorted(engine.key for engine in bundle.manifest.engines if engine.kind == kind)
+    return hashlib.sha256("\n".join((gpu, *keys)).encode()).hexdigest()[:32] + ".kernels"
+
+
+def cache_buffers(prefix: str, cache: SegmentCache | None) -> dict[str, Any]:
+    """The buffers of a cache under the names of an engine's inputs ("past") or outputs ("present")."""
+    if cache is None:
+        return {}
+    buffers = {f"{prefix}_key_{j}": keys for j, keys in enumerate(cache.keys)}
+    return buffers | {f"{prefix}_value_{j}": values for j, values in enumerate(cache.values)}
+
+
+def _check(engine: Engine, tensor: Tensor, buffer: Any) -> None:
+    """What is bound by address must be of the engine's type and size: nothing else would notice."""
+    alike = [size in (-1, own) for size, own in zip(tensor.shape, buffer.shape, strict=False)]
+    same = len(buffer.shape) == len(tensor.shape) and all(alike) and buffer.dtype.name == tensor.dtype
+    if not same or not buffer.contiguous:
+        raise BackendError(
+            f"{engine.record.file} has {tensor.name} as {tensor.dtype} {tensor.shape}, got {buffer.dtype} "
+            f"{tuple(buffer.shape)}: compile the bundle again"
+        )

@@ -1,0 +1,81 @@
+"""GPU memory that the engines of a bundle take, from the manifest alone, and the refusal of a GPU that has less.
+
+    weights      the engine files: weights, once for all profiles, and kernels
+    caches       keys and values at the engines' static lengths, allocated once
+    activations  one block for all engines, which run one after another: the largest prefill's
+                 tokens of its largest profile * (3 intermediate + 6 hidden) numbers; an estimate, until a loaded engine
+                 tells its own figure
+    rows         hidden states of the longest prompt into a segment, out of it and compacted, with their rotary tables;
+                 one more for each layer that adds visual features
+
+Numbers are in the bundle's own type. A GPU needs besides what its driver holds for any process. Loads nothing, knows no
+library. The estimate has not been compared with a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from framefusion.console.messages import in_bytes
+from framefusion.errors import BackendError
+from framefusion.runtime.backends.fit import gpu_memory
+from framefusion.runtime.bundle import FLOAT_BYTES, EngineKind, Manifest
+
+_ROWS = 4  # of hidden states at once
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes by what takes them."""
+
+    weights: int
+    caches: int
+    activations: int
+    rows: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.caches + self.activations + self.rows
+
+    def __str__(self) -> str:
+        parts = ("weights", "caches", "activations", "rows")
+        return ", ".join(f"{part} {in_bytes(getattr(self, part))}" for part in parts)
+
+
+def engine_memory(manifest: Manifest, kind: EngineKind) -> EngineMemory:
+    """Plan the memory of the engines of one kind."""
+    model, size = manifest.model, FLOAT_BYTES[manifest.model.dtype]
+    engines = [engine for engine in manifest.engines if engine.kind == kind]
+    weights = sum(manifest.files[engine.file].size for engine in engines if engine.file in manifest.files)
+    tokens = max((profile.tokens or 0 for engine in engines for profile in engine.profiles), default=0)
+    width = 3 * model.intermediate_size + 6 * model.hidden_size
+    states = _ROWS + max(segment.deepstack for segment in manifest.segments)
+    return EngineMemory(
+        weights=weights,
+        caches=gpu_memory(manifest, kind) - weights,
+        activations=tokens * width * size,
+        rows=tokens * (states * model.hidden_size + 2 * model.head_dim) * size,
+    )
+
+
+def require_room(plan: EngineMemory, free: int, gpu: str, manifest: Manifest) -> None:
+    """Refuse a plan that a GPU has no room for.
+
+    Args:
+        plan: what is still to be allocated.
+        free: bytes that the GPU has free now.
+        gpu: its name.
+        manifest: of the bundle, for its limits.
+
+    Raises:
+        BackendError: with both figures and what can be done.
+    """
+    if plan.total <= free:
+        return
+    limits = manifest.limits
+    raise BackendError(
+        f"the engines need {in_bytes(plan.total)} of GPU memory ({plan}), {gpu} has {in_bytes(free)} free: end what "
+        f"else runs on it; or build with a smaller --max-kv-cache-capacity (now {limits.max_kv_cache_capacity}) or "
+        f"--max-input-len (now {limits.max_input_len}) for fewer frames; or use --backend onnxruntime --device cpu"
+    )

@@ -1,0 +1,168 @@
+"""ff-run: a bundle and files in, text out. Builds library objects and prints what they answer; torch is never near.
+
+Text goes to stdout as it comes, the summary to stderr.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import framefusion
+from framefusion.console import messages as console
+from framefusion.reduction.budget import describe_cost
+from framefusion.runtime.commands.flags import (
+    COMPARE,
+    FILE,
+    OUTPUT,
+    Question,
+    VisualCommand,
+    question_options,
+    running_flags,
+    running_options,
+)
+
+if TYPE_CHECKING:
+    from framefusion.runtime.pipeline import Generation, Pipeline
+
+
+@click.group(cls=console.CommandGroup)
+@click.version_option(framefusion.__version__)
+def ff_run() -> None:
+    """Run an exported video LVLM."""
+
+
+@ff_run.command(cls=VisualCommand)
+@click.argument("bundle", type=FILE)
+@question_options
+@running_options
+@console.json_option
+def generate(bundle: Path, **asked: Any) -> None:
+    """Answer one prompt about videos and images with BUNDLE."""
+    running = running_flags(asked)
+    question = Question.from_flags(**asked)
+    pipeline = open_pipeline(bundle, **running)
+    request, sampling = question.request(pipeline.manifest), question.sampling(pipeline.manifest)
+    pipeline.limits = question.limits()
+    on_text = None if console.wants_json() else _print_piece
+    answer = pipeline.generate(question.turns, question.files, request, sampling=sampling, on_text=on_text)
+    facts = report(pipeline, answer, request.cost)
+    if on_text is not None:
+        console.write("")
+        console.log(summary(facts))
+    else:
+        console.show(facts, summary)
+
+
+@ff_run.command(cls=VisualCommand)
+@click.argument("bundle", type=FILE)
+@OUTPUT
+@COMPARE
+@question_options
+@running_options
+@console.json_option
+def view(bundle: Path, output: Path, compare: bool, **asked: Any) -> None:
+    """Answer as `generate` does, and draw what became of each token: one HTML page."""
+    running = running_flags(asked)
+    question = Question.from_flags(**asked)
+    pipeline = open_pipeline(bundle, **running)
+    show_page(pipeline, bundle.resolve().name, question, output, compare)
+
+
+def open_pipeline(
+    folder: Path,
+    threads: int,
+    backend: str,
+    device: str,
+    no_verify: bool,
+    trusted_keys: Path | None = None,
+    trust_engines: bool = False,
+) -> Pipeline:
+    """A bundle on the backend that the flags name."""
+    from framefusion.runtime.backends.choice import choose
+    from framefusion.runtime.bundle import Bundle
+    from framefusion.runtime.pipeline import Pipeline
+    from framefusion.runtime.trust.origin import Trust
+
+    bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
+    name, place = (None if flag == "auto" else flag for flag in (backend, device))
+    return Pipeline(bundle, threads=threads, choice=choose(bundle, name, place))  # type: ignore[arg-type]
+
+
+@ff_run.command()
+@console.json_option
+def reducers() -> None:
+    """List what can drop tokens, in the box and from installed packages."""
+    from framefusion.reducers import reducer_facts
+
+    console.show({"reducers": reducer_facts()}, _render_reducers)
+
+
+def _render_reducers(report: dict[str, Any]) -> str:
+    names = ("reducer", "reads", "counts", "tokens", "choice", "from", "paper")
+    rows = [
+        (
+            row["name"], ", ".join(row["inputs"]) or "labels", "exact" if row["static"] else "by the scores",
+            "merged, dropped" if row["merges"] else "dropped",
+            "of the video" if row["query_agnostic"] else "of the question, too", row["origin"], row["paper"],
+        )
+        for row in report["reducers"]
+    ]  # fmt: skip
+    return console.table(names, rows)
+
+
+def show_page(pipeline: Pipeline, name: str, question: Question, output: Path, compare: bool) -> None:
+    """Answer a question, write its page, and tell in a few lines what is on it."""
+    from framefusion.runtime.view import view
+    from framefusion.runtime.view.page import check_writable, write_page
+
+    check_writable(output)
+    pipeline.limits = question.limits()
+    request, sampling = question.request(pipeline.manifest), question.sampling(pipeline.manifest)
+    watched = view.watch(pipeline, question.turns, question.files, request, sampling=sampling, compare=compare)
+    size = write_page(view.facts(watched, pipeline, name), output)
+    told = {"page": str(output), "bytes": size} | report(pipeline, watched.answer, request.cost)
+    console.show(told, lambda facts: f"{facts['page']}: {console.in_bytes(size)}\n{facts['text']}\n{summary(facts)}")
+
+
+def _print_piece(text: str) -> None:
+    console.write(text, newline=False)
+
+
+def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[str, Any]:
+    """The answer and how it came about, as plain values."""
+    asked = pipeline.manifest.reduction.cost if cost is None else cost
+    reached, decoding = answer.cost, answer.seconds.get("decode", 0.0)
+    return asdict(answer) | {
+        "cost": {"asked": asked, "reached": reached, "asked_text": describe_cost(asked)},
+        "tokens_per_second": (len(answer.token_ids) - 1) / decoding if decoding else 0.0,
+        "backend": None if pipeline.choice is None else pipeline.choice.facts | {"text": pipeline.choice.text},
+        "warnings": console.warned(),
+    }
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """A few lines for people."""
+    lines = [] if facts["backend"] is None else [facts["backend"]["text"]]
+    lines.append(f"prompt: {facts['prompt_tokens']} tokens, {facts['visual_tokens']} of them visual")
+    for call in facts["reduction"]:
+        if call["outcome"]:
+            lines.append(f"call {call['call']}: {call['outcome']}")
+        if call["kind"] != "none":
+            kept = describe_cost(call["visual_after"] / call["visual_before"])
+            counts = f"{call['tokens_before']} -> {call['tokens_after']} tokens"
+            lines.append(f"call {call['call']}: {call['kind']}, {counts} ({kept} of the visual)")
+    if facts["visual_tokens"]:
+        lines.append(f"cost: {describe_cost(facts['cost']['reached'])}; asked: {facts['cost']['asked_text']}")
+    lines.append("seconds: " + ", ".join(f"{stage} {spent:.3f}" for stage, spent in facts["seconds"].items()))
+    new, speed = len(facts["token_ids"]), facts["tokens_per_second"]
+    lines.append(f"answer: {new} tokens, {facts['finish_reason']}, {speed:.1f} tokens/s")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point."""
+    ff_run(prog_name="ff-run")

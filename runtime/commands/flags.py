@@ -1,0 +1,207 @@
+"""The flags of a question, as click takes them: what is shown, what is asked, and how it is answered.
+
+Shared by every command that answers. Builds the runtime's own objects of them; runs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from framefusion.runtime.bundle import Manifest
+    from framefusion.runtime.generation.sampling import GenerationConfig
+    from framefusion.runtime.media.frame_sampling import FrameSampling
+    from framefusion.runtime.media.media_file import MediaLimits
+    from framefusion.runtime.pipeline import Request
+    from framefusion.runtime.text.prompt import Turn
+
+FILE = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+MOST_THREADS = max(4 * (os.cpu_count() or 1), 64)  # beyond, a machine is only busy with changing between them
+BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "inductor")  # framefusion.runtime.backends.choice
+DEVICES = ("auto", "cuda", "cpu")
+THREADS = click.option(
+    "--threads",
+    type=click.IntRange(min=0, max=MOST_THREADS),
+    default=0,
+    help="Of one operator; default: the physical cores.",
+)
+BACKEND = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What runs the bundle; auto takes the best that it and this machine allow.",
+)
+DEVICE = click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where.")
+NO_VERIFY = click.option("--no-verify", is_flag=True, help="Do not compare the files of the bundle with their hashes.")
+TRUSTED_KEYS = click.option(
+    "--trusted-keys",
+    type=FILE,
+    envvar="FRAMEFUSION_TRUSTED_KEYS",
+    show_envvar=True,
+    help="Refuse a bundle that none of the ed25519 keys of this file signed.",
+)
+TRUST_ENGINES = click.option(
+    "--trust-engines",
+    is_flag=True,
+    help="Run the bundle's engines, which are code, though no trusted key signed it and they were not compiled here.",
+)
+RUNNING_OPTIONS = (THREADS, BACKEND, DEVICE, NO_VERIFY, TRUSTED_KEYS, TRUST_ENGINES)
+RUNNING = ("threads", "backend", "device", "no_verify", "trusted_keys", "trust_engines")
+OUTPUT = click.option(
+    "-o", "--output", required=True, type=FILE, help="The page; replaces an older page, nothing else."
+)
+COMPARE = click.option("--compare", is_flag=True, help="Answer without reduction, too, and show both side by side.")
+PILLOW_PIXELS = 178_956_970
+"""Above this Pillow refuses a picture by itself."""
+_KINDS = "framefusion.kinds"
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+QUESTION_OPTIONS = (
+    click.option("--video", "videos", multiple=True, type=FILE, help="Film to show; repeatable, shown in order."),
+    click.option("--image", "images", multiple=True, type=FILE, help="Picture to show; repeatable, shown in order."),
+    click.option("--prompt", required=True, help="What is asked, after videos and images."),
+    click.option("--system", help="System prompt; default: the family's."),
+    click.option("--max-new-tokens", type=COUNT, default=128, show_default=True, help="Of the answer."),
+    click.option("--cost", type=float, help="Share of the computation over visual tokens that is kept, in (0, 1]."),
+    click.option("--reducer", help="What drops tokens: a name that `ff-run reducers` lists; default: the bundle's."),
+    click.option("--similarity-lower-bound", type=float, help="Tokens at least this alike merge."),
+    click.option("--ratio-lower-bound", type=float, help="Merging ends when a smaller share merges."),
+    click.option("--temperature", type=float, help="Of drawn tokens; 0 takes the best one."),
+    click.option("--top-p", type=float, help="Draw among the likeliest tokens of this total probability."),
+    click.option("--top-k", type=int, help="Draw among this many tokens; 0 is off."),
+    click.option("--seed", type=click.IntRange(min=0), help="Of drawn tokens and of the random reducer."),
+    click.option("--fps", type=click.FloatRange(min=0, min_open=True), help="Frames sampled from a second of film."),
+    click.option("--max-frames", type=COUNT, help="Most frames sampled."),
+    click.option(
+        "--max-image-pixels",
+        type=click.IntRange(1, PILLOW_PIXELS),
+        help="Largest picture read, width times height; default: 134 megapixels.",
+    ),
+    click.option("--max-frame-pixels", type=COUNT, help="Largest frame read of a film; default: 35 megapixels."),
+    click.option("--max-film-frames", type=COUNT, help="Longest film read, all frames counted; default: a million."),
+    click.option("--max-film-bytes", type=COUNT, help="Most memory for the sampled frames of a film; default: 8 GiB."),
+    click.option(
+        "--max-decoded-bytes",
+        type=COUNT,
+        help="Decoded of a film at most; default: 12 GiB and 4096 times the file.",
+    ),
+    click.option(
+        "--max-film-seconds",
+        type=float,
+        help="Spent reading a film; default: 300, and one for each 100 kB of it.",
+    ),
+    click.option("--max-lost-share", type=float, help="Of a damaged film's frames, 0 to 1; default: 0.5."),
+)
+LIMITS = {
+    "max_image_pixels": "image_pixels",
+    "max_frame_pixels": "frame_pixels",
+    "max_film_frames": "film_frames",
+    "max_film_bytes": "film_bytes",
+    "max_decoded_bytes": "decoded_bytes",
+    "max_film_seconds": "film_seconds",
+    "max_lost_share": "lost_share",
+}
+"""Flags, and the fields of MediaLimits that they set."""
+
+
+def question_options(command: Command) -> Command:
+    """Add the flags of a question to a `VisualCommand`; `Question.from_flags` reads them."""
+    for option in reversed(QUESTION_OPTIONS):
+        command = option(command)
+    return command
+
+
+def running_options(command: Command) -> Command:
+    """Add the flags of how a bundle is run; `open_pipeline` of the command line reads them."""
+    for option in reversed(RUNNING_OPTIONS):
+        command = option(command)
+    return command
+
+
+def running_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `running_options`, taken out of what a command was given."""
+    return {name: given.pop(name) for name in RUNNING}
+
+
+class VisualCommand(click.Command):
+    """Remembers in which order --video and --image were given; click keeps the order only within one option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, with the kinds of the visuals noted."""
+        flags = (arg.partition("=")[0] for arg in args)
+        ctx.meta[_KINDS] = [flag[2:] for flag in flags if flag in ("--video", "--image")]
+        return super().parse_args(ctx, args)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt about videos and images, and how it is to be answered."""
+
+    turns: Sequence[Turn]
+    files: Sequence[Path]
+    wishes: Mapping[str, Any]  # the other flags, by name; None where one was not given
+
+    @classmethod
+    def from_flags(
+        cls, videos: Sequence[Path], images: Sequence[Path], prompt: str, system: str | None, **wishes: Any
+    ) -> Question:
+        """The flags of the command that runs."""
+        from framefusion.runtime.text.prompt import Turn, Visual
+
+        visuals = visuals_in_order(click.get_current_context().meta[_KINDS], videos, images)
+        turns = [] if system is None else [Turn("system", (system,))]
+        turns.append(Turn("user", (*(Visual(kind) for kind, _ in visuals), prompt)))
+        return cls(turns, [file for _, file in visuals], wishes)
+
+    def request(self, manifest: Manifest) -> Request:
+        """As asked, the rest as the bundle says."""
+        from framefusion.runtime.pipeline import Request
+
+        own = self.wishes
+        return Request(
+            own["max_new_tokens"], own["cost"], own["similarity_lower_bound"], own["ratio_lower_bound"],
+            drawing(manifest.generation, own["temperature"], own["top_p"], own["top_k"]), own["seed"], own["reducer"],
+        )  # fmt: skip
+
+    def sampling(self, manifest: Manifest) -> FrameSampling:
+        """Of frames: as asked, the rest as the bundle says."""
+        return frame_sampling(manifest.sampling, self.wishes["fps"], self.wishes["max_frames"])
+
+    def limits(self) -> MediaLimits:
+        """Of the files that are read: as asked, the rest as the package says."""
+        from framefusion.runtime.media.media_file import MediaLimits
+
+        given = {field: self.wishes[flag] for flag, field in LIMITS.items()}
+        return MediaLimits(**{field: value for field, value in given.items() if value is not None})
+
+
+def visuals_in_order(kinds: Sequence[str], videos: Sequence[Path], images: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Kind and file of each visual as they stood on the command line."""
+    if kinds.count("video") != len(videos) or kinds.count("image") != len(images):  # a flag's name was a value
+        kinds = ["video"] * len(videos) + ["image"] * len(images)
+    files = {"video": iter(videos), "image": iter(images)}
+    return [(kind, next(files[kind])) for kind in kinds]
+
+
+def drawing(
+    config: GenerationConfig, temperature: float | None, top_p: float | None, top_k: int | None
+) -> GenerationConfig:
+    """The bundle's way of choosing tokens with what was asked; asking for any of it asks to draw."""
+    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return replace(config, do_sample=True, **given) if given else config
+
+
+def frame_sampling(told: FrameSampling, fps: float | None, max_frames: int | None) -> FrameSampling:
+    """The bundle's sampling of frames with what was asked."""
+    most = max_frames or told.max_frames
+    low, force = min(told.min_frames, most), told.force and fps is None
+    return replace(told, fps=fps or told.fps, max_frames=most, min_frames=low, force=force)

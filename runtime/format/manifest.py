@@ -1,0 +1,198 @@
+"""The records of a manifest: everything a bundle says about itself. Knows neither files, nor how records are checked.
+
+Engines are in engine_record.py, ranges of the fields in manifest_rules.py, what they have to do with each other in
+manifest_checks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from framefusion.errors import BackendError
+from framefusion.reduction.budget import FixedSchedule
+from framefusion.runtime.families import RULES as RULES  # makes every rule of preprocessing known
+from framefusion.runtime.format.engine_record import EngineRecord
+from framefusion.runtime.generation.sampling import GenerationConfig
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.runtime.text.prompt import PromptTemplate
+
+SCHEMA_VERSION = 3
+OLDEST_SCHEMA = 2  # without a digest: everything else is as it was
+UNKNOWN_LICENSE = "unknown"  # the hub's word where nothing is stated
+
+Mode = Literal["none", "fixed", "adaptive"]
+FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FLOAT_TYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float16": np.float16}
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Geometry of the LLM, as far as stitching and planning need it."""
+
+    family: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int  # rows that the checkpoint has; a token id beyond is never produced
+    rope_theta: float
+    mrope_section: tuple[int, ...] | None
+    importance_rows: int
+    dtype: str  # of hidden states, rotary tables, caches and weights: a name of FLOAT_BYTES
+    mrope_interleaved: bool = False  # the axes take turns channel by channel (Qwen3-VL), instead of three blocks
+
+    @property
+    def float_type(self) -> type[np.floating[Any]]:
+        """numpy's type of the buffers that graphs are bound to; bfloat16 is that of ml_dtypes.
+
+        Raises:
+            BackendError: the bundle is in bfloat16 and ml_dtypes is not installed.
+        """
+        if self.dtype in _FLOAT_TYPES:
+            return _FLOAT_TYPES[self.dtype]
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise BackendError("the bundle is in bfloat16, which needs ml_dtypes: pip install ml_dtypes") from None
+        float_type: type[np.floating[Any]] = ml_dtypes.bfloat16
+        return float_type
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the bundle was built for."""
+
+    max_input_len: int
+    max_kv_cache_capacity: int  # input and generated tokens together
+
+
+@dataclass(frozen=True)
+class ReductionRecord:
+    """How tokens are reduced, by default; an adaptive bundle takes other thresholds at run time."""
+
+    mode: Mode
+    cost: float = 1.0
+    similarity_lower_bound: float = 1.0
+    ratio_lower_bound: float = 0.1
+    depth: int | None = None  # deepest layer whose attention a reduction may follow; None where it ends before the LLM
+    schedule: FixedSchedule | None = None
+    reducer: str = "framefusion"  # a name of framefusion.reducers
+
+
+@dataclass(frozen=True)
+class FixedRecord:
+    """Sizes that the prefill graph of the fixed mode was built for."""
+
+    max_text: int
+    max_visual: int
+    max_track: int  # longest track, in temporal grids
+    lengths: tuple[int, ...]  # tokens that enter each layer, padding included
+    drops: tuple[int, ...]  # most tokens each reduction drops
+
+
+@dataclass(frozen=True)
+class SegmentRecord:
+    """One segment: its graph and the layers whose caches it holds."""
+
+    name: str
+    graph: str
+    attention_layers: tuple[int, ...]
+    num_mlps: int
+    scores: bool
+    head: bool
+    weight_bytes: int
+    buckets: tuple[int, ...] | None  # sizes of a prefill; None runs every length as it is
+    decode_graph: str | None = None  # where decoding needs another graph than the prefill
+    deepstack: int = 0  # of its MLPs, how many add visual features
+
+    @property
+    def call(self) -> int:
+        """The call of a reduction that follows its last attention."""
+        return self.attention_layers[-1] + 1
+
+
+@dataclass(frozen=True)
+class VisionRecord:
+    """The vision tower with its projector."""
+
+    graph: str
+    kind: str  # what the graph wants beside patches: see framefusion.runtime.media.vision
+    patch_width: int
+    head_dim: int
+    embed_dim: int
+    mlp_width: int
+    weight_bytes: int
+    patches_per_token: float
+    deepstack: int = 0  # further outputs, one for each of the first layers of the LLM
+    settings: Mapping[str, Any] = field(default_factory=dict)  # numbers of the kind
+
+
+@dataclass(frozen=True)
+class EmbeddingRecord:
+    """The embedding table: raw rows, to be memory-mapped."""
+
+    file: str
+    dtype: Literal["float32", "float16", "bfloat16"]
+    rows: int
+    width: int
+    extra: tuple[str, ...] = ()  # learned rows of no token id, behind the table's: a prompt's pieces name them
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """The checkpoint that a bundle was made of; never a path of the machine that made it."""
+
+    name: str  # id on the hub, or the folder's name
+    on_hub: bool
+    revision: str | None  # as asked; None for a folder
+    commit: str | None  # what the revision stood for
+    config_sha256: str
+    license: str = UNKNOWN_LICENSE  # as the hub writes it
+    license_name: str | None = None  # where `license` is "other"
+    license_link: str | None = None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Identity of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a bundle says about itself."""
+
+    schema_version: int
+    tools: Mapping[str, str]
+    model: ModelRecord
+    limits: Limits
+    dialect: str
+    reduction: ReductionRecord
+    segments: tuple[SegmentRecord, ...]
+    vision: VisionRecord
+    embedding: EmbeddingRecord
+    prompt: PromptTemplate
+    preprocessing: Preprocessing
+    sampling: FrameSampling
+    generation: GenerationConfig
+    files: Mapping[str, FileRecord]
+    fixed: FixedRecord | None = None
+    check: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # what the build was asked, in the exporter's own names
+    source: SourceRecord | None = None
+    engines: tuple[EngineRecord, ...] = ()  # readers of the same schema that know none leave them alone
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """Calls at which a reduction may act between graphs: 0 before the LLM, one behind each segment but the last."""
+        return (0, *(record.call for record in self.segments if not record.head))

@@ -1,0 +1,240 @@
+"""Logits to the next token, in Hugging Face's order: repetition penalty, bans, temperature, top-k, top-p, min-p, draw.
+
+Knows no model and no text. The repetition penalty and the n-grams count the prompt too and act on greedy decoding as
+well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import BackendError, BundleError, PromptError
+from framefusion.runtime.generation.constraints import banned_by_ngrams, banned_by_sequences
+
+NUMBERS: Mapping[str, tuple[float, float, str]] = {
+    "temperature": (0, np.inf, "0 (greedy) or more"),
+    "top_k": (0, np.inf, "0 (off) or more"),
+    "top_p": (0, 1, "between 0 and 1"),
+    "min_p": (0, 1, "between 0 (off) and 1"),
+    "repetition_penalty": (np.nextafter(0, 1), np.inf, "above 0, 1 is off"),
+    "no_repeat_ngram_size": (0, np.inf, "0 (off) or more"),
+    "min_new_tokens": (0, np.inf, "0 (off) or more"),
+}
+"""Field -> smallest and largest value, the largest not infinite, and how to say so."""
+COUNTS = ("top_k", "no_repeat_ngram_size", "min_new_tokens")
+TOKEN_LISTS = ("eos_token_ids", "suppress_tokens", "begin_suppress_tokens")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How tokens are chosen, and which end an answer. What is None is as the bundle says (`over`).
+
+    Attributes:
+        do_sample: draw a token by its probability instead of taking the best one.
+        temperature: logits are divided by it before a draw; 0 means greedy.
+        top_k: tokens that may be drawn; 0 = all.
+        top_p: share of the probability that may be drawn, from the top.
+        repetition_penalty: what logits of tokens already there are divided by, or multiplied with below 0.
+        eos_token_ids: tokens that end an answer; () never ends one before the limit.
+        pad_token_id: as generation_config.json has it; not used.
+        no_repeat_ngram_size: no so many tokens in a row occur twice, the prompt counted; 0 = off.
+        suppress_tokens: never chosen.
+        begin_suppress_tokens: not chosen as the first token of an answer.
+        bad_words_ids: sequences of tokens that are not completed.
+        min_new_tokens: so many tokens come before the end.
+        min_p: least probability that may be drawn, as a share of the best token's; 0 = off.
+
+    Raises:
+        PromptError: a value has another type or is out of range.
+    """
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_ids: tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    no_repeat_ngram_size: int | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    min_new_tokens: int | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.do_sample, (bool, np.bool_)) and self.do_sample is not None:
+            raise PromptError(f"do_sample is {self.do_sample!r}: give True or False")
+        for name, (low, high, remedy) in NUMBERS.items():
+            value: Any = getattr(self, name)
+            if value is None:
+                continue
+            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            if not whole and (name in COUNTS or not isinstance(value, (float, np.floating))):
+                kind = "a whole number" if name in COUNTS else "a number"
+                raise PromptError(f"{name} is {value!r}: give {kind}, {remedy}")
+            if not low <= value <= high or value == np.inf:
+                raise PromptError(f"{name} is {value}: give a number {remedy}")
+        if self.pad_token_id is not None and type(self.pad_token_id) is not int:
+            raise PromptError(f"pad_token_id is {self.pad_token_id!r}: give a token id")
+        for name in TOKEN_LISTS:
+            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
+        if self.bad_words_ids is not None:
+            words = self.bad_words_ids
+            if not isinstance(words, (list, tuple)) or not all(isinstance(word, (list, tuple)) for word in words):
+                raise PromptError(f"bad_words_ids is {self.bad_words_ids!r}: give a list of lists of token ids")
+            words = tuple(_token_ids("bad_words_ids", word) or () for word in self.bad_words_ids)
+            if not all(words):
+                raise PromptError(f"bad_words_ids is {self.bad_words_ids!r}: a sequence is empty, leave it out")
+            object.__setattr__(self, "bad_words_ids", words)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken instead of one drawn."""
+        return not self.do_sample or self.temperature == 0
+
+    def over(self, base: GenerationConfig) -> GenerationConfig:
+        """These settings, with those of `base` where this one says nothing."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(base, **{name: value for name, value in given.items() if value is not None})
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> GenerationConfig:
+        """From a generation_config.json; what is absent or null has Hugging Face's default, other keys are ignored.
+
+        Raises:
+            BundleError: a value has another type or is out of range.
+        """
+        names = {field.name: field.name for field in fields(cls)} | {"eos_token_ids": "eos_token_id"}
+        told = {name: given[key] for name, key in names.items() if given.get(key) is not None}
+        try:
+            return cls(**told).over(DEFAULTS)
+        except PromptError as error:
+            problem = str(error).replace("eos_token_ids", "eos_token_id")
+            raise BundleError(
+                f"generation settings are not numbers, flags and tokens as expected ({problem}): correct the checkpoint"
+            ) from None
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...] | None:
+    """One id or several as a tuple."""
+    if value is None:
+        return None
+    listed = [value] if isinstance(value, (int, np.integer)) else value
+    if isinstance(listed, (str, bytes, Mapping)) or not hasattr(listed, "__iter__"):
+        raise PromptError(f"{name} is {value!r}: give a token id or a list of them")
+    ids = tuple(listed)
+    for index in ids:
+        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or index < 0:
+            raise PromptError(f"{name} is {value!r}: {index!r} is no token id, which are whole numbers from 0 up")
+    return tuple(map(int, ids))
+
+
+DEFAULTS = GenerationConfig(
+    do_sample=False, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0, eos_token_ids=()
+)
+"""Hugging Face's."""
+
+
+class Sampler:
+    """Chooses tokens for one answer; the same seed chooses the same tokens.
+
+    Args:
+        config: what is None in it has Hugging Face's default.
+        seed: of the draws; None draws otherwise each time.
+        vocab_limit: logits from here on belong to no token.
+        prompt_length: ids before the answer; None where the first call is given no answer yet.
+    """
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        seed: int | None = None,
+        vocab_limit: int | None = None,
+        prompt_length: int | None = None,
+    ) -> None:
+        self._config = config.over(DEFAULTS)
+        self._vocab_limit = vocab_limit
+        self._random = np.random.default_rng(seed)
+        self._prompt_length = prompt_length
+
+    def next_token(self, logits: NDArray[np.floating[Any]], previous_ids: Sequence[int] | NDArray[np.int64]) -> int:
+        """The next id, from logits [V] and all ids before it, those of the prompt included.
+
+        Raises:
+            BackendError: the logits are no numbers.
+            PromptError: the settings leave no token to choose.
+        """
+        ids = np.asarray(previous_ids, np.int64)
+        scores = self._penalised(logits, ids)
+        largest = scores.max()
+        if not np.isfinite(largest):
+            raise BackendError(f"the model's largest logit is {largest}: build with --dtype bfloat16 or float32")
+        self._ban(scores, ids)
+        best = int(scores.argmax())
+        if np.isneginf(scores[best]):
+            raise PromptError("suppress_tokens, bad_words_ids and no_repeat_ngram_size leave no token: allow some")
+        if self._config.greedy:
+            return best
+        candidates, probabilities = self._candidates(scores)
+        drawn = np.searchsorted(np.cumsum(probabilities), self._random.random() * probabilities.sum(), side="right")
+        return int(candidates[min(int(drawn), candidates.size - 1)])
+
+    def _penalised(self, logits: NDArray[np.floating[Any]], previous_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """A copy of the valid logits in fp32, tokens already seen made less likely."""
+        scores = logits[: self._vocab_limit].astype(np.float32)
+        penalty = np.float32(self._config.repetition_penalty or 1.0)
+        if penalty != 1:
+            seen = previous_ids[(previous_ids >= 0) & (previous_ids < scores.size)]  # a video's rows have no id
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        return scores
+
+    def _ban(self, scores: NDArray[np.float32], previous_ids: NDArray[np.int64]) -> None:
+        """Give what may not be said now a logit of minus infinity, in place."""
+        config = self._config
+        if self._prompt_length is None:
+            self._prompt_length = previous_ids.size
+        said = previous_ids.size - self._prompt_length
+        ends = config.eos_token_ids or ()
+        banned: list[int] = [*(config.suppress_tokens or ())]
+        if config.begin_suppress_tokens and not said:
+            banned += config.begin_suppress_tokens
+        if said < (config.min_new_tokens or 0):
+            banned += ends
+        if config.bad_words_ids:  # an end token by itself is never a bad word
+            words = [word for word in config.bad_words_ids if len(word) > 1 or word[0] not in ends]
+            banned += banned_by_sequences(words, previous_ids)
+        if config.no_repeat_ngram_size:
+            banned += banned_by_ngrams(config.no_repeat_ngram_size, previous_ids)
+        if banned:
+            ids = np.array(banned, np.int64)
+            scores[ids[(ids >= 0) & (ids < scores.size)]] = -np.inf
+
+    def _candidates(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Ids that may be drawn, least likely first, and their probabilities (not yet scaled to sum to one)."""
+        config = self._config
+        scores = scores / np.float32(1.0 if config.temperature is None else config.temperature)
+        ids = _top_k(scores, config.top_k or 0)
+        ids = ids[np.argsort(scores[ids], kind="stable")]
+        weights = np.exp(scores[ids].astype(np.float64) - scores[ids[-1]])
+        probabilities = weights / weights.sum()
+        if config.top_p is not None and config.top_p < 1:
+            kept = np.cumsum(probabilities) > 1 - config.top_p
+            kept[-1] = True
+            ids, probabilities = ids[kept], probabilities[kept]
+        if config.min_p:
+            kept = probabilities >= config.min_p * probabilities[-1]
+            ids, probabilities = ids[kept], probabilities[kept]
+        return ids, probabilities
+
+
+def _top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+    """Ids of the k largest scores, and of any that tie with the last of them."""
+    if not 0 < k < scores.size:
+        return np.arange(scores.size)
+    return np.flatnonzero(scores >= np.partition(scores, -k)[-k])

@@ -1,0 +1,1 @@
+"""Still pictures: RGB, upright, on white."""

@@ -1,0 +1,226 @@
+"""What a caller shows to a model: a file, or pixels in memory of whatever kind Python programs hold them.
+
+    image   a path, a PIL image, an array [H, W], [H, W, C] or [1, H, W, C] with 1, 3 or 4 channels
+    video   a path, a `Video`, an array [T, H, W, C], or a sequence of images of one size, each as above
+
+An array is what `numpy.asarray` makes one of (tensors of torch on the CPU, for one). Its numbers are uint8, other whole
+numbers in 0..255, booleans, or floats in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from framefusion.errors import VideoError
+from framefusion.runtime.media.frame_sampling import FASTEST, SLOWEST, FrameSampling
+from framefusion.runtime.media.image.file import read_image
+from framefusion.runtime.media.image.pixels import on_white, rgb_pixels, unit_shares
+from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.video.frames import Shrink, Video, read_video
+from framefusion.runtime.media.video.timeline import Sampled
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
+
+Image: TypeAlias = "Path | str | ArrayLike | PilImage"
+Source: TypeAlias = "Image | Video | Sequence[Image]"
+"""What may be shown; see this module's first lines."""
+
+
+def as_video(
+    source: Any, sampling: FrameSampling, limits: MediaLimits | None = None, shrink: Shrink | None = None
+) -> Video:
+    """A file's sampled frames. Frames in memory are all taken; they stand at the sampling's rate.
+
+    `shrink` says what is kept of each frame of a file; see `read_video`.
+
+    Raises:
+        VideoError: it cannot be read, or is nothing that shows a film.
+    """
+    if isinstance(source, Video):
+        return source
+    if isinstance(source, (str, Path)):
+        return read_video(source, sampling, limits=limits, shrink=shrink)
+    return video_of_frames(source, sampling.fps, limits)
+
+
+def video_of_frames(
+    frames: Any, fps: float | None = None, limits: MediaLimits | None = None, *, times: ArrayLike | None = None
+) -> Video:
+    """A film of frames in memory, all of which are shown.
+
+    Args:
+        frames: an array [T, H, W, C] or a sequence of images of one size; see this module's first lines.
+        fps: frames a second.
+        limits: of a picture that is read from a file.
+        times: [T] seconds at which the frames begin, ascending; instead of `fps`.
+
+    Raises:
+        VideoError: there is none, they differ in size, one is no picture, or neither rate nor times place them.
+    """
+    if (fps is None) == (times is None):
+        raise VideoError("a film's frames have a rate or times: give one of fps and times")
+    pixels = _frames(frames, limits)
+    count = len(pixels)
+    if times is not None:
+        return _at_times(pixels, times)
+    rate = _rate(fps)
+    return Video(pixels, np.arange(count), rate, count, count / rate, 0.0)
+
+
+def _rate(fps: Any) -> float:
+    try:
+        rate = float(fps)
+    except (TypeError, ValueError) as error:
+        raise VideoError(f"a film's rate is {fps!r}: give the frames of a second as a number") from error
+    if not SLOWEST <= rate <= FASTEST:
+        raise VideoError(f"a film's rate is {rate}: give the frames of a second, from {SLOWEST:g} to {FASTEST:g}")
+    return rate
+
+
+def _at_times(pixels: NDArray[np.uint8], times: ArrayLike) -> Video:
+    """A film whose frames begin at these seconds; the last one stays as long as the others usually do."""
+    count = len(pixels)
+    try:
+        begin = np.asarray(times, np.float64)
+    except (TypeError, ValueError) as error:
+        raise VideoError(f"the times of a film's frames are no numbers ({error}): give seconds") from error
+    gaps = np.diff(begin) if begin.ndim == 1 else np.zeros(0)
+    if begin.shape != (count,) or not np.isfinite(begin).all() or begin[0] < 0 or not (gaps > 0).all():
+        raise VideoError(
+            f"the times of a film of {count} frames have shape {begin.shape}: give one for each frame, in seconds from "
+            "0 on, each later than the one before"
+        )
+    usual = float(np.median(gaps)) if gaps.size else 1.0
+    rate = (count - 1) / float(begin[-1] - begin[0]) if gaps.size else 1.0
+    numbers = np.arange(count)
+    return Video(
+        pixels, numbers, rate, count, float(begin[-1]) + usual, 0.0, sampled=Sampled(numbers, begin, begin)
+    )  # fmt: skip
+
+
+def _frames(frames: Any, limits: MediaLimits | None) -> NDArray[np.uint8]:
+    """[T, H, W, 3] of what shows a film."""
+    if _is_picture(frames):
+        raise VideoError("one picture was given where a video is shown: give a list of frames, or show it as an image")
+    if isinstance(frames, (list, tuple)):
+        return _stacked(frames, limits)
+    array = _array(frames, "the video")
+    if array.ndim == 3:  # which of its sides is time cannot be told
+        raise VideoError(
+            f"the video has shape {array.shape}: give [frames, height, width, channels]; one picture is a film as "
+            "array[None], and frames of grey are one as array[..., None]"
+        )
+    return _rgb(array, "the video", dimensions=4)
+
+
+def as_image(source: Any, limits: MediaLimits | None = None) -> NDArray[np.uint8]:
+    """RGB [H, W, 3] of one picture, upright; what is transparent becomes white.
+
+    Raises:
+        VideoError: it cannot be read, or is nothing that shows a picture.
+    """
+    if isinstance(source, (str, Path)):
+        return read_image(source, limits)
+    if _is_picture(source):
+        return _loaded(source, limits or MediaLimits())
+    if isinstance(source, Video):
+        raise VideoError("a film was given where an image is shown: show it as a video, or give one of its frames")
+    array = _array(source, "the image")
+    if array.ndim == 4 and len(array) == 1:
+        array = array[0]
+    return _rgb(array, "the image", dimensions=3)
+
+
+def _is_picture(source: Any) -> bool:
+    """Whether it is PIL's, without importing PIL."""
+    return any(kind.__module__ == "PIL.Image" and kind.__name__ == "Image" for kind in type(source).__mro__)
+
+
+def _loaded(image: PilImage, limits: MediaLimits) -> NDArray[np.uint8]:
+    """RGB of a PIL image, which may not be decoded yet."""
+    from PIL import Image as pil
+
+    name = str(getattr(image, "filename", "")) or "the image"
+    limits.check_image(name, image.height, image.width)
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
+        raise VideoError(f"{name} cannot be read as an image ({error}): give one that is whole") from error
+    return rgb_pixels(image, name)
+
+
+def _stacked(frames: Sequence[Any], limits: MediaLimits | None) -> NDArray[np.uint8]:
+    """Frames of one size as [T, H, W, 3]."""
+    if not frames:
+        raise VideoError("a video of no frames was given: give one or more")
+    first = as_image(frames[0], limits)
+    pixels = np.empty((len(frames), *first.shape), np.uint8)
+    for number, frame in enumerate(frames):
+        shown = as_image(frame, limits) if number else first
+        if shown.shape != first.shape:
+            raise VideoError(
+                f"frame {number} of the video is {shown.shape[1]}x{shown.shape[0]}, the first is "
+                f"{first.shape[1]}x{first.shape[0]}: resize them to one size"
+            )
+        pixels[number] = shown
+    return pixels
+
+
+def _array(source: Any, name: str) -> NDArray[Any]:
+    """The array that an object holds or makes."""
+    if source is None or isinstance(source, (bytes, bytearray, memoryview, dict, set)):
+        raise VideoError(
+            f"{name} is of type {type(source).__name__}: give a path, a PIL image, an array of pixels or a list of them"
+        )
+    try:
+        array = np.asarray(source)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise VideoError(
+            f"{name} of type {type(source).__name__} makes no array ({error}): give a path, a PIL image or an array "
+            "of uint8 on the CPU"
+        ) from error
+    if array.dtype.kind not in "buif":
+        raise VideoError(
+            f"{name} of type {type(source).__name__} is no array of pixels (its values are {array.dtype}): give a "
+            "path, a PIL image, an array of uint8 or a list of frames"
+        )
+    return array
+
+
+def _rgb(array: NDArray[Any], name: str, dimensions: int) -> NDArray[np.uint8]:
+    """RGB of levels [..., H, W] or [..., H, W, C]."""
+    layout = "[frames, height, width, channels]" if dimensions == 4 else "[height, width, channels]"
+    if array.ndim == dimensions - 1:
+        array = array[..., None]
+    if array.ndim != dimensions or array.shape[-1] not in (1, 3, 4) or not array.size:
+        hint = ""
+        if array.ndim == dimensions and array.size and array.shape[-3] in (1, 3, 4):
+            hint = "; channels stand first, move them behind the width (numpy.moveaxis(array, -3, -1))"
+        raise VideoError(f"{name} has shape {array.shape}: give {layout}, with 1, 3 or 4 channels{hint}")
+    levels = _levels(array, name)
+    if levels.shape[-1] == 4:
+        return on_white(levels)
+    return np.repeat(levels, 3, axis=-1) if levels.shape[-1] == 1 else levels
+
+
+def _levels(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    """Numbers of an array as levels of 0 to 255."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind == "b":
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind == "f":
+        return np.rint(unit_shares(array, name) * 255).astype(np.uint8)
+    low, high = (int(bound) for bound in (array.min(), array.max()))
+    if array.dtype == np.uint16 or not 0 <= low <= high <= 255:
+        raise VideoError(
+            f"{name} has whole numbers from {low} to {high} of type {array.dtype}, they must be uint8 or lie in "
+            "0..255: divide them by what white is, and give floats in [0, 1]"
+        )
+    return array.astype(np.uint8)

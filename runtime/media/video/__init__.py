@@ -1,0 +1,1 @@
+"""Films: the frames that a rule picks, each at its own time."""

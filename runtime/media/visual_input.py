@@ -1,0 +1,78 @@
+"""What a family makes of one video or image: pictures for the vision tower, and pieces of the prompt that show them.
+
+Types only; each family's rules are in `framefusion.runtime.families`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.reduction.tracks import TEXT
+from framefusion.runtime.text.positions import Grid
+
+
+class Tiles(NamedTuple):
+    """Pictures of one size, as the vision tower takes them."""
+
+    values: NDArray[np.float32]  # [N, P, W]: N pictures or temporal grids, P patches each, W numbers a patch
+    grid: Grid  # N, rows and columns of patches
+    pool: str = ""  # how the tower pools the patches of each, where its kind does; see framefusion.runtime.media.vision
+
+
+class Rows(NamedTuple):
+    """A run of the tower's rows in the prompt."""
+
+    labels: NDArray[np.int64]  # [n] patch_type within this visual; -1 for rows that no reduction may touch
+    places: NDArray[np.int64] | None = None  # [3, n] M-RoPE offsets from the run's start; None: one after the other
+    pad: str = ""  # token shown at these places, where the family has one
+
+
+class Token(NamedTuple):
+    """One token inside a visual with a label of its own: a learned row, or a separator that counts as a patch."""
+
+    text: str  # what the tokenizer says in one id, or a name in EmbeddingRecord.extra
+    label: int
+
+
+Piece = str | Rows | Token
+"""Of a prompt. A string is template text: control tokens in it count, and it is tokenized with its neighbours."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """Rows of the prompt from rows of the tower: a gather, or a weighted sum of K rows each."""
+
+    index: NDArray[np.int64]  # [n, K]
+    weight: NDArray[np.float32] | None = None  # [n, K]; None: K is 1 and the row is taken as it is
+
+    def apply(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[m, D] -> [n, D]."""
+        if self.weight is None:
+            return rows[self.index[:, 0]]
+        mapped = self.weight[:, :1] * rows[self.index[:, 0]]
+        for k in range(1, self.index.shape[1]):
+            mapped += self.weight[:, k : k + 1] * rows[self.index[:, k]]
+        return mapped
+
+
+@dataclass(frozen=True, eq=False)
+class VisualInput:
+    """One video or image, preprocessed.
+
+    The tower's rows are those of the first tiles, picture by picture, then those of the second, and so on; `rows` says
+    how the prompt's come from them, None takes them as they are.
+    """
+
+    tiles: tuple[Tiles, ...]
+    pieces: tuple[Piece, ...]
+    rows: RowMap | None = None
+    joint: int = TEXT  # label of the first token behind it, where its turn goes on and parts of a turn are separated
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the tower that the prompt shows."""
+        return sum(piece.labels.size for piece in self.pieces if isinstance(piece, Rows))

@@ -1,0 +1,218 @@
+"""An ONNX graph of unknown origin, read before a runtime opens it.
+
+A graph is data, but an operator may be code (a custom one), loop without end, or read any file of the machine. So every
+operator is in the list of those that this package writes, weights lie within listed files of the bundle, and inputs and
+outputs have the sizes that the manifest says: a runtime binds buffers to them by address.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from framefusion.errors import BundleError
+from framefusion.runtime.format.bundle_files import place, read_small
+from framefusion.runtime.format.manifest import FileRecord, Manifest, SegmentRecord
+from framefusion.runtime.format.manifest_rules import WIDTH
+from framefusion.runtime.trust.onnx_wire import OnnxModel, Tensor, Value, WireError, read_model
+
+MOST_BYTES = 1 << 28  # of a graph without its weights
+
+_STANDARD = (
+    "Abs Add And ArgMax Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div Einsum Equal "
+    "Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid "
+    "HardSwish Identity IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not Or Pad Pow "
+    "RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape RotaryEmbedding "
+    "Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Split Sqrt Squeeze Sub Sum Swish Tanh "
+    "TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor "
+)
+STANDARD = frozenset(_STANDARD.split())
+CONTRIB = frozenset({"GroupQueryAttention", "MultiHeadAttention", "QuickGelu"})
+OPERATORS: Mapping[str, frozenset[str]] = {"": STANDARD, "com.microsoft": CONTRIB}
+"""Operators by domain: what the dialects write, and the plain functions of tensors that torch's exporter may choose."""
+
+_INT32 = (-(1 << 31), (1 << 31) - 1)
+_RANGES: Mapping[str, tuple[int, int]] = {
+    **dict.fromkeys(("num_heads", "q_num_heads", "kv_num_heads"), (0, WIDTH)),
+    "batch_dims": (0, 16),
+}
+"""Integers that attributes may be, by name; others have 32 bits. ONNX Runtime crashes at some that are beyond."""
+_OWN_ATTRIBUTES = frozenset({"num_heads", "kv_num_heads", "alpha"})
+"""Those of operators that are not standard: the others choose code that no build has run."""
+
+_FLOATS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
+_INT64 = 7
+_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+_TOWER_INPUTS: Mapping[str, tuple[str, ...]] = {
+    "plain": (),
+    "rope_2d": ("cos", "sin"),
+    "rope_2d_windows": ("cos", "sin", "units", "slots", "mask"),
+    "rope_2d_table": ("cos", "sin", "corners", "shares"),
+    "pooled": ("pool",),
+    "block_pooled": ("pool",),
+    "scales": ("taps", "shares"),
+    "resampler": ("places", "sincos"),
+}
+"""What towers take beside patches (vision.py)."""
+
+Sizes = tuple[int | None, ...]
+"""A shape; None where any size will do."""
+
+
+def check_graph(folder: Path, name: str, manifest: Manifest | None = None) -> OnnxModel:
+    """Read a graph and refuse what no build of this package writes.
+
+    Args:
+        folder: the bundle.
+        name: of the graph, within the folder.
+        manifest: of the bundle; None compares with the files alone.
+
+    Raises:
+        BundleError: the graph is not listed, holds another operator, or does not fit its weights or the manifest.
+    """
+    files = None if manifest is None else manifest.files
+    path = _listed(folder, name, files)
+    try:
+        model = read_model(read_small(path, MOST_BYTES))
+        problem = next(_problems(folder, name, model, manifest), None)
+    except (WireError, OSError) as error:
+        problem = str(error)
+    if problem is not None:
+        raise BundleError(f"{path} is no graph that this package wrote ({problem}): rebuild the bundle")
+    return model
+
+
+def _listed(folder: Path, name: str, files: Mapping[str, FileRecord] | None) -> Path:
+    if files is not None and name not in files:
+        raise BundleError(f"{folder} uses {ascii(name)[:80]}, which its manifest does not list: rebuild the bundle")
+    return place(folder, name)
+
+
+def _problems(folder: Path, name: str, model: OnnxModel, manifest: Manifest | None) -> Iterator[str]:
+    for domain, operator in sorted(model.operators):
+        if operator not in OPERATORS.get(domain, ()):
+            said = f"{domain}.{operator}" if domain else operator
+            yield f"operator {ascii(said)[:80]} is none of those that builds write"
+    for domain in model.opsets.keys() - OPERATORS.keys():
+        yield f"it takes operators of {ascii(domain)[:80]}"
+    for domain, operator, attribute, value in sorted(model.attributes, key=str):
+        least, most = _RANGES.get(attribute, _INT32)
+        if value is not None and not least <= value <= most:
+            yield f"{ascii(attribute)[:60]} of {operator} is {value}, it may be {least} to {most}"
+        if domain and attribute not in _OWN_ATTRIBUTES:
+            yield f"{operator} has {ascii(attribute)[:60]}, which no build writes"
+    sizes: dict[str, int] = {}
+    for tensor in model.initializers:
+        yield from _misplaced(folder, name, tensor, manifest, sizes)
+    if manifest is not None:
+        yield from _misfits(model, *_expected(manifest, name))
+
+
+def _misplaced(
+    folder: Path, name: str, tensor: Tensor, manifest: Manifest | None, sizes: dict[str, int]
+) -> Iterator[str]:
+    """What is wrong with where a tensor's numbers lie; `sizes` remembers those of the files."""
+    label, width = ascii(tensor.name)[:60], _BYTES.get(tensor.dtype)
+    if width is None or any(size < 0 for size in tensor.shape) or len(tensor.shape) > 16:
+        yield f"{label} has type {tensor.dtype} and shape {tensor.shape}"
+        return
+    wanted = math.prod(tensor.shape) * width
+    if tensor.external is None:
+        if tensor.inline is not None and tensor.inline != wanted:
+            yield f"{label} has {tensor.inline} bytes, its shape takes {wanted}"
+        return
+    told = tensor.external
+    location, offset, length = (told.get(key, "") for key in ("location", "offset", "length"))
+    if not told.keys() <= {"location", "offset", "length", "checksum"} or not location:
+        yield f"{label} does not say where it lies"
+        return
+    if location not in sizes:
+        beside = str(PurePosixPath(name).parent / location)
+        sizes[location] = _listed(folder, beside, None if manifest is None else manifest.files).stat().st_size
+    begin, size = _digits(offset), _digits(length)
+    if begin is None or size != wanted or begin + size > sizes[location]:
+        yield (
+            f"{label} is {ascii(length)[:30]} bytes at {ascii(offset)[:30]} of {ascii(location)[:60]}, which has "
+            f"{sizes[location]}; its shape takes {wanted}"
+        )
+
+
+def _digits(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
+def _expected(manifest: Manifest, name: str) -> tuple[dict[str, Value | None], dict[str, Value | None]]:
+    """Inputs and outputs that a graph of the manifest may have; None where only the name is known."""
+    if name == manifest.vision.graph:
+        return _tower(manifest)
+    for segment in manifest.segments:
+        if name in (segment.graph, segment.decode_graph):
+            return _segment(manifest, segment, is_fixed=manifest.fixed is not None and name == segment.graph)
+    return {}, {}
+
+
+def _tower(manifest: Manifest) -> tuple[dict[str, Value | None], dict[str, Value | None]]:
+    vision, model = manifest.vision, manifest.model
+    kind, free = _FLOATS[model.dtype], -1
+    inputs: dict[str, Value | None] = dict.fromkeys(_TOWER_INPUTS[vision.kind])
+    if "cos" in inputs:
+        inputs |= dict.fromkeys(("cos", "sin"), Value(kind, (free, free, vision.head_dim // 2)))
+    outputs: dict[str, Value | None] = {"tokens": Value(kind, (free, model.hidden_size))}
+    if vision.deepstack:
+        outputs["deepstack"] = Value(kind, (vision.deepstack, free, model.hidden_size))
+    return inputs | {"patches": Value(kind, (free, free, vision.patch_width))}, outputs
+
+
+def _segment(
+    manifest: Manifest, segment: SegmentRecord, *, is_fixed: bool
+) -> tuple[dict[str, Value | None], dict[str, Value | None]]:
+    model, layers = manifest.model, len(segment.attention_layers)
+    kind, free, half = _FLOATS[model.dtype], -1, model.head_dim // 2
+    rows = Value(kind, (1, free, model.hidden_size))
+    inputs: dict[str, Value | None] = {"hidden": rows, "kv_len": Value(_INT64, (layers,))}
+    inputs |= dict.fromkeys(("cos", "sin"), Value(kind, (1, free, half)))
+    cache = Value(kind, (1, model.num_kv_heads, free, model.head_dim))
+    names = [f"{part}_{j}" for j in range(layers) for part in ("key", "value")]
+    inputs |= dict.fromkeys((f"past_{name}" for name in names), cache)
+    outputs: dict[str, Value | None] = dict.fromkeys((f"present_{name}" for name in names), cache)
+    vector = Value(_INT64, (free,))
+    if segment.deepstack:
+        inputs["deepstack"] = Value(kind, (segment.deepstack, free, model.hidden_size))
+    if segment.scores:
+        inputs["previous"] = vector
+        outputs |= dict.fromkeys(("similarity", "importance"), Value(_FLOATS["float32"], (free,)))
+    if segment.scores or segment.head:
+        inputs["last"] = Value(_INT64, (1,))
+    if is_fixed:
+        inputs |= dict.fromkeys(("label", "order", "drops"), vector)
+        outputs["origin"] = vector
+    if segment.head:
+        outputs["logits"] = Value(_FLOATS["float32"], (1, model.vocab_size))
+    else:
+        outputs["hidden_out"] = rows
+    return inputs, outputs
+
+
+def _misfits(
+    model: OnnxModel, inputs: Mapping[str, Value | None], outputs: Mapping[str, Value | None]
+) -> Iterator[str]:
+    """Inputs and outputs that are not those which the manifest speaks of; a graph may lack inputs it has no use for."""
+    for what, found, known in (("input", model.inputs, inputs), ("output", model.outputs, outputs)):
+        for name, value in found.items():
+            wanted = known.get(name)
+            if name not in known:
+                yield f"it has an {what} {ascii(name)[:60]} that the manifest does not speak of"
+            elif wanted is not None and not _fits(value, wanted):
+                yield f"{what} {name} has type {value.dtype} and shape {value.shape}, the manifest says {wanted}"
+    for name in outputs.keys() - model.outputs.keys():
+        yield f"it has no output {name}"
+
+
+def _fits(value: Value, wanted: Value) -> bool:
+    alike = zip(value.shape, wanted.shape, strict=False)
+    return (
+        value.dtype == wanted.dtype
+        and len(value.shape) == len(wanted.shape)
+        and all(-1 in pair or pair[0] == pair[1] for pair in alike)
+    )

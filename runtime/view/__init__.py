@@ -1,0 +1,1 @@
+"""One answer watched: what became of every token, as values and as a page."""

@@ -1,0 +1,277 @@
+"""One answer watched: what became of every token at every call of the reduction, as plain values for a page.
+
+Runs a pipeline once, or twice to compare with no reduction at all. Draws nothing: `page.py` does. Where a token lies in
+its frame is the family's to say (`Preprocessing.panels`).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import BudgetError
+from framefusion.reducers import DEFAULT
+from framefusion.reduction import tracks
+from framefusion.reduction.budget import describe_cost
+from framefusion.reduction.policy import Decision
+from framefusion.runtime.bundle import FLOAT_BYTES, Manifest
+from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.preprocess import Preprocessing, resize
+from framefusion.runtime.media.sources import Source
+from framefusion.runtime.media.tiles.panels import Panel
+from framefusion.runtime.media.video.frames import Video, facts_of_films
+from framefusion.runtime.pipeline import Generation, Pipeline, Request, Seen, dense_pipeline
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual
+from framefusion.runtime.view.flops import prefill_flops
+
+BINS = 40
+RARE = 0.02  # of the similarities of a call may lie below the bins
+TOTAL_SIDE, SIDES, QUALITY = 2560, (160, 960), 70
+"""The longest side of a stored picture is TOTAL_SIDE / sqrt(pictures) within SIDES, so that the pixels of all of them
+stay the same: 64 frames of film take about half a megabyte."""
+BILINEAR = 2  # Pillow's number
+
+
+@dataclass
+class Watched:
+    """An answer and what was kept of its way."""
+
+    turns: Sequence[Turn]
+    seen: list[Seen]
+    prompt: Prompt
+    request: Request
+    kept: NDArray[np.int64]  # places in the prompt of the tokens that no call dropped
+    answer: Generation
+    decisions: list[Decision] = field(default_factory=list)
+    dense: Generation | None = None
+
+
+def watch(
+    pipeline: Pipeline,
+    turns: Sequence[Turn],
+    files: Sequence[Source] = (),
+    request: Request | None = None,
+    *,
+    sampling: FrameSampling | None = None,
+    compare: bool = False,
+) -> Watched:
+    """Answer a conversation and take down each decision.
+
+    Args:
+        pipeline: of a bundle or of torch graphs.
+        turns: what was said, the last one the user's.
+        files: videos and images that the turns show.
+        request: as for `Pipeline.generate`.
+        sampling: of frames; None takes the bundle's.
+        compare: answer it without reduction, too; one prefill of each kind is run and not timed before.
+
+    Raises:
+        BudgetError: there is no reduction to compare with.
+        VideoError, PromptError: as `Pipeline.generate`.
+    """
+    stopwatch, request = Stopwatch(), request or Request()
+    if compare and asked_cost(pipeline.manifest, request) == 1.0:
+        raise BudgetError("cost 1.0 keeps all tokens, so there is nothing to compare: ask a cost below 1")
+    seen = pipeline.see(turns, files, sampling or pipeline.manifest.sampling, stopwatch)
+    visuals = pipeline.preprocess(seen, stopwatch)
+    prompt = pipeline.prompt(turns, visuals)
+    request = pipeline.bounded(request, prompt)
+    with stopwatch.stage("vision"):
+        features = [pipeline.encode_visual(visual) for visual in visuals]
+    with stopwatch.stage("embed"):
+        rows = pipeline.embed(prompt, features)
+    dense = None
+    if compare:
+        pipeline.prefill(prompt, rows, request, Stopwatch())
+        plain = dense_pipeline(pipeline)
+        whole = replace(request, cost=1.0 if pipeline.manifest.reduction.mode == "adaptive" else None)
+        plain.prefill(prompt, rows, whole, Stopwatch())
+        dense = plain.answer(prompt, rows, whole)
+    decisions: list[Decision] = []
+    prefilled = pipeline.prefill(prompt, rows, request, stopwatch, decisions.append)
+    answer = replace(pipeline.complete(prompt, prefilled, request, stopwatch), videos=facts_of_films(seen))
+    return Watched(turns, seen, prompt, request, prefilled.kept[-1], answer, decisions, dense)
+
+
+def asked_cost(manifest: Manifest, request: Request) -> float:
+    """The share of the computation over visual tokens that a request wants kept."""
+    return manifest.reduction.cost if request.cost is None else request.cost
+
+
+def facts(watched: Watched, pipeline: Pipeline, name: str) -> dict[str, Any]:
+    """All that the page shows, as values that JSON takes.
+
+    Args:
+        watched: the answer.
+        pipeline: that gave it.
+        name: of the bundle or checkpoint.
+    """
+    manifest, answer = pipeline.manifest, watched.answer
+    left, steps = fates(watched)
+    boxes, visuals = _visuals(watched.seen, pipeline.rule(watched.seen))
+    structural = np.setdiff1d(
+        np.flatnonzero(tracks.request_labels(watched.prompt.labels) >= 0), watched.prompt.row_places
+    )
+    return {
+        "name": name,
+        "family": manifest.model.family,
+        "model": _model(manifest),
+        "backend": pipeline.backend.name,
+        "settings": _settings(manifest, watched.request),
+        "turns": [{"role": turn.role, "parts": _parts(turn)} for turn in watched.turns],
+        "drawn": (watched.request.generation or manifest.generation).do_sample,
+        "reduced": run_facts(answer, manifest),
+        "dense": None if watched.dense is None else run_facts(watched.dense, manifest),
+        "steps": steps,
+        "histograms": _histograms(watched),
+        "boxes": boxes,
+        "visuals": visuals,
+        "left": left[watched.prompt.row_places].tolist(),
+        "structural": left[structural].tolist(),
+    }
+
+
+def run_facts(answer: Generation, manifest: Manifest) -> dict[str, Any]:
+    """An answer with the memory and the operations it took."""
+    model, lengths = manifest.model, answer.kv_lengths
+    slot = 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
+    full = prefill_flops(model, [answer.prompt_tokens] * len(lengths))
+    decoding = answer.seconds.get("decode", 0.0)
+    return asdict(answer) | {
+        "cost": answer.cost,
+        "cost_text": describe_cost(answer.cost),
+        "kv_bytes": sum(lengths) * slot,
+        "kv_slot_bytes": slot,
+        "flops": prefill_flops(model, lengths),
+        "flops_kept": prefill_flops(model, lengths) / full,
+        "tokens_per_second": (len(answer.token_ids) - 1) / decoding if decoding else 0.0,
+    }
+
+
+def fates(watched: Watched) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
+    """The step at which each token of the prompt was dropped, [S], -1 where it never was; and the steps.
+
+    A step is a call that decided. The static graph of the fixed mode tells only what is left after all of them: there
+    all calls are one step of the kind "static".
+    """
+    size, history = watched.prompt.token_ids.size, watched.answer.reduction
+    left = np.full(size, -1, np.int64)
+    if not watched.decisions:
+        gone = np.setdiff1d(np.arange(size), watched.kept)
+        left[gone] = 0
+        return left, [_step("static", history)] if gone.size else []
+    present, steps = np.arange(size), []
+    for step, (decision, record) in enumerate(zip(watched.decisions, history, strict=False)):
+        left[np.delete(present, decision.plan.kept)] = step
+        present = present[decision.plan.kept]
+        steps.append(_step(record.kind, (record,)))
+    return left, steps
+
+
+def _step(kind: str, records: Sequence[Any]) -> dict[str, Any]:
+    first, last = records[0], records[-1]
+    return {
+        "kind": kind,
+        "calls": [record.call for record in records],
+        "visual_before": first.visual_before,
+        "visual_after": last.visual_after,
+        "tokens_after": last.tokens_after,
+    }
+
+
+def _histograms(watched: Watched) -> list[dict[str, Any]]:
+    """Similarity along the tracks at each call that read it, in the same bins; the first one holds all below, too."""
+    read = [
+        (call, scores[scores > tracks.DISSIMILAR])
+        for call, decision in enumerate(watched.decisions)
+        if (scores := decision.similarity) is not None
+    ]
+    lowest = min((float(np.quantile(scores, RARE)) for _, scores in read if scores.size), default=1.0)
+    edges = np.linspace(max(min(math.floor(lowest * 20) / 20, 0.95), -1.0), 1.0, BINS + 1)
+    return [
+        {
+            "call": call,
+            "edges": [round(float(edges[0]), 6), 1.0],
+            "counts": np.histogram(np.clip(scores, edges[0], 1.0), edges)[0].tolist(),
+            "median": float(np.median(scores)) if scores.size else None,
+        }
+        for call, scores in read
+    ]
+
+
+def _model(manifest: Manifest) -> dict[str, Any]:
+    names = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "dtype", "model_type")
+    return {name: getattr(manifest.model, name) for name in names}
+
+
+def _settings(manifest: Manifest, request: Request) -> dict[str, Any]:
+    record, cost = manifest.reduction, asked_cost(manifest, request)
+    asked = {name: getattr(request, name) for name in ("similarity_lower_bound", "ratio_lower_bound")}
+    chosen = {name: getattr(record, name) if value is None else value for name, value in asked.items()}
+    schedule = None if record.schedule is None else asdict(record.schedule)
+    reducer = request.reducer or record.reducer
+    told = {"mode": record.mode, "reducer": reducer, "cost": cost, "cost_text": describe_cost(cost)}
+    if record.mode != "adaptive":
+        return told | {"schedule": schedule}
+    return told | (chosen | {"depth": record.depth} if reducer == DEFAULT else {})  # thresholds are FrameFusion's
+
+
+def _parts(turn: Turn) -> list[dict[str, str]]:
+    return [{"shown": p.value} if isinstance(p, Visual) else {"text": p} for p in turn.parts]
+
+
+def _visuals(seen: Sequence[Seen], rule: Preprocessing) -> tuple[list[list[list[float]]], list[dict[str, Any]]]:
+    """What is drawn: sets of boxes, each once, and for each visual its pictures and panels."""
+    count = sum(len(one.frames) if isinstance(one, Video) else 1 for one in seen)
+    known: dict[bytes, int] = {}
+    boxes: list[list[list[float]]] = []
+    visuals = []
+    for one in seen:
+        frames, times = (one.frames, one.times.tolist()) if isinstance(one, Video) else (one[None], [0.0])
+        (height, width), film = frames.shape[1:3], isinstance(one, Video)
+        panels = rule.panels(height, width, len(frames) if film else None)
+        for panel in panels:
+            if known.setdefault(panel.boxes.tobytes(), len(boxes)) == len(boxes):
+                boxes.append(panel.boxes.round(4).tolist())
+        pictures = [stored_picture(frame, count) for frame in frames]
+        visuals.append(
+            {
+                "kind": "video" if film else "image",
+                "size": [width, height],
+                "stored": list(stored_size(width, height, count)),
+                "times": times,
+                "pictures": pictures,
+                "panels": [_panel(panel, known) for panel in panels],
+            }
+        )
+    return boxes, visuals
+
+
+def _panel(panel: Panel, known: dict[bytes, int]) -> dict[str, Any]:
+    return {"frames": list(panel.frames), "boxes": known[panel.boxes.tobytes()], "name": panel.name}
+
+
+def stored_size(width: int, height: int, count: int) -> tuple[int, int]:
+    """Width and height of a picture on a page of `count`; never larger than it was."""
+    side = min(max(TOTAL_SIDE / math.sqrt(count), SIDES[0]), SIDES[1])
+    scale = min(side / max(width, height), 1.0)
+    return max(round(width * scale), 1), max(round(height * scale), 1)
+
+
+def stored_picture(frame: NDArray[np.uint8], count: int) -> str:
+    """A frame as a WebP file in a data URL."""
+    from PIL import Image
+
+    height, width, _ = frame.shape
+    wide, tall = stored_size(width, height, count)
+    file = io.BytesIO()
+    Image.fromarray(resize(frame, tall, wide, BILINEAR)).save(file, "WEBP", quality=QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
