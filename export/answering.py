@@ -5,8 +5,8 @@ from framefusion.export.evaluate.answering import (
     Answerer,
     Condition,
     Setup,
-    open_answerer,
 )
+from framefusion.export.evaluate.open import open_answerer
 
 __all__ = [
     "Answer",

@@ -32,7 +32,9 @@ from framefusion.export.writing import staging
 from framefusion.export.writing.journal import CHECKSUMS
 from framefusion.export.writing.parts import Builder
 from framefusion.export.writing.staging import Staging
-from framefusion.runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, FileRecord, Manifest, write_manifest
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest import SCHEMA_VERSION, FileRecord, Manifest
+from framefusion.runtime.format.manifest_file import MANIFEST, write_manifest
 from framefusion.storage import files
 
 CARD = "card"  # the part of the model card

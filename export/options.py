@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from framefusion.errors import BudgetError
-from framefusion.runtime.bundle import EngineKind, Mode
+from framefusion.runtime.format.engine_record import EngineKind
+from framefusion.runtime.format.manifest import Mode
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "float16", "bfloat16"]

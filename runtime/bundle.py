@@ -20,33 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.errors import BundleError
-from framefusion.runtime.format.bundle_files import sha256_of as sha256_of
-from framefusion.runtime.format.bundle_files import verify_files as verify_files
-from framefusion.runtime.format.engine_record import (
-    EngineKind as EngineKind,  # the records of engines are the format's, too
-)
-from framefusion.runtime.format.engine_record import EngineRecord as EngineRecord
-from framefusion.runtime.format.engine_record import ProfileRecord as ProfileRecord
-from framefusion.runtime.format.engine_record import TensorRecord as TensorRecord
-from framefusion.runtime.format.manifest import FLOAT_BYTES as FLOAT_BYTES
-from framefusion.runtime.format.manifest import RULES as RULES
-from framefusion.runtime.format.manifest import SCHEMA_VERSION as SCHEMA_VERSION
-from framefusion.runtime.format.manifest import UNKNOWN_LICENSE as UNKNOWN_LICENSE
-from framefusion.runtime.format.manifest import EmbeddingRecord as EmbeddingRecord
-from framefusion.runtime.format.manifest import FileRecord as FileRecord
-from framefusion.runtime.format.manifest import FixedRecord as FixedRecord
-from framefusion.runtime.format.manifest import Limits as Limits
-from framefusion.runtime.format.manifest import Manifest as Manifest
-from framefusion.runtime.format.manifest import Mode as Mode
-from framefusion.runtime.format.manifest import ModelRecord as ModelRecord
-from framefusion.runtime.format.manifest import ReductionRecord as ReductionRecord
-from framefusion.runtime.format.manifest import SegmentRecord as SegmentRecord
-from framefusion.runtime.format.manifest import SourceRecord as SourceRecord
-from framefusion.runtime.format.manifest import VisionRecord as VisionRecord
-from framefusion.runtime.format.manifest_file import MANIFEST as MANIFEST
-from framefusion.runtime.format.manifest_file import read_manifest as read_manifest
-from framefusion.runtime.format.manifest_file import read_manifest_file as read_manifest_file
-from framefusion.runtime.format.manifest_file import write_manifest as write_manifest
+from framefusion.runtime.format.bundle_files import sha256_of, verify_files
+from framefusion.runtime.format.engine_record import EngineKind, EngineRecord
+from framefusion.runtime.format.manifest import FileRecord
+from framefusion.runtime.format.manifest_file import read_manifest_file
 from framefusion.runtime.trust.graph_check import check_graph
 from framefusion.runtime.trust.origin import Trust
 

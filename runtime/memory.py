@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from framefusion.errors import PromptError
 from framefusion.reduction.budget import check_cost
 from framefusion.runtime.backends.host import CHUNK
-from framefusion.runtime.bundle import FLOAT_BYTES, Manifest, SegmentRecord
+from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest, SegmentRecord
 from framefusion.runtime.generation.stitching import bucket_for, chunks_of
 from framefusion.runtime.pipeline import PATCHES_AT_ONCE
 

@@ -27,8 +27,9 @@ from framefusion.reduction.policy import (
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.choice import Choice, choose
 from framefusion.runtime.backends.host import HOST
-from framefusion.runtime.bundle import Bundle, ReductionRecord
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import place
+from framefusion.runtime.format.manifest import ReductionRecord
 from framefusion.runtime.format.manifest_checks import TOKENIZER
 from framefusion.runtime.generation.sampling import GenerationConfig, Sampler
 from framefusion.runtime.generation.stitching import Prefilled, Stitcher, Stopwatch, check_cuts

@@ -21,9 +21,9 @@ from framefusion.export.commands.cli import ff_export
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import DEFAULT_DEPTH, DEFAULT_INPUT, DEFAULT_NEW_TOKENS
 from framefusion.export.report.inspection import Question, padding, render, report
-from framefusion.runtime.bundle import read_manifest
 from framefusion.runtime.commands.cli import ff_run
 from framefusion.runtime.commands.flags import visuals_in_order
+from framefusion.runtime.format.manifest_file import read_manifest
 from tests.random_checkpoint import random_checkpoint
 
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime", "av")

@@ -17,7 +17,7 @@ from framefusion.export.evaluate.answer_file import AnswerFile
 from framefusion.export.writing import journal
 from framefusion.export.writing.amendment import Amendment
 from framefusion.export.writing.journal import own_manifest
-from framefusion.runtime.bundle import read_manifest
+from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.view.page import write_page
 from framefusion.storage import files
 from tests.commands import assert_refused, export

@@ -33,7 +33,8 @@ from framefusion.export.writing.hashed_file import HashedFile
 from framefusion.reduction.policy import Reduction, ReductionSettings
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from framefusion.runtime.bundle import (
+from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
+from framefusion.runtime.format.manifest import (
     SCHEMA_VERSION,
     EmbeddingRecord,
     Limits,
@@ -43,7 +44,6 @@ from framefusion.runtime.bundle import (
     SegmentRecord,
     VisionRecord,
 )
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.generation.sampling import GenerationConfig
 from framefusion.runtime.generation.stitching import Stitcher, Stopwatch
 from framefusion.runtime.generation.token_rows import TokenRows

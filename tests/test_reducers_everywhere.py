@@ -21,7 +21,8 @@ from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.report.inspection import Question, render, report
 from framefusion.interface import apply_framefusion, remove_framefusion
 from framefusion.reducers import REDUCERS, load_reducer
-from framefusion.runtime.bundle import Bundle, Manifest
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.format.records import from_json
 from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
 from framefusion.runtime.generation.token_rows import TokenRows

@@ -26,7 +26,7 @@ from framefusion.export.evaluate.evaluation import conditions, evaluate
 from framefusion.export.evaluate.questions import Question, key_of
 from framefusion.export.options import BuildOptions
 from framefusion.reducers import DEFAULT, REDUCERS
-from framefusion.runtime.bundle import read_manifest
+from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.text.prompt import Visual
 from tools.bench.setting import ROOT, open_bundle, report

@@ -15,7 +15,8 @@ from framefusion.export.eager.backend import EagerBackend, Load
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reduction.policy import Decision, ReductionState
-from framefusion.runtime.bundle import Bundle, Manifest
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.visual_input import VisualInput

@@ -205,7 +205,8 @@ def check(
 ) -> None:
     """Verify the files of BUNDLE, all of them hashed afresh, and say of each engine whether it fits this machine."""
     from framefusion.runtime.backends.fit import other_files
-    from framefusion.runtime.bundle import read_manifest, verify_files
+    from framefusion.runtime.format.bundle_files import verify_files
+    from framefusion.runtime.format.manifest_file import read_manifest
     from framefusion.runtime.trust.origin import Trust
 
     if bisect and checkpoint is None:
@@ -282,8 +283,9 @@ def view(model: str, revision: str | None, output: Path, compare: bool, threads:
 
     A bundle runs as `ff-run view` runs it; a checkpoint runs in eager torch, in fp32, and nothing is built.
     """
-    from framefusion.runtime.bundle import MANIFEST, Bundle
+    from framefusion.runtime.bundle import Bundle
     from framefusion.runtime.commands.cli import show_page
+    from framefusion.runtime.format.manifest_file import MANIFEST
     from framefusion.runtime.pipeline import Pipeline
 
     question = Question.from_flags(**asked)

@@ -16,7 +16,7 @@ from framefusion.export.commands.flags import BACKEND, BUNDLE_REVISION, ENGINE_R
 if TYPE_CHECKING:
     from framefusion.export.options import Resources
     from framefusion.export.plan.build_plan import BuildPlan
-    from framefusion.runtime.bundle import Manifest
+    from framefusion.runtime.format.manifest import Manifest
 
 GIGA = 10**9
 
@@ -49,7 +49,7 @@ def compile_command(bundle: Path, checkpoint: str | None, revision: str | None, 
 def _plan(bundle: Path, checkpoint: str, revision: str | None) -> BuildPlan:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
     from framefusion.export.plan.replan import replan
-    from framefusion.runtime.bundle import read_manifest
+    from framefusion.runtime.format.manifest_file import read_manifest
 
     manifest = read_manifest(bundle)
     return replan(bundle, manifest, Checkpoint.named(checkpoint, source_revision(manifest, checkpoint, revision)))

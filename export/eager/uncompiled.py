@@ -9,7 +9,8 @@ from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.parts import Builder
 from framefusion.export.writing.staging import Staging
-from framefusion.runtime.bundle import Bundle, write_manifest
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest_file import write_manifest
 from framefusion.runtime.pipeline import Pipeline
 
 

@@ -24,7 +24,8 @@ from typing import Any
 
 from framefusion.errors import StorageError
 from framefusion.export.writing.staging import identity
-from framefusion.runtime.bundle import FileRecord, sha256_of
+from framefusion.runtime.format.bundle_files import sha256_of
+from framefusion.runtime.format.manifest import FileRecord
 from framefusion.runtime.format.records import RecordError, from_json, to_json
 from framefusion.runtime.machine.user_cache import user_cache
 from framefusion.storage import files

@@ -38,21 +38,13 @@ from framefusion.export.plan.machine import available_memory, peak_memory
 from framefusion.export.writing.amendment import Amendment
 from framefusion.export.writing.journal import CHECKSUMS
 from framefusion.runtime.backends.fit import other_files
-from framefusion.runtime.bundle import (
-    MANIFEST,
-    Bundle,
-    EngineKind,
-    EngineRecord,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    file_record,
-    sha256_of,
-    verify_files,
-    write_manifest,
-)
+from framefusion.runtime.bundle import Bundle, file_record
+from framefusion.runtime.format.bundle_files import sha256_of, verify_files
+from framefusion.runtime.format.engine_record import EngineKind, EngineRecord, TensorRecord
+from framefusion.runtime.format.manifest import FileRecord, Manifest
+from framefusion.runtime.format.manifest_file import MANIFEST, write_manifest
 from framefusion.runtime.format.records import from_json, to_json
-from framefusion.runtime.trust.origin import remember_compiled
+from framefusion.runtime.trust.engines import remember_compiled
 
 if TYPE_CHECKING:
     from framefusion.export.plan.build_plan import BuildPlan

@@ -8,7 +8,8 @@ from typing import Any
 from framefusion.console.messages import in_bytes, table
 from framefusion.runtime.backends.choice import PROVEN
 from framefusion.runtime.backends.fit import gpu_memory, is_cpu
-from framefusion.runtime.bundle import EngineRecord, Manifest
+from framefusion.runtime.format.engine_record import EngineRecord
+from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.format.records import to_json
 
 NEEDS = {  # kind -> what has to be installed where it runs

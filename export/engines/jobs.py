@@ -22,7 +22,9 @@ from framefusion.export.plan.machine import free_disk
 from framefusion.export.writing.staging import SPARE
 from framefusion.runtime.backends.fit import installed_version
 from framefusion.runtime.backends.tensorrt.library import load_library
-from framefusion.runtime.bundle import Bundle, EngineKind, Manifest
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.engine_record import EngineKind
+from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.format.records import to_json
 
 if TYPE_CHECKING:

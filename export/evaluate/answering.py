@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from framefusion.errors import BackendError, EvaluationError
 from framefusion.export.commands.flags import LIVE
 from framefusion.export.evaluate.questions import Question
 from framefusion.reduction.policy import CallRecord
-from framefusion.runtime.bundle import MANIFEST, Bundle, read_manifest, sha256_of
 from framefusion.runtime.commands.flags import frame_sampling
+from framefusion.runtime.format.bundle_files import sha256_of
+from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
 
 if TYPE_CHECKING:
-    from framefusion.export.checkpoints.checkpoint import Checkpoint
+    pass
 
 ONNXRUNTIME = "onnxruntime"
 TRANSFORMERS, EAGER = LIVE
@@ -106,47 +106,6 @@ class Answerer(ABC):
     @abstractmethod
     def answers(self, question: Question, conditions: Sequence[Condition]) -> Iterator[Answer]:
         """The question under each condition, in their order; a condition that cannot be met is refused first."""
-
-
-def open_answerer(setup: Setup) -> Answerer:
-    """Open what a setup names.
-
-    Raises:
-        FrameFusionError: a bundle or checkpoint that cannot be opened.
-    """
-    if setup.is_bundle:
-        if setup.live is not None:
-            raise EvaluationError(f"--live {setup.live} is for a checkpoint, {setup.model} is a bundle: leave it out")
-        return PipelineAnswerer(Pipeline(Bundle(setup.model), threads=setup.threads), setup, engine_of(ONNXRUNTIME))
-    import torch
-
-    from framefusion.export.checkpoints.checkpoint import Checkpoint
-
-    if setup.threads:
-        torch.set_num_threads(setup.threads)
-    checkpoint, note = Checkpoint.named(setup.model, setup.revision), None
-    if setup.live != EAGER:
-        from framefusion.export.evaluate.live_answering import TransformersAnswerer
-
-        try:
-            return TransformersAnswerer(checkpoint, setup)
-        except BackendError as error:
-            if setup.live == TRANSFORMERS:
-                raise
-            note = str(error)
-    return _eager(checkpoint, setup, note)
-
-
-def _eager(checkpoint: Checkpoint, setup: Setup, note: str | None) -> Answerer:
-    from framefusion.export.eager.uncompiled import eager_pipeline
-    from framefusion.export.options import BuildOptions
-    from framefusion.export.plan.build_plan import BuildPlan
-
-    parts = tempfile.TemporaryDirectory()  # stays as long as the answerer
-    pipeline = eager_pipeline(BuildPlan(checkpoint, BuildOptions()), Path(parts.name) / "parts")
-    answerer = PipelineAnswerer(pipeline, setup, engine_of(EAGER))
-    answerer.parts, answerer.note = parts, note
-    return answerer
 
 
 def engine_of(name: str) -> str:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from framefusion.console import messages as console
 from framefusion.errors import BackendError, EvaluationError, FrameFusionError
 from framefusion.export.evaluate.answer_file import AnswerFile
-from framefusion.export.evaluate.answering import DENSE, Answer, Answerer, Condition, Setup, fingerprint, open_answerer
+from framefusion.export.evaluate.answering import DENSE, Answer, Answerer, Condition, Setup, fingerprint
+from framefusion.export.evaluate.open import open_answerer
 from framefusion.export.evaluate.questions import Question
 from framefusion.export.evaluate.scoring import paired, share_of
 from framefusion.reducers import load_reducer

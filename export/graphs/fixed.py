@@ -26,7 +26,7 @@ from framefusion.export.graphs.segments import whole_decoder
 from framefusion.ops import static_reduction
 from framefusion.ops.static_reduction import TokenState
 from framefusion.reduction.budget import FixedSchedule
-from framefusion.runtime.bundle import FixedRecord
+from framefusion.runtime.format.manifest import FixedRecord
 
 
 class FixedPrefill(nn.Module):

@@ -51,7 +51,7 @@ from framefusion.reduction.budget import (
     smallest_cost,
 )
 from framefusion.reduction.policy import ReductionSettings
-from framefusion.runtime.bundle import (
+from framefusion.runtime.format.manifest import (
     FixedRecord,
     Limits,
     Mode,

@@ -24,7 +24,7 @@ from framefusion.export.plan.machine import free_disk
 from framefusion.export.report.inspection import TEXT, reduction_facts, span
 from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
 from framefusion.export.writing.staging import SPARE
-from framefusion.runtime.bundle import FLOAT_BYTES, FileRecord, Manifest
+from framefusion.runtime.format.manifest import FLOAT_BYTES, FileRecord, Manifest
 from framefusion.runtime.memory import expected_lengths, memory_plan
 
 CHECKED_A_SECOND = 40e6  # bytes of the checkpoint that a streamed check compares: 360 s of one core for a 7B

@@ -9,7 +9,7 @@ from framefusion.errors import BundleError, CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.runtime.bundle import Manifest
+from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.format.records import RecordError, from_json
 
 

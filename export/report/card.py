@@ -17,7 +17,8 @@ from framefusion.export.checkpoints.origin.source import license_files
 from framefusion.export.options import BuildOptions
 from framefusion.export.report.inspection import base_model, bytes_of_files, compared_words, licence, reduction_facts
 from framefusion.reducers import DEFAULT
-from framefusion.runtime.bundle import MANIFEST, Manifest, SourceRecord
+from framefusion.runtime.format.manifest import Manifest, SourceRecord
+from framefusion.runtime.format.manifest_file import MANIFEST
 
 CARD = "README.md"
 LIBRARY = "framefusion-aot"

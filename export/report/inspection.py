@@ -13,14 +13,8 @@ from framefusion.export.commands.signing import integrity_facts, render_integrit
 from framefusion.export.engines.inspection import engine_block, engine_facts
 from framefusion.reducers import DEFAULT
 from framefusion.reduction.budget import describe_cost
-from framefusion.runtime.bundle import (
-    MANIFEST,
-    UNKNOWN_LICENSE,
-    FileRecord,
-    Manifest,
-    SourceRecord,
-    read_manifest,
-)
+from framefusion.runtime.format.manifest import UNKNOWN_LICENSE, FileRecord, Manifest, SourceRecord
+from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest
 from framefusion.runtime.memory import MemoryPlan, expected_lengths, memory_plan
 
 TEXT = 64  # tokens of text taken for granted where only the length of a prompt is asked

@@ -19,7 +19,8 @@ from framefusion.errors import StorageError
 from framefusion.export.writing import journal as journals
 from framefusion.export.writing.journal import JOURNAL, LOCK, SCRATCH, Journal
 from framefusion.export.writing.staging import lock
-from framefusion.runtime.bundle import MANIFEST, Bundle
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest_file import MANIFEST
 from framefusion.storage import files
 
 _UNWRITABLE = files.FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}

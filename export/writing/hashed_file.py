@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from framefusion.runtime.bundle import FileRecord
+from framefusion.runtime.format.manifest import FileRecord
 
 
 class HashedFile:

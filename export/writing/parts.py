@@ -33,7 +33,8 @@ from framefusion.export.graphs.tracing.trace import save_graph
 from framefusion.export.plan.build_plan import DECODE_GRAPH, GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan
 from framefusion.export.writing.hashed_file import HashedFile
 from framefusion.export.writing.staging import Produced
-from framefusion.runtime.bundle import FLOAT_BYTES, SCHEMA_VERSION, EmbeddingRecord, FileRecord, Manifest, file_record
+from framefusion.runtime.bundle import file_record
+from framefusion.runtime.format.manifest import FLOAT_BYTES, SCHEMA_VERSION, EmbeddingRecord, FileRecord, Manifest
 from framefusion.runtime.format.records import to_json
 
 EMBEDDING_FILE, TOKENIZER_FILE = "embedding.bin", TOKENIZER

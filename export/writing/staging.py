@@ -26,7 +26,10 @@ from framefusion.errors import InterruptedBuildError, StorageError
 from framefusion.export.writing import journal as journals
 from framefusion.export.writing.journal import CHECKSUMS, JOURNAL, PARTIAL, SCRATCH, STAMPS, Journal, Replaced
 from framefusion.export.writing.journal import LOCK as LOCK
-from framefusion.runtime.bundle import MANIFEST, FileRecord, file_record, sha256_of
+from framefusion.runtime.bundle import file_record
+from framefusion.runtime.format.bundle_files import sha256_of
+from framefusion.runtime.format.manifest import FileRecord
+from framefusion.runtime.format.manifest_file import MANIFEST
 from framefusion.runtime.format.records import to_json
 from framefusion.storage import files
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from framefusion.reduction.policy import Plan
 from framefusion.runtime.backends.kv_cache import SegmentCache
-from framefusion.runtime.bundle import SegmentRecord
+from framefusion.runtime.format.manifest import SegmentRecord
 
 Array = NDArray[Any]
 
@@ -162,3 +162,16 @@ class Backend(Protocol):
 
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
         """What runs bound segments one after the other, again and again."""
+
+
+def empty_cache(device: Device, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+    """Caches of zeros on a device.
+
+    Args:
+        device: on which the buffers lie.
+        shapes: of each layer's keys and values, [1, Hkv, C_j, hd].
+        dtype: of the buffers.
+    """
+    keys = [device.zeros(shape, dtype) for shape in shapes]
+    values = [device.zeros(shape, dtype) for shape in shapes]
+    return SegmentCache(keys, values, np.zeros(len(shapes), np.int64))

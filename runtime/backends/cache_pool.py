@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from framefusion.errors import PromptError
-from framefusion.runtime.backends.base import Device
+from framefusion.runtime.backends.base import Device, empty_cache
 from framefusion.runtime.backends.kv_cache import SegmentCache
-from framefusion.runtime.bundle import SegmentRecord
+from framefusion.runtime.format.manifest import SegmentRecord
 
 Buffers = tuple[list[Any], list[Any]]
 
@@ -56,5 +56,5 @@ class CachePool:
 
     def _made(self, shapes: Sequence[tuple[int, ...]], slots: Sequence[int], dtype: Any) -> Buffers:
         full = [(*shape[:2], most, shape[3]) for shape, most in zip(shapes, slots, strict=True)]
-        made = SegmentCache.empty(self._device, full, dtype)
+        made = empty_cache(self._device, full, dtype)
         return made.keys, made.values

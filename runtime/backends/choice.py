@@ -23,9 +23,11 @@ from framefusion.errors import BackendError
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.fit import build_command, examine, is_cpu, release
 from framefusion.runtime.backends.onnxruntime.backend import CUDA_PROVIDER, OnnxRuntimeBackend, OnnxRuntimeCudaBackend
-from framefusion.runtime.bundle import Bundle, EngineKind, Manifest
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.engine_record import EngineKind
+from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.machine.gpu import GPU, find_gpu
-from framefusion.runtime.trust.origin import NOT_VOUCHED, TRUST_ENGINES, distrust, require_vouched
+from framefusion.runtime.trust.engines import NOT_VOUCHED, TRUST_ENGINES, distrust, require_vouched
 
 Name = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "inductor"]
 Place = Literal["cuda", "cpu"]

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.errors import BackendError
-from framefusion.runtime.bundle import FLOAT_BYTES, EngineKind, EngineRecord, FileRecord, Manifest, sha256_of
+from framefusion.runtime.format.bundle_files import sha256_of
+from framefusion.runtime.format.engine_record import EngineKind, EngineRecord
+from framefusion.runtime.format.manifest import FLOAT_BYTES, FileRecord, Manifest
 from framefusion.runtime.machine import cpu
 from framefusion.runtime.machine.gpu import GPU, find_gpu
 

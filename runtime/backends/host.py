@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from framefusion.reduction import tracks
 from framefusion.reduction.policy import Plan, apply_plan
-from framefusion.runtime.backends.base import Array, BoundSegment, Device
+from framefusion.runtime.backends.base import Array, BoundSegment, Device, empty_cache
 from framefusion.runtime.backends.kv_cache import SegmentCache
-from framefusion.runtime.bundle import SegmentRecord
+from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.media.visual_input import RowMap
 
 CHUNK = 512
@@ -122,7 +122,7 @@ class HostBackend:
 
     def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
         """Caches of zeros, as large as asked."""
-        return SegmentCache.empty(self.device, shapes, dtype)
+        return empty_cache(self.device, shapes, dtype)
 
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
         """See `Backend.chain`."""

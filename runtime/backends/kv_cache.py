@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from framefusion.runtime.backends.base import Device
 
 
 @dataclass
@@ -24,12 +20,6 @@ class SegmentCache:
     keys: list[Any]  # buffers of the backend's device, each [1, Hkv, C_j, hd]
     values: list[Any]
     lengths: NDArray[np.int64]
-
-    @classmethod
-    def empty(cls, device: Device, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
-        """Caches of zeros."""
-        keys, values = ([device.zeros(shape, dtype) for shape in shapes] for _ in range(2))
-        return cls(keys, values, np.zeros(len(shapes), np.int64))
 
     @property
     def capacities(self) -> list[int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from framefusion.runtime.bundle import Manifest
+    from framefusion.runtime.format.manifest import Manifest
     from framefusion.runtime.generation.sampling import GenerationConfig
     from framefusion.runtime.media.frame_sampling import FrameSampling
     from framefusion.runtime.media.media_file import MediaLimits

@@ -27,7 +27,7 @@ from framefusion.reduction.budget import drop_counts
 from framefusion.reduction.policy import CallRecord, ReductionSettings, ReductionState
 from framefusion.runtime.backends.base import Backend, BoundSegment, Mirror
 from framefusion.runtime.backends.kv_cache import SegmentCache
-from framefusion.runtime.bundle import Manifest, SegmentRecord
+from framefusion.runtime.format.manifest import Manifest, SegmentRecord
 from framefusion.runtime.generation.token_rows import TokenRows
 
 Rows = NDArray[np.floating[Any]]  # in the bundle's type, scores and logits always fp32

@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
-from framefusion.runtime.media.tiles.scales import scale_taps, single_taps
+from framefusion.runtime.media.tiles.scales import bilinear_taps, scale_taps, single_taps
 from framefusion.runtime.media.visual_input import Tiles
 from framefusion.runtime.text.positions import sincos_table, vision_rope_tables
 
 if TYPE_CHECKING:
-    from framefusion.runtime.bundle import VisionRecord
+    from framefusion.runtime.format.manifest import VisionRecord
 
 
 LOWEST = np.float32(-65504)
@@ -147,14 +147,6 @@ def bilinear_matrix(to: int, size: int) -> NDArray[np.float64]:
     weights[np.arange(to), low] += 1 - share
     weights[np.arange(to), high] += share
     return weights
-
-
-def bilinear_taps(to: int, size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
-    """The two places [to] that each interpolated one lies between, and the share [to] of the second."""
-    half = np.float32(0.5)  # fp32 throughout, as torch computes them
-    places = np.clip((np.arange(to, dtype=np.float32) + half) * np.float32(size / to) - half, 0, None)
-    low = np.minimum(places.astype(np.intp), size - 1)
-    return low, np.minimum(low + 1, size - 1), places - low
 
 
 def block_pooled(vision: VisionRecord, tiles: Tiles) -> TowerCall:

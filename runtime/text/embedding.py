@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
-from framefusion.runtime.bundle import EmbeddingRecord
 from framefusion.runtime.format.bundle_files import place
+from framefusion.runtime.format.manifest import EmbeddingRecord
 from framefusion.runtime.text.prompt import FIRST_EXTRA
 
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16

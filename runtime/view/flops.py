@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from framefusion.runtime.bundle import ModelRecord
+from framefusion.runtime.format.manifest import ModelRecord
 
 
 def layer_flops(model: ModelRecord, attended: int, through_mlp: int) -> float:

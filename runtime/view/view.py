@@ -21,7 +21,7 @@ from framefusion.reducers import DEFAULT
 from framefusion.reduction import tracks
 from framefusion.reduction.budget import describe_cost
 from framefusion.reduction.policy import Decision
-from framefusion.runtime.bundle import FLOAT_BYTES, Manifest
+from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest
 from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing, resize

@@ -19,7 +19,8 @@ from framefusion.export.build import build
 from framefusion.export.check.bisect import bisect
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
-from framefusion.runtime.bundle import file_record, read_manifest, write_manifest
+from framefusion.runtime.bundle import file_record
+from framefusion.runtime.format.manifest_file import read_manifest, write_manifest
 from tests.commands import export
 from tests.export.test_build import MODES
 

@@ -19,7 +19,8 @@ from framefusion.export.graphs.tracing import signatures
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.parts import Builder
-from framefusion.runtime.bundle import Manifest, read_manifest
+from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.format.records import from_json
 from tests.random_checkpoint import random_checkpoint
 

@@ -15,7 +15,9 @@ from framefusion import errors
 from framefusion.export.checkpoints.origin.source import License, license_of
 from framefusion.export.report.card import card, front_matter
 from framefusion.export.report.inspection import bytes_of_files
-from framefusion.runtime.bundle import Manifest, SourceRecord, read_manifest, sha256_of, write_manifest
+from framefusion.runtime.format.bundle_files import sha256_of
+from framefusion.runtime.format.manifest import Manifest, SourceRecord
+from framefusion.runtime.format.manifest_file import read_manifest, write_manifest
 from tests.commands import assert_refused, export
 from tests.export.test_hub import COMMIT, REPO, cache, fill_cache  # noqa: F401  (a fixture)
 

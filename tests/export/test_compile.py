@@ -26,7 +26,9 @@ from framefusion.export.engines.tensorrt.build import EngineSpec
 from framefusion.export.options import BuildOptions
 from framefusion.runtime.backends.fit import examine
 from framefusion.runtime.backends.tensorrt.library import load_library
-from framefusion.runtime.bundle import FixedRecord, Manifest, ProfileRecord, read_manifest, write_manifest
+from framefusion.runtime.format.engine_record import ProfileRecord
+from framefusion.runtime.format.manifest import FixedRecord, Manifest
+from framefusion.runtime.format.manifest_file import read_manifest, write_manifest
 from framefusion.runtime.machine.gpu import find_gpu
 from tests.commands import assert_refused, export
 from tests.conftest import made_once

@@ -17,7 +17,8 @@ import pytest
 
 from framefusion.errors import StorageError
 from framefusion.export.engines.cache import EngineCache, key_of
-from framefusion.runtime.bundle import FileRecord, sha256_of
+from framefusion.runtime.format.bundle_files import sha256_of
+from framefusion.runtime.format.manifest import FileRecord
 
 COMPONENTS: Mapping[str, Any] = {"graph": "a" * 64, "version": "1.7.0", "targets": ["8.6", "8.9"], "dtype": "float16"}
 LIMIT = 10**9

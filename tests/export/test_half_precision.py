@@ -28,7 +28,8 @@ from framefusion.export.graphs.tracing.trace import trace
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.hashed_file import HashedFile
-from framefusion.runtime.bundle import Bundle, read_manifest, write_manifest
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest_file import read_manifest, write_manifest
 from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.memory import memory_plan
 from framefusion.runtime.pipeline import Pipeline, Request

@@ -17,8 +17,8 @@ from framefusion.export.engines.tensorrt.build import build_engine, segment_spec
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.parts import Builder
-from framefusion.runtime.bundle import Manifest
 from framefusion.runtime.format.engine_record import ProfileRecord
+from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.media.vision import tower_call
 from framefusion.runtime.media.visual_input import Tiles, VisualInput
 from framefusion.runtime.pipeline import PATCHES_AT_ONCE

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from framefusion.errors import BundleError, VideoError
 from framefusion.export.engines.tensorrt import profiles as tensorrt_profiles
 from framefusion.export.engines.tensorrt.profiles import cache_capacities, segment_spec, tower_profiles
-from framefusion.runtime.bundle import FixedRecord, Limits, SegmentRecord
 from framefusion.runtime.families.minicpmv import MiniCpmVPreprocessing, layout_of
 from framefusion.runtime.families.nvila import NvilaPreprocessing
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of
+from framefusion.runtime.format.manifest import FixedRecord, Limits, SegmentRecord
 from framefusion.runtime.media.vision import windows_of
 from framefusion.runtime.pipeline import PATCHES_AT_ONCE
 

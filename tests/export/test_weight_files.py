@@ -21,7 +21,7 @@ from framefusion.export.checkpoints.origin.source import license_files
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.report.card import write_card
-from framefusion.runtime.bundle import Manifest
+from framefusion.runtime.format.manifest import Manifest
 from tests.commands import assert_refused, export
 from tests.export.test_hub import fill_cache
 from tools.attack.checkpoints import attack

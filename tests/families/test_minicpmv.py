@@ -19,8 +19,9 @@ from framefusion.export.checkpoints.weights import load_parameters
 from framefusion.export.families.minicpmv import row as minicpmv
 from framefusion.export.families.minicpmv import weights as minicpmv_tower
 from framefusion.export.options import BuildOptions
-from framefusion.runtime.bundle import Bundle, VisionRecord
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.families.minicpmv import Layout, MiniCpmVPreprocessing, layout_of, longest_side
+from framefusion.runtime.format.manifest import VisionRecord
 from framefusion.runtime.format.records import from_json, to_json
 from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices

@@ -21,8 +21,8 @@ from framefusion.export.families.nvila.weights import MAPS, encoder_config, proj
 from framefusion.export.families.reading import configs as reading
 from framefusion.export.families.reference.transformers_call import TransformersCall
 from framefusion.export.graphs.vit import VitConfig
-from framefusion.runtime.bundle import VisionRecord
 from framefusion.runtime.families.nvila import NvilaPreprocessing
+from framefusion.runtime.format.manifest import VisionRecord
 from framefusion.runtime.format.records import from_json, to_json
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media.tiles.anyres import nearest_tiling

@@ -18,7 +18,7 @@ from framefusion.export.families.reading.class_defaults import CLASS_DEFAULTS, T
 from framefusion.export.families.reading.language import LLM_CLASSES, attention_window
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.runtime.bundle import Limits
+from framefusion.runtime.format.manifest import Limits
 from tests.families import CASES
 from tests.families.case import FamilyCase
 from tests.families.eager import eager_pipeline

@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 from framefusion.errors import BackendError
 from framefusion.reduction import tracks
 from framefusion.reduction.policy import Plan, apply_plan, keep_all, merge_plan
+from framefusion.runtime.backends.base import empty_cache
 from framefusion.runtime.backends.cuda.device import CudaDevice
 from framefusion.runtime.backends.cuda.driver import OutOfMemoryError
 from framefusion.runtime.backends.cuda.memory import RING
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from framefusion.runtime.bundle import Bundle, SegmentRecord
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
 
@@ -455,7 +457,7 @@ class FerryingBackend(OnnxRuntimeBackend):
         self.device: Any = there
 
     def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
-        return SegmentCache.empty(HOST, shapes, dtype)
+        return empty_cache(HOST, shapes, dtype)
 
     def bind(self, graph: str, inputs: Any, outputs: Any, cache: SegmentCache | None) -> Any:
         return Ferried(self.device, inputs, outputs, lambda here, made: super(FerryingBackend, self).bind(

@@ -21,7 +21,9 @@ import numpy as np
 
 from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec
 from framefusion.runtime.backends.fit import installed_version
-from framefusion.runtime.bundle import Bundle, EngineRecord, FileRecord
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.engine_record import EngineRecord
+from framefusion.runtime.format.manifest import FileRecord
 from framefusion.runtime.format.records import to_json
 
 NAME, KIND = "tensorrt_rtx", "tensorrt-rtx"

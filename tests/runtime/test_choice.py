@@ -14,8 +14,10 @@ from framefusion.runtime.backends import choice
 from framefusion.runtime.backends.choice import NAMES, PLACES, PROVEN, Choice, Machine, Option, choose
 from framefusion.runtime.backends.fit import installed_version
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from framefusion.runtime.bundle import Bundle, EngineKind, EngineRecord, FileRecord
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.commands import flags
+from framefusion.runtime.format.engine_record import EngineKind, EngineRecord
+from framefusion.runtime.format.manifest import FileRecord
 from framefusion.runtime.machine.gpu import GPU
 from framefusion.runtime.pipeline import Pipeline
 from tests.commands import assert_refused, run

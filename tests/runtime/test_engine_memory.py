@@ -9,7 +9,9 @@ import pytest
 
 from framefusion.errors import BackendError
 from framefusion.runtime.backends.tensorrt.memory import EngineMemory, engine_memory, require_room
-from framefusion.runtime.bundle import EngineRecord, FileRecord, Manifest, ProfileRecord, read_manifest
+from framefusion.runtime.format.engine_record import EngineRecord, ProfileRecord
+from framefusion.runtime.format.manifest import FileRecord, Manifest
+from framefusion.runtime.format.manifest_file import read_manifest
 
 SLOTS, TOKENS, SIZE = 64, 48, 1000
 

@@ -19,7 +19,10 @@ import pytest
 from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends import fit as engines
 from framefusion.runtime.backends.fit import examine, gpu_memory, installed_version, release, require_fit
-from framefusion.runtime.bundle import Bundle, EngineRecord, Manifest, file_record, read_manifest, write_manifest
+from framefusion.runtime.bundle import Bundle, file_record
+from framefusion.runtime.format.engine_record import EngineRecord
+from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.format.manifest_file import read_manifest, write_manifest
 from framefusion.runtime.machine.gpu import GPU, find_gpu
 
 VERSION = "1.7.1.116"

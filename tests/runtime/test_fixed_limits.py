@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BudgetError, PromptError
 from framefusion.reduction.budget import FixedSchedule
-from framefusion.runtime.bundle import FixedRecord, Manifest, ReductionRecord
+from framefusion.runtime.format.manifest import FixedRecord, Manifest, ReductionRecord
 from framefusion.runtime.generation.stitching import _fixed_drops
 from tests.test_model_goldens import manifest_of
 

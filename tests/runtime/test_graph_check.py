@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from framefusion.errors import BundleError
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from framefusion.runtime.bundle import Bundle, read_manifest
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.trust import graph_check, onnx_wire
 from framefusion.runtime.trust.graph_check import OPERATORS, check_graph
 from framefusion.runtime.trust.onnx_wire import WireError, read_model

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from framefusion.errors import BundleError
-from framefusion.runtime.bundle import Bundle, read_manifest, write_manifest
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.format.manifest_checks import SETTINGS
-from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest_file
+from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest, read_manifest_file, write_manifest
 from framefusion.runtime.format.manifest_rules import RULES
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.media.vision import KINDS

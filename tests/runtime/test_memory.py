@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from framefusion.errors import PromptError
-from framefusion.runtime.bundle import Manifest, read_manifest
+from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.memory import expected_lengths, memory_plan
 from tests.films import write_film
 from tests.random_checkpoint import random_checkpoint

@@ -18,11 +18,15 @@ from framefusion.errors import BundleError, FrameFusionError, TrustError
 from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.backends.inductor.backend import InductorBackend
 from framefusion.runtime.backends.tensorrt.backend import TensorRTBackend
-from framefusion.runtime.bundle import Bundle, EngineRecord, file_record, read_manifest, sha256_of, write_manifest
+from framefusion.runtime.bundle import Bundle, file_record
+from framefusion.runtime.format.bundle_files import sha256_of
+from framefusion.runtime.format.engine_record import EngineRecord
+from framefusion.runtime.format.manifest_file import read_manifest, write_manifest
 from framefusion.runtime.machine.user_cache import user_cache
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
-from framefusion.runtime.trust.origin import COMPILED, Trust, distrust, is_compiled_here, remember_compiled
+from framefusion.runtime.trust.engines import COMPILED, distrust, is_compiled_here, remember_compiled
+from framefusion.runtime.trust.origin import Trust
 from framefusion.runtime.trust.signatures import SIGNATURES, fingerprint, read_keys
 from tests.commands import assert_refused, export, run
 from tests.runtime.bundle_edits import copied, edited

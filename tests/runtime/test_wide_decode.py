@@ -16,7 +16,8 @@ from framefusion.runtime.backends.cache_pool import CachePool
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from framefusion.runtime.bundle import Bundle, SegmentRecord
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.positions import decode_positions

@@ -31,8 +31,8 @@ from framefusion.console.plain_text import is_harmless
 from framefusion.errors import FrameFusionError
 from framefusion.export.report import inspection
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from framefusion.runtime.bundle import MANIFEST, Bundle
-from framefusion.runtime.format.manifest_file import DIGEST, digest_of, read_manifest
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest_file import DIGEST, MANIFEST, digest_of, read_manifest
 from framefusion.runtime.media.frame_sampling import sample_indices
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual

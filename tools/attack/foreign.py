@@ -18,7 +18,8 @@ from framefusion.errors import FrameFusionError
 from framefusion.export.evaluate.answer_file import AnswerFile
 from framefusion.export.evaluate.answering import Answer, Condition
 from framefusion.export.writing import journal
-from framefusion.runtime.bundle import FileRecord, read_manifest, write_manifest
+from framefusion.runtime.format.manifest import FileRecord
+from framefusion.runtime.format.manifest_file import read_manifest, write_manifest
 from framefusion.runtime.view.page import write_page
 from tools.attack.command import call, fault_of
 from tools.attack.endings import draw_ending, run_until

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from framefusion.runtime.bundle import FLOAT_BYTES, Manifest
+from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest
 from tools.bench.prefill import eager_median, median
 from tools.bench.runs import Run, Setting, add_flags, parse
 from tools.bench.setting import report, summary

@@ -20,7 +20,7 @@ from typing import Any
 from framefusion.interface import FrameFusion, apply_framefusion, remove_framefusion
 from framefusion.live.attention.importance import CALL
 from framefusion.live.call import Call
-from framefusion.runtime.bundle import ModelRecord
+from framefusion.runtime.format.manifest import ModelRecord
 from framefusion.runtime.text.positions import Grid
 from framefusion.runtime.view.flops import prefill_flops
 from tools.bench.eager import Eager

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.export.plan.build_plan import BuildOptions
-from framefusion.runtime.bundle import read_manifest
+from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.memory import memory_plan
 from tools.bench.setting import SHAPES, open_bundle, report, write_checkpoint
 

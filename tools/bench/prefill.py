@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from framefusion.runtime.bundle import ModelRecord
+from framefusion.runtime.format.manifest import ModelRecord
 from framefusion.runtime.view.flops import prefill_flops
 from tools.bench.runs import Run, Setting, add_flags, parse
 from tools.bench.setting import report, summary

@@ -18,8 +18,9 @@ import numpy as np
 from framefusion.export.options import BuildOptions, DType
 from framefusion.export.plan.build_plan import BUCKET_MULTIPLE
 from framefusion.runtime.backends.choice import Choice, choose
-from framefusion.runtime.bundle import Bundle, EngineKind
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.commands.flags import BACKENDS
+from framefusion.runtime.format.engine_record import EngineKind
 from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
 from framefusion.runtime.media.visual_input import Tiles, VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.plan.build_plan import BuildOptions
-from framefusion.runtime.bundle import ModelRecord
+from framefusion.runtime.format.manifest import ModelRecord
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.pipeline import Pipeline

@@ -22,7 +22,8 @@ from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.backends.base import Array, Backend, Device
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.backends.kv_cache import SegmentCache
-from framefusion.runtime.bundle import Bundle, Manifest, SegmentRecord
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest import Manifest, SegmentRecord
 from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual

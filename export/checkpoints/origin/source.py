@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from framefusion.export.checkpoints.files import check_file, present
 from framefusion.export.checkpoints.origin.hub import Origin
-from framefusion.runtime.bundle import UNKNOWN_LICENSE, SourceRecord, sha256_of
+from framefusion.runtime.format.bundle_files import sha256_of
+from framefusion.runtime.format.manifest import UNKNOWN_LICENSE, SourceRecord
 
 OTHER = "other"  # the hub's word for a licence that is not in its list
 LICENSE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")

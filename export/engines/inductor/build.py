@@ -34,7 +34,8 @@ from framefusion.errors import BackendError, BundleError
 from framefusion.export.engines.inductor.graph import Traceable, export, kinds_of, traceables
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
 from framefusion.runtime.backends.inductor.backend import KIND, PLACES
-from framefusion.runtime.bundle import EngineKind, Manifest, ProfileRecord, TensorRecord
+from framefusion.runtime.format.engine_record import EngineKind, ProfileRecord, TensorRecord
+from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.machine import cpu
 
 SUFFIX = ".pt2"

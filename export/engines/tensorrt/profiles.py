@@ -20,8 +20,8 @@ from typing import Any
 import onnx
 
 from framefusion.errors import BundleError
-from framefusion.runtime.bundle import Manifest, SegmentRecord
 from framefusion.runtime.format.engine_record import ProfileRecord as ProfileRecord  # part of this module's interface
+from framefusion.runtime.format.manifest import Manifest, SegmentRecord
 from framefusion.runtime.media.preprocess import MAX_ASPECT_RATIO
 from framefusion.runtime.pipeline import PATCHES_AT_ONCE
 

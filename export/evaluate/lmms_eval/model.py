@@ -17,8 +17,9 @@ from loguru import logger
 from tqdm import tqdm
 
 from framefusion.errors import EvaluationError, FrameFusionError
-from framefusion.export.evaluate.answering import DENSE, Answer, Condition, Setup, open_answerer, own_condition
+from framefusion.export.evaluate.answering import DENSE, Answer, Condition, Setup, own_condition
 from framefusion.export.evaluate.lmms_eval.requests import Decoding, TaskQuestion, decoding_of, question_of
+from framefusion.export.evaluate.open import open_answerer
 
 MAX_NEW_TOKENS = 128
 """Of a task that does not say."""

@@ -22,14 +22,16 @@ from typing import Any
 import numpy as np
 
 from framefusion.errors import BackendError, BundleError
-from framefusion.runtime.backends.base import Array
+from framefusion.runtime.backends.base import Array, empty_cache
 from framefusion.runtime.backends.fit import require_fit
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.inductor.device import TorchDevice, as_tensor, load_torch
 from framefusion.runtime.backends.kv_cache import SegmentCache
-from framefusion.runtime.bundle import Bundle, EngineKind, EngineRecord, SegmentRecord
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import place
-from framefusion.runtime.trust.origin import require_vouched
+from framefusion.runtime.format.engine_record import EngineKind, EngineRecord
+from framefusion.runtime.format.manifest import SegmentRecord
+from framefusion.runtime.trust.engines import require_vouched
 from framefusion.storage.bounded_json import parse_json
 
 KIND: EngineKind = "inductor"
@@ -122,7 +124,7 @@ class InductorBackend(HostBackend):
 
     def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
         """Caches of zeros, as large as asked, slot after slot."""
-        cache = SegmentCache.empty(self.device, [(1, slots, heads, hd) for _, heads, slots, hd in shapes], dtype)
+        cache = empty_cache(self.device, [(1, slots, heads, hd) for _, heads, slots, hd in shapes], dtype)
         keys, values = ([buffer.swapaxes(1, 2) for buffer in buffers] for buffers in (cache.keys, cache.values))
         return SegmentCache(keys, values, cache.lengths)
 

@@ -21,7 +21,7 @@ from framefusion.console.plain_text import printable
 from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.kv_cache import SegmentCache
-from framefusion.runtime.bundle import Manifest
+from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.trust.graph_check import check_graph
 
 if TYPE_CHECKING:

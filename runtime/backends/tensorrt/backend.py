@@ -28,10 +28,11 @@ from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.backends.tensorrt.engine import Context, Engine, Loader, On, Tensor
 from framefusion.runtime.backends.tensorrt.library import LibraryKind, load_library
 from framefusion.runtime.backends.tensorrt.memory import engine_memory, require_room
-from framefusion.runtime.bundle import Bundle, SegmentRecord
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.machine.user_cache import user_cache
-from framefusion.runtime.trust.origin import require_vouched
+from framefusion.runtime.trust.engines import require_vouched
 
 ALIGNMENT = 256  # bytes, of the memory for activations
 CAPTURED = 4  # graphs kept: one for each set of buffers that requests happen to get

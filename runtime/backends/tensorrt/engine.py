@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends.tensorrt.library import TYPE_NAMES, Library
-from framefusion.runtime.bundle import EngineRecord
+from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.storage import files
 
 Shape = tuple[int, ...]

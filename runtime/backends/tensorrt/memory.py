@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from framefusion.console.messages import in_bytes
 from framefusion.errors import BackendError
 from framefusion.runtime.backends.fit import gpu_memory
-from framefusion.runtime.bundle import FLOAT_BYTES, EngineKind, Manifest
+from framefusion.runtime.format.engine_record import EngineKind
+from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest
 
 _ROWS = 4  # of hidden states at once
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import VideoError
 from framefusion.runtime.media.preprocess import resize
-from framefusion.runtime.media.vision import bilinear_taps
+from framefusion.runtime.media.tiles.scales import bilinear_taps
 from framefusion.runtime.media.visual_input import RowMap
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]

@@ -64,3 +64,11 @@ def _covered(to: int, size: int, most: int) -> tuple[NDArray[np.int64], NDArray[
     steps = np.arange(most)
     share = np.where(steps < count[:, None], 1 / count[:, None], 0)
     return np.minimum(start[:, None] + steps, size - 1), share
+
+
+def bilinear_taps(to: int, size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """The two places [to] that each interpolated one lies between, and the share [to] of the second."""
+    half = np.float32(0.5)  # fp32 throughout, as torch computes them
+    places = np.clip((np.arange(to, dtype=np.float32) + half) * np.float32(size / to) - half, 0, None)
+    low = np.minimum(places.astype(np.intp), size - 1)
+    return low, np.minimum(low + 1, size - 1), places - low
