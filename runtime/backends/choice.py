@@ -41,7 +41,7 @@ All else is called experimental."""
 
 PORTABLE_SINCE: Mapping[Place, tuple[int, int]] = {"cpu": (1, 28), "cuda": (1, 29)}
 """The first ONNX Runtime whose Attention over a cache masks lower right. On the CPU 1.24 has no TensorScatter, and 1.25
-to 1.27 answer a chunk behind a prefill wrongly without an error (tests/export/test_dialects.py); on CUDA since
+to 1.27 answer a chunk behind a prefill wrongly without an error (test_dialects.py shows it); on CUDA since
 microsoft/onnxruntime#28958."""
 
 

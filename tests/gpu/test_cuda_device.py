@@ -1,6 +1,7 @@
 """The CUDA device against numpy, on a GPU: `make test-gpu`.
 
-Without one, tests/runtime/test_cuda_emulated.py runs this very file over a driver that runs the kernels on the CPU.
+Without one, test_cuda_emulated.py (tests/runtime/backends/cuda) runs this very file over a driver that runs the kernels
+on the CPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """TensorRT engines of the tiny bundle against ONNX Runtime on the CPU, on a GPU: `make test-gpu`.
 
-Without one, tests/runtime/test_tensorrt_emulated.py runs this very file over an emulated driver and library.
+Without one, test_tensorrt_emulated.py (tests/runtime/backends/tensorrt) runs this very file over an emulated driver and
+library.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def bundle(portable: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """With engines for this GPU."""
     scratch = tmp_path_factory.mktemp("engines")
     if EMULATED:
-        from tests.runtime.emulated_tensorrt import compile_for_emulation, install
+        from tests.runtime.backends.tensorrt.emulated_tensorrt import compile_for_emulation, install
 
         install()
         return compile_for_emulation(Bundle(portable, verify=False), scratch)

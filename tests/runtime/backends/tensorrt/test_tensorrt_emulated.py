@@ -1,0 +1,83 @@
+"""The TensorRT backend without a GPU: its tests for a GPU over an emulated driver and an emulated library.
+
+What is real: the backend, stitching, the CUDA device with its kernels, and every name of the installed tensorrt_rtx.
+What is not: the engines (ONNX Runtime runs their graphs) and the GPU. So addresses, profiles, order, padding, capture
+and refusals are tested here, and no number of TensorRT's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.backends.cuda.test_cuda_emulated import library, run  # noqa: F401  (library is a fixture)
+from tests.runtime.backends.tensorrt import emulated_tensorrt as emulated
+from tests.wheel import ROOT
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+PAIRS = {
+    emulated.Runtime: trt.Runtime,
+    emulated.Engine: trt.ICudaEngine,
+    emulated.RuntimeConfig: trt.IRuntimeConfig,
+    emulated.RuntimeCache: trt.IRuntimeCache,
+    emulated.Context: trt.IExecutionContext,
+}
+VALUES = {
+    trt.Runtime: ("engine_header_size",),
+    trt.ICudaEngine: ("num_io_tensors", "num_optimization_profiles", "device_memory_size_v2"),
+    trt.IRuntimeConfig: ("dynamic_shapes_kernel_specialization_strategy",),
+    trt.IExecutionContext: ("active_optimization_profile",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_tests_for_a_gpu_pass(
+    library: Path,  # noqa: F811
+    bundle: Path,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In fp32 numbers agree to its last bits; in fp16 the tolerances are those for a GPU."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "emulated")  # so that it finds the checkpoint that is there
+    monkeypatch.setenv("EMULATED_TENSORRT", dtype)
+    own = bundle.parent / f"emulated-tensorrt-{dtype}"
+    options = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", own)
+    printed = run(library, "-m", "pytest", *options, "tests/gpu/test_tensorrt.py")
+    assert "passed" in printed
+    assert "skipped" not in printed
+
+
+@pytest.mark.parametrize("ours", PAIRS, ids=lambda kind: kind.__name__)
+def test_the_emulation_has_no_call_that_the_library_lacks(ours: type) -> None:
+    real = PAIRS[ours]
+    for name, function in vars(ours).items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            wanted = len(inspect.signature(function).parameters)
+            assert wanted in arities(getattr(real, name)), f"{real.__name__}.{name}"
+    for name in VALUES.get(real, ()):
+        assert hasattr(real, name)
+
+
+def test_every_call_of_the_backend_is_emulated() -> None:
+    """So that what the tests above run is all that a GPU would be asked."""
+    source = (ROOT / "runtime/backends/tensorrt/engine.py").read_text(encoding="utf-8")
+    called = set(re.findall(r"\b(?:runtime|engine|config|context|kernels)\.([a-z_0-9]+)\(", source))
+    known = {name for ours in PAIRS for name in vars(ours)}
+    own = {"context", "forget"}  # of our own classes of these names
+    assert called - known - own == set()
+    assert len(called & known) > 15
+
+
+def arities(bound: Any) -> set[int]:
+    """How many arguments the overloads of a bound method take, self included; defaults may be left out."""
+    counts = set()
+    for signature in re.findall(r"\w+\((self: .*?)\) -> ", bound.__doc__):
+        arguments = re.sub(r"<[^>]*>+|\[[^\]]*\]", "", signature).split(", ")
+        counts |= set(range(sum(" = " not in each for each in arguments), len(arguments) + 1))
+    return counts
