@@ -20,7 +20,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.commands.cli import ff_export
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import DEFAULT_DEPTH, DEFAULT_INPUT, DEFAULT_NEW_TOKENS
-from framefusion.export.report.inspection import Question, padding, render, report
+from framefusion.export.report.inspection import PromptSize, padding, render, report
 from framefusion.runtime.commands.cli import ff_run
 from framefusion.runtime.commands.flags import visuals_in_order
 from framefusion.runtime.format.manifest_file import read_manifest
@@ -228,7 +228,7 @@ def test_inspect_tells_the_static_lengths_of_a_fixed_bundle(
         reduction="fixed", cost=0.5, merge_shares=(0.3,), prune_layer=1, max_input_len=160, max_text_len=60
     )
     folder = build(Checkpoint(checkpoint), tmp_path / "fixed", options, verify=False).folder
-    facts = report(folder, Question())
+    facts = report(folder, PromptSize())
     assert facts["fixed"]["lengths"][0] == 160 - 30  # 30 % of 100 visual tokens are merged before layer 0
     text = render(facts)
     assert "call 0 merges 30.0%" in text

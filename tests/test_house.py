@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from framefusion import errors
 from framefusion.export.commands.cli import ff_export
 from framefusion.runtime.commands.cli import ff_run
 from tests.wheel import FLOORS, ROOT, build_wheel
+from tools.syntax import TOPS, arrows, circles, import_graph
 
 LINKS = ("export", "runtime")
 # What of framefusion/ needs torch; the runtime and the policy must do without it.
@@ -80,6 +82,8 @@ def loaded(names: set[str]) -> str:
 
 RUNTIME = [module_name(path) for path in files_of("runtime")]
 NUMPY_MODULES = [name for path in files_of("framefusion") if not within(name := module_name(path), TORCH_PACKAGES)]
+GRAPH = import_graph(ROOT)
+MOST_MODULES = 7
 LIBRARY = [path for floor in FLOORS for path in files_of(floor)]
 
 
@@ -138,6 +142,20 @@ def test_torch_stays_in_the_modules_declared_for_it() -> None:
     users = {module_name(path) for path in files_of("framefusion") if imports_within([path], {"torch"})}
     assert {name for name in users if not within(name, TORCH_PACKAGES)} == set()
     assert {package for package in TORCH_PACKAGES if not any(within(name, (package,)) for name in users)} == set()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for types and inside functions count: what they tie together cannot be understood or moved alone."""
+    assert circles(GRAPH) == []
+
+
+def test_no_arrow_leads_from_the_runtime_to_the_toolchain() -> None:
+    assert arrows(GRAPH, TOPS["runtime"], TOPS["export"]) == []
+
+
+def test_a_folder_holds_at_most_seven_modules() -> None:
+    folders = Counter(path.parent.relative_to(ROOT).as_posix() for path in LIBRARY if path.name != "__init__.py")
+    assert {folder: count for folder, count in folders.items() if count > MOST_MODULES} == {}
 
 
 # --- What ships -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.report.inspection import Question, render, report
+from framefusion.export.report.inspection import PromptSize, render, report
 from framefusion.interface import apply_framefusion, remove_framefusion
 from framefusion.reducers import REDUCERS, load_reducer
 from framefusion.runtime.bundle import Bundle
@@ -257,7 +257,7 @@ def test_a_bundle_of_its_own_keeps_what_any_other_keeps(
     if name == "fastv":
         assert check_again(own.bundle.folder, Checkpoint(TRAINED))["passed"]
     if name not in ("none", "framefusion"):
-        assert f"adaptive by {name}, keeps 30 %" in render(report(own.bundle.folder, Question()))
+        assert f"adaptive by {name}, keeps 30 %" in render(report(own.bundle.folder, PromptSize()))
     assert general.manifest.reduction.depth == 7
     for seed in range(clips.HELD_OUT + 800_000, clips.HELD_OUT + 800_003):
         drawn = clips.draw_clip(seed)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from framefusion.export.check.observation import Array, Doing, Observed, ignore
+from framefusion.export.check.observation import Array, Doing, EagerRun, ignore
 from framefusion.export.families.family import load
 from framefusion.export.families.reading.configs import text_config
 from framefusion.export.families.reference.transformers_call import TransformersCall, answered, relative_error
@@ -48,7 +48,7 @@ def not_compared(why: str) -> Agreement:
     return Agreement({"compared": False, "why": why})
 
 
-def agreement_of(plan: BuildPlan, ours: Observed, doing: Doing = ignore) -> Agreement:
+def agreement_of(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore) -> Agreement:
     """Compare.
 
     Args:
@@ -96,7 +96,7 @@ def agreement_of(plan: BuildPlan, ours: Observed, doing: Doing = ignore) -> Agre
     return Agreement(facts, lines, _notes(call, stages), logits[0])
 
 
-def _stages(call: TransformersCall, ours: Observed, logits: Array) -> dict[str, float]:
+def _stages(call: TransformersCall, ours: EagerRun, logits: Array) -> dict[str, float]:
     """Stage -> error, in the order of the computation."""
     stages = dict(call.row_errors)
     stages[f"what enters {len(call.states)} layers and the last norm"] = _worst(call.errors)
@@ -106,7 +106,7 @@ def _stages(call: TransformersCall, ours: Observed, logits: Array) -> dict[str, 
     return stages | ({"decoded logits": _worst(errors)} if errors else {})
 
 
-def answer_of(ours: Observed) -> list[int]:
+def answer_of(ours: EagerRun) -> list[int]:
     """The tokens that were decoded, up to one that stands for a row of the tower, which a class would look for."""
     pads = set(ours.prompt.token_ids[ours.prompt.row_places].tolist())
     return list(itertools.takewhile(lambda token: token not in pads, ours.dense.tokens))

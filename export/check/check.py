@@ -31,8 +31,8 @@ from framefusion.export.check.observation import (
     WHOLE,
     Array,
     Doing,
+    EagerRun,
     Effort,
-    Observed,
     Run,
     dense_request,
     ignore,
@@ -143,7 +143,7 @@ def tolerance_of(dtype: torch.dtype, layers: int) -> float:
 class Comparison:
     """A bundle's pipeline beside what the eager model made of the same prompt."""
 
-    def __init__(self, compiled: Pipeline, theirs: Observed, tokens: int = DECODED) -> None:
+    def __init__(self, compiled: Pipeline, theirs: EagerRun, tokens: int = DECODED) -> None:
         self.compiled, self.theirs, self.tokens = compiled, theirs, tokens
         self.exact = compiled.manifest.model.dtype == "float32"
         self.dense_logits = np.zeros(0, np.float32)

@@ -69,7 +69,7 @@ SPARING = Effort(frames=4, tokens=2, streamed=True)
 
 
 @dataclass
-class Observed:
+class EagerRun:
     """What the eager model makes of one prompt with a drawn clip.
 
     `states` are the rows [S, D] that enter each layer without a reduction, `final` the row [D] that enters the last
@@ -87,7 +87,7 @@ class Observed:
     final: Array
 
 
-def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doing = ignore) -> Observed:
+def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doing = ignore) -> EagerRun:
     """Run the eager model as the bundle is run, in fp32; its weights are gone from memory when this returns."""
     in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
     recorder = Recorder(lambda layer: doing(f"torch, layer {layer} of {plan.config.num_layers}"))
@@ -107,7 +107,7 @@ def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doin
             reduction.observer = decisions.append
         reduced = run(eager, prompt, rows, request, reduction)
     states = recorder.states(plan.config.num_layers, prompt.token_ids.size)
-    return Observed(visuals, prompt, features, rows, dense, reduced, decisions, states, recorder.final)
+    return EagerRun(visuals, prompt, features, rows, dense, reduced, decisions, states, recorder.final)
 
 
 class Recorder:

@@ -21,7 +21,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.config_types import check_types
 from framefusion.export.checkpoints.files import LFS, check_file, inner_name, is_pointer, present, read_json_file
 from framefusion.export.checkpoints.origin.hub import Origin, origin_of, resolve
-from framefusion.export.checkpoints.tensor_file import Entry, TensorFile, TensorFileError
+from framefusion.export.checkpoints.tensor_file import TensorEntry, TensorFile, TensorFileError
 from framefusion.export.checkpoints.weight_formats import INDEX, SINGLE, check_plain, no_weights
 
 CONFIG = "config.json"
@@ -29,7 +29,7 @@ PART = "_cfg"
 """What ends the keys of config.json that name a part: `llm_cfg` is the part `llm`."""
 
 
-class _Place(NamedTuple):
+class _TensorLocation(NamedTuple):
     """A tensor on disk: its file, and its name in there."""
 
     file: Path
@@ -118,18 +118,18 @@ class Checkpoint:
         return {key: place.file for key, place in self._places.items()}
 
     @cached_property
-    def _places(self) -> Mapping[str, _Place]:
+    def _places(self) -> Mapping[str, _TensorLocation]:
         if not self.parts or any(present(self.folder / name) for name in (SINGLE, INDEX)):
             return self._places_in(self.folder)
         parts = ((part, self._places_in(folder)) for part, folder in self.parts.items())
         return {f"{part}.{key}": place for part, places in parts for key, place in places.items()}
 
-    def _places_in(self, folder: Path) -> dict[str, _Place]:
+    def _places_in(self, folder: Path) -> dict[str, _TensorLocation]:
         """Tensors of one folder, by their names in its files; the single file comes before an index, as transformers
         has it."""
         path = folder / SINGLE
         if present(path):
-            return {key: _Place(path, key) for key in self._file(path).entries}
+            return {key: _TensorLocation(path, key) for key in self._file(path).entries}
         if not present(folder / INDEX):
             raise no_weights(folder, self.folder)
         weight_map = self.read_json((folder / INDEX).relative_to(self.folder).as_posix()).get("weight_map")
@@ -143,12 +143,12 @@ class Checkpoint:
                 )
         return self._places_of(folder, weight_map)
 
-    def _places_of(self, folder: Path, weight_map: Mapping[str, str]) -> dict[str, _Place]:
+    def _places_of(self, folder: Path, weight_map: Mapping[str, str]) -> dict[str, _TensorLocation]:
         """Tensors of shards: all that they hold, as transformers loads them, and at least what the index names."""
-        places: dict[str, _Place] = {}
+        places: dict[str, _TensorLocation] = {}
         for name in sorted(set(weight_map.values())):
             for key in self._file(folder / name).entries:
-                other, place = places.get(key), _Place(folder / name, key)
+                other, place = places.get(key), _TensorLocation(folder / name, key)
                 if other is not None and not self._equal(other, place):
                     raise CheckpointError(
                         f"{other.file} and {place.file} both hold {key}, with other values: files of two models are "
@@ -156,9 +156,9 @@ class Checkpoint:
                     )
                 places[key] = place
         # what a shard lacks is missed when it is read, or as a tensor that nobody reads
-        return {key: _Place(folder / name, key) for key, name in weight_map.items()} | places
+        return {key: _TensorLocation(folder / name, key) for key, name in weight_map.items()} | places
 
-    def _equal(self, one: _Place, other: _Place) -> bool:
+    def _equal(self, one: _TensorLocation, other: _TensorLocation) -> bool:
         """Whether two tensors on disk are the same, number by number."""
         entries = [self._file(place.file).entries[place.key] for place in (one, other)]
         if entries[0][:2] != entries[1][:2]:
@@ -196,7 +196,7 @@ class Checkpoint:
         """Element type as safetensors writes it: F32, F16, BF16."""
         return self._entry(key).dtype
 
-    def _entry(self, key: str) -> Entry:
+    def _entry(self, key: str) -> TensorEntry:
         place = self._places.get(key)
         if place is None:
             near = difflib.get_close_matches(key, self._places, n=3)

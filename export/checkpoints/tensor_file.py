@@ -33,7 +33,7 @@ class TensorFileError(ValueError):
     """The file is truncated or no safetensors file; the message says why."""
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor as the header tells it."""
 
     dtype: str
@@ -56,7 +56,7 @@ class TensorFile:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
                 raise TensorFileError(f"a header of {length} bytes in a file of {size}")
-            self.entries: Mapping[str, Entry] = _entries(file.read(length), size)
+            self.entries: Mapping[str, TensorEntry] = _entries(file.read(length), size)
         self.path = path
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
@@ -95,7 +95,7 @@ class TensorFile:
                 done += got
 
 
-def _entries(header: bytes, size: int) -> dict[str, Entry]:
+def _entries(header: bytes, size: int) -> dict[str, TensorEntry]:
     """What the header of a file of `size` bytes promises, as far as it can be true."""
     data = 8 + len(header)
     try:
@@ -120,7 +120,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _entry(told: Mapping[str, Any], data: int) -> Entry:
+def _entry(told: Mapping[str, Any], data: int) -> TensorEntry:
     """A tensor of the header, whose offsets count from byte `data` of the file."""
     dtype, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
     lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
@@ -128,10 +128,10 @@ def _entry(told: Mapping[str, Any], data: int) -> Entry:
         raise TypeError("dtype, shape or data_offsets of another type")
     if any(type(number) is not int or number < 0 for number in (*shape, *offsets)):
         raise TypeError("a size that is no whole number")
-    return Entry(dtype, tuple(shape), data + offsets[0], data + offsets[1])
+    return TensorEntry(dtype, tuple(shape), data + offsets[0], data + offsets[1])
 
 
-def _check(name: str, entry: Entry, data: int, size: int) -> None:
+def _check(name: str, entry: TensorEntry, data: int, size: int) -> None:
     """Refuse a tensor that lies outside the file or has another length than its shape says."""
     if not data <= entry.begin <= entry.end <= size:
         raise TensorFileError(f"{name} lies at bytes {entry.begin} to {entry.end} of {size}")

@@ -32,7 +32,7 @@ from framefusion.runtime.commands.flags import (
     OUTPUT,
     THREADS,
     TRUSTED_KEYS,
-    Question,
+    PromptOptions,
     VisualCommand,
     question_options,
 )
@@ -265,9 +265,9 @@ def _render_check(report: dict[str, Any]) -> str:
 @console.json_option
 def inspect(bundle: Path, **question: Any) -> None:
     """Say what is in BUNDLE and what memory it takes."""
-    from framefusion.export.report.inspection import Question, render, report
+    from framefusion.export.report.inspection import PromptSize, render, report
 
-    console.show(report(bundle, Question(**question)), render)
+    console.show(report(bundle, PromptSize(**question)), render)
 
 
 @ff_export.command(cls=VisualCommand)
@@ -288,7 +288,7 @@ def view(model: str, revision: str | None, output: Path, compare: bool, threads:
     from framefusion.runtime.format.manifest_file import MANIFEST
     from framefusion.runtime.pipeline import Pipeline
 
-    question = Question.from_flags(**asked)
+    question = PromptOptions.from_flags(**asked)
     if (Path(model) / MANIFEST).is_file():
         show_page(Pipeline(Bundle(model), threads=threads), Path(model).resolve().name, question, output, compare)
         return

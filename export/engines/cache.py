@@ -42,7 +42,7 @@ Compile = Callable[[Path], tuple[Mapping[str, Any], FileRecord | None]]
 
 
 @dataclass(frozen=True)
-class Entry:
+class CachedEngine:
     """An engine that is there."""
 
     key: str
@@ -55,7 +55,7 @@ class Entry:
 class Fetched:
     """What came of asking for an engine."""
 
-    entry: Entry
+    entry: CachedEngine
     hit: bool
     reason: str  # "hit", or "miss: version 1.7.0 -> 1.7.1"
 
@@ -92,7 +92,7 @@ class EngineCache:
                 f"the engine cache {folder} cannot be written ({error.strerror}): give another --engine-cache"
             ) from None
 
-    def find(self, components: Components) -> Entry | None:
+    def find(self, components: Components) -> CachedEngine | None:
         """The entry of these components, if its file has the size it had; nothing is read of the file."""
         return self._whole(key_of(components))
 
@@ -153,7 +153,7 @@ class EngineCache:
             if not path.is_file() or path.stat().st_size <= len(content):
                 files.write_file(path, content)
 
-    def _compile(self, key: str, components: Components, compile_engine: Compile) -> Entry:
+    def _compile(self, key: str, components: Components, compile_engine: Compile) -> CachedEngine:
         """Compile to a file of the lock's holder, then name it by its content, then write the entry."""
         fresh = self.folder / "building" / f"{key}.new"
         self._sweep(key)
@@ -161,7 +161,7 @@ class EngineCache:
             facts, file = compile_engine(fresh)
             with fresh.open("rb+") as written:
                 os.fsync(written.fileno())  # the entry must not name what a power cut can take away
-            entry = Entry(key, components, file or FileRecord(fresh.stat().st_size, sha256_of(fresh)), facts)
+            entry = CachedEngine(key, components, file or FileRecord(fresh.stat().st_size, sha256_of(fresh)), facts)
             with self._held(_OBJECTS):
                 os.replace(fresh, self._object(entry))
                 files.write_file(self._entry_file(key), json.dumps(to_json(entry)).encode())
@@ -175,7 +175,7 @@ class EngineCache:
             for path in (self.folder / "building").glob(pattern):
                 files.remove_file(path)
 
-    def _place(self, entry: Entry, target: Path, *, verify: bool = True) -> bool:
+    def _place(self, entry: CachedEngine, target: Path, *, verify: bool = True) -> bool:
         """Bring an engine to its target by a link, or by a copy to another disk; False where its hash is not right."""
         source = self._object(entry)
         if verify and sha256_of(source) != entry.file.sha256:
@@ -189,7 +189,7 @@ class EngineCache:
                     shutil.copyfile(source, fresh)
         return True
 
-    def _whole(self, key: str) -> Entry | None:
+    def _whole(self, key: str) -> CachedEngine | None:
         entry = _read(self._entry_file(key))
         if entry is None:
             return None
@@ -210,7 +210,7 @@ class EngineCache:
             return "its file is gone or truncated"
         return ", ".join(f"{name} {_short(entry.components.get(name))} -> {_short(wanted.get(name))}" for name in names)
 
-    def _evict(self, entry: Entry) -> bool:
+    def _evict(self, entry: CachedEngine) -> bool:
         try:
             with self._held(entry.key, _give_up), self._held(_OBJECTS):
                 files.remove_file(self._entry_file(entry.key))
@@ -220,18 +220,18 @@ class EngineCache:
             return False
         return True
 
-    def _used_at(self, entry: Entry) -> float:
+    def _used_at(self, entry: CachedEngine) -> float:
         path = self._entry_file(entry.key)
         return path.stat().st_mtime if path.exists() else 0.0
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> list[CachedEngine]:
         read = (_read(path) for path in sorted((self.folder / "entries").glob("*.json")))
         return [entry for entry in read if entry is not None]
 
     def _entry_file(self, key: str) -> Path:
         return self.folder / "entries" / f"{key}.json"
 
-    def _object(self, entry: Entry) -> Path:
+    def _object(self, entry: CachedEngine) -> Path:
         return self.folder / "objects" / entry.file.sha256
 
     @contextmanager
@@ -257,13 +257,13 @@ def _give_up() -> None:
     raise BlockingIOError
 
 
-def _read(path: Path) -> Entry | None:
+def _read(path: Path) -> CachedEngine | None:
     """An entry; None where there is none or it is not readable, which is as good as none.
 
     The names that it gives are hashes: what it stands for is within the cache.
     """
     try:
-        entry = from_json(Entry, json.loads(files.read_file(path, _LARGEST_ENTRY)))
+        entry = from_json(CachedEngine, json.loads(files.read_file(path, _LARGEST_ENTRY)))
     except (OSError, ValueError, RecordError, RecursionError):
         return None
     return (

@@ -33,7 +33,7 @@ Told = Callable[[int, int], None]
 """Told how many of the questions are answered."""
 
 
-class Made(NamedTuple):
+class QuestionAnswers(NamedTuple):
     """A question's answers under some conditions, and what gave them."""
 
     question: Question
@@ -106,7 +106,9 @@ def evaluate(
 _ANSWERER: Answerer | FrameFusionError | None = None  # of a process of the pool
 
 
-def ask_all(setup: Setup, asked: Sequence[tuple[Question, Sequence[Condition]]], jobs: int) -> Iterator[Made]:
+def ask_all(
+    setup: Setup, asked: Sequence[tuple[Question, Sequence[Condition]]], jobs: int
+) -> Iterator[QuestionAnswers]:
     """What is answered, as it comes; nothing is opened where nothing is asked."""
     if not asked:
         return
@@ -125,13 +127,13 @@ def ask_all(setup: Setup, asked: Sequence[tuple[Question, Sequence[Condition]]],
         pool.shutdown(cancel_futures=True)
 
 
-def ask(answerer: Answerer, question: Question, missing: Sequence[Condition]) -> Made:
+def ask(answerer: Answerer, question: Question, missing: Sequence[Condition]) -> QuestionAnswers:
     """One question; what cannot be answered is refused with its name."""
     try:
         answers = list(answerer.answers(question, missing))
     except FrameFusionError as error:
         raise type(error)(f"question {question.name}: {error}") from None
-    return Made(question, missing, answers, answerer.engine, answerer.note)
+    return QuestionAnswers(question, missing, answers, answerer.engine, answerer.note)
 
 
 def _open_in_process(setup: Setup) -> None:
@@ -143,7 +145,7 @@ def _open_in_process(setup: Setup) -> None:
         _ANSWERER = error
 
 
-def _ask_in_process(question: Question, missing: Sequence[Condition]) -> Made:
+def _ask_in_process(question: Question, missing: Sequence[Condition]) -> QuestionAnswers:
     assert _ANSWERER is not None
     if isinstance(_ANSWERER, FrameFusionError):
         raise _ANSWERER

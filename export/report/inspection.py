@@ -21,7 +21,7 @@ TEXT = 64  # tokens of text taken for granted where only the length of a prompt 
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptSize:
     """The prompt that lengths and memory are worked out for; None takes the longest, mostly visual."""
 
     input_len: int | None = None
@@ -30,7 +30,7 @@ class Question:
     cost: float | None = None
 
 
-def report(folder: Path, question: Question) -> dict[str, Any]:
+def report(folder: Path, question: PromptSize) -> dict[str, Any]:
     """All facts as plain values.
 
     Raises:
@@ -123,7 +123,7 @@ def licence(source: SourceRecord) -> str:
     return (source.license_name or source.license) + (f" ({source.license_link})" if source.license_link else "")
 
 
-def _prompt(manifest: Manifest, question: Question) -> tuple[int, int]:
+def _prompt(manifest: Manifest, question: PromptSize) -> tuple[int, int]:
     longest = manifest.limits.max_input_len
     tokens = question.input_len or longest
     visual = max(tokens - TEXT, 0) if question.visual_len is None else question.visual_len

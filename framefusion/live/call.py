@@ -54,7 +54,7 @@ class RequestRecord:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ModelContext:
     """What a call needs to know of its model."""
 
     owner: Any  # whose hooks serve this call
@@ -87,7 +87,7 @@ class Call:
     """
 
     def __init__(
-        self, asked: Asked, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any, proof: Proof
+        self, asked: ModelContext, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any, proof: Proof
     ) -> None:
         self.proof = proof
         self.asked, self.rows, self.shape, self.past = asked, rows, shape, past

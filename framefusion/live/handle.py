@@ -40,8 +40,8 @@ from framefusion.errors import BackendError, PromptError
 from framefusion.live.attention.cache import compiled_step, refuse_to_compile
 from framefusion.live.attention.importance import CALL, WatchedConfig, current, register
 from framefusion.live.attention.mask import tokens_seen
-from framefusion.live.call import Asked, Call, RequestRecord, Row
-from framefusion.live.labels import Labels, Preset, Seen, check_labels, labels_behind
+from framefusion.live.call import Call, ModelContext, RequestRecord, Row
+from framefusion.live.labels import Labels, MultimodalInputs, Preset, check_labels, labels_behind
 from framefusion.live.proof import BEGUN, Proof
 from framefusion.live.seams import DEEPSTACK_ARGUMENTS, arguments_of, broken, cache_of
 from framefusion.reducers import DEFAULT, load_reducer
@@ -50,7 +50,7 @@ from framefusion.reduction import tracks
 from framefusion.reduction.policy import ReductionSettings
 from framefusion.reduction.tracks import IntArray
 
-_SEEN: ContextVar[Seen | None] = ContextVar("framefusion_seen", default=None)
+_SEEN: ContextVar[MultimodalInputs | None] = ContextVar("framefusion_seen", default=None)
 _LABELS: ContextVar[tuple[FrameFusion, IntArray] | None] = ContextVar("framefusion_labels", default=None)
 
 
@@ -123,7 +123,7 @@ class FrameFusion:
     def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             named = arguments_of(module, "input_ids", args, given)
-            _SEEN.set(Seen(named.get("input_ids"), named))
+            _SEEN.set(MultimodalInputs(named.get("input_ids"), named))
 
     def _forget_inputs(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -169,7 +169,7 @@ class FrameFusion:
         CALL.set(None)
         seen, cache = _SEEN.get(), cache_of(named)
         if seen is None and self.model.base_model is self.decoder:
-            seen = Seen(named.get("input_ids"), named)
+            seen = MultimodalInputs(named.get("input_ids"), named)
         past = 0 if cache is None else int(cache.get_seq_length())
         # 2. the visual tokens among it
         labels = self._labels_of(seen, named, shape, past)
@@ -202,7 +202,7 @@ class FrameFusion:
         return Row(self.reducer.start(ReductionRequest(self.settings, labels[origin], self.seed)), origin)
 
     def _labels_of(
-        self, seen: Seen | None, given: dict[str, Any], shape: tuple[int, int], past: int
+        self, seen: MultimodalInputs | None, given: dict[str, Any], shape: tuple[int, int], past: int
     ) -> IntArray | None:
         """Labels of the new tokens [B, S], or None: no visual token among them."""
         own = _LABELS.get()
@@ -221,9 +221,9 @@ class FrameFusion:
         check_labels(self.model.config, seen.ids, labels, shape)
         return labels
 
-    def _asked(self, device: torch.device) -> Asked:
+    def _asked(self, device: torch.device) -> ModelContext:
         flash = "flash" in (self.decoder.config._attn_implementation or "")
-        return Asked(self, self.importance_rows, device, flash)
+        return ModelContext(self, self.importance_rows, device, flash)
 
     def _check(self, given: dict[str, Any], tokens: Tensor, length: int) -> None:
         """Refuse what cannot be reduced.

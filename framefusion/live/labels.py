@@ -34,14 +34,14 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class Seen:
+class MultimodalInputs:
     """What the multimodal model was called with."""
 
     ids: Tensor | None  # [B, S]
     given: dict[str, Any]
 
 
-Labels = Callable[[Any, Seen, "dict[str, Any]"], "IntArray | None"]
+Labels = Callable[[Any, MultimodalInputs, "dict[str, Any]"], "IntArray | None"]
 """(multimodal model, what it was given, what it gives its decoder) -> [B, S], None without visual tokens."""
 
 
@@ -59,7 +59,7 @@ def labels_behind(given: IntArray, shape: tuple[int, int], past: int) -> IntArra
     return np.repeat(whole[:, past:], shape[0] // len(whole), axis=0)  # beams of a prompt lie together
 
 
-def mrope_labels(model: Any, seen: Seen, given: dict[str, Any], *, timed: bool = False) -> IntArray | None:
+def mrope_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any], *, timed: bool = False) -> IntArray | None:
     """Qwen's families: rotary positions tell the place in a frame, which grids that generate() encodes first do not.
 
     A run of visual tokens is a video or an image. With `timed`, text stands between the frames of one video, and its
@@ -110,7 +110,7 @@ def _video_lengths(config: Any, given: dict[str, Any]) -> list[int]:
     return [] if encoded is None else [len(rows) for rows in encoded.pooler_output]
 
 
-def run_labels(model: Any, seen: Seen, given: dict[str, Any]) -> IntArray | None:
+def run_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any]) -> IntArray | None:
     """LLaVA's families: a run of video tokens is a video; rows that equal the learned newline are structure."""
     config = model.config
     assert seen.ids is not None
@@ -136,7 +136,7 @@ def run_labels(model: Any, seen: Seen, given: dict[str, Any]) -> IntArray | None
     return labels
 
 
-def tile_labels(model: Any, seen: Seen, given: dict[str, Any]) -> IntArray | None:
+def tile_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any]) -> IntArray | None:
     """InternVL: one token stands for frames and images; only the text between them tells frames of one video.
 
     A run of one tile behind another one's is the next frame where `_names_next_frame` says so. Other runs are pictures:

@@ -97,8 +97,8 @@ def _merge_by_rank(
     max_run: int,
 ) -> State:
     place = _inverse(order)
-    settled = torch.where(similarity >= IDENTICAL, 1.0, similarity)  # see tracks.settled
-    merged = exactly(drop, settled, among=_take(_follows(_take(label, order)), place))
+    snapped = torch.where(similarity >= IDENTICAL, 1.0, similarity)  # see tracks.snap_identical
+    merged = exactly(drop, snapped, among=_take(_follows(_take(label, order)), place))
     means = _take(_run_means(_take(hidden, order), _take(merged, order), max_run), place)
     return _compact(TokenState(means, cos, sin, label, order, origin), ~merged, out_len)
 

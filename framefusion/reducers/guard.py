@@ -21,7 +21,7 @@ Input = Literal["similarity", "importance", "features"]
 
 
 @dataclass(frozen=True)
-class Promises:
+class ReducerGuard:
     """What one reducer declared for one request: a framefusion.reduction.policy.Guard."""
 
     name: str

@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from framefusion.errors import ReducerError
-from framefusion.reducers.guard import Input, Promises
+from framefusion.reducers.guard import Input, ReducerGuard
 from framefusion.reduction import budget, tracks
 from framefusion.reduction.policy import Mask, Plan, ReductionSettings, ReductionState, Scores, keep_all, prune_plan
 from framefusion.reduction.tracks import TEXT, FloatArray, IntArray
@@ -89,7 +89,7 @@ class Reducer(ABC):
             BudgetError: the method cannot reach the cost.
         """
         state = self._start(request)
-        state.guard = Promises(
+        state.guard = ReducerGuard(
             self.name, self.merges, self.inputs, frozenset(self.calls(request.settings)), self.counts(request),
             request.num_visual, request.settings.cost,
         )  # fmt: skip

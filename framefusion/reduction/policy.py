@@ -247,7 +247,7 @@ class Reduction(ReductionState):
         if share >= needed:  # the threshold overshoots the budget: the most similar ones that meet it
             self.finished = True
             count = math.floor(needed * self.num_visual)
-            return merge_plan(self.labels, top(tracks.settled(similarity), count, among=mergeable))
+            return merge_plan(self.labels, top(tracks.snap_identical(similarity), count, among=mergeable))
         if self._overdraws(share):
             return self._prune(importance)
         self._merging = share >= self.settings.ratio_lower_bound and self.call < self.settings.depth
@@ -289,7 +289,7 @@ class FixedReduction(ReductionState):
 
     def _decide(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None) -> Plan:
         if self.wants_similarity:
-            scores, drop = tracks.settled(self._scores("similarity", similarity)), self._drops[self.call]
+            scores, drop = tracks.snap_identical(self._scores("similarity", similarity)), self._drops[self.call]
             return merge_plan(self.labels, top(scores, drop, among=tracks.previous_in_track(self.labels) >= 0))
         if not self.wants_importance:
             return keep_all(self.labels)

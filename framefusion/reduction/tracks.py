@@ -123,7 +123,7 @@ def track_similarity(hidden: npt.NDArray[np.floating], labels: IntArray) -> Floa
     return similarity
 
 
-def settled(similarity: FloatArray) -> FloatArray:
+def snap_identical(similarity: FloatArray) -> FloatArray:
     """Return the similarity with identical tokens at exactly 1, so that they tie and the first ones go.  [S]"""
     return np.where(similarity >= IDENTICAL, np.float32(1), similarity)
 

@@ -18,7 +18,7 @@ from framefusion.runtime.commands.flags import (
     COMPARE,
     FILE,
     OUTPUT,
-    Question,
+    PromptOptions,
     VisualCommand,
     question_options,
     running_flags,
@@ -43,7 +43,7 @@ def ff_run() -> None:
 def generate(bundle: Path, **asked: Any) -> None:
     """Answer one prompt about videos and images with BUNDLE."""
     running = running_flags(asked)
-    question = Question.from_flags(**asked)
+    question = PromptOptions.from_flags(**asked)
     pipeline = open_pipeline(bundle, **running)
     request, sampling = question.request(pipeline.manifest), question.sampling(pipeline.manifest)
     pipeline.limits = question.limits()
@@ -67,7 +67,7 @@ def generate(bundle: Path, **asked: Any) -> None:
 def view(bundle: Path, output: Path, compare: bool, **asked: Any) -> None:
     """Answer as `generate` does, and draw what became of each token: one HTML page."""
     running = running_flags(asked)
-    question = Question.from_flags(**asked)
+    question = PromptOptions.from_flags(**asked)
     pipeline = open_pipeline(bundle, **running)
     show_page(pipeline, bundle.resolve().name, question, output, compare)
 
@@ -114,7 +114,7 @@ def _render_reducers(report: dict[str, Any]) -> str:
     return console.table(names, rows)
 
 
-def show_page(pipeline: Pipeline, name: str, question: Question, output: Path, compare: bool) -> None:
+def show_page(pipeline: Pipeline, name: str, question: PromptOptions, output: Path, compare: bool) -> None:
     """Answer a question, write its page, and tell in a few lines what is on it."""
     from framefusion.runtime.view import view
     from framefusion.runtime.view.page import check_writable, write_page

@@ -142,7 +142,7 @@ class VisualCommand(click.Command):
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptOptions:
     """One prompt about videos and images, and how it is to be answered."""
 
     turns: Sequence[Turn]
@@ -152,7 +152,7 @@ class Question:
     @classmethod
     def from_flags(
         cls, videos: Sequence[Path], images: Sequence[Path], prompt: str, system: str | None, **wishes: Any
-    ) -> Question:
+    ) -> PromptOptions:
         """The flags of the command that runs."""
         from framefusion.runtime.text.prompt import Turn, Visual
 

@@ -169,7 +169,7 @@ def build_prompt(
             writer.begin_turn()
         elif part is _END:
             writer.end_turn(template.strip)
-        elif isinstance(part, _Said):
+        elif isinstance(part, _PlainText):
             writer.said(part.text)
     return writer.prompt()
 
@@ -226,7 +226,7 @@ def check_length(prompt: Prompt, max_input_len: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Said:
+class _PlainText:
     """Text of a user or of an answer, in which control tokens do not count."""
 
     text: str
@@ -242,7 +242,7 @@ class _Separator:
 _BEGIN, _END = object(), object()
 
 
-def _lay_out(template: PromptTemplate, turns: Sequence[Turn]) -> Iterable[str | int | _Said | _Separator | object]:
+def _lay_out(template: PromptTemplate, turns: Sequence[Turn]) -> Iterable[str | int | _PlainText | _Separator | object]:
     """Template text, users' text and numbers of visuals, in order."""
     numbers = itertools.count()
     if template.default_system and turns[0].role != "system":
@@ -264,7 +264,7 @@ def _lay_out(template: PromptTemplate, turns: Sequence[Turn]) -> Iterable[str | 
                 yield _Separator(template.part_separator)
             if isinstance(part, str):
                 yield layout.text_prefix
-                yield _Said(part)
+                yield _PlainText(part)
             else:
                 yield number
                 yield template.after_visual

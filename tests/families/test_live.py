@@ -18,7 +18,7 @@ from framefusion.errors import BackendError
 from framefusion.export.families import FAMILIES
 from framefusion.interface import apply_framefusion, remove_framefusion
 from framefusion.live.labels import FAMILIES as LIVE
-from framefusion.live.labels import Seen, tile_labels
+from framefusion.live.labels import MultimodalInputs, tile_labels
 from framefusion.live.seams import DEEPSTACK_ARGUMENTS
 from framefusion.reduction.policy import Reduction
 from framefusion.runtime.generation.stitching import Stopwatch
@@ -252,7 +252,7 @@ def test_films_and_pictures_are_told_apart_as_in_a_bundle(internvl: Subject, nam
     sampling = replace(pipeline.manifest.sampling, max_frames=32)
     prompt = pipeline.prompt(turns, pipeline.read_visuals(turns, shown, sampling, Stopwatch()))
     ids = torch.from_numpy(prompt.token_ids)[None]
-    labels = tile_labels(model, Seen(ids, {}), {})
+    labels = tile_labels(model, MultimodalInputs(ids, {}), {})
     assert labels is not None
     assert partition(labels[0]) == partition(prompt.labels)
 
@@ -264,7 +264,7 @@ def test_a_chunk_may_begin_anywhere(internvl: Subject) -> None:
     prompt = pipeline.prompt(turns, pipeline.read_visuals(turns, shown, pipeline.manifest.sampling, Stopwatch()))
     ids, first = prompt.token_ids, int(np.flatnonzero(prompt.labels >= 0)[0])
     for start in range(first - 3, first + 12):
-        labels = tile_labels(model, Seen(torch.from_numpy(ids[start:])[None], {}), {})
+        labels = tile_labels(model, MultimodalInputs(torch.from_numpy(ids[start:])[None], {}), {})
         whole = partition(prompt.labels[start:])
         assert labels is not None
         assert [len(track) for track in partition(labels[0])][-1] >= len(whole[-1]) - 1

@@ -273,7 +273,7 @@ def test_identical_rows_tie(device: CudaDevice, dtype: np.dtype[Any]) -> None:
     labels = np.zeros(40, np.int64)
     got = device.similarity(device.upload(rows), labels)
     assert got[0] == tracks.DISSIMILAR
-    assert (tracks.settled(got[1:]) == 1).all()
+    assert (tracks.snap_identical(got[1:]) == 1).all()
 
 
 def test_a_row_that_overflows_in_fp16_does_not_here(device: CudaDevice) -> None:

@@ -142,7 +142,7 @@ class Target:
 
     def ask(self, bundle: Bundle) -> tuple[int, ...]:
         """The tokens of an answer about a film; what `ff-export inspect` shows is rendered before it."""
-        shown = inspection.render(inspection.report(bundle.folder, inspection.Question()))
+        shown = inspection.render(inspection.report(bundle.folder, inspection.PromptSize()))
         assert all(character == "\n" or is_harmless(character) for character in shown)
         sample_indices(75, 30.0, bundle.manifest.sampling)
         backend = OnnxRuntimeBackend(bundle.folder, 1, manifest=bundle.manifest)

@@ -70,7 +70,7 @@ def whole_reduction(rows: Rows) -> float:
     """Seconds of the host's clock from rows to compacted rows."""
     rows.device.synchronize()
     start = time.perf_counter()
-    similarity = tracks.settled(rows.device.similarity(rows.there, rows.labels))
+    similarity = tracks.snap_identical(rows.device.similarity(rows.there, rows.labels))
     rows.device.reduced(rows.there, merge_plan(rows.labels, similarity > np.quantile(similarity, 0.5)))
     rows.device.synchronize()
     return time.perf_counter() - start

@@ -113,7 +113,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Question:
+class ClipQuestion:
     text: str
     answer: str
     kind: str
@@ -208,24 +208,24 @@ def _shots(rng: np.random.Generator, duration: float) -> tuple[Shot, ...]:
 # --- Questions ------------------------------------------------------------------------------------------------------
 
 
-def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
+def ask(scene: Scene, kind: str, rng: np.random.Generator) -> ClipQuestion:
     """A question of the given kind; "order" needs two objects."""
     thing = scene.things[rng.integers(len(scene.things))]
     if kind == "color":
-        return Question(f"What color is the {thing.shape}?", thing.color, kind)
+        return ClipQuestion(f"What color is the {thing.shape}?", thing.color, kind)
     if kind == "shape":
-        return Question(f"What shape is the {thing.color} object?", thing.shape, kind)
+        return ClipQuestion(f"What shape is the {thing.color} object?", thing.shape, kind)
     if kind == "direction":
-        return Question(f"Which way does the {thing.color} object move?", thing.motion, kind)
+        return ClipQuestion(f"Which way does the {thing.color} object move?", thing.motion, kind)
     if kind == "count":
-        return Question("How many objects appear?", NUMBERS[len(scene.things) - 1], kind)
+        return ClipQuestion("How many objects appear?", NUMBERS[len(scene.things) - 1], kind)
     if kind == "order":
         first, second = sorted(rng.permutation(len(scene.things))[:2])
         names = [scene.things[first].color, scene.things[second].color]
         answer = names[0]
         if rng.random() < 0.5:
             names.reverse()
-        return Question(f"Which came first, the {names[0]} or the {names[1]} object?", answer, kind)
+        return ClipQuestion(f"Which came first, the {names[0]} or the {names[1]} object?", answer, kind)
     raise ValueError(f"unknown question kind {kind!r}; known: {', '.join(KINDS)}")
 
 

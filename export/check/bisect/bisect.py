@@ -22,7 +22,7 @@ import torch
 
 from framefusion.console import messages as console
 from framefusion.errors import BackendError, FrameFusionError
-from framefusion.export.check.bisect.boundaries import Boundary, Call, compare, limit_of, record, segment_of
+from framefusion.export.check.bisect.boundaries import Boundary, RecordedCall, compare, limit_of, record, segment_of
 from framefusion.export.check.bisect.nodes import Suspect, first_difference
 from framefusion.export.check.verify import memory_of_check
 from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ ONNXRUNTIME = OnnxRuntimeBackend.name
 
 
 @dataclass(frozen=True)
-class Found:
+class Divergence:
     """The first graph in which a way of running is off, and where inside, if that can be seen."""
 
     boundary: Boundary
@@ -77,7 +77,7 @@ def bisect_bundle(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     if traced_by != here:
         notes.append(f"the graphs were traced by torch {traced_by} and this is {here}: names of nodes may differ")
     calls = record(bundle, plan, max(backend.decode_width for backend in backends))
-    rows, found = list[Boundary](), list[Found]()
+    rows, found = list[Boundary](), list[Divergence]()
     for backend in backends:
         ours = [(call, row) for call in calls for row in compare(call, backend, bundle.manifest)]
         rows += [row for _, row in ours]
@@ -112,14 +112,14 @@ def ways(bundle: Bundle) -> tuple[list[Backend], list[str]]:
     return sorted(backends.values(), key=lambda backend: backend.name != ONNXRUNTIME), notes
 
 
-def _explained(bundle: Bundle, plan: BuildPlan, backend: Backend, call: Call, row: Boundary) -> Found:
+def _explained(bundle: Bundle, plan: BuildPlan, backend: Backend, call: RecordedCall, row: Boundary) -> Divergence:
     """What can be said of a graph that is off."""
     suspect = _suspect(bundle, plan, call) if backend.name == ONNXRUNTIME else None
     place = _place(bundle, plan, row.graph, "" if suspect is None else suspect.block)
-    return Found(row, place, suspect, _words(row, place, suspect))
+    return Divergence(row, place, suspect, _words(row, place, suspect))
 
 
-def _suspect(bundle: Bundle, plan: BuildPlan, call: Call) -> Suspect | None:
+def _suspect(bundle: Bundle, plan: BuildPlan, call: RecordedCall) -> Suspect | None:
     return first_difference(
         bundle.folder / call.graph,
         graph_sources(plan)[call.graph](),

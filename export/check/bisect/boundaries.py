@@ -33,7 +33,7 @@ ALWAYS = ("logits", "similarity", "importance", "origin")  # outputs of one type
 
 
 @dataclass
-class Call:
+class RecordedCall:
     """One run of a graph in eager torch: copies of what it was given and of what it gave."""
 
     graph: str
@@ -65,7 +65,7 @@ class _Recorder(EagerBackend):
 
     def __init__(self, loaders: Mapping[str, Load], decode_width: int, vision: str) -> None:
         super().__init__(loaders)
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
         self._vision, self.chunk, self.decode_width = vision, None, decode_width
         self.prefilled = False
 
@@ -103,10 +103,10 @@ class _Recorded:
         self.bound.run()
         outputs = {name: array.copy() for name, array in self.outputs.items()}
         outputs |= {} if cache is None else _caches("present", cache, inputs["kv_len"])
-        self.recorder.calls.append(Call(self.graph, self.recorder.kind(self.graph), inputs, past, outputs))
+        self.recorder.calls.append(RecordedCall(self.graph, self.recorder.kind(self.graph), inputs, past, outputs))
 
 
-def record(bundle: Bundle, plan: BuildPlan, decode_width: int = 1) -> list[Call]:
+def record(bundle: Bundle, plan: BuildPlan, decode_width: int = 1) -> list[RecordedCall]:
     """All graphs of a bundle in eager torch, in the order they run: vision, prefill, one step."""
     in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
     recorder = _Recorder(plan.eager_loaders(), decode_width, bundle.manifest.vision.graph)
@@ -122,7 +122,7 @@ def record(bundle: Bundle, plan: BuildPlan, decode_width: int = 1) -> list[Call]
     return recorder.calls
 
 
-def compare(call: Call, backend: Backend, manifest: Manifest) -> Iterator[Boundary]:
+def compare(call: RecordedCall, backend: Backend, manifest: Manifest) -> Iterator[Boundary]:
     """The errors of one call's outputs on a backend that is given the recorded inputs."""
     limit = limit_of(manifest, call.graph)
     for name, array in run(call, backend, manifest).items():
@@ -141,7 +141,7 @@ def segment_of(manifest: Manifest, graph: str) -> SegmentRecord | None:
     return next((s for s in manifest.segments if graph in (s.graph, s.decode_graph)), None)
 
 
-def run(call: Call, backend: Backend, manifest: Manifest) -> dict[str, Array]:
+def run(call: RecordedCall, backend: Backend, manifest: Manifest) -> dict[str, Array]:
     """What a backend gives for the recorded inputs, in fp32; of caches the slots that are taken."""
     device, float_type, record = backend.device, manifest.model.float_type, segment_of(manifest, call.graph)
     inputs = {name: device.upload(typed(array, float_type)) for name, array in call.inputs.items()}
@@ -161,7 +161,7 @@ def typed(array: Array, float_type: Any) -> Array:
     return np.ascontiguousarray(array.astype(float_type) if array.dtype == np.float32 else array)
 
 
-def _filled(call: Call, backend: Backend, record: SegmentRecord, float_type: Any) -> SegmentCache:
+def _filled(call: RecordedCall, backend: Backend, record: SegmentRecord, float_type: Any) -> SegmentCache:
     """Caches that hold what was in the recorded ones."""
     shapes = [call.past[f"past_key_{j}"].shape for j in range(len(record.attention_layers))]
     cache = backend.cache(record, shapes, float_type)

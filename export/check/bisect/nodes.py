@@ -55,7 +55,7 @@ class Suspect:
     rounds: int
 
 
-class Marked:
+class ProbedGraph:
     """A graph of a bundle in ONNX Runtime, with chosen values as its outputs."""
 
     def __init__(self, path: Path) -> None:
@@ -100,7 +100,7 @@ def first_difference(
         given: inputs and caches by name, fp32.
         limit: largest relative error that agrees.
     """
-    graph, dtype = Marked(path), _type_of(ir.load(path))
+    graph, dtype = ProbedGraph(path), _type_of(ir.load(path))
     traced = trace_program(
         source.module, source.told.arguments, source.told.dynamic_shapes, dialect, source.told.inputs,
         source.told.outputs, source.decompositions, dtype,
@@ -130,7 +130,7 @@ def first_difference(
 class Search:
     """Errors of the values of one graph, found a few at a time."""
 
-    def __init__(self, graph: Marked, reference: Reference, given: Mapping[str, Array], limit: float) -> None:
+    def __init__(self, graph: ProbedGraph, reference: Reference, given: Mapping[str, Array], limit: float) -> None:
         self._graph, self._reference, self._given, self._limit = graph, reference, given, limit
         known = set(reference.names.values())
         self.order = [str(value.name) for node in graph.graph for value in node.outputs if value.name in known]
@@ -213,7 +213,7 @@ def _error(ours: Array, theirs: Array | None) -> float:
     return relative_error(ours.astype(np.float32), theirs)
 
 
-def _weight_causes(graph: Marked, reference: Reference, value: str, dtype: torch.dtype) -> Iterator[str]:
+def _weight_causes(graph: ProbedGraph, reference: Reference, value: str, dtype: torch.dtype) -> Iterator[str]:
     """Weights of an operator that are not the checkpoint's."""
     for name in reference.parameters_of(value):
         stored = graph.graph.initializers[name].const_value

@@ -43,7 +43,7 @@ class Parsed(NamedTuple):
     parser: Any
 
 
-class Fed(NamedTuple):
+class CachedAttention(NamedTuple):
     """An attention and the layer whose cache it reads; None where it reads none."""
 
     attention: Any
@@ -198,13 +198,13 @@ def layer_kinds(network: Any) -> dict[str, int]:
     return dict(sorted(Counter(_kind(layer) for layer in layers_of(network)).items()))
 
 
-def attentions_of(module: Any, network: Any) -> Iterator[Fed]:
+def attentions_of(module: Any, network: Any) -> Iterator[CachedAttention]:
     """All attentions, each with the index of the cache that its keys come from."""
     makers = _makers(network)
     for layer in layers_of(network):
         if _kind(layer) == "ATTENTION_INPUT":
             attention = _as(layer, module.IAttentionInputLayer).attention
-            yield Fed(attention, layer.name, _cache_of(attention.get_input(1), makers, "key"))
+            yield CachedAttention(attention, layer.name, _cache_of(attention.get_input(1), makers, "key"))
 
 
 def _wrong_attentions(module: Any, network: Any, caches: int) -> Iterator[str]:

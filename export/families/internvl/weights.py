@@ -71,7 +71,7 @@ NORM_EPS = 1e-6
 NATIVE_PROJECTOR = tuple(f"multi_modal_projector.{part}" for part in ("layer_norm", "linear_1", "linear_2"))
 
 
-class Told(NamedTuple):
+class ConfigFacts(NamedTuple):
     """What the two formats write under different keys, and no tensor tells."""
 
     image_size: int
@@ -85,7 +85,7 @@ def chat_tower(checkpoint: Checkpoint) -> TowerPlan:
     config = checkpoint.config
     vision = vision_config(checkpoint)
     expect(checkpoint, {"ps_version": "v1"} | config, {"ps_version": ("v2",)})  # v1 turned the picture on its side
-    told = Told(
+    told = ConfigFacts(
         image_size=tile_size(checkpoint, vision),
         depth=_depth(vision, config.get("select_layer", -1), checkpoint),
         qk_norm_eps=float(given(vision, "layer_norm_eps", NORM_EPS)),
@@ -102,7 +102,7 @@ def native_tower(checkpoint: Checkpoint) -> TowerPlan:
     layer = config.get("vision_feature_layer", -1)
     expect(checkpoint, config, {"vision_feature_select_strategy": ("default",), "projector_hidden_act": ("gelu",)})
     expect(checkpoint, vision, {"use_absolute_position_embeddings": (True,), "use_mask_token": (False,)})
-    told = Told(
+    told = ConfigFacts(
         image_size=square(vision, "image_size", checkpoint),
         depth=_depth(vision, layer, checkpoint),
         post_norm=layer == -1 and not vision.get("use_mean_pooling", True),  # before pooling, the class token's norm
@@ -124,7 +124,7 @@ def _depth(vision: Mapping[str, Any], layer: Any, checkpoint: Checkpoint) -> int
 
 
 def _vit(
-    checkpoint: Checkpoint, vision: Mapping[str, Any], prefix: str, names: Mapping[str, str], told: Told
+    checkpoint: Checkpoint, vision: Mapping[str, Any], prefix: str, names: Mapping[str, str], told: ConfigFacts
 ) -> VitConfig:
     """Geometry from config.json; widths, biases and norms from the tensors themselves."""
     expect(checkpoint, vision, {"hidden_act": ("gelu",), "num_channels": (3,)})

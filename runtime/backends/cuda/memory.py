@@ -125,7 +125,7 @@ class PinnedBlock:
         self.awaited = False  # a copy into it is under way
 
 
-class _Lent:
+class _BorrowedBlock:
     """A block lent to arrays, which hold this as their base."""
 
     def __init__(self, block: PinnedBlock) -> None:
@@ -145,7 +145,7 @@ class PinnedMemory:
         size = max(SMALLEST_BLOCK, 1 << (max(nbytes, 1) - 1).bit_length())
         free = self._free.setdefault(size, [])
         block = free.pop() if free else self._make(size)
-        lent = _Lent(block)
+        lent = _BorrowedBlock(block)
         weakref.finalize(lent, self._back, block).atexit = False
         return block, np.asarray(lent)[:nbytes]
 

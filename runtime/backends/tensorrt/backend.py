@@ -25,7 +25,7 @@ from framefusion.runtime.backends.cache_pool import CachePool
 from framefusion.runtime.backends.cuda.device import CudaDevice
 from framefusion.runtime.backends.fit import require_fit
 from framefusion.runtime.backends.kv_cache import SegmentCache
-from framefusion.runtime.backends.tensorrt.engine import Context, Engine, Loader, On, Tensor
+from framefusion.runtime.backends.tensorrt.engine import Context, Engine, Loader, RunTarget, Tensor
 from framefusion.runtime.backends.tensorrt.library import LibraryKind, load_library
 from framefusion.runtime.backends.tensorrt.memory import engine_memory, require_room
 from framefusion.runtime.bundle import Bundle
@@ -72,7 +72,7 @@ class TensorRTBackend:
         self.loader = Loader(library, (kernels or kernel_folder()) / kernel_file(bundle, kind, gpu.name))
         self._engines: dict[str, Engine] = {}
         self._workspace = self.device.empty((0,), np.uint8)
-        self._on = On(self.device.stream, 0, 0)
+        self._on = RunTarget(self.device.stream, 0, 0)
         self._pool = CachePool(self.device, capacities(bundle, kind))
         self._graphs: OrderedDict[object, Callable[[], None]] = OrderedDict()
         self._captures = True
@@ -94,7 +94,7 @@ class TensorRTBackend:
         plan = replace(engine_memory(self.bundle.manifest, self._kind), weights=0, activations=size + ALIGNMENT)
         require_room(plan, self.device.free_memory(), self._gpu, self.bundle.manifest)
         self._workspace = self.device.empty((size + ALIGNMENT,), np.uint8)
-        self._on = On(self.device.stream, -(-self._workspace.address // ALIGNMENT) * ALIGNMENT, size)
+        self._on = RunTarget(self.device.stream, -(-self._workspace.address // ALIGNMENT) * ALIGNMENT, size)
         self.forget_graphs()  # they know the block before
         for engine in self._engines.values():
             engine.forget()
@@ -121,7 +121,7 @@ class TensorRTBackend:
         self._graphs.clear()
 
     @property
-    def on(self) -> On:
+    def on(self) -> RunTarget:
         """Where contexts run now."""
         return self._on
 

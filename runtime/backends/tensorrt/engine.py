@@ -170,7 +170,7 @@ class Context:
         self._told: object = None
 
     def run(
-        self, told: object, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int], on: On
+        self, told: object, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int], on: RunTarget
     ) -> None:
         """Enqueue a run.
 
@@ -192,7 +192,7 @@ class Context:
         """Have everything set again: the memory for activations has moved."""
         self._told = None
 
-    def output_bytes(self, name: str, profile: int, shapes: Mapping[str, Shape], on: On) -> int:
+    def output_bytes(self, name: str, profile: int, shapes: Mapping[str, Shape], on: RunTarget) -> int:
         """Bytes of an output for inputs of these shapes."""
         self.forget()
         self._tell(profile, shapes, {}, on)
@@ -203,7 +203,7 @@ class Context:
         asks = getattr(self.context, "is_stream_capturable", None)
         return asks is None or bool(asks(stream))
 
-    def _tell(self, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int], on: On) -> None:
+    def _tell(self, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int], on: RunTarget) -> None:
         context = self.context
         context.set_device_memory(on.workspace, on.workspace_bytes)
         done = [context.active_optimization_profile == profile]
@@ -216,7 +216,7 @@ class Context:
             raise BackendError(f"{file} refuses inputs of shapes {dict(shapes)} ({reason}): compile the bundle again")
 
 
-class On(NamedTuple):
+class RunTarget(NamedTuple):
     """Where a context runs."""
 
     stream: int  # handle

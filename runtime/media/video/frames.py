@@ -127,7 +127,7 @@ def read_video(
     limits = limits or MediaLimits()
     source = existing_file(path)
     budget = Budget.of(source, limits)
-    keep = _Keeper(source, shrink, limits)
+    keep = _FrameCollector(source, shrink, limits)
     # 2. The frames there are, and those among them that the rule picks.
     if is_animated_webp(source):
         timeline, sampled = _read_animation(source, sampling, budget, keep)
@@ -144,7 +144,9 @@ def read_video(
     )  # fmt: skip
 
 
-def _read_film(source: Path, sampling: FrameSampling, budget: Budget, keep: _Keeper) -> tuple[Timeline, Sampled, int]:
+def _read_film(
+    source: Path, sampling: FrameSampling, budget: Budget, keep: _FrameCollector
+) -> tuple[Timeline, Sampled, int]:
     """Timeline, what was sampled and how many frames are lost; the frames go to `keep`."""
     limits = keep.limits
     # 1. Packets.
@@ -219,7 +221,9 @@ def _all_timestamps(source: Path, listing: Listing, budget: Budget) -> tuple[NDA
     return ascending(stamps, max(round(1 / rate / listing.tick), 1)), decoder.damaged
 
 
-def _read_animation(source: Path, sampling: FrameSampling, budget: Budget, keep: _Keeper) -> tuple[Timeline, Sampled]:
+def _read_animation(
+    source: Path, sampling: FrameSampling, budget: Budget, keep: _FrameCollector
+) -> tuple[Timeline, Sampled]:
     """As `_read_film`, of an animated WebP."""
     film = AnimatedPicture(source, keep.limits)
     budget.check(film.count, film.height * film.width)
@@ -249,7 +253,7 @@ def _check_lost(source: Path, lost: int, found: int, limits: MediaLimits) -> Non
         )
 
 
-class _Keeper:
+class _FrameCollector:
     """Takes the sampled frames one after the other and holds what is kept of each, once."""
 
     def __init__(self, source: Path, shrink: Shrink | None, limits: MediaLimits) -> None:
