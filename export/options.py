@@ -13,7 +13,8 @@ from framefusion.runtime.format.manifest import Mode
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "float16", "bfloat16"]
 DEFAULT_TEXT = 512
-ENGINE_DIALECT, ENGINE_DTYPES = "portable", ("float16", "bfloat16")  # of the graphs that TensorRT engines are made of
+ENGINE_DIALECT = "portable"
+ENGINE_DTYPES = ("float16", "bfloat16")  # of the graphs that TensorRT engines are made of
 CACHE_LIMIT = 64_000_000_000  # bytes of engines that stay in a cache
 
 

@@ -72,7 +72,8 @@ def apply_framefusion(
     method = load_reducer(reducer)
     remove_framefusion(model)
     handle = FrameFusion(model, labels, preset, settings)
-    handle.reducer, handle.seed = method, seed
+    handle.reducer = method
+    handle.seed = seed
     handle.install()
     model.framefusion = handle
     if outermost is not model:

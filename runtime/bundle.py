@@ -50,7 +50,8 @@ class Bundle:
     """
 
     def __init__(self, folder: Path | str, *, verify: bool = True, trust: Trust | None = None) -> None:
-        self.folder, self.trust = Path(folder), trust or Trust()
+        self.folder = Path(folder)
+        self.trust = trust or Trust()
         self.manifest, self.digest, self.sealed = read_manifest_file(self.folder)
         self.signed_by = self.trust.require_signature(self.folder, self.digest)
         self.verified = verify or self.signed_by is not None  # a signature speaks of the files by their hashes

@@ -164,7 +164,8 @@ def _video_bytes(manifest: Manifest, visual: int) -> int:
 
 
 def _segment_bytes(manifest: Manifest, record: SegmentRecord, length: int) -> int:
-    model, fixed = manifest.model, manifest.fixed
+    model = manifest.model
+    fixed = manifest.fixed
     attention = 6 * model.hidden_size
     widest = 4 * model.intermediate_size + 5 * model.hidden_size if record.num_mlps else attention
     scores = model.num_heads * SCORE if _is_half(manifest) else 0
@@ -177,7 +178,9 @@ def _segment_bytes(manifest: Manifest, record: SegmentRecord, length: int) -> in
 
 
 def _cache_bytes(manifest: Manifest, index: int, length: int, max_new_tokens: int) -> int:
-    record, model, fixed = manifest.segments[index], manifest.model, manifest.fixed
+    record = manifest.segments[index]
+    model = manifest.model
+    fixed = manifest.fixed
     slot = 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
     if fixed is not None:
         return slot * sum(max(n, min(length, n) + max_new_tokens) for n in fixed.lengths)

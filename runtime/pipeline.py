@@ -120,7 +120,8 @@ class Pipeline:
         choice: Choice | None = None,
         limits: MediaLimits | None = None,
     ) -> None:
-        self.bundle, self.manifest = bundle, bundle.manifest
+        self.bundle = bundle
+        self.manifest = bundle.manifest
         self.choice: Choice | None = None
         if backend is None:
             self.choice = choice or choose(bundle)
@@ -176,17 +177,21 @@ class Pipeline:
 
     def preprocess(self, seen: Sequence[Seen], stopwatch: Stopwatch) -> list[VisualInput]:
         """Patches and pieces of the prompt for videos and images of one conversation."""
-        visuals, counts, rule = list[VisualInput](), {True: 0, False: 0}, self.rule(seen)
+        visuals = list[VisualInput]()
+        counts = {True: 0, False: 0}
+        rule = self.rule(seen)
         for one in seen:
             film = isinstance(one, Video)
-            index, counts[film] = counts[film], counts[film] + 1
+            index = counts[film]
+            counts[film] = counts[film] + 1
             with stopwatch.stage("preprocess"):
                 visuals.append(rule.video(one, index) if isinstance(one, Video) else rule.image(one, index))
         return visuals
 
     def encode_visual(self, visual: VisualInput) -> Any:
         """Rows [1+K, n, D] of one video or image: what the prompt shows, then what the first K layers add to it."""
-        vision, device = self.manifest.vision, self.backend.device
+        vision = self.manifest.vision
+        device = self.backend.device
         calls = [tower_call(vision, tiles) for tiles in visual.tiles]
         counts = [call.rows * len(tiles.values) for call, tiles in zip(calls, visual.tiles, strict=True)]
         shape = (1 + vision.deepstack, sum(counts), self.manifest.model.hidden_size)
@@ -198,7 +203,9 @@ class Pipeline:
 
     def _encode(self, call: TowerCall, tiles: Tiles, rows: Any, place: int) -> None:
         """Write the rows of pictures of one size from `place` on, some pictures at once."""
-        vision, model, device = self.manifest.vision, self.manifest.model, self.backend.device
+        vision = self.manifest.vision
+        model = self.manifest.model
+        device = self.backend.device
         count, patches, _ = tiles.values.shape
         at_once = max(1, PATCHES_AT_ONCE // patches)
         shared = {name: device.upload(array) for name, array in _typed(call.inputs, model.float_type).items()}
@@ -215,7 +222,9 @@ class Pipeline:
 
     def _mapped(self, rows: Any, mapping: RowMap) -> Any:
         """Rows of the prompt from rows of the tower."""
-        device, index, weight = self.backend.device, mapping.index, mapping.weight
+        device = self.backend.device
+        index = mapping.index
+        weight = mapping.weight
         mapped = device.empty((rows.shape[0], len(index), rows.shape[2]), device.row_type)
         for k in range(rows.shape[0]):
             own = device.take(rows[k], index[:, 0]) if weight is None else device.mix(rows[k], index, weight)
@@ -242,7 +251,9 @@ class Pipeline:
 
     def embed(self, prompt: Prompt, visual_rows: Sequence[Any]) -> TokenRows:
         """Rows of all tokens of a prompt, and their rotary tables, on the backend's device."""
-        device, ids, places = self.backend.device, prompt.token_ids, prompt.row_places
+        device = self.backend.device
+        ids = prompt.token_ids
+        places = prompt.row_places
         hidden = device.zeros((ids.size, self.manifest.model.hidden_size), device.row_type)
         added = visual_rows[0].shape[0] - 1 if visual_rows else 0
         deepstack: Any = device.zeros((added, *hidden.shape), device.row_type) if added else None
@@ -341,7 +352,9 @@ class Pipeline:
         Raises:
             VideoError, PromptError, BudgetError: see `framefusion.errors`.
         """
-        stopwatch, request, turns = Stopwatch(), request or Request(), as_turns(turns)
+        stopwatch = Stopwatch()
+        request = request or Request()
+        turns = as_turns(turns)
         seen = self.see(turns, files, sampling or self.manifest.sampling, stopwatch, whole=False)
         videos = facts_of_films(seen)
         visuals = self.preprocess(seen, stopwatch)
@@ -364,7 +377,8 @@ class Pipeline:
         on_text: Callable[[str], None] | None = None,
     ) -> Generation:
         """Answer a prompt whose rows are at hand: `generate` without files and vision."""
-        stopwatch, request = stopwatch or Stopwatch(), self.bounded(request, prompt)
+        stopwatch = stopwatch or Stopwatch()
+        request = self.bounded(request, prompt)
         return self.complete(prompt, self.prefill(prompt, rows, request, stopwatch), request, stopwatch, on_text)
 
     def complete(
@@ -406,11 +420,13 @@ class Pipeline:
         # a table may have more rows than the tokenizer has tokens: nothing was ever trained to say those
         limit = min(self.manifest.model.vocab_size, self.tokenizer.vocab_size)
         sampler = Sampler(config, request.seed, limit, prompt.token_ids.size)
-        stream, pieces = self.tokenizer.stream(), [""]
+        stream = self.tokenizer.stream()
+        pieces = [""]
         seen = np.concatenate([prompt.token_ids, np.zeros(request.max_new_tokens, np.int64)])
         length = prompt.token_ids.size
         cos, sin = self.rope(decode_positions(length, prompt.rope_delta, request.max_new_tokens))
-        logits, decoder = prefilled.logits, self.stitcher.decoder(prefilled)
+        logits = prefilled.logits
+        decoder = self.stitcher.decoder(prefilled)
         token_ids: list[int] = []
         while True:
             index = len(token_ids)

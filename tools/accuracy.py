@@ -104,7 +104,8 @@ def run(setup: Setup, asked: list[Question], under: list[Condition], output: Pat
 
 def differing(first: Path, second: Path) -> int:
     """Answers of the second file whose text is another one in the first."""
-    ours, theirs = texts(first), texts(second)
+    ours = texts(first)
+    theirs = texts(second)
     return sum(ours[key] != said for key, said in theirs.items())
 
 

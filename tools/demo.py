@@ -19,10 +19,13 @@ from typing import Any
 
 CHECKPOINT = Path("tests/models/tiny_qwen2_vl")
 OUT = Path("demo-out")
-BUNDLE, CLIPS, BLOCKED = OUT / "bundle", OUT / "clips", OUT / "blocked"
+BUNDLE = OUT / "bundle"
+CLIPS = OUT / "clips"
+BLOCKED = OUT / "blocked"
 MARK = OUT / ".made-by-the-demo"
 CLIP_COUNT = 10  # each kind of question twice
-DENSE, REDUCED = 1.0, 0.3
+DENSE = 1.0
+REDUCED = 0.3
 ABSENT = ("torch", "transformers", "onnx", "onnxscript", "safetensors")  # from the machine that runs a bundle
 MAX_PIXELS = 150528  # of a frame; the clips have 12544 and stay as they are, the film's are larger
 FILM_QUESTION = "How many objects appear?"
@@ -72,7 +75,8 @@ def build() -> None:
     run(command("ff-export"), *arguments, "--force", "--json")
     manifest = json.loads((BUNDLE / "manifest.json").read_text(encoding="utf-8"))
     size = sum(file["size"] for file in manifest["files"].values())
-    model, check = manifest["model"], manifest["check"]
+    model = manifest["model"]
+    check = manifest["check"]
     errors = [line for line in check["lines"] if line["limit"] > 0]
     worst = max(errors, key=lambda line: float(line["value"] / line["limit"]))
     print(f"{model['num_layers']} layers in {len(manifest['segments'])} segments, {size / 1e6:.1f} MB, ", end="")
@@ -112,7 +116,8 @@ def ask_about_clips(clips: Sequence[dict[str, str]]) -> None:
         for cost, answer in answers.items():
             right[cost] += answer["text"].strip() == clip["answer"]
             totals[cost] += llm_seconds(answer)
-        dense, reduced = answers[DENSE], answers[REDUCED]
+        dense = answers[DENSE]
+        reduced = answers[REDUCED]
         tokens = f"{dense['visual_tokens']} -> {visual_left(reduced)}"
         times = f"{1000 * llm_seconds(dense):.0f} -> {1000 * llm_seconds(reduced):.0f}"
         show(widths, (clip["question"], clip["answer"], dense["text"], reduced["text"], tokens, times))

@@ -22,7 +22,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results" / "live_versions.json"
 DOCUMENT = ROOT / "docs" / "live.md"
-BEGIN, END = "<!-- live versions -->", "<!-- end of live versions -->"
+BEGIN = "<!-- live versions -->"
+END = "<!-- end of live versions -->"
 NEW = 8  # tokens of an answer
 COST = 0.4
 CHUNK = 53  # tokens: cuts within a frame
@@ -63,7 +64,8 @@ def write_inputs(folder: Path) -> list[str]:
         pipeline = eager_pipeline(place / "checkpoint", place / "bundle", OPTIONS)
         subject = Subject(case, place / "checkpoint", pipeline, case.reference(place / "checkpoint"))
         model: Any = subject.reference.model  # type: ignore[attr-defined]
-        sampling, prompts = pipeline.manifest.sampling, []
+        sampling = pipeline.manifest.sampling
+        prompts = []
         for seed, words in enumerate(("What happens?", "What happens then, and why does it?")):
             turns = [Turn("user", (Visual.VIDEO, words))]
             visuals = pipeline.read_visuals(turns, [clip(seed=seed)], sampling, Stopwatch())
@@ -132,7 +134,8 @@ def completed(model: Any, prompt: dict[str, Any]) -> dict[str, Any]:
     """What a processor gives besides ids and pixels."""
     import torch
 
-    ids, config = prompt["input_ids"], model.config
+    ids = prompt["input_ids"]
+    config = model.config
     whole = {**prompt, "attention_mask": torch.ones_like(ids)}
     if "qwen" in config.model_type:
         whole["mm_token_type_ids"] = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
@@ -165,7 +168,8 @@ def batched(prompts: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows padded on the left, pixels one after the other."""
     import torch
 
-    longest, whole = max(prompt["input_ids"].shape[1] for prompt in prompts), {}
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    whole = {}
     for name in prompts[0]:
         own = [prompt[name] for prompt in prompts]
         if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
@@ -202,7 +206,8 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 def verdict(results: list[Answers], version: int, family: str, way: str) -> str:
     """A cell: equal, what transformers itself does not do, or what is wrong."""
     cells = [one["families"][family][way] for one in results]
-    own, newest = cells[version], cells[-1]
+    own = cells[version]
+    newest = cells[-1]
     if isinstance(own["dense"], str):
         return "not by transformers"
     if isinstance(own["reduced"], str):
@@ -241,7 +246,8 @@ def main(arguments: list[str]) -> None:
         return
     if arguments:
         with tempfile.TemporaryDirectory() as name:
-            folder, results = Path(name), []
+            folder = Path(name)
+            results = []
             families = write_inputs(folder)
             for python in arguments:
                 told = folder / "answers.json"

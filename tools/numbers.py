@@ -32,7 +32,8 @@ def with_tables(readme: str) -> str:
     numbers += [accuracy(load("accuracy")), accuracy(load("accuracy_brief"), STAYS["brief"])]
     numbers += [on_gpu(load(path.stem)) for path in sorted(RESULTS.glob("prefill_*.json"))]
     for marker, tables in (("numbers", "\n\n".join(numbers)), ("families", families())):
-        start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+        start = f"<!-- {marker} -->"
+        end = f"<!-- /{marker} -->"
         block = f"{start}\n\n{tables}\n\n{end}"
         readme = re.sub(f"{start}.*{end}", lambda _, block=block: block, readme, flags=re.DOTALL)  # type: ignore[misc]
     return readme
@@ -49,7 +50,8 @@ def load(name: str) -> dict[str, Any]:
 
 
 def prefill(told: dict[str, Any]) -> str:
-    eager, products = told["eager"], told["matmul_gflops"]
+    eager = told["eager"]
+    products = told["matmul_gflops"]
     rows = [("transformers, eager torch", *seconds(eager), *["-"] * 4)]
     for name, own in told.items():
         if name.startswith("ours at cost"):
@@ -74,7 +76,8 @@ def on_gpu(told: dict[str, Any]) -> str:
     """Time by stage of a backend that has a result of its own."""
     rows = []
     for name, stages in told["stages"].items():
-        own, names = told[name], ("vision", "prefill", "reduction", "decode")
+        own = told[name]
+        names = ("vision", "prefill", "reduction", "decode")
         faster = own["speed_up_over_eager"]
         rows.append(
             (

@@ -51,7 +51,8 @@ from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
 
-KEPT, SWAPPED = "kept tokens", "share of swapped tokens"  # what is compared has limits of its own
+KEPT = "kept tokens"
+SWAPPED = "share of swapped tokens"  # what is compared has limits of its own
 MOST_SWAPPED = 0.05
 ROUNDINGS = 10
 
@@ -144,17 +145,21 @@ class Comparison:
     """A bundle's pipeline beside what the eager model made of the same prompt."""
 
     def __init__(self, compiled: Pipeline, theirs: EagerRun, tokens: int = DECODED) -> None:
-        self.compiled, self.theirs, self.tokens = compiled, theirs, tokens
+        self.compiled = compiled
+        self.theirs = theirs
+        self.tokens = tokens
         self.exact = compiled.manifest.model.dtype == "float32"
         self.dense_logits = np.zeros(0, np.float32)
-        self.kept_tokens, self.notes = 0, list[str]()
+        self.kept_tokens = 0
+        self.notes = list[str]()
 
     def errors(self) -> dict[str, float]:
         """All that is compared, by what it is."""
         found = {"vision features": relative_error(self._features(), self.theirs.features)}
         request = dense_request(self.compiled.manifest, self.tokens)
         ours = self._run(dense_pipeline(self.compiled), request, self.theirs.dense)
-        self.dense_logits, self.kept_tokens = ours.logits, len(ours.kept[-1])
+        self.dense_logits = ours.logits
+        self.kept_tokens = len(ours.kept[-1])
         dense = {KEPT: float(differing(ours, self.theirs.dense)), **run_errors(ours, self.theirs.dense)}
         found |= {f"dense {what}": value for what, value in dense.items()}
         if self.theirs.reduced is not None:
@@ -170,7 +175,8 @@ class Comparison:
     def _reduced(self, theirs: Run) -> dict[str, float]:
         ours = self._run(self.compiled, Request(self.tokens), theirs)
         self.kept_tokens = len(ours.kept[-1])
-        others, kept = differing(ours, theirs), sum(map(len, theirs.kept))
+        others = differing(ours, theirs)
+        kept = sum(map(len, theirs.kept))
         if self.theirs.decisions and not self.exact:
             replayed = Replayed(self.theirs.prompt.labels, self.theirs.decisions)
             ours = self._run(self.compiled, Request(self.tokens), theirs, replayed)

@@ -24,7 +24,9 @@ from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 
 DECODED = 16
-FRAMES, HEIGHT, WIDTH = 12, 112, 168
+FRAMES = 12
+HEIGHT = 112
+WIDTH = 168
 QUESTION = "What happens in this video?"
 
 Array = NDArray[np.float32]
@@ -100,7 +102,9 @@ def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doin
     rows = eager.embed(prompt, [features])
     recorder.open = True
     dense = run(dense_pipeline(eager), prompt, rows, dense_request(eager.manifest, effort.tokens), recorder=recorder)
-    reduced, decisions, request = None, list[Decision](), Request(effort.tokens)
+    reduced = None
+    decisions = list[Decision]()
+    request = Request(effort.tokens)
     if effort.reduced and eager.manifest.reduction.mode != "none":
         reduction = eager.reduction(prompt, request)
         if reduction is not None:
@@ -174,8 +178,11 @@ def run(
         prefilled = pipeline.stitcher.prefill(rows, reduction, new, Stopwatch())
     if recorder is not None:
         recorder.open = False
-    first, chosen, decoded = prefilled.logits.copy(), list(tokens or ()), []
-    logits, decoder = prefilled.logits, pipeline.stitcher.decoder(prefilled)
+    first = prefilled.logits.copy()
+    chosen = list(tokens or ())
+    decoded = []
+    logits = prefilled.logits
+    decoder = pipeline.stitcher.decoder(prefilled)
     places = prompt.token_ids.size + prompt.rope_delta + np.arange(new - 1)
     cos, sin = pipeline.rope(np.broadcast_to(places, (3, new - 1)))
     for step in range(new - 1):

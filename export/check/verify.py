@@ -69,7 +69,8 @@ def scope_of(plan: BuildPlan) -> Scope:
     runs = plan.options.dtype != "bfloat16"
     options = plan.options if runs else replace(plan.options, dtype="float32")
     untried = "" if runs else "onnxruntime's CPU kernels do not compute bfloat16: the same graphs in float32 were run"
-    needed, free = memory_of_check(plan), check.available_memory()
+    needed = memory_of_check(plan)
+    free = check.available_memory()
     if needed <= free:
         return Scope("full" if runs else "in float32", untried, None if runs else options, memory=needed)
     least = memory_of_streamed(plan)
@@ -168,7 +169,8 @@ def truncated(plan: BuildPlan, options: BuildOptions) -> BuildOptions | None:
 
     A schedule keeps its layers and shares, so the cost is the one that it has in the smaller model.
     """
-    schedule, record = plan.reduction.schedule, plan.reduction
+    schedule = plan.reduction.schedule
+    record = plan.reduction
     layers = max(FEWEST_LAYERS, math.ceil(1 / record.cost), schedule.prune_layer + 2 if schedule else 0)
     if record.depth is not None and load_reducer(record.reducer).static:  # all layers up to its call see all tokens
         layers = max(layers, math.floor((record.depth + 1) / record.cost) + 1)
@@ -186,10 +188,13 @@ def weight_report(folder: Path, plan: BuildPlan) -> dict[str, Any]:
     Returns:
         tensors and bytes compared, and the names of those that differ.
     """
-    compared, size, differing = 0, 0, []
+    compared = 0
+    size = 0
+    differing = []
     for graph, module, sources in _graphs(plan):
         for name, tensor in _sampled(folder / graph, [name for name, _ in module.named_parameters()]):
-            compared, size = compared + 1, size + tensor.nbytes
+            compared = compared + 1
+            size = size + tensor.nbytes
             if not _stands(folder / Path(graph).parent / WEIGHTS, tensor, plan, sources[name]):
                 differing.append(f"{graph}: {name}")
     return {"tensors": compared, "bytes": size, "differing": differing}

@@ -148,7 +148,8 @@ class Checkpoint:
         places: dict[str, _TensorLocation] = {}
         for name in sorted(set(weight_map.values())):
             for key in self._file(folder / name).entries:
-                other, place = places.get(key), _TensorLocation(folder / name, key)
+                other = places.get(key)
+                place = _TensorLocation(folder / name, key)
                 if other is not None and not self._equal(other, place):
                     raise CheckpointError(
                         f"{other.file} and {place.file} both hold {key}, with other values: files of two models are "

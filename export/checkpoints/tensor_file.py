@@ -122,7 +122,9 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _entry(told: Mapping[str, Any], data: int) -> TensorEntry:
     """A tensor of the header, whose offsets count from byte `data` of the file."""
-    dtype, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
+    dtype = told["dtype"]
+    shape = told["shape"]
+    offsets = told["data_offsets"]
     lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not lists or not isinstance(dtype, str) or not dtype.isprintable():
         raise TypeError("dtype, shape or data_offsets of another type")

@@ -163,7 +163,8 @@ def write_parameters(
         check_parameter(checkpoint, sources[name], shape)
         tensor = sources[name].make(checkpoint)
         check_range(tensor, dtype, sources[name])
-        end, offset = file.position, file.align(ALIGNMENT)
+        end = file.position
+        offset = file.align(ALIGNMENT)
         on_bytes(offset - end)
         for block in blocks_of(tensor, dtype):
             on_bytes(file.write(_bytes(block)))

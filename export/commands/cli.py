@@ -144,7 +144,8 @@ def _built_report(built: Built) -> dict[str, Any]:
 
 
 def _render_built(report: dict[str, Any]) -> str:
-    size, check = console.in_bytes(sum(report["bytes"].values())), report["check"]
+    size = console.in_bytes(sum(report["bytes"].values()))
+    check = report["check"]
     lines = [f"{report['bundle']}: {size}, reduction {report['reduction']['text']}"]
     if check is None:
         from framefusion.export.report.inspection import compared_words
@@ -211,7 +212,8 @@ def check(
 
     if bisect and checkpoint is None:
         raise click.UsageError("--bisect compares with the eager model: say with --checkpoint which one")
-    trust, manifest = Trust.of(trusted_keys), read_manifest(bundle)
+    trust = Trust.of(trusted_keys)
+    manifest = read_manifest(bundle)
     others = other_files(manifest)
     verify_files(bundle, others, trust_stamps=False)
     integrity = integrity_facts(bundle, trust.keys)
@@ -338,7 +340,8 @@ def evaluate(
     except ImportError as error:
         raise _missing(error) from None
 
-    asked, opened = read_questions(questions, limit), Setup(model, **setup)
+    asked = read_questions(questions, limit)
+    opened = Setup(model, **setup)
     if not opened.is_bundle:
         _open(model, opened.revision)
     own = own_condition(opened)

@@ -41,7 +41,8 @@ class _Finite(click.FloatRange):
 
 
 FINITE = _Finite(min=0, min_open=True)
-OF_FAMILY, OF_CHECKPOINT = "the family's", "the checkpoint's"
+OF_FAMILY = "the family's"
+OF_CHECKPOINT = "the checkpoint's"
 
 
 class CommaList(ParamType, Generic[Item]):
@@ -64,7 +65,9 @@ def _flag(name: str, kind: Any, text: str, default: str | None = None) -> Callab
     return click.option(name, type=kind, help=text if default is None else f"{text[:-1]}; default: {default}.")
 
 
-KINDS, DTYPES, DEVICES = get_args(EngineKind), ("float32", "float16", "bfloat16"), ("cpu", "cuda")
+KINDS = get_args(EngineKind)
+DTYPES = ("float32", "float16", "bfloat16")
+DEVICES = ("cpu", "cuda")
 BACKEND = _flag(
     "--backend", click.Choice(KINDS), "Compile engines of this kind, too.", "none, ONNX Runtime runs the graphs"
 )

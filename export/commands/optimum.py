@@ -60,7 +60,8 @@ def command_line(given: Namespace) -> list[str]:
     """What was given, as arguments of `ff-export`."""
     words = ["build", given.model, "-o", given.output]
     for option in build_options():
-        value, name = getattr(given, str(option.name)), option.opts[0]
+        value = getattr(given, str(option.name))
+        name = option.opts[0]
         if option.is_flag:
             words += [name] if value else []
         elif value is not None:

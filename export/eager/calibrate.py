@@ -62,7 +62,8 @@ def median_shares(shares: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 
 def _history(pipeline: Pipeline, clip: Path) -> Sequence[CallRecord]:
-    stopwatch, turns = Stopwatch(), [Turn("user", (Visual.VIDEO, PROMPT))]
+    stopwatch = Stopwatch()
+    turns = [Turn("user", (Visual.VIDEO, PROMPT))]
     visuals = pipeline.read_visuals(turns, [clip], pipeline.manifest.sampling, stopwatch)
     prompt = pipeline.prompt(turns, visuals)
     rows = pipeline.embed(prompt, [pipeline.encode_visual(patches) for patches in visuals])

@@ -60,8 +60,11 @@ class _Unit:
     def __init__(
         self, prefix: str, module: nn.Module, names: list[str], read: Read, released: Callable[[str], object]
     ) -> None:
-        self._prefix, self._module, self._names = prefix, module, names
-        self._read, self._released = read, released
+        self._prefix = prefix
+        self._module = module
+        self._names = names
+        self._read = read
+        self._released = released
         # a table's rows are converted when they are looked up: the table stays in the type it is stored in
         self._looked_up = type(module) is nn.Embedding
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters(remove_duplicate=False)}

@@ -82,7 +82,8 @@ class EngineCache:
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
+        self.folder = folder
+        self.limit = limit
         self._used: set[str] = set()  # keys that this job has asked for: they stay
         try:
             for name in ("entries", "objects", "building", "timing"):

@@ -113,8 +113,10 @@ def compile_engines(
 ) -> Compiled:
     """Bring all engines of a kind, and the report, into the folder `into`, under the names that they have in a bundle;
     its manifest is left to the caller. `check_names` is told these names before anything is compiled."""
-    resources, start = resources or Resources(), time.monotonic()
-    folder, manifest = bundle.folder, bundle.manifest
+    resources = resources or Resources()
+    start = time.monotonic()
+    folder = bundle.folder
+    manifest = bundle.manifest
     bundle.require_graphs()
     check_options(options, manifest.dialect, manifest.model.dtype)
     jobs = plan_jobs(bundle, options, plan)
@@ -236,7 +238,8 @@ def _fetch(folder: Path, job: Job, cache: EngineCache, cancel: threading.Event) 
 
 
 def _record(job: Job, fetched: Fetched) -> EngineRecord:
-    spec, entry = job.spec, fetched.entry
+    spec = job.spec
+    entry = fetched.entry
     return EngineRecord(
         kind=spec.kind,
         graph=job.graph,

@@ -113,8 +113,10 @@ def builder_of(kind: EngineKind) -> Any:
 
 def plan_jobs(bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) -> list[Job]:
     """One job for each graph, the heaviest first."""
-    manifest, kind = bundle.manifest, KINDS[options.kind]
-    builder, targets = builder_of(options.kind), options.targets
+    manifest = bundle.manifest
+    kind = KINDS[options.kind]
+    builder = builder_of(options.kind)
+    targets = options.targets
     if kind.from_onnx:
         targets = load_library(options.kind).check_targets(targets)
         specs = _onnx_specs(bundle, builder, options.kind, targets)
@@ -140,7 +142,8 @@ def plan_jobs(bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) ->
 
 
 def _onnx_specs(bundle: Bundle, builder: Any, kind: EngineKind, targets: Sequence[str]) -> dict[str, Any]:
-    folder, manifest = bundle.folder, bundle.manifest
+    folder = bundle.folder
+    manifest = bundle.manifest
     specs = {
         graph: builder.segment_spec(folder, manifest, segment, graph, kind, targets)
         for segment in manifest.segments
@@ -156,7 +159,8 @@ def components_of(manifest: Manifest, graph: str, spec: Any) -> dict[str, Any]:
     The schedule of a fixed reduction is in the graph, and here for whoever reads why something was compiled again. The
     cost and the thresholds of an adaptive one act between engines and are left out: they compile nothing anew.
     """
-    place, kind = Path(graph).parent, KINDS[spec.kind]
+    place = Path(graph).parent
+    kind = KINDS[spec.kind]
     beside = [name for name in manifest.files if Path(name).parent == place and not name.endswith(".onnx")]
     fixed = None if manifest.fixed is None else [manifest.reduction.schedule, manifest.fixed]
     parts = {
@@ -186,7 +190,8 @@ def check_disk(folder: Path, cache: EngineCache, jobs: Sequence[Job], missing: S
     apart = os.stat(cache.folder).st_dev != os.stat(folder).st_dev
     wanted = {cache.folder: missing, folder: jobs if apart else []}
     for place, engines in wanted.items():
-        needed, free = sum(job.size for job in engines) + SPARE * bool(engines), free_disk(place)
+        needed = sum(job.size for job in engines) + SPARE * bool(engines)
+        free = free_disk(place)
         if needed > free:
             raise StorageError(
                 f"engines of about {in_bytes(needed)} go to {place}, {in_bytes(free)} are free: make room, or give "

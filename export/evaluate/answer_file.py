@@ -44,7 +44,8 @@ class AnswerFile:
     """
 
     def __init__(self, output: Path | None, identity: Mapping[str, Any]) -> None:
-        self.output, self.identity = output, {"format": FORMAT, **identity}
+        self.output = output
+        self.identity = {"format": FORMAT, **identity}
         self.answers: dict[Key, Answer] = {}
         self.engine: str | None = None  # that gave the answers; None before the first
         self.note: str | None = None
@@ -103,7 +104,8 @@ class AnswerFile:
         """
         if self.engine not in (None, engine):
             raise self._other("engine", self.engine, engine)
-        self.engine, self.note = engine, note
+        self.engine = engine
+        self.note = note
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Put the report and all answers in FILE."""
@@ -206,7 +208,8 @@ class AnswerFile:
     def _other(self, name: str, theirs: object, mine: object) -> EvaluationError:
         if isinstance(theirs, dict) and isinstance(mine, dict):
             name = next(part for part in mine if theirs.get(part) != mine[part])
-            theirs, mine = theirs.get(name), mine[name]
+            theirs = theirs.get(name)
+            mine = mine[name]
         return EvaluationError(
             f"{self.output} holds another evaluation, its {name} is {theirs!r}, asked is {mine!r}: "
             "choose another file with -o, or remove it and what stands beside it as .partial"

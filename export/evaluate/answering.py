@@ -125,17 +125,21 @@ class PipelineAnswerer(Answerer):
     """The runtime's pipeline, over compiled graphs or those of eager torch: our own prompt and preprocessing."""
 
     def __init__(self, pipeline: Pipeline, setup: Setup, engine: str) -> None:
-        bundle, sampling = pipeline.bundle, setup.sampling(pipeline.manifest.sampling)
+        bundle = pipeline.bundle
+        sampling = setup.sampling(pipeline.manifest.sampling)
         if sampling != pipeline.manifest.sampling:
             pipeline = Pipeline(bundle.seen_as(sampling=sampling), pipeline.backend)
-        self.pipeline, self.setup, self.engine = pipeline, setup, engine
+        self.pipeline = pipeline
+        self.setup = setup
+        self.engine = engine
         self.dense = dense_pipeline(pipeline)
         self.parts: tempfile.TemporaryDirectory[str] | None = None
 
     def answers(self, question: Question, conditions: Sequence[Condition]) -> Iterator[Answer]:
         """See `Answerer.answers`."""
         prompt, rows = self.pipeline.read(question.turns(self.setup.system), question.files)
-        text, dense = prompt.token_ids.size - prompt.num_visual, None
+        text = prompt.token_ids.size - prompt.num_visual
+        dense = None
         asked = [self._asked(question, condition) for condition in conditions]
         for pipeline, request in asked:
             pipeline.reduction(prompt, request)  # refuses
@@ -147,7 +151,8 @@ class PipelineAnswerer(Answerer):
 
     def _asked(self, question: Question, condition: Condition) -> tuple[Pipeline, Request]:
         greedy = replace(self.pipeline.manifest.generation, do_sample=False)
-        most, seed = self.setup.max_new_tokens, self.setup.seed_of(question)
+        most = self.setup.max_new_tokens
+        seed = self.setup.seed_of(question)
         if condition.cost == 1.0 and self.dense.manifest.reduction.mode == "none":
             return self.dense, Request(most, generation=greedy)
         return self.pipeline, Request(most, condition.cost, generation=greedy, seed=seed, reducer=condition.reducer)

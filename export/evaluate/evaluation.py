@@ -215,7 +215,8 @@ def _shares(own: Mapping[str, Any]) -> tuple[str, str]:
 
 def _by_type(found: Mapping[str, Any]) -> str:
     """Conditions by types, some types beside each other."""
-    kinds, blocks = list(found["questions"]), []
+    kinds = list(found["questions"])
+    blocks = []
     for start in range(0, len(kinds), TYPES_ACROSS):
         across = kinds[start : start + TYPES_ACROSS]
         head = ("reducer", "cost", *(f"{kind} ({found['questions'][kind]})" for kind in across))

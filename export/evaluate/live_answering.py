@@ -45,14 +45,16 @@ class TransformersAnswerer(Answerer):
     """
 
     def __init__(self, checkpoint: Checkpoint, setup: Setup) -> None:
-        self.setup, self.engine = setup, engine_of(TRANSFORMERS)
+        self.setup = setup
+        self.engine = engine_of(TRANSFORMERS)
         self.processor = load_processor(checkpoint.folder)
         self.sampling = setup.sampling(BuildPlan(checkpoint, BuildOptions()).sampling)
         self.model = load_model(checkpoint.folder)
 
     def answers(self, question: Question, conditions: Sequence[Condition]) -> Iterator[Answer]:
         """See `Answerer.answers`."""
-        inputs, settings = self.inputs(question), {"seed": self.setup.seed_of(question)}
+        inputs = self.inputs(question)
+        settings = {"seed": self.setup.seed_of(question)}
         length = inputs["input_ids"].shape[1]
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         with encoded_once(self.model.base_model), torch.inference_mode():
@@ -64,7 +66,8 @@ class TransformersAnswerer(Answerer):
                     said = self.model.generate(**inputs, max_new_tokens=self.setup.max_new_tokens, **greedy)
                     (record,) = handle.last
                     text = self.processor.decode(said[0, length:], skip_special_tokens=True)
-                    left, outcomes = record.visual_after, outcomes_of(record.calls)
+                    left = record.visual_after
+                    outcomes = outcomes_of(record.calls)
                     yield Answer(text, record.cost, record.visual_before, left, outcomes)
             finally:
                 remove_framefusion(self.model)
@@ -72,7 +75,8 @@ class TransformersAnswerer(Answerer):
     def inputs(self, question: Question) -> Mapping[str, Any]:
         """What the processor makes of a question."""
         content: list[dict[str, str]] = []
-        videos, images = list[Video](), list[Any]()
+        videos = list[Video]()
+        images = list[Any]()
         turns = question.turns(self.setup.system)
         files = iter(question.files)
         for part in turns[-1].parts:

@@ -42,7 +42,8 @@ def open_answerer(setup: Setup) -> Answerer:
 
     if setup.threads:
         torch.set_num_threads(setup.threads)
-    checkpoint, note = Checkpoint.named(setup.model, setup.revision), None
+    checkpoint = Checkpoint.named(setup.model, setup.revision)
+    note = None
     if setup.live != EAGER:
         from framefusion.export.evaluate.live_answering import TransformersAnswerer
 
@@ -63,5 +64,6 @@ def _eager(checkpoint: Checkpoint, setup: Setup, note: str | None) -> Answerer:
     parts = tempfile.TemporaryDirectory()  # stays as long as the answerer
     pipeline = eager_pipeline(BuildPlan(checkpoint, BuildOptions()), Path(parts.name) / "parts")
     answerer = PipelineAnswerer(pipeline, setup, engine_of(EAGER))
-    answerer.parts, answerer.note = parts, note
+    answerer.parts = parts
+    answerer.note = note
     return answerer

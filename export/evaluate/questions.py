@@ -190,7 +190,8 @@ def _answers(path: Path, number: int, row: Mapping[str, Any], choices: tuple[str
 
 
 def _visuals(path: Path, number: int, row: Mapping[str, Any]) -> Iterator[tuple[Visual, Path]]:
-    video, images = row.get("video"), row.get("images")
+    video = row.get("video")
+    images = row.get("images")
     if (video is None) == (images is None):
         raise _wrong(path, number, "has video and images, give one" if video else "has neither video nor images")
     names = _texts([video] if images is None else images)

@@ -18,7 +18,8 @@ def wilson(right: int, total: int, z: float = Z) -> tuple[float, float]:
     """Wilson's score interval of a share; [0, 1] of nothing."""
     if total == 0:
         return 0.0, 1.0
-    share, spread = right / total, z * z / total
+    share = right / total
+    spread = z * z / total
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
     return max(centre - half, 0.0), min(centre + half, 1.0)
@@ -26,23 +27,30 @@ def wilson(right: int, total: int, z: float = Z) -> tuple[float, float]:
 
 def mcnemar(first_only: int, second_only: int) -> float:
     """Two-sided p of the exact test: as many of the differing questions go to one side by a fair coin, or more."""
-    differing, fewer = first_only + second_only, min(first_only, second_only)
-    tail, ways = 0, 1
+    differing = first_only + second_only
+    fewer = min(first_only, second_only)
+    tail = 0
+    ways = 1
     for k in range(fewer + 1):
-        tail, ways = tail + ways, ways * (differing - k) // (k + 1)  # binomial coefficients, one from the other
+        tail = tail + ways
+        ways = ways * (differing - k) // (k + 1)  # binomial coefficients, one from the other
     return min(2 * tail / (1 << differing), 1.0)  # of integers, so that no count overflows
 
 
 def newcombe(both: int, first_only: int, second_only: int, neither: int, z: float = Z) -> tuple[float, float]:
     """Interval of the difference of two shares of the same questions, first less second."""
     total = both + first_only + second_only + neither
-    first, second = both + first_only, both + second_only
+    first = both + first_only
+    second = both + second_only
     rooms = first * (total - first) * second * (total - second)
     product = both * neither - first_only * second_only
     joint = max(product - total / 2, 0.0) if product > 0 else product  # continuity-corrected
     phi = joint / math.sqrt(rooms) if rooms else 0.0
-    (low, high), (other_low, other_high) = wilson(first, total, z), wilson(second, total, z)
-    own, other, difference = first / total, second / total, (first_only - second_only) / total
+    (low, high) = wilson(first, total, z)
+    (other_low, other_high) = wilson(second, total, z)
+    own = first / total
+    other = second / total
+    difference = (first_only - second_only) / total
     below = _joined(own - low, other_high - other, phi)
     above = _joined(high - own, other - other_low, phi)
     return difference - below, difference + above
@@ -54,7 +62,8 @@ def _joined(own: float, other: float, phi: float) -> float:
 
 def share_of(right: Sequence[bool]) -> dict[str, object]:
     """How many of some answers are right, and what that says of the share."""
-    count, total = sum(right), len(right)
+    count = sum(right)
+    total = len(right)
     low, high = wilson(count, total)
     return {
         "questions": total,
@@ -72,8 +81,10 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, object]:
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"{len(first)} and {len(second)} answers are not of the same questions")
-    both, neither = sum(map(min, first, second)), len(first) - sum(map(max, first, second))
-    first_only, second_only = sum(first) - both, sum(second) - both
+    both = sum(map(min, first, second))
+    neither = len(first) - sum(map(max, first, second))
+    first_only = sum(first) - both
+    second_only = sum(second) - both
     low, high = newcombe(both, first_only, second_only, neither)
     return {
         "only_first_right": first_only,

@@ -69,7 +69,8 @@ def decoder_config(checkpoint: Checkpoint, family: Family, num_layers: int | Non
     theta, section, interleaved = language.rope(checkpoint, head_dim)
     if num_layers is not None and not 2 <= num_layers <= depth:
         raise CheckpointError(f"--num-decoder-layer {num_layers} is outside 2 .. {depth}, the layers of the checkpoint")
-    first, names = f"{llm_prefix(checkpoint, family)}layers.0.", family.llm.names
+    first = f"{llm_prefix(checkpoint, family)}layers.0."
+    names = family.llm.names
     biased = language.biased_slots(checkpoint, lambda slot: f"{first}{names[slot]}.bias" in checkpoint)
     return DecoderConfig(
         hidden_size=hidden,
@@ -97,7 +98,9 @@ def check_tables(checkpoint: Checkpoint, family: Family) -> None:
     Raises:
         CheckpointError: naming vocab_size or hidden_size.
     """
-    config, table, head = text_config(checkpoint), embedding_key(checkpoint, family), head_key(checkpoint, family)
+    config = text_config(checkpoint)
+    table = embedding_key(checkpoint, family)
+    head = head_key(checkpoint, family)
     sizes = {"vocab_size": config.get("vocab_size"), "hidden_size": required(config, "hidden_size", checkpoint)}
     for key in dict.fromkeys((table, head)):
         shape = checkpoint.shape(key)
@@ -132,14 +135,16 @@ def stored_depth(checkpoint: Checkpoint, family: Family) -> int:
 
 def decoder_sources(checkpoint: Checkpoint, family: Family, plan: SegmentPlan) -> dict[str, AnySource]:
     """Where each parameter of a segment is in the checkpoint."""
-    prefix, names = llm_prefix(checkpoint, family), family.llm.names
+    prefix = llm_prefix(checkpoint, family)
+    names = family.llm.names
     unpack = unpacking(checkpoint) if family.llm.packed_qkv else {}
     sources: dict[str, AnySource] = {}
     for index, block in enumerate(plan.blocks):
         for slot, name in names.items():
             kind, _, part = slot.partition(".")
             if kind == block.kind and part:
-                key, parameter = f"{prefix}layers.{block.layer}.{name}", f"blocks.{index}.{part}"
+                key = f"{prefix}layers.{block.layer}.{name}"
+                parameter = f"blocks.{index}.{part}"
                 matrix = not part.endswith("norm")
                 sources[f"{parameter}.weight"] = Source(f"{key}.weight", transpose=matrix)
                 sources[f"{parameter}.bias"] = Source(f"{key}.bias")

@@ -80,7 +80,8 @@ def run_of(checkpoint: Checkpoint, prefix: str, declared: int, depth: int | None
     Raises:
         CheckpointError: fewer blocks are stored than are run, or more than declared.
     """
-    stored, needed = checkpoint.count_blocks(prefix), declared if depth is None else depth
+    stored = checkpoint.count_blocks(prefix)
+    needed = declared if depth is None else depth
     if not needed <= stored <= declared:
         raise CheckpointError(
             f"{checkpoint.folder} has {stored} blocks at {prefix}*, config.json says {declared} of which {needed} are "

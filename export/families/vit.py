@@ -113,7 +113,8 @@ def vit_sources(
     for norm in ("pre_norm", "post_norm"):
         sources |= norm_sources(ours + norm, theirs + names[norm])
     for index in range(config.depth):
-        block, place = f"{ours}blocks.{index}.", f"{theirs}{names['blocks']}.{index}."
+        block = f"{ours}blocks.{index}."
+        place = f"{theirs}{names['blocks']}.{index}."
         for norm in ("norm1", "norm2"):
             sources |= norm_sources(block + norm, place + names[norm])
         for part in ("q", "k", "v", "proj", "fc1", "fc2"):

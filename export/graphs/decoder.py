@@ -68,8 +68,10 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        width = config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.q = Linear(config.hidden_size, width, config.qkv_bias)
         self.k = Linear(config.hidden_size, kv_width, config.qkv_bias)
@@ -81,7 +83,9 @@ class AttentionBlock(nn.Module):
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key after RoPE, and value, of hidden [B, S, D]."""
         normed = self.norm(hidden)
-        query, key, value = self.q(normed), self.k(normed), self.v(normed)
+        query = self.q(normed)
+        key = self.k(normed)
+        value = self.v(normed)
         if self.q_norm is not None and self.k_norm is not None:
             query = self.q_norm(query.unflatten(-1, (self.num_heads, -1))).flatten(-2)
             key = self.k_norm(key.unflatten(-1, (self.num_kv_heads, -1))).flatten(-2)
@@ -135,7 +139,9 @@ class Segment(nn.Module):
 
     def __init__(self, config: DecoderConfig, blocks: Sequence[Block], *, scores: bool, head: bool) -> None:
         super().__init__()
-        self.config, self.plan, self.scores = config, tuple(blocks), scores
+        self.config = config
+        self.plan = tuple(blocks)
+        self.scores = scores
         kinds = {"attention": AttentionBlock, "mlp": MlpBlock}
         self.blocks = nn.ModuleList(kinds[block.kind](config) for block in blocks)
         self.head = Head(config) if head else None
@@ -153,7 +159,8 @@ class Segment(nn.Module):
     ) -> tuple[Tensor, ...]:
         """See the module's table."""
         presents: list[Tensor] = []
-        final, added = len(self.blocks) - 1, 0
+        final = len(self.blocks) - 1
+        added = 0
         for index, block in enumerate(self.blocks):
             if self.head is not None and index == final and last is not None:
                 hidden = hidden.index_select(1, last)  # only this token's logits are wanted: its MLP is enough
@@ -165,7 +172,8 @@ class Segment(nn.Module):
             else:
                 hidden = block(hidden)
                 if self.plan[index].deepstack and deepstack is not None:
-                    hidden, added = hidden + deepstack[added : added + 1], added + 1
+                    hidden = hidden + deepstack[added : added + 1]
+                    added = added + 1
         if self.head is not None:
             return self.head(hidden), *presents
         if not self.scores:

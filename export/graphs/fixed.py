@@ -37,9 +37,13 @@ class FixedPrefill(nn.Module):
         (plan,) = whole_decoder(config.num_layers, deepstack=config.deepstack)
         decoder = Segment(config, plan.blocks, scores=False, head=True)
         # the attributes of the plain decoder, so that both graphs name the same weights
-        self.blocks, self.head = decoder.blocks, decoder.head
-        self.config, self.schedule, self.record = config, schedule, record
-        self.plan, self.deepstack = plan.blocks, plan.deepstack
+        self.blocks = decoder.blocks
+        self.head = decoder.head
+        self.config = config
+        self.schedule = schedule
+        self.record = record
+        self.plan = plan.blocks
+        self.deepstack = plan.deepstack
 
     def forward(
         self,
@@ -92,7 +96,8 @@ class FixedPrefill(nn.Module):
     def _merge(self, state: TokenState, last: Tensor, drops: Tensor, call: int) -> tuple[TokenState, Tensor]:
         if call >= len(self.schedule.merge_shares):
             return state, last
-        drop, length = drops[call : call + 1], state.hidden.shape[0] - self.record.drops[call]
+        drop = drops[call : call + 1]
+        length = state.hidden.shape[0] - self.record.drops[call]
         compared = state._replace(hidden=apart(state.hidden, self.config.hidden_size)[0])
         similarity = static_reduction.track_similarity(compared)
         state = static_reduction.merge_by_rank(state, similarity, drop, length, self.record.max_track)
@@ -101,7 +106,8 @@ class FixedPrefill(nn.Module):
     def _prune(
         self, state: TokenState, last: Tensor, drops: Tensor, query: Tensor, key: Tensor
     ) -> tuple[TokenState, Tensor]:
-        config, drop = self.config, drops[-1:]
+        config = self.config
+        drop = drops[-1:]
         scores = torch.ops.framefusion.importance(
             query, key, last, config.importance_rows, config.num_heads, config.num_kv_heads
         )

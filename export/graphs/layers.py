@@ -30,7 +30,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.eps = weight(width), eps
+        self.weight = weight(width)
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, width] -> the same shape."""
@@ -42,7 +43,10 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.bias, self.width, self.eps = weight(width), weight(width), width, eps
+        self.weight = weight(width)
+        self.bias = weight(width)
+        self.width = width
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same shape."""

@@ -66,22 +66,27 @@ class VitBlock(nn.Module):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         width = config.width
-        self.num_heads, self.activation = config.num_heads, config.activation
-        self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        self.num_heads = config.num_heads
+        self.activation = config.activation
+        self.norm1 = make_norm(config)
+        self.norm2 = make_norm(config)
         self.q, self.k, self.v = (Linear(width, width, config.qkv_bias) for _ in range(3))
         self.q_norm = RMSNorm(width, config.qk_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(width, config.qk_norm_eps) if config.qk_norm else None
         self.proj = Linear(width, width, bias=True)
-        self.fc1, self.fc2 = Linear(width, config.mlp_width, bias=True), Linear(config.mlp_width, width, bias=True)
+        self.fc1 = Linear(width, config.mlp_width, bias=True)
+        self.fc2 = Linear(config.mlp_width, width, bias=True)
         self.scale1 = weight(width) if config.layer_scale else None
         self.scale2 = weight(width) if config.layer_scale else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, P, E] -> the same shape."""
         normed = self.norm1(hidden)
-        query, key = self.q(normed), self.k(normed)
+        query = self.q(normed)
+        key = self.k(normed)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query = self.q_norm(query)
+            key = self.k_norm(key)
         out = self.proj(torch.ops.framefusion.full_attention(query, key, self.v(normed), self.num_heads))
         hidden = hidden + (out if self.scale1 is None else out * self.scale1)
         out = self.fc2(activate(self.fc1(self.norm2(hidden)), self.activation))

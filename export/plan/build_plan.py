@@ -69,7 +69,9 @@ DEFAULT_NEW_TOKENS = 1024
 BUCKET_RATIO = 0.8  # of neighbouring buckets: at most a quarter of a bucket is padding, an eighth on average
 BUCKET_MULTIPLE = 16
 VISION_GRAPH = "vision/graph.onnx"
-GRAPH, DECODE_GRAPH, WEIGHTS = "graph.onnx", "decode.onnx", "weights.bin"
+GRAPH = "graph.onnx"
+DECODE_GRAPH = "decode.onnx"
+WEIGHTS = "weights.bin"
 
 
 class BuildPlan:
@@ -80,7 +82,8 @@ class BuildPlan:
     """
 
     def __init__(self, checkpoint: Checkpoint, options: BuildOptions) -> None:
-        self.checkpoint, self.options = checkpoint, options
+        self.checkpoint = checkpoint
+        self.options = options
         self.family: Family = family_of(checkpoint.config)
         checkpoint.check_plain()
         license_files(checkpoint.folder)  # refuses one that leads out of the folder before anything is written
@@ -151,7 +154,8 @@ class BuildPlan:
 
     def buckets(self) -> tuple[int, ...] | None:
         """Sizes of a prefill: as given, none where the dialect runs every length, else a ladder down to the cost."""
-        longest, chosen = self.limits.max_input_len, self.options.buckets
+        longest = self.limits.max_input_len
+        chosen = self.options.buckets
         if chosen is None:
             return None if self.dialect.exact_shapes else self._ladder()
         if min(chosen) < 1 or max(chosen) < longest:
@@ -162,7 +166,9 @@ class BuildPlan:
 
     def _ladder(self) -> tuple[int, ...]:
         """A reducer that is done before the LLM with an exact count has one size of its own: the longest video's."""
-        longest, record, sizes = self.limits.max_input_len, self.reduction, set[int]()
+        longest = self.limits.max_input_len
+        record = self.reduction
+        sizes = set[int]()
         if record.mode == "adaptive" and record.depth is None and load_reducer(record.reducer).static:
             visual = max(longest - self.options.max_text_len, 0)
             sizes = {longest - visual + kept_by_prune(visual, 1 - record.cost)}
@@ -200,7 +206,8 @@ class BuildPlan:
 
         loaders = {VISION_GRAPH: load(self.tower.module, self.tower.sources)}
         for plan in self.segments:
-            record, sources = self.segment_record(plan), self.sources(plan)
+            record = self.segment_record(plan)
+            sources = self.sources(plan)
             loaders[record.decode_graph or record.graph] = load(segment_module(self.config, plan), sources)
             if record.decode_graph is not None:
                 loaders[record.graph] = share(loaders[record.decode_graph], sources)
@@ -236,12 +243,14 @@ class BuildPlan:
 
     def _check_widths(self) -> None:
         """Refuse rows that would not fit side by side: the embedding table's, the tower's and learned ones."""
-        found, width = self.tower.out_width, self.config.hidden_size
+        found = self.tower.out_width
+        width = self.config.hidden_size
         if found != width:
             raise CheckpointError(
                 f"the vision tower gives rows of {found}, hidden_size is {width}: config.json is another one's"
             )
-        patch, frames = self.preprocessing.patch_size, getattr(self.preprocessing, "temporal_patch_size", 1)
+        patch = self.preprocessing.patch_size
+        frames = getattr(self.preprocessing, "temporal_patch_size", 1)
         numbers = 3 * frames * patch**2
         if numbers != self.tower.patch_width:
             raise CheckpointError(
@@ -259,10 +268,12 @@ class BuildPlan:
 
     def _limits(self) -> Limits:
         """As asked; else room for the longest video that is sampled, within what the LLM was trained for."""
-        options, config = self.options, reading.text_config(self.checkpoint)
+        options = self.options
+        config = reading.text_config(self.checkpoint)
         trained = config.get("max_position_embeddings")
         usual = max(DEFAULT_INPUT, self.preprocessing.video_tokens(self.sampling.max_frames) + options.max_text_len)
-        window, dynamic = language.attention_window(config), language.rope_type(config) == "dynamic"
+        window = language.attention_window(config)
+        dynamic = language.rope_type(config) == "dynamic"
         ends = [end for end in (window, trained if dynamic else None) if end is not None]
         end = min(ends, default=None)  # beyond it the checkpoint's attention is another one
         room = usual if end is None else max(end - DEFAULT_NEW_TOKENS, end // 2)
@@ -291,13 +302,16 @@ class BuildPlan:
         return Limits(longest, capacity)
 
     def _sampling(self) -> FrameSampling:
-        told, options = self.family.sampling(self.checkpoint), self.options
+        told = self.family.sampling(self.checkpoint)
+        options = self.options
         frames = options.max_frames or told.max_frames
-        low, force = min(told.min_frames, frames), told.force and options.fps is None
+        low = min(told.min_frames, frames)
+        force = told.force and options.fps is None
         return replace(told, fps=options.fps or told.fps, max_frames=frames, min_frames=low, force=force)
 
     def _preprocessing(self) -> Preprocessing:
-        told, options = self.family.preprocessing(self.checkpoint), self.options
+        told = self.family.preprocessing(self.checkpoint)
+        options = self.options
         names = (
             "min_pixels", "max_pixels", "max_slice_nums", "max_tiles", "mm_spatial_pool_mode", "frame_label",
             "total_pixels", "resize_rounding",
@@ -306,7 +320,8 @@ class BuildPlan:
 
     def _fixed(self) -> FixedRecord | None:
         """Static sizes: text and visual tokens have their own maximum, because only the latter are dropped."""
-        schedule, text = self.reduction.schedule, self.options.max_text_len
+        schedule = self.reduction.schedule
+        text = self.options.max_text_len
         if schedule is None:
             return None
         visual = self.limits.max_input_len - text
@@ -316,7 +331,8 @@ class BuildPlan:
             )
         track = self.preprocessing.longest_track(self.sampling.max_frames)
         drops = drop_counts(schedule, visual, num_tracks=0)
-        lengths, present = [], text + visual
+        lengths = []
+        present = text + visual
         calls = dict(zip([*range(len(schedule.merge_shares)), schedule.prune_layer + 1], drops, strict=True))
         for layer in range(self.config.num_layers):
             present -= calls.get(layer, 0)
@@ -326,7 +342,8 @@ class BuildPlan:
 
 def bucket_ladder(longest: int, cost: float) -> tuple[int, ...]:
     """Sizes from the longest input down to its share `cost`, each BUCKET_RATIO of the next."""
-    sizes, size = [longest], longest
+    sizes = [longest]
+    size = longest
     while size > max(cost * longest, BUCKET_MULTIPLE):
         size = max(math.ceil(size * BUCKET_RATIO / BUCKET_MULTIPLE) * BUCKET_MULTIPLE, 1)
         if size >= sizes[-1]:

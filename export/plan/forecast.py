@@ -31,7 +31,8 @@ CHECKED_A_SECOND = 40e6  # bytes of the checkpoint that a streamed check compare
 COMPARED_A_SECOND = 80e6  # without the runs in ONNX Runtime
 BYTES_A_SECOND = 180e6  # read, converted, hashed, written and on the disk
 COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eight profiles, a 7B's
-COMPILER, COMPILER_PER_WEIGHT = 500_000_000, 3  # bytes of a process that compiles; for each byte of the graph's weights
+COMPILER = 500_000_000
+COMPILER_PER_WEIGHT = 3  # bytes of a process that compiles; for each byte of the graph's weights
 TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
 PROCESS = 650_000_000  # bytes of a process that traces, without a tensor in it
 NEW_TOKENS = 128
@@ -50,7 +51,8 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
     manifest = predicted(plan, sizes)
     checked = sizes.pop("check", 0)
     engines = _engines(plan, sizes.get(ENGINES, 0))
-    total, free = sum(sizes.values()), free_disk(output)
+    total = sum(sizes.values())
+    free = free_disk(output)
     tokens = plan.limits.max_input_len
     visual = max(tokens - TEXT, 0)
     lengths = expected_lengths(manifest, tokens, visual)
@@ -184,7 +186,10 @@ def _check_line(check: Mapping[str, Any] | None, memory: int | None) -> str:
 
 def render(facts: Mapping[str, Any]) -> str:
     """The report as tables."""
-    model, memory, disk, check = facts["model"], facts["memory"], facts["disk"], facts["check"]
+    model = facts["model"]
+    memory = facts["memory"]
+    disk = facts["disk"]
+    check = facts["check"]
     prompt = facts["prompt"]
     head = [
         f"{facts['checkpoint']}: {facts['family']}, {model['num_layers']} layers, hidden {model['hidden_size']}, "

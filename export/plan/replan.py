@@ -25,7 +25,8 @@ def replan(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> BuildPla
     except RecordError as error:
         raise BundleError(f"{folder} does not say how it was built ({error}): rebuild it") from None
     plan = BuildPlan(checkpoint, options)
-    ours, theirs = asdict(manifest.model), asdict(plan.model_record())
+    ours = asdict(manifest.model)
+    theirs = asdict(plan.model_record())
     for name, value in ours.items():
         if theirs[name] != value:
             raise CheckpointError(

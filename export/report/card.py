@@ -101,7 +101,8 @@ def _made_of(manifest: Manifest, source: SourceRecord) -> str:
 
 
 def _reduction(manifest: Manifest) -> str:
-    facts, record = reduction_facts(manifest), manifest.reduction
+    facts = reduction_facts(manifest)
+    record = manifest.reduction
     rows = [("mode", record.mode), ("cost", facts["text"].partition(", ")[2])]
     if record.mode == "adaptive":
         rows.append(("reducer", record.reducer))
@@ -142,7 +143,9 @@ def _checked(check: Mapping[str, Any]) -> str:
 
 
 def _limits(manifest: Manifest) -> str:
-    limits, sampling, buckets = manifest.limits, manifest.sampling, manifest.segments[0].buckets
+    limits = manifest.limits
+    sampling = manifest.sampling
+    buckets = manifest.segments[0].buckets
     rows = [
         ("longest prompt", f"{limits.max_input_len} tokens"),
         ("prompt and answer", f"{limits.max_kv_cache_capacity} tokens"),

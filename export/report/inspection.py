@@ -86,9 +86,11 @@ def reduction_facts(manifest: Manifest, cost: float | None = None) -> dict[str, 
 
 def padding(buckets: tuple[int, ...]) -> list[dict[str, Any]]:
     """For each bucket the lengths it takes, and which share of it is padding: at worst, and over all its lengths."""
-    rows, below = [], 0
+    rows = []
+    below = 0
     for size in buckets:
-        first, below = below + 1, size
+        first = below + 1
+        below = size
         worst = (size - first) / size
         rows.append({"bucket": size, "first": first, "last": size, "expected": worst / 2, "worst": worst})
     return rows
@@ -135,7 +137,8 @@ def _prompt(manifest: Manifest, question: PromptSize) -> tuple[int, int]:
 
 
 def _segments(manifest: Manifest, plans: Mapping[str, MemoryPlan]) -> list[dict[str, Any]]:
-    rows, first = [], 0
+    rows = []
+    first = 0
     for index, record in enumerate(manifest.segments):
         rows.append(
             {
@@ -158,7 +161,9 @@ def _segments(manifest: Manifest, plans: Mapping[str, MemoryPlan]) -> list[dict[
 
 def render(facts: Mapping[str, Any]) -> str:
     """The report as tables."""
-    model, limits, prompt = facts["model"], facts["limits"], facts["prompt"]
+    model = facts["model"]
+    limits = facts["limits"]
+    prompt = facts["prompt"]
     head = [
         f"{facts['bundle']}: {model['family']} ({model['model_type']}), {model['num_layers']} layers, "
         f"hidden {model['hidden_size']}, {model['num_heads']}/{model['num_kv_heads']} heads of {model['head_dim']}, "
@@ -217,7 +222,8 @@ def _shapes(facts: Mapping[str, Any]) -> str:
     fixed = facts["fixed"]
     if fixed is None:
         return _bucket_table(facts["buckets"])
-    schedule, size = facts["reduction"]["schedule"], fixed["max_text"] + fixed["max_visual"]
+    schedule = facts["reduction"]["schedule"]
+    size = fixed["max_text"] + fixed["max_visual"]
     merges = ", ".join(f"call {call} merges {share:.1%}" for call, share in enumerate(schedule["merge_shares"]))
     rows = [(span(layers), length, f"{length / size:.1%}") for length, layers in _runs(fixed["lengths"])]
     return (
@@ -284,6 +290,7 @@ def compared_words(check: Mapping[str, Any] | None) -> str:
     layers = f"all {facts['layers']} layers"
     if facts["layers"] < facts["of_layers"]:
         layers = f"ONLY the first {facts['layers']} of {facts['of_layers']} layers"
-    classes, worst = " and ".join(facts["classes"]), max(facts["errors"].values())
+    classes = " and ".join(facts["classes"])
+    worst = max(facts["errors"].values())
     line = f"compared with transformers {facts['version']}'s {classes}, {layers}: largest error {worst:.2g}"
     return line + (f"; NOT compared: {facts['stand_in']}" if facts["stand_in"] else "")

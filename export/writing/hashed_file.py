@@ -18,7 +18,8 @@ class HashedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file, self._digest = path.open("xb"), hashlib.sha256()
+        self._file = path.open("xb")
+        self._digest = hashlib.sha256()
         self.position = 0
 
     def __enter__(self) -> HashedFile:

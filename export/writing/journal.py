@@ -26,10 +26,14 @@ from framefusion.runtime.format.records import RecordError, from_json, to_json
 from framefusion.runtime.trust.signatures import SIGNATURES, read_signatures
 from framefusion.storage import files
 
-JOURNAL, LOCK, SCRATCH, CHECKSUMS = "journal.json", ".lock", ".writing", "SHA256SUMS"
+JOURNAL = "journal.json"
+LOCK = ".lock"
+SCRATCH = ".writing"
+CHECKSUMS = "SHA256SUMS"
 STAMPS = ".verified.json"  # hashes that were right once, as bundles had them beside the manifest
 PARTIAL = ".partial"
-_KIND, _VERSION = "framefusion-aot", 1
+_KIND = "framefusion-aot"
+_VERSION = 1
 _LIMIT = 1 << 26  # bytes of a journal
 _TOLD = 3  # names in a message
 
@@ -66,7 +70,8 @@ class Journal:
                 for part, named in raw["parts"].items()
             }
             replaces = None if raw["replaces"] is None else from_json(Replaced, raw["replaces"])
-            moves, removes = tuple(raw["moves"]), tuple(raw["removes"])
+            moves = tuple(raw["moves"])
+            removes = tuple(raw["removes"])
             for name in [*(name for named in parts.values() for name in named), *moves, *removes]:
                 files.place_inside(folder, name)
             return cls(folder, str(raw["key"]), parts, moves, removes, replaces, int(raw["inode"]))
@@ -189,7 +194,8 @@ def move_into_place(folder: Path, names: Collection[str]) -> None:
         ValueError: a name leads out of the folder.
     """
     for name in sorted(names, key=lambda name: (name == MANIFEST, name)):
-        source, target = folder / SCRATCH / name, files.place_inside(folder, name)
+        source = folder / SCRATCH / name
+        target = files.place_inside(folder, name)
         if source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)

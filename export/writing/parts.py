@@ -37,7 +37,8 @@ from framefusion.runtime.bundle import file_record
 from framefusion.runtime.format.manifest import FLOAT_BYTES, SCHEMA_VERSION, EmbeddingRecord, FileRecord, Manifest
 from framefusion.runtime.format.records import to_json
 
-EMBEDDING_FILE, TOKENIZER_FILE = "embedding.bin", TOKENIZER
+EMBEDDING_FILE = "embedding.bin"
+TOKENIZER_FILE = TOKENIZER
 CONVERTED_TOKENIZER = 1 << 22  # bytes set aside for a tokenizer that is made from vocabulary files
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -46,7 +47,8 @@ class Builder:
     """Carries out one plan; tells `meter` of what it writes."""
 
     def __init__(self, plan: BuildPlan, meter: Meter | None = None) -> None:
-        self.plan, self._meter = plan, meter or Meter()
+        self.plan = plan
+        self._meter = meter or Meter()
         self._graphs: dict[Any, ir.Model] = {}  # traced once for each structure
 
     def sizes(self) -> dict[str, int]:
@@ -100,7 +102,8 @@ class Builder:
         return lambda folder: self._write_segment(folder, segment)
 
     def _write_segment(self, folder: Path, segment: SegmentPlan) -> dict[str, FileRecord]:
-        plan, target = self.plan, folder / "segments" / segment.name
+        plan = self.plan
+        target = folder / "segments" / segment.name
         target.mkdir(parents=True, exist_ok=True)
         module = signatures.segment_module(plan.config, segment)
         places, weights = self._write_weights(module, plan.sources(segment), target / WEIGHTS)
@@ -133,7 +136,8 @@ class Builder:
         return self._graphs[structure]
 
     def _write_vision(self, folder: Path) -> dict[str, FileRecord]:
-        plan, path = self.plan, folder / VISION_GRAPH
+        plan = self.plan
+        path = folder / VISION_GRAPH
         path.parent.mkdir(exist_ok=True)
         places, weights = self._write_weights(plan.tower.module, plan.tower.sources, path.parent / WEIGHTS)
         save_graph(signatures.trace_tower(plan.tower.module, plan.dialect, plan.dtype), path, WEIGHTS, places)

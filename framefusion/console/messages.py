@@ -181,7 +181,8 @@ def in_bytes(size: float) -> str:
     """A number of bytes in the unit that people read: 1.5 GB."""
     unit = 0
     while size >= 1000 and unit < len(_UNITS) - 1:
-        size, unit = size / 1000, unit + 1
+        size = size / 1000
+        unit = unit + 1
     return f"{size:.3g} {_UNITS[unit]}" if size < 1000 else f"{size:.0f} {_UNITS[unit]}"
 
 

@@ -15,7 +15,8 @@ from typing import NamedTuple, TextIO
 
 from framefusion.console.messages import in_bytes
 
-_LABEL, _BAR = 27, 10  # characters
+_LABEL = 27
+_BAR = 10  # characters
 _INTERVAL = 0.1  # seconds between two drawings
 _SELDOM = 10.0  # seconds between two lines of what is no terminal
 _SETTLED = 2.0  # seconds before a rate is worth telling
@@ -39,13 +40,18 @@ class Meter:
     """Counts bytes and tells a `Progress` of them; the parts and their sizes are known before."""
 
     def __init__(self, progress: Progress | None = None, sizes: Mapping[str, int] | None = None) -> None:
-        self._progress, self.sizes = progress, dict(sizes or {})
-        self._part, self._doing, self._done, self._before = "", "", 0, 0
+        self._progress = progress
+        self.sizes = dict(sizes or {})
+        self._part = ""
+        self._doing = ""
+        self._done = 0
+        self._before = 0
 
     def begin(self, part: str) -> None:
         """All of the part before it is there, written now or taken over."""
         self._before += self.sizes.get(self._part, 0)
-        self._part, self._done = part, 0
+        self._part = part
+        self._done = 0
         self.doing("")
 
     def doing(self, what: str) -> None:
@@ -57,12 +63,14 @@ class Meter:
         """Some more of the part is there."""
         self._done += size
         if self._progress is not None:
-            size, total = self.sizes.get(self._part, 0), sum(self.sizes.values())
+            size = self.sizes.get(self._part, 0)
+            total = sum(self.sizes.values())
             self._progress(Step(self._part, self._doing, self._done, size, self._before + self._done, total))
 
     def within(self, step: Step) -> None:
         """A job of its own that is this part: what it tells counts here."""
-        self._doing, self._done = f"{step.part} {step.doing}".strip(), step.written
+        self._doing = f"{step.part} {step.doing}".strip()
+        self._done = step.written
         self.add(0)
 
 
@@ -83,7 +91,8 @@ class LogLines:
     """One line a part, when it begins."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._part = stream, ""
+        self._stream = stream
+        self._part = ""
 
     def __call__(self, step: Step) -> None:
         """See `Progress`."""
@@ -100,14 +109,16 @@ class TerminalLines:
     """A line that is drawn over while a part is written."""
 
     def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._now = stream, now
+        self._stream = stream
+        self._now = now
         self._step: Step | None = None
         self._start = self._begun = self._drawn = now()
         self._found = 0  # bytes that were there before anything was written
 
     def __call__(self, step: Step) -> None:
         """See `Progress`."""
-        now, last = self._now(), self._step
+        now = self._now()
+        last = self._step
         if last is None or step.part != last.part:
             self._finish()
             self._begun = now
@@ -116,7 +127,8 @@ class TerminalLines:
         elif step.doing == last.doing and now - self._drawn < _INTERVAL:
             self._step = step
             return
-        self._step, self._drawn = step, now
+        self._step = step
+        self._drawn = now
         self._draw(line_of(step, self._left(step, now)))
 
     def close(self, *, complete: bool = True) -> None:
@@ -129,7 +141,8 @@ class TerminalLines:
 
     def _left(self, step: Step, now: float) -> float | None:
         """Seconds to go at the rate so far; None where nothing is known of it yet."""
-        written, spent = step.written - self._found, now - self._start
+        written = step.written - self._found
+        spent = now - self._start
         to_go = step.total - step.written
         return None if spent < _SETTLED or written <= 0 or to_go <= 0 else spent / written * to_go
 
@@ -154,18 +167,22 @@ class CountLines:
     """How many pieces of a job are done: a line that is drawn over on a terminal, elsewhere one now and then."""
 
     def __init__(self, what: str, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
-        self._what, self._stream, self._now = what, stream or sys.stderr, now
+        self._what = what
+        self._stream = stream or sys.stderr
+        self._now = now
         self._start = self._drawn = now()
         self._found: int | None = None  # pieces that were there before the first one was done
 
     def __call__(self, done: int, total: int) -> None:
         """Tell that a piece is done."""
-        now, terminal = self._now(), self._stream.isatty()
+        now = self._now()
+        terminal = self._stream.isatty()
         if self._found is None:
             self._found = done - 1
         if done < total and now - self._drawn < (_INTERVAL if terminal else _SELDOM):
             return
-        self._drawn, spent = now, now - self._start
+        self._drawn = now
+        spent = now - self._start
         line = f"{done} of {total} {self._what}"
         if spent >= _SETTLED and done < total:
             line += f", {in_time(spent / (done - self._found) * (total - done))} left"

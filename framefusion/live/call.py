@@ -68,12 +68,14 @@ class Row:
 
     def __init__(self, reduction: ReductionState, origin: IntArray) -> None:
         self.reduction = reduction
-        self.visual, self.origin = reduction.num_visual, origin
+        self.visual = reduction.num_visual
+        self.origin = origin
         self.kept: list[IntArray] = []
 
     def record(self, num_layers: int) -> RequestRecord:
         """What was done so far; a row that no call has seen is dense."""
-        reduction, kept = self.reduction, tuple(self.kept) or (self.origin,) * num_layers
+        reduction = self.reduction
+        kept = tuple(self.kept) or (self.origin,) * num_layers
         cost = budget.cost_of_shares(reduction.shares, num_layers) if self.visual else 1.0
         lengths = tuple(places.size for places in kept)
         return RequestRecord(lengths, self.visual, reduction.num_visual, cost, tuple(reduction.history), kept)
@@ -90,7 +92,10 @@ class Call:
         self, asked: ModelContext, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any, proof: Proof
     ) -> None:
         self.proof = proof
-        self.asked, self.rows, self.shape, self.past = asked, rows, shape, past
+        self.asked = asked
+        self.rows = rows
+        self.shape = shape
+        self.past = past
         self.real = tokens_seen(mask, 0, past, shape[0])
         self.index: Tensor | None = None
         self.valid: Tensor | None = None
@@ -118,7 +123,8 @@ class Call:
     def take_deepstack(self, given: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments without DeepStack's features, which the call adds, as they follow their tokens."""
         positions, embeddings = DEEPSTACK_ARGUMENTS
-        told, where = dict(given), given.get(positions)
+        told = dict(given)
+        where = given.get(positions)
         for rows in told.pop(embeddings, None) or ():
             whole = rows.new_zeros(*self.shape, rows.shape[-1])
             whole[where.to(rows.device)] = rows  # type: ignore[union-attr]
@@ -160,7 +166,8 @@ class Call:
         active = [i for i, row in enumerate(self.rows) if not row.reduction.finished]
         scores: dict[tuple[int, str], Tensor] = {}
         for i in active:
-            reduction, own = self.rows[i].reduction, hidden[i : i + 1, : self.rows[i].origin.size]
+            reduction = self.rows[i].reduction
+            own = hidden[i : i + 1, : self.rows[i].origin.size]
             if reduction.wants_similarity:
                 scores[i, "similarity"] = similarity(own, reduction.labels)
             if reduction.wants_importance and reduction.call:
@@ -182,7 +189,8 @@ class Call:
     def _place(self, device: torch.device) -> None:
         longest = max(row.origin.size for row in self.rows)
         places = [np.pad(row.origin, (0, longest - row.origin.size), mode="edge") for row in self.rows]
-        self.index, self.valid = torch.from_numpy(np.stack(places)).to(device), None
+        self.index = torch.from_numpy(np.stack(places)).to(device)
+        self.valid = None
         if any(row.origin.size < longest for row in self.rows):
             lengths = torch.tensor([row.origin.size for row in self.rows], device=device)
             self.valid = torch.arange(longest, device=device) < lengths[:, None]
@@ -209,13 +217,16 @@ class Call:
             tables = given["position_embeddings"]
             told["position_embeddings"] = self._once("tables", tables, lambda: tuple(map(self._gather, tables)))
         cache = cache_of(given)
-        self.cache, self.layer = cache, None
+        self.cache = cache
+        self.layer = None
         new = self._once("new", self.index, lambda: self.past + self._places())
         if cache is None:
-            slots, valid = new, self.valid
+            slots = new
+            valid = self.valid
         else:
             self.layer = adopt(cache, layer, self._once("dense", None, self._dense))
-            stored, told_valid = self.layer.slots, self.layer.valid
+            stored = self.layer.slots
+            told_valid = self.layer.valid
             old, old_valid = self._once("old", (stored, told_valid), lambda: self._earlier(self.layer))
             slots = self._once("slots", old, lambda: torch.cat([old.to(new.device), new], dim=1))
             valid = self._once("valid", (old, old_valid), lambda: _joined(old, old_valid, new, self.valid))

@@ -58,9 +58,11 @@ class FrameFusion:
     """What `model.framefusion` is: the settings, what the last forward did, and labels of the user's own."""
 
     def __init__(self, model: Any, labels: Labels | None, preset: Preset, settings: ReductionSettings) -> None:
-        self.model, self.decoder = model, model.get_decoder()
+        self.model = model
+        self.decoder = model.get_decoder()
         self.settings = settings
-        self.reducer, self.seed = load_reducer(DEFAULT), 0
+        self.reducer = load_reducer(DEFAULT)
+        self.seed = 0
         self.importance_rows = preset.importance_rows
         self._find_labels = labels
         self._records: dict[int, tuple[RequestRecord, ...]] = {}
@@ -89,7 +91,8 @@ class FrameFusion:
     def install(self) -> None:
         """Put the hooks in place."""
         register()
-        owner, layers = self.model.base_model, self.decoder.layers
+        owner = self.model.base_model
+        layers = self.decoder.layers
         if owner is not self.decoder:
             self._undo.append(owner.register_forward_pre_hook(self._note_inputs, with_kwargs=True).remove)
             self._undo.append(owner.register_forward_hook(self._forget_inputs, always_call=True).remove)
@@ -146,7 +149,8 @@ class FrameFusion:
         """
         if torch.compiler.is_compiling():
             return
-        begun, call = BEGUN.get(), CALL.get()
+        begun = BEGUN.get()
+        call = CALL.get()
         CALL.set(None)
         if begun is False:
             raise broken(f"{type(module).__name__} ran without the hooks of its decoder")
@@ -167,7 +171,8 @@ class FrameFusion:
             return refuse_to_compile() if shape[1] > 1 else None
         BEGUN.set(True)
         CALL.set(None)
-        seen, cache = _SEEN.get(), cache_of(named)
+        seen = _SEEN.get()
+        cache = cache_of(named)
         if seen is None and self.model.base_model is self.decoder:
             seen = MultimodalInputs(named.get("input_ids"), named)
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -305,7 +310,8 @@ class FrameFusion:
         call = current()
         if call is None or call.asked.owner is not self or call.residual is None:
             return
-        residual, call.residual = call.residual(), None
+        residual = call.residual()
+        call.residual = None
         if residual is None:
             raise broken(f"the residual of decoder layer {index} is not the tensor that its norm takes")
 

@@ -68,7 +68,8 @@ def mrope_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any], *, t
     Raises:
         PromptError: positions without the axes of M-RoPE.
     """
-    config, positions = model.config, given.get("position_ids")
+    config = model.config
+    positions = given.get("position_ids")
     assert seen.ids is not None  # the caller refuses embeddings alone
     ids = seen.ids.cpu().numpy()
     if not np.isin(ids, (config.video_token_id, config.image_token_id)).any():
@@ -87,7 +88,10 @@ def mrope_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any], *, t
     tokens_of_videos = iter(_video_lengths(config, seen.given) if timed else ())
     labels = np.full(ids.shape, TEXT, np.int64)
     for own, row, (time, y, x) in zip(labels, ids, axes.swapaxes(0, 1), strict=True):
-        number, left, keys, visual = 0, 0, [], []
+        number = 0
+        left = 0
+        keys = []
+        visual = []
         for token, run in _runs(row, (config.video_token_id, config.image_token_id)):
             goes_on = timed and token == config.video_token_id and left > 0
             number += not goes_on
@@ -142,7 +146,8 @@ def tile_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any]) -> In
     A run of one tile behind another one's is the next frame where `_names_next_frame` says so. Other runs are pictures:
     each of their tokens has a label of its own, as in a bundle.
     """
-    config, vision = model.config, model.config.vision_config
+    config = model.config
+    vision = model.config.vision_config
     assert seen.ids is not None
     sides = [int(n) // int(p) for n, p in zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True)]
     places = round(math.prod(sides) * config.downsample_ratio**2)
@@ -152,13 +157,17 @@ def tile_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any]) -> In
         gaps = [
             ids[a[-1] + 1 : b[0]] if a.size == b.size == places else ids[:0] for a, b in itertools.pairwise(runs)
         ]  # between a frame and the next; empty where one of the two is no frame
-        label, head, before = 0, ids[:0], ids[:0]
+        label = 0
+        head = ids[:0]
+        before = ids[:0]
         for i, run in enumerate(runs):
             gap = gaps[i - 1] if i else ids[:0]
             if gap.size and _names_next_frame(head, before, gap, gaps[i] if i < len(gaps) else ids[:0]):
                 before = gap
             else:
-                label, head, before = int(own.max()) + 1, ids[: run[0]], ids[:0]
+                label = int(own.max()) + 1
+                head = ids[: run[0]]
+                before = ids[:0]
             own[run] = label + np.arange(run.size)
     return labels if (labels != TEXT).any() else None
 
@@ -172,7 +181,8 @@ def _names_next_frame(head: IntArray, before: IntArray, gap: IntArray, behind: I
         gap: the text in question.
         behind: that behind the next tile, empty if none follows.
     """
-    name, first = gap[2:], head[max(head.size - gap.size + 2, 0) :]  # without `</img>` and the newline
+    name = gap[2:]
+    first = head[max(head.size - gap.size + 2, 0) :]  # without `</img>` and the newline
     if name.size < 3 or np.array_equal(name[1:], head[head.size - name.size + 1 :]):
         return False  # too short, or the name of a first frame: another video
     if before.size:

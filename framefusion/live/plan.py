@@ -48,7 +48,9 @@ def apply_plan_on_device(hidden: Tensor, plan: Plan) -> Tensor:
     if not lengths.size:
         return reduced
     longest_first = np.argsort(-lengths, kind="stable")
-    heads, starts, lengths = plan.heads[longest_first], plan.run_starts[longest_first], lengths[longest_first]
+    heads = plan.heads[longest_first]
+    starts = plan.run_starts[longest_first]
+    lengths = lengths[longest_first]
     # every place in the runs, one after the other: one transfer
     places = [plan.members[starts[: np.count_nonzero(lengths > p)] + p] for p in range(1, lengths[0])]
     told = torch.from_numpy(np.concatenate([heads, np.searchsorted(plan.kept, heads), lengths, *places]))

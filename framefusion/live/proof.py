@@ -29,8 +29,11 @@ class Proof:
         tokens: new ones, as given.
         total: length of the prompt behind them.
         """
-        self.layers, self.tokens, self.total = layers, tokens, total
-        self.layer, self.place = -1, "left"
+        self.layers = layers
+        self.tokens = tokens
+        self.total = total
+        self.layer = -1
+        self.place = "left"
         self.cache: Any = None
 
     def enter(self, index: int) -> None:
@@ -42,7 +45,8 @@ class Proof:
         if self.place != "left":
             raise broken(f"nothing ran behind the forward of decoder layer {self.layer}")
         self._skip(index)
-        self.layer, self.place = index, "entered"
+        self.layer = index
+        self.place = "entered"
 
     def entered(self, index: int) -> None:
         """Within a layer, before its attention.
@@ -85,7 +89,8 @@ class Proof:
                 raise broken(f"decoder layer {index} stored nothing in the cache that was adopted for it")
             if stored.get_seq_length() != self.total:
                 raise broken(f"the cache tells {stored.get_seq_length()} tokens for a prompt of {self.total}")
-        self.cache, self.place = cache, "left"
+        self.cache = cache
+        self.place = "left"
 
     def end(self, output: Any, use_cache: Any) -> None:
         """Behind the decoder.

@@ -56,7 +56,8 @@ def broken(what: str) -> BackendError:
     Args:
         what: happened, or did not happen.
     """
-    version, newest = installed(), VERSIONS[-1]
+    version = installed()
+    newest = VERSIONS[-1]
     newer = _minor(version) > _minor(newest)
     remedy = (
         f"install transformers=={newest}.*"

@@ -67,7 +67,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """Rotary position embedding, rotate-half layout; the tables hold one value per pair of channels."""
     batch, length, width = x.shape
     first, second = x.view(batch, length, num_heads, width // num_heads).chunk(2, -1)
-    cos, sin = cos[:, :, None], sin[:, :, None]  # [B, S, 1, hd/2]
+    cos = cos[:, :, None]
+    sin = sin[:, :, None]  # [B, S, 1, hd/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).reshape(x.shape)
 
 
@@ -96,8 +97,10 @@ def cache_attention(
 
     The new tokens take the slots kv_len - S .. kv_len - 1; a compiled dialect writes them in place, this kernel copies.
     """
-    total, length = int(kv_len), query.shape[1]
-    keys, values = past_key.clone(), past_value.clone()
+    total = int(kv_len)
+    length = query.shape[1]
+    keys = past_key.clone()
+    values = past_value.clone()
     keys[:, :, total - length : total] = split_heads(key, num_kv_heads)
     values[:, :, total - length : total] = split_heads(value, num_kv_heads)
     frontier = torch.arange(total - length, total, device=query.device)[:, None]
@@ -177,7 +180,8 @@ def importance(query: Tensor, key: Tensor, last: Tensor, rows: int, num_heads: i
     `last` is the index of the last real token: what lies behind it is padding and gets 0. Rows before the first token
     of a shorter chunk repeat token 0.
     """
-    length, head_dim = query.shape[1], query.shape[2] // num_heads
+    length = query.shape[1]
+    head_dim = query.shape[2] // num_heads
     chosen = (last - torch.arange(rows, device=query.device)).clamp(min=0)  # [rows]
     q = query[0, chosen].view(rows, num_kv_heads, num_heads // num_kv_heads, head_dim).float()
     k = key[0].view(length, num_kv_heads, head_dim).float()

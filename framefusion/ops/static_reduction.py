@@ -174,12 +174,14 @@ def _run_means(hidden: Tensor, merged: Tensor, max_run: int) -> Tensor:
     last = merged.shape[0]  # one row more, of zeros: what a token gathers whose run has ended
     everyone = torch.arange(last + 1, device=merged.device)
     run = _with_zero((~merged).cumsum(0))
-    sums, lengths = _with_zero(hidden.float()), _with_zero(torch.ones_like(run[:-1]))
+    sums = _with_zero(hidden.float())
+    lengths = _with_zero(torch.ones_like(run[:-1]))
     shift = 1
     while shift < max_run:
         further = (everyone + shift).clamp(max=last)  # where the sum of the next `shift` tokens lies
         further = torch.where(_take(run, further) == run, further, last)
-        sums, lengths = sums + _take(sums, further), lengths + _take(lengths, further)
+        sums = sums + _take(sums, further)
+        lengths = lengths + _take(lengths, further)
         shift *= 2
     return (sums / lengths.clamp(min=1)[:, None].float()).to(hidden.dtype)
 

@@ -52,7 +52,8 @@ class UniformFrames(Selection):
 
     def choose(self, reading: Reading) -> Mask:
         """Whole frames, but for the last one."""
-        frames, left = tracks.frame_numbers(reading.labels), reading.keep
+        frames = tracks.frame_numbers(reading.labels)
+        left = reading.keep
         kept = np.zeros(reading.labels.size, dtype=np.bool_)
         for frame in _spaced_frames(np.bincount(frames[frames >= 0]), reading.keep):
             tokens = np.flatnonzero(frames == frame)

@@ -48,7 +48,8 @@ class ReducerGuard:
 
     def after(self, state: ReductionState, plan: Plan) -> None:
         """Refuse a plan that breaks a promise."""
-        labels, kept = state.labels, plan.kept
+        labels = state.labels
+        kept = plan.kept
         if kept.ndim != 1 or kept.dtype.kind not in "iu":
             self._refuse(state, f"kept tokens of shape {kept.shape} and type {kept.dtype}", "one row of indices")
         if kept.size and (kept[0] < 0 or kept[-1] >= labels.size or (np.diff(kept) <= 0).any()):
@@ -78,7 +79,8 @@ class ReducerGuard:
             return
         if not self.merges:
             self._refuse(state, "a merge", "tokens kept or dropped: it declares that it does not merge")
-        members, starts = plan.members, plan.run_starts
+        members = plan.members
+        starts = plan.run_starts
         whole = starts.size == plan.heads.size and starts.size > 0 and starts[0] == 0 and (np.diff(starts) > 0).all()
         if not whole or starts[-1] >= members.size or members.min() < 0 or members.max() >= dropped.size:
             self._refuse(
@@ -96,7 +98,8 @@ class ReducerGuard:
             if state.finished and call > state.call and count != left:
                 self._refuse(state, f"the end, with {left} visual tokens left", f"{count} after call {call}")
         over = state.finished or state.call >= max(self.calls, default=0)
-        start, cost = self.num_visual, self.cost
+        start = self.num_visual
+        cost = self.cost
         told = state.outcome or any(record.outcome for record in state.history)
         if over and left == start and start * (1 - cost) > 1 and not told:
             self._refuse(

@@ -142,7 +142,8 @@ class Selection(Reducer):
         return {self.call(request.settings): self.count(request)}
 
     def _start(self, request: ReductionRequest) -> ReductionState:
-        settings, call = request.settings, self.call(request.settings)
+        settings = request.settings
+        call = self.call(request.settings)
         if call > 0:  # layers 0 .. call-1 see all tokens
             budget.check_cost(settings.cost, budget.smallest_cost(settings.num_layers, prune_layer=call - 1))
         return SelectionState(self, request)
@@ -153,7 +154,8 @@ class SelectionState(ReductionState):
 
     def __init__(self, method: Selection, request: ReductionRequest) -> None:
         super().__init__(request.labels)
-        self.method, self.request = method, request
+        self.method = method
+        self.request = request
         self._call = method.call(request.settings)
 
     @property
@@ -178,7 +180,8 @@ class SelectionState(ReductionState):
         if self.call < self._call:
             return keep_all(self.labels)
         wanted = self.wants_similarity, self.wants_importance, self.wants_features
-        keep, paid = self.method.count(self.request), self.request.kept_at(self._call)
+        keep = self.method.count(self.request)
+        paid = self.request.kept_at(self._call)
         if keep > paid:
             self.outcome = f"{self.name} keeps {keep} of {self.num_visual}, the cost pays for {paid}: "
             self.outcome += self.method.why_more

@@ -13,7 +13,8 @@ from framefusion.reduction import tracks
 from framefusion.reduction.policy import Mask, top
 from framefusion.reduction.tracks import FloatArray, IntArray
 
-TEMPERATURE, EPSILON = 0.01, 1e-8  # of equation 5
+TEMPERATURE = 0.01
+EPSILON = 1e-8  # of equation 5
 ROUNDING = 1e-5
 """Two machines sum in another order, and still pictures repeat their tokens: so near, cosines tie."""
 TOKENS = 0.01
@@ -46,7 +47,8 @@ class VidCom2(Selection):
         assert reading.features is not None
         numbers = tracks.frame_numbers(reading.labels)
         visual = np.flatnonzero(numbers >= 0)
-        rows, norms = reading.features[visual], np.linalg.norm(reading.features, axis=1)[visual]
+        rows = reading.features[visual]
+        norms = np.linalg.norm(reading.features, axis=1)[visual]
         ends = np.cumsum(np.bincount(numbers[visual]))  # frames follow each other
         frames = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         of_video = -_alike(rows, norms, rows.mean(axis=0))

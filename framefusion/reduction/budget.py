@@ -44,7 +44,8 @@ def remaining(shares: Sequence[float]) -> float:
 
 def spent(shares: Sequence[float]) -> float:
     """Return how many layers' worth of the full token count the calls so far have spent."""
-    total, left = 0.0, 1.0
+    total = 0.0
+    left = 1.0
     for share in shares:
         left *= 1 - share
         total += left
@@ -140,7 +141,8 @@ def scale_schedule(merge_shares: Sequence[float], prune_layer: int, cost: float,
     def overshoots(factor: float) -> bool:
         return cost_of_schedule(scaled(factor), prune_layer, 0.0, num_layers) < cost
 
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     if not overshoots(high):
         return schedule_for_cost(cost, merge_shares, prune_layer, num_layers)
     for _ in range(60):
@@ -154,7 +156,8 @@ def drop_counts(schedule: FixedSchedule, num_visual: int, num_tracks: int) -> li
 
     The first token of each track has nothing before it to merge into, so num_tracks tokens survive every merge.
     """
-    counts, present = [], num_visual
+    counts = []
+    present = num_visual
     for share in schedule.merge_shares:
         counts.append(min(math.floor(share * present), present - num_tracks))
         present -= counts[-1]

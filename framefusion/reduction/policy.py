@@ -243,7 +243,8 @@ class Reduction(ReductionState):
     def _merge(self, similarity: Scores, importance: Scores | None) -> Plan:
         mergeable = tracks.previous_in_track(self.labels) >= 0
         similar = mergeable & (similarity >= self.settings.similarity_lower_bound)
-        share, needed = int(np.count_nonzero(similar)) / self.num_visual, self._required_drop()
+        share = int(np.count_nonzero(similar)) / self.num_visual
+        needed = self._required_drop()
         if share >= needed:  # the threshold overshoots the budget: the most similar ones that meet it
             self.finished = True
             count = math.floor(needed * self.num_visual)
@@ -289,7 +290,8 @@ class FixedReduction(ReductionState):
 
     def _decide(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None) -> Plan:
         if self.wants_similarity:
-            scores, drop = tracks.snap_identical(self._scores("similarity", similarity)), self._drops[self.call]
+            scores = tracks.snap_identical(self._scores("similarity", similarity))
+            drop = self._drops[self.call]
             return merge_plan(self.labels, top(scores, drop, among=tracks.previous_in_track(self.labels) >= 0))
         if not self.wants_importance:
             return keep_all(self.labels)
@@ -345,7 +347,9 @@ def apply_plan(hidden: npt.NDArray[np.floating], plan: Plan) -> npt.NDArray[np.f
     reduced = hidden[plan.kept]
     lengths = np.diff(plan.run_starts, append=plan.members.size)
     longest_first = np.argsort(-lengths, kind="stable")
-    heads, starts, lengths = plan.heads[longest_first], plan.run_starts[longest_first], lengths[longest_first]
+    heads = plan.heads[longest_first]
+    starts = plan.run_starts[longest_first]
+    lengths = lengths[longest_first]
     means = hidden[heads].astype(np.float32, copy=False)
     # One pass per place in the run: the sums of np.add.reduceat, in its order, several times faster on wide rows.
     for place in range(1, lengths.max(initial=0)):

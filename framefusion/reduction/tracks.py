@@ -129,8 +129,11 @@ def snap_identical(similarity: FloatArray) -> FloatArray:
 
 
 def _cosine(left: npt.NDArray[np.floating], right: npt.NDArray[np.floating]) -> FloatArray:
-    a, b = left.astype(np.float32, copy=False), right.astype(np.float32, copy=False)  # fp16 products overflow
-    dot, aa, bb = np.einsum("sd,sd->s", a, b), np.einsum("sd,sd->s", a, a), np.einsum("sd,sd->s", b, b)
+    a = left.astype(np.float32, copy=False)
+    b = right.astype(np.float32, copy=False)  # fp16 products overflow
+    dot = np.einsum("sd,sd->s", a, b)
+    aa = np.einsum("sd,sd->s", a, a)
+    bb = np.einsum("sd,sd->s", b, b)
     scale = np.sqrt(aa) * np.sqrt(bb)
     cosine = np.full(scale.shape, DISSIMILAR, dtype=np.float32)
     np.divide(dot, scale, out=cosine, where=scale > 0)

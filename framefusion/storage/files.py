@@ -32,7 +32,9 @@ _CAREFUL = 0  # how files are opened: no link is followed, no FIFO waited for; W
 for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
     _CAREFUL |= getattr(os, _name, 0)
 _HANDLES = "/proc/self/fd"
-_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of renameat2(2)
+_AT_FDCWD = -100
+_NOREPLACE = 1
+_EXCHANGE = 2  # of renameat2(2)
 _NOT_OFFERED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT})
 
 
@@ -53,7 +55,8 @@ def output_path(path: Path, longest_suffix: str = "") -> Path:
     name = path.name
     if name in ("", ".", ".."):
         raise StorageError(f"{str(path)!r} is no name for an output: give it a name of its own, such as {path}/bundle")
-    room, size = NAME_BYTES - len(os.fsencode(longest_suffix)), len(os.fsencode(name))
+    room = NAME_BYTES - len(os.fsencode(longest_suffix))
+    size = len(os.fsencode(name))
     if size > room:
         raise StorageError(f"the name {name[:40]}... has {size} bytes, at most {room} fit: choose a shorter one")
     if "\0" in str(path):

@@ -32,7 +32,8 @@ class CachePool:
     """
 
     def __init__(self, device: Device, capacities: Mapping[str, Sequence[int]]) -> None:
-        self._device, self._capacities = device, capacities
+        self._device = device
+        self._capacities = capacities
         self._free: dict[str, list[Buffers]] = {}
 
     def take(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:

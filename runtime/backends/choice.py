@@ -60,11 +60,13 @@ class Machine:
         try:
             import onnxruntime
 
-            providers, version = tuple(onnxruntime.get_available_providers()), onnxruntime.__version__
+            providers = tuple(onnxruntime.get_available_providers())
+            version = onnxruntime.__version__
         except ImportError as error:
             if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None  # Ctrl-C while it was loaded: nothing is missing
-            providers, version = (), None
+            providers = ()
+            version = None
         return cls(find_gpu(), providers, version, _has_bindings())
 
 

@@ -109,7 +109,8 @@ def build_command(folder: Path, kind: EngineKind, targets: Sequence[str] = ()) -
 
 def gpu_memory(manifest: Manifest, kind: EngineKind) -> int:
     """Bytes that the engines of a kind hold on a device at least: themselves and the caches; no activations."""
-    model, engines = manifest.model, {e.graph: e for e in manifest.engines if e.kind == kind}
+    model = manifest.model
+    engines = {e.graph: e for e in manifest.engines if e.kind == kind}
     files = sum(manifest.files[engine.file].size for engine in engines.values() if engine.file in manifest.files)
     slot = 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
     for segment in manifest.segments:  # an engine without weights of its own is given the bundle's
@@ -161,7 +162,8 @@ def _rebuild(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | 
 
 
 def _file(folder: Path, manifest: Manifest, engine: EngineRecord, again: str, hashes: bool) -> Iterator[Reason]:
-    path, record = folder / engine.file, manifest.files.get(engine.file)
+    path = folder / engine.file
+    record = manifest.files.get(engine.file)
     if record is None or not path.is_file():
         yield f"{engine.file} is missing", again
         return
@@ -194,7 +196,8 @@ def release(version: str) -> tuple[int, ...]:
 
 def _processor(engine: EngineRecord, again: str) -> Iterator[Reason]:
     """A CPU is told as "cpu", its architecture and a word of the compiler's; its instructions are in the options."""
-    machine, wanted = engine.targets[0].split()[1:2], set(engine.options.get("cpu_features", ()))
+    machine = engine.targets[0].split()[1:2]
+    wanted = set(engine.options.get("cpu_features", ()))
     if machine and machine[0] != platform.machine():
         yield f"it was built for {engine.targets[0]} and this CPU is {platform.machine()}", again
     elif lacking := sorted(wanted - cpu.features()):

@@ -118,7 +118,9 @@ class HostBackend:
     """
 
     def __init__(self, decode_width: int = 1, chunk: int | None = CHUNK, device: Device = HOST) -> None:
-        self.decode_width, self.chunk, self.device = decode_width, chunk, device
+        self.decode_width = decode_width
+        self.chunk = chunk
+        self.device = device
 
     def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
         """Caches of zeros, as large as asked."""

@@ -45,7 +45,8 @@ def generate(bundle: Path, **asked: Any) -> None:
     running = running_flags(asked)
     question = PromptOptions.from_flags(**asked)
     pipeline = open_pipeline(bundle, **running)
-    request, sampling = question.request(pipeline.manifest), question.sampling(pipeline.manifest)
+    request = question.request(pipeline.manifest)
+    sampling = question.sampling(pipeline.manifest)
     pipeline.limits = question.limits()
     on_text = None if console.wants_json() else _print_piece
     answer = pipeline.generate(question.turns, question.files, request, sampling=sampling, on_text=on_text)
@@ -121,7 +122,8 @@ def show_page(pipeline: Pipeline, name: str, question: PromptOptions, output: Pa
 
     check_writable(output)
     pipeline.limits = question.limits()
-    request, sampling = question.request(pipeline.manifest), question.sampling(pipeline.manifest)
+    request = question.request(pipeline.manifest)
+    sampling = question.sampling(pipeline.manifest)
     watched = view.watch(pipeline, question.turns, question.files, request, sampling=sampling, compare=compare)
     size = write_page(view.facts(watched, pipeline, name), output)
     told = {"page": str(output), "bytes": size} | report(pipeline, watched.answer, request.cost)
@@ -135,7 +137,8 @@ def _print_piece(text: str) -> None:
 def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[str, Any]:
     """The answer and how it came about, as plain values."""
     asked = pipeline.manifest.reduction.cost if cost is None else cost
-    reached, decoding = answer.cost, answer.seconds.get("decode", 0.0)
+    reached = answer.cost
+    decoding = answer.seconds.get("decode", 0.0)
     return asdict(answer) | {
         "cost": {"asked": asked, "reached": reached, "asked_text": describe_cost(asked)},
         "tokens_per_second": (len(answer.token_ids) - 1) / decoding if decoding else 0.0,
@@ -158,7 +161,8 @@ def summary(facts: dict[str, Any]) -> str:
     if facts["visual_tokens"]:
         lines.append(f"cost: {describe_cost(facts['cost']['reached'])}; asked: {facts['cost']['asked_text']}")
     lines.append("seconds: " + ", ".join(f"{stage} {spent:.3f}" for stage, spent in facts["seconds"].items()))
-    new, speed = len(facts["token_ids"]), facts["tokens_per_second"]
+    new = len(facts["token_ids"])
+    speed = facts["tokens_per_second"]
     lines.append(f"answer: {new} tokens, {facts['finish_reason']}, {speed:.1f} tokens/s")
     return "\n".join(lines)
 

@@ -203,5 +203,6 @@ def drawing(
 def frame_sampling(told: FrameSampling, fps: float | None, max_frames: int | None) -> FrameSampling:
     """The bundle's sampling of frames with what was asked."""
     most = max_frames or told.max_frames
-    low, force = min(told.min_frames, most), told.force and fps is None
+    low = min(told.min_frames, most)
+    force = told.force and fps is None
     return replace(told, fps=fps or told.fps, max_frames=most, min_frames=low, force=force)

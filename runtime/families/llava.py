@@ -43,7 +43,8 @@ SHRINK_FROM = 1.1
 ROUNDED_RATE = 0.002
 """Share of a film's rate that is rounded away: a little more than 30000/1001 lacks to 30."""
 
-TIME_TOKENS, SENTENCE_TOKENS = 9, 64
+TIME_TOKENS = 9
+SENTENCE_TOKENS = 64
 """Room for a time such as "1234.56s," and for the words around the times: Qwen2's tokenizer splits every digit."""
 
 PoolMode = Literal["average", "bilinear"]
@@ -147,7 +148,8 @@ class LlavaPreprocessing(Preprocessing):
             return [Panel(range(1), whole, "small view"), large]
         if self.pad_square:
             side = max(height, width)
-            left, top = (side - width) // 2 / side, (side - height) // 2 / side
+            left = (side - width) // 2 / side
+            top = (side - height) // 2 / side
             whole = seen_through(whole, (left, top, left + width / side, top + height / side))
         return [Panel(range(1), whole)]
 
@@ -178,27 +180,36 @@ class LlavaPreprocessing(Preprocessing):
         """Boxes of the square that `_frame` makes of a frame, as boxes of the frame."""
         if not self.crop:
             return boxes
-        size, short = self.image_size, min(height, width)
-        tall, wide = int(size * height / short), int(size * width / short)
-        left, top = (wide - size) // 2, (tall - size) // 2
+        size = self.image_size
+        short = min(height, width)
+        tall = int(size * height / short)
+        wide = int(size * width / short)
+        left = (wide - size) // 2
+        top = (tall - size) // 2
         return (boxes * size + [left, top, left, top]) / [wide, tall, wide, tall]
 
     def _large_boxes(self, height: int, width: int, patches: Spans) -> Boxes:
         """Boxes of the rows that show an image's tiles, from the spans of a tile's patches."""
-        size, tiling = self.image_size, best_tiling(height, width, self.tilings)
-        (tall, wide), (top, left, inner_tall, inner_wide) = tiling, fitting(height, width, tiling)
-        rows, columns = tiled(patches, tall // size), tiled(patches, wide // size)
+        size = self.image_size
+        tiling = best_tiling(height, width, self.tilings)
+        (tall, wide) = tiling
+        (top, left, inner_tall, inner_wide) = fitting(height, width, tiling)
+        rows = tiled(patches, tall // size)
+        columns = tiled(patches, wide // size)
         kept = unpadded(np.arange(len(rows) * len(columns)).reshape(len(rows), -1), height, width, self.unpad_digits)
-        rows, columns = rows[kept[:, 0] // len(columns)], columns[kept[0] % len(columns)]
+        rows = rows[kept[:, 0] // len(columns)]
+        columns = columns[kept[0] % len(columns)]
         lines, across = self._shrunk(kept.shape)
         if (lines, across) != kept.shape:  # interpolated
-            rows, columns = even(lines, rows[0, 0], rows[-1, 1]), even(across, columns[0, 0], columns[-1, 1])
+            rows = even(lines, rows[0, 0], rows[-1, 1])
+            columns = even(across, columns[0, 0], columns[-1, 1])
         picture = (left / wide, top / tall, (left + inner_wide) / wide, (top + inner_tall) / tall)
         return seen_through(cells(rows, columns), picture)
 
     def _video_pieces(self, num_frames: int) -> tuple[Piece, ...]:
         side = self.pooled_side
-        position, pad = self.mm_newline_position, self.video_pad
+        position = self.mm_newline_position
+        pad = self.video_pad
         if position == "grid":
             lines = np.arange(side * (side + 1)).reshape(side, side + 1)
             frame = [
@@ -212,8 +223,11 @@ class LlavaPreprocessing(Preprocessing):
 
     def _tiled(self, pixels: NDArray[np.uint8]) -> VisualInput:
         """The small view first, then the lines of the large one without its padding."""
-        size, side, (height, width, _) = self.image_size, self.side, pixels.shape
-        tiling, small = best_tiling(height, width, self.tilings), self.side**2
+        size = self.image_size
+        side = self.side
+        (height, width, _) = pixels.shape
+        tiling = best_tiling(height, width, self.tilings)
+        small = self.side**2
         tiles = cut_tiles(fitted(pixels, tiling, self.resample), size)
         pictures = np.concatenate((resize(pixels, size, size, self.resample)[None], tiles))
 

@@ -79,7 +79,8 @@ class MiniCpmVPreprocessing(Preprocessing):
         pictures = self.pictures(video)
         count, height, width, _ = video.frames.shape
         layout = layout_of(height, width, self.max_slice_nums, self)
-        tiles, rows = cut(pictures, layout, self), self._row_map(layout, count)
+        tiles = cut(pictures, layout, self)
+        rows = self._row_map(layout, count)
         if count == 1:
             return VisualInput(tiles, self._picture(layout), rows)
         frame = self._frame(layout)
@@ -122,7 +123,8 @@ class MiniCpmVPreprocessing(Preprocessing):
 
     def picture_patches(self) -> tuple[int, int]:
         """About those of the square: its area is kept, and each side rounded to a patch."""
-        side, longest = self.scale_resolution / self.patch_size, longest_side(self)
+        side = self.scale_resolution / self.patch_size
+        longest = longest_side(self)
         return max(1, math.floor(side**2 - longest)), math.ceil(side**2 + longest)
 
     def _tags(self, layout: Layout) -> Iterator[str | None]:
@@ -233,7 +235,8 @@ def _tiles(
 ) -> Tiles:
     """Pictures cut along a grid into tiles of this many patches."""
     height, width = (side * preprocessing.patch_size for side in size)
-    (rows, columns), count = grid, len(whole) * grid[0] * grid[1]
+    (rows, columns) = grid
+    count = len(whole) * grid[0] * grid[1]
     pictures = whole.reshape(len(whole), rows, height, columns, width, 3).swapaxes(2, 3)
     values = cut_patches(pictures.reshape(count, height, width, 3), preprocessing)
     return Tiles(values, Grid(count, *size))

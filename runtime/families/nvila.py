@@ -30,7 +30,8 @@ from framefusion.runtime.media.visual_input import Piece, RowMap, Rows, Tiles, T
 from framefusion.runtime.text.positions import Grid
 
 ASPECTS = ("resize", "dynamic", "dynamic_s2")
-AVERAGE, SCALES = "average", "scales"
+AVERAGE = "average"
+SCALES = "scales"
 """What the tower does to tiles: average rows within a frame, bring all scales of an image together."""
 
 
@@ -95,7 +96,8 @@ class NvilaPreprocessing(Preprocessing):
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """A place of the pooled frame is a track, and the line feed behind each is one, too."""
-        (pooled, tall, wide), frames = self.pool_sizes, len(video.indices)
+        (pooled, tall, wide) = self.pool_sizes
+        frames = len(video.indices)
         if frames % pooled:
             raise VideoError(
                 f"{frames} frame(s) were sampled and this model averages {pooled} to one: sample a multiple of "
@@ -117,7 +119,8 @@ class NvilaPreprocessing(Preprocessing):
             return self._scaled(pixels)
         tiled = self.image_aspect_ratio == "dynamic"
         pictures = self._cut(pixels) if tiled else self._squeezed(pixels)[None]
-        rows, pieces = self.blocks**2, list[Piece]()
+        rows = self.blocks**2
+        pieces = list[Piece]()
         for number in range(len(pictures)):
             pieces += self._ended(rows, number * (rows + 1), self.image_end)
             pieces += ["\n"] * tiled
@@ -133,7 +136,8 @@ class NvilaPreprocessing(Preprocessing):
         if self.image_aspect_ratio == "resize":
             return [Panel(range(1), blocks)]
         scaled = self.image_aspect_ratio == "dynamic_s2"
-        least, most = (self.scales[-1] ** 2 if scaled else self.min_tiles), self.max_tiles
+        least = self.scales[-1] ** 2 if scaled else self.min_tiles
+        most = self.max_tiles
         rows, columns = nearest_tiling(height, width, self.image_size, least, most)
         if scaled:
             return [Panel(range(1), cells(tiled(self._spans(), rows), tiled(self._spans(), columns)))]
@@ -165,7 +169,9 @@ class NvilaPreprocessing(Preprocessing):
 
     def _scaled(self, pixels: NDArray[np.uint8]) -> VisualInput:
         """All scales one after the other; only the finest has the image's shape, and only its places are rows."""
-        size, (height, width, _), (*coarse, finest) = self.image_size, pixels.shape, self.scales
+        size = self.image_size
+        (height, width, _) = pixels.shape
+        (*coarse, finest) = self.scales
         rows, columns = nearest_tiling(height, width, size, finest**2, self.max_tiles)
         tilings = [(count, count) for count in coarse] + [(rows, columns)]
         tiles = [cut_tiles(resize(pixels, tall * size, wide * size, BICUBIC), size) for tall, wide in tilings]

@@ -49,7 +49,8 @@ class Qwen3VLPreprocessing(QwenVLPreprocessing):
         """A run of rows for each temporal grid, behind the mean time of its frames; a place of the grid is a track."""
         tiles = self.patches(video)
         grid = tiles.grid.merged(self.merge_size)
-        labels, places = np.arange(grid.height * grid.width), grid_places(Grid(1, grid.height, grid.width))
+        labels = np.arange(grid.height * grid.width)
+        places = grid_places(Grid(1, grid.height, grid.width))
         depth = self.temporal_patch_size
         times = np.pad(video.moments, (0, -len(video.moments) % depth), mode="edge").reshape(-1, depth)
         pieces: list[Piece] = []
@@ -63,13 +64,17 @@ class Qwen3VLPreprocessing(QwenVLPreprocessing):
 
     def frame_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Height and width in pixels that each of so many frames is resized to, from the limits of all together."""
-        factor, depth = self.factor, self.temporal_patch_size
+        factor = self.factor
+        depth = self.temporal_patch_size
         if min(height, width) < factor:  # what is smaller than one token grows first, shape kept
             scale = max(factor / height, factor / width)
-            height, width = int(height * scale), int(width * scale)
+            height = int(height * scale)
+            width = int(width * scale)
         check_shape(height, width)
-        rows, columns = round(height / factor) * factor, round(width / factor) * factor
-        seen, most = round(num_frames / depth) * depth * rows * columns, self.video_max_pixels(num_frames)
+        rows = round(height / factor) * factor
+        columns = round(width / factor) * factor
+        seen = round(num_frames / depth) * depth * rows * columns
+        most = self.video_max_pixels(num_frames)
         if seen > most:
             scale = math.sqrt(num_frames * height * width / most)
             rows = max(factor, math.floor(height / scale / factor) * factor)

@@ -78,7 +78,8 @@ class QwenVLPreprocessing(Preprocessing):
 
     def with_options(self, **given: Any) -> QwenVLPreprocessing:
         """A limit that is given draws the other one with it."""
-        low, high = given.get("min_pixels"), given.get("max_pixels")
+        low = given.get("min_pixels")
+        high = given.get("max_pixels")
         if high is not None and low is None:
             given["min_pixels"] = min(self.min_pixels, high)
         if high is not None and self.image_max_pixels is not None:
@@ -101,9 +102,12 @@ class QwenVLPreprocessing(Preprocessing):
 
     def picture_patches(self) -> tuple[int, int]:
         """Within the limits of frames and images, less what whole tokens round off, more where one side is a token."""
-        lows, highs = (self.min_pixels, self.image_min_pixels), (self.max_pixels, self.image_max_pixels)
-        low, high = min(one for one in lows if one is not None), max(one for one in highs if one is not None)
-        factor, ratio = self.factor, math.sqrt(MAX_ASPECT_RATIO)
+        lows = (self.min_pixels, self.image_min_pixels)
+        highs = (self.max_pixels, self.image_max_pixels)
+        low = min(one for one in lows if one is not None)
+        high = max(one for one in highs if one is not None)
+        factor = self.factor
+        ratio = math.sqrt(MAX_ASPECT_RATIO)
         rounded_up = (math.sqrt(low) / ratio + factor) * (math.sqrt(low) * ratio + factor)
         most = max(high, rounded_up, math.sqrt(high) * ratio * factor)
         least = low / 4  # rounded down to whole tokens, a side loses less than half of itself
@@ -137,7 +141,8 @@ class QwenVLPreprocessing(Preprocessing):
 
     def panels(self, height: int, width: int, frames: int | None = None) -> list[Panel]:
         """One for each temporal grid."""
-        count, depth = frames or 1, self.temporal_patch_size
+        count = frames or 1
+        depth = self.temporal_patch_size
         size = self.image_size(height, width) if frames is None else self.frame_size(count, height, width)
         grid = _grid(count, size, self).merged(self.merge_size)
         boxes = cells(even(grid.height), even(grid.width))
@@ -158,7 +163,8 @@ class QwenVLPreprocessing(Preprocessing):
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
     """The nearest size whose sides divide by `factor` and whose area lies within the limits, shape kept."""
     check_shape(height, width)
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    rows = round(height / factor) * factor
+    columns = round(width / factor) * factor
     if rows * columns > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
         rows = max(factor, math.floor(height / scale / factor) * factor)
@@ -193,7 +199,9 @@ def patchify(
     check_frames(frames)
     num_frames, height, width, _ = frames.shape
     grid = _grid(num_frames, size or preprocessing.frame_size(num_frames, height, width), preprocessing)
-    depth, patch, merge = preprocessing.temporal_patch_size, preprocessing.patch_size, preprocessing.merge_size
+    depth = preprocessing.temporal_patch_size
+    patch = preprocessing.patch_size
+    merge = preprocessing.merge_size
     blocks = (grid.height // merge, grid.width // merge)
     values = np.empty((grid.frames, *blocks, merge, merge, 3, depth, patch, patch), np.float32)
     levels = normalised_levels(preprocessing)

@@ -53,7 +53,8 @@ def place(folder: Path, name: str) -> Path:
         raise BundleError(
             f"{folder} names the file {ascii(name)[:80]}, {problem}: take the bundle from its source again"
         )
-    path, root = folder / name, os.path.realpath(folder)
+    path = folder / name
+    root = os.path.realpath(folder)
     try:
         kind = path.stat().st_mode
     except FileNotFoundError:

@@ -66,7 +66,9 @@ def _limits(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _reduction(manifest: Manifest) -> Iterator[Problem]:
-    record, fixed, layers = manifest.reduction, manifest.fixed, manifest.model.num_layers
+    record = manifest.reduction
+    fixed = manifest.fixed
+    layers = manifest.model.num_layers
     is_fixed = record.mode == "fixed"
     if is_fixed != (fixed is not None) or is_fixed != (record.schedule is not None):
         yield "reduction.mode", f"{record.mode} does not agree with whether there is a schedule and its sizes"
@@ -98,7 +100,8 @@ def _adaptive(record: ReductionRecord, layers: int) -> Iterator[Problem]:
 
 
 def _segments(manifest: Manifest) -> Iterator[Problem]:
-    segments, layers = manifest.segments, manifest.model.num_layers
+    segments = manifest.segments
+    layers = manifest.model.num_layers
     if not segments:
         yield "segments", "there is none"
         return
@@ -111,7 +114,8 @@ def _segments(manifest: Manifest) -> Iterator[Problem]:
     if len({segment.name for segment in segments}) != len(segments):
         yield "segments", "two have one name"
     for index, segment in enumerate(segments):
-        where, buckets = f"segments[{index}]", segment.buckets
+        where = f"segments[{index}]"
+        buckets = segment.buckets
         if not segment.attention_layers:
             yield f"{where}.attention_layers", "there is none"
         if buckets is not None and (not buckets or sorted(set(buckets)) != list(buckets)):
@@ -126,12 +130,14 @@ def _segments(manifest: Manifest) -> Iterator[Problem]:
 
 def _files(manifest: Manifest) -> Iterator[Problem]:
     """Files that are used are listed, and of the size that the rest of the manifest says."""
-    files, record = manifest.files, manifest.embedding
+    files = manifest.files
+    record = manifest.embedding
     for name in (TOKENIZER, record.file):
         if name not in files:
             yield "files", f"{name} is not listed"
             return
-    rows, found = record.rows + len(record.extra), files[record.file].size
+    rows = record.rows + len(record.extra)
+    found = files[record.file].size
     size = rows * record.width * FLOAT_BYTES[record.dtype]
     if size != found:
         yield (
@@ -161,7 +167,8 @@ def _prompt(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _vision(manifest: Manifest) -> Iterator[Problem]:
-    vision, preprocessing = manifest.vision, manifest.preprocessing
+    vision = manifest.vision
+    preprocessing = manifest.preprocessing
     if vision.kind not in SETTINGS:
         yield (
             "vision.kind",
@@ -169,10 +176,12 @@ def _vision(manifest: Manifest) -> Iterator[Problem]:
         )
         return
     yield from _settings(vision.settings, SETTINGS[vision.kind])
-    depth, side = getattr(preprocessing, "temporal_patch_size", 1), preprocessing.patch_size
+    depth = getattr(preprocessing, "temporal_patch_size", 1)
+    side = preprocessing.patch_size
     if vision.patch_width != 3 * depth * side**2:
         yield "vision.patch_width", f"{vision.patch_width} is not 3 * {depth} * {side} * {side}, a patch's numbers"
-    merge, told = vision.settings.get("merge_size"), getattr(preprocessing, "merge_size", None)
+    merge = vision.settings.get("merge_size")
+    told = getattr(preprocessing, "merge_size", None)
     if merge is not None and merge != told:
         yield "vision.settings.merge_size", f"{merge} is not the preprocessing's {told}"
 
@@ -251,7 +260,8 @@ def _engines(manifest: Manifest) -> Iterator[Problem]:
     for segment in manifest.segments:
         graphs |= {graph: segment.attention_layers for graph in (segment.graph, segment.decode_graph) if graph}
     for index, engine in enumerate(manifest.engines):
-        where, layers = f"engines[{index}]", graphs.get(engine.graph)
+        where = f"engines[{index}]"
+        layers = graphs.get(engine.graph)
         if engine.graph not in graphs:
             yield f"{where}.graph", f"{engine.graph} is no graph of this bundle"
         if layers is not None and engine.capacities and len(engine.capacities) != len(layers):

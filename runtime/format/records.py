@@ -98,7 +98,8 @@ class _Reader:
             unknown = [key for key in value if key not in known]
             if unknown:
                 raise RecordError(f"{where}: {ascii(unknown[0])[:60]} is no key of it".lstrip(": "))
-        hints, arguments = get_type_hints(kind), {}
+        hints = get_type_hints(kind)
+        arguments = {}
         for field in fields:
             place = f"{where}.{field.name}".lstrip(".")
             if field.name in value:
@@ -120,7 +121,8 @@ class _Reader:
         return _ANY
 
     def _convert(self, hint: Any, value: Any, where: str, rule: Rule) -> Any:
-        origin, parameters = get_origin(hint), get_args(hint)
+        origin = get_origin(hint)
+        parameters = get_args(hint)
         if hint is Any:
             return self._plain(value, where, rule)
         if origin in (Union, types.UnionType):

@@ -226,10 +226,12 @@ class Sampler:
         if config.top_p is not None and config.top_p < 1:
             kept = np.cumsum(probabilities) > 1 - config.top_p
             kept[-1] = True
-            ids, probabilities = ids[kept], probabilities[kept]
+            ids = ids[kept]
+            probabilities = probabilities[kept]
         if config.min_p:
             kept = probabilities >= config.min_p * probabilities[-1]
-            ids, probabilities = ids[kept], probabilities[kept]
+            ids = ids[kept]
+            probabilities = probabilities[kept]
         return ids, probabilities
 
 

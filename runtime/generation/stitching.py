@@ -64,7 +64,9 @@ class Stitcher:
     """The segments of one bundle over one backend; holds no state of a request."""
 
     def __init__(self, manifest: Manifest, backend: Backend) -> None:
-        self.manifest, self.backend, self.device = manifest, backend, backend.device
+        self.manifest = manifest
+        self.backend = backend
+        self.device = backend.device
         self._float_type = manifest.model.float_type
 
     def prefill(
@@ -109,12 +111,15 @@ class Stitcher:
         self, record: SegmentRecord, rows: TokenRows, reduction: ReductionState | None, max_new_tokens: int
     ) -> tuple[list[BoundSegment], SegmentCache, Outputs]:
         """The runs that make up a segment's prefill: one, or chunks of which only the last gives an output."""
-        length, layers, device = rows.length, len(record.attention_layers), self.device
+        length = rows.length
+        layers = len(record.attention_layers)
+        device = self.device
         size = bucket_for(record, length)
         cache = self._cache(record, [max(size, self._room(length, max_new_tokens))] * layers)
         rows = rows.padded(size)
         previous = {"previous": device.upload(_previous(reduction, size))} if record.scores else {}
-        outputs, chunks = self.outputs(record, size), []
+        outputs = self.outputs(record, size)
+        chunks = []
         parts = chunks_of(record, size, self.backend.chunk)
         for start, end in parts:
             part = rows if len(parts) == 1 else rows.part(start, end)
@@ -133,8 +138,11 @@ class Stitcher:
             PromptError: text, visual tokens or tracks exceed what the graph was built for.
             BudgetError: the schedule would merge tokens that have nothing to merge into, and the rest does not fit.
         """
-        (record,), fixed, model = self.manifest.segments, self.manifest.fixed, self.manifest.model
-        schedule, device = self.manifest.reduction.schedule, self.device
+        (record,) = self.manifest.segments
+        fixed = self.manifest.fixed
+        model = self.manifest.model
+        schedule = self.manifest.reduction.schedule
+        device = self.device
         assert fixed is not None  # a manifest of the fixed mode has both
         assert schedule is not None
         with stopwatch.stage("reduction"):
@@ -161,7 +169,8 @@ class Stitcher:
             bound = self.backend.bind(record.graph, inputs, outputs, cache)
         with stopwatch.stage("prefill"):
             bound.run()
-            last, places = logits.pull()[0], origin.pull()
+            last = logits.pull()[0]
+            places = origin.pull()
         cache.lengths[:] = lengths
         return Prefilled(last, [cache], _fixed_history(labels, calls, drops), [places[: lengths[-1]]])
 
@@ -171,7 +180,8 @@ class Stitcher:
 
     def outputs(self, record: SegmentRecord, size: int) -> Outputs:
         """Buffers for what a segment gives for `size` tokens."""
-        model, mirror = self.manifest.model, self.device.mirror
+        model = self.manifest.model
+        mirror = self.device.mirror
         if record.head:
             return Outputs(None, {"logits": mirror((1, model.vocab_size), np.float32)})
         hidden = self.device.empty((1, size, model.hidden_size), self._float_type)
@@ -220,7 +230,9 @@ class Decoder:
     """
 
     def __init__(self, stitcher: Stitcher, caches: Sequence[SegmentCache]) -> None:
-        model, device, self._width = stitcher.manifest.model, stitcher.device, stitcher.backend.decode_width
+        model = stitcher.manifest.model
+        device = stitcher.device
+        self._width = stitcher.backend.decode_width
         half = model.head_dim // 2
         widths = {"hidden": model.hidden_size, "cos": half, "sin": half}
         self._caches = caches
@@ -336,7 +348,8 @@ def _reduce(
 
 def _fixed_drops(manifest: Manifest, labels: NDArray[np.int64]) -> list[int]:
     """How many tokens each reduction of the static graph drops for this prompt."""
-    fixed, schedule = manifest.fixed, manifest.reduction.schedule
+    fixed = manifest.fixed
+    schedule = manifest.reduction.schedule
     assert fixed is not None
     assert schedule is not None
     visual = tracks.count_visual(labels)
@@ -350,9 +363,11 @@ def _fixed_drops(manifest: Manifest, labels: NDArray[np.int64]) -> list[int]:
                 f"the prompt has {found} {what}, the bundle takes {limit}: sample less, or rebuild: {flag}"
             )
     drops = drop_counts(schedule, visual, tracks.count_tracks(labels))
-    left, room = labels.size, fixed.max_text + fixed.max_visual
+    left = labels.size
+    room = fixed.max_text + fixed.max_visual
     for drop, most in zip(drops, fixed.drops, strict=True):
-        left, room = left - drop, room - most
+        left = left - drop
+        room = room - most
         if left > room or drop > most:
             raise BudgetError(
                 f"a reduction drops {drop} tokens and leaves {left}, the graph drops up to {most} and has room for "
@@ -371,10 +386,12 @@ def _lengths_by_layer(length: int, drop_at_call: Mapping[int, int], num_layers: 
 
 
 def _fixed_history(labels: NDArray[np.int64], calls: Sequence[int], drops: Sequence[int]) -> list[CallRecord]:
-    total, visual = labels.size, tracks.count_visual(labels)
+    total = labels.size
+    visual = tracks.count_visual(labels)
     history = []
     for position, (call, drop) in enumerate(zip(calls, drops, strict=True)):
         kind = "prune" if position == len(calls) - 1 else "merge"
         history.append(CallRecord(call, kind if drop else "none", total, total - drop, visual, visual - drop))  # type: ignore[arg-type]
-        total, visual = total - drop, visual - drop
+        total = total - drop
+        visual = visual - drop
     return history

@@ -45,7 +45,8 @@ class TokenRows:
         """The rows after a plan; kept tokens keep the tables of their original positions."""
         if plan.kind == "none":
             return self
-        device, kept = self.device, plan.kept
+        device = self.device
+        kept = plan.kept
         features = None if self.deepstack is None else device.reduced(self.deepstack, plan)
         cos, sin = (device.take(table, kept) for table in (self.cos, self.sin))
         return TokenRows(device.reduced(self.hidden, plan), cos, sin, self.origin[kept], features, device)

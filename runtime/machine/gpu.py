@@ -6,7 +6,8 @@ import ctypes
 from dataclasses import dataclass
 
 DRIVER_LIBRARY = "libcuda.so.1"
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_MAJOR = 75
+_MINOR = 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ def find_gpu(library: str = DRIVER_LIBRARY, ordinal: int = 0) -> GPU | None:
     try:
         driver = ctypes.CDLL(library)
         known, device, major, minor = (ctypes.c_int() for _ in range(4))
-        memory, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
+        memory = ctypes.c_size_t()
+        name = ctypes.create_string_buffer(256)
         steps = (
             driver.cuInit(0),
             driver.cuDriverGetVersion(ctypes.byref(known)),

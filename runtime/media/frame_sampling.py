@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BundleError, VideoError
 
-SLOWEST, FASTEST = 1e-6, 1e9
+SLOWEST = 1e-6
+FASTEST = 1e9
 """Frames a second that are asked for: one in eleven days; more than any film has."""
 MOST_FRAMES = 100_000
 

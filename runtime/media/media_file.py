@@ -23,8 +23,10 @@ MAX_FILM_FRAMES = 1_000_000
 MAX_FILM_BYTES = 8 << 30
 MAX_LOST_SHARE = 0.5
 
-SECONDS_A_FILM, BYTES_A_SECOND = 300.0, 100_000
-DECODED_BYTES, DECODED_A_BYTE = 12 << 30, 4096
+SECONDS_A_FILM = 300.0
+BYTES_A_SECOND = 100_000
+DECODED_BYTES = 12 << 30
+DECODED_A_BYTE = 4096
 """What a file may cost grows with it: a few kilobytes can claim hours of large frames, which are all alike."""
 
 SHOWN_OF_A_NAME = 120

@@ -182,7 +182,8 @@ def cut_patches(pictures: NDArray[np.uint8], preprocessing: Preprocessing) -> ND
     """
     patch = preprocessing.patch_size
     count, height, width, _ = pictures.shape
-    rows, columns = height // patch, width // patch
+    rows = height // patch
+    columns = width // patch
     levels = normalised_levels(preprocessing)
     values = np.empty((count, rows, columns, 3, patch, patch), np.float32)
     for value, picture in zip(values, pictures[:, : rows * patch, : columns * patch], strict=True):

@@ -60,7 +60,8 @@ def plain(vision: VisionRecord, tiles: Tiles) -> TowerCall:
 
 def rope_2d(vision: VisionRecord, tiles: Tiles) -> TowerCall:
     """Qwen2-VL: rotary tables of the patches of one grid."""
-    merge, half = int(vision.settings["merge_size"]), vision.head_dim // 2
+    merge = int(vision.settings["merge_size"])
+    half = vision.head_dim // 2
     tables = vision_rope_tables(tiles.grid.height, tiles.grid.width, merge, vision.head_dim)
     cos, sin = (np.ascontiguousarray(table[None, :, :half]) for table in tables)
     return TowerCall({"cos": cos, "sin": sin}, tiles.grid.height * tiles.grid.width // merge**2)
@@ -68,8 +69,10 @@ def rope_2d(vision: VisionRecord, tiles: Tiles) -> TowerCall:
 
 def rope_2d_windows(vision: VisionRecord, tiles: Tiles) -> TowerCall:
     """Qwen2.5-VL: how a grid is cut into windows, besides."""
-    merge, side = int(vision.settings["merge_size"]), int(vision.settings["window"])
-    call, grid = rope_2d(vision, tiles), tiles.grid.merged(merge)
+    merge = int(vision.settings["merge_size"])
+    side = int(vision.settings["window"])
+    call = rope_2d(vision, tiles)
+    grid = tiles.grid.merged(merge)
     units, slots = windows_of(grid.height, grid.width, side)
     mask = np.where(np.repeat(units >= 0, merge**2, axis=1), np.float32(0), LOWEST)[:, None, None]  # [V, 1, 1, S]
     mask = np.repeat(mask, mask.shape[-1], axis=2)
@@ -89,8 +92,10 @@ def windows_of(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64], N
 
 def rope_2d_table(vision: VisionRecord, tiles: Tiles) -> TowerCall:
     """Qwen3-VL: which rows of the square position table lie around each patch, besides."""
-    call, (_, height, width) = rope_2d(vision, tiles), tiles.grid
-    side, merge = int(vision.settings["table_side"]), int(vision.settings["merge_size"])
+    call = rope_2d(vision, tiles)
+    (_, height, width) = tiles.grid
+    side = int(vision.settings["table_side"])
+    merge = int(vision.settings["merge_size"])
     rows, columns = (_neighbours(size, side) for size in (height, width))  # each [2, size]: rows of the table, shares
     corners = np.stack([r[:, None] * side + c for r in rows[0] for c in columns[0]])  # [4, h, w]
     shares = np.stack([r[:, None] * c for r in rows[1] for c in columns[1]])
@@ -160,19 +165,24 @@ def block_pooled(vision: VisionRecord, tiles: Tiles) -> TowerCall:
 
 def scales(vision: VisionRecord, tiles: Tiles) -> TowerCall:
     """NVILA: an image at several scales, each in tiles; a frame of a video is one tile for all of them."""
-    settings, side = vision.settings, int(vision.settings["side"])
-    tilings, most = [(int(count), int(count)) for count in settings["scales"]], int(settings["most"])
+    settings = vision.settings
+    side = int(vision.settings["side"])
+    tilings = [(int(count), int(count)) for count in settings["scales"]]
+    most = int(settings["most"])
     if not tiles.pool:
-        taps, finest = single_taps(len(tilings), side**2, most), 1
+        taps = single_taps(len(tilings), side**2, most)
+        finest = 1
     else:
         tilings[-1] = (tiles.grid.height // side, tiles.grid.width // side)
-        taps, finest = scale_taps(tilings, side, most), tilings[-1][0] * tilings[-1][1]
+        taps = scale_taps(tilings, side, most)
+        finest = tilings[-1][0] * tilings[-1][1]
     return TowerCall({"taps": taps.patches, "shares": taps.shares}, finest * int(settings["rows"]))
 
 
 def resampler(vision: VisionRecord, tiles: Tiles) -> TowerCall:
     """MiniCPM-V: rows of the encoder's position table, and the resampler's own table."""
-    settings, (_, rows, columns) = vision.settings, tiles.grid
+    settings = vision.settings
+    (_, rows, columns) = tiles.grid
     side = int(settings["side"])
     down, along = (_buckets(count, side, settings["off_floor"]) for count in (rows, columns))
     places = (down[:, None] * side + along).reshape(-1)

@@ -21,8 +21,10 @@ class Embedding:
 
     def __init__(self, folder: Path, record: EmbeddingRecord) -> None:
         self._bfloat16 = record.dtype == "bfloat16"
-        self._rows, self._extra = record.rows, len(record.extra)
-        path, shape = folder / record.file, (record.rows + self._extra, record.width)
+        self._rows = record.rows
+        self._extra = len(record.extra)
+        path = folder / record.file
+        shape = (record.rows + self._extra, record.width)
         expected = shape[0] * shape[1] * np.dtype(_STORED[record.dtype]).itemsize
         try:
             found = place(folder, record.file).stat().st_size

@@ -239,7 +239,8 @@ class _Separator:
     text: str
 
 
-_BEGIN, _END = object(), object()
+_BEGIN = object()
+_END = object()
 
 
 def _lay_out(template: PromptTemplate, turns: Sequence[Turn]) -> Iterable[str | int | _PlainText | _Separator | object]:
@@ -287,7 +288,8 @@ class _Writer:
     """Collects the tokens of a prompt; neighbouring texts are tokenized as one, as if typed together."""
 
     def __init__(self, tokenizer: Tokenizer, extra: Sequence[str]) -> None:
-        self._tokenizer, self._extra = tokenizer, {name: FIRST_EXTRA - k for k, name in enumerate(extra)}
+        self._tokenizer = tokenizer
+        self._extra = {name: FIRST_EXTRA - k for k, name in enumerate(extra)}
         self._pending: list[str | int] = []  # text and control tokens, not tokenized yet
         self._turn = 0  # first pending piece of this turn
         self._ids: list[NDArray[np.int64]] = []
@@ -328,7 +330,8 @@ class _Writer:
 
     def show(self, visual: VisualInput, number: int) -> None:
         """The pieces of a video or an image, the `number`-th that was given."""
-        shift, top = self._first_label, self._first_label
+        shift = self._first_label
+        top = self._first_label
         for piece in visual.pieces:
             if isinstance(piece, str):
                 self.template(piece)
@@ -373,7 +376,9 @@ class _Writer:
         ids = np.array(self._tokenizer.encode(self._pending), np.int64)
         labels = np.full(ids.size, tracks.TEXT)
         labels[:1] = self._pending_label
-        self._pending, self._pending_label, self._turn = [], tracks.TEXT, 0
+        self._pending = []
+        self._pending_label = tracks.TEXT
+        self._turn = 0
         self._write(ids, labels, None)
 
     def _write(self, ids: NDArray[np.int64], labels: NDArray[np.int64], places: NDArray[np.int64] | None) -> None:

@@ -217,7 +217,8 @@ class _WindowStream:
 
     def flush(self) -> str:
         text = self._new_text()
-        self._window, self._printed = [], 0
+        self._window = []
+        self._printed = 0
         return text
 
     def _new_text(self) -> str:

@@ -44,7 +44,8 @@ def check_growth(backend: Any) -> None:
     for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
         if part is None:
             continue
-        growth, written = 1.0, 0
+        growth = 1.0
+        written = 0
         for step in _steps(json.loads(part.__getstate__())):
             content = str(step.get("content") or step.get("prepend") or step.get("replacement") or "")
             written += len(content)

@@ -113,7 +113,8 @@ def _misplaced(
     folder: Path, name: str, tensor: Tensor, manifest: Manifest | None, sizes: dict[str, int]
 ) -> Iterator[str]:
     """What is wrong with where a tensor's numbers lie; `sizes` remembers those of the files."""
-    label, width = ascii(tensor.name)[:60], _BYTES.get(tensor.dtype)
+    label = ascii(tensor.name)[:60]
+    width = _BYTES.get(tensor.dtype)
     if width is None or any(size < 0 for size in tensor.shape) or len(tensor.shape) > 16:
         yield f"{label} has type {tensor.dtype} and shape {tensor.shape}"
         return
@@ -130,7 +131,8 @@ def _misplaced(
     if location not in sizes:
         beside = str(PurePosixPath(name).parent / location)
         sizes[location] = _listed(folder, beside, None if manifest is None else manifest.files).stat().st_size
-    begin, size = _digits(offset), _digits(length)
+    begin = _digits(offset)
+    size = _digits(length)
     if begin is None or size != wanted or begin + size > sizes[location]:
         yield (
             f"{label} is {ascii(length)[:30]} bytes at {ascii(offset)[:30]} of {ascii(location)[:60]}, which has "
@@ -153,8 +155,10 @@ def _expected(manifest: Manifest, name: str) -> tuple[dict[str, Value | None], d
 
 
 def _tower(manifest: Manifest) -> tuple[dict[str, Value | None], dict[str, Value | None]]:
-    vision, model = manifest.vision, manifest.model
-    kind, free = _FLOATS[model.dtype], -1
+    vision = manifest.vision
+    model = manifest.model
+    kind = _FLOATS[model.dtype]
+    free = -1
     inputs: dict[str, Value | None] = dict.fromkeys(_TOWER_INPUTS[vision.kind])
     if "cos" in inputs:
         inputs |= dict.fromkeys(("cos", "sin"), Value(kind, (free, free, vision.head_dim // 2)))
@@ -167,8 +171,11 @@ def _tower(manifest: Manifest) -> tuple[dict[str, Value | None], dict[str, Value
 def _segment(
     manifest: Manifest, segment: SegmentRecord, *, is_fixed: bool
 ) -> tuple[dict[str, Value | None], dict[str, Value | None]]:
-    model, layers = manifest.model, len(segment.attention_layers)
-    kind, free, half = _FLOATS[model.dtype], -1, model.head_dim // 2
+    model = manifest.model
+    layers = len(segment.attention_layers)
+    kind = _FLOATS[model.dtype]
+    free = -1
+    half = model.head_dim // 2
     rows = Value(kind, (1, free, model.hidden_size))
     inputs: dict[str, Value | None] = {"hidden": rows, "kv_len": Value(_INT64, (layers,))}
     inputs |= dict.fromkeys(("cos", "sin"), Value(kind, (1, free, half)))

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 MOST_FIELDS = 1 << 21  # of all messages of a file: those of a 7B model have a twentieth
 _MOST_NUMBERS = 64  # of a shape or an attribute
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT = 0
+_FIXED64 = 1
+_BYTES = 2
+_FIXED32 = 5
 _WIDTH = {_FIXED64: 8, _FIXED32: 4}
 
 
@@ -71,7 +74,8 @@ def read_model(content: bytes) -> OnnxModel:
 
 class _Reader:
     def __init__(self, content: bytes) -> None:
-        self._content, self._left = content, MOST_FIELDS
+        self._content = content
+        self._left = MOST_FIELDS
         self._found = OnnxModel()
 
     def model(self) -> OnnxModel:
@@ -154,7 +158,8 @@ class _Reader:
         return name or "", values
 
     def _tensor(self, span: Any) -> Tensor:
-        name, dtype = "", 0
+        name = ""
+        dtype = 0
         shape: list[int] = []
         inline: int | None = None
         location: int | None = None
@@ -219,7 +224,8 @@ class _Reader:
             place += 1
             if tag & 0x80:
                 tag, place = self._varint(place - 1, end)
-            number, kind = tag >> 3, tag & 7
+            number = tag >> 3
+            kind = tag & 7
             if number not in known:
                 raise WireError(f"a {what} holds field {number}, which is not read here")
             if kind == _BYTES:

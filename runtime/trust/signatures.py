@@ -28,7 +28,8 @@ SIGNATURES = "signatures.json"
 SIGNING = "pip install 'framefusion-aot[signing]'"
 MOST_SIGNATURES = 64
 _MOST_BYTES = 1 << 16
-_KEY_BYTES, _SIGNATURE_BYTES = 32, 64
+_KEY_BYTES = 32
+_SIGNATURE_BYTES = 64
 _SSH = b"\x00\x00\x00\x0bssh-ed25519\x00\x00\x00\x20"  # what precedes the key in OpenSSH's form
 _DER = bytes.fromhex("302a300506032b6570032100")  # the same in RFC 8410's
 _PEM = re.compile(r"-----BEGIN ([A-Z ]+)-----(.*?)-----END \1-----", re.DOTALL)
@@ -124,7 +125,9 @@ def read_signatures(folder: Path) -> tuple[Signature, ...]:
 
 
 def _signature(row: Mapping[str, Any]) -> Signature:
-    key, value, digest = _decoded(row["key"]), _decoded(row["signature"]), row["digest"]
+    key = _decoded(row["key"])
+    value = _decoded(row["signature"])
+    digest = row["digest"]
     sizes = key is not None and len(key) == _KEY_BYTES and value is not None and len(value) == _SIGNATURE_BYTES
     if not sizes or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError("a signature has no key, digest and signature of ed25519")

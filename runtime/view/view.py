@@ -34,7 +34,9 @@ from framefusion.runtime.view.flops import prefill_flops
 
 BINS = 40
 RARE = 0.02  # of the similarities of a call may lie below the bins
-TOTAL_SIDE, SIDES, QUALITY = 2560, (160, 960), 70
+TOTAL_SIDE = 2560
+SIDES = (160, 960)
+QUALITY = 70
 """The longest side of a stored picture is TOTAL_SIDE / sqrt(pictures) within SIDES, so that the pixels of all of them
 stay the same: 64 frames of film take about half a megabyte."""
 BILINEAR = 2  # Pillow's number
@@ -77,7 +79,8 @@ def watch(
         BudgetError: there is no reduction to compare with.
         VideoError, PromptError: as `Pipeline.generate`.
     """
-    stopwatch, request = Stopwatch(), request or Request()
+    stopwatch = Stopwatch()
+    request = request or Request()
     if compare and asked_cost(pipeline.manifest, request) == 1.0:
         raise BudgetError("cost 1.0 keeps all tokens, so there is nothing to compare: ask a cost below 1")
     seen = pipeline.see(turns, files, sampling or pipeline.manifest.sampling, stopwatch)
@@ -114,7 +117,8 @@ def facts(watched: Watched, pipeline: Pipeline, name: str) -> dict[str, Any]:
         pipeline: that gave it.
         name: of the bundle or checkpoint.
     """
-    manifest, answer = pipeline.manifest, watched.answer
+    manifest = pipeline.manifest
+    answer = watched.answer
     left, steps = fates(watched)
     boxes, visuals = _visuals(watched.seen, pipeline.rule(watched.seen))
     structural = np.setdiff1d(
@@ -141,7 +145,8 @@ def facts(watched: Watched, pipeline: Pipeline, name: str) -> dict[str, Any]:
 
 def run_facts(answer: Generation, manifest: Manifest) -> dict[str, Any]:
     """An answer with the memory and the operations it took."""
-    model, lengths = manifest.model, answer.kv_lengths
+    model = manifest.model
+    lengths = answer.kv_lengths
     slot = 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
     full = prefill_flops(model, [answer.prompt_tokens] * len(lengths))
     decoding = answer.seconds.get("decode", 0.0)
@@ -162,13 +167,15 @@ def fates(watched: Watched) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
     A step is a call that decided. The static graph of the fixed mode tells only what is left after all of them: there
     all calls are one step of the kind "static".
     """
-    size, history = watched.prompt.token_ids.size, watched.answer.reduction
+    size = watched.prompt.token_ids.size
+    history = watched.answer.reduction
     left = np.full(size, -1, np.int64)
     if not watched.decisions:
         gone = np.setdiff1d(np.arange(size), watched.kept)
         left[gone] = 0
         return left, [_step("static", history)] if gone.size else []
-    present, steps = np.arange(size), []
+    present = np.arange(size)
+    steps = []
     for step, (decision, record) in enumerate(zip(watched.decisions, history, strict=False)):
         left[np.delete(present, decision.plan.kept)] = step
         present = present[decision.plan.kept]
@@ -177,7 +184,8 @@ def fates(watched: Watched) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
 
 
 def _step(kind: str, records: Sequence[Any]) -> dict[str, Any]:
-    first, last = records[0], records[-1]
+    first = records[0]
+    last = records[-1]
     return {
         "kind": kind,
         "calls": [record.call for record in records],
@@ -213,7 +221,8 @@ def _model(manifest: Manifest) -> dict[str, Any]:
 
 
 def _settings(manifest: Manifest, request: Request) -> dict[str, Any]:
-    record, cost = manifest.reduction, asked_cost(manifest, request)
+    record = manifest.reduction
+    cost = asked_cost(manifest, request)
     asked = {name: getattr(request, name) for name in ("similarity_lower_bound", "ratio_lower_bound")}
     chosen = {name: getattr(record, name) if value is None else value for name, value in asked.items()}
     schedule = None if record.schedule is None else asdict(record.schedule)
@@ -236,7 +245,8 @@ def _visuals(seen: Sequence[Seen], rule: Preprocessing) -> tuple[list[list[list[
     visuals = []
     for one in seen:
         frames, times = (one.frames, one.times.tolist()) if isinstance(one, Video) else (one[None], [0.0])
-        (height, width), film = frames.shape[1:3], isinstance(one, Video)
+        (height, width) = frames.shape[1:3]
+        film = isinstance(one, Video)
         panels = rule.panels(height, width, len(frames) if film else None)
         for panel in panels:
             if known.setdefault(panel.boxes.tobytes(), len(boxes)) == len(boxes):

@@ -25,7 +25,8 @@ from tools.attack.kinds import KINDS
 from tools.attack.world import world_in
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
-BEGIN, END = "<!-- attack -->", "<!-- /attack -->"
+BEGIN = "<!-- attack -->"
+END = "<!-- /attack -->"
 
 
 def main() -> int:
@@ -133,7 +134,8 @@ def table(found: dict[str, Any]) -> str:
 
 def write(found: dict[str, Any]) -> None:
     text = PAGE.read_text(encoding="utf-8")
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    start = text.index(BEGIN) + len(BEGIN)
+    end = text.index(END)
     PAGE.write_text(f"{text[:start]}\n\n{table(found)}\n\n{text[end:]}", encoding="utf-8")
 
 

@@ -87,7 +87,9 @@ def _edit_at(plain: Any, at: Place, random: Random) -> None:
     holder = plain
     for key in at[:-1]:
         holder = holder[key]
-    key, value, how = at[-1], holder[at[-1]], random.random()
+    key = at[-1]
+    value = holder[at[-1]]
+    how = random.random()
     if how < 0.1:
         del holder[key]
     elif how < 0.15 and isinstance(holder, dict):
@@ -130,7 +132,8 @@ class Target:
     """A sound bundle, a folder of the same files for the trials, and what the sound one answers."""
 
     def __init__(self, bundle: Path, scratch: Path) -> None:
-        self.bundle, self.folder = bundle, scratch / "edited"
+        self.bundle = bundle
+        self.folder = scratch / "edited"
         shutil.copytree(bundle, self.folder)
         self.plain = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
         self.places = [at for at in places(self.plain) if at != (DIGEST,)]
@@ -168,8 +171,10 @@ def attack_manifest(target: Target, random: Random) -> str:
 def attack_file(target: Target, random: Random) -> str:
     """Damage a file and leave its times as they were: always refused."""
     name = target.files[int(random.integers(len(target.files)))]
-    path, how = target.folder / name, int(random.integers(6))
-    told, content = path.stat(), bytearray(path.read_bytes())
+    path = target.folder / name
+    how = int(random.integers(6))
+    told = path.stat()
+    content = bytearray(path.read_bytes())
     path.unlink()
     try:
         if how == 0:
@@ -195,7 +200,8 @@ def attack_file(target: Target, random: Random) -> str:
 def attack_graph(target: Target, random: Random) -> str:
     """Change bytes of a graph and read it as it is read before a runtime opens it."""
     name = target.graphs[int(random.integers(len(target.graphs)))]
-    path, content = target.folder / name, bytearray((target.bundle / name).read_bytes())
+    path = target.folder / name
+    content = bytearray((target.bundle / name).read_bytes())
     for _ in range(int(random.integers(1, 8))):
         at = int(random.integers(len(content)))
         content[at : at + int(random.integers(0, 3))] = random.bytes(int(random.integers(0, 3)))
@@ -211,10 +217,13 @@ def attack_signature(target: Target, random: Random) -> str:
     """Change a signature: the key that is trusted did not make it."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    key, digest = Ed25519PrivateKey.from_private_bytes(random.bytes(32)), target.plain[DIGEST]
-    public, path = key.public_key().public_bytes_raw(), target.folder / SIGNATURES
+    key = Ed25519PrivateKey.from_private_bytes(random.bytes(32))
+    digest = target.plain[DIGEST]
+    public = key.public_key().public_bytes_raw()
+    path = target.folder / SIGNATURES
     write_signatures(target.folder, [Signature(public, digest, key.sign(message(digest)))])
-    trust, content = Trust((public,)), bytearray(path.read_bytes())
+    trust = Trust((public,))
+    content = bytearray(path.read_bytes())
     try:
         Bundle(target.folder, verify=False, trust=trust)  # the sound one is taken
         at = int(random.integers(len(content)))

@@ -54,7 +54,9 @@ def originals(seed: int, frames: int = 12) -> list[bytes]:
             try:
                 with av.open(str(path), "w") as container:
                     stream: Any = container.add_stream(codec, rate=Fraction(25))
-                    stream.width, stream.height, stream.pix_fmt = 48, 32, PIXELS.get(codec, "yuv420p")
+                    stream.width = 48
+                    stream.height = 32
+                    stream.pix_fmt = PIXELS.get(codec, "yuv420p")
                     for picture in pictures:
                         frame = av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")
                         container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))

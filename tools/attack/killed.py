@@ -49,7 +49,8 @@ def _last(build: list[str], told: str, world: World, folder: Path) -> Fault | No
     left = sorted(path.name for path in folder.iterdir())
     if left != ["o"]:
         return Fault("wrong", f"{told}: left are {left}")
-    built, expected = snapshot(folder / "o"), snapshot(world.reference)
+    built = snapshot(folder / "o")
+    expected = snapshot(world.reference)
     if built != expected:
         names = [name for name in built.keys() | expected.keys() if built.get(name) != expected.get(name)]
         return Fault("wrong", f"{told}: other than a build that nothing disturbs: {names}")

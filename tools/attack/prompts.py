@@ -30,7 +30,8 @@ PIECES = ("<", "|", "|>", "<|", "im_start", "im_end", "\n", " ", "\u200b", "\u20
 def attack(rng: random.Random, world: World, folder: Path) -> list[Fault]:
     """A batch of texts, each as a system prompt or as what a user says."""
     bundle = Bundle(world.bundle, verify=False)
-    manifest, path = bundle.manifest, world.bundle / "tokenizer.json"
+    manifest = bundle.manifest
+    path = world.bundle / "tokenizer.json"
     tokenizer = Tokenizer.from_file(path, layout_texts(manifest.prompt, manifest.preprocessing))
     special = [token["content"] for token in json.loads(path.read_text(encoding="utf-8"))["added_tokens"]]
     control = {tokenizer.control_id(token) for token in special}

@@ -80,8 +80,10 @@ def write_big_checkpoint(shape: BigShape, folder: Path, *, headers_only: bool = 
 
 def tensors_of(shape: BigShape) -> Tensors:
     """Names and shapes of all tensors, in the order of the shards."""
-    llm, width = shape.llm, shape.embed_dim
-    hidden, inner = llm.hidden_size, llm.intermediate_size
+    llm = shape.llm
+    width = shape.embed_dim
+    hidden = llm.hidden_size
+    inner = llm.intermediate_size
     kv = hidden // llm.num_heads * llm.num_kv_heads
     found: Tensors = {"visual.patch_embed.proj.weight": (width, *PATCH)}
     for index in range(shape.depth):
@@ -124,7 +126,8 @@ def header_of(shard: Tensors) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, sizes in shard.items():
-        begin, end = end, end + 2 * math.prod(sizes)
+        begin = end
+        end = end + 2 * math.prod(sizes)
         header[name] = {"dtype": "BF16", "shape": sizes, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -136,7 +139,8 @@ def numbers_of(name: str, sizes: tuple[int, ...]) -> Iterator[memoryview]:
 
     A random word gives the sign and the mantissa, the exponent is set: no other way to draw is faster than a disk.
     """
-    count, is_norm = math.prod(sizes), "norm" in name or ".ln_q." in name
+    count = math.prod(sizes)
+    is_norm = "norm" in name or ".ln_q." in name
     inputs = math.prod(sizes[1:]) if len(sizes) > 1 else 1e4
     exponent = 127 + math.floor(math.log2(inputs**-0.5 / math.sqrt(7 / 3)))  # the root mean square of 1 .. 2
     random = np.random.Generator(np.random.SFC64([SEED, *name.encode()]))
@@ -152,7 +156,8 @@ def numbers_of(name: str, sizes: tuple[int, ...]) -> Iterator[memoryview]:
 
 def config_of(shape: BigShape) -> dict[str, Any]:
     """config.json as the hub has it: the LLM's part at the top level."""
-    llm, ids = shape.llm, special_ids()
+    llm = shape.llm
+    ids = special_ids()
     half = llm.hidden_size // llm.num_heads // 2
     section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
     return {

@@ -151,7 +151,8 @@ class Calls:
         image = device._kernels._image
         code = core.ObjectCode.from_cubin if image.startswith(b"\x7fELF") else core.ObjectCode.from_ptx
         self.kernel = code(image).get_kernel("take_4")
-        self.event, self.their_event = device.cuda.event(), core.Device(0).create_event()
+        self.event = device.cuda.event()
+        self.their_event = core.Device(0).create_event()
         self.our_launch()  # a kernel is looked up at its first launch, which cannot be captured
         self.our_graph = device.capture(self.our_launch)
         builder = self.stream.create_graph_builder().begin_building("thread_local")
@@ -168,7 +169,8 @@ class Calls:
         self.core.launch(self.stream, config, self.kernel, *addresses, np.int32(1), np.int64(4))
 
     def our_copy(self) -> None:
-        call, device = self.device.cuda.call, self.device
+        call = self.device.cuda.call
+        device = self.device
         call("cuMemcpyDtoDAsync", self.out.address, self.rows.address, ROW_BYTES, device._stream)
 
     def their_copy(self) -> None:

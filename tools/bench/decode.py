@@ -24,7 +24,8 @@ def main() -> None:
     parser.set_defaults(new_tokens=64)
     arguments = parse(parser)
     setting = Setting(arguments)
-    eager, manifest = setting.eager(), setting.pipeline.manifest
+    eager = setting.eager()
+    manifest = setting.pipeline.manifest
     runs: dict[str, list[Run]] = {name: [] for name in setting.requests}
     theirs: dict[str, list[tuple[float, float]]] = {name: [] for name in setting.requests}
     for turn in range(arguments.rounds + 1):
@@ -36,7 +37,8 @@ def main() -> None:
                 theirs[name].append(other)
     figures: dict[str, Any] = setting.facts | {"new_tokens": arguments.new_tokens}
     for name, own_runs in runs.items():
-        seconds, lengths = median(own_runs, "decode"), own_runs[0].lengths
+        seconds = median(own_runs, "decode")
+        lengths = own_runs[0].lengths
         figures[name] = {
             "per_token": summary([run.decode for run in own_runs]),
             "tokens_per_second": 1 / seconds,

@@ -39,8 +39,11 @@ class Eager:
         torch.set_num_threads(threads)
         kind = getattr(torch, dtype)
         model: Any = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=kind)
-        self._torch, self.model = torch, model.eval().to(device)
-        self._clock, self._new, self._device = clock, new_tokens, device
+        self._torch = torch
+        self.model = model.eval().to(device)
+        self._clock = clock
+        self._new = new_tokens
+        self._device = device
         self._hidden = torch.from_numpy(film.hidden)[None].to(device, kind)
         self._positions = torch.from_numpy(film.prompt.positions)[:, None].to(device)
         places = decode_positions(len(film.hidden), film.prompt.rope_delta, new_tokens)
@@ -60,7 +63,8 @@ class Eager:
             prefill = self._now() - start
             decode = []
             for step in range(self._new - 1):
-                row, place = self._hidden[:, step : step + 1].clone(), self._next[:, :, step : step + 1]
+                row = self._hidden[:, step : step + 1].clone()
+                place = self._next[:, :, step : step + 1]
                 start = self._now()
                 self._forward(row, place, past, keep=False)
                 decode.append(self._now() - start)
@@ -74,7 +78,8 @@ class Eager:
     @contextmanager
     def _shortened(self, lengths: Sequence[int] | None) -> Iterator[None]:
         """Within the block a prefill loses tokens after attentions, as ours does; which ones does not matter here."""
-        layers, hooks = self.model.model.language_model.layers, []
+        layers = self.model.model.language_model.layers
+        hooks = []
         if lengths is not None:
             for layer, own, following in zip(layers, lengths, lengths[1:], strict=False):
                 if following < own:

@@ -101,7 +101,8 @@ class Watch:
     """Samples a process until it ends; a phase begins with each part that it announces on stderr."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process, self._proc = process, Path(f"/proc/{process.pid}")
+        self._process = process
+        self._proc = Path(f"/proc/{process.pid}")
         self._phases: dict[str, dict[str, float]] = {}
         self._phase = ""
         self._begin("start")
@@ -127,7 +128,8 @@ class Watch:
 
     def _begin(self, name: str) -> None:
         done = self._phases.get(self._phase, {"read_bytes": 0.0, "write_bytes": 0.0})
-        read, written = done["read_bytes"], done["write_bytes"]
+        read = done["read_bytes"]
+        written = done["write_bytes"]
         self._phases[name] = {
             "begun": time.perf_counter(), "read_bytes": read, "write_bytes": written,
             "read_before": read, "written_before": written,

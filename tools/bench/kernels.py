@@ -37,7 +37,8 @@ class Rows:
 
     def __init__(self, device: CudaDevice, frames: int, places: int, width: int, dtype: Any) -> None:
         random = np.random.default_rng(0)
-        self.device, self.labels = device, np.tile(np.arange(places), frames)
+        self.device = device
+        self.labels = np.tile(np.arange(places), frames)
         self.there = device.upload(random.standard_normal((frames * places, width), np.float32).astype(dtype))
         self.copied = device.empty(self.there.shape, dtype)
 
@@ -52,7 +53,9 @@ class Rows:
 
     def seconds(self, enqueue: Callable[[], object]) -> float:
         """Of one call on the GPU: `LAUNCHES` of them behind copies that outlast the enqueuing."""
-        cuda, stream, (start, end) = self.device.cuda, self.device.stream, self._events()
+        cuda = self.device.cuda
+        stream = self.device.stream
+        (start, end) = self._events()
         for _ in range(BUSY):
             self.copy()
         cuda.call("cuEventRecord", start, stream)

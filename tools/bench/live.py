@@ -33,7 +33,8 @@ class HookClock:
     """Seconds of a prefill inside the hooks; `watch` runs inside a layer, the others between them."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.prefill, self._clock = 0.0, clock
+        self.prefill = 0.0
+        self._clock = clock
         for kind, names in ((FrameFusion, HOOKS), (Call, ("watch",))):
             for name in names:
                 setattr(kind, name, self._timed(getattr(kind, name)))
@@ -58,7 +59,8 @@ def main() -> None:
     model = geometry(shape)
     film = draw_film(model, Grid(arguments.frames, 16, 8), before=10, after=22)
     seconds, threads = (time.thread_time, 1) if arguments.clock == "cpu" else (time.perf_counter, arguments.threads)
-    eager, clock = Eager(checkpoint, film, threads, seconds), HookClock(seconds)
+    eager = Eager(checkpoint, film, threads, seconds)
+    clock = HookClock(seconds)
     names: dict[str, float | None] = {"dense": None} | {f"cost {cost:g}": cost for cost in arguments.costs}
     prefill: dict[str, list[float]] = {name: [] for name in names}
     decode: dict[str, list[float]] = {name: [] for name in names}
@@ -86,9 +88,11 @@ def main() -> None:
         "rounds": arguments.rounds,
         "dense": {"prefill": summary(prefill["dense"]), "decode_per_token": summary(decode["dense"])},
     }
-    full, dense = prefill_flops(model, [len(film.hidden)] * model.num_layers), summary(prefill["dense"])["median_s"]
+    full = prefill_flops(model, [len(film.hidden)] * model.num_layers)
+    dense = summary(prefill["dense"])["median_s"]
     for name, record in records.items():
-        own, limit = summary(prefill[name]), full / prefill_flops(model, list(record.tokens_per_layer))
+        own = summary(prefill[name])
+        limit = full / prefill_flops(model, list(record.tokens_per_layer))
         figures[name] = {
             "prefill": own,
             "decode_per_token": summary(decode[name]),

@@ -31,7 +31,9 @@ def main() -> None:
     add_flags(parser, [1.0, 0.5, 0.3])
     arguments = parse(parser)
     setting = Setting(arguments)
-    eager, requests, dense_name = setting.eager(), setting.requests, setting.dense
+    eager = setting.eager()
+    requests = setting.requests
+    dense_name = setting.dense
     runs: dict[str, list[Run]] = {name: [] for name in requests}
     theirs: dict[str, list[tuple[float, float]]] = {name: [] for name in requests}
     expected = np.zeros(0, np.float32)
@@ -108,7 +110,8 @@ def eager_figures(runs: list[tuple[float, float]]) -> dict[str, Any]:
 def figures_of(runs: list[Run], dense: list[Run], full: float, flops: float) -> dict[str, Any]:
     """Ratios to ours dense."""
     pick: Callable[[str], list[float]] = lambda name: [getattr(run, name) for run in runs]  # noqa: E731
-    speed_up, limit = median(dense, "prefill") / median(runs, "prefill"), full / flops
+    speed_up = median(dense, "prefill") / median(runs, "prefill")
+    limit = full / flops
     return {
         "prefill": summary(pick("prefill")),
         "decode_per_token": summary(pick("decode")),

@@ -28,7 +28,8 @@ from framefusion.runtime.text.positions import Grid, decode_positions
 from tools.bench.eager import Eager
 from tools.bench.setting import SEED, SHAPES, Film, draw_film, open_bundle, write_checkpoint
 
-BEFORE, AFTER = 10, 22  # tokens of text around the film
+BEFORE = 10
+AFTER = 22  # tokens of text around the film
 BUCKET_RATIO = 0.95  # of neighbouring buckets: a bundle for users has fewer, here padding is not to hide the limit
 PRESETS: dict[str, dict[str, Any]] = {
     "qwen2-vl-7b": {  # the setting of the paper's speed figures
@@ -70,7 +71,8 @@ class Setting:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, shape = arguments, SHAPES[arguments.shape]
+        self.arguments = arguments
+        shape = SHAPES[arguments.shape]
         self.checkpoint = write_checkpoint(shape, arguments.work / f"{arguments.shape}-checkpoint")
         self.grid = Grid(arguments.frames, *arguments.grid)
         kind = arguments.backend if arguments.backend in get_args(EngineKind) else None
@@ -86,7 +88,8 @@ class Setting:
 
     def _options(self, kind: EngineKind | None) -> BuildOptions:
         """TensorRT's engines are built for this film alone: static caches and buckets beyond it would only cost."""
-        own, tokens = self.arguments, BEFORE + self.grid.size + AFTER
+        own = self.arguments
+        tokens = BEFORE + self.grid.size + AFTER
         longest = -(-(tokens + own.new_tokens) // BUCKET_MULTIPLE) * BUCKET_MULTIPLE
         common = {"similarity_lower_bound": 0.6, "depth": own.depth, "dtype": own.dtype, "backend": kind}
         if kind in ("tensorrt", "tensorrt-rtx"):
@@ -123,7 +126,8 @@ class Setting:
 
     def eager(self) -> Eager:
         """The same weights and film in eager torch, where the backend is."""
-        own, device = self.arguments, "cuda" if self.on_gpu else "cpu"
+        own = self.arguments
+        device = "cuda" if self.on_gpu else "cpu"
         return Eager(self.checkpoint, self.film, own.threads, new_tokens=own.new_tokens, device=device,
                      dtype=self.model.dtype if self.on_gpu else "float32")  # fmt: skip
 
@@ -133,7 +137,8 @@ class Setting:
 
     def stages(self, request: Request) -> dict[str, float]:
         """Seconds of each stage of one answer, each waited for at its end: together they take less than their sum."""
-        pipeline, patches = self.pipeline, self.pipeline.manifest.vision.patches_per_token
+        pipeline = self.pipeline
+        patches = self.pipeline.manifest.vision.patches_per_token
         side = round(patches**0.5)
         grid = Grid(self.grid.frames, self.grid.height * side, self.grid.width * side)
         shape = (grid.frames, grid.height * grid.width, pipeline.manifest.vision.patch_width)
@@ -152,7 +157,8 @@ class Setting:
 
 def ladder(tokens: int, longest: int, least: float) -> tuple[int, ...]:
     """Buckets from the whole film down to a share of it, close to each other."""
-    sizes, size = {longest, -(-tokens // BUCKET_MULTIPLE) * BUCKET_MULTIPLE}, float(tokens)
+    sizes = {longest, -(-tokens // BUCKET_MULTIPLE) * BUCKET_MULTIPLE}
+    size = float(tokens)
     while size > max(least * tokens, BUCKET_MULTIPLE):
         size *= BUCKET_RATIO
         sizes.add(-(-int(size) // BUCKET_MULTIPLE) * BUCKET_MULTIPLE)
@@ -192,7 +198,8 @@ class Run:
 
 def run_ours(pipeline: Pipeline, film: Film, request: Request) -> Run:
     """Prefill, then decode a few tokens at the end of the prompt."""
-    stopwatch, rows = Stopwatch(), film.rows(pipeline)
+    stopwatch = Stopwatch()
+    rows = film.rows(pipeline)
     prefilled = pipeline.prefill(film.prompt, rows, request, stopwatch)
     return Run(prefilled, stopwatch.seconds, decode(pipeline, film, prefilled, request.max_new_tokens))
 

@@ -74,7 +74,8 @@ def write_checkpoint(shape: Shape, folder: Path) -> Path:
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    ids, (depth, width, heads) = special_ids(), shape.tower
+    ids = special_ids()
+    (depth, width, heads) = shape.tower
     half = shape.hidden_size // shape.num_heads // 2
     section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
     config = Qwen2VLConfig(

@@ -48,7 +48,8 @@ def save_checkpoint(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path
         aside = Path(scratch)
         _rounded_copy(model).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        end = tokenizer.eos_token_id
+        pad = tokenizer.pad_token_id
         generation = {
             "bos_token_id": pad,
             "pad_token_id": pad,

@@ -166,7 +166,8 @@ def _place(
     rng: np.random.Generator, color: str, shape: str, start: float, duration: float, others: list[Thing], stay: Span
 ) -> Thing:
     """Choose a path inside the frame, away from the objects seen at the same time."""
-    best, clearance = None, -1.0
+    best = None
+    clearance = -1.0
     for _ in range(12):
         motion = str(rng.choice(list(MOTIONS)))
         stop = min(start + rng.uniform(*stay), duration)
@@ -182,7 +183,8 @@ def _place(
         thing = Thing(color, shape, motion, start, stop, x, y, speed, float(radius), (red, green, blue))
         nearest = min((_nearest(thing, other) for other in others), default=np.inf)
         if nearest > clearance:
-            best, clearance = thing, nearest
+            best = thing
+            clearance = nearest
         if clearance > 30:
             break
     assert best is not None
@@ -272,7 +274,8 @@ def render(scene: Scene, times: NDArray[np.floating[Any]]) -> Frames:
         index = sum(shot.start <= time for shot in scene.shots) - 1
         _draw_background(frame, scene.shots[index], textures[index], float(time))
         for dot in scene.dots:
-            x, y = int(dot.x + dot.vx * time) % (SIDE - 3), int(dot.y + dot.vy * time) % (SIDE - 3)
+            x = int(dot.x + dot.vx * time) % (SIDE - 3)
+            y = int(dot.y + dot.vy * time) % (SIDE - 3)
             frame[y : y + 3, x : x + 3] = dot.grey
         for thing in scene.things:
             if thing.seen(time):
@@ -296,7 +299,8 @@ def _draw_background(frame: Frames, shot: Shot, texture: Frames, time: float) ->
     frame[:] = texture[72 : 72 + SIDE, 72 : 72 + SIDE]
     if shot.pan != (0.0, 0.0):
         x, y = (72 + round(speed * (time - shot.start)) for speed in shot.pan)
-        x, y = min(max(x, 0), 256 - SIDE), min(max(y, 0), 256 - SIDE)
+        x = min(max(x, 0), 256 - SIDE)
+        y = min(max(y, 0), 256 - SIDE)
         frame[shot.horizon :] = texture[y + shot.horizon : y + SIDE, x : x + SIDE]
 
 
@@ -334,7 +338,8 @@ def _noise_bank() -> NDArray[np.int16]:
 
 
 def _add_noise(frames: Frames, scene: Scene, times: NDArray[np.floating[Any]]) -> Frames:
-    bank, scale = _noise_bank(), round(scene.noise * 16)
+    bank = _noise_bank()
+    scale = round(scene.noise * 16)
     for frame, time in zip(frames, times, strict=True):
         shift = np.random.default_rng((scene.seed, 3, round(float(time) * 1000))).integers(0, 256 - SIDE, 2)
         noise = bank[shift[0] : shift[0] + SIDE, shift[1] : shift[1] + SIDE]

@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForCondi
 from tools.tiny.clips import SIDE, Frames
 from tools.tiny.prompt import token_id
 
-PATCH, MERGE, TEMPORAL = 14, 2, 2
+PATCH = 14
+MERGE = 2
+TEMPORAL = 2
 CELLS = SIDE // (PATCH * MERGE)  # merged tokens along a side
 GRID_TOKENS = CELLS * CELLS  # LLM tokens of one temporal grid
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,7 +30,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
-    end, pad = token_id(tokenizer, "<|im_end|>"), token_id(tokenizer, "<|endoftext|>")
+    end = token_id(tokenizer, "<|im_end|>")
+    pad = token_id(tokenizer, "<|endoftext|>")
     return Qwen2VLConfig(
         text_config={
             "vocab_size": -(-len(tokenizer) // 64) * 64,
@@ -139,7 +142,8 @@ def vision_features(model: Any, patches: Tensor) -> Tensor:
     for block in visual.blocks:
         attn = block.attn
         qkv = attn.qkv(block.norm1(x)).view(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = _rotate(qkv[0], cos, sin), _rotate(qkv[1], cos, sin)
+        q = _rotate(qkv[0], cos, sin)
+        k = _rotate(qkv[1], cos, sin)
         mixed = F.scaled_dot_product_attention(q, k, qkv[2])
         x = x + attn.proj(mixed.transpose(1, 2).flatten(2))
         x = x + block.mlp(block.norm2(x))
@@ -168,7 +172,8 @@ class Layout:
         self.prefix = before + grids * GRID_TOKENS
         index = torch.cat([torch.arange(self.prefix), self.prefix + torch.arange(length).repeat(questions)])
         cos, sin = model.model.language_model.rotary_emb(torch.zeros(1), where[:, :, index])
-        self.cos, self.sin = cos[:, None], sin[:, None]  # [1, 1, S, head_dim]
+        self.cos = cos[:, None]
+        self.sin = sin[:, None]  # [1, 1, S, head_dim]
         # Each branch sees the prefix and the earlier part of itself, so it is exactly a prompt of its own.
         own = torch.kron(torch.eye(questions), torch.ones(length, length).tril()).bool()
         self.mask = torch.cat([torch.ones(len(own), self.prefix, dtype=torch.bool), own], dim=1)
@@ -176,7 +181,8 @@ class Layout:
 
 def answer_hidden(model: Any, x: Tensor, layout: Layout) -> Tensor:
     """Run the decoder over embeddings [B, S, H]; final hidden states of the branches [B, S - prefix, H]."""
-    text, cut = model.model.language_model, layout.prefix
+    text = model.model.language_model
+    cut = layout.prefix
     for layer in text.layers:
         last = layer is text.layers[-1]
         attn = layer.self_attn

@@ -53,7 +53,9 @@ class Stage:
     least: int = 1  # objects in a clip
 
 
-VISION_STEPS, VISION_BATCH, VISION_RATE = 1900, 8, 4e-3
+VISION_STEPS = 1900
+VISION_BATCH = 8
+VISION_RATE = 4e-3
 STAGES = (
     Stage(16, 180, 16, 4e-3, 0.6),
     Stage(16, 330, 8, 4e-3, 0.5, BY_SHAPE, least=2),
@@ -65,7 +67,9 @@ class Grids(Dataset[tuple[Tensor, Tensor]]):
     """For the first stage: some temporal grids of a scene, and what is in each of their cells."""
 
     def __init__(self, first_seed: int, count: int, per_scene: int = 8) -> None:
-        self.first_seed, self.count, self.per_scene = first_seed, count, per_scene
+        self.first_seed = first_seed
+        self.count = count
+        self.per_scene = per_scene
 
     def __len__(self) -> int:
         return self.count
@@ -85,7 +89,9 @@ class Talks(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
     """For the second stage: a clip, its cells, and the token ids and targets of its questions."""
 
     def __init__(self, prompts: Prompts, first_seed: int, stage: Stage) -> None:
-        self.prompts, self.first_seed, self.stage = prompts, first_seed, stage
+        self.prompts = prompts
+        self.first_seed = first_seed
+        self.stage = stage
 
     def __len__(self) -> int:
         return self.stage.steps * self.stage.batch
@@ -99,7 +105,8 @@ class Talks(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
         targets[:] = -100
         for row, kind in enumerate(self.stage.asked):
             question = clips.ask(scene, "color" if kind == "order" and len(scene.things) < 2 else kind, rng)
-            asked, answer = self.prompts.question(question.text), self.prompts.answer(question.answer)
+            asked = self.prompts.question(question.text)
+            answer = self.prompts.answer(question.answer)
             ids[row, : len(asked) + len(answer)] = asked + answer
             targets[row, len(asked) - 1 : len(asked) + len(answer) - 1] = answer
         cells = torch.from_numpy(clips.cell_labels(scene, times))
@@ -114,7 +121,10 @@ class Trainer:
         self.prompts = Prompts(self.tokenizer)
         self.model = tiny.new_model(self.tokenizer, seed)
         self.probe = nn.Linear(128, len(clips.CELL_FACTS))
-        self.seed, self.out, self.step, self.started = seed, out, 0, time.time()
+        self.seed = seed
+        self.out = out
+        self.step = 0
+        self.started = time.time()
         self.log: list[dict[str, Any]] = []
 
     def loader(self, data: Dataset[Any], batch: int) -> DataLoader[Any]:

@@ -64,7 +64,8 @@ def bisect_bundle(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """
     bundle = Bundle(folder)
     plan = replan(folder, bundle.manifest, checkpoint)
-    needed, free = memory_of_check(plan), available_memory()
+    needed = memory_of_check(plan)
+    free = available_memory()
     if needed > free:
         raise BackendError(
             f"--bisect runs the eager model in fp32, which needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
@@ -73,11 +74,13 @@ def bisect_bundle(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     backends, notes = ways(bundle)
     if not backends:
         raise BackendError(f"nothing can run {bundle.folder} here: {'; '.join(notes)}")
-    traced_by, here = bundle.manifest.tools.get("torch"), torch.__version__
+    traced_by = bundle.manifest.tools.get("torch")
+    here = torch.__version__
     if traced_by != here:
         notes.append(f"the graphs were traced by torch {traced_by} and this is {here}: names of nodes may differ")
     calls = record(bundle, plan, max(backend.decode_width for backend in backends))
-    rows, found = list[Boundary](), list[Divergence]()
+    rows = list[Boundary]()
+    found = list[Divergence]()
     for backend in backends:
         ours = [(call, row) for call in calls for row in compare(call, backend, bundle.manifest)]
         rows += [row for _, row in ours]
@@ -98,7 +101,8 @@ def bisect_bundle(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def ways(bundle: Bundle) -> tuple[list[Backend], list[str]]:
     """Backends that run this bundle here, one of a name, and why others do not."""
-    backends, notes = dict[str, Backend](), list[str]()
+    backends = dict[str, Backend]()
+    notes = list[str]()
     held = {ONNXRUNTIME, *(engine.kind for engine in bundle.manifest.engines)}
     for option in sorted(options(bundle.folder, bundle.manifest, Machine.here()), key=lambda o: o.device != "cpu"):
         if option.backend in backends or option.backend not in held:

@@ -66,7 +66,9 @@ class _Recorder(EagerBackend):
     def __init__(self, loaders: Mapping[str, Load], decode_width: int, vision: str) -> None:
         super().__init__(loaders)
         self.calls: list[RecordedCall] = []
-        self._vision, self.chunk, self.decode_width = vision, None, decode_width
+        self._vision = vision
+        self.chunk = None
+        self.decode_width = decode_width
         self.prefilled = False
 
     def bind(  # type: ignore[override]
@@ -95,7 +97,8 @@ class _Recorded:
         return self.bound.outputs
 
     def run(self) -> None:
-        cache, inputs = self.bound.cache, {name: array.copy() for name, array in self.inputs.items()}
+        cache = self.bound.cache
+        inputs = {name: array.copy() for name, array in self.inputs.items()}
         if "previous" in inputs and (inputs["previous"] < 0).all():  # nobody reads the similarity: compare all the same
             inputs["previous"] = np.arange(inputs["previous"].size) - 1
             self.bound.inputs["previous"][...] = inputs["previous"]
@@ -143,7 +146,9 @@ def segment_of(manifest: Manifest, graph: str) -> SegmentRecord | None:
 
 def run(call: RecordedCall, backend: Backend, manifest: Manifest) -> dict[str, Array]:
     """What a backend gives for the recorded inputs, in fp32; of caches the slots that are taken."""
-    device, float_type, record = backend.device, manifest.model.float_type, segment_of(manifest, call.graph)
+    device = backend.device
+    float_type = manifest.model.float_type
+    record = segment_of(manifest, call.graph)
     inputs = {name: device.upload(typed(array, float_type)) for name, array in call.inputs.items()}
     given = {name: array for name, array in call.outputs.items() if not name.startswith("present_")}
     outputs = {

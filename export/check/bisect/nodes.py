@@ -59,7 +59,8 @@ class ProbedGraph:
     """A graph of a bundle in ONNX Runtime, with chosen values as its outputs."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rounds = path, 0
+        self.path = path
+        self.rounds = 0
         self.graph = ir.load(path).graph
         self.makers = {value.name: node for node in self.graph for value in node.outputs if value.name}
 
@@ -100,7 +101,8 @@ def first_difference(
         given: inputs and caches by name, fp32.
         limit: largest relative error that agrees.
     """
-    graph, dtype = ProbedGraph(path), _type_of(ir.load(path))
+    graph = ProbedGraph(path)
+    dtype = _type_of(ir.load(path))
     traced = trace_program(
         source.module, source.told.arguments, source.told.dynamic_shapes, dialect, source.told.inputs,
         source.told.outputs, source.decompositions, dtype,
@@ -131,7 +133,10 @@ class Search:
     """Errors of the values of one graph, found a few at a time."""
 
     def __init__(self, graph: ProbedGraph, reference: Reference, given: Mapping[str, Array], limit: float) -> None:
-        self._graph, self._reference, self._given, self._limit = graph, reference, given, limit
+        self._graph = graph
+        self._reference = reference
+        self._given = given
+        self._limit = limit
         known = set(reference.names.values())
         self.order = [str(value.name) for node in graph.graph for value in node.outputs if value.name in known]
         self.errors: dict[str, float] = {}
@@ -178,13 +183,17 @@ class Search:
         new = [name for name in names if name not in self.errors]
         if not new:
             return
-        ours, theirs = self._graph.values(self._given, new), self._reference.values(self._given, new)
+        ours = self._graph.values(self._given, new)
+        theirs = self._reference.values(self._given, new)
         for name in new:
             self.errors[name] = _error(ours[name], theirs.get(name))
 
     def nodes_of(self, value: str) -> Iterator[ir.Node]:
         """Nodes that compute a value from those that torch's program has, too, in the graph's order."""
-        makers, stop, wanted, seen = self._graph.makers, set(self.order), [value], set()
+        makers = self._graph.makers
+        stop = set(self.order)
+        wanted = [value]
+        seen = set()
         while wanted:
             node = makers.get(wanted.pop())
             if node is None or node in seen:

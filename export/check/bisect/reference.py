@@ -40,7 +40,8 @@ class Reference(torch.fx.Interpreter):
 
     def values(self, given: Mapping[str, Array], wanted: Sequence[str]) -> dict[str, Array]:
         """Values by the graph's names, for inputs by name."""
-        self._wanted, self._kept = set(wanted), {}
+        self._wanted = set(wanted)
+        self._kept = {}
         arguments = [self._argument(node.name, given) for node in self._nodes if node.op == "placeholder"]
         with torch.inference_mode():
             self.run(*arguments)

@@ -54,7 +54,8 @@ def license_of(folder: Path) -> License:
     told = front_matter(readme)
     stated = told.get("license")
     if stated:
-        link, names = _text(told.get("license_link")), list(map(str, stated)) if isinstance(stated, list) else [stated]
+        link = _text(told.get("license_link"))
+        names = list(map(str, stated)) if isinstance(stated, list) else [stated]
         if len(names) > 1:
             return License(OTHER, ", ".join(names), link)
         return License(str(names[0]), _text(told.get("license_name")), link)

@@ -17,7 +17,10 @@ from framefusion.runtime.text.prompt import PromptTemplate, TurnLayout, Visual
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
 
-SYSTEM, FIRST, ANSWER, SECOND = "SystemSays", "FirstQuestion", "FirstAnswer", "SecondQuestion"
+SYSTEM = "SystemSays"
+FIRST = "FirstQuestion"
+ANSWER = "FirstAnswer"
+SECOND = "SecondQuestion"
 SPACED = f" \n{FIRST}\t "
 FILES = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -142,8 +145,10 @@ def _as_text(parts: tuple[str, ...]) -> str:
 
 def _text_layout(template: _Template, fallback: PromptTemplate) -> PromptTemplate:
     """Turns of text: see the marks above for what is rendered."""
-    question, answer = ("user", (FIRST,)), ("assistant", (ANSWER,))
-    alone, asked = template.render([question]), template.render([question], answer=True)
+    question = ("user", (FIRST,))
+    answer = ("assistant", (ANSWER,))
+    alone = template.render([question])
+    asked = template.render([question], answer=True)
     long = template.render([question, answer, ("user", (SECOND,))])
     if not asked.startswith(alone):
         raise template.refuse("the end of a turn changes when an answer follows")
@@ -188,7 +193,8 @@ def _system(template: _Template, head: str, user: TurnLayout) -> tuple[str, str,
         return head, "", None
     if told.count(SYSTEM) != 1:  # LLaVA-NeXT-Video's Vicuna template says it twice
         return head, "", None
-    before, between = told[: told.index(SYSTEM)], told[told.index(SYSTEM) + len(SYSTEM) : told.index(FIRST)]
+    before = told[: told.index(SYSTEM)]
+    between = told[told.index(SYSTEM) + len(SYSTEM) : told.index(FIRST)]
     if not between.endswith(user.prefix):
         raise template.refuse("a question begins otherwise after a system turn")
     suffix = between[: len(between) - len(user.prefix)]
@@ -205,13 +211,15 @@ def _system(template: _Template, head: str, user: TurnLayout) -> tuple[str, str,
 def _visual_layout(template: _Template, layout: PromptTemplate, placeholders: Mapping[str, str]) -> PromptTemplate:
     """Where a user's videos stand, and what separates them from the text."""
     video = placeholders["video"]
-    one, two = template.render([("user", ("video", FIRST))]), template.render([("user", ("video", "video", FIRST))])
+    one = template.render([("user", ("video", FIRST))])
+    two = template.render([("user", ("video", "video", FIRST))])
     later = template.render([("user", (FIRST, "video"))])
     if one.count(video) != 1 or two.count(video) != 2:
         raise template.refuse(f"{video} does not stand for a video")
     first = two.index(video) + len(video)
     after_visual = two[first : two.index(video, first)]
-    user, text = layout.turns["user"], one[one.index(video) + len(video) : one.index(FIRST)]
+    user = layout.turns["user"]
+    text = one[one.index(video) + len(video) : one.index(FIRST)]
     head = template.render([("user", (FIRST,))])
     start = head[: head.index(FIRST)][: -len(user.prefix) or None]
     prefix = one[len(start) : one.index(video)]
@@ -229,7 +237,8 @@ def _visual_layout(template: _Template, layout: PromptTemplate, placeholders: Ma
 def _compare(template: _Template, layout: PromptTemplate, placeholders: Mapping[str, str] | None) -> None:
     """Refuse strings that do not give what the template gives."""
     for case in _cases(placeholders, system="system" in layout.turns):
-        ours, theirs = compose(layout, case, placeholders or {}), template.render(case, answer=True)
+        ours = compose(layout, case, placeholders or {})
+        theirs = template.render(case, answer=True)
         if ours != theirs:
             raise template.refuse(f"{theirs!r} would be {ours!r}")
 

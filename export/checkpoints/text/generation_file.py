@@ -61,7 +61,8 @@ def read_generation(
     Raises:
         CheckpointError: naming a value of another type or range, or a setting that is not computed.
     """
-    place, told = FILE, checkpoint.read_optional_json(FILE)
+    place = FILE
+    told = checkpoint.read_optional_json(FILE)
     if checkpoint.find(FILE) is None:  # of a time when config.json said all of it
         place = "config.json"
         known = {*REFUSED, *(field.name for field in fields(GenerationConfig))} - {"eos_token_ids"}

@@ -30,7 +30,11 @@ CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast")
 """`tokenizer_class` of the checkpoints that need this: transformers has no such class."""
 SPACE = "\u2581"
 BPE = 2  # TrainerSpec.ModelType
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type; 1 is a normal piece
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+BYTE = 6  # ModelProto.SentencePiece.Type; 1 is a normal piece
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 PROBES = (
     "What happens in this video? Answer in one word.",
@@ -94,7 +98,8 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 
 def _refuse_unknown_traits(model: Any, path: Path) -> None:
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer = model.trainer_spec
+    normalizer = model.normalizer_spec
     refused = {
         f"model_type {trainer.model_type}, no BPE": trainer.model_type != BPE,
         "byte_fallback off": not trainer.byte_fallback,
@@ -219,7 +224,8 @@ def _check(tokenizer: tokenizers.Tokenizer, processor: Any, model: Any, path: Pa
     for text in _probes(model):
         if any(token in text for token in added):
             continue
-        theirs, ours = processor.encode(text), tokenizer.encode(text, add_special_tokens=False).ids
+        theirs = processor.encode(text)
+        ours = tokenizer.encode(text, add_special_tokens=False).ids
         if ours != theirs:
             raise CheckpointError(f"{path} encodes {text!r} as {theirs}, converted as {ours}: add a tokenizer.json")
         if tokenizer.decode(ours) != processor.decode(theirs):

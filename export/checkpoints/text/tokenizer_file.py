@@ -58,7 +58,8 @@ def listed_tokens(checkpoint: Checkpoint) -> set[str]:
 
 def write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
     """Write the bundle's tokenizer.json: the checkpoint's file byte for byte where it is complete in itself."""
-    backend, source = tokenizer_of(checkpoint), checkpoint.find(TOKENIZER)
+    backend = tokenizer_of(checkpoint)
+    source = checkpoint.find(TOKENIZER)
     if source is not None:
         text = source.read_text(encoding="utf-8")
         if _parsed(source, text).to_str() == backend.to_str():
@@ -70,9 +71,11 @@ def write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
 def _load(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
     source = checkpoint.find(TOKENIZER)
     if source is None:
-        backend, folder = _converted(checkpoint), _folder(checkpoint)
+        backend = _converted(checkpoint)
+        folder = _folder(checkpoint)
     else:
-        backend, folder = _parsed(source, _text(source)), source.parent
+        backend = _parsed(source, _text(source))
+        folder = source.parent
     try:
         backend.no_truncation()
         backend.no_padding()

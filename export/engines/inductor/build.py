@@ -114,7 +114,8 @@ def build_engine(
     start = time.monotonic()
     with _alone():
         progress(0.0)
-        source, dtype = spec.make(), getattr(torch, spec.dtype)
+        source = spec.make()
+        dtype = getattr(torch, spec.dtype)
         places = give_weights(source.module, spec.graph, dtype, spec.device)
         program = export(source, dtype, spec.device)
         progress(0.2)
@@ -145,7 +146,8 @@ def give_weights(module: nn.Module, graph: Path, dtype: torch.dtype, device: str
             raise BundleError(
                 f"{graph} has no {name} {tuple(parameter.shape)}: give the checkpoint that it was built from"
             )
-        begin, end = value.offset or 0, (value.offset or 0) + (value.length or 0)
+        begin = value.offset or 0
+        end = (value.offset or 0) + (value.length or 0)
         *path, last = name.split(".")
         owner = module.get_submodule(".".join(path))
         view = flat[begin:end].view(dtype).view(parameter.shape)

@@ -51,7 +51,9 @@ class Flat(nn.Module):
 
     def __init__(self, module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()
-        self.module, self.names, self.wanted = module, tuple(inputs), tuple(outputs)
+        self.module = module
+        self.names = tuple(inputs)
+        self.wanted = tuple(outputs)
         self.layers = sum(name.startswith("past_key_") for name in inputs)
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
@@ -80,7 +82,8 @@ def cache_attention(
     Writing to the caches becomes an update in place, because nothing reads what they held before.
     """
 
-    length, slots = query.shape[1], past_key.shape[2]
+    length = query.shape[1]
+    slots = past_key.shape[2]
     places = kv_len - length + torch.arange(length, device=query.device)
     keys = past_key.index_copy(2, places, split_heads(key, num_kv_heads))
     values = past_value.index_copy(2, places, split_heads(value, num_kv_heads))

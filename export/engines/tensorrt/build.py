@@ -243,7 +243,9 @@ def _monitor(library: Library, progress: Share) -> Any:
         def __init__(self) -> None:
             library.module.IProgressMonitor.__init__(self)
             self.error: BaseException | None = None
-            self._steps, self._share, self._lock = 1, 0.0, threading.Lock()  # called from the library's own threads
+            self._steps = 1
+            self._share = 0.0
+            self._lock = threading.Lock()  # called from the library's own threads
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             if name == LONG_PHASE:

@@ -140,7 +140,8 @@ def spell_out_products(library: Library, network: Any) -> None:
         out = layer.get_output(0)
         if _kind(layer) != "MATRIX_MULTIPLY" or out.dtype != module.float32:
             continue
-        left, right = layer.get_input(0), layer.get_input(1)
+        left = layer.get_input(0)
+        right = layer.get_input(1)
         rank = len(left.shape)
         factors = (_unsqueezed(network, left, rank), _unsqueezed(network, right, rank - 2))
         products = network.add_elementwise(*factors, module.ElementWiseOperation.PROD).get_output(0)
@@ -208,9 +209,11 @@ def attentions_of(module: Any, network: Any) -> Iterator[CachedAttention]:
 
 
 def _wrong_attentions(module: Any, network: Any, caches: int) -> Iterator[str]:
-    makers, read = _makers(network), list[int]()
+    makers = _makers(network)
+    read = list[int]()
     for attention, name, cache in attentions_of(module, network):
-        kind, lengths = attention.causal_kind, attention.key_value_lengths
+        kind = attention.causal_kind
+        lengths = attention.key_value_lengths
         if cache is None:
             if kind != module.CausalMaskKind.NONE or lengths is not None:
                 yield f"attention {name} reads no cache and has a causal mask or lengths"
@@ -234,7 +237,8 @@ def _wrong_updates(module: Any, network: Any, caches: int) -> Iterator[str]:
     for layer in layers_of(network):
         if _kind(layer) != "KV_CACHE_UPDATE":
             continue
-        before, after = layer.get_input(0), layer.get_output(0)
+        before = layer.get_input(0)
+        after = layer.get_output(0)
         if before.name not in given or after.name not in taken or after.name != before.name.replace("past", "present"):
             yield f"cache update {layer.name} writes {before.name} to {after.name}, not in place"
         if before.dtype != after.dtype or tuple(before.shape) != tuple(after.shape) or -1 in before.shape:

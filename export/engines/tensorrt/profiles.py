@@ -103,7 +103,8 @@ def cache_capacities(manifest: Manifest, record: SegmentRecord) -> tuple[int, ..
 
     In the fixed mode a layer's prompt is as long as the reductions before it leave it.
     """
-    limits, fixed = manifest.limits, manifest.fixed
+    limits = manifest.limits
+    fixed = manifest.fixed
     answer = limits.max_kv_cache_capacity - limits.max_input_len
     if fixed is not None:
         slots = [fixed.lengths[layer] + answer for layer in record.attention_layers]
@@ -165,7 +166,8 @@ def tower_profiles(manifest: Manifest, axes: Mapping[str, Sequence[int | str]]) 
 
 def _picture_patches(manifest: Manifest) -> tuple[int, int, int]:
     """Fewest and most patches of a picture that fits into a prompt, and what they are multiples of."""
-    settings, (least, most) = manifest.vision.settings, manifest.preprocessing.picture_patches()
+    settings = manifest.vision.settings
+    (least, most) = manifest.preprocessing.picture_patches()
     longest = round(manifest.limits.max_input_len * manifest.vision.patches_per_token)
     step = int(settings.get("merge_size", 1)) ** 2
     if "scales" in settings:  # coarser scales take patches and give no rows of their own
@@ -201,7 +203,8 @@ def _other_words(manifest: Manifest, low: int, high: int) -> dict[str, Range]:
         if "window" in settings:
             words["windows"] = _windows(smallest, largest, settings["window"])
     if "scales" in settings:
-        in_tile, scales = settings["side"] ** 2, len(settings["scales"])
+        in_tile = settings["side"] ** 2
+        scales = len(settings["scales"])
         words["places"] = (scales * in_tile, scales * high, scales * high)  # of the finest scale, at every scale
     return words
 

@@ -84,7 +84,8 @@ class FrameFusionModel(lmms):  # type: ignore[misc]  # lmms-eval brings no types
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers to requests of (context, messages of a document, generation_kwargs, document, task, split)."""
-        said, answers = list[str](), list[Answer]()
+        said = list[str]()
+        answers = list[Answer]()
         for request in tqdm(requests, desc="framefusion", disable=self.rank != 0):
             _, messages_of, told, number, task, split = request.args
             messages = ChatMessages(messages=messages_of(self.task_dict[task][split][number])).messages

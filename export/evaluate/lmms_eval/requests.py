@@ -68,7 +68,8 @@ def question_of(name: str, messages: Iterable[Any]) -> TaskQuestion:
         EvaluationError: sound, a part of a film by its times, a film or picture of a kind that is not known, something
             shown in an earlier message, or no question at all.
     """
-    turns, sources = list[Turn](), list[Source]()
+    turns = list[Turn]()
+    sources = list[Source]()
     for message in messages:
         parts: list[str | Visual] = []
         for content in message.content:
@@ -95,7 +96,8 @@ def _visual(name: str, kind: str) -> Visual:
 
 def _source(name: str, content: Any) -> Source:
     """A file, or pixels that lmms-eval has read."""
-    told, times = content.url, [getattr(content, side, None) for side in ("start_time", "end_time")]
+    told = content.url
+    times = [getattr(content, side, None) for side in ("start_time", "end_time")]
     if isinstance(told, Mapping):
         times += [told.get(side) for side in ("video_start", "video_end")]
         told = told.get("path") or told.get("url") or told.get("video")

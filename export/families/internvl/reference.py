@@ -86,7 +86,8 @@ def internlm2_logits(call: TransformersCall) -> NDArray[np.float32]:
     """The same with InternLM2, which transformers computes as Llama."""
     text = dict(text_config(call.checkpoint))
     text |= {"model_type": "llama", "attention_bias": bool(text.get("bias", False))}
-    tower, llm = _tower_rows(call.checkpoint), _internlm2_rows(call.checkpoint)
+    tower = _tower_rows(call.checkpoint)
+    llm = _internlm2_rows(call.checkpoint)
 
     def supplied(name: str) -> Tensor | None:
         rows = tower(name)
@@ -102,7 +103,8 @@ def _config(call: TransformersCall, text: Mapping[str, Any]) -> Any:
     config = call.checkpoint.config
     told = required(config, "vision_config", call.checkpoint)
     vision = {ours: told[theirs] for ours, theirs in VISION_KEYS.items() if theirs in told}
-    size, patch = config.get("force_image_size") or told["image_size"], told["patch_size"]
+    size = config.get("force_image_size") or told["image_size"]
+    patch = told["patch_size"]
     places = call.prompt.row_places
     return InternVLConfig(
         vision_config=vision | {"image_size": [size, size], "patch_size": [patch, patch]},

@@ -110,7 +110,8 @@ def chat_template(checkpoint: Checkpoint) -> PromptTemplate:
 def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
     """Tiles as the image processor's file says; transformers' processor always cuts images."""
     require_processor(checkpoint, "image_mean", "image_std")
-    image, video = processor(checkpoint, "image"), processor(checkpoint, "video")
+    image = processor(checkpoint, "image")
+    video = processor(checkpoint, "video")
     vision = vision_config(checkpoint)
     result = InternVLPreprocessing(
         patch_size=square(vision, "patch_size", checkpoint),
@@ -125,7 +126,8 @@ def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
     )
     for told in (image, video):  # one graph and one table of levels serve both
         expect(checkpoint, told, {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,)})
-        found, size = told.get("size"), {"height": result.tile_size, "width": result.tile_size}
+        found = told.get("size")
+        size = {"height": result.tile_size, "width": result.tile_size}
         if found and dict(found) != size:
             raise CheckpointError(f"{checkpoint.folder}: a processor has size {found}, supported is {size} here")
     told_by_image = InternVLPreprocessing(image_mean=result.image_mean, image_std=result.image_std)
@@ -153,7 +155,8 @@ def native_template(checkpoint: Checkpoint) -> PromptTemplate:
     fallback = replace(CHATML, default_system="", after_visual="\n")
     image = OLD_IMAGE if OLD_IMAGE in (find_template(checkpoint) or "") else pad
     shown = {"image": image, "video": special_token(checkpoint, "video_token", "<video>")}
-    template, config = read_template(checkpoint, fallback, shown), checkpoint.config
+    template = read_template(checkpoint, fallback, shown)
+    config = checkpoint.config
     return replace(
         template,
         begin=tokenizer_begin(checkpoint) + template.begin,

@@ -48,7 +48,8 @@ class InternVLTower(Tower):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Tiles to rows of the LLM's width; see the module."""
-        config, (tiles, count, _) = self.config, patches.shape
+        config = self.config
+        (tiles, count, _) = patches.shape
         blocks = config.side // config.merge_size
         hidden = self.encoder(patches)[:, -count:]  # without the class token
         # Joined channels: row in the block, column in the block, channel.

@@ -65,7 +65,8 @@ NATIVE_NAMES: Mapping[str, str] = MappingProxyType(
         "k_norm": "attention.k_norm",
     }
 )
-CHAT_PREFIX, CHAT_PROJECTOR = "vision_model.", ("mlp1.0", "mlp1.1", "mlp1.3")
+CHAT_PREFIX = "vision_model."
+CHAT_PROJECTOR = ("mlp1.0", "mlp1.1", "mlp1.3")
 NATIVE_PREFIXES = ("model.", "")  # newest first
 NORM_EPS = 1e-6
 NATIVE_PROJECTOR = tuple(f"multi_modal_projector.{part}" for part in ("layer_norm", "linear_1", "linear_2"))
@@ -97,7 +98,8 @@ def chat_tower(checkpoint: Checkpoint) -> TowerPlan:
 
 def native_tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower of a checkpoint in transformers' own format."""
-    config, prefix = checkpoint.config, _native_prefix(checkpoint)
+    config = checkpoint.config
+    prefix = _native_prefix(checkpoint)
     vision = vision_config(checkpoint)
     layer = config.get("vision_feature_layer", -1)
     expect(checkpoint, config, {"vision_feature_select_strategy": ("default",), "projector_hidden_act": ("gelu",)})
@@ -230,7 +232,8 @@ def encoder_sources(vit: VitConfig, prefix: str, names: Mapping[str, str]) -> di
     sources["encoder.positions"] = Computed((prefix + names["positions"],), Tensor.squeeze)
     packed = names["q"] == names["k"]
     for index in range(vit.depth):
-        ours, theirs = f"encoder.blocks.{index}.", f"{prefix}{names['blocks']}.{index}."
+        ours = f"encoder.blocks.{index}."
+        theirs = f"{prefix}{names['blocks']}.{index}."
         for part in ("q", "k", "v") if packed else ():  # stacked, in this order
             start = ("q", "k", "v").index(part) * vit.width
             sources |= linear_sources(ours + part, theirs + names[part], (start, start + vit.width))

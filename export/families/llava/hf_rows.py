@@ -52,7 +52,8 @@ def vision(checkpoint: Checkpoint) -> Vision:
         tried = ", ".join(f"{prefix}embeddings.patch_embedding.weight" for prefix in TOWER_PREFIXES)
         raise CheckpointError(f"{checkpoint.folder} has no vision tower under any known name ({tried})")
     config = reading.vision_config(checkpoint)
-    layer, depth = checkpoint.config.get("vision_feature_layer"), int(required(config, "num_hidden_layers", checkpoint))
+    layer = checkpoint.config.get("vision_feature_layer")
+    depth = int(required(config, "num_hidden_layers", checkpoint))
     if layer is None:
         layer = -2 if checkpoint.config.get("model_type") == "llava_next_video" else -1
     if type(layer) is not int or not -depth <= layer < depth + 1:
@@ -79,7 +80,8 @@ def onevision_preprocessing(checkpoint: Checkpoint) -> LlavaPreprocessing:
 def next_preprocessing(checkpoint: Checkpoint) -> LlavaPreprocessing:
     """No newline in a video; every image is cut into tiles."""
     config = checkpoint.config
-    mode, stride = config.get("spatial_pool_mode", "average"), config.get("spatial_pool_stride", 2)
+    mode = config.get("spatial_pool_mode", "average")
+    stride = config.get("spatial_pool_stride", 2)
     if (mode, stride) != ("average", 2):
         raise CheckpointError(
             f"config.json pools by {mode!r} with stride {stride}, supported is 'average' with stride 2"
@@ -152,7 +154,8 @@ def template(checkpoint: Checkpoint) -> PromptTemplate:
     Raises:
         CheckpointError: it brings none, and its LLM does not speak ChatML.
     """
-    source, placeholders = chat.find_template(checkpoint), PLACEHOLDERS
+    source = chat.find_template(checkpoint)
+    placeholders = PLACEHOLDERS
     if source is None and reading.text_config(checkpoint).get("model_type") != "qwen2":
         raise CheckpointError(f"{checkpoint.folder} has no chat template: add chat_template.jinja from the hub")
     if source is not None and "video" not in source:  # of the time before videos: they stand where images do

@@ -23,11 +23,13 @@ def hf_logits(call: TransformersCall) -> NDArray[Any]:
     Images are laid out by this project's rule.
     """
     model = call.model(call.checkpoint.config["architectures"][0])
-    config, pool_first = model.config, hasattr(model.model, "vision_resampler")
+    config = model.config
+    pool_first = hasattr(model.model, "vision_resampler")
     size, patch = (getattr(config.vision_config, name) for name in ("image_size", "patch_size"))
 
     def rows(tiles: Tiles) -> Tensor:
-        pictures, project = pixels(tiles, size, patch), model.model.multi_modal_projector
+        pictures = pixels(tiles, size, patch)
+        project = model.model.multi_modal_projector
         if tiles.pool == ("average" if pool_first else "bilinear"):  # as the class itself pools
             own: Tensor = model.get_video_features(pictures[None]).pooler_output[0]
             return own.flatten(0, -2)  # transformers 5.10 has an axis of frames
@@ -57,7 +59,8 @@ def original_logits(call: TransformersCall) -> NDArray[Any]:
 def _original_parts(call: TransformersCall) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Vision tower, projector and LLM."""
     checkpoint = call.checkpoint
-    told, plan = llava.preprocessing(checkpoint), original_tower(checkpoint)
+    told = llava.preprocessing(checkpoint)
+    plan = original_tower(checkpoint)
     assert isinstance(plan.module, LlavaTower)
     vit = plan.module.config.vit
     tower = siglip(call, llava.VISION_PREFIX, vit, told.image_size, told.patch_size)

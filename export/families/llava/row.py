@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
 
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
-MAX_FRAMES, MAX_FRAMES_72B, ONEVISION_FRAMES = 64, 32, 32
+MAX_FRAMES = 64
+MAX_FRAMES_72B = 32
+ONEVISION_FRAMES = 32
 """What LLaVA-Video-7B, LLaVA-Video-72B and LLaVA-OneVision were trained with; no file of a checkpoint says it.
 
 `frames_upbound` of scripts/video/train/SO400M_Qwen2_7B_ov_to_video_am9.sh and ..._72B_..., and of
@@ -95,7 +97,8 @@ def _described(checkpoint: Checkpoint, name: str) -> VisionTower:
 
 def preprocessing(checkpoint: Checkpoint) -> LlavaPreprocessing:
     """Pictures of the tower's size, and pooling, newlines, tiles and times as config.json says."""
-    config, size = checkpoint.config, vision_tower(checkpoint).image_size
+    config = checkpoint.config
+    size = vision_tower(checkpoint).image_size
     aspect = str(config.get("image_aspect_ratio") or "square")
     tiled = re.fullmatch(r"anyres(?:_max_(\d+))?", aspect)
     force = bool(config.get("force_sample"))
@@ -136,7 +139,8 @@ def tilings(pinpoints: Any, size: int) -> tuple[tuple[int, ...], ...]:
         if isinstance(pinpoints, str) and "x" in pinpoints:
             pairs = [(int(wide) * size, int(tall) * size) for wide, tall in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
             if "..." in pinpoints:
-                (wide, tall), (widest, tallest) = pairs[0], pairs[-1]
+                (wide, tall) = pairs[0]
+                (widest, tallest) = pairs[-1]
                 pairs = [(w, t) for w in range(wide, widest + 1, size) for t in range(tall, tallest + 1, size)]
         else:
             listed = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints

@@ -17,7 +17,8 @@ from framefusion.export.graphs.layers import Linear
 from framefusion.export.graphs.tower import FREE, Tower, TowerSignature, meta
 from framefusion.export.graphs.vit import VitConfig, VitEncoder
 
-_PICTURES, _ROWS = 3, 5  # example sizes
+_PICTURES = 3
+_ROWS = 5  # example sizes
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ PROJECTOR = "model.mm_projector."
 
 def original_tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower of a checkpoint in its authors' format: all layers but the last, no norm after them."""
-    told, prefix = llava.vision_tower(checkpoint), llava.VISION_PREFIX
+    told = llava.vision_tower(checkpoint)
+    prefix = llava.VISION_PREFIX
     unused = vit_unused(checkpoint, prefix, told.num_layers, told.num_layers - 1)
     vit = vit_config(checkpoint, prefix, told.num_layers - 1, told.num_heads, norm_eps=told.norm_eps)
     plan = _plan(checkpoint, prefix, vit, (f"{PROJECTOR}0", f"{PROJECTOR}2"), f"model.{NEWLINE}")
@@ -41,7 +42,8 @@ def next_tower(checkpoint: Checkpoint) -> TowerPlan:
 
 def _hf_plan(checkpoint: Checkpoint, pool_first: bool) -> TowerPlan:
     prefix, config, depth = llava_hf.vision(checkpoint)
-    kind, clip = config.get("model_type"), config.get("model_type") == "clip_vision_model"
+    kind = config.get("model_type")
+    clip = config.get("model_type") == "clip_vision_model"
     if kind not in ("siglip_vision_model", "clip_vision_model"):
         raise CheckpointError(f"vision_config.model_type {kind!r} is not supported, siglip and clip _vision_model are")
     strategy = checkpoint.config.get("vision_feature_select_strategy", "default" if pool_first else "full")

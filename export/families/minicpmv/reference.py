@@ -49,7 +49,8 @@ def reference_logits(call: TransformersCall) -> NDArray[Any]:
     """
     checkpoint = call.checkpoint
     config = encoder_config(checkpoint)
-    vision, resampler = vision_tower(call), Resampler(resampler_config(checkpoint), config.width).eval()
+    vision = vision_tower(call)
+    resampler = Resampler(resampler_config(checkpoint), config.width).eval()
     fill(resampler, checkpoint, RESAMPLER)
     patch = int(checkpoint.config["vision_config"]["patch_size"])
 
@@ -69,7 +70,8 @@ def vision_tower(call: TransformersCall) -> nn.Module:
     from transformers import Idefics2VisionConfig
     from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
-    vit, told = encoder_config(call.checkpoint), call.checkpoint.config["vision_config"]
+    vit = encoder_config(call.checkpoint)
+    told = call.checkpoint.config["vision_config"]
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     config = Idefics2VisionConfig(
         hidden_size=vit.width, intermediate_size=vit.mlp_width, num_hidden_layers=vit.depth,

@@ -41,10 +41,12 @@ class Resampler(nn.Module):
 
     def __init__(self, config: ResamplerConfig, patch_width: int) -> None:
         super().__init__()
-        width, self.num_heads = config.width, config.num_heads
+        width = config.width
+        self.num_heads = config.num_heads
         self.query = weight(config.queries, width)
         self.kv_proj = Linear(patch_width, width, bias=False)
-        self.ln_kv, self.ln_post = LayerNorm(width, RESAMPLER_EPS), LayerNorm(width, RESAMPLER_EPS)
+        self.ln_kv = LayerNorm(width, RESAMPLER_EPS)
+        self.ln_post = LayerNorm(width, RESAMPLER_EPS)
         self.k, self.v, self.attn_proj = (Linear(width, width, bias=True) for _ in range(3))
         self.proj = Linear(width, width, bias=False)
 
@@ -52,7 +54,8 @@ class Resampler(nn.Module):
         """[N, P, E] -> [N, Q, D]."""
         hidden = self.ln_kv(self.kv_proj(hidden))
         query = self.query.expand(hidden.shape[0], -1, -1)
-        key, value = self.k(hidden + sincos), self.v(hidden)
+        key = self.k(hidden + sincos)
+        value = self.v(hidden)
         out = torch.ops.framefusion.full_attention(query, key, value, self.num_heads)
         return self.proj(self.ln_post(self.attn_proj(out)))  # type: ignore[no-any-return]
 

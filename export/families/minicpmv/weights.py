@@ -21,14 +21,16 @@ from framefusion.export.families.vit import activation_of, linear_sources, norm_
 from framefusion.export.graphs.vit import VitConfig
 from framefusion.runtime.families.minicpmv import longest_side
 
-VISION, RESAMPLER = "vpm.", "resampler."
+VISION = "vpm."
+RESAMPLER = "resampler."
 HEAD_WIDTH = 128  # of the resampler: the released code makes hidden_size / 128 heads
 
 
 def tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower on the meta device, the sources of its parameters, and what the runtime computes for it."""
     check_version(checkpoint)
-    encoder, resampler = encoder_config(checkpoint), resampler_config(checkpoint)
+    encoder = encoder_config(checkpoint)
+    resampler = resampler_config(checkpoint)
     pixels = preprocessing(checkpoint)
     side = math.isqrt(encoder.num_positions)
     with torch.device("meta"):
@@ -60,7 +62,8 @@ def encoder_config(checkpoint: Checkpoint) -> VitConfig:
     """Geometry from config.json; widths and the number of blocks from the tensors themselves."""
     vision = required(checkpoint.config, "vision_config", checkpoint)
     positions = checkpoint.shape(f"{VISION}embeddings.position_embedding.weight")[0]
-    size, side = square(vision, "patch_size", checkpoint), math.isqrt(positions)
+    size = square(vision, "patch_size", checkpoint)
+    side = math.isqrt(positions)
     if side**2 != positions or square(vision, "image_size", checkpoint) // size != side:
         raise CheckpointError(
             f"vision_config.image_size {vision['image_size']} in patches of {size} does not make the "

@@ -43,7 +43,8 @@ QWEN2_LAYOUT = replace(CHATML, default_system="You are a helpful assistant", str
 """The chat layout that VILA calls qwen2, whose system ends without a full stop. VILA strips what is said in a turn."""
 LLM = "qwen2"
 MOST_POOLED = 64  # frames, lines or columns that become one
-MIN_TILES, MAX_TILES = 1, 12
+MIN_TILES = 1
+MAX_TILES = 12
 """VILA's defaults."""
 
 
@@ -102,7 +103,8 @@ def encoder(checkpoint: Checkpoint, kind: str) -> Encoder:
     Raises:
         CheckpointError: it is none that is known, or pools in more than one way.
     """
-    key, basic = f"{kind}_encoder", f"Basic{kind.capitalize()}Encoder"  # the basic one is VILA's default
+    key = f"{kind}_encoder"
+    basic = f"Basic{kind.capitalize()}Encoder"  # the basic one is VILA's default
     told = _object(checkpoint, key, checkpoint.config.get(key) or basic)
     name = str(told.get("_target_")).rpartition(".")[2]
     known = (basic, "TSPVideoEncoder") if kind == "video" else (basic,)
@@ -139,7 +141,9 @@ def _object(checkpoint: Checkpoint, key: str, told: Any) -> Mapping[str, Any]:
 
 def preprocessing(checkpoint: Checkpoint) -> NvilaPreprocessing:
     """Square pictures of the tower's size, blocks, pooling and tiles as the configuration says."""
-    vision, video, image = vision_config(checkpoint), encoder(checkpoint, "video"), encoder(checkpoint, "image")
+    vision = vision_config(checkpoint)
+    video = encoder(checkpoint, "video")
+    image = encoder(checkpoint, "image")
     size, patch = (square(vision, key, checkpoint) for key in ("image_size", "patch_size"))
     told = processor(checkpoint, "image")
     for side in (told.get("size") or {}).values():
@@ -186,7 +190,8 @@ def _check_scales(checkpoint: Checkpoint, video: Encoder) -> None:
 
 def sampling(checkpoint: Checkpoint) -> FrameSampling:
     """`num_video_frames` evenly spread frames, or `fps` a second where config.json has a rate, at most as many."""
-    frames, fps = int(required(checkpoint.config, "num_video_frames", checkpoint)), checkpoint.config.get("fps") or 0
+    frames = int(required(checkpoint.config, "num_video_frames", checkpoint))
+    fps = checkpoint.config.get("fps") or 0
     factor = encoder(checkpoint, "video").pool_sizes[0]
     if frames % factor:
         raise _unexpected(checkpoint, "num_video_frames", f"a multiple of {factor}, as the video_encoder pools")

@@ -57,7 +57,8 @@ class NvilaTower(Tower):
 
     def __init__(self, config: NvilaTowerConfig) -> None:
         super().__init__()
-        self.config, self.width = config, config.scales * config.vit.width
+        self.config = config
+        self.width = config.scales * config.vit.width
         self.folded_width = config.block**2 * self.width
         self.vit = VitEncoder(config.vit)
         inputs = (self.folded_width, *config.widths)
@@ -89,7 +90,9 @@ class NvilaTower(Tower):
 
     def _side_by_side(self, hidden: Tensor) -> Tensor:
         """[n, side*side, E] -> [n, B, k*k*E]: row in block, column in block, channel; zeros beyond the edges."""
-        side, k, blocks = self.config.side, self.config.block, self.config.blocks
+        side = self.config.side
+        k = self.config.block
+        blocks = self.config.blocks
         hidden = hidden.reshape(-1, side, side, self.width)
         if missing := blocks * k - side:
             hidden = nn.functional.pad(hidden, (0, 0, 0, missing, 0, missing))
@@ -98,7 +101,8 @@ class NvilaTower(Tower):
 
     def signature(self) -> TowerSignature:
         """Two groups of three frames stand for any number of either."""
-        in_frame, frames = self.config.side**2, torch.export.Dim("frames", min=1)
+        in_frame = self.config.side**2
+        frames = torch.export.Dim("frames", min=1)
         patches = meta(2, 3 * in_frame, self.config.vit.patch_width)
         shapes = ({0: FREE, 1: in_frame * frames},)
         axes = {"patches": {0: "groups", 1: "patches"}, "tokens": {0: "tokens"}}
@@ -114,7 +118,8 @@ class NvilaScalesTower(NvilaTower):
 
     def forward(self, patches: Tensor, taps: Tensor, shares: Tensor) -> Tensor:  # type: ignore[override]
         """See the module's table."""
-        config, groups = self.config, patches.shape[0]
+        config = self.config
+        groups = patches.shape[0]
         hidden = self.encode(patches).reshape(groups, -1, config.vit.width)  # [N, F*P, E]
         places = torch.zeros_like(hidden[:, :1])
         for tap in range(config.taps):  # one after the other: all at once would be as many times the memory
@@ -124,8 +129,10 @@ class NvilaScalesTower(NvilaTower):
 
     def signature(self) -> TowerSignature:
         """Two images of five tiles, three of them of the finest scale, stand for any."""
-        config, in_tile = self.config, self.config.side**2
-        tiles, finest = torch.export.Dim("tiles", min=1), torch.export.Dim("finest", min=1)
+        config = self.config
+        in_tile = self.config.side**2
+        tiles = torch.export.Dim("tiles", min=1)
+        finest = torch.export.Dim("finest", min=1)
         places = config.scales * in_tile
         arguments = (
             meta(2, 5 * in_tile, config.vit.patch_width),

@@ -42,7 +42,8 @@ VISION_PREFIXES = ("vision_tower.vision_tower.vision_model.", "vision_tower.visi
 def tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower on the meta device, and the sources of its parameters."""
     told = nvila.preprocessing(checkpoint)
-    vit, maps = encoder_config(checkpoint), MAPS[told.merge_size]
+    vit = encoder_config(checkpoint)
+    maps = MAPS[told.merge_size]
     if vit.num_positions != told.side**2:
         raise CheckpointError(
             f"the vision tower has {vit.num_positions} positions, pictures of {told.image_size} pixels have "
@@ -89,7 +90,8 @@ def _kind(told: NvilaPreprocessing) -> tuple[str, dict[str, Any]]:
 
 def encoder_config(checkpoint: Checkpoint) -> VitConfig:
     """The encoder as far as it is run: up to the layer that config.json selects, no norm after it."""
-    vision, key = nvila.vision_config(checkpoint), "mm_vision_select_layer"
+    vision = nvila.vision_config(checkpoint)
+    key = "mm_vision_select_layer"
     layers = int(required(vision, "num_hidden_layers", checkpoint))
     select = int(required(checkpoint.config, key, checkpoint))
     depth = select if select >= 0 else layers + 1 + select  # of the states before, between and after the layers
@@ -119,7 +121,9 @@ def projector_sources(checkpoint: Checkpoint, config: NvilaTowerConfig, scales: 
 
     So are the `scales` that the checkpoint takes side by side, where the graph gives one for all of them.
     """
-    gain, shift, first = f"{PROJECTOR}1.weight", f"{PROJECTOR}1.bias", f"{PROJECTOR}2"
+    gain = f"{PROJECTOR}1.weight"
+    shift = f"{PROJECTOR}1.bias"
+    first = f"{PROJECTOR}2"
     folded = partial(_folded, config.block**2, scales // config.scales)
     sources: dict[str, AnySource] = {
         "maps.0.weight": Computed((f"{first}.weight", gain), folded),
@@ -132,7 +136,9 @@ def projector_sources(checkpoint: Checkpoint, config: NvilaTowerConfig, scales: 
 
 def _check_projector(checkpoint: Checkpoint, told: NvilaPreprocessing, vit: VitConfig) -> None:
     """Refuse a projector that takes other blocks than config.json says."""
-    gain, block, scales = f"{PROJECTOR}1.weight", told.merge_size, len(told.scales)
+    gain = f"{PROJECTOR}1.weight"
+    block = told.merge_size
+    scales = len(told.scales)
     width = scales * block**2 * vit.width
     if checkpoint.shape(gain) != (width,):
         raise CheckpointError(

@@ -59,15 +59,20 @@ class WindowBlock(nn.Module):
 
     def __init__(self, config: WindowTowerConfig) -> None:
         super().__init__()
-        self.num_heads, width, inner = config.num_heads, config.embed_dim, config.mlp_width
-        self.norm1, self.norm2 = RMSNorm(width, NORM_EPS), RMSNorm(width, NORM_EPS)
+        self.num_heads = config.num_heads
+        width = config.embed_dim
+        inner = config.mlp_width
+        self.norm1 = RMSNorm(width, NORM_EPS)
+        self.norm2 = RMSNorm(width, NORM_EPS)
         self.q, self.k, self.v, self.proj = (Linear(width, width, bias=True) for _ in range(4))
-        self.gate, self.up = Linear(width, inner, bias=True), Linear(width, inner, bias=True)
+        self.gate = Linear(width, inner, bias=True)
+        self.up = Linear(width, inner, bias=True)
         self.down = Linear(inner, width, bias=True)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None) -> Tensor:
         """[T, P, E] -> the same shape; `windows` None sees all of a grid."""
-        normed, ops = self.norm1(hidden), torch.ops.framefusion
+        normed = self.norm1(hidden)
+        ops = torch.ops.framefusion
         query = ops.rotary(self.q(normed), cos, sin, self.num_heads)
         key = ops.rotary(self.k(normed), cos, sin, self.num_heads)
         states = (query, key, self.v(normed))
@@ -96,8 +101,11 @@ class Qwen25VLTower(Tower):
 
     def signature(self) -> TowerSignature:
         """Any number of temporal grids, of patches in whole merge blocks, and of windows."""
-        block, half, side = self.config.merge_size**2, self.config.head_dim // 2, self.config.window**2
-        patches, windows = 20 * block, 7  # unlike every other size, so that no axis looks equal to another
+        block = self.config.merge_size**2
+        half = self.config.head_dim // 2
+        side = self.config.window**2
+        patches = 20 * block
+        windows = 7  # unlike every other size, so that no axis looks equal to another
         blocks = torch.export.Dim("merge_blocks", min=2, max=1 << 20)
         tables = (meta(1, patches, half), meta(1, patches, half))
         places = (meta(windows, side, dtype=torch.int64), meta(20, dtype=torch.int64))
@@ -118,7 +126,8 @@ class Qwen25VLTower(Tower):
     def forward(self, patches: Tensor, cos: Tensor, sin: Tensor, units: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
         """See the module's table."""
         grids = patches.shape[0]
-        cos, sin = cos.expand(grids, -1, -1), sin.expand(grids, -1, -1)
+        cos = cos.expand(grids, -1, -1)
+        sin = sin.expand(grids, -1, -1)
         windows = Windows(units.flatten(), slots, mask.repeat(grids, 1, 1, 1), self.config.merge_size**2)
         hidden = self.patch_embed(patches)
         for layer, block in enumerate(self.blocks):

@@ -40,13 +40,15 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
 
 def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:
     """Geometry from config.json; widths from the tensors themselves."""
-    vision, prefix = vision_config(checkpoint), find_prefix(checkpoint)
+    vision = vision_config(checkpoint)
+    prefix = find_prefix(checkpoint)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
     heads = int(required(vision, "num_heads", checkpoint))
     head_width(checkpoint, embed_dim, heads)
     check_vision(vision, checkpoint, "silu")
     merge = int(required(vision, "spatial_merge_size", checkpoint))
-    size, patch_size = required(vision, "window_size", checkpoint), patch[-1]
+    size = required(vision, "window_size", checkpoint)
+    patch_size = patch[-1]
     window = int(size) // merge // patch_size
     if window < 1:
         raise CheckpointError(

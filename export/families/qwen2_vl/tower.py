@@ -46,14 +46,19 @@ class TowerBlock(nn.Module):
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
-        self.num_heads, self.activation, width = config.num_heads, config.activation, config.embed_dim
-        self.norm1, self.norm2 = LayerNorm(width, NORM_EPS), LayerNorm(width, NORM_EPS)
+        self.num_heads = config.num_heads
+        self.activation = config.activation
+        width = config.embed_dim
+        self.norm1 = LayerNorm(width, NORM_EPS)
+        self.norm2 = LayerNorm(width, NORM_EPS)
         self.q, self.k, self.v, self.proj = (Linear(width, width, bias=True) for _ in range(4))
-        self.fc1, self.fc2 = Linear(width, config.mlp_width, bias=True), Linear(config.mlp_width, width, bias=True)
+        self.fc1 = Linear(width, config.mlp_width, bias=True)
+        self.fc2 = Linear(config.mlp_width, width, bias=True)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[T, P, E] -> the same shape."""
-        normed, rotary = self.norm1(hidden), torch.ops.framefusion.rotary
+        normed = self.norm1(hidden)
+        rotary = torch.ops.framefusion.rotary
         query = rotary(self.q(normed), cos, sin, self.num_heads)
         key = rotary(self.k(normed), cos, sin, self.num_heads)
         out = torch.ops.framefusion.full_attention(query, key, self.v(normed), self.num_heads)
@@ -76,7 +81,8 @@ class Qwen2VLTower(Tower):
 
     def signature(self) -> TowerSignature:
         """Any number of temporal grids, and of patches in whole merge blocks."""
-        blocks, half = self.config.merge_size**2, self.config.head_dim // 2
+        blocks = self.config.merge_size**2
+        half = self.config.head_dim // 2
         patches = 20 * blocks  # unlike every other size, so that no axis looks equal to another
         axis = torch.export.Dim("merge_blocks", min=2, max=1 << 20) * blocks
         return TowerSignature(
@@ -89,7 +95,8 @@ class Qwen2VLTower(Tower):
     def forward(self, patches: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """See the module's table."""
         grids = patches.shape[0]
-        cos, sin = cos.expand(grids, -1, -1), sin.expand(grids, -1, -1)
+        cos = cos.expand(grids, -1, -1)
+        sin = sin.expand(grids, -1, -1)
         hidden = self.patch_embed(patches)
         for block in self.blocks:
             hidden = block(hidden, cos, sin)

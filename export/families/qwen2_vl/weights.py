@@ -64,7 +64,8 @@ def transformers_logits(name: str, call: TransformersCall) -> NDArray[np.float32
 
     Positions are passed explicitly: transformers 5 places text after a video by another rule (see positions.py).
     """
-    prompt, model = call.prompt, call.model(name)
+    prompt = call.prompt
+    model = call.model(name)
     tiles = [tiles for visual in call.visuals for tiles in visual.tiles]
     with torch.inference_mode():
         result = model(
@@ -84,7 +85,8 @@ reference_logits = partial(transformers_logits, "Qwen2VLForConditionalGeneration
 
 def tower_config(checkpoint: Checkpoint) -> TowerConfig:
     """Geometry from config.json; widths from the tensors themselves."""
-    vision, prefix = vision_config(checkpoint), find_prefix(checkpoint)
+    vision = vision_config(checkpoint)
+    prefix = find_prefix(checkpoint)
     check_vision(vision, checkpoint, "quick_gelu")
     depth = int(required(vision, "depth", checkpoint))
     run_of(checkpoint, f"{prefix}blocks.", depth)

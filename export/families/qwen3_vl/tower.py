@@ -38,10 +38,8 @@ class Merger(nn.Module):
         self.merged = config.embed_dim * config.merge_size**2
         self.norm_of_block = norm_of_block
         self.norm = LayerNorm(self.merged if norm_of_block else config.embed_dim, NORM_EPS)
-        self.fc1, self.fc2 = (
-            Linear(self.merged, self.merged, bias=True),
-            Linear(self.merged, config.out_width, bias=True),
-        )
+        self.fc1 = Linear(self.merged, self.merged, bias=True)
+        self.fc2 = Linear(self.merged, config.out_width, bias=True)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, P, E] -> [T*P/merge^2, out]."""
@@ -66,7 +64,8 @@ class Qwen3VLTower(Tower):
 
     def signature(self) -> TowerSignature:
         """Any number of temporal grids, and of patches in whole merge blocks."""
-        block, half = self.config.merge_size**2, self.config.head_dim // 2
+        block = self.config.merge_size**2
+        half = self.config.head_dim // 2
         patches = 20 * block  # unlike every other size, so that no axis looks equal to another
         axis = torch.export.Dim("merge_blocks", min=2, max=1 << 20) * block
         inputs = ("patches", "cos", "sin", "corners", "shares")
@@ -88,8 +87,10 @@ class Qwen3VLTower(Tower):
         self, patches: Tensor, cos: Tensor, sin: Tensor, corners: Tensor, shares: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See the module's table."""
-        grids, layers = patches.shape[0], self.config.deepstack_layers
-        cos, sin = cos.expand(grids, -1, -1), sin.expand(grids, -1, -1)
+        grids = patches.shape[0]
+        layers = self.config.deepstack_layers
+        cos = cos.expand(grids, -1, -1)
+        sin = sin.expand(grids, -1, -1)
         hidden = self.patch_embed(patches) + self._resampled(corners, shares)
         features: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):

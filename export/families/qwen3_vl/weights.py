@@ -30,19 +30,22 @@ reference_logits = partial(transformers_logits, "Qwen3VLForConditionalGeneration
 def tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower on the meta device, and the sources of its parameters."""
     config = tower_config(checkpoint)
-    sources, side = tower_sources(find_prefix(checkpoint), config), math.isqrt(config.num_positions)
+    sources = tower_sources(find_prefix(checkpoint), config)
+    side = math.isqrt(config.num_positions)
     features = len(config.deepstack_layers)
     return plan_of("rope_2d_table", Qwen3VLTower, config, sources, deepstack=features, table_side=side)
 
 
 def tower_config(checkpoint: Checkpoint) -> DeepstackTowerConfig:
     """Geometry from config.json; widths from the tensors themselves."""
-    vision, prefix = vision_config(checkpoint), find_prefix(checkpoint)
+    vision = vision_config(checkpoint)
+    prefix = find_prefix(checkpoint)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
     heads = int(required(vision, "num_heads", checkpoint))
     head_width(checkpoint, embed_dim, heads)
     check_vision(vision, checkpoint, "gelu_pytorch_tanh")
-    rows, depth = checkpoint.shape(f"{prefix}pos_embed.weight")[0], int(required(vision, "depth", checkpoint))
+    rows = checkpoint.shape(f"{prefix}pos_embed.weight")[0]
+    depth = int(required(vision, "depth", checkpoint))
     run_of(checkpoint, f"{prefix}blocks.", depth)
     if math.isqrt(rows) ** 2 != rows:
         raise CheckpointError(

@@ -104,7 +104,8 @@ def told_by_processor(checkpoint: Checkpoint, told: QwenVL) -> QwenVL:
     The pixel limits are the video processor's own: those of the image processor are for single images (`image_limits`).
     """
     require_processor(checkpoint)
-    still, video = processor(checkpoint, "image"), video_processor(checkpoint)
+    still = processor(checkpoint, "image")
+    video = video_processor(checkpoint)
     for key in GEOMETRY:
         sizes = [one[key] for one in (still, video) if one.get(key)]
         if len(set(sizes)) > 1:
@@ -120,7 +121,8 @@ def told_by_processor(checkpoint: Checkpoint, told: QwenVL) -> QwenVL:
     return replace(told, **known)
 
 
-CONTEXT_TOKENS, SHARE_OF_FILM = 128_000, 0.9
+CONTEXT_TOKENS = 128_000
+SHARE_OF_FILM = 0.9
 """qwen-vl-utils' MODEL_SEQ_LEN, and the share of it that the frames of a film may fill."""
 
 
@@ -193,7 +195,8 @@ def with_begin(checkpoint: Checkpoint, layout: PromptTemplate) -> PromptTemplate
     if begin and layout.begin.startswith(begin):
         return layout
     told = checkpoint.read_optional_json("tokenizer.json")
-    splitter, controls = told.get("pre_tokenizer") or {}, added_tokens(checkpoint)
+    splitter = told.get("pre_tokenizer") or {}
+    controls = added_tokens(checkpoint)
     schemes = [part.get("prepend_scheme") for part in (splitter, *splitter.get("pretokenizers", ()))]
     opening = layout.begin or layout.turns["system" if layout.default_system else "user"].prefix
     mark = " " if "first" in schemes and not opening.startswith(tuple(controls)) else ""

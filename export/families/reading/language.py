@@ -21,11 +21,9 @@ if TYPE_CHECKING:
 ROPE_TYPES = ("default", "mrope", "dynamic")
 """dynamic is the plain rule up to max_position_embeddings, and no bundle is built for more: see plan.py."""
 ACTIVATIONS = ("silu", "swish")  # two names of one function
-ATTENTION, OUT, MLP = (
-    ("attention.q", "attention.k", "attention.v"),
-    ("attention.o",),
-    ("mlp.gate", "mlp.up", "mlp.down"),
-)
+ATTENTION = ("attention.q", "attention.k", "attention.v")
+OUT = ("attention.o",)
+MLP = ("mlp.gate", "mlp.up", "mlp.down")
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,8 @@ def check_llm(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: naming the key, its value and what is supported.
     """
-    config, found = text_config(checkpoint), llm_class(checkpoint)
+    config = text_config(checkpoint)
+    found = llm_class(checkpoint)
     act = config.get("hidden_act")
     if act not in ACTIVATIONS:
         raise _unsupported(checkpoint, "hidden_act", act, "'silu' is what the decoder computes")
@@ -146,7 +145,8 @@ def biased_slots(checkpoint: Checkpoint, stored: Callable[[str], bool]) -> froze
         checkpoint: of the LLM.
         stored: whether the first layer has a bias for a slot; asked where no key and no class says it.
     """
-    config, found = text_config(checkpoint), llm_class(checkpoint)
+    config = text_config(checkpoint)
+    found = llm_class(checkpoint)
     slots = set(found.biased)
     for key, switched in found.switches.items():
         slots |= {slot for slot in switched if (stored(slot) if config.get(key) is None else config[key])}
@@ -162,7 +162,8 @@ def attention_window(config: Mapping[str, Any]) -> int | None:
     found = LLM_CLASSES.get(str(config.get("model_type")), _QWEN2)
     if not _sliding(config, found):
         return None
-    types, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    types = config.get("layer_types")
+    layers = config.get("num_hidden_layers")
     if types is not None:
         slides = "sliding_attention" in types
     else:
@@ -196,8 +197,10 @@ def rope(checkpoint: Checkpoint, head_dim: int) -> tuple[float, tuple[int, ...] 
     Raises:
         CheckpointError: another kind of RoPE, or sections that do not fit the heads.
     """
-    config, found = text_config(checkpoint), llm_class(checkpoint)
-    scaling, kind = rope_scaling(config), rope_type(config)
+    config = text_config(checkpoint)
+    found = llm_class(checkpoint)
+    scaling = rope_scaling(config)
+    kind = rope_type(config)
     if kind not in ROPE_TYPES:
         raise CheckpointError(_other_rope(checkpoint, config, kind))
     for key, values in (("partial_rotary_factor", (1, None)), ("mrope_interleaved", (found.interleaved, None))):
@@ -240,7 +243,8 @@ def head_is_tied(checkpoint: Checkpoint) -> bool:
     Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision and LLaVA-NeXT-Video take it from the LLM's configuration too, since old files
     say it only there; Qwen3-VL and InternVL from the top. Models that are put together of parts have it in the LLM's.
     """
-    top, text = checkpoint.config.get("tie_word_embeddings"), text_config(checkpoint).get("tie_word_embeddings")
+    top = checkpoint.config.get("tie_word_embeddings")
+    text = text_config(checkpoint).get("tie_word_embeddings")
     names = {checkpoint.config.get("model_type"), *(checkpoint.config.get("architectures") or ())}
     if names & {"qwen3_vl", "Qwen3VLForConditionalGeneration"}:
         return bool(top)

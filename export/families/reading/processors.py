@@ -16,7 +16,9 @@ from framefusion.runtime.media.preprocess import Preprocessing
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
 
-BOTH, IMAGE, VIDEO = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+BOTH = "processor_config.json"
+IMAGE = "preprocessor_config.json"
+VIDEO = "video_preprocessor_config.json"
 COUNTS = (
     "patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels", "min_frames", "max_frames",
     "num_frames", "min_patches", "max_patches", "max_video_tokens", "image_feature_size", "scale_resolution",
@@ -114,9 +116,11 @@ def _levels(checkpoint: Checkpoint, told: Mapping[str, Any], default: Preprocess
 
 def _one(checkpoint: Checkpoint, key: str, file: str) -> Mapping[str, Any]:
     """The part of the common file, else the file of its own."""
-    place, told = f"{BOTH}: {key}", checkpoint.read_optional_json(BOTH).get(key)
+    place = f"{BOTH}: {key}"
+    told = checkpoint.read_optional_json(BOTH).get(key)
     if not told:
-        place, told = file, checkpoint.read_optional_json(file)
+        place = file
+        told = checkpoint.read_optional_json(file)
     if not isinstance(told, Mapping):
         raise _wrong(checkpoint, place, "its content", told, "an object")
     _check(checkpoint, place, told)

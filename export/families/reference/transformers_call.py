@@ -248,7 +248,8 @@ def relative_error(ours: NDArray[Any], reference: NDArray[Any]) -> float:
 
 def answered(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
     """A prompt with an answer behind it, for running both at once."""
-    count, end = len(tokens), prompt.token_ids.size + prompt.rope_delta
+    count = len(tokens)
+    end = prompt.token_ids.size + prompt.rope_delta
     return replace(
         prompt,
         token_ids=np.concatenate([prompt.token_ids, np.asarray(tokens, np.int64)]),

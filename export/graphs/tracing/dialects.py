@@ -26,7 +26,8 @@ _op = Opset("", 23)
 _op24 = Opset("", 24)
 _contrib = Opset("com.microsoft", 1)
 _Schema = onnx.defs.OpSchema
-_INT, _FLOAT = _Schema.AttrType.INT, _Schema.AttrType.FLOAT
+_INT = _Schema.AttrType.INT
+_FLOAT = _Schema.AttrType.FLOAT
 INT32, INT64, FLOAT32 = (int(t) for t in (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT))
 
 
@@ -191,7 +192,8 @@ def importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, 
     scores = _op.Div(_op.MatMul(q, _op.Transpose(k, perm=[1, 2, 0])), _op.Sqrt(head_dim))  # [kv, rows*g, S]
     scores = _op.Reshape(scores, _ints(kv, rows, heads // kv, -1))
     length = _op.Squeeze(_op.Shape(query, start=1, end=2), _ints(0))
-    zero, one = _op.Squeeze(_ints(0), _ints(0)), _op.Squeeze(_ints(1), _ints(0))
+    zero = _op.Squeeze(_ints(0), _ints(0))
+    one = _op.Squeeze(_ints(1), _ints(0))
     visible = _op.LessOrEqual(_op.Range(zero, length, one), _op.Unsqueeze(chosen, _ints(1)))  # [rows, S]
     hidden = _op.Unsqueeze(_op.Where(visible, _float(0.0), _float(float("-inf"))), _ints(1))  # [rows, 1, S]
     return _op.ReduceMean(_op.Softmax(_op.Add(scores, hidden), axis=-1), _ints(0, 1, 2), keepdims=0)

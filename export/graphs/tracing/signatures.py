@@ -19,7 +19,8 @@ from framefusion.export.graphs.tracing.trace import trace
 from framefusion.ops import static_reduction
 
 # Example sizes: distinct, and none of them 1, so that no axis looks fixed or equal to another.
-_LENGTH, _CAPACITY = 9, 17
+_LENGTH = 9
+_CAPACITY = 17
 
 
 def segment_module(config: DecoderConfig, plan: SegmentPlan) -> Segment:
@@ -52,7 +53,8 @@ class Signature:
 
 def segment_signature(config: DecoderConfig, plan: SegmentPlan) -> Signature:
     """A segment with any number of tokens and cache slots."""
-    half, layers = config.head_dim // 2, len(plan.attention_layers)
+    half = config.head_dim // 2
+    layers = len(plan.attention_layers)
     arguments: tuple[Any, ...] = (
         meta(1, _LENGTH, config.hidden_size),
         meta(1, _LENGTH, half),
@@ -66,7 +68,8 @@ def segment_signature(config: DecoderConfig, plan: SegmentPlan) -> Signature:
         {1: FREE}, {1: FREE}, {1: FREE}, None, {0: FREE} if plan.scores else None, None, _cache_axes(layers)
     )  # fmt: skip
     if plan.deepstack:
-        arguments, axes = (*arguments, meta(plan.deepstack, _LENGTH, config.hidden_size)), (*axes, {1: FREE})
+        arguments = (*arguments, meta(plan.deepstack, _LENGTH, config.hidden_size))
+        axes = (*axes, {1: FREE})
     inputs = ["hidden", "cos", "sin", "kv_len"]
     inputs += ["previous"] * plan.scores + ["last"] * (plan.scores or plan.head) + cache_names("past", layers)
     inputs += ["deepstack"] * (plan.deepstack > 0)
@@ -98,8 +101,11 @@ def trace_tower(tower: Tower, dialect: Dialect, dtype: torch.dtype = torch.float
 
 def fixed_signature(module: FixedPrefill) -> Signature:
     """The static prefill of the fixed mode; only the cache capacities are free."""
-    config, record = module.config, module.record
-    half, layers, size = config.head_dim // 2, config.num_layers, record.max_text + record.max_visual
+    config = module.config
+    record = module.record
+    half = config.head_dim // 2
+    layers = config.num_layers
+    size = record.max_text + record.max_visual
     arguments: tuple[Any, ...] = (
         meta(1, size, config.hidden_size),
         meta(1, size, half),
@@ -114,7 +120,8 @@ def fixed_signature(module: FixedPrefill) -> Signature:
     axes: tuple[Any, ...] = (*[None] * 8, _cache_axes(layers))
     inputs = ["hidden", "cos", "sin", "kv_len", "last", "label", "order", "drops", *cache_names("past", layers)]
     if module.deepstack:
-        arguments, axes = (*arguments, meta(module.deepstack, size, config.hidden_size)), (*axes, None)
+        arguments = (*arguments, meta(module.deepstack, size, config.hidden_size))
+        axes = (*axes, None)
         inputs.append("deepstack")
     return Signature(arguments, axes, tuple(inputs), ("logits", "origin", *cache_names("present", layers)))
 

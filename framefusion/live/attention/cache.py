@@ -42,7 +42,10 @@ class Slots:
 
     def extend(self, slots: Tensor, valid: Tensor | None, total: int) -> None:
         """Say which tokens will be stored once the next update is done."""
-        self.slots, self.valid, self.total, self.announced = slots, valid, total, True
+        self.slots = slots
+        self.valid = valid
+        self.total = total
+        self.announced = True
 
     def take(self) -> None:
         """Begin an update.
@@ -59,7 +62,9 @@ class Slots:
 
     def clear(self) -> None:
         """Say that nothing is stored."""
-        self.slots, self.valid, self.total = self.slots[:, :0], None, 0
+        self.slots = self.slots[:, :0]
+        self.valid = None
+        self.total = 0
 
     def select(self, rows: Tensor) -> None:
         """Say that the batch now consists of these rows of it."""
@@ -174,7 +179,8 @@ def static_cache_layer() -> Any:
             return self.keys[:, :, :stored], self.values[:, :, :stored]
 
         def _tell_compiled_steps(self, stored: int) -> None:
-            slots, valid = self.slots, self.valid
+            slots = self.slots
+            valid = self.valid
             if self.places is None or len(self.places) != len(slots):
                 self.places = torch.full((len(slots), self.max_cache_len), -1, device=self.device)
                 self.filled = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -212,7 +218,8 @@ def compiled_step(index: int, hidden: Tensor, given: dict[str, Any]) -> dict[str
     """
     cache = cache_of(given)
     layer: Any = None if cache is None or len(cache.layers) <= index else cache.layers[index]
-    reduced, static = isinstance(layer, Slots), hasattr(layer, "mask_of_compiled_step")
+    reduced = isinstance(layer, Slots)
+    static = hasattr(layer, "mask_of_compiled_step")
     if hidden.shape[1] > 1 or (reduced and not static):
         refuse_to_compile()
     if not reduced:
@@ -241,7 +248,8 @@ def adopt(past_key_values: Any, index: int, dense: tuple[Tensor, Tensor | None])
     Raises:
         BackendError: a quantized cache, or a sliding one that holds tokens.
     """
-    kinds, layers = cache_layers(), past_key_values.layers
+    kinds = cache_layers()
+    layers = past_key_values.layers
     make = kinds.DynamicLayer
     while len(layers) <= index:
         layers.append(make())

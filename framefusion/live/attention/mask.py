@@ -71,7 +71,8 @@ def buffer_mask(mask: Tensor | None, places: Tensor) -> Tensor:
 
     mask [B, 1, 1, T], [B, T] or None; places [B, C] of what the buffer holds, -1: nothing  -> [B, 1, 1, C] or [B, C]
     """
-    empty, slots = places < 0, places.clamp(min=0)
+    empty = places < 0
+    slots = places.clamp(min=0)
     if mask is None:
         return ~empty[:, None, None]
     if mask.ndim == 2:

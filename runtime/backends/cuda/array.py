@@ -36,7 +36,9 @@ class DeviceArray:
         strides: tuple[int, ...] | None = None,
         room: int = 0,
     ) -> None:
-        self.address, self.owner, self.room = address, owner, room
+        self.address = address
+        self.owner = owner
+        self.room = room
         self.shape = tuple(int(size) for size in shape)
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.strides = _packed(self.shape, self.dtype.itemsize) if strides is None else strides
@@ -69,13 +71,17 @@ class DeviceArray:
 
     def __getitem__(self, key: Any) -> DeviceArray:
         """A view, by integers, slices of step 1, None and one Ellipsis; IndexError or TypeError for anything else."""
-        address, shape, strides, axis = self.address, [], [], 0
+        address = self.address
+        shape = []
+        strides = []
+        axis = 0
         for part in _spelled_out(key, self.ndim):
             if part is None:
                 shape.append(1)
                 strides.append(0)
                 continue
-            size, stride = self.shape[axis], self.strides[axis]
+            size = self.shape[axis]
+            stride = self.strides[axis]
             axis += 1
             if isinstance(part, slice):
                 start, stop, step = part.indices(size)

@@ -34,9 +34,12 @@ class CudaBuffers:
 
     def __init__(self, ordinal: int) -> None:
         self.cuda = cuda = Cuda(ordinal)
-        self.gpu, self.ordinal = cuda.gpu, ordinal
-        self._stream, self._copies = cuda.stream(), cuda.stream()
-        self._computed, self._copied = cuda.event(), cuda.event()
+        self.gpu = cuda.gpu
+        self.ordinal = ordinal
+        self._stream = cuda.stream()
+        self._copies = cuda.stream()
+        self._computed = cuda.event()
+        self._copied = cuda.event()
         self._memory = DeviceMemory(cuda, self._stream, self._copied)
         self._pinned = PinnedMemory(cuda)
         self._ring = Ring(cuda, self._stream, self._pinned)
@@ -154,7 +157,8 @@ class CudaMirror:
     """
 
     def __init__(self, device: CudaBuffers, there: DeviceArray) -> None:
-        self._device, self.there = device, there
+        self._device = device
+        self.there = there
         self._block, raw = device._pinned.lend(there.nbytes)
         raw[:] = 0
         self.host: Array = raw.view(there.dtype).reshape(there.shape)
@@ -165,7 +169,8 @@ class CudaMirror:
 
     def request(self) -> None:
         """See `Mirror.request`: what is enqueued from here on runs beside the copy."""
-        device, call = self._device, self._device.cuda.call
+        device = self._device
+        call = self._device.cuda.call
         call("cuEventRecord", device._computed, device._stream)
         call("cuStreamWaitEvent", device._copies, device._computed, 0)
         if self.host.nbytes:

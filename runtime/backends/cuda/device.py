@@ -104,9 +104,11 @@ class CudaDevice(CudaBuffers):
 
     def mix(self, rows: DeviceArray, index: NDArray[np.int64], weight: NDArray[np.float32]) -> DeviceArray:
         """See `Device.mix`; rounded once to the type of the rows."""
-        (number, terms), (of, elements) = index.shape, dimensions(rows)
+        (number, terms) = index.shape
+        (of, elements) = dimensions(rows)
         made = self.empty((number, elements), rows.dtype)
-        places, weights = self._indices(index, of), self.upload(weight.astype(np.float32, copy=False))
+        places = self._indices(index, of)
+        weights = self.upload(weight.astype(np.float32, copy=False))
         arguments = rows, places, weights, made, count(number), count(terms)
         self._launch("mix", elements, rows, made, number, 1, *arguments, width(elements))
         return made
@@ -149,7 +151,8 @@ class CudaDevice(CudaBuffers):
         """See `Device.reduced`. Each row that is kept or merged is read once, by one launch for all tables."""
         if rows.ndim not in (2, 3) or not rows.contiguous:
             raise ValueError(f"{rows!r} is neither [S, D] nor [K, S, D] without gaps")
-        tables, (of, elements) = (1 if rows.ndim == 2 else len(rows)), rows.shape[-2:]
+        tables = 1 if rows.ndim == 2 else len(rows)
+        (of, elements) = rows.shape[-2:]
         starts, members = self._plan_there(plan, of)
         number = plan.kept.size
         if rows.ndim == 2:
@@ -181,8 +184,10 @@ class CudaDevice(CudaBuffers):
 
     def track_cosines(self, rows: DeviceArray, entries: NDArray[np.int32]) -> CudaMirror:
         """Enqueue the cosines of tokens in track order, `track_entries`, to the ones before them.  [V]"""
-        elements, itemsize = rows.shape[1], rows.dtype.itemsize
-        scores, there = CudaMirror(self, self.empty(entries.shape, np.float32)), self.upload(entries)
+        elements = rows.shape[1]
+        itemsize = rows.dtype.itemsize
+        scores = CudaMirror(self, self.empty(entries.shape, np.float32))
+        there = self.upload(entries)
         at_once = reach(elements, itemsize, rows)
         name = f"similarity_{rows.dtype.name}_{'wide' if at_once == 16 else 'single'}"
         geometry = span_geometry(entries.size, elements * itemsize // at_once)

@@ -44,7 +44,8 @@ class Cuda:
     """
 
     def __init__(self, ordinal: int = 0) -> None:
-        self.gpu, self.ordinal = _require_gpu(ordinal), ordinal
+        self.gpu = _require_gpu(ordinal)
+        self.ordinal = ordinal
         self.api = cuda_module("driver")
         _require_driver(self.gpu)
         self._threads = threading.local()

@@ -23,7 +23,8 @@ class Captured:
     """
 
     def __init__(self, cuda: Cuda, stream: Any, memory: DeviceMemory, run: Callable[[], object]) -> None:
-        self._cuda, self._stream = cuda, stream
+        self._cuda = cuda
+        self._stream = stream
         graph = self._capture(memory, run)
         self._graph = cuda.call("cuGraphInstantiate", graph, 0)
         cuda.call("cuGraphDestroy", graph)

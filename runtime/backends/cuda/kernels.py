@@ -25,7 +25,9 @@ OPTIONS = ("--std=c++17",)
 OLDEST = (7, 5)  # of the compilers of CUDA 13
 WORDS = (16, 4, 2)  # bytes that take and put move at a time, where rows and addresses allow
 THREADS = 256
-SPAN, WARP, MOST_WARPS = 8, 32, 4  # as in kernels.cu
+SPAN = 8
+WARP = 32
+MOST_WARPS = 4  # as in kernels.cu
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -77,7 +79,8 @@ class Kernels:
     """
 
     def __init__(self, cuda: Cuda, stream: Any, folder: Path | None = None) -> None:
-        self._cuda, self._stream = cuda, stream
+        self._cuda = cuda
+        self._stream = stream
         major, minor = map(int, cuda.gpu.capability.split("."))
         if (major, minor) < OLDEST:
             raise BackendError(
@@ -130,7 +133,8 @@ def load_or_compile(capability: int, folder: Path) -> bytes:
 
     A folder that cannot be written only costs the compilation, some seconds, each time.
     """
-    source, (target, binary) = SOURCE.read_bytes(), target_for(capability)
+    source = SOURCE.read_bytes()
+    (target, binary) = target_for(capability)
     told = repr((source, OPTIONS, target, _nvrtc("nvrtcVersion"))).encode()
     path = folder / f"{target}-{hashlib.sha256(told).hexdigest()[:32]}.bin"
     image = _kept(path)
@@ -193,7 +197,8 @@ def _nvrtc(name: str, *arguments: Any) -> Any:
 def _kept(path: Path) -> bytes | None:
     """What was kept, None where it is not there or not whole."""
     try:
-        digest, image = (content := path.read_bytes())[:_DIGEST], content[_DIGEST:]
+        digest = (content := path.read_bytes())[:_DIGEST]
+        image = content[_DIGEST:]
     except OSError:
         return None
     return image if image and hashlib.sha256(image).digest() == digest else None

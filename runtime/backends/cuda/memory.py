@@ -26,7 +26,9 @@ class Allocation:
     """Memory on the GPU for as long as somebody holds this."""
 
     def __init__(self, address: int, nbytes: int, stream: int) -> None:
-        self.address, self.nbytes, self.stream = address, nbytes, stream
+        self.address = address
+        self.nbytes = nbytes
+        self.stream = stream
 
 
 class DeviceMemory:
@@ -39,7 +41,9 @@ class DeviceMemory:
     """
 
     def __init__(self, cuda: Cuda, stream: Any, copied: Any) -> None:
-        self._cuda, self._stream, self._copied = cuda, stream, copied
+        self._cuda = cuda
+        self._stream = stream
+        self._copied = copied
         self._pool = self._make_pool() if cuda.attribute("MEMORY_POOLS_SUPPORTED") else None
         self._held_back: list[int] | None = None  # addresses to free behind a capture
         self._lock = threading.RLock()  # the collector may free while this thread holds it
@@ -71,7 +75,8 @@ class DeviceMemory:
                 self._trim()
                 address = self._address(size)
         except OutOfMemoryError:
-            free, mega = self._cuda.free_memory(), 1 << 20
+            free = self._cuda.free_memory()
+            mega = 1 << 20
             raise OutOfMemoryError(
                 f"{self._cuda.gpu.name} has {free / mega:.0f} MiB free of {self._cuda.gpu.memory / mega:.0f}, "
                 f"{size / mega:.0f} MiB more were needed: sample fewer frames, lower max_new_tokens or the cost, or "
@@ -112,7 +117,8 @@ class DeviceMemory:
     def let_go(self) -> None:
         """Free what was held back."""
         with self._lock:
-            addresses, self._held_back = self._held_back or [], None
+            addresses = self._held_back or []
+            self._held_back = None
         for address in addresses:
             self._free(address)
 
@@ -121,7 +127,9 @@ class PinnedBlock:
     """Page-locked memory of the host, and the event that tells when the last copy into it is done."""
 
     def __init__(self, address: int, size: int, ready: Any) -> None:
-        self.address, self.size, self.ready = address, size, ready
+        self.address = address
+        self.size = size
+        self.ready = ready
         self.awaited = False  # a copy into it is under way
 
 
@@ -171,9 +179,12 @@ class Ring:
     """
 
     def __init__(self, cuda: Cuda, stream: Any, pinned: PinnedMemory) -> None:
-        self._cuda, self._stream = cuda, stream
+        self._cuda = cuda
+        self._stream = stream
         block, self._bytes = pinned.lend(RING)
-        self._address, self._half, self._at = block.address, 0, 0
+        self._address = block.address
+        self._half = 0
+        self._at = 0
         self._left = [cuda.event(), cuda.event()]  # recorded when a half was left
 
     def place(self, array: NDArray[Any]) -> int:
@@ -181,7 +192,8 @@ class Ring:
         half = RING // 2
         if self._at + array.nbytes > half:
             self._cuda.call("cuEventRecord", self._left[self._half], self._stream)
-            self._half, self._at = 1 - self._half, 0
+            self._half = 1 - self._half
+            self._at = 0
             self._cuda.call("cuEventSynchronize", self._left[self._half])
         address = self._address + self._half * half + self._at
         ctypes.memmove(address, array.ctypes.data, array.nbytes)

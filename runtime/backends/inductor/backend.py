@@ -57,7 +57,9 @@ class InductorBackend(HostBackend):
     def __init__(self, bundle: Bundle, device: str = _CPU, threads: int = 0) -> None:
         require_vouched(bundle, KIND)
         require_fit(bundle.folder, bundle.manifest, KIND)
-        self._bundle, self._on, self._torch = bundle, device, load_torch()
+        self._bundle = bundle
+        self._on = device
+        self._torch = load_torch()
         if device == _CPU:
             super().__init__()
         else:
@@ -113,7 +115,8 @@ class InductorBackend(HostBackend):
         if path not in self._weights:
             mapped = torch.from_numpy(np.memmap(path, mode="c", dtype=np.uint8))  # private pages: nothing is written
             self._weights[path] = mapped if self._on == _CPU else mapped.to(self._on)
-        flat, kind = self._weights[path], getattr(torch, dtype)
+        flat = self._weights[path]
+        kind = getattr(torch, dtype)
         sizes = {name: math.prod(shape) * kind.itemsize for name, (_, shape) in places.items()}
         for name, (offset, shape) in places.items():
             if min((offset, *shape)) < 0 or offset + sizes[name] > len(flat):
@@ -139,7 +142,9 @@ class Engine:
     """A package with its weights, and what it is bound to by name."""
 
     def __init__(self, torch: Any, record: EngineRecord, package: Any, tensors: Mapping[str, Any]) -> None:
-        self.torch, self.record, self._package = torch, record, package
+        self.torch = torch
+        self.record = record
+        self._package = package
         self._tensors = tensors  # the package has their addresses only
         self.inputs = [tensor for tensor in record.tensors if tensor.mode == "input"]
         self.outputs = [tensor.name for tensor in record.tensors if tensor.mode == "output"]
@@ -164,7 +169,8 @@ class InductorSegment:
     def __init__(
         self, engine: Engine, inputs: Mapping[str, Any], outputs: Mapping[str, Any], cache: SegmentCache | None
     ) -> None:
-        self._engine, self.outputs = engine, outputs
+        self._engine = engine
+        self.outputs = outputs
         caches = {} if cache is None else _named(cache)
         wanted = {tensor.name for tensor in engine.inputs}
         self.inputs = {name: buffer for name, buffer in inputs.items() if name in wanted}
@@ -178,7 +184,8 @@ class InductorSegment:
         """An engine trusts its inputs: one of another type or size would be read beyond its end."""
         for told in self._engine.inputs:
             given = self._arguments[told.name]
-            dtype, shape = str(given.dtype).removeprefix("torch."), tuple(given.shape)
+            dtype = str(given.dtype).removeprefix("torch.")
+            shape = tuple(given.shape)
             fits = len(shape) == len(told.shape) and all(a in (-1, b) for a, b in zip(told.shape, shape, strict=True))
             if dtype != told.dtype or not fits:
                 raise BackendError(

@@ -53,11 +53,13 @@ class TorchMirror:
     """A tensor of the device and its pinned twin."""
 
     def __init__(self, device: TorchDevice, shape: Sequence[int], dtype: Any) -> None:
-        self._torch, self.there = device.torch, device.zeros(shape, dtype)
+        self._torch = device.torch
+        self.there = device.zeros(shape, dtype)
         on_host = self.there.device.type == "cpu"
         twin = self.there if on_host else self._torch.zeros_like(self.there, device="cpu").pin_memory()
         self.host = as_array(self._torch, twin, np.dtype(dtype))
-        self._twin, self._same = twin, on_host
+        self._twin = twin
+        self._same = on_host
         self._arrival: Any = None
 
     def push(self) -> None:
@@ -94,7 +96,8 @@ class TorchDevice:
     """
 
     def __init__(self, name: str, row_type: type[np.generic]) -> None:
-        self.torch, self.row_type = load_torch(), row_type
+        self.torch = load_torch()
+        self.row_type = row_type
         if name != "cpu" and not self.torch.cuda.is_available():
             built = self.torch.version.cuda
             why = "this build of it is without CUDA" if built is None else "it finds no GPU that it can use"
@@ -171,7 +174,9 @@ class TorchDevice:
         reduced = stacked.index_select(1, self._index(plan.kept))
         lengths = np.diff(plan.run_starts, append=plan.members.size)
         order = np.argsort(-lengths, kind="stable")
-        heads, starts, lengths = plan.heads[order], plan.run_starts[order], lengths[order]
+        heads = plan.heads[order]
+        starts = plan.run_starts[order]
+        lengths = lengths[order]
         means = stacked.index_select(1, self._index(heads)).float()
         for place in range(1, lengths.max(initial=0)):
             runs = int(np.count_nonzero(lengths > place))

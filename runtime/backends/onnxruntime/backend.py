@@ -66,7 +66,9 @@ class OnnxRuntimeBackend(HostBackend):
         manifest: Manifest | None = None,
     ) -> None:
         super().__init__(decode_width)
-        self._folder, self._threads, self._manifest = folder, threads, manifest
+        self._folder = folder
+        self._threads = threads
+        self._manifest = manifest
         self._mapped = mapped
         self._sessions: dict[str, Any] = {}
 
@@ -141,7 +143,9 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
 
     def __init__(self, folder: Path, device: CudaDevice, manifest: Manifest | None = None) -> None:
         super().__init__(folder, manifest=manifest)
-        self.device, self.chunk, self._cuda = device, None, device
+        self.device = device
+        self.chunk = None
+        self._cuda = device
 
     def _open(self, path: Path) -> Any:
         import onnxruntime as ort
@@ -183,7 +187,10 @@ class OnnxRuntimeSegment:
     ) -> None:
         import onnxruntime as ort
 
-        self._session, self._binding, self._cache, self._place = session, session.io_binding(), cache, place
+        self._session = session
+        self._binding = session.io_binding()
+        self._cache = cache
+        self._place = place
         self._options = ort.RunOptions()
         self._options.log_severity_level = 4  # as for the session
         self._options.only_execute_path_to_fetches = True  # a chunk whose logits nobody wants has no head

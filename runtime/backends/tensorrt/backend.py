@@ -65,7 +65,8 @@ class TensorRTBackend:
         assert gpu is not None  # what fits has one
         library = load_library(kind)
         self.name: str = kind
-        self.bundle, self._gpu = bundle, gpu.name
+        self.bundle = bundle
+        self._gpu = gpu.name
         self.device = device or CudaDevice(bundle.manifest.model.float_type)
         require_room(engine_memory(bundle.manifest, kind), self.device.free_memory(), gpu.name, bundle.manifest)
         self._kind: LibraryKind = kind
@@ -169,7 +170,8 @@ class TensorRTSegment:
         cache: SegmentCache | None,
         backend: TensorRTBackend,
     ) -> None:
-        self._backend, self._cache = backend, cache
+        self._backend = backend
+        self._cache = cache
         self._token = object()  # what the context remembers of this binding; it must not keep the buffers alive
         given = dict(inputs) | cache_buffers("past", cache)
         wanted = [tensor for tensor in engine.tensors if tensor.is_input]

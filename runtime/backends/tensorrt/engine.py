@@ -40,7 +40,8 @@ class Loader:
     """
 
     def __init__(self, library: Library, kernels: Path | None = None) -> None:
-        self.library, self.module = library, library.module
+        self.library = library
+        self.module = library.module
         self.runtime = self.module.Runtime(library.messages)
         if self.runtime is None:
             raise BackendError(f"{library.kind} {library.version} does not start ({library.reason()})")
@@ -104,7 +105,9 @@ class Engine:
     """
 
     def __init__(self, loader: Loader, engine: Any, record: EngineRecord) -> None:
-        self.loader, self.engine, self.record = loader, engine, record
+        self.loader = loader
+        self.engine = engine
+        self.record = record
         self.tensors = tuple(map(self._tensor, range(engine.num_io_tensors)))
         inputs = [tensor.name for tensor in self.tensors if tensor.is_input]
         count = engine.num_optimization_profiles
@@ -166,7 +169,8 @@ class Context:
     """An execution context and what it was told last, so that a loop over the same buffers tells it nothing again."""
 
     def __init__(self, context: Any, engine: Engine) -> None:
-        self.context, self.engine = context, engine
+        self.context = context
+        self.engine = engine
         self._told: object = None
 
     def run(
@@ -212,7 +216,8 @@ class Context:
         done += [context.set_input_shape(name, shape) for name, shape in shapes.items()]
         done += [context.set_tensor_address(name, address) for name, address in addresses.items()]
         if not all(done):
-            file, reason = self.engine.record.file, self.engine.loader.library.reason()
+            file = self.engine.record.file
+            reason = self.engine.loader.library.reason()
             raise BackendError(f"{file} refuses inputs of shapes {dict(shapes)} ({reason}): compile the bundle again")
 
 

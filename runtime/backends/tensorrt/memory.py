@@ -46,7 +46,8 @@ class EngineMemory:
 
 def engine_memory(manifest: Manifest, kind: EngineKind) -> EngineMemory:
     """Plan the memory of the engines of one kind."""
-    model, size = manifest.model, FLOAT_BYTES[manifest.model.dtype]
+    model = manifest.model
+    size = FLOAT_BYTES[manifest.model.dtype]
     engines = [engine for engine in manifest.engines if engine.kind == kind]
     weights = sum(manifest.files[engine.file].size for engine in engines if engine.file in manifest.files)
     tokens = max((profile.tokens or 0 for engine in engines for profile in engine.profiles), default=0)

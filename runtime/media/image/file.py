@@ -46,7 +46,8 @@ MOVING = frozenset({"GIF", "WEBP", "AVIF"})
 """Formats whose further pictures are an animation; those of a TIFF are pages, those of a phone's JPEG its depth."""
 OPENING = "{name} is an animation, of which the first picture is shown: give it as a video to show all"
 
-NOISE, BLOCK = 64, 8
+NOISE = 64
+BLOCK = 8
 """Bytes that decode to some blocks of pixels; the side of a block."""
 
 OTHERS = {

@@ -45,7 +45,8 @@ _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _SPACE = rb"(?:\s|#[^\n]*\n)+"
 _PNM = re.compile(rb"(P[1-6])%s(\d{1,9})%s(\d{1,9})(?:%s(\d{1,6}))?\s" % (_SPACE, _SPACE, _SPACE))
 _WITHOUT_LENGTH = frozenset({0x01, 0xD8, 0xD9, *range(0xD0, 0xD8)})
-_START_OF_SCAN, _END = 0xDA, 0xD9
+_START_OF_SCAN = 0xDA
+_END = 0xD9
 # What segments of words begin with that say how the pixels are meant, and how long they must be: the colours, and which
 # side is up.
 _WORDS = frozenset({*range(0xE0, 0xF0), 0xFE})
@@ -67,7 +68,8 @@ def png_chunks(file: memoryview) -> Iterator[Chunk]:
     at = len(PNG_SIGNATURE)
     while at + 8 <= len(file):
         length, name = struct.unpack_from(">I4s", file, at)
-        start, end = at + 8, at + 8 + length
+        start = at + 8
+        end = at + 8 + length
         yield Chunk(bytes(name), start, min(end, len(file)), end + 4 <= len(file))
         if name == b"IEND":
             return
@@ -113,7 +115,8 @@ def png_pixels(file: memoryview, name: str) -> bytes:
 def _completed(header: bytes, pixels: Sequence[memoryview], name: str) -> bytes:
     """Compressed rows of a PNG whose end is missing, with blank rows where few enough are."""
     total = scanline_bytes(header)
-    inflater, rows = zlib.decompressobj(), bytearray()
+    inflater = zlib.decompressobj()
+    rows = bytearray()
     try:
         for piece in pixels:
             rows += inflater.decompress(piece, total - len(rows) + 1)  # 1: no limit is what 0 means
@@ -154,7 +157,10 @@ def pnm_levels(file: bytes, name: str) -> bytes:
     header = _PNM.match(file)
     if header is None:
         return file
-    kind, width, height, white = header[1], int(header[2]), int(header[3]), int(header[4] or 255)
+    kind = header[1]
+    width = int(header[2])
+    height = int(header[3])
+    white = int(header[4] or 255)
     if kind in (b"P1", b"P2", b"P3") and width * height > PLAIN_PIXELS:
         raise VideoError(
             f"{name} is {width}x{height} in levels that are written as text, the limit of such is {PLAIN_PIXELS} "
@@ -234,7 +240,8 @@ class JpegScans:
         components = set[int]()
         bits = dict[tuple[int, int], int]()  # (component, coefficient): lowest bit sent
         while found := _MARKER.search(file, at):
-            marker, at = found.group(1)[0], found.end()
+            marker = found.group(1)[0]
+            at = found.end()
             closed = closed or marker == _END
             if marker in _WITHOUT_LENGTH or at + 2 > len(file):
                 if marker == _END:

@@ -28,9 +28,12 @@ LYING = frozenset({5, 6, 7, 8})
 """Orientations that swap height and width."""
 
 GREY_16 = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC = 262
+SAMPLE_FORMAT = 339
 """Tags of TIFF."""
-WHITE_IS_ZERO, UNSIGNED = 0, 1
+WHITE_IS_ZERO = 0
+UNSIGNED = 1
 
 
 def rgb_pixels(image: PilImage, name: str) -> NDArray[np.uint8]:
@@ -40,7 +43,8 @@ def rgb_pixels(image: PilImage, name: str) -> NDArray[np.uint8]:
         VideoError: its levels have no known range, or lie outside theirs; `name` says whose.
     """
     orientation = exif_orientation(image)
-    height, width = image.height, image.width
+    height = image.height
+    width = image.width
     shape = (width, height, 3) if orientation in LYING else (height, width, 3)
     upright = np.empty(shape, np.uint8)
     lying = as_stored(upright, orientation)
@@ -128,7 +132,8 @@ def unit_shares(levels: NDArray[Any], name: str) -> NDArray[np.float32]:
     Raises:
         VideoError: one is no number, or not in [0, 1].
     """
-    low, high = float(levels.min()), float(levels.max())
+    low = float(levels.min())
+    high = float(levels.max())
     if not (low >= 0 and high <= 1):  # NaN fails both
         raise VideoError(
             f"{name} has floats from {low:.6g} to {high:.6g}, they must lie in [0, 1]: divide them by what white is, "

@@ -26,12 +26,14 @@ def best_tiling(height: int, width: int, tilings: Sequence[tuple[int, ...]]) -> 
     Raises:
         VideoError: the image would have no line left in any of them.
     """
-    best, best_rank = tilings[0], (0, 0)
+    best = tilings[0]
+    best_rank = (0, 0)
     for tall, wide in tilings:
         scale = min(wide / width, tall / height)
         shown = min(int(width * scale) * int(height * scale), width * height)
         if shown and (best_rank[0] == 0 or (shown, -tall * wide) > best_rank):
-            best, best_rank = (tall, wide), (shown, -tall * wide)
+            best = (tall, wide)
+            best_rank = (shown, -tall * wide)
     if best_rank[0] == 0:
         raise VideoError(f"an image of {width}x{height} is too long and thin for this model: crop it")
     return best
@@ -42,14 +44,18 @@ def nearest_tiling(height: int, width: int, size: int, min_tiles: int, max_tiles
 
     Of equally near ones, the fewest tiles; more only where the image has more pixels than half of theirs.
     """
-    sides, allowed = range(1, max_tiles + 1), range(min_tiles, max_tiles + 1)
+    sides = range(1, max_tiles + 1)
+    allowed = range(min_tiles, max_tiles + 1)
     tilings = [(rows, columns) for columns in sides for rows in sides if rows * columns in allowed]
-    shape, best, nearest = width / height, (1, 1), math.inf
+    shape = width / height
+    best = (1, 1)
+    nearest = math.inf
     for rows, columns in sorted(tilings, key=math.prod):  # fewest tiles first, then fewest columns
         distance = abs(shape - columns / rows)
         large = height * width > 0.5 * size**2 * rows * columns
         if distance < nearest or (distance == nearest and large):
-            best, nearest = (rows, columns), distance
+            best = (rows, columns)
+            nearest = distance
     return best
 
 
@@ -66,15 +72,18 @@ def fitting(height: int, width: int, size: tuple[int, ...]) -> tuple[int, int, i
     """Top, left, height and width of an image as `fitted` puts it on a picture of `size`."""
     tall, wide = size
     if wide / width < tall / height:
-        lines, columns = min(math.ceil(height * (wide / width)), tall), wide
+        lines = min(math.ceil(height * (wide / width)), tall)
+        columns = wide
     else:
-        lines, columns = tall, min(math.ceil(width * (tall / height)), wide)
+        lines = tall
+        columns = min(math.ceil(width * (tall / height)), wide)
     return (tall - lines) // 2, (wide - columns) // 2, lines, columns
 
 
 def cut_tiles(canvas: Pixels, size: int) -> Pixels:
     """[n, size, size, 3], line by line."""
-    rows, columns = canvas.shape[0] // size, canvas.shape[1] // size
+    rows = canvas.shape[0] // size
+    columns = canvas.shape[1] // size
     return canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
 
 
@@ -84,7 +93,8 @@ def padded_square(pixels: Pixels, colour: Sequence[int]) -> Pixels:
     side = max(height, width)
     square = np.empty((side, side, 3), np.uint8)
     square[:] = colour
-    top, left = (side - height) // 2, (side - width) // 2
+    top = (side - height) // 2
+    left = (side - width) // 2
     square[top : top + height, left : left + width] = pixels
     return square
 

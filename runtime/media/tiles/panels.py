@@ -41,13 +41,15 @@ def tiled(spans: Spans, tiles: int) -> Spans:
 
 def cells(rows: Spans, columns: Spans) -> Boxes:
     """[rows * columns, 4]: where lines and columns cross, line by line."""
-    tall, wide = np.repeat(rows, len(columns), axis=0), np.tile(columns, (len(rows), 1))
+    tall = np.repeat(rows, len(columns), axis=0)
+    wide = np.tile(columns, (len(rows), 1))
     return np.stack((wide[:, 0], tall[:, 0], wide[:, 1], tall[:, 1]), axis=1)
 
 
 def within(boxes: Boxes, place: Boxes) -> Boxes:
     """Boxes of a part, as boxes of the whole in which the part lies at each `place` [k, 4]; part by part."""
-    corner, size = place[:, None, :2], place[:, None, 2:] - place[:, None, :2]
+    corner = place[:, None, :2]
+    size = place[:, None, 2:] - place[:, None, :2]
     return np.concatenate((corner + boxes[:, :2] * size, corner + boxes[:, 2:] * size), axis=-1).reshape(-1, 4)
 
 

@@ -36,7 +36,9 @@ def scale_taps(tilings: Sequence[tuple[int, int]], side: int, most: int) -> Taps
     """
     rows, columns = (count * side for count in tilings[-1])
     order = np.argsort(tile_places(*tilings[-1], side), axis=None)  # raster places of the finest, tile by tile
-    patches, shares, before = [], [], 0
+    patches = []
+    shares = []
+    before = 0
     for tiling in tilings:
         places = before + tile_places(*tiling, side)
         axes = zip((rows, columns), places.shape, strict=True)
@@ -45,7 +47,8 @@ def scale_taps(tilings: Sequence[tuple[int, int]], side: int, most: int) -> Taps
         patches.append(met[order])
         shares.append((tall[:, None, :, None] * wide[None, :, None, :]).reshape(-1, most**2)[order])
         before += places.size
-    index, share = np.concatenate(patches).T, np.concatenate(shares).T
+    index = np.concatenate(patches).T
+    share = np.concatenate(shares).T
     return Taps(np.ascontiguousarray(index), np.ascontiguousarray(share, np.float32))
 
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from framefusion.errors import VideoError
 from framefusion.runtime.media.media_file import MediaLimits
 
-SHORTEST, UNSAID = 10, 100
+SHORTEST = 10
+UNSAID = 100
 """Milliseconds: a frame that claims to stay no longer than the first stays for the second, as in browsers."""
 WEBP_ANIMATED = 2  # a flag of its VP8X chunk
 SNIFFED = 64  # bytes

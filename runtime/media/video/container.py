@@ -46,14 +46,17 @@ DEMUXERS = (
 PACKED = frozenset({"matroska", "avi", "flv", "nut", "ivf", "yuv4mpegpipe", "gif", "apng"})
 HOLE_BYTES = 100
 """More between two packets than headers take."""
-CHUNK_HEADER, AVI_INDEX_ENTRY = 8, 16
+CHUNK_HEADER = 8
+AVI_INDEX_ENTRY = 16
 REORDERED = 8
 """Packets among which frames are out of order, at most: three levels of B-frames."""
 LOST_BY_CORRUPTION = 8
 """Frames that one corrupt packet of a transport stream, whose holes have no size, can stand for."""
 
 NO_STAMP = -(1 << 63)
-KEY, DISCARD, CORRUPT = 1, 2, 4
+KEY = 1
+DISCARD = 2
+CORRUPT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +110,9 @@ class Listing:
         name = container.format.name
         pts, dts, flags, ticks, sizes, holes = (array("q") for _ in range(6))
         packed = bool(PACKED & set(name.split(",")))
-        end, hole, count = 0, 0, 0
+        end = 0
+        hole = 0
+        count = 0
         sound_end = 0.0
         for packet in packets(container) if packed else packets(container, stream):
             own = packet.stream_index == stream.index
@@ -169,7 +174,8 @@ class Listing:
         is_key = (self.flags & KEY > 0) & (self.pts != NO_STAMP)
         if self.codec in DRAWN_OVER:
             is_key[1:] = False
-        pts, dts = self.pts[is_key], self.dts[is_key]
+        pts = self.pts[is_key]
+        dts = self.dts[is_key]
         keys = np.stack((pts, np.where(dts == NO_STAMP, pts, np.minimum(pts, dts))), axis=1)
         return keys[np.argsort(pts, kind="stable")]
 
@@ -203,7 +209,8 @@ class Listing:
         gaps = np.diff(self.shown)
         if not gaps.size:
             return 0
-        usual, smallest = float(np.median(gaps)), max(int(np.quantile(self.sizes, 0.1)), 1)
+        usual = float(np.median(gaps))
+        smallest = max(int(np.quantile(self.sizes, 0.1)), 1)
         lost = 0
         for place in np.flatnonzero((self.holes > 0) | (self.flags & CORRUPT > 0)).tolist():
             around = self.pts[max(place - REORDERED, 0) : place + REORDERED]

@@ -80,7 +80,8 @@ class Decoder:
     """
 
     def __init__(self, container: Any, budget: Budget) -> None:
-        self.container, self.budget = container, budget
+        self.container = container
+        self.budget = budget
         self.stream = film(container)
         self.codec = _codec(self.stream)
         self.damaged = 0

@@ -17,11 +17,14 @@ MAX_PARTS = 20_000
 
 TAIL = 1 << 16  # an Ogg page has this many bytes at most
 UNKNOWN_SIZE = (1 << 56) - 1  # of a Matroska element that was written to a pipe
-EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-NUT, NUT_INDEX = b"nut/multimedia container\0", b"NX\xdd\x67\x2f\x23\xe6\x4e"
+EBML = b"\x1a\x45\xdf\xa3"
+SEGMENT = b"\x18\x53\x80\x67"
+NUT = b"nut/multimedia container\0"
+NUT_INDEX = b"NX\xdd\x67\x2f\x23\xe6\x4e"
 ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")  # GUIDs of ASF's outermost objects
 ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
-PNG, PNG_END = b"\x89PNG", b"IEND\xae\x42\x60\x82"
+PNG = b"\x89PNG"
+PNG_END = b"IEND\xae\x42\x60\x82"
 END_OF_STREAM = 4  # a flag of Ogg pages
 
 Measure = Literal["frames", "seconds", "bytes"]
@@ -78,7 +81,9 @@ UNCLOSED = Ending(False, reason="the mark of its end missing")
 
 
 def _mp4(file: BinaryIO, size: int) -> Ending:
-    at, has_index, open_end = 0, False, False
+    at = 0
+    has_index = False
+    open_end = False
     for _ in range(MAX_PARTS):
         if at + 8 > size:
             break
@@ -141,7 +146,8 @@ def _asf(file: BinaryIO, size: int) -> Ending:
 
 def _ogg(file: BinaryIO, size: int) -> Ending:
     file.seek(max(size - 2 * TAIL, 0))
-    tail, at = file.read(2 * TAIL), 0
+    tail = file.read(2 * TAIL)
+    at = 0
     while (at := tail.find(b"OggS", at)) >= 0:
         if len(tail) > at + 5 and tail[at + 5] & END_OF_STREAM:
             return Ending(whole=True)

@@ -192,7 +192,8 @@ def _picked(source: Path, listing: Listing, indices: NDArray[np.int64], budget: 
     """The frames at `indices`, ascending; None, and nothing more, where the packets turn out to have lied."""
     with open_video(source) as container:
         decoder = Decoder(container, budget)
-        frames, reached = decoder.frames(), 0
+        frames = decoder.frames()
+        reached = 0
         for index, pts in zip(indices.tolist(), listing.shown[indices].tolist(), strict=True):
             key_pts, seek_to = listing.keys[np.searchsorted(listing.keys[:, 0], pts, side="right") - 1].tolist()
             if np.searchsorted(listing.shown, key_pts) - reached > SEEK_DISTANCE:
@@ -227,7 +228,8 @@ def _read_animation(
     """As `_read_film`, of an animated WebP."""
     film = AnimatedPicture(source, keep.limits)
     budget.check(film.count, film.height * film.width)
-    begins, stays = list[int](), list[int]()
+    begins = list[int]()
+    stays = list[int]()
     for begin, stay, pixels in film.frames():
         budget.spend(pixels.nbytes)
         begins.append(begin)
@@ -257,7 +259,8 @@ class _FrameCollector:
     """Takes the sampled frames one after the other and holds what is kept of each, once."""
 
     def __init__(self, source: Path, shrink: Shrink | None, limits: MediaLimits) -> None:
-        self.source, self.limits = source, limits
+        self.source = source
+        self.limits = limits
         self._shrink = shrink
         self.start(np.zeros(0, np.int64), 0, 0)
 

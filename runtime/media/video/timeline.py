@@ -131,7 +131,8 @@ def ascending(stamps: Sequence[int | None], usual: int) -> NDArray[np.int64]:
     further, as between two recordings that were joined, it goes on from there.
     """
     times = np.empty(len(stamps), np.int64)
-    offset, last = 0, None
+    offset = 0
+    last = None
     for place, stamp in enumerate(stamps):
         expected = 0 if last is None else last + usual
         if stamp is None:
