@@ -96,8 +96,7 @@ class Bundle:
     def graphs(self) -> list[str]:
         """All graphs, the heaviest first: while one is loaded its largest tensor is there twice."""
         manifest = self.manifest
-        heavy = [(segment.weight_bytes, segment.graph) for segment in manifest.segments]
-        heavy += [(s.weight_bytes, s.decode_graph) for s in manifest.segments if s.decode_graph is not None]
+        heavy = [(segment.weight_bytes, graph) for segment in manifest.segments for graph in segment.graphs]
         heavy.append((manifest.vision.weight_bytes, manifest.vision.graph))
         return [graph for _, graph in sorted(heavy, reverse=True)]
 

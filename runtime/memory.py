@@ -132,7 +132,7 @@ def expected_lengths(manifest: Manifest, tokens: int, visual: int, cost: float |
 
 
 def _weight_bytes(manifest: Manifest) -> int:
-    graphs = sum(record.weight_bytes * (1 + (record.decode_graph is not None)) for record in manifest.segments)
+    graphs = sum(record.weight_bytes * len(record.graphs) for record in manifest.segments)
     return (graphs + manifest.vision.weight_bytes) * FLOAT // FLOAT_BYTES[manifest.model.dtype]
 
 

@@ -451,7 +451,7 @@ def dense_pipeline(pipeline: Pipeline) -> Pipeline:
     manifest = pipeline.manifest
     if manifest.reduction.mode != "fixed":
         return pipeline
-    segments = tuple(replace(s, graph=s.decode_graph or s.graph, decode_graph=None) for s in manifest.segments)
+    segments = tuple(replace(s, graph=s.decode, decode_graph=None) for s in manifest.segments)
     plain = pipeline.bundle.seen_as(segments=segments, fixed=None, reduction=ReductionRecord("none"))
     return Pipeline(plain, pipeline.backend)
 

@@ -129,7 +129,7 @@ def plan_jobs(bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) ->
         specs = builder.specs(bundle.folder, manifest, plan, options.device)
     weights = {manifest.vision.graph: manifest.vision.weight_bytes}
     for segment in manifest.segments:
-        weights |= {graph: segment.weight_bytes for graph in (segment.graph, segment.decode_graph) if graph}
+        weights |= dict.fromkeys(segment.graphs, segment.weight_bytes)
     jobs = []
     for graph, spec in specs.items():
         file = f"{FOLDER}/{options.kind}/{graph.removesuffix('.onnx').replace('/', '-')}{builder.SUFFIX}"
@@ -147,8 +147,7 @@ def _onnx_specs(bundle: Bundle, builder: Any, kind: EngineKind, targets: Sequenc
     specs = {
         graph: builder.segment_spec(folder, manifest, segment, graph, kind, targets)
         for segment in manifest.segments
-        for graph in (segment.graph, segment.decode_graph)
-        if graph is not None
+        for graph in segment.graphs
     }
     return specs | {manifest.vision.graph: builder.tower_spec(folder, manifest, kind, targets)}
 

@@ -208,9 +208,9 @@ class BuildPlan:
         for plan in self.segments:
             record = self.segment_record(plan)
             sources = self.sources(plan)
-            loaders[record.decode_graph or record.graph] = load(segment_module(self.config, plan), sources)
-            if record.decode_graph is not None:
-                loaders[record.graph] = share(loaders[record.decode_graph], sources)
+            loaders[record.decode] = load(segment_module(self.config, plan), sources)
+            if record.prefill != record.decode:
+                loaders[record.prefill] = share(loaders[record.decode], sources)
         return loaders
 
     def _loaded(self, module: nn.Module, sources: Mapping[str, AnySource]) -> nn.Module:

@@ -255,7 +255,7 @@ def _cpu_problem(manifest: Manifest, machine: Machine) -> Problem:
 
 
 def _graph_problem(manifest: Manifest) -> Problem:
-    if all(segment.graph in manifest.files for segment in manifest.segments):
+    if all(segment.prefill in manifest.files for segment in manifest.segments):
         return ()
     return "the bundle has engines only", "build it without --engines-only"
 

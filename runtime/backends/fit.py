@@ -114,11 +114,11 @@ def gpu_memory(manifest: Manifest, kind: EngineKind) -> int:
     files = sum(manifest.files[engine.file].size for engine in engines.values() if engine.file in manifest.files)
     slot = 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
     for segment in manifest.segments:  # an engine without weights of its own is given the bundle's
-        if segment.graph in engines and not engines[segment.graph].weight_bytes:
+        if segment.prefill in engines and not engines[segment.prefill].weight_bytes:
             files += segment.weight_bytes
     caches = 0
     for segment in manifest.segments:  # a fixed prefill and its decode graph share the caches
-        of_segment = [engines[graph] for graph in (segment.graph, segment.decode_graph) if graph in engines]
+        of_segment = [engines[graph] for graph in segment.graphs if graph in engines]
         caches += max((slot * sum(engine.capacities) for engine in of_segment), default=0)
     return files + caches
 

@@ -100,7 +100,11 @@ class FixedRecord:
 
 @dataclass(frozen=True)
 class SegmentRecord:
-    """One segment: its graph and the layers whose caches it holds."""
+    """One segment: its graphs and the layers whose caches it holds.
+
+    Fields have the manifest's keys, where `graph` is also what decodes unless `decode_graph` says otherwise. Code asks
+    for a graph by what it runs it for: `prefill`, `decode`.
+    """
 
     name: str
     graph: str
@@ -112,6 +116,21 @@ class SegmentRecord:
     buckets: tuple[int, ...] | None  # sizes of a prefill; None runs every length as it is
     decode_graph: str | None = None  # where decoding needs another graph than the prefill
     deepstack: int = 0  # of its MLPs, how many add visual features
+
+    @property
+    def prefill(self) -> str:
+        """Name of the graph that runs a prompt."""
+        return self.graph
+
+    @property
+    def decode(self) -> str:
+        """Name of the graph that runs generated tokens: the prefill's, where that takes any length."""
+        return self.decode_graph or self.graph
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of its graphs, each once, the prefill's first."""
+        return tuple(dict.fromkeys((self.prefill, self.decode)))
 
     @property
     def call(self) -> int:

@@ -156,7 +156,7 @@ def _graphs(manifest: Manifest) -> Iterator[tuple[str, str, int]]:
     """Place in the manifest, name and bytes of weights of each graph."""
     yield "vision", manifest.vision.graph, manifest.vision.weight_bytes
     for index, segment in enumerate(manifest.segments):
-        for graph in filter(None, (segment.graph, segment.decode_graph)):
+        for graph in segment.graphs:
             yield f"segments[{index}]", graph, segment.weight_bytes
 
 
@@ -258,7 +258,7 @@ SETTINGS: Mapping[str, Mapping[str, Setting]] = {
 def _engines(manifest: Manifest) -> Iterator[Problem]:
     graphs: dict[str, Sequence[int] | None] = {manifest.vision.graph: None}
     for segment in manifest.segments:
-        graphs |= {graph: segment.attention_layers for graph in (segment.graph, segment.decode_graph) if graph}
+        graphs |= dict.fromkeys(segment.graphs, segment.attention_layers)
     for index, engine in enumerate(manifest.engines):
         where = f"engines[{index}]"
         layers = graphs.get(engine.graph)

@@ -126,7 +126,7 @@ class Stitcher:
             inputs = part.inputs(record.deepstack) | previous
             inputs["kv_len"] = device.upload(np.full(layers, end, np.int64))
             inputs["last"] = device.upload(np.array([min(length, end) - start - 1], np.int64))
-            chunks.append(self.backend.bind(record.graph, inputs, outputs.bound if end == size else {}, cache))
+            chunks.append(self.backend.bind(record.prefill, inputs, outputs.bound if end == size else {}, cache))
         return chunks, cache, outputs
 
     def prefill_fixed(
@@ -166,7 +166,7 @@ class Stitcher:
             logits = device.mirror((1, model.vocab_size), np.float32)
             origin = device.mirror((size - sum(fixed.drops),), np.int64)
             outputs = {"logits": logits.there, "origin": origin.there}
-            bound = self.backend.bind(record.graph, inputs, outputs, cache)
+            bound = self.backend.bind(record.prefill, inputs, outputs, cache)
         with stopwatch.stage("prefill"):
             bound.run()
             last = logits.pull()[0]
@@ -249,8 +249,7 @@ class Decoder:
                 shape = (record.deepstack, self._width, model.hidden_size)
                 inputs["deepstack"] = device.zeros(shape, model.float_type)
             outputs = stitcher.outputs(record, self._width)
-            graph = record.decode_graph or record.graph
-            segments.append(stitcher.backend.bind(graph, inputs, outputs.bound, cache))
+            segments.append(stitcher.backend.bind(record.decode, inputs, outputs.bound, cache))
             common["hidden"] = outputs.hidden  # the very buffer that the segment before writes
         self._logits = outputs.small["logits"]
         self._run = stitcher.backend.chain(segments)

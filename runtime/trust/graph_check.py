@@ -149,8 +149,8 @@ def _expected(manifest: Manifest, name: str) -> tuple[dict[str, Value | None], d
     if name == manifest.vision.graph:
         return _tower(manifest)
     for segment in manifest.segments:
-        if name in (segment.graph, segment.decode_graph):
-            return _segment(manifest, segment, is_fixed=manifest.fixed is not None and name == segment.graph)
+        if name in segment.graphs:
+            return _segment(manifest, segment, is_fixed=manifest.fixed is not None and name == segment.prefill)
     return {}, {}
 
 

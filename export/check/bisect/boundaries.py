@@ -141,7 +141,7 @@ def limit_of(manifest: Manifest, graph: str) -> float:
 
 def segment_of(manifest: Manifest, graph: str) -> SegmentRecord | None:
     """The segment that a graph belongs to, None for the vision tower's."""
-    return next((s for s in manifest.segments if graph in (s.graph, s.decode_graph)), None)
+    return next((s for s in manifest.segments if graph in s.graphs), None)
 
 
 def run(call: RecordedCall, backend: Backend, manifest: Manifest) -> dict[str, Array]:

@@ -65,7 +65,7 @@ def segment_spec(
         folder: the bundle.
         manifest: of it.
         record: the segment.
-        graph: its `graph` or its `decode_graph`.
+        graph: one of its `graphs`.
         kind: of the engine.
         targets: compute capabilities.
 
@@ -74,7 +74,7 @@ def segment_spec(
     """
     capacities = cache_capacities(manifest, record)
     sizes: list[tuple[str, int | None]] = []
-    if graph != record.decode_graph:
+    if graph == record.prefill:
         if manifest.fixed is not None:
             sizes.append(("prefill", None))
         elif record.buckets is None:
@@ -84,7 +84,7 @@ def segment_spec(
             )
         else:
             sizes += [(f"prefill {size}", size) for size in record.buckets]
-    if graph == (record.decode_graph or record.graph):
+    if graph == record.decode:
         sizes.append(("decode", DECODE_TOKENS))
     axes = graph_axes(folder / graph)
     profiles = tuple(_segment_profile(name, size, axes, capacities) for name, size in sizes)

@@ -31,9 +31,9 @@ def graph_sources(plan: BuildPlan) -> dict[str, Callable[[], GraphSource]]:
     made: dict[str, Callable[[], GraphSource]] = {VISION_GRAPH: partial(_tower, plan)}
     for segment in plan.segments:
         record = plan.segment_record(segment)
-        made[record.decode_graph or record.graph] = partial(_segment, plan, segment)
-        if record.decode_graph is not None:
-            made[record.graph] = partial(_fixed_prefill, plan)
+        made[record.decode] = partial(_segment, plan, segment)
+        if record.prefill != record.decode:
+            made[record.prefill] = partial(_fixed_prefill, plan)
     return made
 
 

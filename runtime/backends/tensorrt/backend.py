@@ -217,7 +217,7 @@ def capacities(bundle: Bundle, kind: LibraryKind) -> dict[str, tuple[int, ...]]:
     """
     slots: dict[str, tuple[int, ...]] = {}
     for segment in bundle.manifest.segments:
-        engines = [bundle.engine(graph, kind) for graph in (segment.graph, segment.decode_graph) if graph]
+        engines = [bundle.engine(graph, kind) for graph in segment.graphs]
         told = {engine.capacities for engine in engines if engine is not None}
         if len(told) != 1:
             raise BackendError(f"the {kind} engines of segment {segment.name} differ in their caches: compile it again")

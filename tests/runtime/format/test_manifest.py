@@ -14,7 +14,7 @@ import pytest
 
 from framefusion.errors import BundleError
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.format.manifest import Manifest, SegmentRecord
 from framefusion.runtime.format.manifest_checks import SETTINGS
 from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest, read_manifest_file, write_manifest
 from framefusion.runtime.format.manifest_rules import RULES
@@ -247,3 +247,10 @@ def test_depth_counts_no_brackets_in_texts() -> None:
     assert parse_json(nested, most_depth=2) == {"a": ["[[[[{{", '"[[[']}
     with pytest.raises(JsonError, match="more than 1 levels"):
         parse_json(nested, most_depth=1)
+
+
+def test_a_segment_names_its_graphs_by_what_they_run() -> None:
+    shared = SegmentRecord("decoder", "g.onnx", (0, 1), 2, scores=False, head=True, weight_bytes=0, buckets=None)
+    assert (shared.prefill, shared.decode, shared.graphs) == ("g.onnx", "g.onnx", ("g.onnx",))
+    apart = dataclasses.replace(shared, decode_graph="d.onnx")
+    assert (apart.prefill, apart.decode, apart.graphs) == ("g.onnx", "d.onnx", ("g.onnx", "d.onnx"))

@@ -44,7 +44,7 @@ def compile_for_emulation(bundle: Bundle, folder: Path) -> Bundle:
     manifest = bundle.manifest
     specs = {manifest.vision.graph: tower_spec(bundle.folder, manifest, KIND, (CAPABILITY,))}
     for segment in manifest.segments:
-        for graph in filter(None, (segment.graph, segment.decode_graph)):
+        for graph in segment.graphs:
             specs[graph] = segment_spec(bundle.folder, manifest, segment, graph, KIND, (CAPABILITY,))
     found = installed_version(NAME)
     assert found is not None
