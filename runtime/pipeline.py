@@ -18,12 +18,7 @@ from numpy.typing import NDArray
 from framefusion.errors import BundleError, PromptError
 from framefusion.reducers import load_reducer
 from framefusion.reducers.reducer import ReductionRequest
-from framefusion.reduction.policy import (
-    CallRecord,
-    Observer,
-    ReductionSettings,
-    ReductionState,
-)
+from framefusion.reduction.policy import CallRecord, Observer, ReductionSettings, ReductionState
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.choice import Choice, choose
 from framefusion.runtime.backends.host import HOST

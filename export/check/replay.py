@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from framefusion.reduction.policy import Decision, Plan, ReductionState
+from framefusion.reduction.plan import Plan
+from framefusion.reduction.policy import Decision, ReductionState
 from framefusion.reduction.tracks import DISSIMILAR
 
 Scores = npt.NDArray[np.float32]

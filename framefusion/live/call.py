@@ -23,7 +23,8 @@ from framefusion.live.proof import Proof, check_arguments
 from framefusion.live.seams import DEEPSTACK_ARGUMENTS, broken, cache_of
 from framefusion.ops import kernels as ops
 from framefusion.reduction import budget
-from framefusion.reduction.policy import CallRecord, Plan, ReductionState, keep_all
+from framefusion.reduction.plan import Plan, keep_all
+from framefusion.reduction.policy import CallRecord, ReductionState
 from framefusion.reduction.tracks import IntArray
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from framefusion.ops import kernels as ops
-from framefusion.reduction import policy, tracks
-from framefusion.reduction.policy import Plan
+from framefusion.reduction import plan as host_plan
+from framefusion.reduction import tracks
+from framefusion.reduction.plan import Plan
 from framefusion.reduction.tracks import FloatArray, IntArray
 
 
@@ -34,32 +35,26 @@ def features_of(hidden: Tensor) -> FloatArray:
 
 
 def apply_plan(hidden: Tensor, plan: Plan) -> Tensor:
-    """What policy.apply_plan does, by it on the CPU; rows behind the plan's tokens are padding and go.  -> [K, D]"""
+    """reduction.plan.apply_plan, by that itself on the CPU; rows behind the plan's tokens are padding and go.  -> [K, D]"""
     if hidden.device.type == "cpu":
-        return torch.from_numpy(policy.apply_plan(_array(hidden), plan)).to(hidden.dtype)
+        return torch.from_numpy(host_plan.apply_plan(_array(hidden), plan)).to(hidden.dtype)
     return apply_plan_on_device(hidden, plan)
 
 
 def apply_plan_on_device(hidden: Tensor, plan: Plan) -> Tensor:
-    """The torch twin of policy.apply_plan: the same sums in the same order, one transfer of indices."""
-    kept = torch.from_numpy(plan.kept).to(hidden.device)
-    reduced = hidden[kept]
-    lengths = np.diff(plan.run_starts, append=plan.members.size)
-    if not lengths.size:
+    """The torch twin of reduction.plan.apply_plan: the same sums in the same order, one transfer of indices."""
+    reduced = hidden[torch.from_numpy(plan.kept).to(hidden.device)]
+    runs = plan.runs_longest_first()
+    if not runs.heads.size:
         return reduced
-    longest_first = np.argsort(-lengths, kind="stable")
-    heads = plan.heads[longest_first]
-    starts = plan.run_starts[longest_first]
-    lengths = lengths[longest_first]
-    # every place in the runs, one after the other: one transfer
-    places = [plan.members[starts[: np.count_nonzero(lengths > p)] + p] for p in range(1, lengths[0])]
-    told = torch.from_numpy(np.concatenate([heads, np.searchsorted(plan.kept, heads), lengths, *places]))
-    told = told.to(hidden.device)
-    head, slot, length, *members = torch.split(told, [heads.size] * 3 + [own.size for own in places])
-    means = hidden[head].float()
-    for own in members:
-        means[: own.numel()] += hidden[own]
-    reduced[slot] = (means / length[:, None]).to(hidden.dtype)
+    # all indices in one tensor, cut again on the device: one transfer
+    tables = (runs.heads, runs.slots, runs.lengths, *runs.followers)
+    indices = torch.from_numpy(np.concatenate(tables)).to(hidden.device)
+    heads, slots, lengths, *followers = torch.split(indices, [table.size for table in tables])
+    means = hidden[heads].float()
+    for members in followers:
+        means[: members.numel()] += hidden[members]
+    reduced[slots] = (means / lengths[:, None]).to(hidden.dtype)
     return reduced
 
 

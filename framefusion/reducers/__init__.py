@@ -58,29 +58,36 @@ def load_reducer(name: str) -> Reducer:
 
 
 def reducer_facts() -> list[dict[str, Any]]:
-    """What each reducer says of itself, as plain values; "origin" is "the box" or the package it comes from."""
+    """The declarations of each reducer as plain values: name, paper, merges, query_agnostic, static, inputs, origin.
+
+    "origin" is "the box" for the reducers of this package, else the package it comes from.
+
+    Raises:
+        ReducerError: a package's reducer cannot be loaded.
+    """
     facts = []
     for name in reducer_names():
         reducer = load_reducer(name)
         origin = "the box" if name in REDUCERS else _distribution(next(iter(entry_points(group=GROUP, name=name))))
-        told = {field: getattr(reducer, field) for field in ("name", "paper", "merges", "query_agnostic", "static")}
-        facts.append(told | {"inputs": sorted(reducer.inputs), "origin": origin})
+        declared = {field: getattr(reducer, field) for field in ("name", "paper", "merges", "query_agnostic", "static")}
+        facts.append(declared | {"inputs": sorted(reducer.inputs), "origin": origin})
     return facts
 
 
 def _loaded(point: EntryPoint) -> Reducer:
     origin = f"reducer {point.name!r} of {_distribution(point)} ({point.value})"
     try:
-        made = point.load()()
+        reducer = point.load()()
     except Exception as error:  # whatever another package's import may raise
         raise ReducerError(
             f"{origin} cannot be loaded ({type(error).__name__}: {error}): repair or uninstall it"
         ) from error
-    if not isinstance(made, Reducer):
-        raise ReducerError(f"{origin} gives a {type(made).__name__}: name a subclass of {Reducer.__module__}.Reducer")
-    if made.name != point.name:
-        raise ReducerError(f"{origin} calls itself {made.name!r}: give class and entry point the same name")
-    return made
+    if not isinstance(reducer, Reducer):
+        given = type(reducer).__name__
+        raise ReducerError(f"{origin} gives a {given}: name a subclass of {Reducer.__module__}.Reducer")
+    if reducer.name != point.name:
+        raise ReducerError(f"{origin} calls itself {reducer.name!r}: give class and entry point the same name")
+    return reducer
 
 
 def _distribution(point: EntryPoint) -> str:

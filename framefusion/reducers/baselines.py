@@ -6,7 +6,7 @@ import numpy as np
 
 from framefusion.reducers.reducer import Reading, ReductionRequest, Selection
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import Mask, top
+from framefusion.reduction.plan import Mask, top
 from framefusion.reduction.tracks import TEXT, IntArray
 
 
@@ -18,11 +18,11 @@ class KeepAll(Selection):
     why_more = "this reducer drops nothing"
 
     def count(self, request: ReductionRequest) -> int:
-        """All."""
+        """Every visual token."""
         return request.num_visual
 
     def choose(self, reading: Reading) -> Mask:
-        """All."""
+        """Every visual token.  [S]"""
         visual: Mask = reading.labels != TEXT
         return visual
 
@@ -34,7 +34,7 @@ class RandomTokens(Selection):
     paper = "no method; UniPruneBench, arXiv 2511.02650, shows how strong a baseline it is"
 
     def choose(self, reading: Reading) -> Mask:
-        """The highest of random numbers."""
+        """The tokens of the highest random numbers.  [S]"""
         scores = np.random.default_rng(reading.request.seed).random(reading.labels.size)
         return top(scores, reading.keep, among=reading.labels != TEXT)
 
@@ -51,7 +51,7 @@ class UniformFrames(Selection):
     paper = "no method; the usual sampling of frames"
 
     def choose(self, reading: Reading) -> Mask:
-        """Whole frames, but for the last one."""
+        """Whole frames, but for the last one, which is thinned evenly.  [S]"""
         frames = tracks.frame_numbers(reading.labels)
         left = reading.keep
         kept = np.zeros(reading.labels.size, dtype=np.bool_)

@@ -6,7 +6,7 @@ import numpy as np
 
 from framefusion.reducers.reducer import Reading, ReductionRequest, Selection
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import Mask, top
+from framefusion.reduction.plan import Mask, top
 from framefusion.reduction.tracks import TEXT
 
 

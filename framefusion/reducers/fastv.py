@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from framefusion.reducers.reducer import Reading, Selection
-from framefusion.reduction.policy import Mask, ReductionSettings, top
+from framefusion.reduction.plan import Mask, top
+from framefusion.reduction.policy import ReductionSettings
 from framefusion.reduction.tracks import TEXT
 
 LAYERS = 2  # K of the paper: layers that see all tokens

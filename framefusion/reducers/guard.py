@@ -14,7 +14,8 @@ from typing import Literal, NoReturn
 import numpy as np
 
 from framefusion.errors import ReducerError
-from framefusion.reduction.policy import Mask, Plan, ReductionState
+from framefusion.reduction.plan import Mask, Plan
+from framefusion.reduction.policy import ReductionState
 from framefusion.reduction.tracks import TEXT, IntArray
 
 Input = Literal["similarity", "importance", "features"]
@@ -33,7 +34,11 @@ class ReducerGuard:
     cost: float
 
     def before(self, state: ReductionState) -> None:
-        """Refuse what was not declared or cannot be given."""
+        """Refuse what was not declared or cannot be given.
+
+        Raises:
+            ReducerError: scores that the reducer does not declare, at a call that it does not declare or without them.
+        """
         wants = {"similarity": state.wants_similarity, "importance": state.wants_importance}
         wants["features"] = state.wants_features
         for what, wanted in wants.items():
@@ -47,7 +52,11 @@ class ReducerGuard:
             self._refuse(state, "asks for importance", "it from call 1 on, behind an attention")
 
     def after(self, state: ReductionState, plan: Plan) -> None:
-        """Refuse a plan that breaks a promise."""
+        """Refuse a plan that breaks a promise.
+
+        Raises:
+            ReducerError: indices that are not valid, text that goes, counts or kinds other than declared.
+        """
         labels = state.labels
         kept = plan.kept
         if kept.ndim != 1 or kept.dtype.kind not in "iu":
@@ -81,8 +90,9 @@ class ReducerGuard:
             self._refuse(state, "a merge", "tokens kept or dropped: it declares that it does not merge")
         members = plan.members
         starts = plan.run_starts
-        whole = starts.size == plan.heads.size and starts.size > 0 and starts[0] == 0 and (np.diff(starts) > 0).all()
-        if not whole or starts[-1] >= members.size or members.min() < 0 or members.max() >= dropped.size:
+        one_a_head = starts.size == plan.heads.size and starts.size > 0
+        ascending = one_a_head and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < members.size
+        if not ascending or members.min() < 0 or members.max() >= dropped.size:
             self._refuse(
                 state, f"{starts.size} runs for {plan.heads.size} heads", "a run for each, members within range"
             )
@@ -100,15 +110,15 @@ class ReducerGuard:
         over = state.finished or state.call >= max(self.calls, default=0)
         start = self.num_visual
         cost = self.cost
-        told = state.outcome or any(record.outcome for record in state.history)
-        if over and left == start and start * (1 - cost) > 1 and not told:
+        explained = state.outcome or any(record.outcome for record in state.history)
+        if over and left == start and start * (1 - cost) > 1 and not explained:
             self._refuse(
                 state, f"all {start} visual tokens kept at cost {cost:g}", "fewer, or an outcome that says why"
             )
 
-    def _refuse(self, state: ReductionState, found: str, expected: str) -> NoReturn:
+    def _refuse(self, state: ReductionState, observed: str, expected: str) -> NoReturn:
         raise ReducerError(
-            f"reducer {self.name} at call {state.call}: found {found}, expected {expected}: "
+            f"reducer {self.name} at call {state.call}: found {observed}, expected {expected}: "
             "the method is at fault, take another with --reducer"
         )
 

@@ -19,7 +19,8 @@ import numpy as np
 from framefusion.errors import ReducerError
 from framefusion.reducers.guard import Input, ReducerGuard
 from framefusion.reduction import budget, tracks
-from framefusion.reduction.policy import Mask, Plan, ReductionSettings, ReductionState, Scores, keep_all, prune_plan
+from framefusion.reduction.plan import Mask, Plan, Scores, keep_all, prune_plan
+from framefusion.reduction.policy import ReductionSettings, ReductionState
 from framefusion.reduction.tracks import TEXT, FloatArray, IntArray
 
 
@@ -131,14 +132,14 @@ class Selection(Reducer):
 
     @abstractmethod
     def choose(self, reading: Reading) -> Mask:
-        """Mark `reading.keep` visual tokens to keep.  [S]"""
+        """Mark `reading.keep` visual tokens to keep; marks on text change nothing.  [S]"""
 
     def calls(self, settings: ReductionSettings) -> tuple[int, ...]:
-        """The one call."""
+        """The call at which it decides, alone."""
         return (self.call(settings),)
 
     def counts(self, request: ReductionRequest) -> Mapping[int, int]:
-        """The one count."""
+        """What `count` says, after the call at which it decides."""
         return {self.call(request.settings): self.count(request)}
 
     def _start(self, request: ReductionRequest) -> ReductionState:
@@ -179,22 +180,22 @@ class SelectionState(ReductionState):
     def _decide(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None) -> Plan:
         if self.call < self._call:
             return keep_all(self.labels)
-        wanted = self.wants_similarity, self.wants_importance, self.wants_features
         keep = self.method.count(self.request)
         paid = self.request.kept_at(self._call)
         if keep > paid:
             self.outcome = f"{self.name} keeps {keep} of {self.num_visual}, the cost pays for {paid}: "
             self.outcome += self.method.why_more
-        self.finished = True
         if keep == self.num_visual:
+            self.finished = True
             return keep_all(self.labels)
         reading = Reading(
             self.request,
             keep,
-            self._scores("similarity", similarity) if wanted[0] else None,
-            self._scores("importance", importance) if wanted[1] else None,
-            self._rows(features) if wanted[2] else None,
+            self._scores("similarity", similarity) if self.wants_similarity else None,
+            self._scores("importance", importance) if self.wants_importance else None,
+            self._features(features) if self.wants_features else None,
         )
+        self.finished = True
         kept = np.asarray(self.method.choose(reading))
         if kept.shape != self.labels.shape or kept.dtype != np.bool_:
             raise ReducerError(
@@ -205,10 +206,10 @@ class SelectionState(ReductionState):
 
     @property
     def name(self) -> str:
-        """Of the method."""
+        """The name of the method, for messages."""
         return self.method.name
 
-    def _rows(self, features: FloatArray | None) -> FloatArray:
+    def _features(self, features: FloatArray | None) -> FloatArray:
         if features is None:
             raise ValueError(f"features are missing at call {self.call}; give them wherever wants_features says so")
         if features.ndim != 2 or len(features) != self.labels.size:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from framefusion.reducers.reducer import Reading, Selection
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import Mask, top
+from framefusion.reduction.plan import Mask, top
 from framefusion.reduction.tracks import FloatArray, IntArray
 
 TEMPERATURE = 0.01
@@ -53,10 +53,11 @@ class VidCom2(Selection):
         frames = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         of_video = -_alike(rows, norms, rows.mean(axis=0))
         kept = np.zeros(visual.size, dtype=np.bool_)
-        quotas = frame_quotas([float(of_video[own].mean()) for own in frames], np.diff(ends, prepend=0), reading.keep)
-        for own, quota in zip(frames, quotas, strict=True):
-            unique = of_video[own] - _alike(rows[own], norms[own], rows[own].mean(axis=0))
-            kept[own] = top(unique, int(quota), np.ones(unique.size, dtype=np.bool_), ROUNDING)
+        uniqueness = [float(of_video[frame].mean()) for frame in frames]
+        quotas = frame_quotas(uniqueness, np.diff(ends, prepend=0), reading.keep)
+        for frame, quota in zip(frames, quotas, strict=True):
+            unique = of_video[frame] - _alike(rows[frame], norms[frame], rows[frame].mean(axis=0))
+            kept[frame] = top(unique, int(quota), np.ones(unique.size, dtype=np.bool_), ROUNDING)
         whole = np.zeros(reading.labels.size, dtype=np.bool_)
         whole[visual[kept]] = True
         return whole

@@ -12,7 +12,8 @@ Tokens of label -1 are never dropped, kept tokens keep their order, ties go to t
 
 This is FrameFusion. Other methods are behind the same state and the same plan: framefusion.reducers.
 
-Knows numpy only: no model, no layer, no tensor but the two vectors (apply_plan is what becomes of hidden states).
+Knows numpy only: no model, no layer, no tensor but the two vectors. What a plan is, and what becomes of hidden states
+by one, stands in framefusion/reduction/plan.py.
 """
 
 from __future__ import annotations
@@ -21,25 +22,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from framefusion.errors import BudgetError
 from framefusion.reduction import budget, tracks
-from framefusion.reduction.tracks import TEXT, FloatArray, IntArray
-
-Kind = Literal["none", "merge", "prune"]
-Scores = npt.NDArray[np.floating]
-Mask = npt.NDArray[np.bool_]
-
-_NOTHING: IntArray = np.empty(0, dtype=np.int64)
+from framefusion.reduction.plan import Kind, Plan, Scores, keep_all, merge_plan, prune_plan, top
+from framefusion.reduction.tracks import FloatArray
 
 
 @dataclass(frozen=True)
 class ReductionSettings:
-    """What the adaptive policy is asked: the paper's three numbers, and what the model and the bundle allow.
+    """The parameters of the adaptive policy: the paper's three numbers, and what the model and the bundle allow.
 
     Attributes:
         cost: share of the computation over visual tokens that is kept, in (0, 1].
@@ -47,6 +43,9 @@ class ReductionSettings:
         ratio_lower_bound: merging ends after a call that merges a smaller share than this, in [0, 1).
         num_layers: L, the model's own layer count.
         depth: D, the deepest layer whose attention a reduction may follow: calls 0 .. D may merge, D+1 is the last.
+
+    Raises:
+        BudgetError: a number out of its range, or a cost that so few layers cannot reach.
     """
 
     cost: float
@@ -71,27 +70,8 @@ class ReductionSettings:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What becomes of the tokens at one call, in indices into the tokens given.
-
-    Attributes:
-        kind: "none" keeps all as they are.
-        kept: tokens that stay, ascending.  [K]
-        heads: kept tokens that become the mean of a run, in track order.  [R]
-        members: each head followed by the tokens that merge into it, run after run.  [M]
-        run_starts: where each run begins in members, as np.add.reduceat wants it.  [R]
-    """
-
-    kind: Kind
-    kept: IntArray
-    heads: IntArray
-    members: IntArray
-    run_starts: IntArray
-
-
-@dataclass(frozen=True)
 class CallRecord:
-    """What one call did, in counts; `outcome` names what a method could not do as asked, and why."""
+    """What one call did, in numbers of tokens; `outcome` says what a method could not do as required, and why."""
 
     call: int
     kind: Kind
@@ -104,7 +84,7 @@ class CallRecord:
 
 @dataclass(frozen=True)
 class Decision:
-    """One call: the scores it read, and what it did."""
+    """One call: the scores it read, [S] each, None where it did not read them, and what it did."""
 
     similarity: Scores | None
     importance: Scores | None
@@ -115,7 +95,7 @@ Observer = Callable[[Decision], None]
 
 
 class Guard(Protocol):
-    """What is told of each call before and after it is decided, and may refuse it: framefusion.reducers' checks."""
+    """Checks around each call, which may refuse it by raising: framefusion/reducers/guard.py has those of reducers."""
 
     def before(self, state: ReductionState) -> None:
         """The call is about to be decided."""
@@ -127,8 +107,8 @@ class Guard(Protocol):
 class ReductionState(ABC):
     """One request on its way through the calls: the tokens present and what was done to them so far.
 
-    `observer`, where one is set, is told each call that decides; nothing is copied or kept without one. `outcome` is
-    what the call being decided has to say for itself: see CallRecord.
+    `observer`, where one is set, gets a `Decision` for each call that decides; nothing is copied or kept without one.
+    `outcome` is the remark of the call being decided: see CallRecord.
     """
 
     observer: Observer | None = None
@@ -171,13 +151,30 @@ class ReductionState(ABC):
         """Plan the next call of a reduction that is not finished, and say so if it is the last."""
 
     def step(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None = None) -> Plan:
-        """Plan the next call and take it as done. What is not wanted may be None.  [S], [S] and [S, D] -> Plan"""
+        """Plan the next call and take it as done.
+
+        Args:
+            similarity: of each token present to the one before it in its track.  [S]
+            importance: attention that each token present gets.  [S]
+            features: hidden states of the tokens present, in fp32.  [S, D]
+
+        Whatever `wants_similarity`, `wants_importance` and `wants_features` deny may be None.
+
+        Raises:
+            ValueError: scores that are wanted are missing, or are not one a token.
+            ReducerError: the guard refuses what the method asks for or plans.
+        """
+        # 1. Decide. A reduction that is finished keeps everything for the rest of the layers.
         plan = keep_all(self.labels) if self.finished else self._guarded(similarity, importance, features)
-        before = self.labels
-        self.labels = tracks.compact(before, plan.kept)
-        visual = tracks.count_visual(before), self.num_visual
-        self.shares.append((visual[0] - visual[1]) / visual[0] if visual[0] else 0.0)
-        self.history.append(CallRecord(self.call, plan.kind, before.size, self.labels.size, *visual, self.outcome))
+        # 2. Go on with the labels of the kept tokens only: scores of the next call are theirs.
+        labels = self.labels
+        self.labels = tracks.compact(labels, plan.kept)
+        # 3. Record the share that went, from which the budget of later calls follows, and the counts for reports.
+        before = tracks.count_visual(labels)
+        after = self.num_visual
+        self.shares.append((before - after) / before if before else 0.0)
+        record = CallRecord(self.call, plan.kind, labels.size, self.labels.size, before, after, self.outcome)
+        self.history.append(record)
         self.outcome = ""
         return plan
 
@@ -185,7 +182,7 @@ class ReductionState(ABC):
         """Take the calls before `call` as done, at which nothing can be read and nothing dropped.
 
         Raises:
-            ValueError: the method acts at one of them; whoever drives it asks `Reducer.calls` first.
+            ValueError: the method acts at one of them; `Reducer.calls` says which must not be passed over.
         """
         while self.call < call:
             reads = self.wants_similarity or self.wants_importance or self.wants_features
@@ -203,10 +200,11 @@ class ReductionState(ABC):
     def _observed(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None) -> Plan:
         if self.observer is None:
             return self._decide(similarity, importance, features)
-        read = similarity if self.wants_similarity else None, importance if self.wants_importance else None
+        # what is wanted changes with the decision, and runtimes overwrite the buffers of the scores
+        similarity_read = similarity.copy() if self.wants_similarity and similarity is not None else None
+        importance_read = importance.copy() if self.wants_importance and importance is not None else None
         plan = self._decide(similarity, importance, features)
-        first, second = (None if scores is None else scores.copy() for scores in read)  # buffers are overwritten
-        self.observer(Decision(first, second, plan))
+        self.observer(Decision(similarity_read, importance_read, plan))
         return plan
 
     def _scores(self, name: str, scores: Scores | None) -> Scores:
@@ -236,25 +234,31 @@ class Reduction(ReductionState):
         return not self.finished and (not self._merging or self._overdraws(0.0))
 
     def _decide(self, similarity: Scores | None, importance: Scores | None, features: FloatArray | None) -> Plan:
+        # 1. Merge call after call while tokens are alike; one call later, prune once and finish.
         if self._merging:
             return self._merge(self._scores("similarity", similarity), importance)
         return self._prune(importance)
 
     def _merge(self, similarity: Scores, importance: Scores | None) -> Plan:
+        # 2. Mark what the threshold would merge: tokens alike enough to the one before them in their track.
         mergeable = tracks.previous_in_track(self.labels) >= 0
         similar = mergeable & (similarity >= self.settings.similarity_lower_bound)
         share = int(np.count_nonzero(similar)) / self.num_visual
         needed = self._required_drop()
-        if share >= needed:  # the threshold overshoots the budget: the most similar ones that meet it
+        # 3. That many meet the budget alone: merge only the most similar ones that meet it, no prune is due.
+        if share >= needed:
             self.finished = True
             count = math.floor(needed * self.num_visual)
             return merge_plan(self.labels, top(tracks.snap_identical(similarity), count, among=mergeable))
+        # 4. After so small a merge no later prune could meet the budget: prune now.
         if self._overdraws(share):
             return self._prune(importance)
+        # 5. Merge, and go on at the next call unless too few were alike or the depth is reached.
         self._merging = share >= self.settings.ratio_lower_bound and self.call < self.settings.depth
         return merge_plan(self.labels, similar)
 
     def _prune(self, importance: Scores | None) -> Plan:
+        # 6. Keep the most important tokens, as many as the rest of the budget pays for.
         self.finished = True
         keep = budget.kept_by_prune(self.num_visual, self._required_drop())
         if keep == self.num_visual:
@@ -297,63 +301,3 @@ class FixedReduction(ReductionState):
             return keep_all(self.labels)
         self.finished = True
         return prune_plan(self.labels, self._scores("importance", importance), self.num_visual - self._drops[-1])
-
-
-def top(scores: Scores, count: int, among: Mask, within: float = 0.0) -> Mask:
-    """Mark the `count` highest scores among the tokens marked, ties to the lower index. NaN is lower than anything.
-
-    Scores that differ from the last one chosen by no more than `within` tie with it: rounding must not choose.
-    """
-    candidates = np.flatnonzero(among)
-    ranked = np.where(np.isnan(scores), -np.inf, scores)[candidates]
-    chosen = np.zeros(among.size, dtype=np.bool_)
-    count = min(count, candidates.size)
-    if count > 0:
-        limit = np.partition(ranked, candidates.size - count)[candidates.size - count]
-        above = candidates[ranked > limit + within]
-        ties = candidates[(ranked <= limit + within) & (ranked >= limit - within)]
-        chosen[above] = True
-        chosen[ties[: count - above.size]] = True
-    return chosen
-
-
-def keep_all(labels: IntArray) -> Plan:
-    """Return the plan that changes nothing."""
-    return Plan("none", np.arange(labels.size), _NOTHING, _NOTHING, _NOTHING)
-
-
-def prune_plan(labels: IntArray, scores: Scores, keep: int) -> Plan:
-    """Return the plan that keeps all text and the `keep` visual tokens with the highest scores."""
-    kept = np.flatnonzero(top(scores, keep, among=labels != TEXT) | (labels == TEXT))
-    return Plan("prune", kept, _NOTHING, _NOTHING, _NOTHING) if kept.size < labels.size else keep_all(labels)
-
-
-def merge_plan(labels: IntArray, merged: Mask) -> Plan:
-    """Return the plan that merges each run of marked tokens into the token before the run, along the tracks."""
-    if not merged.any():
-        return keep_all(labels)
-    order = tracks.track_order(labels)
-    joins = merged[order]  # whether a token joins the one before it; false for the first of each track
-    leads = np.append(joins[1:], False) & ~joins
-    members = np.flatnonzero(joins | leads)
-    return Plan("merge", np.flatnonzero(~merged), order[leads], order[members], np.flatnonzero(leads[members]))
-
-
-def apply_plan(hidden: npt.NDArray[np.floating], plan: Plan) -> npt.NDArray[np.floating]:
-    """Return the hidden states after a plan, as a new array: runs become their mean, summed in run order in fp32.
-
-    hidden [S, D] -> [K, D], of the same dtype.
-    """
-    reduced = hidden[plan.kept]
-    lengths = np.diff(plan.run_starts, append=plan.members.size)
-    longest_first = np.argsort(-lengths, kind="stable")
-    heads = plan.heads[longest_first]
-    starts = plan.run_starts[longest_first]
-    lengths = lengths[longest_first]
-    means = hidden[heads].astype(np.float32, copy=False)
-    # One pass per place in the run: the sums of np.add.reduceat, in its order, several times faster on wide rows.
-    for place in range(1, lengths.max(initial=0)):
-        runs = np.count_nonzero(lengths > place)
-        means[:runs] += hidden[plan.members[starts[:runs] + place]]
-    reduced[np.searchsorted(plan.kept, heads)] = means / lengths[:, None].astype(np.float32)
-    return reduced

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.reduction.policy import Plan
+from framefusion.reduction.plan import Plan
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import SegmentRecord
 
@@ -104,7 +104,7 @@ class Device(Protocol):
         """The first `length` rows with finite ones behind them.  [..., length or more, D] -> [..., size, D]"""
 
     def reduced(self, rows: Any, plan: Plan) -> Any:
-        """What policy.apply_plan does, or more rows than that, finite ones.  [..., S, D] -> [..., K or more, D]"""
+        """The rows after reduction.plan.apply_plan; further finite ones may follow.  [..., S, D] -> [..., >= K, D]"""
 
     def similarity(self, rows: Any, labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """tracks.track_similarity of the first rows, on the host.  [S or more, D], [S] -> [S]"""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import Plan, apply_plan
+from framefusion.reduction.plan import Plan, apply_plan
 from framefusion.runtime.backends.base import Array, BoundSegment, Device, empty_cache
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import SegmentRecord

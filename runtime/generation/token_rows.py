@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.reduction.policy import Plan
+from framefusion.reduction.plan import Plan
 from framefusion.runtime.backends.base import Device
 from framefusion.runtime.backends.host import HOST
 

@@ -20,7 +20,8 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.families.qwen3_vl.row import preprocessing
 from framefusion.export.families.qwen3_vl.weights import tower
 from framefusion.export.options import BuildOptions
-from framefusion.reduction.policy import FixedReduction, Plan, ReductionState, merge_plan, prune_plan
+from framefusion.reduction.plan import Plan, merge_plan, prune_plan
+from framefusion.reduction.policy import FixedReduction, ReductionState
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
 from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
 from framefusion.runtime.generation.token_rows import TokenRows

@@ -24,6 +24,7 @@ from framefusion.errors import BackendError, BudgetError, CheckpointError, Promp
 from framefusion.interface import apply_framefusion, remove_framefusion
 from framefusion.live.plan import apply_plan, apply_plan_on_device
 from framefusion.live.seams import installed
+from framefusion.reduction import plan as host_plan
 from framefusion.reduction import policy, tracks
 from tests.random_checkpoint import random_checkpoint
 
@@ -412,13 +413,13 @@ def test_a_plan_is_applied_as_in_numpy() -> None:
     labels = random.integers(-1, 7, 200)
     hidden = random.standard_normal((200, 16)).astype(np.float32)
     merged = (random.random(200) < 0.7) & (tracks.previous_in_track(labels) >= 0)
-    for plan in (policy.merge_plan(labels, merged), policy.prune_plan(labels, random.random(200), 20)):
-        expected = policy.apply_plan(hidden, plan)
+    for plan in (host_plan.merge_plan(labels, merged), host_plan.prune_plan(labels, random.random(200), 20)):
+        expected = host_plan.apply_plan(hidden, plan)
         for apply in (apply_plan, apply_plan_on_device):
             np.testing.assert_array_equal(apply(torch.from_numpy(hidden), plan).numpy(), expected)
             half = apply(torch.from_numpy(hidden).bfloat16(), plan)
-            told = policy.apply_plan(torch.from_numpy(hidden).bfloat16().float().numpy(), plan)
-            assert torch.equal(half, torch.from_numpy(told).bfloat16()), "summed in fp32, rounded once"
+            rounded = host_plan.apply_plan(torch.from_numpy(hidden).bfloat16().float().numpy(), plan)
+            assert torch.equal(half, torch.from_numpy(rounded).bfloat16()), "summed in fp32, rounded once"
 
 
 @torch.inference_mode()
@@ -428,7 +429,7 @@ def test_importance_is_the_attention_of_the_last_rows(monkeypatch: pytest.Monkey
     seen: list[Any] = []
     step = policy.Reduction.step
 
-    def noted(self: policy.Reduction, similarity: Any, importance: Any, features: Any = None) -> policy.Plan:
+    def noted(self: policy.Reduction, similarity: Any, importance: Any, features: Any = None) -> host_plan.Plan:
         seen.append(importance)
         return step(self, similarity, importance, features)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BackendError
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import Plan, apply_plan, keep_all, merge_plan
+from framefusion.reduction.plan import Plan, apply_plan, keep_all, merge_plan
 from framefusion.runtime.backends.base import empty_cache
 from framefusion.runtime.backends.cuda.device import CudaDevice
 from framefusion.runtime.backends.cuda.driver import OutOfMemoryError

@@ -22,7 +22,7 @@ import numpy as np
 
 from framefusion.errors import BackendError
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import Plan, merge_plan
+from framefusion.reduction.plan import Plan, merge_plan
 from framefusion.runtime.backends.cuda.array import DeviceArray
 from framefusion.runtime.backends.cuda.device import CudaDevice, track_entries
 from tools.bench.setting import report, summary

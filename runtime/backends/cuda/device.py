@@ -1,6 +1,6 @@
 """One GPU as `backends.Device`: rows stay on it, scores and logits come back, plans go there.
 
-Indices are int32 on the GPU. Sums are fp32 in the order of policy.apply_plan, so `reduced` gives its bits; `similarity`
+Indices are int32 on the GPU. Sums are fp32 in the order of plan.apply_plan, so `reduced` gives its bits; `similarity`
 sums in another order than numpy and differs in the last bits of fp32. What is enqueued when, see `buffers`.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import Plan
+from framefusion.reduction.plan import Plan
 from framefusion.runtime.backends.cuda.array import DeviceArray
 from framefusion.runtime.backends.cuda.buffers import CudaBuffers, CudaMirror
 from framefusion.runtime.backends.cuda.kernels import (
@@ -197,8 +197,8 @@ class CudaDevice(CudaBuffers):
 
 def reading_order(plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """The rows that make each row of the result: members[starts[i]:starts[i + 1]], in run order.  [K + 1], [M]"""
-    lengths = np.diff(plan.run_starts, append=plan.members.size)
-    heads = np.searchsorted(plan.kept, plan.heads)
+    lengths = plan.run_lengths
+    heads = plan.head_slots
     sizes = np.ones(plan.kept.size, np.int64)
     sizes[heads] = lengths
     starts = np.concatenate([[0], np.cumsum(sizes)])

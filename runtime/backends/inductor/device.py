@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BackendError
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import Plan
+from framefusion.reduction.plan import Plan
 from framefusion.runtime.backends.base import Array
 
 BFLOAT16 = "bfloat16"  # numpy has it from ml_dtypes, torch reads no array of it: both see 16-bit integers
@@ -169,20 +169,15 @@ class TorchDevice:
         return self.torch.nn.functional.pad(rows[..., :length, :], (0, 0, 0, size - length))
 
     def reduced(self, rows: Any, plan: Plan) -> Any:
-        """See `Device.reduced`: the order of the sums is policy.apply_plan's."""
+        """See `Device.reduced`: the order of the sums is plan.apply_plan's."""
         stacked = rows if rows.ndim == 3 else rows[None]
         reduced = stacked.index_select(1, self._index(plan.kept))
-        lengths = np.diff(plan.run_starts, append=plan.members.size)
-        order = np.argsort(-lengths, kind="stable")
-        heads = plan.heads[order]
-        starts = plan.run_starts[order]
-        lengths = lengths[order]
-        means = stacked.index_select(1, self._index(heads)).float()
-        for place in range(1, lengths.max(initial=0)):
-            runs = int(np.count_nonzero(lengths > place))
-            means[:, :runs] += stacked.index_select(1, self._index(plan.members[starts[:runs] + place])).float()
-        means /= self.torch.from_numpy(lengths.astype(np.float32)).to(self._device)[None, :, None]
-        reduced.index_copy_(1, self._index(np.searchsorted(plan.kept, heads)), means.to(rows.dtype))
+        runs = plan.runs_longest_first()
+        means = stacked.index_select(1, self._index(runs.heads)).float()
+        for members in runs.followers:
+            means[:, : members.size] += stacked.index_select(1, self._index(members)).float()
+        means /= self.torch.from_numpy(runs.lengths.astype(np.float32)).to(self._device)[None, :, None]
+        reduced.index_copy_(1, self._index(runs.slots), means.to(rows.dtype))
         return reduced if rows.ndim == 3 else reduced[0]
 
     def similarity(self, rows: Any, labels: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -26,7 +26,8 @@ from framefusion.ops.static_reduction import (
 )
 from framefusion.reduction import tracks
 from framefusion.reduction.budget import FixedSchedule, drop_counts
-from framefusion.reduction.policy import FixedReduction, Scores, apply_plan, top
+from framefusion.reduction.plan import Scores, apply_plan, top
+from framefusion.reduction.policy import FixedReduction
 from framefusion.reduction.tracks import TEXT, IntArray
 
 # What TensorRT refuses, and sorts, which no step needs.

@@ -16,7 +16,8 @@ from framefusion.errors import BudgetError, ReducerError
 from framefusion.reducers import REDUCERS, load_reducer, reducer_facts, reducer_names
 from framefusion.reducers.reducer import Reading, Reducer, ReductionRequest, Selection
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import Mask, Plan, ReductionSettings, ReductionState, keep_all, merge_plan, prune_plan
+from framefusion.reduction.plan import Mask, Plan, keep_all, merge_plan, prune_plan
+from framefusion.reduction.policy import ReductionSettings, ReductionState
 from framefusion.reduction.tracks import TEXT, FloatArray, IntArray
 from tests.framefusion.reduction.test_policy_properties import labels_of_requests
 

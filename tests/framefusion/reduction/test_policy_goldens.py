@@ -16,7 +16,8 @@ import pytest
 
 from framefusion.errors import BudgetError
 from framefusion.reduction import budget
-from framefusion.reduction.policy import Plan, Reduction, ReductionSettings, apply_plan
+from framefusion.reduction.plan import Plan, apply_plan
+from framefusion.reduction.policy import Reduction, ReductionSettings
 from framefusion.reduction.tracks import TEXT, track_similarity
 from tests.wheel import ROOT
 

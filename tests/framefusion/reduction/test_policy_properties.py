@@ -13,16 +13,8 @@ from framefusion.errors import BudgetError
 from framefusion.reducers import load_reducer
 from framefusion.reducers.reducer import ReductionRequest
 from framefusion.reduction import budget, tracks
-from framefusion.reduction.policy import (
-    FixedReduction,
-    Plan,
-    Reduction,
-    ReductionSettings,
-    ReductionState,
-    Scores,
-    apply_plan,
-    top,
-)
+from framefusion.reduction.plan import Plan, Scores, apply_plan, top
+from framefusion.reduction.policy import FixedReduction, Reduction, ReductionSettings, ReductionState
 from framefusion.reduction.tracks import TEXT, IntArray
 
 modest = settings(deadline=None, max_examples=120)

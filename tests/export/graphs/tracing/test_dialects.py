@@ -189,7 +189,7 @@ def segment_by_segment(plan: BuildPlan, hidden: Tensor, table: Tensor, twin: Fix
     """Kept places after all reductions, from the cut decoder and the numpy policy."""
     from framefusion.export.checkpoints.weights import load_parameters
     from framefusion.reduction import tracks
-    from framefusion.reduction.policy import apply_plan
+    from framefusion.reduction.plan import apply_plan
 
     config, rows, origin = plan.config, hidden[0].numpy(), np.arange(hidden.shape[1])
     step = twin.step(tracks.track_similarity(rows, twin.labels), None)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BackendError
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import apply_plan, merge_plan
+from framefusion.reduction.plan import apply_plan, merge_plan
 from framefusion.runtime.backends.cuda import kernels
 from framefusion.runtime.backends.cuda.array import DeviceArray
 from framefusion.runtime.backends.cuda.device import reading_order, track_entries

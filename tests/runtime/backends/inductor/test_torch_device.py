@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 from framefusion.errors import BackendError
-from framefusion.reduction.policy import Plan, Reduction, ReductionSettings
+from framefusion.reduction.plan import Plan
+from framefusion.reduction.policy import Reduction, ReductionSettings
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.backends.inductor.device import TorchDevice
 
