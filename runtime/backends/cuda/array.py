@@ -105,20 +105,6 @@ class DeviceArray:
             raise ValueError(f"{self!r} cannot be seen as {shape}")
         return DeviceArray(self.address, shape, self.dtype, self.owner)
 
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        """For other libraries on the same GPU (version 3 of that protocol, which has no name for bfloat16)."""
-        if self.dtype.kind == "V":
-            raise AttributeError(f"{self.dtype.name} has no name in __cuda_array_interface__")
-        return {
-            "shape": self.shape,
-            "typestr": self.dtype.str,
-            "data": (self.address, False),
-            "strides": None if self.contiguous else self.strides,
-            "stream": getattr(self.owner, "stream", None),
-            "version": 3,
-        }
-
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype.name} {list(self.shape)} at {self.address:#x})"
 

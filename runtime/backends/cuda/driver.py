@@ -1,7 +1,7 @@
 """The CUDA driver API over one GPU: every call is checked, and what can fail says so in words.
 
-cuda-bindings is the C API one to one, the same in its versions 12 and 13, and what cuda.core itself stands on. Knows no
-kernel and no tensor.
+cuda-bindings is the C API one to one, the same in its versions 12 and 13; docs/cuda.md says why it is not cuda.core.
+Knows no kernel and no tensor.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Cuda:
         return self._checked(name, *arguments)
 
     def _checked(self, name: str, *arguments: Any) -> Any:
-        status, *values = getattr(self.api, name)(*arguments)
-        if status != self.api.CUresult.CUDA_SUCCESS:
-            raise self._error(name, status)
-        return values[0] if len(values) == 1 else tuple(values) or None
+        result = getattr(self.api, name)(*arguments)  # the status, then what the function returns
+        if result[0]:  # anything but CUDA_SUCCESS, which is 0
+            raise self._error(name, result[0])
+        return result[1] if len(result) == 2 else result[1:] or None
 
     def _error(self, name: str, status: Any) -> BackendError:
         if status == self.api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:

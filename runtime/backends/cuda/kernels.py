@@ -30,12 +30,8 @@ WARP = 32
 MOST_WARPS = 4  # as in kernels.cu
 _DIGEST = hashlib.sha256().digest_size
 
-
-class Number(NamedTuple):
-    """An argument of a kernel that is no array."""
-
-    value: int
-    c_type: Any
+Number = tuple[int, Any]
+"""An argument of a kernel that is no array: the value and its C type."""
 
 
 class Geometry(NamedTuple):
@@ -96,11 +92,14 @@ class Kernels:
         """Enqueue a kernel over arrays, which may be dropped afterwards."""
         if name not in self._functions:
             self._functions[name] = self._cuda.call("cuModuleGetFunction", self._module, name.encode())
-        numbers = [Number(one.address, ctypes.c_void_p) if isinstance(one, DeviceArray) else one for one in arguments]
-        values, types = zip(*numbers, strict=True)
+        values, types = [], []
+        for argument in arguments:
+            number = (argument.address, ctypes.c_void_p) if isinstance(argument, DeviceArray) else argument
+            values.append(number[0])
+            types.append(number[1])
         (grid_x, grid_y), (block_x, block_y) = geometry
         where = (grid_x, grid_y, 1, block_x, block_y, 1, 0, self._stream)
-        self._cuda.call("cuLaunchKernel", self._functions[name], *where, (values, types), 0)
+        self._cuda.call("cuLaunchKernel", self._functions[name], *where, (tuple(values), tuple(types)), 0)
 
 
 def _require_compiler(gpu: GPU) -> None:
@@ -115,12 +114,12 @@ def _require_compiler(gpu: GPU) -> None:
 
 def count(value: int) -> Number:
     """A number of rows or terms."""
-    return Number(value, ctypes.c_int)
+    return value, ctypes.c_int
 
 
 def width(value: int) -> Number:
     """A number of elements."""
-    return Number(value, ctypes.c_longlong)
+    return value, ctypes.c_longlong
 
 
 def cache_folder() -> Path:

@@ -25,10 +25,8 @@ _KEEP_ALL = (1 << 64) - 1
 class Allocation:
     """Memory on the GPU for as long as somebody holds this."""
 
-    def __init__(self, address: int, nbytes: int, stream: int) -> None:
+    def __init__(self, address: int) -> None:
         self.address = address
-        self.nbytes = nbytes
-        self.stream = stream
 
 
 class DeviceMemory:
@@ -82,7 +80,7 @@ class DeviceMemory:
                 f"{size / mega:.0f} MiB more were needed: sample fewer frames, lower max_new_tokens or the cost, or "
                 "end what else uses the GPU"
             ) from None
-        allocation = Allocation(address, nbytes, int(self._stream))
+        allocation = Allocation(address)
         weakref.finalize(allocation, self._free, address).atexit = False
         return allocation
 

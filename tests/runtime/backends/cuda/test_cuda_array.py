@@ -73,10 +73,3 @@ def test_reshape_keeps_the_elements_and_refuses_gaps() -> None:
     for view, shape in ((over(ARRAY)[:, 1:3], (30,)), (over(ARRAY), (7,))):
         with pytest.raises(ValueError, match="cannot be seen as"):
             view.reshape(*shape)
-
-
-def test_other_libraries_see_the_same() -> None:
-    told = over(ARRAY)[1:].__cuda_array_interface__
-    assert told["data"] == (ARRAY[1:].ctypes.data, False)
-    assert (told["shape"], told["typestr"], told["strides"]) == ((2, 4, 5), "<f4", None)
-    assert over(ARRAY)[:, 1:3].__cuda_array_interface__["strides"] == ARRAY[:, 1:3].strides
