@@ -31,7 +31,7 @@ from framefusion.runtime.backends.cuda.device import CudaDevice
 from framefusion.runtime.backends.cuda.kernels import SOURCE, Geometry, count, width
 from tools.bench.setting import ROOT, machine, report
 
-DRIVER = ROOT / "tests" / "runtime" / "cuda" / "driver.cpp"
+DRIVER = ROOT / "tests/runtime/backends/cuda/emulated/driver.cpp"
 BEYOND = Path(__file__).with_name("cuda_core_driver.cpp")
 BATCH = 100  # calls between two looks at the clock
 ROW_BYTES = 16
@@ -79,7 +79,7 @@ def main() -> None:
     if arguments.emulated and "EMULATED_DRIVER" not in os.environ:
         sys.exit(run_emulated())
     figures = {
-        "driver": "tests/runtime/cuda/driver.cpp" if arguments.emulated else "the GPU's",
+        "driver": str(DRIVER.relative_to(ROOT)) if arguments.emulated else "the GPU's",
         "machine": machine() | ({"gpu": None} if arguments.emulated else {}),
         "versions": {name: importlib.metadata.version(name) for name in ("cuda-core", "cuda-bindings")},
         "installed_mb": {name: installed_mb(name) for name in ("cuda-core", "cuda-bindings")},

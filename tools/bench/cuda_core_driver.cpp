@@ -1,6 +1,6 @@
 // The emulated driver of the tests, and what cuda.core calls beyond it: tools/bench/cuda_core.py builds both as one.
 //
-// DRIVER is tests/runtime/cuda/driver.cpp. cuda.core destroys what it makes and asks for the default stream; the runtime
+// DRIVER is the driver.cpp of those tests. cuda.core destroys what it makes and asks for the default stream; the runtime
 // does neither.
 #define cuStreamSynchronize synchronize
 #include DRIVER

@@ -33,6 +33,12 @@ class OutOfMemoryError(BackendError):
     """The GPU, or the memory that the host can pin, is full."""
 
 
+class _Thread(threading.local):
+    """What is known of the thread that calls."""
+
+    entered = False  # the context is current in it
+
+
 class Cuda:
     """One GPU's primary context, made current in each thread that calls.
 
@@ -48,7 +54,7 @@ class Cuda:
         self.ordinal = ordinal
         self.api = cuda_module("driver")
         _require_driver(self.gpu)
-        self._threads = threading.local()
+        self._thread = _Thread()
         self._context: Any = None
         self.call("cuInit", 0)
         self._device = self.call("cuDeviceGet", ordinal)
@@ -56,16 +62,20 @@ class Cuda:
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the driver: its one result, a tuple of them, or None."""
-        if self._context is not None and not hasattr(self._threads, "entered"):
-            self._checked("cuCtxSetCurrent", self._context)
-            self._threads.entered = True
-        return self._checked(name, *arguments)
-
-    def _checked(self, name: str, *arguments: Any) -> Any:
+        if not self._thread.entered:
+            self._enter()
         result = getattr(self.api, name)(*arguments)  # the status, then what the function returns
         if result[0]:  # anything but CUDA_SUCCESS, which is 0
             raise self._error(name, result[0])
         return result[1] if len(result) == 2 else result[1:] or None
+
+    def _enter(self) -> None:
+        """Make the context current in this thread, once there is one."""
+        if self._context is not None:
+            (status,) = self.api.cuCtxSetCurrent(self._context)
+            if status:
+                raise self._error("cuCtxSetCurrent", status)
+            self._thread.entered = True
 
     def _error(self, name: str, status: Any) -> BackendError:
         if status == self.api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:

@@ -1,7 +1,7 @@
 // What is done to rows of hidden states between two segments. runtime/backends/cuda/kernels.py compiles and launches it.
 //
 // Needs no header: bf16 and fp16 travel as 16-bit words and are summed in fp32. The tests compile this very file with
-// g++ (tests/runtime/cuda/shim.hpp) and run it thread by thread.
+// g++ (tests/runtime/backends/cuda/emulated/shim.hpp) and run it thread by thread.
 //
 // A row is `width` elements; V of them are read at once, 16 bytes or one element, as the host found the addresses to
 // allow. Indices are int32 (a prompt has far fewer tokens), products of them with the width are 64 bits wide. A block

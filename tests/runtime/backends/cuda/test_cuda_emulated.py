@@ -1,6 +1,6 @@
 """The whole CUDA side without a GPU: a driver made for it runs kernels.cu, compiled by g++, on the CPU.
 
-tests/runtime/cuda/driver.cpp stands in for libcuda.so.1 in processes of their own; cuda-bindings, NVRTC and everything
+emulated/driver.cpp stands in for libcuda.so.1 in processes of their own; cuda-bindings, NVRTC and everything
 of ours are the real ones. What this cannot show: speed, the memory model of a GPU, the driver's own behaviour.
 """
 

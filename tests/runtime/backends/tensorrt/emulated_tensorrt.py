@@ -2,7 +2,7 @@
 
 The module's names, types and flags are those of the tensorrt_rtx that is installed; only what needs a GPU is another:
 a plan names a graph of a portable bundle, ONNX Runtime runs it, and the run is enqueued on a stream of the emulated
-driver (tests/runtime/cuda): it happens when the host waits for it, at the addresses it was told, and can be captured.
+driver (../cuda/emulated): it happens when the host waits for it, at the addresses it was told, and can be captured.
 Stricter than the library where a mistake would go unnoticed: what was not told, or was told for another profile, is
 refused, and each run leaves NaNs in the memory for activations.
 """
