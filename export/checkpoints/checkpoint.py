@@ -3,7 +3,15 @@
 Some repositories keep each part of the model (`llm`, `vision_tower`, `mm_projector`) in a folder of its own. Such a
 checkpoint reads as one: a part's tensor is `part.key`, the name it has where all parts are in one file.
 
-A tensor is read when it is asked for and nothing of it is kept; headers are read once. Knows no family.
+A tensor is read when it is needed and nothing of it is kept; headers are read once. Knows no family.
+
+A tensor's way, each step named in the code:
+
+    1. config.json is read and its values are checked         so that every later step may count with them
+    2. the parts with a folder are found                      their tensors get the part's name in front
+    3. names -> file: one file, else the shards of the index  the order in which transformers looks
+    4. a file's header is read and checked against its size   shapes and types are known without a weight
+    5. the bytes of one tensor, or of some of its rows        memory holds what one step of a build needs
 """
 
 from __future__ import annotations
@@ -52,6 +60,7 @@ class Checkpoint:
         self.origin = origin or origin_of(self.folder)
         if not present(self.folder / CONFIG):
             raise no_weights(self.folder, self.folder, CONFIG)
+        # 1. Every later step counts with these values: those of another type end here, with their key.
         self.config: dict[str, Any] = self.read_config(self.folder)
         self._open: dict[Path, TensorFile] = {}
 
@@ -62,7 +71,7 @@ class Checkpoint:
         return cls(origin.folder, origin)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder that must be there; see `checkpoint_files.read_json_file` for its limits."""
+        """A JSON file of the folder that must be there; see `files.read_json_file` for its limits."""
         path = self.folder / name
         if not present(path):
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again")
@@ -82,15 +91,16 @@ class Checkpoint:
     @cached_property
     def parts(self) -> Mapping[str, Path]:
         """Part of the model -> its folder, for parts that have one; config.json says their names."""
-        found: dict[str, Path] = {}
+        # 2. A part without a folder of its own lies in the files of the whole: it is no entry here.
+        folders: dict[str, Path] = {}
         for key, value in self.config.items():
             if key.endswith(PART):
                 # a string is a path, perhaps one of the machine that trained it: its last name is the folder's
                 name = key.removesuffix(PART)
-                place = Path(value).name if isinstance(value, str) else name
-                if inner_name(place) and present(self.folder / place / CONFIG):
-                    found[name] = self.folder / place
-        return found
+                folder_name = Path(value).name if isinstance(value, str) else name
+                if inner_name(folder_name) and present(self.folder / folder_name / CONFIG):
+                    folders[name] = self.folder / folder_name
+        return folders
 
     def check_plain(self) -> None:
         """Refuse quantized weights and adapters, by what the configurations say and by names of tensors."""
@@ -101,8 +111,8 @@ class Checkpoint:
         """The configuration of a part: its folder's config.json, else the object in config.json; {} without either."""
         if name in self.parts:
             return self.read_config(self.parts[name])
-        told = self.config.get(name + PART)
-        return told if isinstance(told, dict) else {}
+        section = self.config.get(name + PART)
+        return section if isinstance(section, dict) else {}
 
     def find(self, name: str) -> Path | None:
         """A file of the checkpoint: the folder's own, else that of the first part that has one; None without any."""
@@ -115,18 +125,20 @@ class Checkpoint:
     @cached_property
     def files(self) -> Mapping[str, Path]:
         """Tensor name -> file that holds it."""
-        return {key: place.file for key, place in self._places.items()}
+        return {key: location.file for key, location in self._places.items()}
 
     @cached_property
     def _places(self) -> Mapping[str, _TensorLocation]:
         if not self.parts or any(present(self.folder / name) for name in (SINGLE, INDEX)):
             return self._places_in(self.folder)
-        parts = ((part, self._places_in(folder)) for part, folder in self.parts.items())
-        return {f"{part}.{key}": place for part, places in parts for key, place in places.items()}
+        locations: dict[str, _TensorLocation] = {}
+        for part, folder in self.parts.items():
+            locations |= {f"{part}.{key}": location for key, location in self._places_in(folder).items()}
+        return locations
 
     def _places_in(self, folder: Path) -> dict[str, _TensorLocation]:
-        """Tensors of one folder, by their names in its files; the single file comes before an index, as transformers
-        has it."""
+        """Tensors of one folder, by their names in its files."""
+        # 3. The single file comes before an index, as transformers has it.
         path = folder / SINGLE
         if present(path):
             return {key: _TensorLocation(path, key) for key in self._file(path).entries}
@@ -148,48 +160,59 @@ class Checkpoint:
         places: dict[str, _TensorLocation] = {}
         for name in sorted(set(weight_map.values())):
             for key in self._file(folder / name).entries:
-                other = places.get(key)
-                place = _TensorLocation(folder / name, key)
-                if other is not None and not self._equal(other, place):
+                earlier = places.get(key)
+                location = _TensorLocation(folder / name, key)
+                if earlier is not None and not self._equal(earlier, location):
                     raise CheckpointError(
-                        f"{other.file} and {place.file} both hold {key}, with other values: files of two models are "
-                        "mixed here, download the checkpoint again"
+                        f"{earlier.file} and {location.file} both hold {key}, with other values: files of two models "
+                        "are mixed here, download the checkpoint again"
                     )
-                places[key] = place
+                places[key] = location
         # what a shard lacks is missed when it is read, or as a tensor that nobody reads
         return {key: _TensorLocation(folder / name, key) for key, name in weight_map.items()} | places
 
-    def _equal(self, one: _TensorLocation, other: _TensorLocation) -> bool:
-        """Whether two tensors on disk are the same, number by number."""
-        entries = [self._file(place.file).entries[place.key] for place in (one, other)]
-        if entries[0][:2] != entries[1][:2]:
+    def _equal(self, first: _TensorLocation, second: _TensorLocation) -> bool:
+        """Whether two tensors on disk are the same, byte by byte."""
+        first_file = self._file(first.file)
+        second_file = self._file(second.file)
+        first_entry = first_file.entries[first.key]
+        second_entry = second_file.entries[second.key]
+        if (first_entry.dtype, first_entry.shape) != (second_entry.dtype, second_entry.shape):
             return False
-        first, second = (self._file(place.file).raw(place.key) for place in (one, other))
-        return torch.equal(first, second)
+        return torch.equal(first_file.raw(first.key), second_file.raw(second.key))
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
     def count_blocks(self, prefix: str) -> int:
-        """Numbers that follow a prefix in the names of tensors: how many blocks of a stack are stored."""
-        rests = (key.removeprefix(prefix) for key in self._places if key.startswith(prefix))
-        return len({rest.partition(".")[0] for rest in rests})
+        """How many blocks of a stack are stored: the different numbers behind a prefix such as `model.layers.`."""
+        suffixes = [key.removeprefix(prefix) for key in self._places if key.startswith(prefix)]
+        return len({suffix.partition(".")[0] for suffix in suffixes})
 
     def tensor(self, key: str, rows: slice | None = None) -> Tensor:
-        """The tensor, or only some of its rows, read from disk now."""
+        """A tensor as it is stored, read from disk now.
+
+        Args:
+            key: its name, with the part's in front where parts have folders.
+            rows: which of its first axis; None takes all.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file cannot be read.
+        """
         self._entry(key)
-        place = self._places[key]
+        location = self._places[key]
         try:
-            return self._file(place.file).read(place.key, rows)
+            # 5. Read and handed over: the caller alone keeps the tensor alive.
+            return self._file(location.file).read(location.key, rows)
         except (TensorFileError, OSError) as error:
-            raise CheckpointError(f"{place.file}: cannot read {key} ({error}): download the file again") from None
+            raise CheckpointError(f"{location.file}: cannot read {key} ({error}): download the file again") from None
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header alone."""
+        """Shape of a tensor, from the header alone; CheckpointError where there is none of that name."""
         return self._entry(key).shape
 
     def nbytes(self, key: str) -> int:
-        """Bytes of a tensor as it is stored."""
+        """Bytes of a tensor as it is stored, from the header alone."""
         entry = self._entry(key)
         return entry.end - entry.begin
 
@@ -198,15 +221,15 @@ class Checkpoint:
         return self._entry(key).dtype
 
     def _entry(self, key: str) -> TensorEntry:
-        place = self._places.get(key)
-        if place is None:
+        location = self._places.get(key)
+        if location is None:
             near = difflib.get_close_matches(key, self._places, n=3)
             hint = f"; the nearest it has: {', '.join(near)}" if near else ""
             raise CheckpointError(f"{self.folder} has no tensor {key}{hint}: the checkpoint is incomplete")
-        entry = self._file(place.file).entries.get(place.key)
+        entry = self._file(location.file).entries.get(location.key)
         if entry is None:
             raise CheckpointError(
-                f"{place.file} has no tensor {place.key} though the index names it: download the file again"
+                f"{location.file} has no tensor {location.key} though the index names it: download the file again"
             )
         return entry
 
@@ -216,6 +239,7 @@ class Checkpoint:
                 raise CheckpointError(f"{path} is missing though the index names it: download it again")
             check_file(path, self.folder)
             try:
+                # 4. A truncated file is found by its size, before a byte of a tensor is read.
                 self._open[path] = TensorFile(path)
             except (TensorFileError, OSError) as error:
                 why = LFS if is_pointer(path) else f"is truncated or no safetensors file ({error}): download it"

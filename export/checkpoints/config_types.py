@@ -16,9 +16,9 @@ from framefusion.errors import CheckpointError
 
 
 class _Kind(NamedTuple):
-    """What a value must be, in words and as a test."""
+    """What a value must be, as a message says it and as a test."""
 
-    words: str
+    description: str
     fits: Callable[[Any], bool]
 
 
@@ -39,11 +39,11 @@ def _list_of(kind: _Kind, longest: int, shortest: int = 0) -> _Kind:
     def fits(value: Any) -> bool:
         return isinstance(value, list) and shortest <= len(value) <= longest and all(map(kind.fits, value))
 
-    return _Kind(f"a list of {shortest} to {longest}, each {kind.words}", fits)
+    return _Kind(f"a list of {shortest} to {longest}, each {kind.description}", fits)
 
 
 def _either(*kinds: _Kind) -> _Kind:
-    return _Kind(" or ".join(kind.words for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
+    return _Kind(" or ".join(kind.description for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
 
 
 WIDTH = _whole(1, 1_000_000)
@@ -57,9 +57,9 @@ ID = _whole(-1_000_000, 1 << 31)  # LLaVA has negative ones for tokens that no t
 POSITIVE = _number(1e-30, 1e12)
 NOT_NEGATIVE = _number(0, 1e12)
 FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
-WORD = _Kind("printable text", lambda value: isinstance(value, str) and value.isprintable() and len(value) < 4096)
+TEXT = _Kind("printable text", lambda value: isinstance(value, str) and value.isprintable() and len(value) < 4096)
 OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
-WORDS = _list_of(WORD, 10_000)
+TEXTS = _list_of(TEXT, 10_000)
 PAIRS = _list_of(_list_of(_whole(1, 100_000), 2, 2), 4_096)
 
 TYPES: Mapping[str, _Kind] = MappingProxyType(
@@ -78,20 +78,20 @@ TYPES: Mapping[str, _Kind] = MappingProxyType(
     | {"window_size": WIDTH}
     | {key: _either(LAYER, _list_of(LAYER, 100)) for key in ("vision_feature_layer", "select_layer")}
     | dict.fromkeys(("fullatt_block_indexes", "deepstack_visual_indexes"), LAYERS)
-    | {"mrope_section": _list_of(_whole(0, 100_000), 8), "layer_types": WORDS, "architectures": WORDS}
+    | {"mrope_section": _list_of(_whole(0, 100_000), 8), "layer_types": TEXTS, "architectures": TEXTS}
     | dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "fps", "mlp_ratio"), NOT_NEGATIVE)
     | dict.fromkeys(("rope_theta", "tokens_per_second", "downsample_ratio", "factor"), POSITIVE)
     | dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "qkv_bias"), FLAG)
     | dict.fromkeys(("qk_normalization", "use_qk_norm", "use_mean_pooling", "use_mask_token", "pad2square"), FLAG)
     | dict.fromkeys(("use_thumbnail", "dynamic_image_size", "force_sample", "add_time_instruction"), FLAG)
     | dict.fromkeys(("slice_mode", "use_image_id", "drop_vision_last_layer", "dynamic_s2", "mrope_interleaved"), FLAG)
-    | dict.fromkeys(("model_type", "hidden_act", "template", "mm_vision_tower", "mm_projector_type"), WORD)
-    | dict.fromkeys(("image_aspect_ratio", "vision_aspect_ratio", "mm_spatial_pool_mode", "norm_type"), WORD)
-    | dict.fromkeys(("mm_newline_position", "mm_patch_merge_type", "rope_type", "ps_version"), WORD)
-    | dict.fromkeys(("projector_hidden_act", "vision_feature_select_strategy", "time_token_format"), WORD)
+    | dict.fromkeys(("model_type", "hidden_act", "template", "mm_vision_tower", "mm_projector_type"), TEXT)
+    | dict.fromkeys(("image_aspect_ratio", "vision_aspect_ratio", "mm_spatial_pool_mode", "norm_type"), TEXT)
+    | dict.fromkeys(("mm_newline_position", "mm_patch_merge_type", "rope_type", "ps_version"), TEXT)
+    | dict.fromkeys(("projector_hidden_act", "vision_feature_select_strategy", "time_token_format"), TEXT)
     | dict.fromkeys(("text_config", "llm_config", "vision_config", "rope_scaling", "rope_parameters"), OBJECT)
-    | {"slice_config": OBJECT, "image_grid_pinpoints": _either(PAIRS, WORD)}
-    | {"s2_scales": _either(WORD, _list_of(_whole(1, 16_384), 16))}
+    | {"slice_config": OBJECT, "image_grid_pinpoints": _either(PAIRS, TEXT)}
+    | {"s2_scales": _either(TEXT, _list_of(_whole(1, 16_384), 16))}
 )
 """Key -> what it must be where it is not null."""
 NESTED = ("text_config", "llm_config", "vision_config", "rope_scaling", "rope_parameters", "slice_config")
@@ -114,6 +114,6 @@ def check_types(config: Mapping[str, Any], path: Path, within: str = "") -> None
             continue
         kind = TYPES.get(key)
         if kind is not None and not kind.fits(value):
-            raise CheckpointError(f"{path}: {within}{key} is {value!r:.60}, {kind.words} was expected")
+            raise CheckpointError(f"{path}: {within}{key} is {value!r:.60}, {kind.description} was expected")
         if isinstance(value, dict) and (key in NESTED or key.endswith(PART)):
             check_types(value, path, f"{within}{key}.")

@@ -39,8 +39,8 @@ def check_file(path: Path, root: Path) -> None:
         mode = target.stat().st_mode
         inside = target.is_relative_to(root.resolve()) or _BLOB.search(target.as_posix())
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a circle of links, before Python 3.13
-        words = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path} cannot be opened ({words}): download it again") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} cannot be opened ({reason}): download it again") from None
     if not inside:
         raise CheckpointError(
             f"{path} is a link to {target}, which is outside the checkpoint: put the file itself there (cp -L)"
@@ -59,7 +59,7 @@ def present(path: Path) -> bool:
 
 
 def inner_name(name: object) -> bool:
-    """Whether a name, as an index tells it, can only mean a file below the folder."""
+    """Whether a name, as an index gives it, can only mean a file below the folder."""
     if not isinstance(name, str) or not name or not name.isprintable() or "\\" in name or len(name) > 1024:
         return False
     path = PurePosixPath(name)
@@ -103,9 +103,9 @@ def _check_depth(value: Any) -> None:
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(DEEPEST_JSON + 1):
         inner: list[Any] = []
-        for one in level:
-            inner += one.values() if isinstance(one, dict) else one
-        level = [one for one in inner if isinstance(one, (dict, list))]
+        for container in level:
+            inner += container.values() if isinstance(container, dict) else container
+        level = [item for item in inner if isinstance(item, (dict, list))]
         if not level:
             return
     raise RecursionError

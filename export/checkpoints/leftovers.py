@@ -32,7 +32,7 @@ RECOMPUTED: Mapping[str, str] = MappingProxyType(
 
 
 def check_all_read(checkpoint: Checkpoint, taken: Iterable[str], unused: Mapping[str, str]) -> None:
-    """Refuse a checkpoint with a tensor that would be dropped.
+    """Refuse a checkpoint with a tensor that no part of a bundle would hold.
 
     Args:
         checkpoint: whose tensors are counted.

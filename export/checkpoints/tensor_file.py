@@ -1,4 +1,4 @@
-"""One safetensors file by plain reads: its header at once, tensors or some of their rows when they are asked for.
+"""One safetensors file by plain reads: its header at once, tensors or some of their rows when they are needed.
 
 A memory map would count every page it touched as memory of this process and keep it until somebody else needs room;
 a read leaves the process with the tensor and nothing else. Knows no checkpoint and no model.
@@ -34,12 +34,12 @@ class TensorFileError(ValueError):
 
 
 class TensorEntry(NamedTuple):
-    """A tensor as the header tells it."""
+    """A tensor as the header describes it."""
 
-    dtype: str
+    dtype: str  # as safetensors writes it: F32, BF16
     shape: tuple[int, ...]
-    begin: int  # in the file
-    end: int
+    begin: int  # byte of the file
+    end: int  # byte behind it
 
 
 class TensorFile:
@@ -77,7 +77,11 @@ class TensorFile:
         return flat.view(dtype).view(count, *entry.shape[1:]) if entry.shape else flat.view(dtype)[0]
 
     def raw(self, name: str) -> Tensor:
-        """The bytes of a tensor, whatever their type."""
+        """The bytes of a tensor as uint8, [n], whatever their type.
+
+        Raises:
+            TensorFileError: the file became shorter.
+        """
         entry = self.entries[name]
         flat = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         self._fill(flat, entry.begin, name)
@@ -99,32 +103,32 @@ def _entries(header: bytes, size: int) -> dict[str, TensorEntry]:
     """What the header of a file of `size` bytes promises, as far as it can be true."""
     data = 8 + len(header)
     try:
-        told = json.loads(header, object_pairs_hook=_unique)
-        told.pop("__metadata__", None)
-        found = {name: _entry(one, data) for name, one in told.items()}
+        fields_of = json.loads(header, object_pairs_hook=_unique)
+        fields_of.pop("__metadata__", None)
+        entries = {name: _entry(fields, data) for name, fields in fields_of.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TensorFileError(f"its header is not readable ({type(error).__name__}: {error})") from None
-    for name, entry in found.items():
+    for name, entry in entries.items():
         _check(name, entry, data, size)
-    end = max((entry.end for entry in found.values()), default=data)
+    end = max((entry.end for entry in entries.values()), default=data)
     if end != size:
         raise TensorFileError(f"its tensors end at byte {end}, the file has {size}")
-    return found
+    return entries
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object of the header; a name that stands there twice would hide a tensor."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise ValueError("a name stands there twice")
-    return found
+    return unique
 
 
-def _entry(told: Mapping[str, Any], data: int) -> TensorEntry:
+def _entry(fields: Mapping[str, Any], data: int) -> TensorEntry:
     """A tensor of the header, whose offsets count from byte `data` of the file."""
-    dtype = told["dtype"]
-    shape = told["shape"]
-    offsets = told["data_offsets"]
+    dtype = fields["dtype"]
+    shape = fields["shape"]
+    offsets = fields["data_offsets"]
     lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not lists or not isinstance(dtype, str) or not dtype.isprintable():
         raise TypeError("dtype, shape or data_offsets of another type")

@@ -86,19 +86,24 @@ def no_weights(folder: Path, root: Path, missing: str = "") -> CheckpointError:
             f"{folder} is a LoRA adapter{of} and no whole model: merge it with peft's merge_and_unload(), "
             "save_pretrained() the result with its tokenizer, and give that folder"
         )
-    found = next(((kind, name) for kind in FORMATS if (name := _first(folder, kind.patterns))), None)
+    found = _known_format(folder)
     if missing and (found is None or found[0].name.startswith(("safetensors", "shards"))):
         return CheckpointError(f"{folder / missing} is missing: the checkpoint is incomplete, download it again")
-    said = f"{folder} holds neither {SINGLE} nor {INDEX}: only safetensors are read"
+    problem = f"{folder} holds neither {SINGLE} nor {INDEX}: only safetensors are read"
     if found is None:
-        return CheckpointError(f"{said}, and there are no weights of another kind: download the checkpoint again")
+        return CheckpointError(f"{problem}, and there are no weights of another kind: download the checkpoint again")
     kind, name = found
-    return CheckpointError(f"{said}. It holds {kind.name} ({name}): {kind.remedy}")
+    return CheckpointError(f"{problem}. It holds {kind.name} ({name}): {kind.remedy}")
 
 
-def _first(folder: Path, patterns: Iterable[str]) -> str | None:
-    names = (path.name for pattern in patterns for path in sorted(folder.glob(pattern)))
-    return next(names, None)
+def _known_format(folder: Path) -> tuple[_Format, str] | None:
+    """The first of FORMATS that a file of the folder has, and that file's name."""
+    for kind in FORMATS:
+        for pattern in kind.patterns:
+            names = sorted(path.name for path in folder.glob(pattern))
+            if names:
+                return kind, names[0]
+    return None
 
 
 def check_plain(folder: Path, configs: Iterable[Mapping[str, Any]], keys: Collection[str]) -> None:
@@ -112,16 +117,10 @@ def check_plain(folder: Path, configs: Iterable[Mapping[str, Any]], keys: Collec
     Raises:
         CheckpointError: naming the method, or the adapter's tensors.
     """
-    told = ((key, config[key]) for config in configs for key in QUANTIZED_KEYS if config.get(key))
-    found = next((f"{_method(value)}: {key} of config.json" for key, value in told), None)
-    if found is None and present(folder / MODELOPT):
-        found = f"by ModelOpt: {MODELOPT}"
-    if found is None:
-        names = (f"its tensor {key} says so, though config.json does not" for key in keys if _QUANTIZED.search(key))
-        found = next(names, None)
-    if found is not None:
+    evidence = _quantization(folder, configs, keys)
+    if evidence is not None:
         raise CheckpointError(
-            f"{folder} is quantized ({found}), and quantized weights are not read: "
+            f"{folder} is quantized ({evidence}), and quantized weights are not read: "
             "give the checkpoint before it was quantized"
         )
     adapter = next((name for name in ADAPTER_WEIGHTS if present(folder / name)), None)
@@ -140,10 +139,23 @@ def check_plain(folder: Path, configs: Iterable[Mapping[str, Any]], keys: Collec
         )
 
 
-def _method(told: Any) -> str:
-    """What quantized a model, and to how many bits, as far as it can be said in a few words."""
-    if not isinstance(told, dict):
-        return str(told)[:40]
-    name = told.get("quant_method") or told.get("quant_algo") or told.get("mode") or "an unnamed method"
-    bits = next((told[key] for key in ("bits", "w_bit", "weight_bits") if isinstance(told.get(key), int)), None)
+def _quantization(folder: Path, configs: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> str | None:
+    """What shows that a checkpoint was quantized, for a message; None where nothing does."""
+    for config in configs:
+        for key in QUANTIZED_KEYS:
+            if config.get(key):
+                return f"{_method(config[key])}: {key} of config.json"
+    if present(folder / MODELOPT):
+        return f"by ModelOpt: {MODELOPT}"
+    quantized = next((key for key in keys if _QUANTIZED.search(key)), None)
+    return None if quantized is None else f"its tensor {quantized} says so, though config.json does not"
+
+
+def _method(setting: Any) -> str:
+    """What quantized a model, and to how many bits, by the value of one of QUANTIZED_KEYS; at most 60 characters."""
+    if not isinstance(setting, dict):
+        return str(setting)[:40]
+    name = setting.get("quant_method") or setting.get("quant_algo") or setting.get("mode") or "an unnamed method"
+    counts = [setting[key] for key in ("bits", "w_bit", "weight_bits") if isinstance(setting.get(key), int)]
+    bits = next(iter(counts), None)
     return str(name)[:40] + (f", {bits} bits" if bits else "")

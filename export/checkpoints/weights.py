@@ -1,7 +1,7 @@
 """Where a graph's parameters come from in a checkpoint, and the way of their bytes into one external-data file.
 
-One tensor is in memory at a time, as it is stored; it is converted and turned in blocks. Knows no family: a family
-hands over the `Source` of each parameter.
+One tensor is in memory at a time, as it is stored; it is converted and transposed in blocks. Knows no family: a family
+hands over the `Source` of each parameter. The main path is `write_parameters`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _BLOCK = 1 << 25  # bytes converted at a time
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by the names of safetensors
 
 OnBytes = Callable[[int], object]
-"""Told the bytes of each write."""
+"""Called after each write with the bytes that it wrote."""
 
 
 def ignore(_: int) -> None:
-    """Tell nobody."""
+    """Report to nobody."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A parameter's place in the checkpoint."""
+    """A parameter that is a tensor of the checkpoint, or some of its rows."""
 
     key: str
     rows: tuple[int, int] | None = None  # part of a stacked tensor
@@ -42,11 +42,11 @@ class Source:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Tensors that are read."""
+        """Names of the tensors that are read."""
         return (self.key,)
 
     def make(self, checkpoint: Reader) -> Tensor:
-        """The parameter in the graph's layout."""
+        """The parameter in the graph's layout: [in, out] for a matrix, in the type that is stored."""
         tensor = checkpoint.tensor(self.key, None if self.rows is None else slice(*self.rows))
         if self.flatten:
             tensor = tensor.flatten(1)
@@ -61,7 +61,7 @@ class Computed:
     function: Callable[..., Tensor]  # of the tensors; it runs on meta tensors too, which is how shapes are checked
 
     def make(self, checkpoint: Reader) -> Tensor:
-        """The parameter in the graph's layout."""
+        """See `Source.make`."""
         return self.function(*(checkpoint.tensor(key) for key in self.keys))
 
 
@@ -72,7 +72,7 @@ class Reader(Protocol):
     """What a source reads from: a checkpoint, or its headers alone."""
 
     def tensor(self, key: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some of its rows."""
+        """A tensor of that name, or some of its first axis."""
 
 
 class Headers:
@@ -91,8 +91,8 @@ class Headers:
 class Placement:
     """Where a tensor lies in its external-data file."""
 
-    offset: int
-    length: int
+    offset: int  # bytes from the begin of the file
+    length: int  # bytes
     shape: tuple[int, ...]
 
 
@@ -114,12 +114,12 @@ def check_parameter(checkpoint: Checkpoint, source: AnySource, shape: tuple[int,
     """
     stored = ", ".join(f"{key} {checkpoint.shape(key)}" for key in source.keys)
     try:
-        found = tuple(source.make(Headers(checkpoint)).shape)
-    except (RuntimeError, IndexError) as error:  # torch's words for a shape that a function cannot take
+        becomes = tuple(source.make(Headers(checkpoint)).shape)
+    except (RuntimeError, IndexError) as error:  # what torch raises for a shape that a function cannot take
         raise CheckpointError(f"{stored} cannot become {shape} ({error}): is config.json of another model?") from None
-    if found != shape:
+    if becomes != shape:
         raise CheckpointError(
-            f"{stored} becomes {found}, the graph needs {shape}, [in, out]: is config.json of another model?"
+            f"{stored} becomes {becomes}, the graph needs {shape}, [in, out]: is config.json of another model?"
         )
     for key in source.keys:
         if checkpoint.dtype(key) not in STORED:
@@ -156,16 +156,37 @@ def write_parameters(
     file: HashedFile,
     on_bytes: OnBytes = ignore,
 ) -> dict[str, Placement]:
-    """Write every parameter of a (meta) module to one file, aligned, and return where each lies."""
+    """Write every parameter of a module to one file, in the module's order.
+
+    Args:
+        module: on the meta device; it says names and shapes.
+        checkpoint: where the values are.
+        sources: name of a parameter -> where it comes from.
+        dtype: to write in.
+        file: the external-data file; it grows by `parameter_bytes(module, dtype)`, less the padding of the last.
+        on_bytes: see `OnBytes`; padding counts.
+
+    Returns:
+        Name of a parameter -> where it lies.
+
+    Raises:
+        CheckpointError: see `check_parameter` and `check_range`.
+    """
     placements: dict[str, Placement] = {}
     for name, parameter in module.named_parameters():
+        source = sources[name]
+        # 1. The header alone proves name, shape and type: a checkpoint that does not fit costs no read.
         shape = tuple(parameter.shape)
-        check_parameter(checkpoint, sources[name], shape)
-        tensor = sources[name].make(checkpoint)
-        check_range(tensor, dtype, sources[name])
+        check_parameter(checkpoint, source, shape)
+        # 2. One tensor, as it is stored: the only one in memory until the next round.
+        tensor = source.make(checkpoint)
+        # 3. A narrower type would make large values infinite: the build ends rather than the model's answers.
+        check_range(tensor, dtype, source)
+        # 4. Begin on a page, so that a runtime can map the tensor and leave it on disk.
         end = file.position
         offset = file.align(ALIGNMENT)
         on_bytes(offset - end)
+        # 5. Convert and write some rows at a time: beside the stored tensor no second whole one exists.
         for block in blocks_of(tensor, dtype):
             on_bytes(file.write(_bytes(block)))
         placements[name] = Placement(offset, file.position - offset, shape)
@@ -173,18 +194,23 @@ def write_parameters(
 
 
 def blocks_of(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The rows of a tensor in another type, some at a time: beside the tensor itself no more than that is in memory."""
+    """The rows of a tensor in another type, some at a time: beside the tensor itself no more than that is in memory.
+
+    Yields:
+        [n, ...] for a tensor of [m, ...], contiguous, of at most _BLOCK bytes or of one row; [1, m] for a vector of m.
+    """
     rows = tensor if tensor.ndim > 1 else tensor[None]
-    at_once = max(1, _BLOCK // max(rows[0].numel() * dtype.itemsize, 1))
-    turned = _is_turned(rows)
+    row_bytes = rows[0].numel() * dtype.itemsize
+    at_once = max(1, _BLOCK // max(row_bytes, 1))
+    transposed = _is_transposed(rows)
     for start in range(0, rows.shape[0], at_once):
-        if turned:  # converting in the order they lie in and turning the result is several times faster
+        if transposed:  # converting in the order they lie in and transposing the result is several times faster
             yield rows.T[:, start : start + at_once].to(dtype).contiguous().T.contiguous()
         else:
             yield rows[start : start + at_once].to(dtype).contiguous()
 
 
-def _is_turned(tensor: Tensor) -> bool:
+def _is_transposed(tensor: Tensor) -> bool:
     """Whether it is a transposed view of a tensor that lies in order."""
     return tensor.ndim == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
 
@@ -198,7 +224,7 @@ def check_range(tensor: Tensor, dtype: torch.dtype, source: AnySource) -> None:
     limit = torch.finfo(dtype).max
     if tensor.numel() == 0 or torch.finfo(tensor.dtype).max <= limit:
         return
-    dense = tensor.T if _is_turned(tensor) else tensor  # of another order torch would make a copy first
+    dense = tensor.T if _is_transposed(tensor) else tensor  # of another order torch would make a copy first
     largest = max(abs(float(bound)) for bound in dense.aminmax())
     if limit < largest < float("inf"):
         name = str(dtype).removeprefix("torch.")
@@ -209,7 +235,7 @@ def check_range(tensor: Tensor, dtype: torch.dtype, source: AnySource) -> None:
 
 
 def parameter_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    """Size of the file `write_parameters` would write, its alignment included."""
+    """Bytes of the file that `write_parameters` would write, alignment included."""
     sizes = (parameter.numel() * dtype.itemsize for parameter in module.parameters())
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
@@ -221,7 +247,18 @@ def _bytes(tensor: Tensor) -> memoryview:
 def write_rows(
     checkpoint: Checkpoint, keys: Sequence[str], file: HashedFile, on_bytes: OnBytes = ignore, rows_at_once: int = 8192
 ) -> None:
-    """Write a matrix as it is stored, some rows at a time, and single rows of the same type behind it."""
+    """Write a matrix as it is stored, some rows at a time, and single rows behind it.
+
+    Args:
+        checkpoint: where the tensors are.
+        keys: of the matrix, [n, width], then of rows, [width]; these are written in the matrix's type.
+        file: it grows by the bytes of all.
+        on_bytes: see `OnBytes`.
+        rows_at_once: of the matrix in memory.
+
+    Raises:
+        CheckpointError: a tensor is missing or cannot be read.
+    """
     table, *extra = keys
     count = checkpoint.shape(table)[0]
     for start in range(0, count, rows_at_once):

@@ -31,7 +31,7 @@ class Origin:
         folder: to read it from.
         name: its id on the hub, or the folder's name.
         on_hub: whether `name` is an id.
-        revision: branch, tag or commit that was asked for; None for a folder.
+        revision: branch, tag or commit as the user gave it; None for a folder.
         commit: the commit that `folder` is a snapshot of, where that is known.
     """
 
@@ -83,10 +83,10 @@ def missing_shards(folder: Path) -> Iterator[Path]:
     """Files that an index of the folder names and that are not there."""
     for index in sorted(folder.rglob(INDICES)):
         try:
-            told = set(read_json_file(index, folder)["weight_map"].values())
+            indexed = set(read_json_file(index, folder)["weight_map"].values())
         except (CheckpointError, KeyError, AttributeError, TypeError):
             continue  # whoever reads the weights says what is wrong with it
-        names = sorted(name for name in told if inner_name(name))
+        names = sorted(name for name in indexed if inner_name(name))
         yield from (index.parent / name for name in names if not (index.parent / name).is_file())
 
 

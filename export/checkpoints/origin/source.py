@@ -1,7 +1,7 @@
 """What a bundle says of the checkpoint it was made of: its name, its commit, and its licence as the hub writes it.
 
-The licence is what the checkpoint says, in the front matter of its README.md or in its LICENSE file; nobody else is
-asked, and where it says nothing the licence is "unknown".
+The licence is what the checkpoint says, in the front matter of its README.md or in its LICENSE file; no other source
+is consulted, and where it says nothing the licence is "unknown".
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from framefusion.export.checkpoints.origin.hub import Origin
 from framefusion.runtime.format.bundle_files import sha256_of
 from framefusion.runtime.format.manifest import UNKNOWN_LICENSE, SourceRecord
 
-OTHER = "other"  # the hub's word for a licence that is not in its list
+OTHER = "other"  # the hub's key for a licence that is not in its list
 LICENSE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 _TEXTS = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("Permission is hereby granted, free of charge",)}
 _HEAD = 1000  # characters in which a licence names itself; further down it may quote another one
@@ -23,7 +23,7 @@ _TITLE = 60  # characters of a licence's first line that serve as its name
 
 
 class License(NamedTuple):
-    """A licence by the hub's keys."""
+    """A licence by the hub's keys: `apache-2.0`, or `other` with a name and a link."""
 
     license: str = UNKNOWN_LICENSE
     license_name: str | None = None
@@ -51,14 +51,14 @@ def license_of(folder: Path) -> License:
     readme = folder / "README.md"
     if present(readme):
         check_file(readme, folder)
-    told = front_matter(readme)
-    stated = told.get("license")
+    card = front_matter(readme)
+    stated = card.get("license")
     if stated:
-        link = _text(told.get("license_link"))
+        link = _text(card.get("license_link"))
         names = list(map(str, stated)) if isinstance(stated, list) else [stated]
         if len(names) > 1:
             return License(OTHER, ", ".join(names), link)
-        return License(str(names[0]), _text(told.get("license_name")), link)
+        return License(str(names[0]), _text(card.get("license_name")), link)
     for path in license_files(folder):
         if not path.name.startswith("NOTICE"):
             return _recognised(path)
@@ -89,10 +89,10 @@ def front_matter(readme: Path) -> Mapping[str, Any]:
 
 
 def _recognised(path: Path) -> License:
-    """A licence by the words of its text, else by its first line."""
+    """A licence by phrases of its text, else by its first line."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    for name, words in _TEXTS.items():
-        if all(word in text[:_HEAD] for word in words):
+    for name, phrases in _TEXTS.items():
+        if all(phrase in text[:_HEAD] for phrase in phrases):
             return License(name, None, path.name)
     title = next((line.strip(" #*\t") for line in text.splitlines() if line.strip(" #*\t")), path.name)
     return License(OTHER, title[:_TITLE], path.name)

@@ -6,7 +6,7 @@ are rendered both ways: a template that the strings do not reproduce is refused,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,10 @@ FILES = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 Message = tuple[str, tuple[str, ...]]
-"""A role and its parts: texts, or the words video and image for a visual."""
+"""A role and its parts: texts, or "video" and "image" for a visual."""
+
+Conversation = tuple[tuple[Message, ...], bool]
+"""Messages, and whether the text ends where an answer begins."""
 
 
 def read_template(
@@ -39,7 +42,7 @@ def read_template(
 
     Args:
         checkpoint: whose chat template is read.
-        fallback: the layout where it brings none, and what no chat template tells.
+        fallback: the layout where it brings none, and what no chat template says.
         placeholders: what the template writes for a "video" and an "image"; None for one that knows texts only.
         source: the template; None takes the one that a checkpoint brings where they all do.
 
@@ -80,42 +83,41 @@ def find_template(checkpoint: Checkpoint) -> str | None:
 
 
 class _Template:
-    """A checkpoint's template, rendered out of process; the conversations that are always asked go in one start."""
+    """A checkpoint's template, rendered out of process; the conversations that every template gets go in one start."""
 
     def __init__(self, checkpoint: Checkpoint, source: str, placeholders: Mapping[str, str] | None) -> None:
         self.checkpoint = checkpoint
         self._source = source
-        told = checkpoint.read_optional_json("tokenizer_config.json")
-        self._tokens = [(name, _content(told.get(name))) for name in TOKENS]
-        self._rendered: dict[tuple[tuple[Message, ...], bool], str | CheckpointError] = {}
+        config = checkpoint.read_optional_json("tokenizer_config.json")
+        self._tokens = [(name, _content(config.get(name))) for name in TOKENS]
+        self._rendered: dict[Conversation, str | CheckpointError] = {}
         self._usual = _usual_conversations(placeholders)
 
     def render(self, messages: Sequence[Message], *, answer: bool = False) -> str:
         """The conversation as text, ready for an answer or not."""
-        asked = (tuple(messages), answer)
-        if asked not in self._rendered:
-            self._render([*self._usual, asked] if asked not in self._usual else self._usual)
-        found = self._rendered[asked]
-        if isinstance(found, CheckpointError):
-            raise found
-        return found
+        conversation = (tuple(messages), answer)
+        if conversation not in self._rendered:
+            self._render(dict.fromkeys([*self._usual, conversation]))
+        text = self._rendered[conversation]
+        if isinstance(text, CheckpointError):
+            raise text
+        return text
 
-    def _render(self, asked: Sequence[tuple[tuple[Message, ...], bool]]) -> None:
+    def _render(self, conversations: Collection[Conversation]) -> None:
         """Render conversations in both forms of a message: a processor's template reads parts, a tokenizer's texts."""
-        conversations = [
-            ([{"role": role, "content": form(parts)} for role, parts in messages], answer)
-            for messages, answer in asked
-            for form in (_as_parts, _as_text)
-        ]
+        requests: list[tuple[Any, bool]] = []
+        for messages, answer in conversations:
+            requests.append(([{"role": role, "content": _as_parts(parts)} for role, parts in messages], answer))
+            requests.append(([{"role": role, "content": _as_text(parts)} for role, parts in messages], answer))
         try:
-            found = render(self._source, self._tokens, conversations)
+            rendered = render(self._source, self._tokens, requests)
         except CheckpointError as error:
             raise CheckpointError(f"{self.checkpoint.folder}: {error}") from None
-        for index, key in enumerate(asked):
-            self._rendered[key] = self._readable(key[0], found[2 * index : 2 * index + 2])
+        for index, conversation in enumerate(conversations):
+            self._rendered[conversation] = self._readable(conversation[0], rendered[2 * index : 2 * index + 2])
 
     def _readable(self, messages: Sequence[Message], forms: Sequence[Rendered]) -> str | CheckpointError:
-        """The first form in which all that was said can be found."""
+        """The first form in which every text of the messages stands."""
         texts = [part for _, parts in messages for part in parts if part not in ("video", "image")]
         for text, _ in forms:
             if text is not None and "'type'" not in text and all(part.strip() in text for part in texts):
@@ -147,31 +149,36 @@ def _text_layout(template: _Template, fallback: PromptTemplate) -> PromptTemplat
     """Turns of text: see the marks above for what is rendered."""
     question = ("user", (FIRST,))
     answer = ("assistant", (ANSWER,))
+    # 1. What stands behind a question when an answer follows begins the answer: it must only add to the question.
     alone = template.render([question])
-    asked = template.render([question], answer=True)
-    long = template.render([question, answer, ("user", (SECOND,))])
-    if not asked.startswith(alone):
+    prompted = template.render([question], answer=True)
+    if not prompted.startswith(alone):
         raise template.refuse("the end of a turn changes when an answer follows")
-    user_suffix = long[long.index(SECOND) + len(SECOND) :]
-    between = long[long.index(FIRST) + len(FIRST) : long.index(ANSWER)]
-    after = long[long.index(ANSWER) + len(ANSWER) : long.index(SECOND)]
-    said = template.render([question, answer])
-    answer_suffix = said[said.index(ANSWER) + len(ANSWER) :]
-    if not between.startswith(user_suffix) or not after.startswith(answer_suffix):
+    # 2. Ends of turns stand where nothing follows, so that they can be told from what begins the next turn.
+    three_turns = template.render([question, answer, ("user", (SECOND,))])
+    answered = template.render([question, answer])
+    user_suffix = _behind(three_turns, SECOND)
+    answer_suffix = _behind(answered, ANSWER)
+    before_answer = _between(three_turns, FIRST, ANSWER)
+    before_second = _between(three_turns, ANSWER, SECOND)
+    if not before_answer.startswith(user_suffix) or not before_second.startswith(answer_suffix):
         raise template.refuse("a turn ends otherwise when another follows")
-    user = TurnLayout(after[len(answer_suffix) :], user_suffix)
+    # 3. The rest begins a turn; the first one may have more before it, which begins the prompt.
+    user = TurnLayout(before_second[len(answer_suffix) :], user_suffix)
     head = alone[: alone.index(FIRST)]
     if not head.endswith(user.prefix):
         raise template.refuse("the first question begins otherwise than the next")
-    turns = {"user": user, "assistant": TurnLayout(between[len(user_suffix) :], answer_suffix)}
+    turns = {"user": user, "assistant": TurnLayout(before_answer[len(user_suffix) :], answer_suffix)}
+    # 4. White space around a text stays or goes: a layout knows nothing between the two.
     spaced = template.render([("user", (SPACED,))])
     strip = spaced == alone
     if not strip and spaced != alone.replace(FIRST, SPACED):
         raise template.refuse("white space around what a user says is changed, and not all of it left out")
+    # 5. The system's turn, and what it says where nobody gives one.
     begin, default, system = _system(template, head[: len(head) - len(user.prefix)], user)
     if system is not None:
         turns["system"] = system
-    generation_prefix = asked[len(alone) :]
+    generation_prefix = prompted[len(alone) :]
     return replace(
         fallback,
         turns=turns,
@@ -182,19 +189,27 @@ def _text_layout(template: _Template, fallback: PromptTemplate) -> PromptTemplat
     )
 
 
+def _behind(text: str, mark: str) -> str:
+    return text[text.index(mark) + len(mark) :]
+
+
+def _between(text: str, mark: str, next_mark: str) -> str:
+    return text[text.index(mark) + len(mark) : text.index(next_mark)]
+
+
 def _system(template: _Template, head: str, user: TurnLayout) -> tuple[str, str, TurnLayout | None]:
-    """What begins a prompt, the system's default words, and the layout of its turn; None where it cannot speak.
+    """What begins a prompt, the system's default text, and the layout of its turn; None where it cannot speak.
 
     `head` is what stands before the first user turn of a conversation without a system turn.
     """
     try:
-        told = template.render([("system", (SYSTEM,)), ("user", (FIRST,))])
+        with_system = template.render([("system", (SYSTEM,)), ("user", (FIRST,))])
     except CheckpointError:
         return head, "", None
-    if told.count(SYSTEM) != 1:  # LLaVA-NeXT-Video's Vicuna template says it twice
+    if with_system.count(SYSTEM) != 1:  # LLaVA-NeXT-Video's Vicuna template says it twice
         return head, "", None
-    before = told[: told.index(SYSTEM)]
-    between = told[told.index(SYSTEM) + len(SYSTEM) : told.index(FIRST)]
+    before = with_system[: with_system.index(SYSTEM)]
+    between = _between(with_system, SYSTEM, FIRST)
     if not between.endswith(user.prefix):
         raise template.refuse("a question begins otherwise after a system turn")
     suffix = between[: len(between) - len(user.prefix)]
@@ -211,23 +226,27 @@ def _system(template: _Template, head: str, user: TurnLayout) -> tuple[str, str,
 def _visual_layout(template: _Template, layout: PromptTemplate, placeholders: Mapping[str, str]) -> PromptTemplate:
     """Where a user's videos stand, and what separates them from the text."""
     video = placeholders["video"]
-    one = template.render([("user", ("video", FIRST))])
-    two = template.render([("user", ("video", "video", FIRST))])
-    later = template.render([("user", (FIRST, "video"))])
-    if one.count(video) != 1 or two.count(video) != 2:
+    single = template.render([("user", ("video", FIRST))])
+    double = template.render([("user", ("video", "video", FIRST))])
+    if single.count(video) != 1 or double.count(video) != 2:
         raise template.refuse(f"{video} does not stand for a video")
-    first = two.index(video) + len(video)
-    after_visual = two[first : two.index(video, first)]
+    # 1. What stands between two videos follows every video.
+    after_visual = _behind(double, video)
+    after_visual = after_visual[: after_visual.index(video)]
+    # 2. A turn begins with what stands before its first part; what a text has beside that stands before each text.
     user = layout.turns["user"]
-    text = one[one.index(video) + len(video) : one.index(FIRST)]
-    head = template.render([("user", (FIRST,))])
-    start = head[: head.index(FIRST)][: -len(user.prefix) or None]
-    prefix = one[len(start) : one.index(video)]
-    if not text.startswith(after_visual) or not user.prefix.startswith(prefix):
+    before_text = _between(single, video, FIRST)
+    without_video = template.render([("user", (FIRST,))])
+    head = without_video[: without_video.index(FIRST)]
+    start = head[: -len(user.prefix) or None]
+    prefix = single[len(start) : single.index(video)]
+    if not before_text.startswith(after_visual) or not user.prefix.startswith(prefix):
         raise template.refuse("a turn with a video begins otherwise than one without")
     turns = dict(layout.turns) | {"user": TurnLayout(prefix, user.suffix, text_prefix=user.prefix[len(prefix) :])}
+    # 3. Some templates put visuals before texts, and images before videos, in whatever order they are given.
+    text_first = template.render([("user", (FIRST, "video"))])
     mixed = template.render([("user", ("video", "image", FIRST))])
-    visuals_first = later.index(video) < later.index(FIRST)
+    visuals_first = text_first.index(video) < text_first.index(FIRST)
     images_first = visuals_first and -1 < mixed.find(placeholders["image"]) < mixed.index(video)
     return replace(
         layout, turns=turns, after_visual=after_visual, visuals_first=visuals_first, images_first=images_first
@@ -260,11 +279,11 @@ def _cases(placeholders: Mapping[str, str] | None, *, system: bool) -> list[list
     return cases
 
 
-def _usual_conversations(placeholders: Mapping[str, str] | None) -> list[tuple[tuple[Message, ...], bool]]:
+def _usual_conversations(placeholders: Mapping[str, str] | None) -> list[Conversation]:
     """All that is rendered of a template that can be said in strings, and whether an answer follows."""
     question: Message = ("user", (FIRST,))
     answer: Message = ("assistant", (ANSWER,))
-    asked: list[tuple[tuple[Message, ...], bool]] = [((question,), True)]
+    conversations: list[Conversation] = [((question,), True)]
     turns: list[tuple[Message, ...]] = [
         (question,),
         (question, answer),
@@ -275,8 +294,8 @@ def _usual_conversations(placeholders: Mapping[str, str] | None) -> list[tuple[t
     if placeholders is not None:
         shown = (("video", FIRST), ("video", "video", FIRST), (FIRST, "video"), ("video", "image", FIRST))
         turns += [(("user", parts),) for parts in shown]
-    asked += [(conversation, False) for conversation in turns]
-    return asked + [(tuple(case), True) for case in _cases(placeholders, system=True)]
+    conversations += [(messages, False) for messages in turns]
+    return conversations + [(tuple(case), True) for case in _cases(placeholders, system=True)]
 
 
 def compose(layout: PromptTemplate, messages: Sequence[Message], placeholders: Mapping[str, str]) -> str:
@@ -294,8 +313,8 @@ def compose(layout: PromptTemplate, messages: Sequence[Message], placeholders: M
             placeholders[part] + layout.after_visual if part in placeholders else turn.text_prefix + part
             for part in parts
         ]
-        said = layout.part_separator.join(shown)
-        pieces += [turn.prefix, said.rstrip() if layout.strip else said, turn.suffix]
+        content = layout.part_separator.join(shown)
+        pieces += [turn.prefix, content.rstrip() if layout.strip else content, turn.suffix]
     return "".join([*pieces, layout.generation_prefix])
 
 

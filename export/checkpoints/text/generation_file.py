@@ -62,20 +62,21 @@ def read_generation(
         CheckpointError: naming a value of another type or range, or a setting that is not computed.
     """
     place = FILE
-    told = checkpoint.read_optional_json(FILE)
+    settings = checkpoint.read_optional_json(FILE)
     if checkpoint.find(FILE) is None:  # of a time when config.json said all of it
         place = "config.json"
         known = {*REFUSED, *(field.name for field in fields(GenerationConfig))} - {"eos_token_ids"}
-        told = {key: value for source in (text_config, checkpoint.config) for key, value in _told(source, known)}
+        settings = _values_of(known, text_config) | _values_of(known, checkpoint.config)
     for key, changes in REFUSED.items():
-        if told.get(key) is not None and changes(told[key]):
+        if settings.get(key) is not None and changes(settings[key]):
             raise CheckpointError(
-                f"{checkpoint.folder}/{place} has {key} {told[key]!r:.80}, which is not supported: take the key out to "
-                "build without it"
+                f"{checkpoint.folder}/{place} has {key} {settings[key]!r:.80}, which is not supported: take the key "
+                "out to build without it"
             )
-    ends = (source.get("eos_token_id") for source in (told, checkpoint.config, text_config))
+    candidates = [source.get("eos_token_id") for source in (settings, checkpoint.config, text_config)]
+    end = next((candidate for candidate in candidates if candidate is not None), None)
     try:
-        config = GenerationConfig.from_dict(told | {"eos_token_id": next((e for e in ends if e is not None), None)})
+        config = GenerationConfig.from_dict(settings | {"eos_token_id": end})
     except BundleError as error:
         raise CheckpointError(f"{checkpoint.folder}/{place}: {error}") from None
     ids = _within(checkpoint, place, config.eos_token_ids or (), text_config)
@@ -89,7 +90,7 @@ def _within(checkpoint: Checkpoint, place: str, ids: Sequence[int], text_config:
         CheckpointError: it can say none of those that the checkpoint names.
     """
     rows = text_config.get("vocab_size")
-    within = [index for index in ids if rows is None or index < rows]
+    within = [token for token in ids if rows is None or token < rows]
     default = CLASS_DEFAULTS.get(str(text_config.get("model_type")), {}).get("eos_token_id")
     if ids and not within and list(ids) != [default]:
         raise CheckpointError(
@@ -99,5 +100,6 @@ def _within(checkpoint: Checkpoint, place: str, ids: Sequence[int], text_config:
     return within
 
 
-def _told(source: Mapping[str, Any], keys: set[str]) -> list[tuple[str, Any]]:
-    return [(key, source[key]) for key in keys if source.get(key) is not None]
+def _values_of(keys: set[str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that a configuration has and that are not null, with their values."""
+    return {key: config[key] for key in keys if config.get(key) is not None}

@@ -26,15 +26,15 @@ class VaryingError(Exception):
 
 def main() -> None:
     """Answer what stands on stdin."""
-    asked = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     environment = _environment()
     _limit()
     try:
-        template = environment.from_string(asked["source"])
+        template = environment.from_string(request["source"])
     except Exception as error:
-        json.dump([_problem(error)] * len(asked["conversations"]), sys.stdout)
+        json.dump([_problem(error)] * len(request["conversations"]), sys.stdout)
         return
-    answers = [_answer(template, messages, answer, asked["tokens"]) for messages, answer in asked["conversations"]]
+    answers = [_answer(template, messages, answer, request["tokens"]) for messages, answer in request["conversations"]]
     json.dump(answers, sys.stdout)
 
 

@@ -43,19 +43,19 @@ def render(source: str, tokens: Sequence[tuple[str, str]], conversations: Sequen
 
 
 @lru_cache(maxsize=64)
-def _rendered(asked: str) -> list[Rendered]:
+def _rendered(request: str) -> list[Rendered]:
     # Never the folder that somebody happens to be in; without -S whatever site-packages start by themselves, torch for
     # one, would count against the limit of memory.
     path = [str(Path(framefusion.__file__).parents[1]), *filter(None, sys.path)]
     command = [sys.executable, "-I", "-S", "-c", _START.format(path=path)]
     try:
-        done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise _unfit(f"takes more than {SECONDS} seconds") from None
     if done.returncode:
-        said = done.stderr.strip().rpartition("\n")[2]
-        if said and "MemoryError" not in said:
-            raise _unfit(f"ends its process, code {done.returncode}: {said[:200]}")
+        last_line = done.stderr.strip().rpartition("\n")[2]
+        if last_line and "MemoryError" not in last_line:
+            raise _unfit(f"ends its process, code {done.returncode}: {last_line[:200]}")
         raise _unfit(f"takes more than {PROCESSOR_SECONDS} seconds of the processor or {MEMORY >> 20} MiB of memory")
     answers = json.loads(done.stdout)
     for answer in answers:

@@ -2,7 +2,7 @@
 
 tokenizer.json is the truth about vocabulary and splitting. Around it transformers does what is done here once: it takes
 truncation, padding and dropout off, and adds the tokens that only tokenizer_config.json, special_tokens_map.json or
-added_tokens.json tell. A checkpoint with a SentencePiece model or vocabulary files alone is converted. Knows no family.
+added_tokens.json list. A checkpoint with a SentencePiece model or vocabulary files alone is converted. Knows no family.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _converted(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
 
 
 def _add_tokens(checkpoint: Checkpoint, folder: Path, backend: tokenizers.Tokenizer) -> None:
-    """Add what the other files tell, in transformers' order: by id, then the tokens of a role and the extra ones.
+    """Add what the other files list, in transformers' order: by id, then the tokens of a role and the extra ones.
 
     Raises:
         CheckpointError: an entry is malformed, or a token would not get the id that the file gives it.
@@ -179,10 +179,10 @@ def _add_tokens(checkpoint: Checkpoint, folder: Path, backend: tokenizers.Tokeni
             missing[index] = token
     backend.add_tokens(list(missing.values()))
     for index, token in missing.items():
-        became = backend.token_to_id(token.content)
-        if became != index and index not in known:
+        added_as = backend.token_to_id(token.content)
+        if added_as != index and index not in known:
             raise CheckpointError(
-                f"{folder}: {token.content!r} is to be token {index}, with {TOKENIZER} it becomes {became}: the "
+                f"{folder}: {token.content!r} is to be token {index}, with {TOKENIZER} it becomes {added_as}: the "
                 "tokenizer's files are of different models, download them again"
             )
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -196,8 +196,8 @@ def _listed(
     checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any], special: Mapping[str, Any]
 ) -> Iterator[tuple[int, str, dict[str, bool]]]:
     """Id, text and flags of the tokens that a file beside tokenizer.json lists: the older one counts alone only."""
-    told = config.get("added_tokens_decoder")
-    if told is None:
+    decoder = config.get("added_tokens_decoder")
+    if decoder is None:
         entries: list[tuple[int, str, dict[str, bool]]] = []
         for content, index in _read(checkpoint, folder, "added_tokens.json").items():
             is_special = content in special
@@ -206,9 +206,9 @@ def _listed(
         yield from sorted(entries)
         return
     place = "tokenizer_config.json: added_tokens_decoder"
-    if not isinstance(told, Mapping):
-        raise CheckpointError(f"{folder}/{place} is {told!r:.80}, expected an object: correct it")
-    for key, token in sorted(told.items(), key=lambda item: _index(folder, place, item[0])):
+    if not isinstance(decoder, Mapping):
+        raise CheckpointError(f"{folder}/{place} is {decoder!r:.80}, expected an object: correct it")
+    for key, token in sorted(decoder.items(), key=lambda item: _index(folder, place, item[0])):
         flags = {name: token.get(name, False) for name in FLAGS} if isinstance(token, Mapping) else {}
         if not flags or not all(isinstance(flag, bool) for flag in flags.values()):
             raise CheckpointError(f"{folder}/{place} has {token!r:.80} for {key}, expected a token: correct it")
@@ -216,7 +216,7 @@ def _listed(
 
 
 def _names_token(name: str, token: Any) -> bool:
-    """Whether a key of tokenizer_config.json tells a token of a role that only this model has: `image_token`."""
+    """Whether a key of tokenizer_config.json names a token of a role that only this model has: `image_token`."""
     return (
         name.endswith("_token")
         and bool(token.get("content") if isinstance(token, Mapping) else token)
