@@ -36,8 +36,8 @@ from framefusion.errors import PromptError
 from framefusion.reduction.budget import check_cost
 from framefusion.runtime.backends.host import CHUNK
 from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest, SegmentRecord
-from framefusion.runtime.generation.stitching import bucket_for, chunks_of
-from framefusion.runtime.pipeline import PATCHES_AT_ONCE
+from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
+from framefusion.runtime.generation.segments import bucket_for, chunks_of
 
 FLOAT = 4
 PAGE = 4096

@@ -44,10 +44,13 @@ from framefusion.runtime.format.manifest import (
     SegmentRecord,
     VisionRecord,
 )
+from framefusion.runtime.generation.decode import Decoder
+from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.generation.sampling import GenerationConfig
-from framefusion.runtime.generation.stitching import Stitcher, Stopwatch
+from framefusion.runtime.generation.segments import Segments
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import rope_tables, vision_rope_tables
 from framefusion.runtime.text.prompt import PromptTemplate
 
@@ -153,11 +156,11 @@ def eager(model: str) -> Backend:
 
 
 @pytest.fixture(scope="module")
-def stitchers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Stitcher]:
+def segments_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Segments]:
     @cache
-    def make(model: str, kind: str) -> Stitcher:
+    def make(model: str, kind: str) -> Segments:
         backend = eager(model) if kind == "eager" else compiled(model, kind, tmp_path_factory.mktemp(model + kind))
-        return Stitcher(manifest_of(model, kind), backend)
+        return Segments(manifest_of(model, kind), backend)
 
     return make
 
@@ -177,9 +180,9 @@ def in_each_backend() -> Iterator[Any]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("model", "name", "kind"), [*in_each_backend()])
 def test_equals_the_recording(
-    model: str, name: str, kind: str, variant: str, stitchers: Callable[[str, str], Stitcher]
+    model: str, name: str, kind: str, variant: str, segments_of: Callable[[str, str], Segments]
 ) -> None:
-    recorded, stitcher = Recorded(model, name), stitchers(model, kind)
+    recorded, segments = Recorded(model, name), segments_of(model, kind)
     setting, golden, config = recorded.setting, recorded.arrays(variant), parts(model)[2]
     hidden, positions = recorded.embeddings_and_positions()
     layers = VARIANTS[variant]
@@ -195,7 +198,7 @@ def test_equals_the_recording(
 
     before = hidden.copy()
     rows = TokenRows(hidden, *tables(positions), np.arange(len(hidden)))
-    prefilled = stitcher.prefill(rows, reduction, 8, Stopwatch())
+    prefilled = prefill(segments, rows, reduction, 8, Stopwatch())
     np.testing.assert_array_equal(hidden, before, err_msg="the caller's embeddings were changed")
 
     told = setting[variant]
@@ -212,7 +215,7 @@ def test_equals_the_recording(
             assert relative(cache_.values[index][:, :, :length], golden[f"vcache_layer{layer}"]) < TOLERANCE
     assert relative(prefilled.logits, golden["prefill_logits_last"]) < TOLERANCE
 
-    decoder, logits, tokens = stitcher.decoder(prefilled), prefilled.logits, []
+    decoder, logits, tokens = Decoder(segments, prefilled.caches), prefilled.logits, []
     table = Checkpoint(GOLDENS / model).tensor("model.embed_tokens.weight").float().numpy()
     start = len(hidden) + told.get("rope_delta", 0)
     for step, expected in enumerate(golden["decode_logits"]):
@@ -228,12 +231,12 @@ def test_equals_the_recording(
 @pytest.mark.parametrize("variant", ["dense", "layers_true_6"])
 @pytest.mark.parametrize("kind", ["eager", pytest.param("gqa", marks=pytest.mark.slow)])
 def test_equals_the_recording_in_chunks(
-    kind: str, variant: str, stitchers: Callable[[str, str], Stitcher], monkeypatch: pytest.MonkeyPatch
+    kind: str, variant: str, segments_of: Callable[[str, str], Segments], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last segment's prefill in parts of 48 tokens, the last part a short one."""
     for model, name in CASES:
-        monkeypatch.setattr(stitchers(model, kind).backend, "chunk", 48)
-        test_equals_the_recording(model, name, kind, variant, stitchers)
+        monkeypatch.setattr(segments_of(model, kind).backend, "chunk", 48)
+        test_equals_the_recording(model, name, kind, variant, segments_of)
 
 
 def test_vision_tower_equals_the_recording() -> None:

@@ -47,8 +47,8 @@ def write_inputs(folder: Path) -> list[str]:
     import torch
 
     from framefusion.live.labels import FAMILIES
-    from framefusion.runtime.generation.stitching import Stopwatch
     from framefusion.runtime.media.sources import as_video
+    from framefusion.runtime.request import Stopwatch
     from framefusion.runtime.text.prompt import Turn, Visual
     from tests.families import CASES
     from tests.families.case import clip

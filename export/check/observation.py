@@ -17,10 +17,12 @@ from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reduction.policy import Decision, ReductionState
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest
-from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.generation.decode import Decoder
+from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 
 DECODED = 16
@@ -175,14 +177,14 @@ def run(
     if reduction is None:
         prefilled = pipeline.prefill(prompt, rows, request, Stopwatch())
     else:
-        prefilled = pipeline.stitcher.prefill(rows, reduction, new, Stopwatch())
+        prefilled = prefill(pipeline.segments, rows, reduction, new, Stopwatch())
     if recorder is not None:
         recorder.open = False
     first = prefilled.logits.copy()
     chosen = list(tokens or ())
     decoded = []
     logits = prefilled.logits
-    decoder = pipeline.stitcher.decoder(prefilled)
+    decoder = Decoder(pipeline.segments, prefilled.caches)
     places = prompt.token_ids.size + prompt.rope_delta + np.arange(new - 1)
     cos, sin = pipeline.rope(np.broadcast_to(places, (3, new - 1)))
     for step in range(new - 1):

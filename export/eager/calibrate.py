@@ -17,8 +17,8 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.uncompiled import eager_pipeline
 from framefusion.export.plan.build_plan import BuildOptions, BuildPlan
 from framefusion.reduction.policy import CallRecord
-from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 
 PROMPT = "Describe this video."

@@ -10,7 +10,7 @@ no bundle.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -99,6 +99,30 @@ class Reducer(ABC):
     @abstractmethod
     def _start(self, request: ReductionRequest) -> ReductionState:
         """The state of a request, unguarded."""
+
+
+def check_cuts(reducer: Reducer, settings: ReductionSettings, cuts: Sequence[int], built_for: str) -> None:
+    """Refuse a reducer that acts where the graphs of a bundle are not cut.
+
+    Args:
+        reducer: for one request.
+        settings: of that request.
+        cuts: calls between graphs, at which tokens can go.
+        built_for: the reducer that the graphs were cut for.
+
+    Raises:
+        ReducerError: with the calls of both.
+    """
+    calls = reducer.calls(settings)
+    if not set(calls) <= set(cuts):
+        raise ReducerError(
+            f"reducer {reducer.name} acts at calls {_listed(calls)} at cost {settings.cost:g}, this bundle was cut for "
+            f"{built_for} at calls {_listed(cuts)}: build it with --reducer {reducer.name}"
+        )
+
+
+def _listed(calls: Sequence[int]) -> str:
+    return ", ".join(map(str, calls))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ _FLOAT_TYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """Geometry of the LLM, as far as stitching and planning need it."""
+    """Geometry of the LLM, as far as running and planning need it."""
 
     family: str
     model_type: str

@@ -1,12 +1,13 @@
 """Logits to the next token, in Hugging Face's order: repetition penalty, bans, temperature, top-k, top-p, min-p, draw.
 
 Knows no model and no text. The repetition penalty and the n-grams count the prompt too and act on greedy decoding as
-well.
+well. Bans by n-grams and by sequences are those of transformers' NoRepeatNGramLogitsProcessor and
+NoBadWordsLogitsProcessor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BackendError, BundleError, PromptError
-from framefusion.runtime.generation.constraints import banned_by_ngrams, banned_by_sequences
 
 NUMBERS: Mapping[str, tuple[float, float, str]] = {
     "temperature": (0, np.inf, "0 (greedy) or more"),
@@ -240,3 +240,23 @@ def _top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     if not 0 < k < scores.size:
         return np.arange(scores.size)
     return np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+
+
+def banned_by_ngrams(size: int, ids: NDArray[np.int64]) -> list[int]:
+    """Tokens that would end an n-gram of `size` tokens that `ids` [S] holds already."""
+    if size < 1 or ids.size < size:
+        return []
+    windows = np.lib.stride_tricks.sliding_window_view(ids, size)
+    repeated = (windows[:, :-1] == ids[ids.size - size + 1 :]).all(axis=1)
+    banned: list[int] = windows[repeated, -1].tolist()
+    return banned
+
+
+def banned_by_sequences(sequences: Iterable[Sequence[int]], ids: NDArray[np.int64]) -> list[int]:
+    """Last tokens of those sequences whose other tokens `ids` [S] ends with."""
+    banned = []
+    for sequence in sequences:
+        before = list(sequence[:-1])
+        if len(before) <= ids.size and ids[ids.size - len(before) :].tolist() == before:
+            banned.append(sequence[-1])
+    return banned

@@ -22,13 +22,13 @@ from framefusion.reduction import tracks
 from framefusion.reduction.budget import describe_cost
 from framefusion.reduction.policy import Decision
 from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest
-from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing, resize
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.media.tiles.panels import Panel
 from framefusion.runtime.media.video.frames import Video, facts_of_films
-from framefusion.runtime.pipeline import Generation, Pipeline, Request, Seen, dense_pipeline
+from framefusion.runtime.pipeline import Generation, Media, Pipeline, Request, dense_pipeline
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from framefusion.runtime.view.flops import prefill_flops
 
@@ -47,7 +47,7 @@ class Watched:
     """An answer and what was kept of its way."""
 
     turns: Sequence[Turn]
-    seen: list[Seen]
+    media: list[Media]
     prompt: Prompt
     request: Request
     kept: NDArray[np.int64]  # places in the prompt of the tokens that no call dropped
@@ -83,10 +83,10 @@ def watch(
     request = request or Request()
     if compare and asked_cost(pipeline.manifest, request) == 1.0:
         raise BudgetError("cost 1.0 keeps all tokens, so there is nothing to compare: ask a cost below 1")
-    seen = pipeline.see(turns, files, sampling or pipeline.manifest.sampling, stopwatch)
-    visuals = pipeline.preprocess(seen, stopwatch)
+    media = pipeline.decode_media(turns, files, sampling or pipeline.manifest.sampling, stopwatch)
+    visuals = pipeline.preprocess(media, stopwatch)
     prompt = pipeline.prompt(turns, visuals)
-    request = pipeline.bounded(request, prompt)
+    request = pipeline.clamp_new_tokens(request, prompt)
     with stopwatch.stage("vision"):
         features = [pipeline.encode_visual(visual) for visual in visuals]
     with stopwatch.stage("embed"):
@@ -100,8 +100,8 @@ def watch(
         dense = plain.answer(prompt, rows, whole)
     decisions: list[Decision] = []
     prefilled = pipeline.prefill(prompt, rows, request, stopwatch, decisions.append)
-    answer = replace(pipeline.complete(prompt, prefilled, request, stopwatch), videos=facts_of_films(seen))
-    return Watched(turns, seen, prompt, request, prefilled.kept[-1], answer, decisions, dense)
+    answer = replace(pipeline.complete(prompt, prefilled, request, stopwatch), videos=facts_of_films(media))
+    return Watched(turns, media, prompt, request, prefilled.kept[-1], answer, decisions, dense)
 
 
 def asked_cost(manifest: Manifest, request: Request) -> float:
@@ -120,7 +120,7 @@ def facts(watched: Watched, pipeline: Pipeline, name: str) -> dict[str, Any]:
     manifest = pipeline.manifest
     answer = watched.answer
     left, steps = fates(watched)
-    boxes, visuals = _visuals(watched.seen, pipeline.rule(watched.seen))
+    boxes, visuals = _visuals(watched.media, pipeline.preprocessor(watched.media))
     structural = np.setdiff1d(
         np.flatnonzero(tracks.request_labels(watched.prompt.labels) >= 0), watched.prompt.row_places
     )
@@ -237,13 +237,13 @@ def _parts(turn: Turn) -> list[dict[str, str]]:
     return [{"shown": p.value} if isinstance(p, Visual) else {"text": p} for p in turn.parts]
 
 
-def _visuals(seen: Sequence[Seen], rule: Preprocessing) -> tuple[list[list[list[float]]], list[dict[str, Any]]]:
+def _visuals(media: Sequence[Media], rule: Preprocessing) -> tuple[list[list[list[float]]], list[dict[str, Any]]]:
     """What is drawn: sets of boxes, each once, and for each visual its pictures and panels."""
-    count = sum(len(one.frames) if isinstance(one, Video) else 1 for one in seen)
+    count = sum(len(one.frames) if isinstance(one, Video) else 1 for one in media)
     known: dict[bytes, int] = {}
     boxes: list[list[list[float]]] = []
     visuals = []
-    for one in seen:
+    for one in media:
         frames, times = (one.frames, one.times.tolist()) if isinstance(one, Video) else (one[None], [0.0])
         (height, width) = frames.shape[1:3]
         film = isinstance(one, Video)

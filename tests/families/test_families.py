@@ -22,12 +22,14 @@ from framefusion.export.families import FAMILIES
 from framefusion.export.options import BuildOptions
 from framefusion.reduction import tracks
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.generation.decode import Decoder
+from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.video.frames import Video, read_video
 from framefusion.runtime.media.visual_input import Rows, VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families import CASES
 from tests.families.case import CONVERSATIONS, FamilyCase, Reference, Seen, relative_error
@@ -183,8 +185,8 @@ def compare_features(subject: Subject, asked: Asked) -> None:
 def compare_answers(subject: Subject, asked: Asked) -> None:
     """Dense: sixteen tokens, and the logits that each of them was chosen by."""
     pipeline, prompt = subject.pipeline, asked.prompt
-    prefilled = pipeline.stitcher.prefill(asked.rows, None, NEW, Stopwatch())
-    decoder = pipeline.stitcher.decoder(prefilled)
+    prefilled = prefill(pipeline.segments, asked.rows, None, NEW, Stopwatch())
+    decoder = Decoder(pipeline.segments, prefilled.caches)
     places = prompt.token_ids.size + prompt.rope_delta + np.arange(NEW)
     cos, sin = pipeline.rope(np.broadcast_to(places, (3, NEW)))
     limit = min(pipeline.manifest.model.vocab_size, pipeline.tokenizer.vocab_size)
@@ -208,6 +210,6 @@ def compare_reduced(subject: Subject, asked: Asked) -> None:
         return
     assert answer.cost == pytest.approx(COST, abs=0.01 + 1 / prompt.num_visual)
     reduction = pipeline.reduction(prompt, Request())
-    kept = pipeline.stitcher.prefill(asked.rows, reduction, 1, Stopwatch()).kept[-1]
+    kept = prefill(pipeline.segments, asked.rows, reduction, 1, Stopwatch()).kept[-1]
     assert set(np.flatnonzero(prompt.labels == tracks.TEXT)) <= set(kept.tolist())
     assert len(kept) < prompt.token_ids.size

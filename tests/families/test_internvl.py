@@ -22,11 +22,12 @@ from framefusion.export.families.internvl import weights as internvl_tower
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.families.internvl import InternVLPreprocessing
-from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.visual_input import Rows
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import TurnLayout
 from tests.families.case import CONVERSATIONS, FamilyCase, Seen, picture, relative_error
 from tests.families.eager import eager_pipeline
@@ -283,7 +284,7 @@ def test_logits_behind_every_token(case: FamilyCase, tmp_path: Path) -> None:
     ours = []
     for end in range(1, prompt.token_ids.size + 1):
         prefix = TokenRows(rows.hidden[:end], rows.cos[:end], rows.sin[:end], rows.origin[:end])
-        ours.append(pipeline.stitcher.prefill(prefix, None, 1, Stopwatch()).logits.copy())
+        ours.append(prefill(pipeline.segments, prefix, None, 1, Stopwatch()).logits.copy())
     seen: list[Seen] = [as_video(clip, pipeline.manifest.sampling), as_image(image)]
     expected = case.reference(folder).logits(prompt, seen, [])
     assert relative_error(np.stack(ours), expected) < case.limit

@@ -21,8 +21,9 @@ from framefusion.live.labels import FAMILIES as LIVE
 from framefusion.live.labels import MultimodalInputs, tile_labels
 from framefusion.live.seams import DEEPSTACK_ARGUMENTS
 from framefusion.reduction.policy import Reduction
-from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.pipeline import Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.families import CASES
 from tests.families.case import CONVERSATIONS, FamilyCase, clip, picture, relative_error
@@ -62,7 +63,7 @@ def compare(subject: Subject, name: str, attention: str = "sdpa") -> None:
     reduction = pipeline.reduction(asked.prompt, Request())
     assert isinstance(reduction, Reduction)
     settings, model = reduction.settings, subject.reference.model  # type: ignore[attr-defined]
-    prefilled = pipeline.stitcher.prefill(asked.rows, reduction, 1, Stopwatch())
+    prefilled = prefill(pipeline.segments, asked.rows, reduction, 1, Stopwatch())
     model.set_attn_implementation(attention)
     handle = apply_framefusion(model, settings.cost, None, settings.ratio_lower_bound, depth=settings.depth)
     try:

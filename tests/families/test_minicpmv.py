@@ -23,12 +23,12 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.families.minicpmv import Layout, MiniCpmVPreprocessing, layout_of, longest_side
 from framefusion.runtime.format.manifest import VisionRecord
 from framefusion.runtime.format.records import from_json, to_json
-from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media.video.frames import Video, read_video
 from framefusion.runtime.media.vision import tower_call
 from framefusion.runtime.media.visual_input import Tiles
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import Grid, sincos_table
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual, build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.tiles.panels import WHOLE, Panel
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import VisualInput
-from framefusion.runtime.pipeline import Pipeline, Seen
+from framefusion.runtime.pipeline import Media, Pipeline
+from framefusion.runtime.request import Stopwatch
 from tests.families import CASES
 from tests.families.case import FamilyCase, clip, picture
 from tests.families.test_families import OPTIONS
@@ -38,14 +38,14 @@ class Case:
     pipeline: Pipeline
     rule: Preprocessing
 
-    def visual(self, seen: Seen) -> VisualInput:
+    def visual(self, seen: Media) -> VisualInput:
         return self.pipeline.preprocess([seen], Stopwatch())[0]
 
-    def features(self, seen: Seen) -> NDArray[np.float32]:
+    def features(self, seen: Media) -> NDArray[np.float32]:
         rows: NDArray[np.float32] = self.pipeline.encode_visual(self.visual(seen))[0]
         return rows
 
-    def panels(self, seen: Seen) -> list[Panel]:
+    def panels(self, seen: Media) -> list[Panel]:
         if isinstance(seen, Video):
             count, height, width, _ = seen.frames.shape
             return self.rule.panels(height, width, count)
@@ -74,12 +74,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(pipeline, pipeline.manifest.preprocessing)
 
 
-def shown(case: Case) -> dict[str, Seen]:
+def shown(case: Case) -> dict[str, Media]:
     """Films and images, wide and tall."""
     sampling = case.pipeline.manifest.sampling
     films = {"film": clip(8), "tall film": clip(8, 112, 84, seed=5)}
     images = {"image": picture(), "tall image": picture(126, 70, seed=6), "large image": picture(112, 140, seed=7)}
-    seen: dict[str, Seen] = {name: as_video(pixels, sampling) for name, pixels in films.items()}
+    seen: dict[str, Media] = {name: as_video(pixels, sampling) for name, pixels in films.items()}
     return seen | {name: as_image(pixels) for name, pixels in images.items()}
 
 
@@ -140,7 +140,7 @@ def with_area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return area
 
 
-def changed(seen: Seen, frames: Sequence[int], place: NDArray[np.float64], by: int) -> Seen:
+def changed(seen: Media, frames: Sequence[int], place: NDArray[np.float64], by: int) -> Media:
     """The same with the middle of one place drawn anew."""
     pixels = (seen.frames if isinstance(seen, Video) else seen[None]).copy()
     height, width = pixels.shape[1:3]

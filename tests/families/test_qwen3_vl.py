@@ -23,7 +23,7 @@ from framefusion.export.options import BuildOptions
 from framefusion.reduction.plan import Plan, merge_plan, prune_plan
 from framefusion.reduction.policy import FixedReduction, ReductionState
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
-from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
+from framefusion.runtime.generation.prefill import Prefilled, prefill
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media.sources import as_image, as_video
@@ -31,6 +31,7 @@ from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.vision import rope_2d_table
 from framefusion.runtime.media.visual_input import Rows, Tiles
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import Grid
 from framefusion.runtime.text.prompt import Prompt, Turn
 from tests.families.case import IMAGE, VIDEO, clip, picture, relative_error
@@ -55,7 +56,7 @@ class Subject:
     rows: TokenRows
 
     def prefill(self, reduction: ReductionState | None, rows: TokenRows | None = None) -> Prefilled:
-        return self.pipeline.stitcher.prefill(rows or self.rows, reduction, 4, Stopwatch())
+        return prefill(self.pipeline.segments, rows or self.rows, reduction, 4, Stopwatch())
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +244,9 @@ def test_chunks_take_their_features(subject: Subject, tmp_path: Path, monkeypatc
     """Cut at layer 0: the last segment adds what layers 1 and 2 have, in chunks."""
     pipeline = eager_pipeline(subject.folder, tmp_path / "b", BuildOptions(cost=0.5, depth=0))
     assert [record.deepstack for record in pipeline.manifest.segments] == [0, 3]
-    whole = pipeline.stitcher.prefill(subject.rows, None, 4, Stopwatch())
+    whole = prefill(pipeline.segments, subject.rows, None, 4, Stopwatch())
     monkeypatch.setattr(pipeline.backend, "chunk", 37)
-    chunked = pipeline.stitcher.prefill(subject.rows, None, 4, Stopwatch())
+    chunked = prefill(pipeline.segments, subject.rows, None, 4, Stopwatch())
     assert relative_error(chunked.logits, whole.logits) < LIMIT
     assert relative_error(chunked.logits, subject.prefill(None).logits) < LIMIT
 
@@ -261,7 +262,7 @@ def test_a_truncated_decoder_takes_the_features_it_has_layers_for(subject: Subje
         expected = subject.reference.logits(subject.prompt, seen(subject), [])[-1]
     finally:
         model.model.language_model.layers = layers
-    found = pipeline.stitcher.prefill(subject.rows, None, 4, Stopwatch()).logits
+    found = prefill(pipeline.segments, subject.rows, None, 4, Stopwatch()).logits
     assert relative_error(found, expected) < LIMIT
 
 

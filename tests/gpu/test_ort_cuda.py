@@ -14,8 +14,8 @@ import pytest
 from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.backends.onnxruntime.backend import CUDA_PROVIDER, OnnxRuntimeBackend, OnnxRuntimeCudaBackend
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn
 from tests.conftest import COST, made_once
 from tests.gpu.test_tensorrt import QUESTIONS, STEPS, apart, watched

@@ -23,9 +23,10 @@ from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.backends.tensorrt.backend import TensorRTBackend, TensorRTSegment
 from framefusion.runtime.backends.tensorrt.library import LibraryKind, load_library
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.generation.decode import Decoder
 from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.conftest import COST, made_once
@@ -117,7 +118,7 @@ def watched(pipeline: Pipeline, question: str, film: Path) -> dict[str, Any]:
     """Rows of a prompt, places kept, logits of a prefill and of steps that say fixed tokens."""
     prompt, rows = pipeline.read([Turn("user", (Visual.VIDEO, question))], [film])
     done = pipeline.prefill(prompt, rows, Request(STEPS), Stopwatch())
-    decoder, logits = pipeline.stitcher.decoder(done), [done.logits.copy()]
+    decoder, logits = Decoder(pipeline.segments, done.caches), [done.logits.copy()]
     cos, sin = pipeline.rope(decode_positions(prompt.token_ids.size, prompt.rope_delta, STEPS))
     for step in range(STEPS - 1):
         row = pipeline.embedding(np.array([7 * step + 5]))[0]

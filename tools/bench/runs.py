@@ -21,9 +21,11 @@ from framefusion.runtime.backends.choice import Choice, choose
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.commands.flags import BACKENDS
 from framefusion.runtime.format.engine_record import EngineKind
-from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
+from framefusion.runtime.generation.decode import Decoder
+from framefusion.runtime.generation.prefill import Prefilled
 from framefusion.runtime.media.visual_input import Tiles, VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import Grid, decode_positions
 from tools.bench.eager import Eager
 from tools.bench.setting import SEED, SHAPES, Film, draw_film, open_bundle, write_checkpoint
@@ -206,7 +208,7 @@ def run_ours(pipeline: Pipeline, film: Film, request: Request) -> Run:
 
 def decode(pipeline: Pipeline, film: Film, prefilled: Prefilled, new_tokens: int) -> list[float]:
     """Seconds of each step behind a prefill; one token came from the prefill itself."""
-    decoder = pipeline.stitcher.decoder(prefilled)
+    decoder = Decoder(pipeline.segments, prefilled.caches)
     cos, sin = pipeline.rope(decode_positions(len(film.hidden), film.prompt.rope_delta, new_tokens))
     seconds = []
     for step in range(new_tokens - 1):

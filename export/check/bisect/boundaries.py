@@ -24,8 +24,9 @@ from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest, SegmentRecord
-from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.generation.decode import Decoder
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 
 _TOKENS = 2  # a prefill and one step
@@ -115,13 +116,13 @@ def record(bundle: Bundle, plan: BuildPlan, decode_width: int = 1) -> list[Recor
     recorder = _Recorder(plan.eager_loaders(), decode_width, bundle.manifest.vision.graph)
     pipeline = Pipeline(in_fp32, recorder)
     prompt, rows = pipeline.read([Turn("user", (Visual.VIDEO, QUESTION))], [draw_clip()])
-    request = pipeline.bounded(Request(_TOKENS), prompt)
+    request = pipeline.clamp_new_tokens(Request(_TOKENS), prompt)
     prefilled = pipeline.prefill(prompt, rows, request, Stopwatch())
     recorder.prefilled = True
     token = np.array([int(prefilled.logits.argmax())])
     place = np.full((3, 1), prompt.token_ids.size + prompt.rope_delta)
     cos, sin = pipeline.rope(place)
-    pipeline.stitcher.decoder(prefilled).step(pipeline.embedding(token)[0], cos[0], sin[0])
+    Decoder(pipeline.segments, prefilled.caches).step(pipeline.embedding(token)[0], cos[0], sin[0])
     return recorder.calls
 
 

@@ -22,8 +22,8 @@ import onnx
 from framefusion.errors import BundleError
 from framefusion.runtime.format.engine_record import ProfileRecord as ProfileRecord  # part of this module's interface
 from framefusion.runtime.format.manifest import Manifest, SegmentRecord
+from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
 from framefusion.runtime.media.preprocess import MAX_ASPECT_RATIO
-from framefusion.runtime.pipeline import PATCHES_AT_ONCE
 
 DECODE_TOKENS = 2
 CACHE_MULTIPLE = 16

@@ -30,9 +30,9 @@ from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.hashed_file import HashedFile
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest_file import read_manifest, write_manifest
-from framefusion.runtime.generation.stitching import Stopwatch
 from framefusion.runtime.memory import memory_plan
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.export.graphs.tracing.test_dialects import CASES, Call
 from tests.export.test_build import MODES

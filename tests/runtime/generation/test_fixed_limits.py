@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from framefusion.errors import BudgetError, PromptError
 from framefusion.reduction.budget import FixedSchedule
 from framefusion.runtime.format.manifest import FixedRecord, Manifest, ReductionRecord
-from framefusion.runtime.generation.stitching import _fixed_drops
+from framefusion.runtime.generation.fixed_prefill import drops_of_prompt
 from tests.test_model_goldens import manifest_of
 
 
@@ -25,14 +25,14 @@ def prompt(frames: int, places: int, text: int = 8) -> NDArray[np.int64]:
 
 
 def test_drops_follow_the_schedule(manifest: Manifest) -> None:
-    assert _fixed_drops(manifest, prompt(10, 100, text=64)) == [700, 30]
-    assert _fixed_drops(manifest, prompt(10, 50)) == [350, 15]
+    assert drops_of_prompt(manifest, prompt(10, 100, text=64)) == [700, 30]
+    assert drops_of_prompt(manifest, prompt(10, 50)) == [350, 15]
 
 
 def test_a_still_picture_that_overfills_a_step_is_refused(manifest: Manifest) -> None:
     """350 tokens of one frame fit the room left by the merge, but the prune would drop 35 of them."""
     with pytest.raises(BudgetError, match="drops 35 tokens"):
-        _fixed_drops(manifest, prompt(1, 350))
+        drops_of_prompt(manifest, prompt(1, 350))
 
 
 @pytest.mark.parametrize(
@@ -41,4 +41,4 @@ def test_a_still_picture_that_overfills_a_step_is_refused(manifest: Manifest) ->
 )
 def test_a_prompt_beyond_the_sizes_names_the_flag(manifest: Manifest, labels: NDArray[np.int64], flag: str) -> None:
     with pytest.raises(PromptError, match=flag):
-        _fixed_drops(manifest, labels)
+        drops_of_prompt(manifest, labels)

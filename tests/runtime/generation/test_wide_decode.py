@@ -18,8 +18,10 @@ from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import SegmentRecord
-from framefusion.runtime.generation.stitching import Prefilled, Stopwatch
+from framefusion.runtime.generation.decode import Decoder
+from framefusion.runtime.generation.prefill import Prefilled
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.conftest import COST, made_once
@@ -70,7 +72,7 @@ def prefilled(pipeline: Pipeline, film: Path, question: str = "What happens?") -
 
 def decoded(pipeline: Pipeline, prompt: Any, done: Prefilled) -> list[np.ndarray[Any, Any]]:
     """Logits of the prefill and of steps that say fixed tokens."""
-    decoder, found = pipeline.stitcher.decoder(done), [done.logits.copy()]
+    decoder, found = Decoder(pipeline.segments, done.caches), [done.logits.copy()]
     cos, sin = pipeline.rope(decode_positions(prompt.token_ids.size, prompt.rope_delta, STEPS))
     for step in range(STEPS - 1):
         row = pipeline.embedding(np.array([7 * step + 5]))[0]

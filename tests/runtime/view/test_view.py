@@ -21,8 +21,9 @@ from PIL import Image
 
 from framefusion.errors import BudgetError, CheckpointError, StorageError, VideoError
 from framefusion.export.options import BuildOptions
-from framefusion.runtime.generation.stitching import Stopwatch
+from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 from framefusion.runtime.view import view
 from framefusion.runtime.view.page import page
@@ -100,7 +101,7 @@ def test_without_an_observer_nothing_is_taken_down(pipeline: Pipeline, film: Pat
     reduction = pipeline.reduction(prompt, REQUEST)
     assert reduction is not None
     assert reduction.observer is None
-    pipeline.stitcher.prefill(rows, reduction, 1, Stopwatch())
+    prefill(pipeline.segments, rows, reduction, 1, Stopwatch())
     assert not [name for name, value in vars(reduction).items() if isinstance(value, np.ndarray) and name != "labels"]
 
 
@@ -159,7 +160,7 @@ def test_numbers_are_those_of_the_answer(watched: Watched, told: dict[str, Any],
 
 
 def pipeline_inputs(watched: Watched, pipeline: Pipeline) -> tuple[Any, Any]:
-    visuals = pipeline.preprocess(watched.seen, Stopwatch())
+    visuals = pipeline.preprocess(watched.media, Stopwatch())
     return watched.prompt, pipeline.embed(watched.prompt, [pipeline.encode_visual(visual) for visual in visuals])
 
 

@@ -19,9 +19,9 @@ from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.parts import Builder
 from framefusion.runtime.format.engine_record import ProfileRecord
 from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
 from framefusion.runtime.media.vision import tower_call
 from framefusion.runtime.media.visual_input import Tiles, VisualInput
-from framefusion.runtime.pipeline import PATCHES_AT_ONCE
 from tests.families import CASES
 from tests.families.case import FamilyCase, clip, picture
 from tests.families.test_families import name_of

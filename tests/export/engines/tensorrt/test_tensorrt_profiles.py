@@ -21,8 +21,8 @@ from framefusion.runtime.families.nvila import NvilaPreprocessing
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of
 from framefusion.runtime.format.manifest import FixedRecord, Limits, SegmentRecord
+from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
 from framefusion.runtime.media.vision import windows_of
-from framefusion.runtime.pipeline import PATCHES_AT_ONCE
 
 BUCKETS = (64, 80, 96)
 PREFILL = {"hidden": (1, "tokens", 8), "kv_len": (2,), "past_key_0": (1, 1, "capacity_0", 4),

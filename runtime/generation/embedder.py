@@ -1,0 +1,138 @@
+"""The rows that enter the LLM: text from the embedding table, visual tokens from the vision tower, rotary tables.
+
+Everything lies on the backend's device; the tower runs some pictures at once, so that its activations are bounded.
+Knows no text, no film and no reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.errors import BundleError
+from framefusion.runtime.backends.base import Backend
+from framefusion.runtime.backends.host import HOST
+from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.media.vision import TowerCall, tower_call
+from framefusion.runtime.media.visual_input import RowMap, Tiles, VisualInput
+from framefusion.runtime.text.embedding import Embedding
+from framefusion.runtime.text.positions import rope_tables
+from framefusion.runtime.text.prompt import Prompt
+
+PATCHES_AT_ONCE = 4096  # of the vision graph: bounds its activations, large enough to keep the processor busy
+
+
+class Embedder:
+    """Prompts to rows; holds no state of a request.
+
+    Args:
+        manifest: of the bundle.
+        table: its embedding table.
+        backend: that its vision graph is bound to.
+    """
+
+    def __init__(self, manifest: Manifest, table: Embedding, backend: Backend) -> None:
+        self._manifest = manifest
+        self._table = table
+        self._backend = backend
+
+    def encode_visual(self, visual: VisualInput) -> Any:
+        """Rows [1+K, n, D] of one video or image: what the prompt shows, then what the first K layers add to it.
+
+        Raises:
+            BackendError: the backend refuses or fails.
+        """
+        vision = self._manifest.vision
+        device = self._backend.device
+        calls = [tower_call(vision, tiles) for tiles in visual.tiles]
+        counts = [call.rows * len(tiles.values) for call, tiles in zip(calls, visual.tiles, strict=True)]
+        shape = (1 + vision.deepstack, sum(counts), self._manifest.model.hidden_size)
+        rows = device.empty(shape, device.row_type)
+        ends = np.cumsum(counts)
+        for call, tiles, end, count in zip(calls, visual.tiles, ends, counts, strict=True):
+            self._encode(call, tiles, rows, int(end - count))
+        return rows if visual.rows is None else self._map_rows(rows, visual.rows)
+
+    def embed(self, prompt: Prompt, visual_rows: Sequence[Any]) -> TokenRows:
+        """Rows of all tokens of a prompt, and their rotary tables.
+
+        Args:
+            prompt: of S tokens.
+            visual_rows: of its videos and images, in order, each [1+K, n, D].
+
+        Raises:
+            BundleError: prompt and tower disagree about the number of visual rows.
+        """
+        device = self._backend.device
+        ids = prompt.token_ids
+        places = prompt.row_places
+        hidden = device.zeros((ids.size, self._manifest.model.hidden_size), device.row_type)
+        added = visual_rows[0].shape[0] - 1 if visual_rows else 0
+        deepstack: Any = device.zeros((added, *hidden.shape), device.row_type) if added else None
+        given = sum(rows.shape[1] for rows in visual_rows)
+        if given != places.size:
+            raise BundleError(
+                f"the prompt shows {places.size} rows of the vision tower, it gives {given}: the bundle's rule "
+                "for pictures and its tower do not belong together, rebuild it"
+            )
+        start = 0
+        for rows in visual_rows:
+            targets = places[start : start + rows.shape[1]]
+            start += targets.size
+            device.put(hidden, targets, rows[0])
+            for k in range(added):
+                device.put(deepstack[k], targets, rows[1 + k])
+        text = np.delete(np.arange(ids.size), places)
+        device.put(hidden, text, device.upload(HOST.typed(self._table(ids[text]), device.row_type)))
+        cos, sin = (device.upload(HOST.typed(table, device.row_type)) for table in self.rope(prompt.positions))
+        return TokenRows(hidden, cos, sin, np.arange(ids.size), deepstack, device)
+
+    def rope(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """cos and sin [S, hd/2] of positions [3, S]."""
+        model = self._manifest.model
+        axes = positions if model.mrope_section else positions[0]
+        cos, sin = rope_tables(axes, model.head_dim, model.rope_theta, model.mrope_section, model.mrope_interleaved)
+        half = model.head_dim // 2
+        return np.ascontiguousarray(cos[:, :half]), np.ascontiguousarray(sin[:, :half])
+
+    def _encode(self, call: TowerCall, tiles: Tiles, rows: Any, place: int) -> None:
+        """Write the rows of pictures of one size from `place` on, some pictures at once."""
+        vision = self._manifest.vision
+        model = self._manifest.model
+        device = self._backend.device
+        count, patches, _ = tiles.values.shape
+        at_once = max(1, PATCHES_AT_ONCE // patches)
+        shared = {name: device.upload(array) for name, array in _typed(call.inputs, model.float_type).items()}
+        for start in range(0, count, at_once):
+            values = np.ascontiguousarray(tiles.values[start : start + at_once], model.float_type)
+            size = len(values) * call.rows
+            result = device.empty((1 + vision.deepstack, size, model.hidden_size), model.float_type)
+            outputs = {"tokens": result[0]} | ({"deepstack": result[1:]} if vision.deepstack else {})
+            inputs = {"patches": device.upload(values), **shared}
+            self._backend.bind(vision.graph, inputs, outputs, cache=None).run()
+            for index in range(1 + vision.deepstack):
+                device.copy(rows[index][place : place + size], result[index])
+            place += size
+
+    def _map_rows(self, rows: Any, mapping: RowMap) -> Any:
+        """Rows of the prompt from rows of the tower, [1+K, m, D] -> [1+K, n, D]."""
+        device = self._backend.device
+        index = mapping.index
+        weight = mapping.weight
+        mapped = device.empty((rows.shape[0], len(index), rows.shape[2]), device.row_type)
+        for k in range(rows.shape[0]):
+            layer = device.take(rows[k], index[:, 0]) if weight is None else device.mix(rows[k], index, weight)
+            device.copy(mapped[k], layer[: len(index)])
+        return mapped
+
+
+def _typed(inputs: Mapping[str, NDArray[Any]], float_type: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    """Inputs of a graph with all that is fp32 in the bundle's type."""
+    return {
+        name: array.astype(float_type, copy=False) if array.dtype == np.float32 else array
+        for name, array in inputs.items()
+    }

@@ -1,0 +1,138 @@
+"""Prefill through the segments, with reduction between them.
+
+    hidden --call 0--> segment 0 --call 1--> segment 1 ... --call D+1--> last segment -> logits
+                          |                     |                            |
+                       cache 0               cache 1                      cache last     (lengths differ)
+
+The decisions are the policy's (framefusion/reduction); here its plans are applied to the rows of hidden states and
+rotary tables, which lie on the backend's device: scores come to the host, plans go back. Knows no prompt, no
+tokenizer and no video; the static graph of the fixed mode is in fixed_prefill.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.reduction import tracks
+from framefusion.reduction.policy import CallRecord, ReductionState
+from framefusion.runtime.backends.base import BoundSegment
+from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.format.manifest import SegmentRecord
+from framefusion.runtime.generation.segments import Outputs, Rows, Scores, Segments, bucket_for, chunks_of
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.request import Stopwatch
+
+
+@dataclass
+class Prefilled:
+    """A request after its prefill."""
+
+    logits: Rows  # [V]
+    caches: list[SegmentCache]
+    history: list[CallRecord]
+    kept: list[NDArray[np.int64]]  # per segment: places in the prompt of the tokens that entered it
+
+
+def prefill(
+    segments: Segments, rows: TokenRows, reduction: ReductionState | None, max_new_tokens: int, stopwatch: Stopwatch
+) -> Prefilled:
+    """Run the segments over a prompt of S tokens.
+
+    Args:
+        segments: of the bundle.
+        rows: of the whole prompt, unreduced.
+        reduction: the policy's state for this request; None keeps all tokens.
+        max_new_tokens: cache slots to leave behind the prompt.
+        stopwatch: gets the stages "prefill" (segments) and "reduction" (scores of the embeddings, plans,
+            compaction, binding).
+
+    Raises:
+        PromptError: no bucket of a segment is large enough.
+        BackendError: the backend refuses or fails.
+    """
+    # 1. Reduce what was embedded: tokens that go here are in no layer's cache.
+    with stopwatch.stage("reduction"):
+        rows = _reduce_embeddings(rows.on(segments.device), reduction)
+        rows = rows.typed(segments.float_type)  # on the CPU sums are in fp32 and rounded once
+    caches: list[SegmentCache] = []
+    kept: list[NDArray[np.int64]] = []
+    outputs: Outputs | None = None
+    for record in segments.manifest.segments:
+        if reduction is not None and not (record.head or reduction.finished):
+            reduction.pass_over(record.call)
+        # 2. Bind the segment for as many tokens as are left: its cache is as long as that, not as the prompt.
+        with stopwatch.stage("reduction"):
+            chunks, cache, outputs = _bind(segments, record, rows, reduction, max_new_tokens)
+        # 3. Run it, and bring to the host only the scores that the next decision reads.
+        with stopwatch.stage("prefill"):
+            for chunk in chunks:
+                chunk.run()
+            scores = outputs.scores(reduction)
+        cache.lengths[:] = rows.length
+        caches.append(cache)
+        kept.append(rows.origin)
+        # 4. Decide, and compact the rows on the device: the next segment gets what stays.
+        if not record.head:
+            with stopwatch.stage("reduction"):
+                rows = _reduce(rows.after(outputs.hidden[0], record.deepstack), reduction, scores)
+    assert outputs is not None  # a decoder has a segment
+    # 5. Wait for the logits of the last token, the only ones that were computed.
+    with stopwatch.stage("prefill"):
+        logits = outputs.small["logits"].pull()[0]
+    return Prefilled(logits, caches, reduction.history if reduction else [], kept)
+
+
+def _bind(
+    segments: Segments, record: SegmentRecord, rows: TokenRows, reduction: ReductionState | None, max_new_tokens: int
+) -> tuple[list[BoundSegment], SegmentCache, Outputs]:
+    """The runs that make up a segment's prefill: one, or chunks of which only the last gives an output."""
+    length = rows.length
+    layers = len(record.attention_layers)
+    device = segments.device
+    size = bucket_for(record, length)
+    cache = segments.cache(record, [max(size, segments.slots(length, max_new_tokens))] * layers)
+    rows = rows.padded(size)
+    previous = {"previous": device.upload(_previous(reduction, size))} if record.scores else {}
+    outputs = segments.outputs(record, size)
+    chunks = []
+    parts = chunks_of(record, size, segments.backend.chunk)
+    for start, end in parts:
+        part = rows if len(parts) == 1 else rows.part(start, end)
+        inputs = part.inputs(record.deepstack) | previous
+        inputs["kv_len"] = device.upload(np.full(layers, end, np.int64))
+        inputs["last"] = device.upload(np.array([min(length, end) - start - 1], np.int64))
+        chunks.append(segments.backend.bind(record.prefill, inputs, outputs.bound if end == size else {}, cache))
+    return chunks, cache, outputs
+
+
+def _previous(reduction: ReductionState | None, size: int) -> NDArray[np.int64]:
+    """Index of the token before each one in its track, -1 for none and for padding.  [size]"""
+    previous = np.full(size, -1, np.int64)
+    if reduction is not None and reduction.wants_similarity:
+        in_track = tracks.previous_in_track(reduction.labels)
+        previous[: in_track.size] = in_track
+    return previous
+
+
+def _reduce_embeddings(rows: TokenRows, reduction: ReductionState | None) -> TokenRows:
+    """Call 0: the rows that enter the first segment."""
+    if reduction is None:
+        return rows
+    similarity = rows.device.similarity(rows.hidden, reduction.labels) if reduction.wants_similarity else None
+    features = None
+    if reduction.wants_features:
+        features = rows.device.download(rows.hidden)[: rows.length].astype(np.float32, copy=False)
+    return rows.reduced(reduction.step(similarity, None, features))
+
+
+def _reduce(
+    rows: TokenRows, reduction: ReductionState | None, scores: tuple[Scores | None, Scores | None]
+) -> TokenRows:
+    """A call behind a segment: the rows that enter the next one; scores may be of padding, too."""
+    if reduction is None or reduction.finished:
+        return rows
+    similarity, importance = (None if vector is None else vector[: rows.length] for vector in scores)
+    return rows.reduced(reduction.step(similarity, importance))
