@@ -27,9 +27,9 @@ from framefusion.runtime.format.manifest import ReductionRecord
 from framefusion.runtime.format.manifest_checks import TOKENIZER
 from framefusion.runtime.generation.decode import Decoder
 from framefusion.runtime.generation.embedder import Embedder
+from framefusion.runtime.generation.embedding import Embedding
 from framefusion.runtime.generation.fixed_prefill import prefill_fixed
 from framefusion.runtime.generation.prefill import Prefilled, prefill
-from framefusion.runtime.generation.sampling import GenerationConfig, Sampler
 from framefusion.runtime.generation.segments import Segments
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.frame_sampling import FrameSampling
@@ -41,7 +41,6 @@ from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.request import Generation as Generation
 from framefusion.runtime.request import Request as Request
 from framefusion.runtime.request import Stopwatch
-from framefusion.runtime.text.embedding import Embedding
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import (
     Prompt,
@@ -53,6 +52,7 @@ from framefusion.runtime.text.prompt import (
     check_texts,
     layout_texts,
 )
+from framefusion.runtime.text.sampling import GenerationConfig, Sampler
 from framefusion.runtime.text.tokenizer import Tokenizer
 
 Media = Video | NDArray[np.uint8]

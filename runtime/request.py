@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from framefusion.reduction.policy import CallRecord
-from framefusion.runtime.generation.sampling import GenerationConfig
 from framefusion.runtime.media.video.frames import VideoFacts
+from framefusion.runtime.text.sampling import GenerationConfig
 
 MAX_NEW_TOKENS = 128
 

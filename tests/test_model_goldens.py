@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import load_parameters, write_parameters
+from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
+from framefusion.export.checkpoints.tensors.weights import load_parameters, write_parameters
 from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.families import decoders
 from framefusion.export.families.qwen2_vl import row as qwen2_vl
@@ -29,7 +30,6 @@ from framefusion.export.graphs.segments import SegmentPlan, cut_after_attentions
 from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.graphs.tracing.signatures import segment_module, trace_segment
 from framefusion.export.graphs.tracing.trace import save_graph
-from framefusion.export.writing.hashed_file import HashedFile
 from framefusion.reduction.policy import Reduction, ReductionSettings
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -46,13 +46,13 @@ from framefusion.runtime.format.manifest import (
 )
 from framefusion.runtime.generation.decode import Decoder
 from framefusion.runtime.generation.prefill import prefill
-from framefusion.runtime.generation.sampling import GenerationConfig
 from framefusion.runtime.generation.segments import Segments
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import rope_tables, vision_rope_tables
 from framefusion.runtime.text.prompt import PromptTemplate
+from framefusion.runtime.text.sampling import GenerationConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 2e-5

@@ -23,13 +23,13 @@ from framefusion.interface import apply_framefusion, remove_framefusion
 from framefusion.reducers import REDUCERS, load_reducer
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest
-from framefusion.runtime.format.records import from_json
 from framefusion.runtime.generation.prefill import Prefilled
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
+from framefusion.storage.records import from_json
 from tests.commands import assert_refused, export, run
 from tests.families.case import clip, picture
 from tests.families.qwen2_vl import QwenVLReference, processed

@@ -43,8 +43,8 @@ from framefusion.export.check.replay import Replayed
 from framefusion.export.families.reference.transformers_call import (
     relative_error as relative_error,  # of the checks, too
 )
+from framefusion.export.machine import available_memory as available_memory  # of the checks that need it
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.plan.machine import available_memory as available_memory  # of the checks that need it
 from framefusion.reduction.policy import ReductionState
 from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend

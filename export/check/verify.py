@@ -28,8 +28,8 @@ from torch import nn
 from framefusion.export.check import check
 from framefusion.export.check.agreement import Agreement, agreement_of, not_compared
 from framefusion.export.check.observation import SPARING, WHOLE, Doing, Effort, ignore, observe
-from framefusion.export.checkpoints.weights import AnySource, blocks_of
-from framefusion.export.eager.streaming import streamed_bytes
+from framefusion.export.checkpoints.tensors.streaming import streamed_bytes
+from framefusion.export.checkpoints.tensors.weights import AnySource, blocks_of
 from framefusion.export.graphs.tracing.signatures import segment_module
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan

@@ -29,8 +29,8 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.config_types import check_types
 from framefusion.export.checkpoints.files import LFS, check_file, inner_name, is_pointer, present, read_json_file
 from framefusion.export.checkpoints.origin.hub import Origin, origin_of, resolve
-from framefusion.export.checkpoints.tensor_file import TensorEntry, TensorFile, TensorFileError
-from framefusion.export.checkpoints.weight_formats import INDEX, SINGLE, check_plain, no_weights
+from framefusion.export.checkpoints.tensors.tensor_file import TensorEntry, TensorFile, TensorFileError
+from framefusion.export.checkpoints.tensors.weight_formats import INDEX, SINGLE, check_plain, no_weights
 
 CONFIG = "config.json"
 PART = "_cfg"

@@ -183,7 +183,7 @@ def plan(checkpoint: str, output: Path, revision: str | None, no_check: bool, **
     options = BuildOptions.chosen(**fields)
     source = _open(checkpoint, revision)
     from framefusion.export.plan.build_plan import BuildPlan
-    from framefusion.export.plan.forecast import forecast, render
+    from framefusion.export.report.forecast import forecast, render
 
     console.show(forecast(BuildPlan(source, options), output, verify=not no_check), render)
 

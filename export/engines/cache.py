@@ -26,9 +26,9 @@ from framefusion.errors import StorageError
 from framefusion.export.writing.staging import identity
 from framefusion.runtime.format.bundle_files import sha256_of
 from framefusion.runtime.format.manifest import FileRecord
-from framefusion.runtime.format.records import RecordError, from_json, to_json
 from framefusion.runtime.machine.user_cache import user_cache
 from framefusion.storage import files
+from framefusion.storage.records import RecordError, from_json, to_json
 
 _OBJECTS = "objects"  # the lock of what several entries may name
 _POLL = 0.1  # seconds between two looks at a lock that another process holds

@@ -33,8 +33,8 @@ from framefusion.export.engines.jobs import (
     check_options,
     plan_jobs,
 )
+from framefusion.export.machine import available_memory, peak_memory
 from framefusion.export.options import EngineOptions, Resources
-from framefusion.export.plan.machine import available_memory, peak_memory
 from framefusion.export.writing.amendment import Amendment
 from framefusion.export.writing.journal import CHECKSUMS
 from framefusion.runtime.backends.fit import other_files
@@ -43,8 +43,8 @@ from framefusion.runtime.format.bundle_files import sha256_of, verify_files
 from framefusion.runtime.format.engine_record import EngineKind, EngineRecord, TensorRecord
 from framefusion.runtime.format.manifest import FileRecord, Manifest
 from framefusion.runtime.format.manifest_file import MANIFEST, write_manifest
-from framefusion.runtime.format.records import from_json, to_json
 from framefusion.runtime.trust.engines import remember_compiled
+from framefusion.storage.records import from_json, to_json
 
 if TYPE_CHECKING:
     from framefusion.export.plan.build_plan import BuildPlan

@@ -10,7 +10,7 @@ from framefusion.runtime.backends.choice import PROVEN
 from framefusion.runtime.backends.fit import gpu_memory, is_cpu
 from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.runtime.format.manifest import Manifest
-from framefusion.runtime.format.records import to_json
+from framefusion.storage.records import to_json
 
 NEEDS = {  # kind -> what has to be installed where it runs
     "tensorrt-rtx": "needs tensorrt_rtx of this release and an NVIDIA driver; no torch",

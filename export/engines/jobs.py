@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from framefusion.console.messages import in_bytes
 from framefusion.errors import BackendError, BundleError, StorageError
 from framefusion.export.engines.cache import EngineCache
+from framefusion.export.machine import free_disk
 from framefusion.export.options import ENGINE_DIALECT, ENGINE_DTYPES, EngineOptions
-from framefusion.export.plan.machine import free_disk
 from framefusion.export.writing.staging import SPARE
 from framefusion.runtime.backends.fit import installed_version
 from framefusion.runtime.backends.tensorrt.library import load_library
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.engine_record import EngineKind
 from framefusion.runtime.format.manifest import Manifest
-from framefusion.runtime.format.records import to_json
+from framefusion.storage.records import to_json
 
 if TYPE_CHECKING:
     from framefusion.export.plan.build_plan import BuildPlan

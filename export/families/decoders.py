@@ -8,7 +8,7 @@ from torch import Tensor
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import AnySource, Computed, Source
+from framefusion.export.checkpoints.tensors.weights import AnySource, Computed, Source
 from framefusion.export.families.family import Family
 from framefusion.export.families.reading import language
 from framefusion.export.families.reading.configs import required, text_config

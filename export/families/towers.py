@@ -8,7 +8,7 @@ from typing import Any
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import AnySource
+from framefusion.export.checkpoints.tensors.weights import AnySource
 from framefusion.export.graphs.tower import Tower
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import Source
+from framefusion.export.checkpoints.tensors.weights import Source
 from framefusion.export.families.towers import NORM_BEHIND, POOLING_HEAD, head_width, run_of
 from framefusion.export.graphs.vit import Activation, VitConfig
 

@@ -18,9 +18,10 @@ from torch import nn
 
 from framefusion.errors import BudgetError, CheckpointError, ReducerError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.leftovers import check_all_read
 from framefusion.export.checkpoints.origin.source import license_files
-from framefusion.export.checkpoints.weights import (
+from framefusion.export.checkpoints.tensors.leftovers import check_all_read
+from framefusion.export.checkpoints.tensors.streaming import stream
+from framefusion.export.checkpoints.tensors.weights import (
     AnySource,
     Source,
     check_parameter,
@@ -28,7 +29,6 @@ from framefusion.export.checkpoints.weights import (
     load_parameters,
     parameter_bytes,
 )
-from framefusion.export.eager.streaming import stream
 from framefusion.export.families import decoders, family_of
 from framefusion.export.families.family import Family
 from framefusion.export.families.reading import configs as reading

@@ -10,7 +10,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.format.manifest import Manifest
-from framefusion.runtime.format.records import RecordError, from_json
+from framefusion.storage.records import RecordError, from_json
 
 
 def replan(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> BuildPlan:

@@ -22,9 +22,9 @@ from typing import Any
 from framefusion.errors import BundleError, StorageError
 from framefusion.runtime.format.manifest import FileRecord, Manifest
 from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest
-from framefusion.runtime.format.records import RecordError, from_json, to_json
 from framefusion.runtime.trust.signatures import SIGNATURES, read_signatures
 from framefusion.storage import files
+from framefusion.storage.records import RecordError, from_json, to_json
 
 JOURNAL = "journal.json"
 LOCK = ".lock"

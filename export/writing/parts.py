@@ -17,8 +17,8 @@ import framefusion
 from framefusion.console.progress import Meter
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.origin.source import source_record
-from framefusion.export.checkpoints.text.tokenizer_file import TOKENIZER, added_tokens, write_tokenizer
-from framefusion.export.checkpoints.weights import (
+from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
+from framefusion.export.checkpoints.tensors.weights import (
     STORED,
     AnySource,
     Placement,
@@ -26,16 +26,16 @@ from framefusion.export.checkpoints.weights import (
     write_parameters,
     write_rows,
 )
+from framefusion.export.checkpoints.text.tokenizer_file import TOKENIZER, added_tokens, write_tokenizer
 from framefusion.export.families.reading import configs as reading
 from framefusion.export.graphs.segments import SegmentPlan
 from framefusion.export.graphs.tracing import signatures
 from framefusion.export.graphs.tracing.trace import save_graph
 from framefusion.export.plan.build_plan import DECODE_GRAPH, GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan
-from framefusion.export.writing.hashed_file import HashedFile
 from framefusion.export.writing.staging import Produced
 from framefusion.runtime.bundle import file_record
 from framefusion.runtime.format.manifest import FLOAT_BYTES, SCHEMA_VERSION, EmbeddingRecord, FileRecord, Manifest
-from framefusion.runtime.format.records import to_json
+from framefusion.storage.records import to_json
 
 EMBEDDING_FILE = "embedding.bin"
 TOKENIZER_FILE = TOKENIZER

@@ -30,8 +30,8 @@ from framefusion.runtime.bundle import file_record
 from framefusion.runtime.format.bundle_files import sha256_of
 from framefusion.runtime.format.manifest import FileRecord
 from framefusion.runtime.format.manifest_file import MANIFEST
-from framefusion.runtime.format.records import to_json
 from framefusion.storage import files
+from framefusion.storage.records import to_json
 
 SPARE = 1 << 24  # bytes beyond the plan: graphs, manifest, journal
 _LONGEST_SUFFIX = ".old-123456789abc"  # of the names that a build may need beside its output

@@ -35,7 +35,7 @@ def features_of(hidden: Tensor) -> FloatArray:
 
 
 def apply_plan(hidden: Tensor, plan: Plan) -> Tensor:
-    """reduction.plan.apply_plan, by that itself on the CPU; rows behind the plan's tokens are padding and go.  -> [K, D]"""
+    """The policy's apply_plan, which does it itself on the CPU; rows behind the plan's tokens are padding. -> [K, D]"""
     if hidden.device.type == "cpu":
         return torch.from_numpy(host_plan.apply_plan(_array(hidden), plan)).to(hidden.dtype)
     return apply_plan_on_device(hidden, plan)

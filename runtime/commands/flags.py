@@ -15,11 +15,11 @@ import click
 
 if TYPE_CHECKING:
     from framefusion.runtime.format.manifest import Manifest
-    from framefusion.runtime.generation.sampling import GenerationConfig
     from framefusion.runtime.media.frame_sampling import FrameSampling
     from framefusion.runtime.media.media_file import MediaLimits
     from framefusion.runtime.pipeline import Request
     from framefusion.runtime.text.prompt import Turn
+    from framefusion.runtime.text.sampling import GenerationConfig
 
 FILE = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)

@@ -21,8 +21,7 @@ from framefusion.runtime.media.preprocess import Preprocessing, check_frames, cu
 from framefusion.runtime.media.tiles.anyres import cut_tiles, nearest_tiling
 from framefusion.runtime.media.tiles.panels import Panel, cells, even, within
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.visual_input import Piece, Rows, Tiles, VisualInput
-from framefusion.runtime.text.positions import Grid
+from framefusion.runtime.media.visual_input import Grid, Piece, Rows, Tiles, VisualInput
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

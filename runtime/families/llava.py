@@ -32,8 +32,7 @@ from framefusion.runtime.media.tiles.anyres import (
 from framefusion.runtime.media.tiles.panels import Boxes, Panel, Spans, cells, even, seen_through, tiled
 from framefusion.runtime.media.tiles.scales import tile_places
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.visual_input import Piece, Rows, Tiles, Token, VisualInput
-from framefusion.runtime.text.positions import Grid
+from framefusion.runtime.media.visual_input import Grid, Piece, Rows, Tiles, Token, VisualInput
 
 NEWLINE = "image_newline"
 """The learned row, by its name in `EmbeddingRecord.extra`."""

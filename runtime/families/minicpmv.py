@@ -29,8 +29,7 @@ from framefusion.runtime.media.preprocess import (
 )
 from framefusion.runtime.media.tiles.panels import WHOLE, Panel, cells, even
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.visual_input import Piece, RowMap, Rows, Tiles, Token, VisualInput
-from framefusion.runtime.text.positions import Grid
+from framefusion.runtime.media.visual_input import Grid, Piece, RowMap, Rows, Tiles, Token, VisualInput
 
 LINE_FEED = "\n"
 

@@ -26,8 +26,7 @@ from framefusion.runtime.media.tiles.anyres import cut_tiles, nearest_tiling
 from framefusion.runtime.media.tiles.panels import Panel, Spans, cells, even, tiled, within
 from framefusion.runtime.media.tiles.scales import tile_places
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.visual_input import Piece, RowMap, Rows, Tiles, Token, VisualInput
-from framefusion.runtime.text.positions import Grid
+from framefusion.runtime.media.visual_input import Grid, Piece, RowMap, Rows, Tiles, Token, VisualInput
 
 ASPECTS = ("resize", "dynamic", "dynamic_s2")
 AVERAGE = "average"

@@ -17,8 +17,8 @@ from framefusion.errors import BudgetError
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.media.preprocess import HALF, check_shape
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.visual_input import Piece, Rows, VisualInput
-from framefusion.runtime.text.positions import Grid, grid_places
+from framefusion.runtime.media.visual_input import Grid, Piece, Rows, VisualInput
+from framefusion.runtime.text.positions import grid_places
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ from framefusion.runtime.media.preprocess import (
 )
 from framefusion.runtime.media.tiles.panels import Panel, cells, even
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.visual_input import Piece, Rows, Tiles, VisualInput
-from framefusion.runtime.text.positions import Grid, grid_places
+from framefusion.runtime.media.visual_input import Grid, Piece, Rows, Tiles, VisualInput
+from framefusion.runtime.text.positions import grid_places
 
 
 @dataclass(frozen=True, kw_only=True)

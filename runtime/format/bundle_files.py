@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framefusion.errors import BundleError
-from framefusion.runtime.format.records import name_problem
 from framefusion.runtime.machine.user_cache import read_own, user_cache, write_own
 from framefusion.storage.bounded_json import JsonError, parse_json
+from framefusion.storage.records import name_problem
 
 if TYPE_CHECKING:
     from framefusion.runtime.format.manifest import FileRecord

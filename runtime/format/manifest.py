@@ -16,10 +16,10 @@ from framefusion.errors import BackendError
 from framefusion.reduction.budget import FixedSchedule
 from framefusion.runtime.families import RULES as RULES  # makes every rule of preprocessing known
 from framefusion.runtime.format.engine_record import EngineRecord
-from framefusion.runtime.generation.sampling import GenerationConfig
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.text.prompt import PromptTemplate
+from framefusion.runtime.text.sampling import GenerationConfig
 
 SCHEMA_VERSION = 3
 OLDEST_SCHEMA = 2  # without a digest: everything else is as it was

@@ -12,8 +12,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest, ReductionRecord
-from framefusion.runtime.format.records import RecordError
 from framefusion.runtime.text.prompt import ROLES
+from framefusion.storage.records import RecordError
 
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights.bin"

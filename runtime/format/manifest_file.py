@@ -21,8 +21,8 @@ from framefusion.runtime.format.bundle_files import read_small
 from framefusion.runtime.format.manifest import OLDEST_SCHEMA, SCHEMA_VERSION, Manifest
 from framefusion.runtime.format.manifest_checks import check_manifest
 from framefusion.runtime.format.manifest_rules import RULES
-from framefusion.runtime.format.records import RecordError, from_json, to_json
 from framefusion.storage.bounded_json import JsonError, parse_json
+from framefusion.storage.records import RecordError, from_json, to_json
 
 MANIFEST = "manifest.json"
 DIGEST = "digest"

@@ -29,11 +29,11 @@ from framefusion.runtime.format.manifest import (
     SourceRecord,
     VisionRecord,
 )
-from framefusion.runtime.format.records import Rule, Rules
-from framefusion.runtime.generation.sampling import GenerationConfig
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.text.prompt import PromptTemplate
+from framefusion.runtime.text.sampling import GenerationConfig
+from framefusion.storage.records import Rule, Rules
 
 LAYERS = 1024
 TOKENS = 1 << 21

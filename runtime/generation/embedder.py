@@ -16,10 +16,10 @@ from framefusion.errors import BundleError
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.generation.embedding import Embedding
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.vision import TowerCall, tower_call
 from framefusion.runtime.media.visual_input import RowMap, Tiles, VisualInput
-from framefusion.runtime.text.embedding import Embedding
 from framefusion.runtime.text.positions import rope_tables
 from framefusion.runtime.text.prompt import Prompt
 

@@ -12,7 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.reduction.tracks import TEXT
-from framefusion.runtime.text.positions import Grid
+
+
+class Grid(NamedTuple):
+    """Patches of one video or image before they are merged: temporal x rows x columns."""
+
+    frames: int
+    height: int
+    width: int
+
+    def merged(self, merge_size: int) -> Grid:
+        """The grid of tokens, `merge_size` x `merge_size` patches each."""
+        if self.height % merge_size or self.width % merge_size:
+            raise ValueError(
+                f"a grid of {self.height}x{self.width} patches does not divide into blocks of {merge_size}"
+            )
+        return Grid(self.frames, self.height // merge_size, self.width // merge_size)
+
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        return self.frames * self.height * self.width
 
 
 class Tiles(NamedTuple):

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BundleError, PromptError
 from framefusion.reduction import tracks
-from framefusion.runtime.format.records import to_json
 from framefusion.runtime.media.visual_input import Piece, Rows, Token, VisualInput
 from framefusion.runtime.text.positions import mrope_positions
 from framefusion.runtime.text.tokenizer import Tokenizer
+from framefusion.storage.records import to_json
 
 ROLES = ("system", "user", "assistant")
 ROW = -1

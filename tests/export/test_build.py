@@ -21,7 +21,7 @@ from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.parts import Builder
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.format.manifest_file import read_manifest
-from framefusion.runtime.format.records import from_json
+from framefusion.storage.records import from_json
 from tests.random_checkpoint import random_checkpoint
 
 SINGLE = "model.safetensors"

@@ -36,7 +36,7 @@ def test_the_released_towers_geometry(tmp_path: Path) -> None:
     from torch.nn.functional import gelu, interpolate, linear
 
     from framefusion.export.checkpoints.checkpoint import Checkpoint
-    from framefusion.export.checkpoints.weights import load_parameters
+    from framefusion.export.checkpoints.tensors.weights import load_parameters
     from framefusion.export.families.llava.weights import original_tower
 
     tiny.write_original(tmp_path, vision=tiny.SO400M, mm_vision_tower="google/siglip-so400m-patch14-384")

@@ -15,23 +15,23 @@ import torch
 from framefusion.errors import BundleError, CheckpointError, VideoError
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import load_parameters
+from framefusion.export.checkpoints.tensors.weights import load_parameters
 from framefusion.export.families.minicpmv import row as minicpmv
 from framefusion.export.families.minicpmv import weights as minicpmv_tower
 from framefusion.export.options import BuildOptions
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.families.minicpmv import Layout, MiniCpmVPreprocessing, layout_of, longest_side
 from framefusion.runtime.format.manifest import VisionRecord
-from framefusion.runtime.format.records import from_json, to_json
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media.video.frames import Video, read_video
 from framefusion.runtime.media.vision import tower_call
-from framefusion.runtime.media.visual_input import Tiles
+from framefusion.runtime.media.visual_input import Grid, Tiles
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
-from framefusion.runtime.text.positions import Grid, sincos_table
+from framefusion.runtime.text.positions import sincos_table
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual, build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
+from framefusion.storage.records import from_json, to_json
 from tests.families.case import clip, picture, relative_error
 from tests.families.minicpmv import QUERIES, SCALE, MiniCpmVCase, MiniCpmVReference, write_checkpoint
 from tests.films import write_film

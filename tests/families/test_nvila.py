@@ -14,7 +14,7 @@ from torch import nn
 
 from framefusion.errors import BundleError, CheckpointError, VideoError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import load_parameters
+from framefusion.export.checkpoints.tensors.weights import load_parameters
 from framefusion.export.families.nvila import row as nvila
 from framefusion.export.families.nvila.tower import NvilaTowerConfig
 from framefusion.export.families.nvila.weights import MAPS, encoder_config, projector_sources, reference_logits, tower
@@ -23,7 +23,6 @@ from framefusion.export.families.reference.transformers_call import Transformers
 from framefusion.export.graphs.vit import VitConfig
 from framefusion.runtime.families.nvila import NvilaPreprocessing
 from framefusion.runtime.format.manifest import VisionRecord
-from framefusion.runtime.format.records import from_json, to_json
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media.tiles.anyres import nearest_tiling
 from framefusion.runtime.media.tiles.scales import scale_taps, single_taps
@@ -32,6 +31,7 @@ from framefusion.runtime.media.vision import tower_call
 from framefusion.runtime.media.visual_input import Rows, Tiles, Token, VisualInput
 from framefusion.runtime.text.prompt import Turn, Visual, build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
+from framefusion.storage.records import from_json, to_json
 from tests.families.case import IMAGE, VIDEO, clip, picture, relative_error
 from tests.families.nvila import (
     CONFIGS,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from framefusion.errors import CheckpointError, UnknownFamilyError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.families.reading.class_defaults import CLASS_DEFAULTS, TOKEN_IDS, token_id
+from framefusion.export.checkpoints.class_defaults import CLASS_DEFAULTS, TOKEN_IDS, token_id
 from framefusion.export.families.reading.language import LLM_CLASSES, attention_window
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan

@@ -29,10 +29,9 @@ from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indic
 from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.vision import rope_2d_table
-from framefusion.runtime.media.visual_input import Rows, Tiles
+from framefusion.runtime.media.visual_input import Grid, Rows, Tiles
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
-from framefusion.runtime.text.positions import Grid
 from framefusion.runtime.text.prompt import Prompt, Turn
 from tests.families.case import IMAGE, VIDEO, clip, picture, relative_error
 from tests.families.eager import eager_pipeline

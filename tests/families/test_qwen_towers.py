@@ -14,17 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import load_parameters, write_parameters
+from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
+from framefusion.export.checkpoints.tensors.weights import load_parameters, write_parameters
 from framefusion.export.families.qwen2_5_vl import weights as qwen2_5_vl_tower
 from framefusion.export.families.qwen3_vl import weights as qwen3_vl_tower
 from framefusion.export.families.towers import TowerPlan
 from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.graphs.tracing.signatures import trace_tower
 from framefusion.export.graphs.tracing.trace import save_graph
-from framefusion.export.writing.hashed_file import HashedFile
 from framefusion.runtime.media.vision import tower_call
-from framefusion.runtime.media.visual_input import Tiles
-from framefusion.runtime.text.positions import Grid
+from framefusion.runtime.media.visual_input import Grid, Tiles
 from tests.families.case import relative_error
 from tests.families.qwen2_5_vl import Qwen25VLCase
 from tests.families.qwen2_vl import Qwen2VLCase

@@ -21,7 +21,7 @@ from framefusion.interface import FrameFusion, apply_framefusion, remove_framefu
 from framefusion.live.attention.importance import CALL
 from framefusion.live.call import Call
 from framefusion.runtime.format.manifest import ModelRecord
-from framefusion.runtime.text.positions import Grid
+from framefusion.runtime.media.visual_input import Grid
 from framefusion.runtime.view.flops import prefill_flops
 from tools.bench.eager import Eager
 from tools.bench.setting import SHAPES, Shape, draw_film, report, summary, write_checkpoint

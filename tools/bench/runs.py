@@ -23,10 +23,10 @@ from framefusion.runtime.commands.flags import BACKENDS
 from framefusion.runtime.format.engine_record import EngineKind
 from framefusion.runtime.generation.decode import Decoder
 from framefusion.runtime.generation.prefill import Prefilled
-from framefusion.runtime.media.visual_input import Tiles, VisualInput
+from framefusion.runtime.media.visual_input import Grid, Tiles, VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
-from framefusion.runtime.text.positions import Grid, decode_positions
+from framefusion.runtime.text.positions import decode_positions
 from tools.bench.eager import Eager
 from tools.bench.setting import SEED, SHAPES, Film, draw_film, open_bundle, write_checkpoint
 

@@ -25,8 +25,9 @@ from framefusion.export.plan.build_plan import BuildOptions
 from framefusion.runtime.format.manifest import ModelRecord
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.machine.gpu import find_gpu
+from framefusion.runtime.media.visual_input import Grid
 from framefusion.runtime.pipeline import Pipeline
-from framefusion.runtime.text.positions import Grid, grid_places, mrope_positions
+from framefusion.runtime.text.positions import grid_places, mrope_positions
 from framefusion.runtime.text.prompt import Prompt
 
 ROOT = Path(__file__).parents[2]

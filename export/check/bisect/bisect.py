@@ -27,8 +27,8 @@ from framefusion.export.check.bisect.nodes import Suspect, first_difference
 from framefusion.export.check.verify import memory_of_check
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.graphs.tracing.graph_sources import graph_sources
+from framefusion.export.machine import available_memory
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.plan.machine import available_memory
 from framefusion.export.plan.replan import replan
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.choice import Choice, Machine, options

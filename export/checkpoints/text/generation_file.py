@@ -11,8 +11,8 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from framefusion.errors import BundleError, CheckpointError
-from framefusion.export.families.reading.class_defaults import CLASS_DEFAULTS
-from framefusion.runtime.generation.sampling import GenerationConfig
+from framefusion.export.checkpoints.class_defaults import CLASS_DEFAULTS
+from framefusion.runtime.text.sampling import GenerationConfig
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.errors import BackendError, StorageError
+from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
 from framefusion.export.engines.tensorrt.network import inputs_of, layer_kinds, outputs_of, parse_graph
 from framefusion.export.engines.tensorrt.profiles import EngineSpec as EngineSpec  # part of this module's interface
 from framefusion.export.engines.tensorrt.profiles import ProfileRecord, weight_bytes
 from framefusion.export.engines.tensorrt.profiles import segment_spec as segment_spec
 from framefusion.export.engines.tensorrt.profiles import tower_spec as tower_spec
-from framefusion.export.writing.hashed_file import HashedFile
 from framefusion.runtime.backends.tensorrt.library import AMPERE, TYPE_NAMES, Library, load_library
 from framefusion.runtime.format.engine_record import TensorRecord
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import AnySource, Computed, Source
+from framefusion.export.checkpoints.tensors.weights import AnySource, Computed, Source
 from framefusion.export.families.internvl.row import merge_size, tile_size
 from framefusion.export.families.internvl.tower import InternVLTower, InternVLTowerConfig
 from framefusion.export.families.reading.configs import expect, given, required, square, vision_config

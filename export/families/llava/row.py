@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from framefusion.errors import CheckpointError
+from framefusion.export.checkpoints.class_defaults import completed
 from framefusion.export.checkpoints.files import inner_name, present
 from framefusion.export.families.family import CHATML, Family, LlmKeys
-from framefusion.export.families.reading.class_defaults import completed
 from framefusion.export.families.reading.configs import expect, given, required, square
 from framefusion.runtime.families.llava import LlavaPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling

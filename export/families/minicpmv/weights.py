@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import AnySource, Computed, Source
+from framefusion.export.checkpoints.tensors.weights import AnySource, Computed, Source
 from framefusion.export.families.minicpmv.row import check_version, preprocessing
 from framefusion.export.families.minicpmv.tower import RESAMPLER_EPS, MiniCpmVTower, ResamplerConfig
 from framefusion.export.families.reading.configs import given, required, square

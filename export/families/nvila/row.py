@@ -13,10 +13,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from framefusion.errors import CheckpointError
+from framefusion.export.checkpoints.class_defaults import completed
 from framefusion.export.checkpoints.text.chat import read_template
 from framefusion.export.checkpoints.text.tokenizer_file import listed_tokens
 from framefusion.export.families.family import CHATML, Family, LlmKeys
-from framefusion.export.families.reading.class_defaults import completed
 from framefusion.export.families.reading.configs import required, square, text_config
 from framefusion.export.families.reading.processors import levels, processor
 from framefusion.runtime.families.nvila import ASPECTS, NvilaPreprocessing

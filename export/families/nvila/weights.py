@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import AnySource, Computed
+from framefusion.export.checkpoints.tensors.weights import AnySource, Computed
 from framefusion.export.families.nvila import row as nvila
 from framefusion.export.families.nvila.tower import NORM_EPS, NvilaScalesTower, NvilaTower, NvilaTowerConfig
 from framefusion.export.families.reading.configs import given, required, text_config
@@ -30,8 +30,7 @@ from framefusion.export.families.vit import (
 )
 from framefusion.export.graphs.vit import VitConfig
 from framefusion.runtime.families.nvila import NvilaPreprocessing
-from framefusion.runtime.media.visual_input import Tiles
-from framefusion.runtime.text.positions import Grid
+from framefusion.runtime.media.visual_input import Grid, Tiles
 
 PROJECTOR = "mm_projector.layers."
 MAPS: Mapping[int, tuple[int, ...]] = {2: (2, 4), 3: (2, 5, 7)}

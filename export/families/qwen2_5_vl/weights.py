@@ -8,7 +8,7 @@ from functools import partial
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import AnySource, Source
+from framefusion.export.checkpoints.tensors.weights import AnySource, Source
 from framefusion.export.families.qwen2_5_vl.tower import Qwen25VLTower, WindowTowerConfig
 from framefusion.export.families.qwen2_vl.weights import (
     block_sources,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import AnySource, Source
+from framefusion.export.checkpoints.tensors.weights import AnySource, Source
 from framefusion.export.families.qwen2_vl.tower import Qwen2VLTower, TowerConfig
 from framefusion.export.families.reading.configs import required, vision_config
 from framefusion.export.families.reference.transformers_call import TransformersCall

@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from framefusion.errors import CheckpointError
+from framefusion.export.checkpoints.class_defaults import completed, kinds_of, llm_config, token_id
 from framefusion.export.checkpoints.text.chat import read_template
 from framefusion.export.checkpoints.text.generation_file import read_generation
 from framefusion.export.checkpoints.text.sentencepiece_tokenizer import begin_token, needed
 from framefusion.export.checkpoints.text.tokenizer_file import added_tokens, tokenizer_of
 from framefusion.export.families.family import CHATML
-from framefusion.export.families.reading.class_defaults import completed, kinds_of, llm_config, token_id
 from framefusion.export.families.reading.processors import levels, processor, require_processor, video_processor
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
-from framefusion.runtime.generation.sampling import GenerationConfig
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.text.prompt import PromptTemplate
+from framefusion.runtime.text.sampling import GenerationConfig
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint

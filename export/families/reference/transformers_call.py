@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from framefusion.errors import CheckFailedError, FrameFusionError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import STORED
-from framefusion.export.eager.streaming import stream
-from framefusion.export.plan.machine import page_out
+from framefusion.export.checkpoints.tensors.streaming import stream
+from framefusion.export.checkpoints.tensors.weights import STORED
+from framefusion.export.machine import page_out
 from framefusion.reduction.tracks import TEXT
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.text.prompt import Prompt

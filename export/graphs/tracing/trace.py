@@ -25,7 +25,7 @@ from framefusion.export.graphs.tracing.dialects import Dialect
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from framefusion.export.checkpoints.weights import Placement
+    from framefusion.export.checkpoints.tensors.weights import Placement
 
 Arguments = tuple[Any, ...]
 

@@ -15,8 +15,8 @@ from framefusion.runtime.bundle import Bundle, file_record
 from framefusion.runtime.format import bundle_files
 from framefusion.runtime.format.bundle_files import VERIFIED, place, sha256_of, verify_files
 from framefusion.runtime.format.manifest import FileRecord
-from framefusion.runtime.format.records import name_problem
 from framefusion.runtime.machine.user_cache import read_own, user_cache, write_own
+from framefusion.storage.records import name_problem
 from tests.commands import assert_refused, run
 
 

@@ -18,9 +18,9 @@ from framefusion.errors import BundleError, VideoError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.families.reading.configs import film_pixels
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of, patchify, smart_resize
-from framefusion.runtime.format.records import RecordError, from_json, to_json
 from framefusion.runtime.media.preprocess import BICUBIC, LARGE_PICTURE, Preprocessing, resize, resize_rounded_once
-from framefusion.runtime.text.positions import Grid
+from framefusion.runtime.media.visual_input import Grid
+from framefusion.storage.records import RecordError, from_json, to_json
 
 ANY_RULE: Any = Preprocessing  # abstract: the value says which subclass it is
 

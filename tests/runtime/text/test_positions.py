@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from framefusion.runtime.media.visual_input import Grid
 from framefusion.runtime.text.positions import (
-    Grid,
     decode_positions,
     grid_places,
     mrope_positions,

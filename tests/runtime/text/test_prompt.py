@@ -11,11 +11,11 @@ import pytest
 from framefusion.errors import BundleError, PromptError
 from framefusion.export.families.family import CHATML
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
-from framefusion.runtime.format.records import RecordError, from_json, to_json
-from framefusion.runtime.media.visual_input import Rows, Tiles, Token, VisualInput
-from framefusion.runtime.text.positions import Grid, grid_places, mrope_positions
+from framefusion.runtime.media.visual_input import Grid, Rows, Tiles, Token, VisualInput
+from framefusion.runtime.text.positions import grid_places, mrope_positions
 from framefusion.runtime.text.prompt import FIRST_EXTRA, ROW, PromptTemplate, Turn, Visual, build_prompt, check_length
 from framefusion.runtime.text.tokenizer import Tokenizer
+from framefusion.storage.records import RecordError, from_json, to_json
 from tests.wheel import ROOT
 
 MODEL = ROOT / "tests" / "models/tiny_qwen2_vl"

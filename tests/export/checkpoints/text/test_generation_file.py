@@ -11,7 +11,7 @@ import pytest
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.families.reading.configs import generation
-from framefusion.runtime.generation.sampling import GenerationConfig
+from framefusion.runtime.text.sampling import GenerationConfig
 from tests.versions import needs
 
 

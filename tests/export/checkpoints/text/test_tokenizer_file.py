@@ -15,9 +15,9 @@ from framefusion.errors import CheckpointError, PromptError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.text.tokenizer_file import added_tokens, tokenizer_of, write_tokenizer
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.generation.sampling import GenerationConfig
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn
+from framefusion.runtime.text.sampling import GenerationConfig
 from framefusion.runtime.text.tokenizer import Tokenizer
 from tests.random_checkpoint import write_tokenizer as write_base
 

@@ -135,7 +135,7 @@ def test_ctrl_c_ends_a_build(graph: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_disk_that_is_full(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from framefusion.export.writing.hashed_file import HashedFile
+    from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
 
     write = HashedFile.write
 

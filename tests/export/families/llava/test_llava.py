@@ -16,12 +16,12 @@ from framefusion.export.families.llava import hf_rows as llava_hf
 from framefusion.export.families.llava import row as llava
 from framefusion.export.families.reading import language
 from framefusion.runtime.families.llava import LlavaPreprocessing
-from framefusion.runtime.format.records import from_json, to_json
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import Rows, Token, VisualInput
 from framefusion.runtime.text.prompt import Turn, Visual, build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
+from framefusion.storage.records import from_json, to_json
 from tests.families import llava_checkpoints as tiny
 from tests.families.llava import tokenizer_of
 from tests.families.llava_checkpoints import TILINGS

@@ -187,7 +187,7 @@ def test_the_fixed_graph_keeps_what_the_policy_keeps(checkpoint: Path) -> None:
 
 def segment_by_segment(plan: BuildPlan, hidden: Tensor, table: Tensor, twin: FixedReduction) -> np.ndarray:
     """Kept places after all reductions, from the cut decoder and the numpy policy."""
-    from framefusion.export.checkpoints.weights import load_parameters
+    from framefusion.export.checkpoints.tensors.weights import load_parameters
     from framefusion.reduction import tracks
     from framefusion.reduction.plan import apply_plan
 

@@ -24,7 +24,7 @@ from framefusion.runtime.backends.fit import installed_version
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.runtime.format.manifest import FileRecord
-from framefusion.runtime.format.records import to_json
+from framefusion.storage.records import to_json
 
 NAME, KIND = "tensorrt_rtx", "tensorrt-rtx"
 CAPABILITY = "8.7"  # of the emulated GPU

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from framefusion.errors import BundleError, VideoError
-from framefusion.runtime.format.records import RecordError, from_json, to_json
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.video import frames as video_module
 from framefusion.runtime.media.video.decoding import Decoder
 from framefusion.runtime.media.video.frames import read_video
+from framefusion.storage.records import RecordError, from_json, to_json
 
 
 def bunny() -> Path:

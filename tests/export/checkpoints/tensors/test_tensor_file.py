@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from framefusion.export.checkpoints.tensor_file import TensorFile, TensorFileError
+from framefusion.export.checkpoints.tensors.tensor_file import TensorFile, TensorFileError
 
 TENSORS = {
     "matrix": torch.arange(35, dtype=torch.float32).reshape(5, 7),

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from framefusion.export.eager import streaming
-from framefusion.export.eager.streaming import stream, streamed_bytes, units
-from framefusion.export.plan.machine import page_out
+from framefusion.export.checkpoints.tensors import streaming
+from framefusion.export.checkpoints.tensors.streaming import stream, streamed_bytes, units
+from framefusion.export.machine import page_out
 
 ROWS, WIDTH, DEPTH = 50, 8, 3
 

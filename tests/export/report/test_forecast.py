@@ -14,7 +14,7 @@ from framefusion.export.check.verify import memory_of_streamed
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.plan.forecast import forecast
+from framefusion.export.report.forecast import forecast
 from tests.commands import assert_refused, export
 from tools.bench.big_checkpoint import BIG_SHAPES, tensors_of, write_big_checkpoint
 

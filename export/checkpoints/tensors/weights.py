@@ -17,7 +17,7 @@ from framefusion.errors import CheckpointError
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
-    from framefusion.export.writing.hashed_file import HashedFile
+    from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
 
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
 _BLOCK = 1 << 25  # bytes converted at a time

@@ -19,8 +19,8 @@ from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.jobs import KINDS
 from framefusion.export.engines.tensorrt.build import BASE_MEMORY, MEMORY_PER_WEIGHT, PROFILE_MEMORY
 from framefusion.export.engines.tensorrt.profiles import CODE_BYTES
+from framefusion.export.machine import free_disk
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
-from framefusion.export.plan.machine import free_disk
 from framefusion.export.report.inspection import TEXT, reduction_facts, span
 from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
 from framefusion.export.writing.staging import SPARE

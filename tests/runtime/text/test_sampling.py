@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from framefusion.errors import BackendError, BundleError, PromptError
-from framefusion.runtime.format.records import from_json, to_json
-from framefusion.runtime.generation.sampling import DEFAULTS, GenerationConfig, Sampler
+from framefusion.runtime.text.sampling import DEFAULTS, GenerationConfig, Sampler
+from framefusion.storage.records import from_json, to_json
 
 
 def logits_of(seed: int, size: int = 300) -> NDArray[np.float32]:

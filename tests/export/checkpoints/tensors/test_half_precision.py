@@ -22,12 +22,12 @@ import torch
 from framefusion.errors import BackendError, CheckpointError
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.weights import Source, blocks_of, check_range
+from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
+from framefusion.export.checkpoints.tensors.weights import Source, blocks_of, check_range
 from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.graphs.tracing.trace import trace
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.writing.hashed_file import HashedFile
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest_file import read_manifest, write_manifest
 from framefusion.runtime.memory import memory_plan
@@ -51,7 +51,7 @@ TURNS = [Turn("user", (Visual.VIDEO, "What happens?"))]
 def test_blocks_are_the_tensor(
     stored: torch.dtype, wanted: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("framefusion.export.checkpoints.weights._BLOCK", 100)  # a few rows each
+    monkeypatch.setattr("framefusion.export.checkpoints.tensors.weights._BLOCK", 100)  # a few rows each
     tensor = torch.randn(13, 20, generator=torch.Generator().manual_seed(0)).to(stored)
     shapes = {"as it is": tensor, "turned": tensor.T, "vector": tensor[0], "cube": tensor.reshape(13, 4, 5)}
     blocks = list(blocks_of(shapes[layout], wanted))

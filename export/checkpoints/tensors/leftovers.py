@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoints.weight_formats import SHOWN
+from framefusion.export.checkpoints.tensors.weight_formats import SHOWN
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
