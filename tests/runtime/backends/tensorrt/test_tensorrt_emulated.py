@@ -1,6 +1,6 @@
 """The TensorRT backend without a GPU: its tests for a GPU over an emulated driver and an emulated library.
 
-What is real: the backend, prefill and decode, the CUDA device with its kernels, every name of tensorrt_rtx as installed.
+What is real: backend, prefill and decode, the CUDA device with its kernels, every name of tensorrt_rtx as installed.
 What is not: the engines (ONNX Runtime runs their graphs) and the GPU. So addresses, profiles, order, padding, capture
 and refusals are tested here, and no number of TensorRT's own.
 """
