@@ -1,7 +1,7 @@
 """The live model: `apply_framefusion` on an unmodified Hugging Face video LVLM, `remove_framefusion` to restore it.
 
-What happens in a forward stands in live_handle, the names of transformers in live_seams, what a forward must show
-before its answer is believed in live_proof. Knows nothing of bundles.
+What happens in a forward stands in framefusion/live/handle.py, the names of transformers in seams.py beside it, what a
+forward must show before its answer is believed in proof.py. Knows nothing of bundles.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def apply_framefusion(
             and Qwen2 kind, whose labels are given by `model.framefusion.labels`. PEFT's, DataParallel's and other
             modules around it are looked through: it is the model within that changes.
         cost: share of the computation over visual tokens that is kept, in (0, 1].
-        similarity_lower_bound: tokens at least this similar merge; by default the family's (live_labels.FAMILIES).
+        similarity_lower_bound: tokens at least this similar merge; by default the family's (live.labels.FAMILIES).
         ratio_lower_bound: merging ends below this share.
         reducer: the method, a name of `framefusion.reducers.reducer_names()`; the thresholds are FrameFusion's.
         importance_rows: last query rows that the importance is averaged over; by default the family's.
@@ -54,32 +54,44 @@ def apply_framefusion(
         BackendError: a model copied to several devices by DataParallel. Later forwards raise it where transformers
             does not do what FrameFusion leans on; the message names the versions known to work.
     """
+    # 1. the model of transformers itself, with layers that have a place for a call
     outermost: nn.Module = model
     model = unwrapped(outermost)
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None) or [None]
-    lacking = [part for part in LAYER_PARTS if not hasattr(layers[0], part)]
-    if lacking or hasattr(layers[0], FOREIGN_PART):
-        raise CheckpointError(
-            f"{type(model).__name__} has decoder layers of another make than Llama's and Qwen2's ({LAYER_PARTS}): "
-            "FrameFusion has no place between their attention and their MLP"
-        )
+    num_layers = _count_layers(model)
+    # 2. the family's numbers, where no others are given
     labels, preset = FAMILIES.get(model.config.model_type, (None, Preset(0.6, 1)))
     bound = preset.similarity_lower_bound if similarity_lower_bound is None else similarity_lower_bound
-    deepest = len(layers) - 2 if depth is None else depth
-    settings = ReductionSettings(cost, bound, ratio_lower_bound, len(layers), deepest)
-    preset = Preset(bound, preset.importance_rows if importance_rows is None else importance_rows)
+    rows = preset.importance_rows if importance_rows is None else importance_rows
+    deepest = num_layers - 2 if depth is None else depth
+    settings = ReductionSettings(cost, bound, ratio_lower_bound, num_layers, deepest)
     method = load_reducer(reducer)
+    # 3. nothing can fail any more: the new hooks in place of the old ones
     remove_framefusion(model)
-    handle = FrameFusion(model, labels, preset, settings)
-    handle.reducer = method
-    handle.seed = seed
+    handle = FrameFusion(model, labels, Preset(bound, rows), settings, method, seed)
     handle.install()
     model.framefusion = handle
     if outermost is not model:
         outermost.__dict__["framefusion"] = handle
         handle.when_removed(partial(outermost.__dict__.pop, "framefusion", None))
     return handle
+
+
+def _count_layers(model: Any) -> int:
+    """The number of decoder layers.
+
+    Raises:
+        CheckpointError: they are not built like Llama's, so that no call can come between attention and MLP.
+    """
+    layers = getattr(model.get_decoder(), "layers", None) or [None]
+    differences = [f"no {part}" for part in LAYER_PARTS if not hasattr(layers[0], part)]
+    if hasattr(layers[0], FOREIGN_PART):
+        differences.append(f"a {FOREIGN_PART}")
+    if differences:
+        raise CheckpointError(
+            f"{type(model).__name__} has decoder layers of another make than Llama's and Qwen2's, with "
+            f"{' and '.join(differences)}: FrameFusion has no place between their attention and their MLP"
+        )
+    return len(layers)
 
 
 def remove_framefusion(model: Any) -> None:

@@ -1,7 +1,7 @@
 """One forward of a live model: which tokens of each row are present, and what belongs to them.
 
 The policy's plans are applied to hidden states, rotary tables, masks, cache slots and DeepStack features of a batch
-whose rows shrink each on their own. Knows no module and no hook: framefusion.interface calls it.
+whose rows shrink each on their own. Knows no module and no hook: framefusion/live/handle.py calls it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from framefusion.live.attention.cache import adopt, caught_up
-from framefusion.live.attention.mask import reduced_mask, tokens_seen
-from framefusion.live.plan import apply_plan, features_of, similarity
+from framefusion.live.attention.cache import adopt
+from framefusion.live.attention.mask import reduced_mask, valid_tokens
+from framefusion.live.attention.slots import CacheLayer, caught_up, joined_valid
+from framefusion.live.plan import apply_plans, features_of, similarity
 from framefusion.live.proof import Proof, check_arguments
-from framefusion.live.seams import DEEPSTACK_ARGUMENTS, broken, cache_of
+from framefusion.live.seams import DEEPSTACK_ARGUMENTS, Cache, broken, cache_of
 from framefusion.ops import kernels as ops
 from framefusion.reduction import budget
 from framefusion.reduction.plan import Plan, keep_all
@@ -74,7 +75,7 @@ class Row:
         self.kept: list[IntArray] = []
 
     def record(self, num_layers: int) -> RequestRecord:
-        """What was done so far; a row that no call has seen is dense."""
+        """What was done so far; a row that entered no layer is dense."""
         reduction = self.reduction
         kept = tuple(self.kept) or (self.origin,) * num_layers
         cost = budget.cost_of_shares(reduction.shares, num_layers) if self.visual else 1.0
@@ -87,24 +88,27 @@ class Call:
 
     `index` and `valid` [B, K] are the places of the tokens present and which of them are no padding; None is all of
     them. Padding repeats the last token of its row: it attends what that attends, so nothing in it is undefined.
+
+    The hooks call, in this order: `take_deepstack`; `begin`; then for each layer `enter`, `watch` within its attention
+    where the policy wants the importance, and `reduce` before its MLP; `restored_output` at the end.
     """
 
     def __init__(
-        self, asked: ModelContext, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any, proof: Proof
+        self, context: ModelContext, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any, proof: Proof
     ) -> None:
         self.proof = proof
-        self.asked = asked
+        self.context = context
         self.rows = rows
         self.shape = shape
         self.past = past
-        self.real = tokens_seen(mask, 0, past, shape[0])
+        self.real = valid_tokens(mask, 0, past, shape[0])
         self.index: Tensor | None = None
         self.valid: Tensor | None = None
         self.features: list[Tensor] = []  # [B, K, D] for each of the next layers to add
         self.importance: list[Tensor] = []
         self.watching = False
-        self.cache: Any = None  # transformers'
-        self.layer: Any = None  # of the cache
+        self.cache: Cache | None = None
+        self.layer: CacheLayer | None = None  # of the cache, for the layer that is running
         self.stored = 0  # tokens that it holds once the layer has run
         self.attention: nn.Module | None = None  # of the layer that is running
         self.residual: ref[Tensor] | None = None  # of the layer that is running, once it is reduced
@@ -122,17 +126,23 @@ class Call:
         return any(not row.reduction.finished for row in self.rows)
 
     def take_deepstack(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The decoder's arguments without DeepStack's features, which the call adds, as they follow their tokens."""
-        positions, embeddings = DEEPSTACK_ARGUMENTS
-        told = dict(given)
-        where = given.get(positions)
-        for rows in told.pop(embeddings, None) or ():
+        """The decoder's arguments without DeepStack's features, which the call adds, as they follow their tokens.
+
+        Raises:
+            BackendError: features without the mask of their tokens.
+        """
+        mask_name, features_name = DEEPSTACK_ARGUMENTS
+        arguments = dict(given)
+        visual: Tensor | None = given.get(mask_name)
+        for rows in arguments.pop(features_name, None) or ():
+            if visual is None:
+                raise broken(f"{features_name} are passed to the decoder without {mask_name}")
             whole = rows.new_zeros(*self.shape, rows.shape[-1])
-            whole[where.to(rows.device)] = rows  # type: ignore[union-attr]
+            whole[visual.to(rows.device)] = rows
             self.features.append(whole)
         if self.features:
-            told.pop(positions, None)
-        return told
+            arguments.pop(mask_name, None)
+        return arguments
 
     def begin(self, hidden: Tensor, features: list[Tensor]) -> Tensor:
         """Leave the padding of the prompt out and make call 0.  [B, S, D] -> [B, K, D]"""
@@ -140,7 +150,8 @@ class Call:
         padded = any(row.origin.size < self.shape[1] for row in self.rows)
         if padded:
             self._place(hidden.device)
-            hidden, *self.features = [self._gather(tensor) for tensor in (hidden, *features)]
+            hidden = self._gather(hidden)
+            self.features = [self._gather(tensor) for tensor in features]
         return self.reduce(hidden)
 
     def add_features(self, hidden: Tensor) -> Tensor:
@@ -149,45 +160,55 @@ class Call:
 
     def reduce(self, hidden: Tensor) -> Tensor:
         """One call of every row that is not finished; the same tensor where nothing goes.  [B, K, D] -> [B, K', D]"""
+        # 1. Ask the policy of each row; one that is finished keeps everything.
         plans = self._plans(hidden)
         if all(plan.kind == "none" for plan in plans):
             return hidden
+        # 2. Remember which tokens of the prompt are left, row by row: each shrinks on its own.
         for row, plan in zip(self.rows, plans, strict=True):
             row.origin = row.origin[plan.kept]
         longest = max(row.origin.size for row in self.rows)
-        hidden, *self.features = [
-            _stacked([apply_plan(own, plan) for own, plan in zip(tensor, plans, strict=True)], longest)
-            for tensor in (hidden, *self.features)
-        ]
+        # 3. Do the same to all that follows the tokens: hidden states, and features that later layers add to them.
+        hidden = apply_plans(hidden, plans, longest)
+        self.features = [apply_plans(tensor, plans, longest) for tensor in self.features]
+        # 4. Lay the new places out on the device; tables and masks of the tokens before are of no use any more.
         self._place(hidden.device)
         return hidden
 
     def _plans(self, hidden: Tensor) -> list[Plan]:
-        """The policy's plans; what it reads of all rows comes to the host in one transfer."""
+        """The policy's plans of all rows.
+
+        Raises:
+            BackendError: the attention of the layer gave no importance.
+        """
+        # 1. What the policy of each row reads, on the device.
         active = [i for i, row in enumerate(self.rows) if not row.reduction.finished]
         scores: dict[tuple[int, str], Tensor] = {}
         for i in active:
             reduction = self.rows[i].reduction
-            own = hidden[i : i + 1, : self.rows[i].origin.size]
             if reduction.wants_similarity:
-                scores[i, "similarity"] = similarity(own, reduction.labels)
+                present = hidden[i : i + 1, : self.rows[i].origin.size]
+                scores[i, "similarity"] = similarity(present, reduction.labels)
             if reduction.wants_importance and reduction.call:
                 if not self.importance:
                     raise broken("no importance came from the attention of the layer")
                 scores[i, "importance"] = self.importance[i]
-        told: dict[tuple[int, str], npt.NDArray[np.float32]] = {}
+        # 2. All of it to the host in one transfer: each would wait for the device.
+        on_host: dict[tuple[int, str], npt.NDArray[np.float32]] = {}
         if scores:
             host = torch.cat(list(scores.values())).cpu().numpy()
             ends = np.cumsum([values.numel() for values in scores.values()])[:-1]
-            told = dict(zip(scores, np.split(host, ends), strict=True))
+            on_host = dict(zip(scores, np.split(host, ends), strict=True))
+        # 3. Decide row by row.
         plans = [keep_all(row.reduction.labels) for row in self.rows]
         for i in active:
             reduction = self.rows[i].reduction
             features = features_of(hidden[i, : self.rows[i].origin.size]) if reduction.wants_features else None
-            plans[i] = reduction.step(told.get((i, "similarity")), told.get((i, "importance")), features)
+            plans[i] = reduction.step(on_host.get((i, "similarity")), on_host.get((i, "importance")), features)
         return plans
 
     def _place(self, device: torch.device) -> None:
+        """Bring `index` and `valid` up to date with the rows, shorter ones padded by their last token."""
         longest = max(row.origin.size for row in self.rows)
         places = [np.pad(row.origin, (0, longest - row.origin.size), mode="edge") for row in self.rows]
         self.index = torch.from_numpy(np.stack(places)).to(device)
@@ -206,38 +227,60 @@ class Call:
         return table[..., torch.arange(len(index), device=table.device)[:, None], index, :]
 
     def enter(self, layer: int, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a layer, for the tokens present, and their slots in its cache."""
+        """The arguments of a layer, for the tokens present, and their slots in its cache.
+
+        Args:
+            layer: its index.
+            given: its arguments by name, for all new tokens, but for the hidden states.
+
+        Raises:
+            BackendError: arguments for each token that are unknown or missing, or a cache that cannot hold reduced
+                tokens.
+        """
         self.importance = []
         for row in self.rows:
             row.kept.append(row.origin)
-        told = dict(given)
+        arguments = dict(given)
+        # 1. Everything that transformers passes for each token must be known by name: it has to shrink with them.
         self._once("known", tuple(given.values()), lambda: self._check_arguments(given))
+        # 2. Rotary tables of the tokens present. Gaps between position_ids would read as packed sequences, and the
+        #    tables say all there is to say.
         if self.index is not None:
-            # gaps between positions would read as packed sequences; the rotary tables say all there is to say
-            told["position_ids"] = None
+            arguments["position_ids"] = None
             tables = given["position_embeddings"]
-            told["position_embeddings"] = self._once("tables", tables, lambda: tuple(map(self._gather, tables)))
-        cache = cache_of(given)
-        self.cache = cache
-        self.layer = None
-        new = self._once("new", self.index, lambda: self.past + self._places())
-        if cache is None:
-            slots = new
-            valid = self.valid
-        else:
-            self.layer = adopt(cache, layer, self._once("dense", None, self._dense))
-            stored = self.layer.slots
-            told_valid = self.layer.valid
-            old, old_valid = self._once("old", (stored, told_valid), lambda: self._earlier(self.layer))
-            slots = self._once("slots", old, lambda: torch.cat([old.to(new.device), new], dim=1))
-            valid = self._once("valid", (old, old_valid), lambda: _joined(old, old_valid, new, self.valid))
-            self.layer.extend(slots, valid, self.past + self.shape[1])
+            arguments["position_embeddings"] = self._once("tables", tables, lambda: tuple(map(self._gather, tables)))
+        # 3. Slots: the layer stores the tokens present behind those that it holds, and stands for the whole prompt.
+        self.cache = cache_of(given)
+        slots, valid = self._extended_slots(layer)
         self.stored = slots.shape[1]
+        # 4. Of the mask over all tokens, the rows of the tokens present and the columns of the tokens stored.
         mask = given.get("attention_mask")
-        told["attention_mask"] = self._once(
-            "mask", (mask, slots), lambda: reduced_mask(mask, self._places(), slots, valid, self.past, self.asked.flash)
+        flash = self.context.flash
+        arguments["attention_mask"] = self._once(
+            "mask", (mask, slots), lambda: reduced_mask(mask, self._places(), slots, valid, self.past, flash)
         )
-        return told
+        return arguments
+
+    def _extended_slots(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Slots [B, T] and validity of what a layer attends to, which its cache, if there is one, will hold."""
+        new: Tensor = self._once("new", self.index, lambda: self.past + self._places())
+        self.layer = None
+        if self.cache is None:
+            return new, self.valid
+        layer = adopt(self.cache, index, self._once("dense", None, self._dense))
+        old, old_valid = self._once("old", (layer.slots, layer.valid), lambda: self._earlier(layer))
+        slots: Tensor = self._once("slots", old, lambda: torch.cat([old.to(new.device), new], dim=1))
+        valid: Tensor | None = self._once(
+            "valid", (old, old_valid), lambda: joined_valid(old, old_valid, new, self.valid)
+        )
+        layer.extend(slots, valid, self.past + self.shape[1])
+        self.layer = layer
+        return slots, valid
+
+    def watch_attention(self, module: nn.Module, last: bool) -> None:
+        """Say which attention runs next, and note whether its importance is wanted: not in the last layers."""
+        self.attention = module
+        self.watching = not last and any(row.reduction.wants_importance for row in self.rows)
 
     def _check_arguments(self, given: dict[str, Any]) -> bool:
         check_arguments(given, self.shape[1])
@@ -245,11 +288,11 @@ class Call:
 
     def _dense(self) -> tuple[Tensor, Tensor | None]:
         """Slots [B, past] of a cache that holds all earlier tokens, and which of them are no padding."""
-        slots = torch.arange(self.past, device=self.asked.device).expand(self.shape[0], -1)
+        slots = torch.arange(self.past, device=self.context.device).expand(self.shape[0], -1)
         padded = self.real is not None and not bool(self.real.all())
         return slots, self.real if padded else None
 
-    def _earlier(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+    def _earlier(self, layer: CacheLayer) -> tuple[Tensor, Tensor | None]:
         """Slots and validity of what a layer holds; those of nothing are the same for all layers."""
         dense: tuple[Tensor, Tensor | None] = self._once("dense", None, self._dense)
         return caught_up(layer, self.past) if self.past else dense
@@ -257,10 +300,10 @@ class Call:
     def _places(self) -> Tensor:
         if self.index is not None:
             return self.index
-        return torch.arange(self.shape[1], device=self.asked.device).expand(self.shape)
+        return torch.arange(self.shape[1], device=self.context.device).expand(self.shape)
 
     def _once(self, name: str, key: Any, make: Any) -> Any:
-        """Make once for the same objects; they are kept, so that none takes another's place."""
+        """Make once for the same objects; they are kept alive, so that no other object gets the id of one of them."""
         keys = key if isinstance(key, tuple) else (key,)
         entry = (name, *map(id, keys))
         if entry not in self._memo:
@@ -274,6 +317,7 @@ class Call:
             BackendError: this is not the attention of the layer that is running, or it reads other tokens than are
                 stored.
         """
+        self.watching = False
         if module is not self.attention:
             raise broken(f"{type(module).__name__} attends, which is not the attention of the layer that is running")
         if query.shape[2] != self.present or key.shape[2] != self.stored:
@@ -291,7 +335,7 @@ class Call:
             q = query[i, :, : row.origin.size].transpose(0, 1).flatten(1) * factor
             q = nn.functional.pad(q, (0, 0, keep.numel() - row.origin.size, 0))[None]
             last = torch.tensor([keep.numel() - 1], device=key.device)
-            scores = ops.importance(q, k, last, self.asked.importance_rows, query.shape[1], key.shape[1])
+            scores = ops.importance(q, k, last, self.context.importance_rows, query.shape[1], key.shape[1])
             self.importance.append(scores[-row.origin.size :])
 
     def note_state(self) -> None:
@@ -301,7 +345,7 @@ class Call:
     def restored_states(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
         """What a decoder captured before, between and behind its layers, each at its tokens' places.
 
-        The last one may be the decoder's own output.  L + 1 of [B, K, D], None: not asked for  -> of [B, S, D]
+        The last one may be the decoder's own output.  L + 1 of [B, K, D], None where not requested  -> of [B, S, D]
 
         Raises:
             BackendError: there are more or fewer of them than layers.
@@ -318,7 +362,7 @@ class Call:
             BackendError: it has no last_hidden_state.
         """
         if isinstance(output, tuple):
-            rest = (self.restored_states(one) if _is_states(one) else one for one in output[1:])
+            rest = [self.restored_states(item) if _is_states(item) else item for item in output[1:]]
             return (self.restored(output[0]), *rest)
         if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
             raise broken(f"the decoder's output, a {type(output).__name__}, has no last_hidden_state")
@@ -346,19 +390,4 @@ class Call:
 
 
 def _is_states(value: Any) -> bool:
-    return isinstance(value, tuple) and any(isinstance(one, Tensor) and one.ndim == 3 for one in value)
-
-
-def _stacked(rows: list[Tensor], length: int) -> Tensor:
-    """Rows [K, D] as [B, length, D], their last tokens repeated up to that length."""
-    if len(rows) == 1:
-        return rows[0][None]
-    return torch.stack([torch.cat([row, row[-1:].expand(length - len(row), -1)]) for row in rows])
-
-
-def _joined(old: Tensor, old_valid: Tensor | None, new: Tensor, valid: Tensor | None) -> Tensor | None:
-    if old_valid is None and valid is None:
-        return None
-    pairs = ((old, old_valid), (new, valid))
-    whole = [torch.ones_like(slots, dtype=torch.bool) if known is None else known for slots, known in pairs]
-    return torch.cat([part.to(new.device) for part in whole], dim=1)
+    return isinstance(value, tuple) and any(isinstance(item, Tensor) and item.ndim == 3 for item in value)

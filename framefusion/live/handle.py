@@ -23,9 +23,8 @@ framefusion.reduction.policy's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -38,35 +37,49 @@ from torch import Tensor, nn
 
 from framefusion.errors import BackendError, PromptError
 from framefusion.live.attention.cache import compiled_step, refuse_to_compile
-from framefusion.live.attention.importance import CALL, WatchedConfig, current, register
-from framefusion.live.attention.mask import tokens_seen
+from framefusion.live.attention.importance import WatchedConfig, register
+from framefusion.live.attention.mask import valid_tokens
 from framefusion.live.call import Call, ModelContext, RequestRecord, Row
 from framefusion.live.labels import Labels, MultimodalInputs, Preset, check_labels, labels_behind
-from framefusion.live.proof import BEGUN, Proof
+from framefusion.live.proof import Proof
 from framefusion.live.seams import DEEPSTACK_ARGUMENTS, arguments_of, broken, cache_of
-from framefusion.reducers import DEFAULT, load_reducer
-from framefusion.reducers.reducer import ReductionRequest
+from framefusion.live.state import BEGUN, CALL, INPUTS, LABELS, GivenLabels, current_call_of
+from framefusion.reducers.reducer import Reducer, ReductionRequest
 from framefusion.reduction import tracks
 from framefusion.reduction.policy import ReductionSettings
 from framefusion.reduction.tracks import IntArray
 
-_SEEN: ContextVar[MultimodalInputs | None] = ContextVar("framefusion_seen", default=None)
-_LABELS: ContextVar[tuple[FrameFusion, IntArray] | None] = ContextVar("framefusion_labels", default=None)
-
 
 class FrameFusion:
-    """What `model.framefusion` is: the settings, what the last forward did, and labels of the user's own."""
+    """What `model.framefusion` is: the settings, what the last forward did, and labels of the user's own.
 
-    def __init__(self, model: Any, labels: Labels | None, preset: Preset, settings: ReductionSettings) -> None:
+    Attributes:
+        model: of transformers, without what wraps it.
+        decoder: its LLM, whose layers have the hooks.
+        settings: cost, thresholds and depth.
+        reducer: the method.
+        seed: of a method that draws.
+        importance_rows: last query rows that the importance is averaged over.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        labels: Labels | None,
+        preset: Preset,
+        settings: ReductionSettings,
+        reducer: Reducer,
+        seed: int = 0,
+    ) -> None:
         self.model = model
         self.decoder = model.get_decoder()
         self.settings = settings
-        self.reducer = load_reducer(DEFAULT)
-        self.seed = 0
+        self.reducer = reducer
+        self.seed = seed
         self.importance_rows = preset.importance_rows
         self._find_labels = labels
         self._records: dict[int, tuple[RequestRecord, ...]] = {}
-        self._undo: list[Any] = []
+        self._undo: list[Callable[[], object]] = []
 
     @property
     def last(self) -> tuple[RequestRecord, ...]:
@@ -82,11 +95,11 @@ class FrameFusion:
                 places in a frame. Tokens behind them are text, so generation goes on as it is.
         """
         given = patch_type.cpu().numpy() if isinstance(patch_type, Tensor) else np.asarray(patch_type)
-        token = _LABELS.set((self, np.atleast_2d(given).astype(np.int64)))
+        token = LABELS.set(GivenLabels(self, np.atleast_2d(given).astype(np.int64)))
         try:
             yield
         finally:
-            _LABELS.reset(token)
+            LABELS.reset(token)
 
     def install(self) -> None:
         """Put the hooks in place."""
@@ -103,13 +116,16 @@ class FrameFusion:
         self._undo.append(self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         self._undo.append(self.decoder.register_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
         for i, layer in enumerate(layers):
-            enter, between, leave = (partial(hook, i) for hook in (self._enter_layer, self._between, self._leave_layer))
+            enter = partial(self._enter_layer, i)
+            leave = partial(self._leave_layer, i)
+            before = partial(self._before_attention, i)
+            between = partial(self._between, i)
+            before_mlp = partial(self._before_mlp, i)
             self._undo.append(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
             self._undo.append(layer.register_forward_hook(leave).remove)
-            before = partial(self._before_attention, i)
             self._undo.append(layer.input_layernorm.register_forward_pre_hook(before).remove)
             self._undo.append(layer.post_attention_layernorm.register_forward_pre_hook(between).remove)
-            self._undo.append(layer.mlp.register_forward_pre_hook(partial(self._before_mlp, i)).remove)
+            self._undo.append(layer.mlp.register_forward_pre_hook(before_mlp).remove)
             config = layer.self_attn.config
             layer.self_attn.config = WatchedConfig(config)
             self._undo.append(partial(setattr, layer.self_attn, "config", config))
@@ -119,18 +135,18 @@ class FrameFusion:
         while self._undo:
             self._undo.pop()()
 
-    def when_removed(self, undo: Any) -> None:
+    def when_removed(self, undo: Callable[[], object]) -> None:
         """Call this, too, when the model is restored."""
         self._undo.append(undo)
 
     def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             named = arguments_of(module, "input_ids", args, given)
-            _SEEN.set(MultimodalInputs(named.get("input_ids"), named))
+            INPUTS.set(MultimodalInputs(named.get("input_ids"), named))
 
     def _forget_inputs(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            _SEEN.set(None)
+            INPUTS.set(None)
 
     def _await_decoder(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         """Note that a forward began within which the decoder must; a step of a generation is the cache's to check."""
@@ -154,14 +170,22 @@ class FrameFusion:
         CALL.set(None)
         if begun is False:
             raise broken(f"{type(module).__name__} ran without the hooks of its decoder")
-        if call is not None and call.asked.owner is self:
+        if call is not None and call.context.owner is self:
             raise broken(f"nothing ran behind the decoder of {type(module).__name__}")
+
+    # The way of one forward: _begin, then for each layer _enter_layer (call 0), _between (calls 1 and on) and
+    # _leave_layer, then _end.
 
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Begin a call where there is something to reduce, or a cache that was reduced before."""
-        # 1. what the decoder was given
+        """Begin a call where there is something to reduce, or a cache that was reduced before.
+
+        Raises:
+            BackendError: what cannot be reduced: compiled prefills, gradients, windows; or a seam that did not hold.
+            PromptError: nothing says which tokens are visual.
+        """
+        # 1. What the decoder was given: new tokens, and earlier ones in its cache.
         compiling = torch.compiler.is_compiling()
         named = given if compiling else arguments_of(module, "input_ids", args, given)
         tokens = named.get("inputs_embeds")
@@ -171,13 +195,13 @@ class FrameFusion:
             return refuse_to_compile() if shape[1] > 1 else None
         BEGUN.set(True)
         CALL.set(None)
-        seen = _SEEN.get()
+        inputs = INPUTS.get()
         cache = cache_of(named)
-        if seen is None and self.model.base_model is self.decoder:
-            seen = MultimodalInputs(named.get("input_ids"), named)
+        if inputs is None and self.model.base_model is self.decoder:
+            inputs = MultimodalInputs(named.get("input_ids"), named)
         past = 0 if cache is None else int(cache.get_seq_length())
-        # 2. the visual tokens among it
-        labels = self._labels_of(seen, named, shape, past)
+        # 2. The visual tokens among them; without any, and without a reduced cache, the forward stays as it is.
+        labels = self._labels_of(inputs, named, shape, past)
         mask = named.get("attention_mask")
         if labels is None and shape[1] > 1:
             labels = np.full(shape, tracks.TEXT, np.int64)
@@ -190,43 +214,50 @@ class FrameFusion:
             rows = []
         if not visual and not reduced:
             return None
-        # 3. the call, and the decoder's arguments without what the call does itself
-        self._check(named, tokens, past + shape[1])
-        call = Call(
-            self._asked(tokens.device), rows, shape, past, mask, Proof(self.decoder.layers, shape[1], past + shape[1])
-        )
+        # 3. The call, and the decoder's arguments without what the call does itself.
+        total = past + shape[1]
+        self._check(named, tokens, total)
+        proof = Proof(self.decoder.layers, shape[1], total)
+        call = Call(self._context(tokens.device), rows, shape, past, mask, proof)
         CALL.set(call)
         return ((), call.take_deepstack(named)) if visual else None
 
     def _rows(self, labels: IntArray, mask: Any, past: int) -> list[Row]:
-        seen = tokens_seen(mask, past, past + labels.shape[1], len(labels))
-        real = np.ones(labels.shape, np.bool_) if seen is None else seen.cpu().numpy()
-        return [self._row(own, np.flatnonzero(there)) for own, there in zip(labels, real, strict=True)]
-
-    def _row(self, labels: IntArray, origin: IntArray) -> Row:
-        return Row(self.reducer.start(ReductionRequest(self.settings, labels[origin], self.seed)), origin)
+        """The requests of a batch, each begun with the labels of its tokens but for the padding."""
+        known = valid_tokens(mask, past, past + labels.shape[1], len(labels))
+        valid = np.ones(labels.shape, np.bool_) if known is None else known.cpu().numpy()
+        rows = []
+        for row_labels, row_valid in zip(labels, valid, strict=True):
+            origin = np.flatnonzero(row_valid)
+            request = ReductionRequest(self.settings, row_labels[origin], self.seed)
+            rows.append(Row(self.reducer.start(request), origin))
+        return rows
 
     def _labels_of(
-        self, seen: MultimodalInputs | None, given: dict[str, Any], shape: tuple[int, int], past: int
+        self, inputs: MultimodalInputs | None, given: dict[str, Any], shape: tuple[int, int], past: int
     ) -> IntArray | None:
-        """Labels of the new tokens [B, S], or None: no visual token among them."""
-        own = _LABELS.get()
-        if own is not None and own[0] is self:
-            return labels_behind(own[1], shape, past)
+        """Labels of the new tokens [B, S], or None: no visual token among them.
+
+        Raises:
+            PromptError: nothing says which tokens are visual, or the labels do not fit the batch.
+        """
+        users = LABELS.get()
+        if users is not None and users.owner is self:
+            return labels_behind(users.labels, shape, past)
         if shape[1] == 1:
             return None
-        if seen is None or seen.ids is None:
+        if inputs is None or inputs.ids is None:
             if self._find_labels is None:
                 return None
             raise PromptError(
                 "inputs_embeds do not say which tokens are visual: give input_ids to the whole model, or labels in a "
                 "block of `with model.framefusion.labels(patch_type):`"
             )
-        labels = None if self._find_labels is None else self._find_labels(self.model.base_model, seen, given)
-        check_labels(self.model.config, seen.ids, labels, shape)
+        labels = None if self._find_labels is None else self._find_labels(self.model.base_model, inputs, given)
+        check_labels(self.model.config, inputs.ids, labels, shape)
         return labels
 
-    def _asked(self, device: torch.device) -> ModelContext:
+    def _context(self, device: torch.device) -> ModelContext:
         flash = "flash" in (self.decoder.config._attn_implementation or "")
         return ModelContext(self, self.importance_rows, device, flash)
 
@@ -234,15 +265,15 @@ class FrameFusion:
         """Refuse what cannot be reduced.
 
         Raises:
-            BackendError: gradients or attentions asked for, a prompt beyond a sliding window.
+            BackendError: gradients or attentions requested, a prompt beyond a sliding window.
         """
-        if torch.is_grad_enabled() and any(one.requires_grad for one in (tokens, *self.decoder.parameters())):
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (tokens, *self.decoder.parameters())):
             raise BackendError("tokens are reduced in place: run the model under torch.no_grad() or inference_mode()")
         config = self.decoder.config
         if given.get("output_attentions") or getattr(config, "output_attentions", False):
             raise BackendError("output_attentions cannot be given for reduced tokens: leave it out")
         deep = getattr(getattr(self.model.config, "vision_config", None), "deepstack_visual_indexes", None)
-        if deep and DEEPSTACK_ARGUMENTS[1] not in given and _SEEN.get() is not None:
+        if deep and DEEPSTACK_ARGUMENTS[1] not in given and INPUTS.get() is not None:
             raise broken(f"no {DEEPSTACK_ARGUMENTS[1]} are passed to the decoder")
         window = getattr(config, "sliding_window", None)
         if window is not None and length >= window:
@@ -256,8 +287,8 @@ class FrameFusion:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling():
             return args, compiled_step(index, args[0] if args else given["hidden_states"], given)
-        call = CALL.get()
-        if call is None or call.asked.owner is not self:
+        call = current_call_of(self)
+        if call is None:
             return None
         named = arguments_of(module, "hidden_states", args, given)
         if "hidden_states" not in named:
@@ -270,22 +301,21 @@ class FrameFusion:
                 call.note_state()
             elif call.features:
                 hidden = call.add_features(hidden)
-        told = call.enter(index, named)
-        call.attention = module.get_submodule("self_attn")
+        arguments = call.enter(index, named)
         last = index > self.settings.depth + 1 or index >= len(self.decoder.layers) - 1
-        call.watching = not last and any(row.reduction.wants_importance for row in call.rows)
-        return (hidden,), told
+        call.watch_attention(module.get_submodule("self_attn"), last)
+        return (hidden,), arguments
 
     def _before_attention(self, index: int, *_: Any) -> None:
         """Whether the layer has the arguments of the tokens that are left, before its attention fails on others."""
-        call = current()
-        if call is not None and call.asked.owner is self:
+        call = current_call_of(self)
+        if call is not None:
             call.proof.entered(index)
 
     def _between(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A call between attention and MLP: the residual is the very tensor that the norm takes."""
-        call = current()
-        if call is None or call.asked.owner is not self:
+        call = current_call_of(self)
+        if call is None:
             return
         call.proof.between(index)
         if call.watching:
@@ -307,8 +337,8 @@ class FrameFusion:
         Raises:
             BackendError: it holds another one, of the tokens before.
         """
-        call = current()
-        if call is None or call.asked.owner is not self or call.residual is None:
+        call = current_call_of(self)
+        if call is None or call.residual is None:
             return
         residual = call.residual()
         call.residual = None
@@ -316,8 +346,8 @@ class FrameFusion:
             raise broken(f"the residual of decoder layer {index} is not the tensor that its norm takes")
 
     def _leave_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        call = current()
-        if call is None or call.asked.owner is not self:
+        call = current_call_of(self)
+        if call is None:
             return None
         call.proof.leave(index, output, call.present, call.layer, call.cache)
         call.note_state()
@@ -330,7 +360,7 @@ class FrameFusion:
             return None
         call = CALL.get()
         CALL.set(None)
-        if output is None or call is None or call.asked.owner is not self:
+        if output is None or call is None or call.context.owner is not self:
             return None
         call.proof.end(output, given.get("use_cache"))
         if not call.rows:

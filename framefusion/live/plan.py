@@ -1,11 +1,12 @@
 """Similarity and plans on the hidden states of a live model: numpy's own code on the CPU, its torch twin elsewhere.
 
 On the CPU the memory is shared and numpy's one pass is several times faster than torch's kernels for each step. Knows
-tokens of one request, no batch and no layer.
+rows of tokens, no layer and no call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,21 @@ def features_of(hidden: Tensor) -> FloatArray:
 
 
 def apply_plan(hidden: Tensor, plan: Plan) -> Tensor:
-    """The policy's apply_plan, which does it itself on the CPU; rows behind the plan's tokens are padding. -> [K, D]"""
+    """Apply a plan to S tokens, on the CPU by reduction.plan.apply_plan itself.  [>= S, D] -> [K, D]
+
+    Rows behind the S tokens are padding and go.
+    """
     if hidden.device.type == "cpu":
         return torch.from_numpy(host_plan.apply_plan(_array(hidden), plan)).to(hidden.dtype)
     return apply_plan_on_device(hidden, plan)
+
+
+def apply_plans(hidden: Tensor, plans: Sequence[Plan], length: int) -> Tensor:
+    """Apply a plan to each row of a batch; shorter ones repeat their last token.  [B, S, D] -> [B, length, D]"""
+    rows = [apply_plan(row, plan) for row, plan in zip(hidden, plans, strict=True)]
+    if len(rows) == 1:
+        return rows[0][None]
+    return torch.stack([torch.cat([row, row[-1:].expand(length - len(row), -1)]) for row in rows])
 
 
 def apply_plan_on_device(hidden: Tensor, plan: Plan) -> Tensor:

@@ -9,15 +9,12 @@ comparisons of numbers a layer. Knows the order of things, nothing of tokens or 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 
-from framefusion.live.seams import LAYER_ARGUMENTS, broken, cache_in
-
-BEGUN: ContextVar[bool | None] = ContextVar("framefusion_begun", default=None)
-"""Whether the decoder has begun within the model's forward; None where nothing waits for it."""
+from framefusion.live.attention.slots import CacheLayer
+from framefusion.live.seams import LAYER_ARGUMENTS, Cache, broken, cache_in
 
 
 class Proof:
@@ -34,7 +31,7 @@ class Proof:
         self.total = total
         self.layer = -1
         self.place = "left"
-        self.cache: Any = None
+        self.cache: Cache | None = None
 
     def enter(self, index: int) -> None:
         """Before a layer.
@@ -66,14 +63,14 @@ class Proof:
         self.entered(index)
         self.place = "between"
 
-    def leave(self, index: int, output: Any, present: int, stored: Any, cache: Any) -> None:
+    def leave(self, index: int, output: Any, present: int, stored: CacheLayer | None, cache: Cache | None) -> None:
         """Behind a layer.
 
         Args:
             index: of the layer.
             output: of its forward.
             present: tokens that must be in it.
-            stored: the cache's layer that was told of the tokens, None without a cache.
+            stored: the cache's layer that was prepared for the tokens, None without a cache.
             cache: that holds it.
 
         Raises:
@@ -85,10 +82,10 @@ class Proof:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise broken(f"decoder layer {index} gave {shape} for {present} tokens that are left")
         if stored is not None:
-            if stored.announced or cache.layers[index] is not stored:
+            if stored.announced or cache is None or cache.layers[index] is not stored:
                 raise broken(f"decoder layer {index} stored nothing in the cache that was adopted for it")
             if stored.get_seq_length() != self.total:
-                raise broken(f"the cache tells {stored.get_seq_length()} tokens for a prompt of {self.total}")
+                raise broken(f"the cache counts {stored.get_seq_length()} tokens for a prompt of {self.total}")
         self.cache = cache
         self.place = "left"
 
@@ -111,7 +108,7 @@ class Proof:
         if self.cache is not None and given_back is not None and given_back is not self.cache:
             raise broken("the decoder gives back another KV cache than its layers had")
         if self.cache is not None and self.cache.get_seq_length() != self.total:
-            raise broken(f"the cache tells {self.cache.get_seq_length()} tokens for a prompt of {self.total}")
+            raise broken(f"the cache counts {self.cache.get_seq_length()} tokens for a prompt of {self.total}")
 
     def _skip(self, index: int) -> None:
         """Go on to a layer; compiled steps of single layers leave no trace."""
@@ -133,8 +130,9 @@ def check_arguments(given: Mapping[str, Any], tokens: int) -> None:
         BackendError: rotary tables or mask are absent, or of another length; another argument is of the same length.
     """
     tables = given.get("position_embeddings")
-    fits = isinstance(tables, (tuple, list)) and all(isinstance(one, Tensor) and one.ndim > 2 for one in tables)
-    if not fits or any(one.shape[-2] != tokens for one in tables or ()):
+    given_tables = tables if isinstance(tables, (tuple, list)) else ()
+    fits = [isinstance(table, Tensor) and table.ndim > 2 and table.shape[-2] == tokens for table in given_tables]
+    if tables is not given_tables or not all(fits):
         raise broken(f"no position_embeddings of {tokens} tokens are passed to the decoder layers")
     if "attention_mask" not in given:
         raise broken("no attention_mask is passed to the decoder layers")

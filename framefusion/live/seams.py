@@ -1,8 +1,8 @@
 """The seams: every name of transformers that the live model leans on, in all its spellings.
 
 transformers moves these names between minor versions, and says so only to who calls it in the old way. Whatever the
-live_* modules read of a model, hand to a layer or take from a registry is named here; what a forward must show before
-its answer is believed stands in live_proof. A name that moved is looked up under each of its spellings by what is
+modules of this folder read of a model, hand to a layer or take from a registry is named here; what a forward must show
+before its answer is believed stands in proof.py. A name that moved is looked up under each of its spellings by what is
 passed, not by the version that is installed.
 
     models      get_decoder(), base_model, config.model_type, config.get_text_config()
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -43,6 +43,15 @@ LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings")
 
 WRAPPED = ("_orig_mod", "module", "base_model", "model")
 """Where modules that wrap a model keep it: torch.compile's, DataParallel's, others'."""
+
+
+class Cache(Protocol):
+    """What the live model uses of transformers' Cache."""
+
+    layers: list[Any]  # of the classes that `cache_layers` has, one a decoder layer that ran
+
+    def get_seq_length(self) -> int:
+        """Tokens of the prompt so far."""
 
 
 def installed() -> str:
@@ -103,10 +112,10 @@ def arguments_of(module: nn.Module, first: str, args: tuple[Any, ...], given: Ma
 def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the arguments that may be given by place, without self."""
     parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
 
 
-def cache_of(given: Mapping[str, Any]) -> Any:
+def cache_of(given: Mapping[str, Any]) -> Cache | None:
     """The KV cache among the arguments of a module, None without one.
 
     Raises:
@@ -114,14 +123,15 @@ def cache_of(given: Mapping[str, Any]) -> Any:
     """
     for name in CACHE_ARGUMENTS:
         if given.get(name) is not None:
-            return given[name]
+            cache: Cache = given[name]
+            return cache
     strange = [name for name, value in given.items() if isinstance(value, cache_class())]
     if strange:
         raise broken(f"the KV cache is passed as {strange[0]}, not as {' or '.join(CACHE_ARGUMENTS)}")
     return None
 
 
-def cache_in(output: Iterable[Any]) -> Any:
+def cache_in(output: Iterable[Any]) -> Cache | None:
     """The KV cache among what a decoder gives back, None without one."""
     return next((value for value in output if isinstance(value, cache_class())), None)
 
@@ -174,7 +184,7 @@ def unwrapped(model: Any) -> Any:
     """The model of transformers within whatever wraps it: PEFT's, torch.compile's, DataParallel's, accelerate's.
 
     Raises:
-        BackendError: it is split over several devices by batch, where threads would not see labels.
+        BackendError: it is split over several devices by batch, where threads would not have the labels.
         CheckpointError: there is no model of transformers within.
     """
     from transformers import PreTrainedModel
@@ -188,7 +198,8 @@ def unwrapped(model: Any) -> Any:
             )
         inner = model.get_base_model() if hasattr(model, "get_base_model") else None
         within = (getattr(model, name, None) for name in WRAPPED)
-        inner = inner if inner is not None else next((one for one in within if isinstance(one, nn.Module)), None)
+        if inner is None:
+            inner = next((module for module in within if isinstance(module, nn.Module)), None)
         if inner is None or inner is model:
             if hasattr(model, "get_decoder"):
                 return model

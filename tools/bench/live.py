@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.interface import FrameFusion, apply_framefusion, remove_framefusion
-from framefusion.live.attention.importance import CALL
 from framefusion.live.call import Call
+from framefusion.live.state import CALL
 from framefusion.runtime.format.manifest import ModelRecord
 from framefusion.runtime.media.visual_input import Grid
 from framefusion.runtime.view.flops import prefill_flops

@@ -1,31 +1,22 @@
-"""Importance from whichever attention a model uses: its own queries and keys, seen on their way to it.
+"""Importance from whichever attention a model uses: its own queries and keys, read on their way to it.
 
 transformers looks the attention function up by name in a registry, in the configuration that each attention module
-holds. A view of that configuration tells another name while a call wants the importance, and the function registered
+holds. A view of that configuration gives another name while a call wants the importance, and the function registered
 under it computes the scores and goes on to the model's own. Otherwise nothing differs.
 """
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from framefusion.live.call import Call
 from framefusion.live.seams import attention_of, register_attention
+from framefusion.live.state import CALL, current_call
 
 NAME = "framefusion"
 """In transformers' attention registry."""
-
-CALL: ContextVar[Call | None] = ContextVar("framefusion_call", default=None)
-"""The forward of the decoder that this thread is in, if it reduces or reads what was reduced."""
-
-
-def current() -> Call | None:
-    """The call that this thread is in; none in a compiled step, where nothing is reduced."""
-    return None if torch.compiler.is_compiling() else CALL.get()
 
 
 def register() -> None:
@@ -46,16 +37,15 @@ class WatchedConfig:
 
     @property
     def _attn_implementation(self) -> str | None:
-        call = current()
-        told: str | None = self.__dict__["original"]._attn_implementation
-        return NAME if call is not None and call.watching else told
+        call = current_call()
+        configured: str | None = self.__dict__["original"]._attn_implementation
+        return NAME if call is not None and call.watching else configured
 
 
 def watched_attention(module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **named: Any) -> Any:
     """What the model's own attention function does, and the importance beside it."""
     call = CALL.get()
     assert call is not None  # only a call that watches gets here
-    call.watching = False
     scaling = named.get("scaling")
     with torch.autocast(query.device.type, enabled=False):  # scores of halves would tie
         call.watch(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)

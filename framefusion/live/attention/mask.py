@@ -14,17 +14,28 @@ from torch import Tensor
 from framefusion.errors import BackendError
 
 
-def tokens_seen(mask: Any, start: int, end: int, batch: int) -> Tensor | None:
-    """Which of the tokens start .. end - 1 are no padding: those that some token sees.  -> bool [B, end - start]
+def valid_tokens(mask: Any, start: int, end: int, batch: int) -> Tensor | None:
+    """Which of the tokens start .. end - 1 are no padding: those that some token attends to.  -> bool [B, end - start]
 
-    None for a mask of another form, or none at all.
+    Args:
+        mask: [B or 1, 1, S, T] bool or additive, [B or 1, T] with 0 for padding, or a dict of such.
+        start: the first token.
+        end: behind the last one.
+        batch: B.
+
+    Returns:
+        None for a mask of another form, or none at all.
     """
     if isinstance(mask, dict):  # by kind of attention, as generate() makes them for a static cache
-        mask = next((one for one in mask.values() if one is not None), None)
+        mask = next((kind for kind in mask.values() if kind is not None), None)
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         return None
-    seen = mask if mask.ndim == 2 else (mask if mask.dtype == torch.bool else mask >= 0)[:, 0].any(1)
-    return seen[:, start:end].bool().expand(batch, -1)
+    if mask.ndim == 2:
+        attended = mask
+    else:
+        allowed = mask if mask.dtype == torch.bool else mask >= 0
+        attended = allowed[:, 0].any(1)
+    return attended[:, start:end].bool().expand(batch, -1)
 
 
 def reduced_mask(
@@ -38,7 +49,7 @@ def reduced_mask(
         slots: places of the tokens stored among all; those present are the last of them.  [B, T]
         valid: which slots are no padding, None: all.  [B, T]
         past: tokens before the new ones.
-        flash: masks have two axes and tell padding alone.
+        flash: masks have two axes and mark padding alone.
 
     Returns:
         [B, 1, K, T], [B, T], or None: causal from the right end.
@@ -50,8 +61,8 @@ def reduced_mask(
         return None
     rows = torch.arange(len(slots), device=slots.device)
     if flash or (isinstance(mask, Tensor) and mask.ndim == 2):
-        seen = torch.ones_like(slots) if mask is None else mask.to(slots.device)[rows[:, None], slots]
-        return seen if valid is None else seen * valid
+        padding_mask = torch.ones_like(slots) if mask is None else mask.to(slots.device)[rows[:, None], slots]
+        return padding_mask if valid is None else padding_mask * valid
     places = places.to(slots.device)
     if mask is None:
         chosen = slots[:, None] <= past + places[:, :, None]  # [B, K, T]
@@ -81,6 +92,7 @@ def buffer_mask(mask: Tensor | None, places: Tensor) -> Tensor:
 
 
 def _hidden_where(mask: Tensor, padding: Tensor | None) -> Tensor:
+    """A bool or additive mask that lets nobody attend to padding."""
     if padding is None:
         return mask
     return mask.masked_fill(padding, torch.finfo(mask.dtype).min if mask.is_floating_point() else False)
