@@ -15,6 +15,8 @@ DType = Literal["float32", "float16", "bfloat16"]
 DEFAULT_TEXT = 512
 ENGINE_DIALECT = "portable"
 ENGINE_DTYPES = ("float16", "bfloat16")  # of the graphs that TensorRT engines are made of
+LIVE = ("transformers", "eager")
+"""What runs a checkpoint that is evaluated without a build: transformers' own model, or our graphs in eager torch."""
 CACHE_LIMIT = 64_000_000_000  # bytes of engines that stay in a cache
 
 

@@ -99,7 +99,7 @@ def measure(checkpoint: Path, work: Path, asked: list[Question], jobs: int) -> d
 
 
 def run(setup: Setup, asked: list[Question], under: list[Condition], output: Path, jobs: int) -> dict[str, Any]:
-    return evaluate(setup, asked, under, output=output, jobs=jobs, told=CountLines(f"questions, {output.stem}"))
+    return evaluate(setup, asked, under, output=output, jobs=jobs, on_progress=CountLines(f"questions, {output.stem}"))
 
 
 def differing(first: Path, second: Path) -> int:

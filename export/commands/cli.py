@@ -333,20 +333,20 @@ def evaluate(
     built. Decoding is greedy.
     """
     try:
-        from framefusion.export.evaluate.answering import Setup, own_condition
+        from framefusion.export.evaluate.answering import Setup, default_condition
         from framefusion.export.evaluate.evaluation import conditions, render
         from framefusion.export.evaluate.evaluation import evaluate as run
         from framefusion.export.evaluate.questions import read_questions
     except ImportError as error:
         raise _missing(error) from None
 
-    asked = read_questions(questions, limit)
+    question_list = read_questions(questions, limit)
     opened = Setup(model, **setup)
     if not opened.is_bundle:
         _open(model, opened.revision)
-    own = own_condition(opened)
-    under = conditions(reducer or (own.reducer,), cost or (1.0, own.cost))
-    report = run(opened, asked, under, output=output, jobs=jobs, told=CountLines("questions"))
+    default = default_condition(opened)
+    under = conditions(reducer or (default.reducer,), cost or (1.0, default.cost))
+    report = run(opened, question_list, under, output=output, jobs=jobs, on_progress=CountLines("questions"))
     console.show({"file": str(questions)} | report, render)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import click
 
+from framefusion.export.options import LIVE
 from framefusion.runtime.commands.flags import MOST_THREADS
 from framefusion.runtime.format.engine_record import EngineKind
 
@@ -23,7 +24,6 @@ else:
 Item = TypeVar("Item", int, float, str)
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
-LIVE = ("transformers", "eager")
 COUNT = click.IntRange(min=1)
 JOBS = click.IntRange(min=1, max=MOST_THREADS)
 LAYER = click.IntRange(min=0)

@@ -78,12 +78,18 @@ class AnswerFile:
 
     def missing(self, question: str, conditions: Sequence[Condition]) -> list[Condition]:
         """Conditions under which a question has no answer yet."""
-        return [one for one in conditions if (question, one.reducer, one.cost) not in self.answers]
+        return [
+            condition for condition in conditions if (question, condition.reducer, condition.cost) not in self.answers
+        ]
 
-    def add(self, question: str, asked: Sequence[Condition], answers: Iterable[Answer]) -> None:
-        """Keep the answers to a question: they outlive this process, however it ends."""
+    def add(self, question: str, conditions: Sequence[Condition], answers: Iterable[Answer]) -> None:
+        """Keep the answers to a question, one for each condition: they outlive this process, however it ends.
+
+        Raises:
+            StorageError: they cannot be written; what was there stays as it was.
+        """
         rows = []
-        for condition, answer in zip(asked, answers, strict=True):
+        for condition, answer in zip(conditions, answers, strict=True):
             self.answers[question, condition.reducer, condition.cost] = answer
             rows.append(_row(question, condition, answer))
         if self._file is not None:
@@ -97,7 +103,7 @@ class AnswerFile:
                 raise StorageError(f"{self._partial} cannot be written ({error.strerror}): free space") from None
 
     def opened(self, engine: str, note: str | None) -> None:
-        """Tell what gives the answers from now on.
+        """Note what gives the answers from now on.
 
         Raises:
             EvaluationError: another engine gave those that are there.
@@ -108,7 +114,11 @@ class AnswerFile:
         self.note = note
 
     def finish(self, report: Mapping[str, Any]) -> None:
-        """Put the report and all answers in FILE."""
+        """Put the report and all answers in FILE.
+
+        Raises:
+            StorageError: FILE cannot be written; the answers stay in FILE.partial.
+        """
         if self.output is None:
             return
         rows = [_row(key[0], Condition(*key[1:]), answer) for key, answer in self.answers.items()]
@@ -180,10 +190,10 @@ class AnswerFile:
         with open(handle, "rb", closefd=False) as partial:
             *lines, torn = partial.read().split(b"\n")
         try:
-            told = [json.loads(line) for line in lines]
-            if not told and not torn:
+            objects = [json.loads(line) for line in lines]
+            if not objects and not torn:
                 return
-            head, *rows = told
+            head, *rows = objects
         except (ValueError, RecursionError):
             raise EvaluationError(f"{self._partial} is no evaluation: move it away or choose another file") from None
         self._take(self._partial, head, rows)
@@ -198,8 +208,8 @@ class AnswerFile:
                 raise self._other(name, head.get(name), mine)
         try:
             for row in rows:
-                told = {name: value for name, value in row.items() if name not in ("question", "reducer", "cost")}
-                answer = Answer(**{**told, "outcomes": tuple(told.get("outcomes", ()))})
+                fields = {name: value for name, value in row.items() if name not in ("question", "reducer", "cost")}
+                answer = Answer(**{**fields, "outcomes": tuple(fields.get("outcomes", ()))})
                 self.answers[row["question"], row["reducer"], row["cost"]] = answer
         except (KeyError, TypeError, AttributeError):
             raise EvaluationError(f"{path} holds an answer that is none: choose another file, or remove it") from None

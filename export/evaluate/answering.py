@@ -11,19 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from framefusion.export.commands.flags import LIVE
 from framefusion.export.evaluate.questions import Question
+from framefusion.export.options import LIVE
 from framefusion.reduction.policy import CallRecord
 from framefusion.runtime.commands.flags import frame_sampling
 from framefusion.runtime.format.bundle_files import sha256_of
 from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest
 from framefusion.runtime.media.frame_sampling import FrameSampling
-from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
-
-if TYPE_CHECKING:
-    pass
+from framefusion.runtime.pipeline import Generation, Pipeline, Request, dense_pipeline
 
 ONNXRUNTIME = "onnxruntime"
 TRANSFORMERS, EAGER = LIVE
@@ -84,12 +80,12 @@ class Setup:
         return (Path(self.model) / MANIFEST).is_file()
 
     def seed_of(self, question: Question) -> int:
-        """For a question's own draws, whichever questions are asked beside it."""
+        """For the draws of a question: the same whichever other questions are in the file."""
         return (int(question.key, 16) + self.seed) % 2**32
 
-    def sampling(self, told: FrameSampling) -> FrameSampling:
-        """Of frames: as asked, the rest as told."""
-        return frame_sampling(told, self.fps, self.max_frames)
+    def sampling(self, default: FrameSampling) -> FrameSampling:
+        """A model's sampling of frames with this setup's fps and max_frames in place of its."""
+        return frame_sampling(default, self.fps, self.max_frames)
 
 
 class Answerer(ABC):
@@ -97,7 +93,7 @@ class Answerer(ABC):
 
     Attributes:
         engine: what runs it, with versions; answers of another engine are another evaluation's.
-        note: why it is this engine, where that was not asked for.
+        note: why it is this engine, where no setup named it.
     """
 
     engine: str
@@ -105,11 +101,15 @@ class Answerer(ABC):
 
     @abstractmethod
     def answers(self, question: Question, conditions: Sequence[Condition]) -> Iterator[Answer]:
-        """The question under each condition, in their order; a condition that cannot be met is refused first."""
+        """An answer to the question under each condition, in their order.
+
+        Raises:
+            FrameFusionError: media that cannot be read, or a condition that cannot be met; no answer comes before it.
+        """
 
 
 def engine_of(name: str) -> str:
-    """With the versions that its numbers depend on."""
+    """An engine's name with the versions that its numbers depend on: "transformers (transformers 5.1, torch 2.9)"."""
     from importlib.metadata import version
 
     packages = {ONNXRUNTIME: ("onnxruntime",), EAGER: ("torch",), TRANSFORMERS: ("transformers", "torch")}[name]
@@ -137,19 +137,28 @@ class PipelineAnswerer(Answerer):
 
     def answers(self, question: Question, conditions: Sequence[Condition]) -> Iterator[Answer]:
         """See `Answerer.answers`."""
+        # 1. Films are decoded and encoded once: conditions differ behind the tower alone.
         prompt, rows = self.pipeline.read(question.turns(self.setup.system), question.files)
-        text = prompt.token_ids.size - prompt.num_visual
-        dense = None
-        asked = [self._asked(question, condition) for condition in conditions]
-        for pipeline, request in asked:
-            pipeline.reduction(prompt, request)  # refuses
-        for (pipeline, request), condition in zip(asked, conditions, strict=True):
-            made = dense if condition.cost == 1.0 and dense is not None else pipeline.answer(prompt, rows, request)
-            dense = made if condition.cost == 1.0 else dense  # the same whichever reducer has nothing to do
-            left = made.kv_lengths[-1] - text
-            yield Answer(made.text, made.cost, made.visual_tokens, left, outcomes_of(made.reduction))
+        text_tokens = prompt.token_ids.size - prompt.num_visual
+        # 2. What cannot be met is refused before the first prefill, which may take minutes.
+        runs = [self._run_of(question, condition) for condition in conditions]
+        for pipeline, request in runs:
+            pipeline.reduction(prompt, request)
+        # 3. One prefill a condition; at cost 1 every reducer has nothing to do, so one answer serves all of them.
+        dense: Generation | None = None
+        for (pipeline, request), condition in zip(runs, conditions, strict=True):
+            if condition.cost == 1.0 and dense is not None:
+                generation = dense
+            else:
+                generation = pipeline.answer(prompt, rows, request)
+            if condition.cost == 1.0:
+                dense = generation
+            left = generation.kv_lengths[-1] - text_tokens
+            outcomes = outcomes_of(generation.reduction)
+            yield Answer(generation.text, generation.cost, generation.visual_tokens, left, outcomes)
 
-    def _asked(self, question: Question, condition: Condition) -> tuple[Pipeline, Request]:
+    def _run_of(self, question: Question, condition: Condition) -> tuple[Pipeline, Request]:
+        """The pipeline that answers under a condition, and what it is to do."""
         greedy = replace(self.pipeline.manifest.generation, do_sample=False)
         most = self.setup.max_new_tokens
         seed = self.setup.seed_of(question)
@@ -171,8 +180,8 @@ def fingerprint(setup: Setup) -> str:
     return identity(identity_of(Checkpoint.named(setup.model, setup.revision)))
 
 
-def own_condition(setup: Setup) -> Condition:
-    """Reducer and cost that a model has by itself; those of a build for a checkpoint."""
+def default_condition(setup: Setup) -> Condition:
+    """Reducer and cost of a bundle's manifest; for a checkpoint those of a build without flags."""
     if setup.is_bundle:
         record = read_manifest(Path(setup.model)).reduction
         return Condition(DENSE if record.mode == "none" else record.reducer, record.cost)

@@ -1,6 +1,9 @@
 """The accuracy of a model on a file of questions, under every reducer and cost: the main path, readable in one sitting.
 
 questions x conditions -> answers, in one process or several -> a report: shares with intervals, by type, compared
+
+`evaluate` is the path, each step named in it; how a question is answered is in answering.py, what an answer file holds
+in answer_file.py, the statistics in scoring.py.
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ from framefusion.export.evaluate.scoring import paired, share_of
 from framefusion.reducers import load_reducer
 
 SEPARATE = ("model", "revision", "threads", "live")
-"""Of a setup: what does not change an answer, or is told by the fingerprint and the engine."""
+"""Of a setup: what does not change an answer, or is in the fingerprint and the engine."""
 TYPES_ACROSS = 5  # of a table
 
-Told = Callable[[int, int], None]
-"""Told how many of the questions are answered."""
+OnProgress = Callable[[int, int], None]
+"""Called with the number of questions that are answered, and of all."""
 
 
 class QuestionAnswers(NamedTuple):
@@ -48,11 +51,11 @@ def conditions(reducers: Sequence[str], costs: Sequence[float]) -> list[Conditio
 
     Raises:
         ReducerError: a name is unknown.
-        EvaluationError: nothing is left to ask.
+        EvaluationError: there is no reducer or no cost.
     """
     for reducer in reducers:
         load_reducer(reducer)
-    every = [Condition(one, 1.0 if one == DENSE else cost) for one in reducers for cost in costs]
+    every = [Condition(reducer, 1.0 if reducer == DENSE else cost) for reducer in reducers for cost in costs]
     if not every:
         raise EvaluationError("no reducer or no cost to answer with: give one or more of each")
     return list(dict.fromkeys(every))
@@ -61,65 +64,80 @@ def conditions(reducers: Sequence[str], costs: Sequence[float]) -> list[Conditio
 def evaluate(
     setup: Setup,
     questions: Sequence[Question],
-    asked: Sequence[Condition],
+    conditions: Sequence[Condition],
     *,
     output: Path | None = None,
     jobs: int = 1,
-    told: Told | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Ask every question under every condition and report.
+    """Answer every question under every condition and report.
 
     Args:
         setup: what answers.
-        questions: none may be another one's repetition.
-        asked: the others are compared with the reducer of the first.
-        output: file that gets the report and all answers; those that it has are not asked again.
+        questions: each only once, by its key.
+        conditions: see the function of this name; the others are compared with the reducer of the first.
+        output: file that gets the report and all answers; a question that has its answer there is not run again.
         jobs: processes, each with the model.
-        told: of progress.
+        on_progress: see `OnProgress`.
+
+    Returns:
+        What FILE gets, answers left out: see docs/evaluation.md.
 
     Raises:
-        EvaluationError: the output holds another evaluation.
+        EvaluationError: a question stands there twice, or the output holds another evaluation.
         FrameFusionError: a question or condition cannot be answered; the question is named.
     """
-    keys = {question.key: question for question in questions}
-    if len(keys) < len(questions):
+    # 1. A question is known by what it says and shows: two of a key would be counted as one.
+    by_key = {question.key: question for question in questions}
+    if len(by_key) < len(questions):
         repeated = Counter(question.key for question in questions).most_common(1)[0][0]
-        raise EvaluationError(f"question {keys[repeated].name} is asked more than once: ask each only once")
+        raise EvaluationError(f"question {by_key[repeated].name} is asked more than once: ask each only once")
+    # 2. Answers that are there are kept only if model and setup are the same: a mixed table would show neither.
     settings = {name: value for name, value in asdict(setup).items() if name not in SEPARATE}
     with AnswerFile(output, {"model": fingerprint(setup), "setup": settings}) as kept:
-        waiting = [(one, missing) for key, one in keys.items() if (missing := kept.missing(key, asked))]
-        done = len(keys) - len(waiting)
-        for made in ask_all(setup, waiting, jobs):
-            kept.opened(made.engine, made.note)
-            kept.add(made.question.key, made.conditions, made.answers)
+        # 3. Only what is missing is answered, so that an interrupted run goes on.
+        missing_of = {key: kept.missing(key, conditions) for key in by_key}
+        waiting = [(by_key[key], missing) for key, missing in missing_of.items() if missing]
+        done = len(by_key) - len(waiting)
+        # 4. Each question is on disk before the next one is reported: a process may be killed at any time.
+        for answered in answer_all(setup, waiting, jobs):
+            kept.opened(answered.engine, answered.note)
+            kept.add(answered.question.key, answered.conditions, answered.answers)
             done += 1
-            if told is not None:
-                told(done, len(keys))
-        found = {"model": setup.model, "sha256": kept.identity["model"], "engine": kept.engine, "note": kept.note}
-        found |= {"setup": settings} | report(keys, asked, kept)
-        kept.finish(found)
-    return found
+            if on_progress is not None:
+                on_progress(done, len(by_key))
+        # 5. The report is made of the file's answers, old and new alike.
+        result = {"model": setup.model, "sha256": kept.identity["model"], "engine": kept.engine, "note": kept.note}
+        result |= {"setup": settings} | report(by_key, conditions, kept)
+        kept.finish(result)
+    return result
 
 
-# --- Asking ---------------------------------------------------------------------------------------------------------
+# --- Answering ------------------------------------------------------------------------------------------------------
 
 _ANSWERER: Answerer | FrameFusionError | None = None  # of a process of the pool
 
 
-def ask_all(
-    setup: Setup, asked: Sequence[tuple[Question, Sequence[Condition]]], jobs: int
+def answer_all(
+    setup: Setup, waiting: Sequence[tuple[Question, Sequence[Condition]]], jobs: int
 ) -> Iterator[QuestionAnswers]:
-    """What is answered, as it comes; nothing is opened where nothing is asked."""
-    if not asked:
+    """The answers to questions, each under its conditions, as they come; without a question no model is opened.
+
+    Raises:
+        BackendError: a process of several was killed.
+        FrameFusionError: the model cannot be opened, or see `answer`.
+    """
+    if not waiting:
         return
     if jobs == 1:
         answerer = open_answerer(setup)
-        for question, missing in asked:
-            yield ask(answerer, question, missing)
+        for question, missing in waiting:
+            yield answer(answerer, question, missing)
         return
-    pool = ProcessPoolExecutor(min(jobs, len(asked)), get_context("spawn"), _open_in_process, (setup,))
+    pool = ProcessPoolExecutor(min(jobs, len(waiting)), get_context("spawn"), _open_in_process, (setup,))
     try:
-        for future in as_completed([pool.submit(_ask_in_process, *one) for one in asked]):
+        futures = [pool.submit(_answer_in_process, question, missing) for question, missing in waiting]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise BackendError("a process that answered was killed, as happens without memory: give fewer --jobs") from None
@@ -127,8 +145,8 @@ def ask_all(
         pool.shutdown(cancel_futures=True)
 
 
-def ask(answerer: Answerer, question: Question, missing: Sequence[Condition]) -> QuestionAnswers:
-    """One question; what cannot be answered is refused with its name."""
+def answer(answerer: Answerer, question: Question, missing: Sequence[Condition]) -> QuestionAnswers:
+    """One question under some conditions; an error of it is raised with the question's name."""
     try:
         answers = list(answerer.answers(question, missing))
     except FrameFusionError as error:
@@ -145,34 +163,53 @@ def _open_in_process(setup: Setup) -> None:
         _ANSWERER = error
 
 
-def _ask_in_process(question: Question, missing: Sequence[Condition]) -> QuestionAnswers:
+def _answer_in_process(question: Question, missing: Sequence[Condition]) -> QuestionAnswers:
     assert _ANSWERER is not None
     if isinstance(_ANSWERER, FrameFusionError):
         raise _ANSWERER
-    return ask(_ANSWERER, question, missing)
+    return answer(_ANSWERER, question, missing)
 
 
 # --- Reporting ------------------------------------------------------------------------------------------------------
 
 
-def report(questions: Mapping[str, Question], asked: Sequence[Condition], kept: AnswerFile) -> dict[str, Any]:
-    """Shares of right answers under each condition, by type too, and the first reducer beside each other one."""
+def report(questions: Mapping[str, Question], conditions: Sequence[Condition], kept: AnswerFile) -> dict[str, Any]:
+    """Shares of right answers under each condition, by type too, and the first reducer beside each other one.
+
+    Args:
+        questions: by key.
+        conditions: under which `kept` has an answer to each of them.
+        kept: the answers.
+
+    Returns:
+        Plain values: `questions`, `accuracy` and `paired` of docs/evaluation.md.
+    """
     types = Counter(question.type for question in questions.values())
-    right: dict[Condition, list[bool]] = {}
+    right: dict[Condition, list[bool]] = {}  # in the order of the questions
     rows = []
-    for condition in asked:
+    for condition in conditions:
         answers = [kept.answers[key, condition.reducer, condition.cost] for key in questions]
-        right[condition] = [one.is_right(made.text) for one, made in zip(questions.values(), answers, strict=True)]
-        pairs = list(zip(questions.values(), right[condition], strict=True))
-        by_type = {kind: share_of([is_right for one, is_right in pairs if one.type == kind]) for kind in types}
+        right[condition] = []
+        right_of_type: dict[str, list[bool]] = {kind: [] for kind in types}
+        for question, given in zip(questions.values(), answers, strict=True):
+            is_right = question.is_right(given.text)
+            right[condition].append(is_right)
+            right_of_type[question.type].append(is_right)
+        by_type = {kind: share_of(verdicts) for kind, verdicts in right_of_type.items()}
         rows.append(asdict(condition) | share_of(right[condition]) | _reached(answers) | {"types": by_type})
-    first = asked[0].reducer
-    compared = [
-        {"first": first, "second": other.reducer, "cost": other.cost} | paired(right[own], right[other])
-        for other in asked
-        if other.reducer != first and other.cost < 1 and (own := Condition(first, other.cost)) in right
-    ]
-    return {"questions": dict(types), "accuracy": rows, "paired": compared}
+    return {"questions": dict(types), "accuracy": rows, "paired": _pairs(conditions, right)}
+
+
+def _pairs(conditions: Sequence[Condition], right: Mapping[Condition, Sequence[bool]]) -> list[dict[str, Any]]:
+    """The first condition's reducer beside each other one, at every cost below 1 that both answered at."""
+    first = conditions[0].reducer
+    rows = []
+    for condition in conditions:
+        counterpart = Condition(first, condition.cost)
+        if condition.reducer != first and condition.cost < 1 and counterpart in right:
+            names = {"first": first, "second": condition.reducer, "cost": condition.cost}
+            rows.append(names | paired(right[counterpart], right[condition]))
+    return rows
 
 
 def _reached(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -185,44 +222,44 @@ def _reached(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def render(found: Mapping[str, Any]) -> str:
-    """The report as tables for people."""
-    total = sum(found["questions"].values())
-    lines = [f"{found['model']} by {found['engine']}, {total} questions"]
-    if found["note"]:
-        lines.append(f"not by transformers: {found['note']}")
+def render(result: Mapping[str, Any]) -> str:
+    """What `evaluate` returns, as tables for people."""
+    total = sum(result["questions"].values())
+    lines = [f"{result['model']} by {result['engine']}, {total} questions"]
+    if result["note"]:
+        lines.append(f"not by transformers: {result['note']}")
     head = ("reducer", "cost", "reached", "tokens left", "right", "%", "95 % interval")
     rows = [
         (row["reducer"], row["cost"], row["cost_reached"], row["visual_tokens_left"], row["right"], *_shares(row))
-        for row in found["accuracy"]
+        for row in result["accuracy"]
     ]
     lines += ["", console.table(head, rows)]
-    for row in found["accuracy"]:
-        named = f"{row['reducer']} at cost {row['cost']:g}"
-        lines += [f"{named}: {count} x {outcome}" for outcome, count in row["outcomes"].items()]
-    if len(found["questions"]) > 1:
-        lines += ["", _by_type(found)]
-    if found["paired"]:
+    for row in result["accuracy"]:
+        condition = f"{row['reducer']} at cost {row['cost']:g}"
+        lines += [f"{condition}: {count} x {outcome}" for outcome, count in row["outcomes"].items()]
+    if len(result["questions"]) > 1:
+        lines += ["", _by_type(result)]
+    if result["paired"]:
         lines += ["", "The same questions: the first's % less the second's, Newcombe's interval, McNemar's exact p"]
-        lines.append(_compared(found["paired"]))
+        lines.append(_compared(result["paired"]))
     return "\n".join(lines)
 
 
-def _shares(own: Mapping[str, Any]) -> tuple[str, str]:
-    low, high = own["interval"]
-    return f"{100 * own['accuracy']:.1f}", f"{100 * low:.1f}-{100 * high:.1f}"
+def _shares(share: Mapping[str, Any]) -> tuple[str, str]:
+    low, high = share["interval"]
+    return f"{100 * share['accuracy']:.1f}", f"{100 * low:.1f}-{100 * high:.1f}"
 
 
-def _by_type(found: Mapping[str, Any]) -> str:
+def _by_type(result: Mapping[str, Any]) -> str:
     """Conditions by types, some types beside each other."""
-    kinds = list(found["questions"])
+    kinds = list(result["questions"])
     blocks = []
     for start in range(0, len(kinds), TYPES_ACROSS):
         across = kinds[start : start + TYPES_ACROSS]
-        head = ("reducer", "cost", *(f"{kind} ({found['questions'][kind]})" for kind in across))
+        head = ("reducer", "cost", *(f"{kind} ({result['questions'][kind]})" for kind in across))
         rows = [
             (row["reducer"], row["cost"], *(" ".join(_shares(row["types"][kind])) for kind in across))
-            for row in found["accuracy"]
+            for row in result["accuracy"]
         ]
         blocks.append(console.table(head, rows))
     return "\n\n".join(blocks)
@@ -232,8 +269,9 @@ def _compared(rows: Iterable[Mapping[str, Any]]) -> str:
     head = ("first", "second", "cost", "difference", "95 % interval", "only first", "only second", "p")
     cells = []
     for row in rows:
-        low, high = (f"{100 * bound:+.1f}" for bound in row["interval"])
-        sides = row["only_first_right"], row["only_second_right"]
-        share = f"{100 * row['difference']:+.1f}", f"{low} to {high}"
-        cells.append((row["first"], row["second"], row["cost"], *share, *sides, f"{row['p']:.2g}"))
+        low, high = row["interval"]
+        difference = f"{100 * row['difference']:+.1f}"
+        interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+        sides = (row["only_first_right"], row["only_second_right"])
+        cells.append((row["first"], row["second"], row["cost"], difference, interval, *sides, f"{row['p']:.2g}"))
     return console.table(head, cells)

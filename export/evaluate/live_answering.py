@@ -63,9 +63,9 @@ class TransformersAnswerer(Answerer):
                     apply_framefusion(self.model, condition.cost, reducer=condition.reducer, **settings)
                 for condition in conditions:
                     handle = apply_framefusion(self.model, condition.cost, reducer=condition.reducer, **settings)
-                    said = self.model.generate(**inputs, max_new_tokens=self.setup.max_new_tokens, **greedy)
+                    ids = self.model.generate(**inputs, max_new_tokens=self.setup.max_new_tokens, **greedy)
                     (record,) = handle.last
-                    text = self.processor.decode(said[0, length:], skip_special_tokens=True)
+                    text = self.processor.decode(ids[0, length:], skip_special_tokens=True)  # [1, S + new]
                     left = record.visual_after
                     outcomes = outcomes_of(record.calls)
                     yield Answer(text, record.cost, record.visual_before, left, outcomes)
@@ -73,7 +73,7 @@ class TransformersAnswerer(Answerer):
                 remove_framefusion(self.model)
 
     def inputs(self, question: Question) -> Mapping[str, Any]:
-        """What the processor makes of a question."""
+        """What transformers' processor makes of a question: token ids [1, S], pixels, and other inputs."""
         content: list[dict[str, str]] = []
         videos = list[Video]()
         images = list[Any]()
@@ -88,19 +88,19 @@ class TransformersAnswerer(Answerer):
                 videos.append(as_video(next(files), self.sampling))
             else:
                 images.append(as_image(next(files)))
-        said = [{"role": turn.role, "content": [{"type": "text", "text": turn.parts[0]}]} for turn in turns[:-1]]
-        conversation = [*said, {"role": "user", "content": content}]
+        earlier = [{"role": turn.role, "content": [{"type": "text", "text": turn.parts[0]}]} for turn in turns[:-1]]
+        conversation = [*earlier, {"role": "user", "content": content}]
         prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        given: dict[str, Any] = {"images": images} if images else {}
+        media: dict[str, Any] = {"images": images} if images else {}
         if videos:
-            given |= {"videos": [video.frames for video in videos], "do_sample_frames": False}
-            given["video_metadata"] = [_metadata(video) for video in videos]
-        made: Mapping[str, Any] = self.processor(text=[prompt], return_tensors="pt", **given)
-        return made
+            media |= {"videos": [video.frames for video in videos], "do_sample_frames": False}
+            media["video_metadata"] = [_metadata(video) for video in videos]
+        inputs: Mapping[str, Any] = self.processor(text=[prompt], return_tensors="pt", **media)
+        return inputs
 
 
 def _metadata(video: Video) -> dict[str, Any]:
-    """Where the frames stood in their film, as processors want it told."""
+    """Where the frames stood in their film, in the keys of transformers' processors."""
     height, width = video.frames.shape[1:3]
     return {
         "total_num_frames": video.counted_frames,
@@ -173,8 +173,8 @@ def remembering(encode: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(encode)
     def remembered(*args: Any, **given: Any) -> Any:
-        tensors = [one for one in (*args, *given.values()) if isinstance(one, torch.Tensor)]
-        key = tuple((one.data_ptr(), tuple(one.shape)) for one in tensors)
+        tensors = [value for value in (*args, *given.values()) if isinstance(value, torch.Tensor)]
+        key = tuple((tensor.data_ptr(), tuple(tensor.shape)) for tensor in tensors)
         if key not in held:
             held[key] = encode(*args, **given)
         return copy.copy(held[key])

@@ -3,7 +3,7 @@
 One JSON object a line:
 
     video | images   path of a film, or list of paths of pictures; a relative one starts at the file's folder
-    question         text, asked behind what is shown
+    question         text, put behind the video or images
     answer           what is right: a text, or a list of texts that all are; with choices a choice or its letter
     choices          optional list: they are put to the model as A, B, ... and the answer is one of them
     type             optional word by which the report is split
@@ -34,15 +34,15 @@ _LETTER = re.compile(r"(?:the )?(?:answer|option)?(?: is)?:?\s*\(?([A-Z])(?:\)|[
 
 @dataclass(frozen=True)
 class Question:
-    """One question: what is shown, what is asked, what is right.
+    """A question of a file: media, text, and the answers that are right.
 
     Attributes:
-        name: for messages and answers, one of its kind in its file.
+        name: for messages and answers, unique in its file.
         type: by which the report is split.
         text: without the choices.
         answers: texts that are right; with choices the one choice that is.
         choices: what the model may choose among; empty for a free answer.
-        visuals: kind and file of what is shown, in order.
+        visuals: kind and file of each video or image, in order.
     """
 
     name: str
@@ -54,48 +54,49 @@ class Question:
 
     @property
     def files(self) -> list[Source]:
-        """What is shown, as the runtime reads it."""
+        """Its videos and images in order, as the runtime reads them."""
         return [file for _, file in self.visuals]
 
     @property
     def key(self) -> str:
-        """What tells this question from any other: its words, and names, sizes and times of its files.
+        """What tells this question from any other: its texts, and names, sizes and times of its files.
 
         Raises:
             EvaluationError: a file is gone.
         """
-        told = [self.text, *self.answers, *self.choices]
+        identity = [self.text, *self.answers, *self.choices]
         for kind, file in self.visuals:
             try:
                 stat = file.stat()
             except OSError as error:
                 raise EvaluationError(f"{self.name}: {file} cannot be read ({error.strerror})") from None
-            told += [kind.value, str(file.resolve()), str(stat.st_size), str(stat.st_mtime_ns)]
-        return key_of(told)
+            identity += [kind.value, str(file.resolve()), str(stat.st_size), str(stat.st_mtime_ns)]
+        return key_of(identity)
 
     @property
-    def asked(self) -> str:
-        """The text that the model reads."""
+    def prompt(self) -> str:
+        """The text that the model reads: with choices a line for each, and what to answer with."""
         if not self.choices:
             return self.text
-        options = (f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, self.choices, strict=False))
+        letters = zip(string.ascii_uppercase, self.choices, strict=False)
+        options = [f"{letter}. {choice}" for letter, choice in letters]
         return "\n".join([self.text, *options, LETTER_ONLY])
 
     def turns(self, system: str | None = None) -> list[Turn]:
         """The conversation up to the answer."""
         before = [] if system is None else [Turn("system", (system,))]
-        return [*before, Turn("user", (*(kind for kind, _ in self.visuals), self.asked))]
+        return [*before, Turn("user", (*(kind for kind, _ in self.visuals), self.prompt))]
 
-    def is_right(self, said: str) -> bool:
+    def is_right(self, answer: str) -> bool:
         """Whether a model's text is the answer."""
         if self.choices:
-            return choice_of(said, self.choices) == self.answers[0]
-        return normalised(said) in map(normalised, self.answers)
+            return choice_of(answer, self.choices) == self.answers[0]
+        return normalised(answer) in map(normalised, self.answers)
 
 
-def key_of(told: Sequence[str]) -> str:
+def key_of(texts: Sequence[str]) -> str:
     """Sixteen hexadecimal digits of a hash over some texts."""
-    return hashlib.sha256(json.dumps(list(told)).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
 def normalised(text: str) -> str:
@@ -103,15 +104,15 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split()).strip(string.punctuation + " ")
 
 
-def choice_of(said: str, choices: Sequence[str]) -> str | None:
-    """The choice that a text names: by its words, or by a letter that stands alone, as in B, (B), B. or "answer: B".
+def choice_of(answer: str, choices: Sequence[str]) -> str | None:
+    """The choice that a text names: written out, or by a letter that stands alone, as in B, (B), B. or "answer: B".
 
     None where it names none of them, which counts as wrong.
     """
-    by_words = {normalised(choice): choice for choice in choices}
-    if normalised(said) in by_words:
-        return by_words[normalised(said)]
-    letter = _LETTER.match(said.strip())
+    written_out = {normalised(choice): choice for choice in choices}
+    if normalised(answer) in written_out:
+        return written_out[normalised(answer)]
+    letter = _LETTER.match(answer.strip())
     place = ord(letter[1].upper()) - ord("A") if letter else len(choices)
     return choices[place] if place < len(choices) else None
 
@@ -120,7 +121,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """All questions of a file, or the first `limit`.
 
     Raises:
-        EvaluationError: the file cannot be read or holds no question, or a line is no question: its number is told.
+        EvaluationError: the file cannot be read or holds no question, or a line, named by its number, is no question.
     """
     try:
         if path.exists() and not path.is_file():  # a FIFO would be waited for
@@ -129,10 +130,10 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise EvaluationError(f"{path} cannot be read ({reason}): give a file of one JSON object a line") from None
-    found = list(_questions(path, lines, limit))
-    if not found:
+    questions = list(_questions(path, lines, limit))
+    if not questions:
         raise EvaluationError(f"{path} holds no question: give one JSON object a line")
-    return found
+    return questions
 
 
 def _questions(path: Path, lines: Sequence[str], limit: int | None) -> Iterator[Question]:
@@ -177,15 +178,15 @@ def _question(path: Path, number: int, line: str) -> Question:
 
 
 def _answers(path: Path, number: int, row: Mapping[str, Any], choices: tuple[str, ...]) -> tuple[str, ...]:
-    told = row.get("answer")
-    answers = _texts([told] if isinstance(told, str) else told)
+    value = row.get("answer")
+    answers = _texts([value] if isinstance(value, str) else value)
     if not answers or not all(map(normalised, answers)):
-        raise _wrong(path, number, f"answer is {told!r}, expected a text or a list of texts")
+        raise _wrong(path, number, f"answer is {value!r}, expected a text or a list of texts")
     if not choices:
         return answers
     chosen = choice_of(answers[0], choices)
     if len(answers) > 1 or chosen is None:
-        raise _wrong(path, number, f"answer {told!r} is none of the choices: give one of them or its letter")
+        raise _wrong(path, number, f"answer {value!r} is none of the choices: give one of them or its letter")
     return (chosen,)
 
 
@@ -204,9 +205,11 @@ def _visuals(path: Path, number: int, row: Mapping[str, Any]) -> Iterator[tuple[
         yield (Visual.VIDEO if images is None else Visual.IMAGE), file
 
 
-def _texts(told: Any) -> tuple[str, ...] | None:
+def _texts(value: object) -> tuple[str, ...] | None:
     """A list of texts as a tuple; None for anything else."""
-    return tuple(told) if isinstance(told, list) and all(isinstance(one, str) for one in told) else None
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    return None
 
 
 def _wrong(path: Path, number: int, what: str) -> EvaluationError:

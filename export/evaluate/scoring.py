@@ -38,7 +38,12 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
 
 def newcombe(both: int, first_only: int, second_only: int, neither: int, z: float = Z) -> tuple[float, float]:
-    """Interval of the difference of two shares of the same questions, first less second."""
+    """Interval of the difference of two shares of the same questions, first less second: method 10 of the source above.
+
+    Args:
+        both, first_only, second_only, neither: how many of the questions each answered right.
+        z: see `Z`.
+    """
     total = both + first_only + second_only + neither
     first = both + first_only
     second = both + second_only
@@ -46,18 +51,19 @@ def newcombe(both: int, first_only: int, second_only: int, neither: int, z: floa
     product = both * neither - first_only * second_only
     joint = max(product - total / 2, 0.0) if product > 0 else product  # continuity-corrected
     phi = joint / math.sqrt(rooms) if rooms else 0.0
-    (low, high) = wilson(first, total, z)
-    (other_low, other_high) = wilson(second, total, z)
-    own = first / total
-    other = second / total
+    first_low, first_high = wilson(first, total, z)
+    second_low, second_high = wilson(second, total, z)
+    first_share = first / total
+    second_share = second / total
     difference = (first_only - second_only) / total
-    below = _joined(own - low, other_high - other, phi)
-    above = _joined(high - own, other - other_low, phi)
+    below = _joined(first_share - first_low, second_high - second_share, phi)
+    above = _joined(first_high - first_share, second_share - second_low, phi)
     return difference - below, difference + above
 
 
-def _joined(own: float, other: float, phi: float) -> float:
-    return math.sqrt(max(own * own - 2 * phi * own * other + other * other, 0.0))
+def _joined(first: float, second: float, phi: float) -> float:
+    """The length of two distances at a correlation of `phi`."""
+    return math.sqrt(max(first * first - 2 * phi * first * second + second * second, 0.0))
 
 
 def share_of(right: Sequence[bool]) -> dict[str, object]:

@@ -17,7 +17,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from framefusion.errors import EvaluationError, FrameFusionError
-from framefusion.export.evaluate.answering import DENSE, Answer, Condition, Setup, own_condition
+from framefusion.export.evaluate.answering import DENSE, Answer, Condition, Setup, default_condition
 from framefusion.export.evaluate.lmms_eval.requests import Decoding, TaskQuestion, decoding_of, question_of
 from framefusion.export.evaluate.open import open_answerer
 
@@ -61,22 +61,22 @@ class FrameFusionModel(lmms):  # type: ignore[misc]  # lmms-eval brings no types
         max_batch_size: int | None = None,
         device: str | None = None,
         dtype: str | None = None,
-        **told: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
         known = {"live", "revision", "fps", "max_frames", "seed", "threads"}
-        unknown = sorted(set(told) - known)
+        unknown = sorted(set(options) - known)
         if unknown:
             names = sorted(
                 known | {"pretrained", "cost", "reducer", "max_new_tokens", "system_prompt", "device", "dtype"}
             )
             raise EvaluationError(
-                f"model_args {unknown[0]}={told[unknown[0]]!r} is unknown: known are {', '.join(names)}"
+                f"model_args {unknown[0]}={options[unknown[0]]!r} is unknown: known are {', '.join(names)}"
             )
         if str(batch_size) != "1":
             raise EvaluationError(f"--batch_size {batch_size}: requests are answered one by one, give 1")
-        self.setup = Setup(str(pretrained), max_new_tokens=max_new_tokens, system=system_prompt, **told)
-        self.condition = condition_of(own_condition(self.setup), reducer, cost)
+        self.setup = Setup(str(pretrained), max_new_tokens=max_new_tokens, system=system_prompt, **options)
+        self.condition = condition_of(default_condition(self.setup), reducer, cost)
         self.answerer = _open(self.setup, device, dtype)
         logger.info(f"{pretrained} under {self.condition}, by {self.answerer.engine}")
         if self.answerer.note is not None:
@@ -84,17 +84,17 @@ class FrameFusionModel(lmms):  # type: ignore[misc]  # lmms-eval brings no types
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers to requests of (context, messages of a document, generation_kwargs, document, task, split)."""
-        said = list[str]()
+        texts = list[str]()
         answers = list[Answer]()
         for request in tqdm(requests, desc="framefusion", disable=self.rank != 0):
-            _, messages_of, told, number, task, split = request.args
+            _, messages_of, generation_kwargs, number, task, split = request.args
             messages = ChatMessages(messages=messages_of(self.task_dict[task][split][number])).messages
             question = question_of(f"{task}/{split}/{number}", messages)
-            decoding = decoding_of(told, self.setup.max_new_tokens)
+            decoding = decoding_of(generation_kwargs, self.setup.max_new_tokens)
             answers.append(self._answer(question, decoding))
-            said.append(decoding.cut(answers[-1].text).strip())
+            texts.append(decoding.cut(answers[-1].text).strip())
         logger.info(summary_of(answers))
-        return said
+        return texts
 
     def _answer(self, question: TaskQuestion, decoding: Decoding) -> Answer:
         """Raises: FrameFusionError: as the answerer says, with the document's name before it."""
@@ -126,18 +126,18 @@ def _open(setup: Setup, device: str | None, dtype: str | None) -> Any:
     return PlacedAnswerer(setup, device or "cpu", dtype or "float32")
 
 
-def condition_of(own: Condition, reducer: str | None, cost: float | None) -> Condition:
-    """What was asked for; the rest as the model has it by itself.
+def condition_of(default: Condition, reducer: str | None, cost: float | None) -> Condition:
+    """Reducer and cost of the arguments; the model's where they are None.
 
     Raises:
         EvaluationError: a cost below 1 under the reducer that drops nothing.
     """
-    name = own.reducer if reducer is None else str(reducer)
+    name = default.reducer if reducer is None else str(reducer)
     if name == DENSE:
         if cost is not None and cost != 1.0:
             raise EvaluationError(f"reducer {DENSE} drops nothing, cost {cost:g} cannot be had by it: name another one")
         return Condition(name, 1.0)
-    return Condition(name, float(own.cost if cost is None else cost))
+    return Condition(name, float(default.cost if cost is None else cost))
 
 
 def summary_of(answers: Sequence[Answer]) -> str:

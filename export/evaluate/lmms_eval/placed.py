@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class PlacedAnswerer(TransformersAnswerer):
-    """transformers' own model where and as it is wanted.
+    """transformers' own model on a device, in a type.
 
     Raises:
         EvaluationError: a bundle, eager torch, an unknown type or device.
@@ -40,6 +40,6 @@ class PlacedAnswerer(TransformersAnswerer):
 
     def inputs(self, question: Question) -> Mapping[str, Any]:
         """See `TransformersAnswerer.inputs`."""
-        made: Any = super().inputs(question)
-        placed: Mapping[str, Any] = made.to(self.model.device, dtype=self.model.dtype)
+        inputs: Any = super().inputs(question)
+        placed: Mapping[str, Any] = inputs.to(self.model.device, dtype=self.model.dtype)
         return placed

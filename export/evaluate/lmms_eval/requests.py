@@ -1,4 +1,4 @@
-"""What lmms-eval asks, as the answerers of an evaluation take it; what they cannot do is refused by name.
+"""Requests of lmms-eval, as the answerers of an evaluation take it; what they cannot do is refused by name.
 
 Messages of lmms-eval's chat protocol are read by their attributes (role, content; type, text, url), the settings of a
 generation as its tasks write them. Imports nothing of lmms-eval.
@@ -23,7 +23,7 @@ from framefusion.runtime.text.prompt import Turn, Visual
 
 @dataclass(frozen=True)
 class TaskQuestion(Question):
-    """One document of a task: a conversation that stands as it is, and what it shows. The task knows what is right."""
+    """A document of a task: a conversation that stands as it is, and its media. The task knows what is right."""
 
     conversation: tuple[Turn, ...] = ()
     sources: tuple[Source, ...] = ()
@@ -35,7 +35,7 @@ class TaskQuestion(Question):
 
     @property
     def key(self) -> str:
-        """By the words and the document's name: what it shows may be no file."""
+        """By the texts and the document's name: its media may be no files."""
         return key_of([self.name, *(str(part) for turn in self.conversation for part in turn.parts)])
 
     def turns(self, system: str | None = None) -> list[Turn]:
@@ -52,9 +52,11 @@ class Decoding:
     max_new_tokens: int
     until: tuple[str, ...] = ()
 
-    def cut(self, said: str) -> str:
+    def cut(self, text: str) -> str:
         """The answer up to the first text that ends it."""
-        return re.split("|".join(map(re.escape, self.until)), said, maxsplit=1)[0] if self.until else said
+        if not self.until:
+            return text
+        return re.split("|".join(map(re.escape, self.until)), text, maxsplit=1)[0]
 
 
 def question_of(name: str, messages: Iterable[Any]) -> TaskQuestion:
@@ -84,8 +86,14 @@ def question_of(name: str, messages: Iterable[Any]) -> TaskQuestion:
         raise EvaluationError(f"{name} does not end with a message of the user: such a task cannot be answered")
     if any(isinstance(part, Visual) for turn in turns[:-1] for part in turn.parts):
         raise EvaluationError(f"{name} shows something before its last message: use --num_fewshot 0")
-    asked = "\n".join(part for part in turns[-1].parts if isinstance(part, str))
-    return TaskQuestion(name, name.split("/", maxsplit=1)[0], asked, (), (), (), tuple(turns), tuple(sources))
+    return TaskQuestion(
+        name=name,
+        type=name.split("/", maxsplit=1)[0],
+        text="\n".join(part for part in turns[-1].parts if isinstance(part, str)),
+        answers=(),
+        conversation=tuple(turns),
+        sources=tuple(sources),
+    )
 
 
 def _visual(name: str, kind: str) -> Visual:
@@ -96,42 +104,44 @@ def _visual(name: str, kind: str) -> Visual:
 
 def _source(name: str, content: Any) -> Source:
     """A file, or pixels that lmms-eval has read."""
-    told = content.url
+    source = content.url
     times = [getattr(content, side, None) for side in ("start_time", "end_time")]
-    if isinstance(told, Mapping):
-        times += [told.get(side) for side in ("video_start", "video_end")]
-        told = told.get("path") or told.get("url") or told.get("video")
+    if isinstance(source, Mapping):
+        times += [source.get(side) for side in ("video_start", "video_end")]
+        source = source.get("path") or source.get("url") or source.get("video")
     if any(time is not None for time in times):
         raise EvaluationError(f"{name} shows a part of a film by its times: cut the film before, whole ones are read")
-    if isinstance(told, (Image, np.ndarray)):
-        return told
-    if not isinstance(told, (str, Path)):
-        raise EvaluationError(f"{name} shows a {type(told).__name__}: a path, a PIL image or an array of uint8 is read")
-    if not Path(told).is_file():
-        raise EvaluationError(f"{name} shows {told}, which is no file of this machine: download the task's media")
-    return Path(told)
+    if isinstance(source, (Image, np.ndarray)):
+        return source
+    if not isinstance(source, (str, Path)):
+        raise EvaluationError(
+            f"{name} shows a {type(source).__name__}: a path, a PIL image or an array of uint8 is read"
+        )
+    if not Path(source).is_file():
+        raise EvaluationError(f"{name} shows {source}, which is no file of this machine: download the task's media")
+    return Path(source)
 
 
-def decoding_of(told: Mapping[str, Any], max_new_tokens: int) -> Decoding:
+def decoding_of(generation_kwargs: Mapping[str, Any], max_new_tokens: int) -> Decoding:
     """A task's generation_kwargs.
 
     Args:
-        told: keys that it does not know are left to others, as lmms-eval's models do.
+        generation_kwargs: keys that it does not know are left to others, as lmms-eval's models do.
         max_new_tokens: where the task does not say.
 
     Raises:
         EvaluationError: sampling or beams: decoding is greedy.
     """
-    samples = told.get("do_sample", bool(told.get("temperature")))
-    if samples or (told.get("num_beams") or 1) > 1:
+    samples = generation_kwargs.get("do_sample", bool(generation_kwargs.get("temperature")))
+    if samples or (generation_kwargs.get("num_beams") or 1) > 1:
         raise EvaluationError(
-            f"the task asks for sampling or beams ({dict(told)}), decoding is greedy: "
+            f"the task asks for sampling or beams ({dict(generation_kwargs)}), decoding is greedy: "
             "give --gen_kwargs do_sample=False,temperature=0,num_beams=1"
         )
-    most = told.get("max_new_tokens") or max_new_tokens
-    until = told.get("until") or ()
+    most = generation_kwargs.get("max_new_tokens") or max_new_tokens
+    until = generation_kwargs.get("until") or ()
     return Decoding(int(most), tuple(filter(None, _texts(until))))
 
 
-def _texts(told: str | Sequence[str]) -> Sequence[str]:
-    return [told] if isinstance(told, str) else told
+def _texts(until: str | Sequence[str]) -> Sequence[str]:
+    return [until] if isinstance(until, str) else until

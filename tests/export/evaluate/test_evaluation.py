@@ -30,7 +30,7 @@ from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.uncompiled import eager_pipeline
 from framefusion.export.evaluate.answering import EAGER, Condition, PipelineAnswerer, Setup, fingerprint
-from framefusion.export.evaluate.evaluation import ask_all, conditions, evaluate, render
+from framefusion.export.evaluate.evaluation import answer_all, conditions, evaluate, render
 from framefusion.export.evaluate.questions import Question, read_questions
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
@@ -68,7 +68,7 @@ def texts(path: Path) -> dict[tuple[str, str, float], str]:
     return {(one["question"], one["reducer"], one["cost"]): one["text"] for one in answers}
 
 
-# --- What is asked and told -----------------------------------------------------------------------------------------
+# --- Conditions and reports -----------------------------------------------------------------------------------------
 
 
 def test_every_reducer_is_asked_at_every_cost_but_the_dense_one() -> None:
@@ -125,8 +125,8 @@ def test_the_bundles_own_reducer_and_cost_are_the_default(bundle: Path, question
 def test_a_right_answer_counts(pipeline: Pipeline, setup: Setup, questions: Path, tmp_path: Path) -> None:
     """The questions again, with what the model says to the first one as its answer."""
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
-    asked = read_questions(questions)[0]
-    rows[0]["answer"] = pipeline.generate(asked.turns(), asked.files, Request(3, cost=1.0)).text
+    question = read_questions(questions)[0]
+    rows[0]["answer"] = pipeline.generate(question.turns(), question.files, Request(3, cost=1.0)).text
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (dense,) = evaluate(setup, read_questions(tmp_path / "q.jsonl"), UNDER[:1])["accuracy"]
     assert (dense["right"], dense["types"]["film"]["right"], dense["types"]["picture"]["right"]) == (1, 1, 0)
@@ -135,22 +135,23 @@ def test_a_right_answer_counts(pipeline: Pipeline, setup: Setup, questions: Path
 def test_a_bundle_answers_as_its_eager_model(checkpoint: Path, setup: Setup, questions: Path, tmp_path: Path) -> None:
     options = BuildOptions(cost=COST, similarity_lower_bound=0.9, depth=1, max_input_len=512)
     eager = PipelineAnswerer(eager_pipeline(BuildPlan(Checkpoint(checkpoint), options), tmp_path / "parts"), setup, "")
-    asked = read_questions(questions)
-    made = {one.question.name: one.answers for one in ask_all(setup, [(one, UNDER) for one in asked], 1)}
-    for question in asked:
-        assert list(eager.answers(question, UNDER)) == made[question.name]
+    question_list = read_questions(questions)
+    waiting = [(question, UNDER) for question in question_list]
+    answers = {answered.question.name: answered.answers for answered in answer_all(setup, waiting, 1)}
+    for question in question_list:
+        assert list(eager.answers(question, UNDER)) == answers[question.name]
 
 
 def test_frames_are_sampled_as_asked(setup: Setup, questions: Path) -> None:
     def tokens(**changes: Any) -> int:
         wider = Setup(setup.model, max_new_tokens=1, threads=1, **changes)
-        (made,) = ask_all(wider, [(read_questions(questions)[0], UNDER[:1])], 1)
-        return made.answers[0].visual_tokens
+        (answered,) = answer_all(wider, [(read_questions(questions)[0], UNDER[:1])], 1)
+        return answered.answers[0].visual_tokens
 
     assert tokens(max_frames=4) < tokens() < tokens(fps=8)
 
 
-def test_what_a_reducer_could_not_do_is_told() -> None:
+def test_what_a_reducer_could_not_do_is_reported() -> None:
     row = {"reducer": "evs", "cost": 0.1, "cost_reached": 0.2, "visual_tokens_left": 4.0, "right": 1, "accuracy": 1.0}
     row |= {"interval": [0.2, 1.0], "outcomes": {"keeps more": 7}, "types": {}}
     found = {"model": "m", "engine": "e", "note": None, "questions": {"all": 7}, "accuracy": [row], "paired": []}
@@ -161,58 +162,58 @@ def test_what_a_reducer_could_not_do_is_told() -> None:
 
 
 def stopping_after(count: int) -> Callable[[int, int], None]:
-    def told(done: int, total: int) -> None:
+    def stop(done: int, total: int) -> None:
         if done == count:
             raise KeyboardInterrupt
 
-    return told
+    return stop
 
 
 def test_an_interrupted_run_goes_on_from_what_is_there(setup: Setup, questions: Path, tmp_path: Path) -> None:
-    asked, output = read_questions(questions), tmp_path / "out.json"
-    whole = evaluate(setup, asked, UNDER, output=tmp_path / "whole.json")
+    question_list, output = read_questions(questions), tmp_path / "out.json"
+    whole = evaluate(setup, question_list, UNDER, output=tmp_path / "whole.json")
     with pytest.raises(InterruptedBuildError, match=r"6 answers are kept in out\.json\.partial"):
-        evaluate(setup, asked, UNDER, output=output, told=stopping_after(2))
+        evaluate(setup, question_list, UNDER, output=output, on_progress=stopping_after(2))
     assert not output.exists()
     partial = output.with_name("out.json.partial")
     partial.write_bytes(partial.read_bytes()[:-9])  # killed in the middle of the sixth answer
-    told: list[int] = []
-    found = evaluate(setup, asked, UNDER, output=output, told=lambda done, _: told.append(done))
-    assert told == [2, 3]  # one question was whole
+    counts: list[int] = []
+    found = evaluate(setup, question_list, UNDER, output=output, on_progress=lambda done, _: counts.append(done))
+    assert counts == [2, 3]  # one question was whole
     assert found == whole
     assert texts(output) == texts(tmp_path / "whole.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "whole.json"]
 
 
 def test_a_finished_run_asks_only_what_is_new(setup: Setup, questions: Path, tmp_path: Path) -> None:
-    asked, output, told = read_questions(questions), tmp_path / "out.json", list[tuple[int, int]]()
-    evaluate(setup, asked[:2], UNDER[:1], output=output)
-    evaluate(setup, asked[:2], UNDER[:1], output=output, told=lambda *at: told.append(at))
-    assert told == []
-    evaluate(setup, asked, UNDER, output=output, told=lambda *at: told.append(at))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    question_list, output, counts = read_questions(questions), tmp_path / "out.json", list[tuple[int, int]]()
+    evaluate(setup, question_list[:2], UNDER[:1], output=output)
+    evaluate(setup, question_list[:2], UNDER[:1], output=output, on_progress=lambda *at: counts.append(at))
+    assert counts == []
+    evaluate(setup, question_list, UNDER, output=output, on_progress=lambda *at: counts.append(at))
+    assert counts == [(1, 3), (2, 3), (3, 3)]
     assert len(texts(output)) == 9
 
 
 def test_answers_of_another_evaluation_are_refused(
     setup: Setup, questions: Path, tmp_path: Path, checkpoint: Path
 ) -> None:
-    asked, output = read_questions(questions)[:1], tmp_path / "out.json"
-    evaluate(setup, asked, UNDER[:1], output=output)
+    question_list, output = read_questions(questions)[:1], tmp_path / "out.json"
+    evaluate(setup, question_list, UNDER[:1], output=output)
     before = output.read_bytes()
     with pytest.raises(EvaluationError, match="its max_new_tokens is 3, asked is 4"):
-        evaluate(Setup(setup.model, max_new_tokens=4), asked, UNDER[:1], output=output)
+        evaluate(Setup(setup.model, max_new_tokens=4), question_list, UNDER[:1], output=output)
     with pytest.raises(EvaluationError, match="its model is "):
-        evaluate(Setup(str(checkpoint), max_new_tokens=3), asked, UNDER[:1], output=output)
+        evaluate(Setup(str(checkpoint), max_new_tokens=3), question_list, UNDER[:1], output=output)
     assert output.read_bytes() == before
     written = json.loads(before)
     (tmp_path / "out.json").write_text(json.dumps(written | {"engine": "another (1.0)"}))
     with pytest.raises(EvaluationError, match=r"its engine is 'another \(1.0\)'"):
-        evaluate(setup, asked, UNDER, output=output)
+        evaluate(setup, question_list, UNDER, output=output)
     for content in ("{}", "[]", "no json", json.dumps(written | {"answers": [{"question": "x"}]})):
         output.write_text(content)
         with pytest.raises(EvaluationError, match=r"out\.json"):
-            evaluate(setup, asked, UNDER[:1], output=output)
+            evaluate(setup, question_list, UNDER[:1], output=output)
         assert output.read_text() == content
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
@@ -220,17 +221,17 @@ def test_answers_of_another_evaluation_are_refused(
 def test_places_that_cannot_be_written_are_refused_before_anything_runs(
     setup: Setup, questions: Path, tmp_path: Path
 ) -> None:
-    asked = read_questions(questions)[:1]
+    question_list = read_questions(questions)[:1]
     with pytest.raises(StorageError, match="is a folder"):
-        evaluate(setup, asked, UNDER, output=tmp_path)
+        evaluate(setup, question_list, UNDER, output=tmp_path)
     with pytest.raises(StorageError, match="cannot be written"):
-        evaluate(setup, asked, UNDER, output=tmp_path / "gone" / "out.json")
+        evaluate(setup, question_list, UNDER, output=tmp_path / "gone" / "out.json")
 
     def again(done: int, total: int) -> None:
-        evaluate(setup, asked, UNDER, output=tmp_path / "out.json")
+        evaluate(setup, question_list, UNDER, output=tmp_path / "out.json")
 
     with pytest.raises(StorageError, match="another run writes"):
-        evaluate(setup, asked, UNDER[:1], output=tmp_path / "out.json", told=again)
+        evaluate(setup, question_list, UNDER[:1], output=tmp_path / "out.json", on_progress=again)
 
 
 @pytest.mark.slow
@@ -250,10 +251,10 @@ def test_a_killed_process_leaves_what_it_answered(setup: Setup, questions: Path,
     process.wait()
     assert not output.exists()
     there = partial.read_bytes().count(b"\n") - 1
-    told: list[int] = []
+    counts: list[int] = []
     under = conditions(["framefusion"], [COST])
-    found = evaluate(setup, read_questions(many), under, output=output, told=lambda done, _: told.append(done))
-    assert told[0] == there + 1
+    found = evaluate(setup, read_questions(many), under, output=output, on_progress=lambda done, _: counts.append(done))
+    assert counts[0] == there + 1
     assert found["accuracy"] == evaluate(setup, read_questions(many), under)["accuracy"]
 
 
@@ -261,12 +262,12 @@ def test_a_killed_process_leaves_what_it_answered(setup: Setup, questions: Path,
 
 
 def test_the_command_refuses_by_name(bundle: Path, questions: Path, film: Path, tmp_path: Path) -> None:
-    def asked(*flags: object) -> Any:
+    def run(*flags: object) -> Any:
         return export("eval", bundle, "--questions", questions, "--threads", 1, *flags)
 
-    assert_refused(asked("--reducer", "framefusion,nobody"), ReducerError, "'nobody' is unknown")
-    assert_refused(asked("--cost", "1,0.0001"), BudgetError, "question 1", "0.0001")
-    assert_refused(asked("--live", "eager"), EvaluationError, "--live eager is for a checkpoint")
+    assert_refused(run("--reducer", "framefusion,nobody"), ReducerError, "'nobody' is unknown")
+    assert_refused(run("--cost", "1,0.0001"), BudgetError, "question 1", "0.0001")
+    assert_refused(run("--live", "eager"), EvaluationError, "--live eager is for a checkpoint")
     assert_refused(export("eval", bundle, "--questions", tmp_path / "none"), EvaluationError, "cannot be read")
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(film.read_bytes()[:100])
@@ -291,12 +292,12 @@ def test_a_static_bundle_answers_at_its_cost_and_dense(checkpoint: Path, questio
         reduction="fixed", cost=0.5, merge_shares=(0.3,), prune_layer=1, max_input_len=512, max_text_len=200
     )
     folder = build(Checkpoint(checkpoint), tmp_path / "fixed", options, verify=False).folder
-    fixed, asked = Setup(str(folder), max_new_tokens=2, threads=1), read_questions(questions)[:1]
-    dense, reduced = evaluate(fixed, asked, conditions(["framefusion"], [1.0, 0.5]))["accuracy"]
+    fixed, question_list = Setup(str(folder), max_new_tokens=2, threads=1), read_questions(questions)[:1]
+    dense, reduced = evaluate(fixed, question_list, conditions(["framefusion"], [1.0, 0.5]))["accuracy"]
     assert dense["cost_reached"] == 1.0
     assert reduced["cost_reached"] == pytest.approx(0.5, abs=0.03)
     with pytest.raises(PromptError, match=r"cost 0\.5 are built in"):
-        evaluate(fixed, asked, conditions(["framefusion"], [0.4]))
+        evaluate(fixed, question_list, conditions(["framefusion"], [0.4]))
 
 
 # --- Several processes ----------------------------------------------------------------------------------------------
@@ -304,17 +305,18 @@ def test_a_static_bundle_answers_at_its_cost_and_dense(checkpoint: Path, questio
 
 @pytest.mark.slow
 def test_processes_give_the_answers_of_one(setup: Setup, questions: Path, tmp_path: Path) -> None:
-    asked = read_questions(questions)
-    one = evaluate(setup, asked, UNDER, output=tmp_path / "one.json")
-    two = evaluate(setup, asked, UNDER, output=tmp_path / "two.json", jobs=2)
-    assert one == two
-    assert texts(tmp_path / "one.json") == texts(tmp_path / "two.json")
+    question_list = read_questions(questions)
+    single = evaluate(setup, question_list, UNDER, output=tmp_path / "single.json")
+    parallel = evaluate(setup, question_list, UNDER, output=tmp_path / "parallel.json", jobs=2)
+    assert single == parallel
+    assert texts(tmp_path / "single.json") == texts(tmp_path / "parallel.json")
 
 
 @pytest.mark.slow
 def test_a_model_that_no_process_can_open_is_refused_by_name(questions: Path, bundle: Path) -> None:
+    waiting = [(question, UNDER) for question in read_questions(questions)]
     with pytest.raises(EvaluationError, match="--live eager is for a checkpoint"):
-        list(ask_all(Setup(str(bundle), live=EAGER), [(one, UNDER) for one in read_questions(questions)], 2))
+        list(answer_all(Setup(str(bundle), live=EAGER), waiting, 2))
 
 
 # --- What tells models apart, and the trained one --------------------------------------------------------------------
@@ -342,10 +344,10 @@ def test_the_trained_model_scores_alike_compiled_and_eager(tmp_path: Path) -> No
         clip = clips.draw_clip(seed := clips.HELD_OUT + 700_000 + number)
         clips.write_mp4(tmp_path / f"{number}.mp4", clips.scene_for(seed, clip.kind))
         rows.append({"video": f"{number}.mp4", "question": clip.question, "answer": clip.answer, "type": clip.kind})
-    asked = tmp_path / "questions.jsonl"
-    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = build(Checkpoint(TRAINED), tmp_path / "bundle", BuildOptions(), verify=False).folder
-    flags = ("--questions", asked, "--reducer", "framefusion,random,evs", "--cost", "1,0.3", "--threads", 1)
+    flags = ("--questions", file, "--reducer", "framefusion,random,evs", "--cost", "1,0.3", "--threads", 1)
     for model, name in ((folder, "compiled"), (TRAINED, "eager")):
         live = ("--live", "eager") if name == "eager" else ()
         result = export("eval", model, *flags, *live, "-o", tmp_path / name, "--json")
@@ -384,7 +386,7 @@ def test_questions_of_the_accuracy_tool_are_those_of_its_clips(kept: str) -> Non
     assert isinstance(questions(1)[0], Question)
 
 
-def test_brief_clips_show_each_object_as_briefly_as_told_and_leave_the_trained_ones_alone() -> None:
+def test_brief_clips_show_each_object_as_briefly_as_the_setting_says_and_leave_the_trained_ones_alone() -> None:
     from tools.tiny import clips
 
     stay = clips.STAYS["brief"]

@@ -63,13 +63,13 @@ class PictureProcessor:
         return text
 
     def __call__(self, text: list[str], images: list[Any], return_tensors: str) -> Any:
-        made = self.image_processor(images=images, return_tensors=return_tensors)
+        pixels = self.image_processor(images=images, return_tensors=return_tensors)
         whole = text[0]
-        for grid in made["image_grid_thw"]:
+        for grid in pixels["image_grid_thw"]:
             whole = whole.replace("<|image_pad|>", "<|shown|>" * (int(grid.prod()) // 4), 1)
         ids = self.tokenizer(whole.replace("<|shown|>", "<|image_pad|>"), return_tensors=return_tensors)
         image = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        return {**ids, **made, "mm_token_type_ids": (ids["input_ids"] == image).int()}
+        return {**ids, **pixels, "mm_token_type_ids": (ids["input_ids"] == image).int()}
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_live_model_answers_as_the_pipeline(
         assert own.reached == pytest.approx(mine.reached, abs=1e-6)
 
 
-def test_a_processor_is_told_where_the_frames_stood(
+def test_a_processor_gets_where_the_frames_stood(
     live: live_answering.TransformersAnswerer, of_a_film: Question, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}

@@ -63,17 +63,19 @@ def test_a_conversation_as_the_answerers_take_it(film: Path) -> None:
         ("video", {"path": str(film)}),
         ("video", frames),
     ]
-    asked = question_of("films/test/3", [*said, message("user", *shown, ("text", "Two?"))])
+    question = question_of("films/test/3", [*said, message("user", *shown, ("text", "Two?"))])
     parts = (Visual.VIDEO, Visual.IMAGE, "One", Visual.VIDEO, Visual.VIDEO, "Two?")
     turns = [Turn("user", ("Hello.",)), Turn("assistant", ("Yes?",)), Turn("user", parts)]
-    assert asked.turns() == [Turn("system", ("Be brief.",)), *turns]
-    assert asked.turns("Another.") == [Turn("system", ("Another.",)), *turns]
-    files: list[Any] = asked.files
+    assert question.turns() == [Turn("system", ("Be brief.",)), *turns]
+    assert question.turns("Another.") == [Turn("system", ("Another.",)), *turns]
+    files: list[Any] = question.files
     assert [files[0], files[2]] == [film, film]
     assert as_image(files[1]).shape == (20, 30, 3)
     assert files[3] is frames
     other = question_of("films/test/4", [message("user", *shown, ("text", "Two?"))])
-    assert asked.key == question_of("films/test/3", [*said, message("user", *shown, ("text", "Two?"))]).key != other.key
+    assert (
+        question.key == question_of("films/test/3", [*said, message("user", *shown, ("text", "Two?"))]).key != other.key
+    )
 
 
 @pytest.mark.parametrize(

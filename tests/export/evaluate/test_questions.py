@@ -44,7 +44,7 @@ def test_a_film_and_pictures_are_read_in_order(folder: Path) -> None:
 def test_choices_are_asked_with_letters(folder: Path) -> None:
     row = PLAIN | {"choices": list(CHOICES), "answer": "B", "id": "q7"}
     (question,) = read_questions(written(folder, row))
-    assert question.asked.splitlines()[:4] == [PLAIN["question"], "A. A cat", "B. Two dogs", "C. a bird."]
+    assert question.prompt.splitlines()[:4] == [PLAIN["question"], "A. A cat", "B. Two dogs", "C. a bird."]
     assert question.answers == ("Two dogs",)
     assert question.is_right("(B)")
     assert question.is_right("two  dogs.")
