@@ -152,7 +152,7 @@ def _embedding_bytes(manifest: Manifest, touched: int) -> int:
 
 def _tower_bytes(manifest: Manifest, visual: int) -> int:
     vision = manifest.vision
-    at_once = max(PATCHES_AT_ONCE, int(vision.settings.get("patches", 0)))  # never less than one picture
+    at_once = max(PATCHES_AT_ONCE, vision.settings.whole_picture())  # never less than one picture
     patches = min(round(visual * vision.patches_per_token), at_once)
     return _activations(manifest, patches * (2 * vision.mlp_width + 9 * vision.embed_dim))
 

@@ -49,6 +49,7 @@ from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.generation.segments import Segments
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.tower_kinds import RopeSettings
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import rope_tables, vision_rope_tables
 from framefusion.runtime.text.prompt import PromptTemplate
@@ -119,7 +120,7 @@ def manifest_of(model: str, dialect: str) -> Manifest:
             SegmentRecord(p.name, f"{p.name}/graph.onnx", p.attention_layers, 1, p.scores, p.head, 0, buckets)
             for p in plans
         ),
-        vision=VisionRecord("", "rope_2d", 0, 0, 0, 0, 0, 4),
+        vision=VisionRecord("", "rope_2d", 0, 0, 0, 0, 0, 4, settings=RopeSettings(merge_size=2)),
         embedding=EmbeddingRecord("", "float32", 0, 0),
         prompt=PromptTemplate({}, ""),
         preprocessing=QwenVLPreprocessing(),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource
 from framefusion.export.graphs.tower import Tower
+from framefusion.runtime.media.tower_kinds import TowerSettings
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,12 @@ class TowerPlan:
     Attributes:
         module: on the meta device.
         sources: of its parameters, by name.
-        kind: what the graph wants beside patches: see `framefusion.runtime.media.vision`.
+        settings: of its kind, which says what the graph takes beside patches and how many rows it gives.
         patch_width: numbers of a patch.
         head_dim, embed_dim, mlp_width: geometry, for tables and for planning memory.
         out_width: of a row; it must be the LLM's.
         patches_per_token: patches that the tower sees for each row of a video.
         deepstack: further outputs, one for each of the first layers of the LLM.
-        settings: numbers of the kind.
         extra_rows: name -> key of learned rows [D] that a prompt shows and no tokenizer knows.
         unused: pattern of keys, as of a shell -> why their tensors change nothing: blocks behind the one whose output
             is taken, norms and heads behind it.
@@ -33,7 +32,7 @@ class TowerPlan:
 
     module: Tower
     sources: Mapping[str, AnySource]
-    kind: str
+    settings: TowerSettings
     patch_width: int
     head_dim: int
     embed_dim: int
@@ -41,7 +40,6 @@ class TowerPlan:
     out_width: int
     patches_per_token: float
     deepstack: int = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
     extra_rows: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
 

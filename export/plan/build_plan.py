@@ -150,6 +150,7 @@ class BuildPlan:
         """The manifest's part on the vision tower."""
         told = {field.name for field in fields(VisionRecord)} & {field.name for field in fields(TowerPlan)}
         facts: dict[str, Any] = {name: getattr(self.tower, name) for name in told}
+        facts["kind"] = self.tower.settings.kind
         return VisionRecord(VISION_GRAPH, weight_bytes=parameter_bytes(self.tower.module, self.dtype), **facts)
 
     def buckets(self) -> tuple[int, ...] | None:
@@ -257,11 +258,12 @@ class BuildPlan:
                 f"patches of {frames} frame(s) and {patch} x {patch} pixels are {numbers} numbers, the vision tower "
                 f"takes {self.tower.patch_width}: patch_size or temporal_patch_size is of another model"
             )
-        joined = getattr(self.preprocessing, "merge_size", 1), self.tower.settings.get("merge_size")
-        if joined[1] not in (None, joined[0]):
+        ordered = getattr(self.preprocessing, "merge_size", 1)
+        merged = self.tower.settings.block_side()
+        if merged not in (None, ordered):
             raise CheckpointError(
-                f"{self.checkpoint.folder}: the processor has merge_size {joined[0]}, vision_config spatial_merge_size "
-                f"{joined[1]}: one of the two is of another model"
+                f"{self.checkpoint.folder}: the processor has merge_size {ordered}, vision_config spatial_merge_size "
+                f"{merged}: one of the two is of another model"
             )
         for key in self.tower.extra_rows.values():
             check_parameter(self.checkpoint, Source(key), (width,))

@@ -1,7 +1,8 @@
 """Frozen dataclasses to plain JSON values and back, with an error that names the place. Knows no bundle.
 
-A class with `record_tag` stands for its subclasses: the tag names the class attribute that tells them apart. What a
-field may hold beyond its type is said in a table of `Rule`s, by class and field.
+A class with `record_tag` stands for its subclasses: the tag names the class attribute that tells them apart. With
+`sibling_tag` the tag is a field of the record around it instead, and what is None is left out. What a field may hold
+beyond its type is said by a `Rule`: in the class attribute `rules`, by field, or in a table by class and field.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def to_json(record: Any) -> Any:
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         tag = getattr(record, "record_tag", None)
         tagged = {} if tag is None else {tag: getattr(record, tag)}
-        return tagged | {field.name: to_json(getattr(record, field.name)) for field in dataclasses.fields(record)}
+        values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        sparse = getattr(record, "sibling_tag", None) is not None
+        return tagged | {name: to_json(value) for name, value in values.items() if value is not None or not sparse}
     if isinstance(record, Mapping):
         return {str(key): to_json(value) for key, value in record.items()}
     if isinstance(record, (list, tuple)):
@@ -104,7 +107,8 @@ class _Reader:
             place = f"{where}.{field.name}".lstrip(".")
             if field.name in value:
                 rule = self._rule(kind, field.name)
-                arguments[field.name] = self._convert(hints[field.name], value[field.name], place, rule)
+                hint = _told_by_sibling(hints[field.name], value, where)
+                arguments[field.name] = self._convert(hint, value[field.name], place, rule)
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise RecordError(f"{place} is missing")
         try:
@@ -114,10 +118,11 @@ class _Reader:
 
     def _rule(self, kind: type, name: str) -> Rule:
         """The rule of a field: of its class, or of a class that this one refines."""
-        for one in kind.__mro__:
-            found = (self._rules or {}).get(one, {}).get(name)
-            if found is not None:
-                return found
+        for base in kind.__mro__:
+            rules = (self._rules or {}).get(base) or vars(base).get("rules", {})
+            if name in rules:
+                rule: Rule = rules[name]
+                return rule
         return _ANY
 
     def _convert(self, hint: Any, value: Any, where: str, rule: Rule) -> Any:
@@ -219,18 +224,27 @@ def name_problem(name: str) -> str | None:
 def _told_apart(kind: type[Record], value: Mapping[str, Any], where: str) -> type[Record]:
     """The subclass that a tagged value is of; any other class is itself."""
     tag = getattr(kind, "record_tag", None)
-    if tag is None:
-        return kind
+    return kind if tag is None else _tagged(kind, tag, value, where)
+
+
+def _told_by_sibling(hint: Any, siblings: Mapping[str, Any], where: str) -> Any:
+    """The subclass that the record around a value names, where its class wants that; any other type is itself."""
+    tag = getattr(hint, "sibling_tag", None)
+    return hint if tag is None else _tagged(hint, tag, siblings, where)
+
+
+def _tagged(kind: type[Record], tag: str, value: Mapping[str, Any], where: str) -> type[Record]:
+    """The subclass of `kind` whose attribute `tag` is what `value` has under this name."""
     kinds: dict[str, type[Record]] = {}
     pending = [kind]
     while pending:
-        one = pending.pop()
-        pending += one.__subclasses__()
-        if hasattr(one, tag):
-            kinds[getattr(one, tag)] = one
-    told = value.get(tag)
-    fits = isinstance(told, str) and told in kinds
-    return kinds[_expect(fits, told, f"one of {', '.join(kinds)}", f"{where}.{tag}")]
+        subclass = pending.pop()
+        pending += subclass.__subclasses__()
+        if hasattr(subclass, tag):
+            kinds[getattr(subclass, tag)] = subclass
+    name = value.get(tag)
+    fits = isinstance(name, str) and name in kinds
+    return kinds[_expect(fits, name, f"one of {', '.join(kinds)}", f"{where}.{tag}")]
 
 
 def _expect(fits: bool, value: Any, expected: str, where: str) -> Any:

@@ -5,13 +5,14 @@
 Frames, and what follows them in their turn, are joined by a line feed. In a video FrameFusion's patch_type counts the
 tags and line feeds of a frame as places too (they repeat in every frame, so they merge), from the first row of the
 first frame to the line feed behind the last; the first `<image>` alone is text. A single picture has no track to merge
-along: its tags are text, and each row is a place of its own. Knows neither tower nor tokenizer.
+along: its tags are text, and each row is a place of its own. Knows no tokenizer, and
+of the tower which rows of its two position tables a picture takes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -28,8 +29,11 @@ from framefusion.runtime.media.preprocess import (
     resize,
 )
 from framefusion.runtime.media.tiles.panels import WHOLE, Panel, cells, even
+from framefusion.runtime.media.tower_kinds import COUNT, TowerCall, TowerSettings
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import Grid, Piece, RowMap, Rows, Tiles, Token, VisualInput
+from framefusion.runtime.text.positions import sincos_table
+from framefusion.storage.records import Rule
 
 LINE_FEED = "\n"
 
@@ -239,3 +243,46 @@ def _tiles(
     pictures = whole.reshape(len(whole), rows, height, columns, width, 3).swapaxes(2, 3)
     values = cut_patches(pictures.reshape(count, height, width, 3), preprocessing)
     return Tiles(values, Grid(count, *size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResamplerSettings(TowerSettings):
+    """Rows of the encoder's position table, and the resampler's own table.
+
+    Attributes:
+        rows: of a picture.
+        width: channels of the resampler's table.
+        side: entries of the encoder's table along one side.
+        off_floor: [patches, patch, place]: of so many patches along an axis one takes another place than the whole
+            number of `patch * side / patches`, by the rounding of the released code.
+    """
+
+    kind: ClassVar[str] = "resampler"
+    inputs: ClassVar[tuple[str, ...]] = ("places", "sincos")
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "rows": COUNT, "width": COUNT, "side": COUNT, "off_floor": Rule(0, 1 << 20, items=1 << 15)
+    }  # fmt: skip
+
+    rows: int
+    width: int
+    side: int
+    off_floor: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        for entry in self.off_floor:
+            if len(entry) != 3 or not entry[1] < entry[0]:
+                raise BundleError(f"off_floor has {entry}, expected a number of patches, one of them and its place")
+
+    def call(self, tiles: Tiles, head_dim: int) -> TowerCall:
+        """places [P] in the encoder's table, and sincos [1, P, width]."""
+        (_, rows, columns) = tiles.grid
+        places = (self._buckets(rows)[:, None] * self.side + self._buckets(columns)).reshape(-1)
+        return TowerCall({"places": places, "sincos": sincos_table(rows, columns, self.width)[None]}, self.rows)
+
+    def _buckets(self, count: int) -> NDArray[np.int64]:
+        """Which of the places of a side each of `count` patches along an axis takes."""
+        places = np.arange(count) * self.side // count
+        for patches, patch, place in self.off_floor:
+            if patches == count:
+                places[patch] = place
+        return places

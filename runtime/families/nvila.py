@@ -7,13 +7,13 @@
 
 Q is what is left of a picture after the tower has joined blocks of patches, and of a video's after pooling too.
 FrameFusion's patch_type of a video's rows is their place in the frame, and the line feed is the place after them.
-Knows neither tower nor tokenizer.
+Knows no tokenizer, and of the tower how its rows are pooled and its scales brought together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,9 +24,12 @@ from framefusion.errors import BundleError, VideoError
 from framefusion.runtime.media.preprocess import BICUBIC, Preprocessing, check_frames, cut_patches, resize
 from framefusion.runtime.media.tiles.anyres import cut_tiles, nearest_tiling
 from framefusion.runtime.media.tiles.panels import Panel, Spans, cells, even, tiled, within
-from framefusion.runtime.media.tiles.scales import tile_places
+from framefusion.runtime.media.tiles.pooling import block_matrix
+from framefusion.runtime.media.tiles.scales import scale_taps, single_taps, tile_places
+from framefusion.runtime.media.tower_kinds import COUNT, Range, TowerCall, TowerSettings
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import Grid, Piece, RowMap, Rows, Tiles, Token, VisualInput
+from framefusion.storage.records import Rule
 
 ASPECTS = ("resize", "dynamic", "dynamic_s2")
 AVERAGE = "average"
@@ -209,3 +212,90 @@ def _whole_groups(video: Video, pooled: int) -> str:
         return f"--max-frames {frames // pooled * pooled}"
     fps = math.ceil(100 * pooled / video.duration) / 100  # frames at times below the film's length: never fewer
     return f"--fps {fps:g} --max-frames {pooled}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPooledSettings(TowerSettings):
+    """Blocks of patches are averaged in videos, and kept in images.
+
+    Attributes:
+        blocks: along one side of a picture.
+        pool_sizes: lines and columns of blocks that are averaged to one.
+        patches: of a picture; None: within those that are encoded at once.
+    """
+
+    kind: ClassVar[str] = "block_pooled"
+    inputs: ClassVar[tuple[str, ...]] = ("pool",)
+    rules: ClassVar[Mapping[str, Rule]] = {"blocks": COUNT, "pool_sizes": COUNT, "patches": COUNT}
+
+    blocks: int
+    pool_sizes: tuple[int, ...]
+    patches: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.pool_sizes) != 2:
+            raise BundleError(f"pool_sizes {self.pool_sizes} are not two: give lines and columns")
+
+    def call(self, tiles: Tiles, head_dim: int) -> TowerCall:
+        """pool [Q, blocks^2]."""
+        (tall, wide) = self.pool_sizes
+        matrix = block_matrix(self.blocks, (tall, wide) if tiles.pool else (1, 1))
+        return TowerCall({"pool": matrix}, len(matrix))
+
+    def whole_picture(self) -> int:
+        """The setting."""
+        return self.patches or 0
+
+    def ranges(self, low: int, high: int) -> Mapping[str, Range]:
+        """Of rows: an image keeps all blocks."""
+        return {"rows": (1, self.blocks**2, self.blocks**2)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalesSettings(TowerSettings):
+    """An image at several scales, each in tiles; a frame of a video is one tile for all of them.
+
+    Attributes:
+        rows: of a tile.
+        side: patches along one side of a tile.
+        scales: tiles along one side at each scale, coarsest first; the finest takes the image's shape.
+        most: patches along an axis that may meet in one place.
+    """
+
+    kind: ClassVar[str] = "scales"
+    inputs: ClassVar[tuple[str, ...]] = ("taps", "shares")
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "rows": COUNT, "side": COUNT, "scales": Rule(1, 64, items=16), "most": COUNT
+    }  # fmt: skip
+
+    rows: int
+    side: int
+    scales: tuple[int, ...]
+    most: int
+
+    def __post_init__(self) -> None:
+        if not self.scales:
+            raise BundleError("scales are empty: give the tiles along one side at each scale")
+
+    def call(self, tiles: Tiles, head_dim: int) -> TowerCall:
+        """taps, shares [K, S * places of the finest scale]: which patches meet in each place, and their shares."""
+        if not tiles.pool:  # a frame
+            taps = single_taps(len(self.scales), self.side**2, self.most)
+            return TowerCall({"taps": taps.patches, "shares": taps.shares}, self.rows)
+        tall = tiles.grid.height // self.side
+        wide = tiles.grid.width // self.side
+        taps = scale_taps([*((count, count) for count in self.scales[:-1]), (tall, wide)], self.side, self.most)
+        return TowerCall({"taps": taps.patches, "shares": taps.shares}, tall * wide * self.rows)
+
+    def patch_step(self) -> int:
+        """A tile."""
+        return self.side**2
+
+    def rowless_patches(self) -> int:
+        """Those of the coarser scales."""
+        return self.side**2 * sum(count**2 for count in self.scales[:-1])
+
+    def ranges(self, low: int, high: int) -> Mapping[str, Range]:
+        """Of the places of the finest scale, at every scale."""
+        count = len(self.scales)
+        return {"places": (count * self.side**2, count * high, count * high)}

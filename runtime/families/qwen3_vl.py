@@ -2,23 +2,28 @@
 
     <0.2 seconds><|vision_start|> rows of grid 0 <|vision_end|><1.2 seconds><|vision_start|> rows of grid 1 ...
 
-The numbers are those of Hugging Face's Qwen3-VL video processor.
+The numbers are those of Hugging Face's Qwen3-VL video processor. The tower has a square table of positions;
+which of its rows lie around each patch is computed here.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from framefusion.errors import BudgetError
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.media.preprocess import HALF, check_shape
+from framefusion.runtime.media.tower_kinds import COUNT, RopeSettings, TowerCall
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.visual_input import Grid, Piece, Rows, VisualInput
+from framefusion.runtime.media.visual_input import Grid, Piece, Rows, Tiles, VisualInput
 from framefusion.runtime.text.positions import grid_places
+from framefusion.storage.records import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +99,42 @@ class Qwen3VLPreprocessing(QwenVLPreprocessing):
             return self.max_pixels
         share = min(self.max_frame_tokens * self.factor**2, self.max_pixels // num_frames)
         return max(share, int(self.min_pixels * 1.05)) * num_frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSettings(RopeSettings):
+    """As Qwen2-VL's tower, and which rows of the square position table lie around each patch.
+
+    Attributes:
+        table_side: rows of the table along one side.
+    """
+
+    kind: ClassVar[str] = "rope_2d_table"
+    inputs: ClassVar[tuple[str, ...]] = (*RopeSettings.inputs, "corners", "shares")
+    rules: ClassVar[Mapping[str, Rule]] = {"table_side": COUNT}
+
+    table_side: int
+
+    def call(self, tiles: Tiles, head_dim: int) -> TowerCall:
+        """Besides, corners [4, P], rows of the table, and their shares [4, P], in the patches' order."""
+        inputs, count = super().call(tiles, head_dim)
+        (_, height, width) = tiles.grid
+        merge = self.merge_size
+        rows, row_shares = _neighbours(height, self.table_side)  # each [2, height]
+        columns, column_shares = _neighbours(width, self.table_side)
+        corners = np.stack([row[:, None] * self.table_side + column for row in rows for column in columns])  # [4, h, w]
+        shares = np.stack([row[:, None] * column for row in row_shares for column in column_shares])
+        blocks = (4, height // merge, merge, width // merge, merge)
+        ordered = {
+            name: np.ascontiguousarray(table.reshape(blocks).transpose(0, 1, 3, 2, 4).reshape(4, -1))
+            for name, table in (("corners", corners), ("shares", shares))
+        }
+        return TowerCall({**inputs, **ordered}, count)
+
+
+def _neighbours(size: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Of `size` places spread corner to corner over a table of `side`: the entries around each, and their shares."""
+    places = np.arange(size, dtype=np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
+    low = np.floor(places)
+    share = places - low
+    return np.minimum(np.stack([low, low + 1]).astype(np.int64), side - 1), np.stack([1 - share, share])

@@ -18,6 +18,7 @@ from framefusion.runtime.families import RULES as RULES  # makes every rule of p
 from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.runtime.media.tower_kinds import TowerSettings
 from framefusion.runtime.text.prompt import PromptTemplate
 from framefusion.runtime.text.sampling import GenerationConfig
 
@@ -143,7 +144,7 @@ class VisionRecord:
     """The vision tower with its projector."""
 
     graph: str
-    kind: str  # what the graph wants beside patches: see framefusion.runtime.media.vision
+    kind: str  # what the graph takes beside patches: see framefusion.runtime.media.tower_kinds
     patch_width: int
     head_dim: int
     embed_dim: int
@@ -151,7 +152,7 @@ class VisionRecord:
     weight_bytes: int
     patches_per_token: float
     deepstack: int = 0  # further outputs, one for each of the first layers of the LLM
-    settings: Mapping[str, Any] = field(default_factory=dict)  # numbers of the kind
+    settings: TowerSettings = field(kw_only=True)  # numbers of the kind
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ the middle of one later. Reads no file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
 from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest, ReductionRecord
 from framefusion.runtime.text.prompt import ROLES
@@ -169,21 +168,14 @@ def _prompt(manifest: Manifest) -> Iterator[Problem]:
 def _vision(manifest: Manifest) -> Iterator[Problem]:
     vision = manifest.vision
     preprocessing = manifest.preprocessing
-    if vision.kind not in SETTINGS:
-        yield (
-            "vision.kind",
-            f"{ascii(vision.kind)[:60]} is unknown, known are {', '.join(SETTINGS)}: upgrade this package",
-        )
-        return
-    yield from _settings(vision.settings, SETTINGS[vision.kind])
     depth = getattr(preprocessing, "temporal_patch_size", 1)
     side = preprocessing.patch_size
     if vision.patch_width != 3 * depth * side**2:
         yield "vision.patch_width", f"{vision.patch_width} is not 3 * {depth} * {side} * {side}, a patch's numbers"
-    merge = vision.settings.get("merge_size")
-    told = getattr(preprocessing, "merge_size", None)
-    if merge is not None and merge != told:
-        yield "vision.settings.merge_size", f"{merge} is not the preprocessing's {told}"
+    blocks = vision.settings.block_side()
+    expected = getattr(preprocessing, "merge_size", None)
+    if blocks is not None and blocks != expected:
+        yield "vision.settings.merge_size", f"{blocks} is not the preprocessing's {expected}"
 
 
 def _pictures(manifest: Manifest) -> Iterator[Problem]:
@@ -208,51 +200,6 @@ def _report(manifest: Manifest) -> Iterator[Problem]:
     tolerance = manifest.check.get("tolerance")
     if tolerance is not None and (type(tolerance) not in (int, float) or not 0 < tolerance < 1e6):
         yield "check.tolerance", f"expected a number above 0, found {ascii(tolerance)[:60]}"
-
-
-def _settings(settings: Mapping[str, Any], known: Mapping[str, Setting]) -> Iterator[Problem]:
-    for name in settings.keys() - known.keys():
-        yield "vision.settings", f"{ascii(name)[:60]} is no setting of its kind"
-    for name, (fits, needed) in known.items():
-        value = settings.get(name)
-        if (name not in settings and needed) or (name in settings and not fits(value)):
-            yield f"vision.settings.{name}", f"{ascii(value)[:60]} is missing or out of range"
-
-
-def _whole(value: Any, least: int = 1, most: int = 1 << 20) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _wholes(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and 0 < len(value) <= 16 and all(_whole(item, 1, 64) for item in value)
-
-
-def _pool(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_whole, value))
-
-
-def _moved(value: Any) -> bool:
-    """[[patches, patch, place], ...]: a patch among so many."""
-    return isinstance(value, (list, tuple)) and all(
-        isinstance(one, (list, tuple)) and len(one) == 3 and all(_whole(n, 0) for n in one) and one[1] < one[0]
-        for one in value
-    )
-
-
-Setting = tuple[Callable[[Any], bool], bool]
-"""What a value must be, and whether it has to be there."""
-_ROPE: Mapping[str, Setting] = {"merge_size": (_whole, True)}
-SETTINGS: Mapping[str, Mapping[str, Setting]] = {
-    "plain": {"rows": (_whole, False), "patches": (_whole, False)},
-    "rope_2d": _ROPE,
-    "rope_2d_windows": {**_ROPE, "window": (_whole, True)},
-    "rope_2d_table": {**_ROPE, "table_side": (_whole, True)},
-    "pooled": {},
-    "block_pooled": {"blocks": (_whole, True), "pool_sizes": (_pool, True), "patches": (_whole, False)},
-    "scales": {"rows": (_whole, True), "side": (_whole, True), "scales": (_wholes, True), "most": (_whole, True)},
-    "resampler": {"rows": (_whole, True), "width": (_whole, True), "side": (_whole, True), "off_floor": (_moved, True)},
-}
-"""Settings of each kind of tower (vision.py)."""
 
 
 def _engines(manifest: Manifest) -> Iterator[Problem]:

@@ -120,7 +120,6 @@ RULES: Rules = {
         "weight_bytes": _BYTES,
         "patches_per_token": _between(0, 1e6, above=True),
         "deepstack": _between(0, LAYERS),
-        "settings": _between(-1, 1 << 31, items=1 << 15),
     },
     EmbeddingRecord: {"file": _NAME, "rows": _between(1, IDS), "width": _WIDTH, "extra": Rule(items=1024)},
     SourceRecord: {"config_sha256": Rule(characters=64)},

@@ -18,7 +18,7 @@ from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.generation.embedding import Embedding
 from framefusion.runtime.generation.token_rows import TokenRows
-from framefusion.runtime.media.vision import TowerCall, tower_call
+from framefusion.runtime.media.tower_kinds import TowerCall
 from framefusion.runtime.media.visual_input import RowMap, Tiles, VisualInput
 from framefusion.runtime.text.positions import rope_tables
 from framefusion.runtime.text.prompt import Prompt
@@ -48,7 +48,7 @@ class Embedder:
         """
         vision = self._manifest.vision
         device = self._backend.device
-        calls = [tower_call(vision, tiles) for tiles in visual.tiles]
+        calls = [vision.settings.call(tiles, vision.head_dim) for tiles in visual.tiles]
         counts = [call.rows * len(tiles.values) for call, tiles in zip(calls, visual.tiles, strict=True)]
         shape = (1 + vision.deepstack, sum(counts), self._manifest.model.hidden_size)
         rows = device.empty(shape, device.row_type)

@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
 
     values: NDArray[np.float32]  # [N, P, W]: N pictures or temporal grids, P patches each, W numbers a patch
     grid: Grid  # N, rows and columns of patches
-    pool: str = ""  # how the tower pools the patches of each, where its kind does; see framefusion.runtime.media.vision
+    pool: str = ""  # how the tower pools the patches of each, where its kind does; see tower_kinds.py
 
 
 class Rows(NamedTuple):

@@ -44,17 +44,6 @@ _OWN_ATTRIBUTES = frozenset({"num_heads", "kv_num_heads", "alpha"})
 _FLOATS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
 _INT64 = 7
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
-_TOWER_INPUTS: Mapping[str, tuple[str, ...]] = {
-    "plain": (),
-    "rope_2d": ("cos", "sin"),
-    "rope_2d_windows": ("cos", "sin", "units", "slots", "mask"),
-    "rope_2d_table": ("cos", "sin", "corners", "shares"),
-    "pooled": ("pool",),
-    "block_pooled": ("pool",),
-    "scales": ("taps", "shares"),
-    "resampler": ("places", "sincos"),
-}
-"""What towers take beside patches (vision.py)."""
 
 Sizes = tuple[int | None, ...]
 """A shape; None where any size will do."""
@@ -159,7 +148,7 @@ def _tower(manifest: Manifest) -> tuple[dict[str, Value | None], dict[str, Value
     model = manifest.model
     kind = _FLOATS[model.dtype]
     free = -1
-    inputs: dict[str, Value | None] = dict.fromkeys(_TOWER_INPUTS[vision.kind])
+    inputs: dict[str, Value | None] = dict.fromkeys(vision.settings.inputs)
     if "cos" in inputs:
         inputs |= dict.fromkeys(("cos", "sin"), Value(kind, (free, free, vision.head_dim // 2)))
     outputs: dict[str, Value | None] = {"tokens": Value(kind, (free, model.hidden_size))}

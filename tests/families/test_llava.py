@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from framefusion.export.families.llava import row as llava
 from framefusion.runtime.media.frame_sampling import sample_indices
+from framefusion.runtime.media.tiles.pooling import pool_matrix
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.vision import pool_matrix
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.families import llava_checkpoints as tiny
 from tests.families.case import relative_error

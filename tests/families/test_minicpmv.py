@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,15 @@ from framefusion.export.families.minicpmv import row as minicpmv
 from framefusion.export.families.minicpmv import weights as minicpmv_tower
 from framefusion.export.options import BuildOptions
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.families.minicpmv import Layout, MiniCpmVPreprocessing, layout_of, longest_side
-from framefusion.runtime.format.manifest import VisionRecord
+from framefusion.runtime.families.minicpmv import (
+    Layout,
+    MiniCpmVPreprocessing,
+    ResamplerSettings,
+    layout_of,
+    longest_side,
+)
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media.video.frames import Video, read_video
-from framefusion.runtime.media.vision import tower_call
 from framefusion.runtime.media.visual_input import Grid, Tiles
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
@@ -107,20 +110,16 @@ def test_tokens_of_a_frame() -> None:
 # ---- what the tower is given
 
 
-def record(settings: Mapping[str, Any]) -> VisionRecord:
-    return VisionRecord("", "resampler", 588, 0, 0, 0, 0, 1.0, settings=settings)
-
-
 def test_places_are_torchs_buckets_for_every_size() -> None:
     """The released code's lines, for every number of patches that any picture can have along an axis."""
     longest = longest_side(RELEASED)
-    settings = {"rows": 64, "width": 8, "side": 70, "off_floor": minicpmv_tower.off_floor(70, longest)}
+    settings = ResamplerSettings(rows=64, width=8, side=70, off_floor=minicpmv_tower.off_floor(70, longest))
     boundaries = torch.arange(1 / 70, 1.0, 1 / 70)
     for count in range(1, longest + 1):
         steps: Any = 1 / torch.tensor([count, 3], dtype=torch.int32)  # tensors, as the released code has them
         down, across = (torch.bucketize(torch.arange(0, 1 - 1e-6, step), boundaries, right=True) for step in steps)
         expected = (down[:, None] * 70 + across).flatten().numpy()
-        call = tower_call(record(settings), Tiles(np.zeros((1, count * 3, 588), np.float32), Grid(1, count, 3)))
+        call = settings.call(Tiles(np.zeros((1, count * 3, 588), np.float32), Grid(1, count, 3)), head_dim=0)
         np.testing.assert_array_equal(call.inputs["places"], expected, err_msg=f"{count} rows")
         assert call.rows == 64
 
@@ -151,7 +150,7 @@ def test_features_of_any_shape(folder: Path, rows: int, columns: int) -> None:
     torch.manual_seed(rows)
     pixels = torch.rand(1, 3, rows * 14, columns * 14) * 2 - 1
     patches = torch.nn.functional.unfold(pixels, 14, stride=14).mT
-    call = tower_call(record(plan.settings), Tiles(patches.numpy(), Grid(1, rows, columns)))
+    call = plan.settings.call(Tiles(patches.numpy(), Grid(1, rows, columns)), plan.head_dim)
     reference = MiniCpmVReference(folder)
     with torch.inference_mode():
         ours = module(patches, *(torch.from_numpy(call.inputs[name]) for name in ("places", "sincos")))

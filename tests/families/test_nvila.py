@@ -22,12 +22,10 @@ from framefusion.export.families.reading import configs as reading
 from framefusion.export.families.reference.transformers_call import TransformersCall
 from framefusion.export.graphs.vit import VitConfig
 from framefusion.runtime.families.nvila import NvilaPreprocessing
-from framefusion.runtime.format.manifest import VisionRecord
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media.tiles.anyres import nearest_tiling
 from framefusion.runtime.media.tiles.scales import scale_taps, single_taps
 from framefusion.runtime.media.video.frames import Video, read_video
-from framefusion.runtime.media.vision import tower_call
 from framefusion.runtime.media.visual_input import Rows, Tiles, Token, VisualInput
 from framefusion.runtime.text.prompt import Turn, Visual, build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
@@ -82,12 +80,9 @@ def rows_of(folder: Path, visual: VisualInput) -> Any:
     checkpoint = Checkpoint(folder)
     plan = tower(checkpoint)
     module = load_parameters(plan.module, checkpoint, plan.sources, torch.float32)
-    record = VisionRecord(
-        "", plan.kind, plan.patch_width, 0, 0, 0, 0, 1.0, settings=json.loads(json.dumps(plan.settings))
-    )
     rows = []
     for tiles in visual.tiles:
-        call = tower_call(record, tiles)
+        call = plan.settings.call(tiles, plan.head_dim)
         with torch.inference_mode():
             rows.append(module(*(torch.from_numpy(given) for given in (tiles.values, *call.inputs.values()))).numpy())
         assert len(rows[-1]) == len(tiles.values) * call.rows

@@ -18,9 +18,8 @@ from framefusion.errors import BundleError, CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.families.qwen2_5_vl.row import preprocessing
 from framefusion.export.families.qwen2_5_vl.weights import tower
-from framefusion.runtime.families.qwen2_5_vl import Qwen25VLPreprocessing
+from framefusion.runtime.families.qwen2_5_vl import Qwen25VLPreprocessing, windows_of
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.vision import windows_of
 from framefusion.runtime.media.visual_input import Rows, VisualInput
 from framefusion.runtime.text.positions import mrope_positions
 from tests.families.case import clip, picture

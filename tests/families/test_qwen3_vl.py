@@ -22,13 +22,12 @@ from framefusion.export.families.qwen3_vl.weights import tower
 from framefusion.export.options import BuildOptions
 from framefusion.reduction.plan import Plan, merge_plan, prune_plan
 from framefusion.reduction.policy import FixedReduction, ReductionState
-from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
+from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing, TableSettings
 from framefusion.runtime.generation.prefill import Prefilled, prefill
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices
 from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.vision import rope_2d_table
 from framefusion.runtime.media.visual_input import Grid, Rows, Tiles
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
@@ -140,8 +139,8 @@ def test_the_position_table_is_read_as_transformers_does(rows: int, columns: int
     corners, shares = get_vision_interpolation_indices_and_weights(
         torch.tensor([grid]), side, "bilinear", align_corners=True, spatial_merge_size=2
     )
-    vision: Any = SimpleNamespace(settings={"merge_size": 2, "table_side": side}, head_dim=16)
-    inputs = rope_2d_table(vision, Tiles(np.zeros((1, grid.size, 1), np.float32), grid)).inputs
+    settings = TableSettings(merge_size=2, table_side=side)
+    inputs = settings.call(Tiles(np.zeros((1, grid.size, 1), np.float32), grid), head_dim=16).inputs
     table = np.random.default_rng(0).normal(size=(side * side, 3))
     expected = (table[corners.numpy()] * shares.numpy()[:, :, None]).sum(1)
     found = (table[inputs["corners"]] * inputs["shares"][:, :, None]).sum(0)

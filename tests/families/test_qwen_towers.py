@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from framefusion.export.families.towers import TowerPlan
 from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.graphs.tracing.signatures import trace_tower
 from framefusion.export.graphs.tracing.trace import save_graph
-from framefusion.runtime.media.vision import tower_call
 from framefusion.runtime.media.visual_input import Grid, Tiles
 from tests.families.case import relative_error
 from tests.families.qwen2_5_vl import Qwen25VLCase
@@ -45,8 +43,7 @@ class Subject:
     def inputs(self, grid: Grid) -> dict[str, Array]:
         values = np.random.default_rng(0).normal(size=(grid.frames, grid.height * grid.width, self.plan.patch_width))
         tiles = Tiles(values.astype(np.float32), grid)
-        vision: Any = SimpleNamespace(kind=self.plan.kind, settings=self.plan.settings, head_dim=self.plan.head_dim)
-        return {"patches": tiles.values, **tower_call(vision, tiles).inputs}
+        return {"patches": tiles.values, **self.plan.settings.call(tiles, self.plan.head_dim).inputs}
 
     @torch.inference_mode()
     def expected(self, patches: Array, grid: Grid) -> list[Array]:

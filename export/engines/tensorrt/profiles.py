@@ -11,7 +11,6 @@ of the largest. A range costs as much code as a static shape.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +22,12 @@ from framefusion.errors import BundleError
 from framefusion.runtime.format.engine_record import ProfileRecord as ProfileRecord  # part of this module's interface
 from framefusion.runtime.format.manifest import Manifest, SegmentRecord
 from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
-from framefusion.runtime.media.preprocess import MAX_ASPECT_RATIO
+from framefusion.runtime.media.tower_kinds import Range
 
 DECODE_TOKENS = 2
 CACHE_MULTIPLE = 16
 STRETCH = 4  # the largest picture of a profile over the smallest
 CODE_BYTES = 2 << 20  # of a profile: between 1.5 and 3 MB whatever the weights (TensorRT-RTX 1.7)
-
-Range = tuple[int, int, int]  # min, opt, max
 
 
 @dataclass(frozen=True)
@@ -152,27 +149,29 @@ def _segment_profile(
 
 
 def tower_profiles(manifest: Manifest, axes: Mapping[str, Sequence[int | str]]) -> tuple[ProfileRecord, ...]:
-    """A profile for each stretch of picture sizes, the smallest first."""
+    """A profile for each stretch of picture sizes, the smallest first.
+
+    Args:
+        manifest: its preprocessing says how large pictures may be, its tower what follows from that.
+        axes: of the tower's inputs: numbers where static, names where free.
+    """
+    settings = manifest.vision.settings
     count, patches = axes["patches"][:2]
-    stretches = [(patches, patches)] if isinstance(patches, int) else _stretches(*_picture_patches(manifest))
+    stretches = [(patches, patches)] if isinstance(patches, int) else _stretches(*picture_patches(manifest))
     profiles = []
     for low, high in stretches:
-        words = {str(count): _at_once(low, high), str(patches): (low, high, high)}
-        words |= _other_words(manifest, low, high)
-        shapes = {name: _ranged(shape, words) for name, shape in axes.items()}
+        axis_ranges = {str(count): _at_once(low, high), str(patches): (low, high, high), **settings.ranges(low, high)}
+        shapes = {name: _ranged(shape, axis_ranges) for name, shape in axes.items()}
         profiles.append(ProfileRecord(f"pictures of up to {high} patches", None, shapes))
     return tuple(profiles)
 
 
-def _picture_patches(manifest: Manifest) -> tuple[int, int, int]:
+def picture_patches(manifest: Manifest) -> tuple[int, int, int]:
     """Fewest and most patches of a picture that fits into a prompt, and what they are multiples of."""
     settings = manifest.vision.settings
     (least, most) = manifest.preprocessing.picture_patches()
-    longest = round(manifest.limits.max_input_len * manifest.vision.patches_per_token)
-    step = int(settings.get("merge_size", 1)) ** 2
-    if "scales" in settings:  # coarser scales take patches and give no rows of their own
-        step = int(settings["side"]) ** 2
-        longest += step * sum(count**2 for count in settings["scales"][:-1])
+    longest = round(manifest.limits.max_input_len * manifest.vision.patches_per_token) + settings.rowless_patches()
+    step = settings.patch_step()
     most = max(least, min(most, longest))
     return least, most - most % step, step
 
@@ -191,40 +190,11 @@ def _at_once(low: int, high: int) -> Range:
     return 1, max(1, PATCHES_AT_ONCE // high), max(1, PATCHES_AT_ONCE // low)
 
 
-def _other_words(manifest: Manifest, low: int, high: int) -> dict[str, Range]:
-    """Axes that follow from the patches of a picture, by the towers' own words."""
-    settings = manifest.vision.settings
-    words: dict[str, Range] = {"rows": (1, high, high)}  # a pool keeps all patches at most
-    if "blocks" in settings:
-        words["rows"] = (1, settings["blocks"] ** 2, settings["blocks"] ** 2)
-    if "merge_size" in settings:
-        smallest, largest = (patches // settings["merge_size"] ** 2 for patches in (low, high))
-        words["merge_blocks"] = (smallest, largest, largest)
-        if "window" in settings:
-            words["windows"] = _windows(smallest, largest, settings["window"])
-    if "scales" in settings:
-        in_tile = settings["side"] ** 2
-        scales = len(settings["scales"])
-        words["places"] = (scales * in_tile, scales * high, scales * high)  # of the finest scale, at every scale
-    return words
-
-
-def _windows(smallest: int, largest: int, side: int) -> Range:
-    """Windows over a picture of so many merge blocks; the most where it is as long and thin as pictures may be."""
-    outline = math.sqrt(largest) * (math.sqrt(MAX_ASPECT_RATIO) + 1) + 2  # rows and columns together
-    square = _multiple(math.isqrt(largest), side) // side
-    return (
-        -(-smallest // side**2),
-        max(square**2, -(-largest // side**2)),
-        math.ceil(largest / side**2 + outline / side + 1),
-    )
-
-
-def _ranged(shape: Sequence[int | str], words: Mapping[str, Range]) -> tuple[tuple[int, ...], ...]:
+def _ranged(shape: Sequence[int | str], axis_ranges: Mapping[str, Range]) -> tuple[tuple[int, ...], ...]:
     """(min, opt, max) of a shape, or one where nothing is free."""
-    known = [(axis,) * 3 if isinstance(axis, int) else words[axis] for axis in shape]
-    found = tuple(zip(*known, strict=True))
-    return found[:1] if len(set(found)) == 1 else found
+    by_axis = [(axis,) * 3 if isinstance(axis, int) else axis_ranges[axis] for axis in shape]
+    shapes = tuple(zip(*by_axis, strict=True))
+    return shapes[:1] if len(set(shapes)) == 1 else shapes
 
 
 def _multiple(size: int, step: int) -> int:

@@ -20,6 +20,7 @@ from framefusion.export.families.reading.configs import expect, given, required,
 from framefusion.export.families.towers import NORM_BEHIND, TowerPlan, head_width, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources, vit_sources
 from framefusion.export.graphs.vit import VitConfig
+from framefusion.runtime.media.tower_kinds import PlainSettings
 
 CHAT_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -214,14 +215,13 @@ def _plan(
     return TowerPlan(
         module,
         sources,
-        "plain",
+        PlainSettings(rows=(config.side // merge) ** 2),
         patch_width=vit.patch_width,
         head_dim=vit.head_dim,
         embed_dim=vit.width,
         mlp_width=vit.mlp_width,
         out_width=config.out_width,
         patches_per_token=merge**2,
-        settings={"rows": (config.side // merge) ** 2},
     )
 
 

@@ -16,6 +16,7 @@ from framefusion.export.families.towers import TowerPlan
 from framefusion.export.families.vit import activation_of, linear_sources, vit_config, vit_sources, vit_unused
 from framefusion.export.graphs.vit import VitConfig
 from framefusion.runtime.families.llava import NEWLINE
+from framefusion.runtime.media.tower_kinds import PooledSettings
 
 PROJECTOR = "model.mm_projector."
 
@@ -88,7 +89,7 @@ def _plan(
         sources=vit_sources("encoder.", prefix, vit)
         | linear_sources("fc1", linears[0])
         | linear_sources("fc2", linears[1]),
-        kind="pooled",
+        settings=PooledSettings(),
         patch_width=vit.patch_width,
         head_dim=vit.head_dim,
         embed_dim=vit.width,

@@ -19,7 +19,7 @@ from framefusion.export.families.reading.configs import given, required, square
 from framefusion.export.families.towers import POOLING_HEAD, TowerPlan
 from framefusion.export.families.vit import activation_of, linear_sources, norm_sources, vit_config, vit_sources
 from framefusion.export.graphs.vit import VitConfig
-from framefusion.runtime.families.minicpmv import longest_side
+from framefusion.runtime.families.minicpmv import ResamplerSettings, longest_side
 
 VISION = "vpm."
 RESAMPLER = "resampler."
@@ -38,19 +38,18 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
     return TowerPlan(
         module=module,
         sources=sources(encoder, resampler),
-        kind="resampler",
+        settings=ResamplerSettings(
+            rows=resampler.queries,
+            width=resampler.width,
+            side=side,
+            off_floor=off_floor(side, longest_side(pixels)),
+        ),
         patch_width=encoder.patch_width,
         head_dim=encoder.head_dim,
         embed_dim=encoder.width,
         mlp_width=encoder.mlp_width,
         out_width=resampler.width,
         patches_per_token=(pixels.scale_resolution / pixels.patch_size) ** 2 / resampler.queries,
-        settings={
-            "rows": resampler.queries,
-            "width": resampler.width,
-            "side": side,
-            "off_floor": off_floor(side, longest_side(pixels)),
-        },
         unused={
             f"{VISION}head.*": POOLING_HEAD,
             f"{RESAMPLER}pos_embed": "the table of sines, which the released code computes anew",
@@ -139,7 +138,7 @@ def projected_query(query: Tensor, norm: Tensor, shift: Tensor, packed: Tensor, 
     return nn.functional.linear(normed, packed[:width], bias[:width])
 
 
-def off_floor(side: int, longest: int) -> list[list[int]]:
+def off_floor(side: int, longest: int) -> tuple[tuple[int, int, int], ...]:
     """Where torch's fp32 buckets of positions differ from whole numbers: [patches, patch, bucket].
 
     Patch i of n along an axis stands in bucket floor(i * side / n) of the position table, unless rounding puts it on
@@ -147,10 +146,10 @@ def off_floor(side: int, longest: int) -> list[list[int]]:
     own (numpy's differs), so what it does is written into the bundle.
     """
     boundaries = torch.arange(1 / side, 1.0, 1 / side)
-    differing = []
+    differing: list[tuple[int, int, int]] = []
     for count in range(1, longest + 1):
         step = float(1 / torch.tensor(count, dtype=torch.int32))  # fp32, as the released code has it
         buckets = torch.bucketize(torch.arange(0, 1 - 1e-6, step), boundaries, right=True)
         floor = torch.arange(count) * side // count
-        differing += [[count, i, int(buckets[i])] for i in torch.nonzero(buckets != floor).flatten().tolist()]
-    return differing
+        differing += [(count, i, int(buckets[i])) for i in torch.nonzero(buckets != floor).flatten().tolist()]
+    return tuple(differing)

@@ -29,7 +29,8 @@ from framefusion.export.families.vit import (
     vit_unused,
 )
 from framefusion.export.graphs.vit import VitConfig
-from framefusion.runtime.families.nvila import NvilaPreprocessing
+from framefusion.runtime.families.nvila import BlockPooledSettings, NvilaPreprocessing, ScalesSettings
+from framefusion.runtime.media.tower_kinds import PlainSettings, TowerSettings
 from framefusion.runtime.media.visual_input import Grid, Tiles
 
 PROJECTOR = "mm_projector.layers."
@@ -54,37 +55,38 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
     widths = tuple(checkpoint.shape(f"{PROJECTOR}{number}.weight")[0] for number in maps)
     frames, tall, wide = told.pool_sizes
     config = NvilaTowerConfig(vit, told.side, told.merge_size, widths, pools=tall * wide > 1)
-    kind, settings = _kind(told)
-    if kind == "scales":
-        config = replace(config, scales=len(told.scales), taps=settings["most"] ** 2)
+    settings = tower_settings(told)
+    tower_class: type[NvilaTower] = NvilaTower
+    if isinstance(settings, ScalesSettings):
+        config = replace(config, scales=len(settings.scales), taps=settings.most**2)
+        tower_class = NvilaScalesTower
     with torch.device("meta"):
-        module = (NvilaScalesTower if kind == "scales" else NvilaTower)(config)
+        module = tower_class(config)
     return TowerPlan(
         module,
         vit_sources("vit.", vision_prefix(checkpoint), vit) | projector_sources(checkpoint, config, len(told.scales)),
-        kind,
+        settings,
         patch_width=vit.patch_width,
         head_dim=vit.head_dim,
         embed_dim=vit.width,
         mlp_width=max(vit.mlp_width, config.block**2 * vit.width),
         out_width=widths[-1],
         patches_per_token=frames * told.side**2 * tall * wide / config.blocks**2,
-        settings=settings,
         unused=unused,
     )
 
 
-def _kind(told: NvilaPreprocessing) -> tuple[str, dict[str, Any]]:
-    """What the graph wants beside patches, and the numbers of that; `patches` are those of a row's frames."""
-    frames, tall, wide = told.pool_sizes
-    patches = {"patches": frames * told.side**2}
-    if told.image_aspect_ratio == "dynamic_s2":
+def tower_settings(rule: NvilaPreprocessing) -> TowerSettings:
+    """What the graph takes beside patches, by what the preprocessing shows it."""
+    frames, tall, wide = rule.pool_sizes
+    patches = frames * rule.side**2  # those of a row's frames
+    if rule.image_aspect_ratio == "dynamic_s2":
         # a place of the finest scale covers at most as many of a coarser one as that has tiles
-        most = max((1, *told.scales[:-1]))
-        return "scales", {"rows": told.blocks**2, "side": told.side, "scales": list(told.scales), "most": most}
+        most = max((1, *rule.scales[:-1]))
+        return ScalesSettings(rows=rule.blocks**2, side=rule.side, scales=rule.scales, most=most)
     if tall * wide > 1:
-        return "block_pooled", {"blocks": told.blocks, "pool_sizes": [tall, wide]} | patches
-    return "plain", {"rows": told.blocks**2} | patches
+        return BlockPooledSettings(blocks=rule.blocks, pool_sizes=(tall, wide), patches=patches)
+    return PlainSettings(rows=rule.blocks**2, patches=patches)
 
 
 def encoder_config(checkpoint: Checkpoint) -> VitConfig:

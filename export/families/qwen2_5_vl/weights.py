@@ -20,6 +20,7 @@ from framefusion.export.families.qwen2_vl.weights import (
 from framefusion.export.families.reading.configs import required, vision_config
 from framefusion.export.families.towers import TowerPlan, head_width, run_of
 from framefusion.export.families.vit import linear_sources
+from framefusion.runtime.families.qwen2_5_vl import WindowSettings
 
 LINEARS: Mapping[str, str] = {
     "proj": "attn.proj",
@@ -35,7 +36,8 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower on the meta device, and the sources of its parameters."""
     config = tower_config(checkpoint)
     sources = tower_sources(find_prefix(checkpoint), config)
-    return plan_of("rope_2d_windows", Qwen25VLTower, config, sources, window=config.window)
+    settings = WindowSettings(merge_size=config.merge_size, window=config.window)
+    return plan_of(Qwen25VLTower, config, sources, settings)
 
 
 def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:

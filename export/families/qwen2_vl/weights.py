@@ -20,6 +20,7 @@ from framefusion.export.families.reference.transformers_call import Transformers
 from framefusion.export.families.towers import TowerPlan, head_width, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources
 from framefusion.export.graphs.tower import Tower
+from framefusion.runtime.media.tower_kinds import RopeSettings
 
 PREFIXES = ("model.visual.", "visual.")  # newest first
 ROPE_THETA = 10000.0
@@ -29,25 +30,25 @@ LINEARS: Mapping[str, str] = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp
 def tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower on the meta device, and the sources of its parameters."""
     config = tower_config(checkpoint)
-    return plan_of("rope_2d", Qwen2VLTower, config, tower_sources(find_prefix(checkpoint), config))
+    settings = RopeSettings(merge_size=config.merge_size)
+    return plan_of(Qwen2VLTower, config, tower_sources(find_prefix(checkpoint), config), settings)
 
 
 def plan_of(
-    kind: str,
     tower_of: Callable[[Any], Tower],
     config: TowerConfig,
     sources: Mapping[str, AnySource],
+    settings: RopeSettings,
     *,
     deepstack: int = 0,
-    **settings: int,
 ) -> TowerPlan:
-    """What the towers of all Qwen-VL releases have in common; `settings` are the kind's beside the merge size."""
+    """What the towers of all Qwen-VL releases have in common."""
     with torch.device("meta"):
         module = tower_of(config)
     return TowerPlan(
         module,
         sources,
-        kind,
+        settings,
         patch_width=config.patch_width,
         head_dim=config.head_dim,
         embed_dim=config.embed_dim,
@@ -55,7 +56,6 @@ def plan_of(
         out_width=config.out_width,
         patches_per_token=config.merge_size**2,
         deepstack=deepstack,
-        settings={"merge_size": config.merge_size, **settings},
     )
 
 

@@ -21,6 +21,7 @@ from framefusion.export.families.qwen3_vl.tower import DeepstackTowerConfig, Qwe
 from framefusion.export.families.reading.configs import required, vision_config
 from framefusion.export.families.towers import TowerPlan, head_width, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources
+from framefusion.runtime.families.qwen3_vl import TableSettings
 
 LINEARS: Mapping[str, str] = {"proj": "attn.proj", "fc1": "mlp.linear_fc1", "fc2": "mlp.linear_fc2"}
 
@@ -33,7 +34,8 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
     sources = tower_sources(find_prefix(checkpoint), config)
     side = math.isqrt(config.num_positions)
     features = len(config.deepstack_layers)
-    return plan_of("rope_2d_table", Qwen3VLTower, config, sources, deepstack=features, table_side=side)
+    settings = TableSettings(merge_size=config.merge_size, table_side=side)
+    return plan_of(Qwen3VLTower, config, sources, settings, deepstack=features)
 
 
 def tower_config(checkpoint: Checkpoint) -> DeepstackTowerConfig:

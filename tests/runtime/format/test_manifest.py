@@ -15,12 +15,11 @@ import pytest
 from framefusion.errors import BundleError
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest, SegmentRecord
-from framefusion.runtime.format.manifest_checks import SETTINGS
 from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest, read_manifest_file, write_manifest
 from framefusion.runtime.format.manifest_rules import RULES
-from framefusion.runtime.media.preprocess import Preprocessing
-from framefusion.runtime.media.vision import KINDS
+from framefusion.runtime.media.tower_kinds import TowerSettings
 from framefusion.storage.bounded_json import JsonError, parse_json
+from framefusion.storage.records import Rule
 from tests.commands import assert_refused, export, run
 from tests.runtime.bundle_edits import Edit, copied, edited, in_old_layout
 
@@ -55,6 +54,11 @@ def holds_numbers(hint: Any) -> bool:
     return hint in (int, float) or any(map(holds_numbers, typing.get_args(hint)))
 
 
+def rules_of(kind: type) -> typing.Mapping[str, Rule]:
+    """Rules of a class's own fields, wherever they are said."""
+    return RULES.get(kind) or vars(kind).get("rules", {})
+
+
 def test_every_number_of_a_manifest_has_a_range() -> None:
     kinds = list(records(Manifest, set()))
     assert len(kinds) > 20
@@ -62,17 +66,19 @@ def test_every_number_of_a_manifest_has_a_range() -> None:
     for kind in kinds:
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            rules = [RULES[one][field.name] for one in kind.__mro__ if field.name in RULES.get(one, {})]
+            rules = [rules_of(one)[field.name] for one in kind.__mro__ if field.name in rules_of(one)]
             if holds_numbers(hints[field.name]) and not any(abs(rule.most) < 2**60 for rule in rules):
                 without.append(f"{kind.__name__}.{field.name}")
     assert without == []
 
 
 def test_every_rule_and_every_kind_of_tower_is_of_something_there_is() -> None:
-    for kind, rules in RULES.items():
-        assert rules.keys() <= {field.name for field in dataclasses.fields(kind)}, kind
-    assert SETTINGS.keys() == KINDS.keys()
-    assert {kind for kind in RULES if issubclass(kind, Preprocessing)} >= {Preprocessing}
+    for kind in records(Manifest, set()):
+        assert rules_of(kind).keys() <= {field.name for field in dataclasses.fields(kind)}, kind
+    assert RULES.keys() <= set(records(Manifest, set()))
+    kinds = subclasses(TowerSettings)
+    assert len({kind.kind for kind in kinds}) == len(kinds) == 8  # type: ignore[attr-defined]
+    assert all(kind.inputs or kind.kind == "plain" for kind in kinds)  # type: ignore[attr-defined]
 
 
 def test_a_manifest_comes_back_as_it_was_written(bundle: Path, tmp_path: Path) -> None:
@@ -173,6 +179,9 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "other patches": (put("preprocessing", "patch_size", value=7), "vision.patch_width"),
     "sampling of no frame": (put("sampling", "fps", value=0.0), "sampling.fps"),
     "an unknown rule of sampling": (put("sampling", "rule", value="mine"), "sampling: sampling rule 'mine'"),
+    "an unknown kind of tower": (put("vision", "kind", value="mine"), "vision.kind: expected one of"),
+    "a setting of another kind": (put("vision", "settings", "rows", value=4), "'rows' is no key of it"),
+    "no setting": (put("vision", "settings", value={}), "vision.settings.merge_size is missing"),
     "settings of no kind": (put("vision", "settings", "merge_size", value=None), "vision.settings.merge_size"),
     "settings that divide by zero": (put("vision", "settings", "merge_size", value=0), "vision.settings.merge_size"),
     "an end beyond the tokens": (put("generation", "eos_token_ids", value=[10**6]), "generation.eos_token_ids"),

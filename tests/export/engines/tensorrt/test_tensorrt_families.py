@@ -20,7 +20,6 @@ from framefusion.export.writing.parts import Builder
 from framefusion.runtime.format.engine_record import ProfileRecord
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
-from framefusion.runtime.media.vision import tower_call
 from framefusion.runtime.media.visual_input import Tiles, VisualInput
 from tests.families import CASES
 from tests.families.case import FamilyCase, clip, picture
@@ -51,7 +50,8 @@ def admits(profile: ProfileRecord, shapes: dict[str, tuple[int, ...]]) -> bool:
 def calls_of(manifest: Manifest, tiles: Tiles) -> list[dict[str, tuple[int, ...]]]:
     """Shapes of the tower's inputs for a full call and for a last one with a single picture."""
     count, patches, width = tiles.values.shape
-    shared = {name: array.shape for name, array in tower_call(manifest.vision, tiles).inputs.items()}
+    call = manifest.vision.settings.call(tiles, manifest.vision.head_dim)
+    shared = {name: array.shape for name, array in call.inputs.items()}
     numbers = (min(count, max(1, PATCHES_AT_ONCE // patches)), 1)
     return [{"patches": (number, patches, width), **shared} for number in numbers]
 

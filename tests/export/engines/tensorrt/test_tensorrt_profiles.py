@@ -17,12 +17,13 @@ from framefusion.errors import BundleError, VideoError
 from framefusion.export.engines.tensorrt import profiles as tensorrt_profiles
 from framefusion.export.engines.tensorrt.profiles import cache_capacities, segment_spec, tower_profiles
 from framefusion.runtime.families.minicpmv import MiniCpmVPreprocessing, layout_of
-from framefusion.runtime.families.nvila import NvilaPreprocessing
+from framefusion.runtime.families.nvila import NvilaPreprocessing, ScalesSettings
+from framefusion.runtime.families.qwen2_5_vl import WindowSettings, windows_of
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of
 from framefusion.runtime.format.manifest import FixedRecord, Limits, SegmentRecord
 from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
-from framefusion.runtime.media.vision import windows_of
+from framefusion.runtime.media.tower_kinds import PlainSettings, PooledSettings, RopeSettings, TowerSettings
 
 BUCKETS = (64, 80, 96)
 PREFILL = {"hidden": (1, "tokens", 8), "kv_len": (2,), "past_key_0": (1, 1, "capacity_0", 4),
@@ -84,7 +85,7 @@ def test_a_bundle_without_static_sizes_is_refused(axes: None) -> None:
         segment_spec(Path("b"), manifest(dialect="gqa"), segment(buckets=None), "g.onnx", "tensorrt-rtx", ())
 
 
-def tower(preprocessing: Any, kind: dict[str, Any], axes: dict[str, Any], longest: int = 8192) -> Any:
+def tower(preprocessing: Any, kind: TowerSettings, axes: dict[str, Any], longest: int = 8192) -> Any:
     vision = SimpleNamespace(settings=kind, patches_per_token=4.0)
     told = manifest(preprocessing=preprocessing, vision=vision, limits=Limits(longest, longest + 64))
     return tower_profiles(told, axes)
@@ -106,7 +107,7 @@ def admits(profile: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
 @settings(max_examples=200, deadline=None)
 @given(SIDES, SIDES, st.integers(1, 64))
 def test_every_frame_and_image_of_a_qwen_fits_a_profile(height: int, width: int, frames: int) -> None:
-    profiles = tower(QWEN, {"merge_size": 2, "window": 4}, GRIDS)
+    profiles = tower(QWEN, WindowSettings(merge_size=2, window=4), GRIDS)
     image = QWEN.image_size(height, width)
     grids = [(grid_of(frames, height, width, QWEN).height, grid_of(frames, height, width, QWEN).width),
              (image[0] // QWEN.patch_size, image[1] // QWEN.patch_size)]  # fmt: skip
@@ -126,7 +127,7 @@ def test_every_frame_and_image_of_a_qwen_fits_a_profile(height: int, width: int,
 )
 def test_stretches_meet_and_bound_the_memory_of_a_call(rule: QwenVLPreprocessing) -> None:
     least, most = rule.picture_patches()
-    profiles = tower(rule, {"merge_size": 2}, {"patches": ("grids", "patches", 8)})
+    profiles = tower(rule, RopeSettings(merge_size=2), {"patches": ("grids", "patches", 8)})
     ranges = [profile.shapes["patches"] for profile in profiles]
     assert (ranges[0][0][1], ranges[-1][-1][1]) == (least, min(most, 4 * 8192))
     for (*_, before), (after, *_) in itertools.pairwise(ranges):
@@ -154,7 +155,7 @@ def test_nvila_shows_a_frame_a_group_of_frames_or_all_scales() -> None:
     assert rule.picture_patches() == (16, 64)
     scaled = replace(rule, image_aspect_ratio="dynamic_s2", scales=(1, 2, 3), max_tiles=12)
     assert scaled.picture_patches() == (16, 16 * (1 + 4 + 12))
-    kind = {"rows": 9, "side": 4, "scales": [1, 2, 3], "most": 2}
+    kind = ScalesSettings(rows=9, side=4, scales=(1, 2, 3), most=2)
     axes = {"patches": ("images", "patches", 588), "taps": (4, "places")}
     profiles = tower(scaled, kind, axes)
     for tiles in range(9, 13):
@@ -165,8 +166,8 @@ def test_nvila_shows_a_frame_a_group_of_frames_or_all_scales() -> None:
 
 
 def test_pictures_of_one_size_have_one_profile_of_any_number() -> None:
-    (profile,) = tower(None, {"rows": 256}, {"patches": ("tiles", 1024, 588), "pool": ("rows", 1024)})
+    (profile,) = tower(None, PooledSettings(), {"patches": ("tiles", 1024, 588), "pool": ("rows", 1024)})
     assert profile.shapes["patches"] == ((1, 1024, 588), (4, 1024, 588), (4, 1024, 588))
     assert profile.shapes["pool"] == ((1, 1024), (1024, 1024), (1024, 1024))
-    (single,) = tower(None, {}, {"patches": ("tiles", 8192, 588)})
+    (single,) = tower(None, PlainSettings(), {"patches": ("tiles", 8192, 588)})
     assert single.shapes["patches"] == ((1, 8192, 588),)
