@@ -28,7 +28,7 @@ class BudgetError(FrameFusionError):
 
 
 class VideoError(FrameFusionError):
-    """A video that is missing, unreadable, empty, truncated or too short for the sampling asked."""
+    """A video that is missing, unreadable, empty, truncated or too short for the sampling that is requested."""
 
     exit_code = 11
     sender_fault = True

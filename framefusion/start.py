@@ -37,7 +37,7 @@ def _open_closed_streams() -> None:
     """Give the numbers 0 to 2 to something where the caller closed them (`>&-`).
 
     Else the next file that is opened gets the number, and what a C library prints goes into the middle of it. Whatever
-    is written to a standard output that was closed fails, as to a full disk; what is said on stderr is lost.
+    is written to a standard output that was closed fails, as to a full disk; what goes to stderr is lost.
     """
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:

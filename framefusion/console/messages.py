@@ -106,7 +106,7 @@ def _shown_by(texts: list[str], others: Callable[..., None]) -> Callable[..., No
 
 
 def warned() -> list[str]:
-    """What the command that runs has warned of, for its JSON."""
+    """The warnings of the command that runs so far, for its JSON."""
     return list(click.get_current_context().meta.get(_WARNED, []))
 
 
@@ -158,7 +158,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     right = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
-        parts = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        parts = []
+        for cell, width, to_right in zip(row, widths, right, strict=True):
+            parts.append(cell.rjust(width) if to_right else cell.ljust(width))
         return "  ".join(parts).rstrip()
 
     return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, cells)])
@@ -181,8 +183,8 @@ def in_bytes(size: float) -> str:
     """A number of bytes in the unit that people read: 1.5 GB."""
     unit = 0
     while size >= 1000 and unit < len(_UNITS) - 1:
-        size = size / 1000
-        unit = unit + 1
+        size /= 1000
+        unit += 1
     return f"{size:.3g} {_UNITS[unit]}" if size < 1000 else f"{size:.0f} {_UNITS[unit]}"
 
 

@@ -19,7 +19,7 @@ _LABEL = 27
 _BAR = 10  # characters
 _INTERVAL = 0.1  # seconds between two drawings
 _SELDOM = 10.0  # seconds between two lines of what is no terminal
-_SETTLED = 2.0  # seconds before a rate is worth telling
+_RATE_AFTER = 2.0  # seconds before a rate is steady enough to be shown
 
 
 class Step(NamedTuple):
@@ -37,7 +37,7 @@ Progress = Callable[[Step], None]
 
 
 class Meter:
-    """Counts bytes and tells a `Progress` of them; the parts and their sizes are known before."""
+    """Counts the bytes of a job and reports each change to a `Progress`; the parts and their sizes are known before."""
 
     def __init__(self, progress: Progress | None = None, sizes: Mapping[str, int] | None = None) -> None:
         self._progress = progress
@@ -48,19 +48,19 @@ class Meter:
         self._before = 0
 
     def begin(self, part: str) -> None:
-        """All of the part before it is there, written now or taken over."""
+        """Begin a part: all of the one before it is there, written now or taken over."""
         self._before += self.sizes.get(self._part, 0)
         self._part = part
         self._done = 0
         self.doing("")
 
     def doing(self, what: str) -> None:
-        """What the next bytes are, or what takes time without any."""
+        """Say what the next bytes are, such as a file's name, or what takes time without any."""
         self._doing = what
         self.add(0)
 
     def add(self, size: int) -> None:
-        """Some more of the part is there."""
+        """Count so many more bytes of the part."""
         self._done += size
         if self._progress is not None:
             size = self.sizes.get(self._part, 0)
@@ -68,7 +68,7 @@ class Meter:
             self._progress(Step(self._part, self._doing, self._done, size, self._before + self._done, total))
 
     def within(self, step: Step) -> None:
-        """A job of its own that is this part: what it tells counts here."""
+        """Count a step of another job that is this part."""
         self._doing = f"{step.part} {step.doing}".strip()
         self._done = step.written
         self.add(0)
@@ -76,7 +76,7 @@ class Meter:
 
 @contextmanager
 def progress_lines(stream: TextIO | None = None) -> Iterator[Progress]:
-    """What draws the progress of one job on stderr."""
+    """What draws the progress of one job: on stderr, unless another stream is given."""
     stream = stream or sys.stderr
     lines = TerminalLines(stream) if stream.isatty() else LogLines(stream)
     try:
@@ -102,7 +102,7 @@ class LogLines:
             self._stream.flush()
 
     def close(self, *, complete: bool = True) -> None:
-        """Nothing is left open."""
+        """End; nothing is left open."""
 
 
 class TerminalLines:
@@ -112,8 +112,10 @@ class TerminalLines:
         self._stream = stream
         self._now = now
         self._step: Step | None = None
-        self._start = self._begun = self._drawn = now()
-        self._found = 0  # bytes that were there before anything was written
+        self._start = now()
+        self._begun = self._start  # of the part
+        self._drawn = self._start
+        self._taken_over = 0  # bytes that were there before anything was written
 
     def __call__(self, step: Step) -> None:
         """See `Progress`."""
@@ -123,7 +125,7 @@ class TerminalLines:
             self._finish()
             self._begun = now
             if last is not None and last.done == 0:
-                self._found += last.size
+                self._taken_over += last.size
         elif step.doing == last.doing and now - self._drawn < _INTERVAL:
             self._step = step
             return
@@ -132,7 +134,7 @@ class TerminalLines:
         self._draw(line_of(step, self._left(step, now)))
 
     def close(self, *, complete: bool = True) -> None:
-        """Leave the cursor on a line of its own; the last part is told as done only if it is."""
+        """Leave the cursor on a line of its own; the last part is shown as done only if it is."""
         if complete:
             self._finish()
         elif self._step is not None:
@@ -141,10 +143,12 @@ class TerminalLines:
 
     def _left(self, step: Step, now: float) -> float | None:
         """Seconds to go at the rate so far; None where nothing is known of it yet."""
-        written = step.written - self._found
+        written = step.written - self._taken_over
         spent = now - self._start
         to_go = step.total - step.written
-        return None if spent < _SETTLED or written <= 0 or to_go <= 0 else spent / written * to_go
+        if spent < _RATE_AFTER or written <= 0 or to_go <= 0:
+            return None
+        return spent / written * to_go
 
     def _finish(self) -> None:
         step = self._step
@@ -170,29 +174,31 @@ class CountLines:
         self._what = what
         self._stream = stream or sys.stderr
         self._now = now
-        self._start = self._drawn = now()
-        self._found: int | None = None  # pieces that were there before the first one was done
+        self._start = now()
+        self._drawn = self._start
+        self._done_before: int | None = None  # pieces that were there before the first one was done
 
     def __call__(self, done: int, total: int) -> None:
-        """Tell that a piece is done."""
+        """Say that `done` pieces of `total` are there now."""
         now = self._now()
         terminal = self._stream.isatty()
-        if self._found is None:
-            self._found = done - 1
+        if self._done_before is None:
+            self._done_before = done - 1
         if done < total and now - self._drawn < (_INTERVAL if terminal else _SELDOM):
             return
         self._drawn = now
         spent = now - self._start
         line = f"{done} of {total} {self._what}"
-        if spent >= _SETTLED and done < total:
-            line += f", {in_time(spent / (done - self._found) * (total - done))} left"
+        if spent >= _RATE_AFTER and done < total:
+            seconds_each = spent / (done - self._done_before)
+            line += f", {in_time(seconds_each * (total - done))} left"
         end = "\n" if done == total or not terminal else ""
         self._stream.write(f"\r{line}\x1b[K{end}" if terminal else f"{line}{end}")
         self._stream.flush()
 
 
 def line_of(step: Step, left: float | None) -> str:
-    """A part that is being written; what matters fits in 80 columns."""
+    """The line of a part that is being written, at most 80 columns of what matters; `left` in seconds."""
     share = min(step.done / step.size, 1.0) if step.size else 0.0
     bar = ("#" * round(share * _BAR)).ljust(_BAR, "-")
     parts = [f"{' '.join((step.part, step.doing)).rstrip():<{_LABEL}}"]

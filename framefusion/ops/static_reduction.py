@@ -172,13 +172,13 @@ def _follows(label_by_track: Tensor) -> Tensor:
 def _run_means(hidden: Tensor, merged: Tensor, max_run: int) -> Tensor:
     """Return, in track order, each token's mean with the merged tokens that follow it.  [S, D], [S] -> [S+1, D]"""
     last = merged.shape[0]  # one row more, of zeros: what a token gathers whose run has ended
-    everyone = torch.arange(last + 1, device=merged.device)
+    tokens = torch.arange(last + 1, device=merged.device)
     run = _with_zero((~merged).cumsum(0))
     sums = _with_zero(hidden.float())
     lengths = _with_zero(torch.ones_like(run[:-1]))
     shift = 1
     while shift < max_run:
-        further = (everyone + shift).clamp(max=last)  # where the sum of the next `shift` tokens lies
+        further = (tokens + shift).clamp(max=last)  # where the sum of the next `shift` tokens lies
         further = torch.where(_take(run, further) == run, further, last)
         sums = sums + _take(sums, further)
         lengths = lengths + _take(lengths, further)
@@ -194,17 +194,21 @@ def _compact(state: TokenState, kept: Tensor, out_len: int) -> State:
     source = _inverse(_places(kept))[:out_len]
     by_track = _inverse(_places(_take(kept, state.order)))[:out_len]
     order = _take(_places(kept), _take(state.order, by_track))
-    hidden, cos, sin, label, origin = (
-        _take(rows, source) for rows in (state.hidden, state.cos, state.sin, state.label, state.origin)
+    return (
+        _take(state.hidden, source),
+        _take(state.cos, source),
+        _take(state.sin, source),
+        _take(state.label, source),
+        order,
+        _take(state.origin, source),
     )
-    return hidden, cos, sin, label, order, origin
 
 
 def _places(kept: Tensor) -> Tensor:
     """Return where each token goes: kept ones to the front in order, the others behind them.  [S] bool -> [S]"""
     before = kept.cumsum(0)  # kept tokens up to and including this one
-    everyone = torch.arange(kept.shape[0], device=kept.device)
-    return torch.where(kept, before - 1, before[-1:] + everyone - before)
+    tokens = torch.arange(kept.shape[0], device=kept.device)
+    return torch.where(kept, before - 1, before[-1:] + tokens - before)
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
@@ -212,14 +216,18 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def _inverse(permutation: Tensor) -> Tensor:
-    everyone = torch.arange(permutation.shape[0], device=permutation.device)
-    return torch.zeros_like(permutation).scatter(0, permutation, everyone)
+    tokens = torch.arange(permutation.shape[0], device=permutation.device)
+    return torch.zeros_like(permutation).scatter(0, permutation, tokens)
 
 
 def _fake(*operands: Any) -> State:
-    *state, _scores, _drop, out_len = operands[:9]  # merges have a tenth: max_run
-    hidden, cos, sin, label, order, origin = (rows.new_empty((out_len, *rows.shape[1:])) for rows in state)
-    return hidden, cos, sin, label, order, origin
+    """Outputs of either op by shape: the six tables of the state, each of out_len rows."""
+    hidden, cos, sin, label, order, origin, _scores, _drop, out_len = operands[:9]  # merges have a tenth: max_run
+
+    def rows_of(table: Tensor) -> Tensor:
+        return table.new_empty((out_len, *table.shape[1:]))
+
+    return rows_of(hidden), rows_of(cos), rows_of(sin), rows_of(label), rows_of(order), rows_of(origin)
 
 
 torch.library.custom_op("framefusion::merge_by_rank", _merge_by_rank, mutates_args=()).register_fake(_fake)

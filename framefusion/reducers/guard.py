@@ -90,8 +90,8 @@ class ReducerGuard:
             self._refuse(state, "a merge", "tokens kept or dropped: it declares that it does not merge")
         members = plan.members
         starts = plan.run_starts
-        one_a_head = starts.size == plan.heads.size and starts.size > 0
-        ascending = one_a_head and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < members.size
+        matching = starts.size == plan.heads.size and starts.size > 0
+        ascending = matching and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < members.size
         if not ascending or members.min() < 0 or members.max() >= dropped.size:
             self._refuse(
                 state, f"{starts.size} runs for {plan.heads.size} heads", "a run for each, members within range"

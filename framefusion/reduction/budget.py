@@ -22,7 +22,11 @@ def describe_cost(cost: float) -> str:
 
 
 def check_cost(cost: float, smallest: float = 0.0) -> None:
-    """Refuse a cost outside (0, 1], or below the smallest one that can be reached."""
+    """Refuse a cost outside (0, 1], or below the smallest one that can be reached.
+
+    Raises:
+        BudgetError: it is one of these.
+    """
     if not 0 < cost <= 1:
         meant = cost / 100 if 1 < cost <= 100 else 0.3
         raise BudgetError(
@@ -38,7 +42,7 @@ def check_cost(cost: float, smallest: float = 0.0) -> None:
 
 
 def remaining(shares: Sequence[float]) -> float:
-    """Return the share of the visual tokens that is left after calls that dropped these shares."""
+    """Return the share of the visual tokens that is left after calls that dropped these shares of those present."""
     return math.prod(1 - share for share in shares)
 
 
@@ -53,7 +57,16 @@ def spent(shares: Sequence[float]) -> float:
 
 
 def required_drop(shares: Sequence[float], cost: float, num_layers: int) -> float:
-    """Return the share that the next call has to drop, if it is the last one, for the whole to meet the cost."""
+    """Return the share that the next call has to drop, if it is the last one, for the whole to meet the cost.
+
+    Args:
+        shares: what the calls before it dropped of the visual tokens present.
+        cost: share of the computation over visual tokens that is kept.
+        num_layers: L.
+
+    Returns:
+        A share in [0, 1]: 1 where even dropping all does not meet the cost.
+    """
     entering = (num_layers - len(shares)) * remaining(shares)
     if entering <= 0:
         return 0.0
@@ -104,7 +117,11 @@ class FixedSchedule:
 
 
 def cost_of_schedule(merge_shares: Sequence[float], prune_layer: int, prune_share: float, num_layers: int) -> float:
-    """Return the cost of a schedule, before any rounding to whole tokens."""
+    """Return the cost of a schedule, before any rounding to whole tokens.
+
+    Raises:
+        BudgetError: a share or layer out of its range.
+    """
     schedule = FixedSchedule(tuple(merge_shares), prune_layer, prune_share)
     _check_depth(prune_layer, num_layers)
     return cost_of_shares(schedule.shares, num_layers)
@@ -119,7 +136,12 @@ def smallest_cost(num_layers: int, merge_shares: Sequence[float] = (), prune_lay
 
 
 def schedule_for_cost(cost: float, merge_shares: Sequence[float], prune_layer: int, num_layers: int) -> FixedSchedule:
-    """Return the schedule with these merges whose prune meets the cost exactly."""
+    """Return the schedule with these merges whose prune meets the cost exactly.
+
+    Raises:
+        BudgetError: the cost is outside (0, 1], smaller than what the merges and the layers before the prune spend, or
+            larger than what the merges alone reach.
+    """
     check_cost(cost, smallest_cost(num_layers, merge_shares, prune_layer))
     largest = cost_of_schedule(merge_shares, prune_layer, 0.0, num_layers)
     if cost > largest * (1 + 1e-12):
@@ -147,7 +169,10 @@ def scale_schedule(merge_shares: Sequence[float], prune_layer: int, cost: float,
         return schedule_for_cost(cost, merge_shares, prune_layer, num_layers)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if overshoots(middle) else (middle, high)
+        if overshoots(middle):
+            high = middle
+        else:
+            low = middle
     return schedule_for_cost(cost, scaled(low), prune_layer, num_layers)
 
 

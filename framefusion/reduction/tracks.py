@@ -25,9 +25,12 @@ _ROWS_AT_ONCE = 512  # of two gathered copies: both stay in cache at 3584 channe
 
 
 def request_labels(labels: npt.ArrayLike) -> IntArray:
-    """Return the labels of one request as reduction uses them: checked, and the last token counted as text.
+    """Return the labels of one request as reduction uses them: checked, and the last token counted as text.  [S]
 
-    The last token asks the question: importance is its attention and the logits are its own, so it never goes.
+    The last token is the query: importance is its attention and the logits are its own, so it never goes.
+
+    Raises:
+        ValueError: labels with more than one axis, or below -1.
     """
     array = np.array(labels, dtype=np.int64)  # a copy: the caller's own array is left alone
     if array.ndim != 1:

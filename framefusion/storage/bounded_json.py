@@ -62,11 +62,11 @@ def _is_deeper(content: bytes, most: int) -> bool:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise JsonError(f"key {twice!r:.60} stands twice in one object")
-    return found
+    return members
 
 
 def _constant(name: str) -> Any:

@@ -110,8 +110,8 @@ def read_file(path: Path, limit: int) -> bytes:
     """
     handle = os.open(path, os.O_RDONLY | _CAREFUL)
     try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             raise OSError(errno.EFBIG, f"no plain file of at most {limit} bytes", str(path))
         with open(handle, "rb", closefd=False) as file:
             return file.read(limit)
@@ -125,7 +125,7 @@ def foreign_entries(folder: Path, named: Collection[str]) -> list[str]:
     Raises:
         OSError: a folder cannot be read.
     """
-    found = []
+    entries = []
 
     def fail(error: OSError) -> None:
         raise error
@@ -134,15 +134,19 @@ def foreign_entries(folder: Path, named: Collection[str]) -> list[str]:
         here = os.path.relpath(place, folder)
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         names = [os.path.normpath(os.path.join(here, name)) for name in (*files, *links)]
-        found += [name for name in names if name not in named]
-    return sorted(found)
+        entries += [name for name in names if name not in named]
+    return sorted(entries)
 
 
 # --- Creating and replacing -------------------------------------------------------------------------------------------
 
 
 def create_file(path: Path) -> int:
-    """A handle of a new, empty file; refused where anything has the name, a link too."""
+    """A handle of a new, empty file.
+
+    Raises:
+        FileExistsError: anything has the name, a link too.
+    """
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _CAREFUL, 0o666)
 
 
@@ -194,20 +198,24 @@ def free_name(folder: Path, prefix: str = ".framefusion-") -> Path:
 
 
 def make_folder(path: Path) -> list[Path]:
-    """Make a folder and those that lead to it; returns the ones that are new, the outermost first."""
+    """Make a folder and those that lead to it; returns the ones that are new, the outermost first.
+
+    Raises:
+        OSError: the system refuses, or something else has the name.
+    """
     missing = []
     for place in (path, *path.parents):
         if os.path.lexists(place):
             break
         missing.append(place)
-    made = []
+    created = []
     for place in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another process was faster
             place.mkdir()
-            made.append(place)
+            created.append(place)
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    return made
+    return created
 
 
 @contextlib.contextmanager
@@ -339,12 +347,12 @@ def hold(path: Path) -> IO[bytes]:
     while True:
         file = open(os.open(path, os.O_RDWR | os.O_CREAT | _CAREFUL, 0o666), "rb")  # noqa: SIM115  the caller closes it
         try:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode) or found.st_size:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size:
                 raise OSError(errno.EEXIST, "no lock of ours has this name", str(path))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(found, os.lstat(path)):
+                if os.path.samestat(status, os.lstat(path)):
                     return file
         except BaseException:
             file.close()
