@@ -7,7 +7,7 @@ turns, files -> frames -> patches -> vision graph -> rows of visual tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import PromptError
-from framefusion.reducers import load_reducer
-from framefusion.reducers.reducer import ReductionRequest, check_cuts
-from framefusion.reduction.policy import Observer, ReductionSettings, ReductionState
+from framefusion.reduction.policy import Observer, ReductionState
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.choice import Choice, choose
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import place
 from framefusion.runtime.format.manifest import ReductionRecord
 from framefusion.runtime.format.manifest_checks import TOKENIZER
-from framefusion.runtime.generation.decode import Decoder
+from framefusion.runtime.generation.decode import ActiveRequest, Decoder
 from framefusion.runtime.generation.embedder import Embedder
 from framefusion.runtime.generation.embedding import Embedding
 from framefusion.runtime.generation.fixed_prefill import prefill_fixed
-from framefusion.runtime.generation.prefill import Prefilled, prefill
+from framefusion.runtime.generation.prefill import Prefilled, prefill, start_reduction
 from framefusion.runtime.generation.segments import Segments
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.media.sources import Source, as_image, as_video
-from framefusion.runtime.media.video.frames import Video, facts_of_films
+from framefusion.runtime.media.video.frames import Video, VideoFacts, facts_of_films
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.request import Generation as Generation
+from framefusion.runtime.request import PrefillReport, Stopwatch
 from framefusion.runtime.request import Request as Request
-from framefusion.runtime.request import Stopwatch
+from framefusion.runtime.request import Step as Step
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import (
     Prompt,
@@ -52,8 +51,8 @@ from framefusion.runtime.text.prompt import (
     check_texts,
     layout_texts,
 )
-from framefusion.runtime.text.sampling import GenerationConfig, Sampler
-from framefusion.runtime.text.tokenizer import Tokenizer
+from framefusion.runtime.text.sampling import Sampler
+from framefusion.runtime.text.tokenizer import StoppableText, Tokenizer
 
 Media = Video | NDArray[np.uint8]
 """A video as it was sampled, or an image [H, W, 3]."""
@@ -195,28 +194,7 @@ class Pipeline:
         Raises:
             ReducerError: the reducer asked is unknown, or acts where this bundle is not cut.
         """
-        record = self.manifest.reduction
-        if record.mode != "adaptive":
-            if request.cost not in (None, record.cost) or request.reducer not in (None, record.reducer):
-                value = request.reducer or request.cost
-                raise PromptError(
-                    f"this bundle's reduction is {record.mode}, its reducer {record.reducer} and its cost "
-                    f"{record.cost} are built in, {value} was asked: build with --reduction adaptive to choose at run "
-                    "time"
-                )
-            return None
-        settings = ReductionSettings(
-            record.cost if request.cost is None else request.cost,
-            _given(request.similarity_lower_bound, record.similarity_lower_bound),
-            _given(request.ratio_lower_bound, record.ratio_lower_bound),
-            self.manifest.model.num_layers,
-            record.depth or 0,
-        )
-        reducer = load_reducer(request.reducer or record.reducer)
-        check_cuts(reducer, settings, self.manifest.calls, record.reducer)
-        if settings.cost == 1.0:
-            return None
-        return reducer.start(ReductionRequest(settings, prompt.labels, request.seed or 0))
+        return start_reduction(self.manifest, prompt.labels, request)
 
     def prefill(
         self,
@@ -237,6 +215,54 @@ class Pipeline:
             return prefill_fixed(self.segments, rows, prompt.labels, request.max_new_tokens, stopwatch)
         return prefill(self.segments, rows, reduction, request.max_new_tokens, stopwatch)
 
+    def stream(
+        self,
+        turns: Sequence[Turn],
+        files: Sequence[Source] = (),
+        request: Request | None = None,
+        *,
+        sampling: FrameSampling | None = None,
+        logits: bool = False,
+    ) -> Generator[Step, None, None]:
+        """Answer a conversation step by step: one step behind the prefill, one for each token, one at the end.
+
+        Nothing happens before the first step is asked for. Whoever has enough closes the generator (or drops it):
+        caches are freed, and the pipeline is as before.
+
+        Args:
+            turns: what was said, the last one the user's.
+            files: the videos and images that the turns show, in order: see `framefusion.runtime.media.sources`.
+            request: limits, reduction and sampling of tokens.
+            sampling: of frames; None takes the bundle's.
+            logits: give those of each token, too, a copy.
+
+        Raises:
+            VideoError, PromptError, BudgetError: see `framefusion.errors`.
+        """
+        stopwatch = Stopwatch()
+        request = request or Request()
+        turns = as_turns(turns)
+        # 1. Files to frames, no larger than the family shows them: a film's own pixels would fill the memory.
+        media = self.decode_media(turns, files, sampling or self.manifest.sampling, stopwatch, whole=False)
+        videos = facts_of_films(media)
+        # 2. Frames to patches and pieces of the prompt; pixels are large, and spent.
+        visuals = self.preprocess(media, stopwatch)
+        del media
+        # 3. Turns to token ids, labels and positions; refuse what is too long before the vision tower has worked.
+        prompt = self.prompt(turns, visuals)
+        request = self.clamp_new_tokens(request, prompt)
+        # 4. Patches to visual tokens, and all tokens to rows on the device; features are large, and spent.
+        with stopwatch.stage("vision"):
+            visual_rows = [self.encode_visual(visual) for visual in visuals]
+        with stopwatch.stage("embed"):
+            rows = self.embed(prompt, visual_rows)
+        del visuals, visual_rows
+        # 5. Rows through the segments, reduced between them: what stays is in the caches.
+        prefilled = self.prefill(prompt, rows, request, stopwatch)
+        del rows
+        # 6. Logits to tokens and text, one step each.
+        yield from self.decode(prompt, prefilled, request, stopwatch, videos=videos, logits=logits)
+
     def generate(
         self,
         turns: Sequence[Turn],
@@ -246,7 +272,7 @@ class Pipeline:
         sampling: FrameSampling | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Generation:
-        """Answer a conversation.
+        """Answer a conversation: `stream`, run to its end.
 
         Args:
             turns: what was said, the last one the user's.
@@ -258,59 +284,89 @@ class Pipeline:
         Raises:
             VideoError, PromptError, BudgetError: see `framefusion.errors`.
         """
-        stopwatch = Stopwatch()
-        request = request or Request()
-        turns = as_turns(turns)
-        media = self.decode_media(turns, files, sampling or self.manifest.sampling, stopwatch, whole=False)
-        videos = facts_of_films(media)
-        visuals = self.preprocess(media, stopwatch)
-        del media  # pixels are large, and spent
-        prompt = self.prompt(turns, visuals)
-        self.clamp_new_tokens(request, prompt)  # refuse before the vision tower has worked
-        with stopwatch.stage("vision"):
-            visual_rows = [self.encode_visual(visual) for visual in visuals]
-        with stopwatch.stage("embed"):
-            rows = self.embed(prompt, visual_rows)
-        del visuals, visual_rows  # pixels and features are large, and spent
-        return replace(self.answer(prompt, rows, request, stopwatch, on_text), videos=videos)
+        return Generation.from_steps(self.stream(turns, files, request, sampling=sampling), on_text)
 
     def answer(
-        self,
-        prompt: Prompt,
-        rows: TokenRows,
-        request: Request,
-        stopwatch: Stopwatch | None = None,
-        on_text: Callable[[str], None] | None = None,
+        self, prompt: Prompt, rows: TokenRows, request: Request, stopwatch: Stopwatch | None = None
     ) -> Generation:
         """Answer a prompt whose rows are at hand: `generate` without files and vision."""
         stopwatch = stopwatch or Stopwatch()
         request = self.clamp_new_tokens(request, prompt)
-        return self.complete(prompt, self.prefill(prompt, rows, request, stopwatch), request, stopwatch, on_text)
+        prefilled = self.prefill(prompt, rows, request, stopwatch)
+        return Generation.from_steps(self.decode(prompt, prefilled, request, stopwatch))
 
-    def complete(
+    def decode(
         self,
         prompt: Prompt,
         prefilled: Prefilled,
         request: Request,
         stopwatch: Stopwatch,
-        on_text: Callable[[str], None] | None = None,
-    ) -> Generation:
-        """Decode behind a prefill of the same bounded request."""
-        kv_lengths = tuple(int(length) for cache in prefilled.caches for length in cache.lengths)
-        with stopwatch.stage("decode"):
-            token_ids, text = self._decode(prompt, prefilled, request, on_text)
-        stopped = bool(token_ids) and token_ids[-1] in (self._config(request).eos_token_ids or ())
-        return Generation(
-            text, tuple(token_ids), "stop" if stopped else "length", prompt.token_ids.size, prompt.num_visual,
-            tuple(prefilled.history), kv_lengths, stopwatch.seconds,
-        )  # fmt: skip
+        *,
+        videos: tuple[VideoFacts, ...] = (),
+        logits: bool = False,
+    ) -> Generator[Step, None, None]:
+        """The steps behind a prefill of the same request, whose new tokens fit the caches (`clamp_new_tokens`).
 
-    def _config(self, request: Request) -> GenerationConfig:
-        own = self.manifest.generation
-        return own if request.generation is None else request.generation.over(own)
+        Args:
+            prompt: that was prefilled.
+            prefilled: its caches, which grow, and the logits of its last token.
+            request: as for the prefill.
+            stopwatch: gets the stage "decode".
+            videos: for the report.
+            logits: give those of each token, too.
+        """
+        # 1. Report the prefill at once: whoever waits for the first token can see what it waited for.
+        lengths = tuple(int(length) for cache in prefilled.caches for length in cache.lengths)
+        report = PrefillReport(prompt.token_ids.size, prompt.num_visual, tuple(prefilled.history), lengths, videos)
+        yield Step("prefilled", prefill=report, seconds=dict(stopwatch.seconds))
+        # 2. Bind the segments once; all that belongs to this request is in one object.
+        with stopwatch.stage("decode"):
+            active = self.activate(prompt, request)
+            decoder = Decoder(self.segments, prefilled.caches)
+            last = prefilled.logits
+        while True:
+            # 3. Choose a token and give it away before the next one is computed.
+            with stopwatch.stage("decode"):
+                text = active.accept(last)
+            token_id = active.token_ids[-1]
+            scores = last.copy() if logits else None  # the buffer is the next step's
+            yield Step("token", text, token_id, scores, seconds=dict(stopwatch.seconds))
+            if active.finish_reason is not None:
+                break
+            # 4. Feed it back.
+            with stopwatch.stage("decode"):
+                last = decoder.step(self.embedding(np.array([token_id]))[0], *active.rotary)
+        # 5. Say what was held back: half a character, or what might have become a stop string.
+        rest = active.flush()
+        yield Step("end", rest, finish_reason=active.finish_reason, seconds=dict(stopwatch.seconds))
+
+    def activate(self, prompt: Prompt, request: Request) -> ActiveRequest:
+        """A request that was prefilled, ready to choose its first token.
+
+        Raises:
+            PromptError: a stop string is empty.
+        """
+        config = (
+            self.manifest.generation
+            if request.generation is None
+            else request.generation.over(self.manifest.generation)
+        )
+        # a table may have more rows than the tokenizer has tokens: nothing was ever trained to say those
+        limit = min(self.manifest.model.vocab_size, self.tokenizer.vocab_size)
+        length = prompt.token_ids.size
+        rotary = self.rope(decode_positions(length, prompt.rope_delta, request.max_new_tokens))
+        sampler = Sampler(config, request.seed, limit, length)
+        text = StoppableText(self.tokenizer.stream(), request.stop)
+        return ActiveRequest(
+            prompt.token_ids, rotary, sampler, text, config.eos_token_ids or (), request.max_new_tokens
+        )
 
     def clamp_new_tokens(self, request: Request, prompt: Prompt) -> Request:
-        """The request with no more new tokens than the bundle's caches hold."""
+        """The request with no more new tokens than the bundle's caches hold behind a prompt.
+
+        Raises:
+            PromptError: not one fits.
+        """
         room = self.manifest.limits.max_kv_cache_capacity - prompt.token_ids.size
         if request.max_new_tokens < 1 or room < 1:
             raise PromptError(
@@ -318,38 +374,6 @@ class Pipeline:
                 f"{self.manifest.limits.max_kv_cache_capacity}: ask for 1 to {max(room, 1)}"
             )
         return replace(request, max_new_tokens=min(request.max_new_tokens, room))
-
-    def _decode(
-        self, prompt: Prompt, prefilled: Prefilled, request: Request, on_text: Callable[[str], None] | None
-    ) -> tuple[list[int], str]:
-        config = self._config(request)
-        # a table may have more rows than the tokenizer has tokens: nothing was ever trained to say those
-        limit = min(self.manifest.model.vocab_size, self.tokenizer.vocab_size)
-        sampler = Sampler(config, request.seed, limit, prompt.token_ids.size)
-        stream = self.tokenizer.stream()
-        pieces = [""]
-        seen = np.concatenate([prompt.token_ids, np.zeros(request.max_new_tokens, np.int64)])
-        length = prompt.token_ids.size
-        cos, sin = self.rope(decode_positions(length, prompt.rope_delta, request.max_new_tokens))
-        logits = prefilled.logits
-        decoder = Decoder(self.segments, prefilled.caches)
-        token_ids: list[int] = []
-        while True:
-            index = len(token_ids)
-            token_ids.append(sampler.next_token(logits, seen[: length + index]))
-            seen[length + index] = token_ids[-1]
-            if token_ids[-1] in (config.eos_token_ids or ()):
-                break
-            pieces.append(stream.push(token_ids[-1]))
-            if on_text is not None and pieces[-1]:
-                on_text(pieces[-1])
-            if len(token_ids) == request.max_new_tokens:
-                break
-            logits = decoder.step(self.embedding(np.array(token_ids[-1:]))[0], cos[index], sin[index])
-        pieces.append(stream.flush())
-        if on_text is not None and pieces[-1]:
-            on_text(pieces[-1])
-        return token_ids, "".join(pieces)
 
 
 def dense_pipeline(pipeline: Pipeline) -> Pipeline:
@@ -360,7 +384,3 @@ def dense_pipeline(pipeline: Pipeline) -> Pipeline:
     segments = tuple(replace(s, graph=s.decode, decode_graph=None) for s in manifest.segments)
     plain = pipeline.bundle.seen_as(segments=segments, fixed=None, reduction=ReductionRecord("none"))
     return Pipeline(plain, pipeline.backend)
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value

@@ -1,4 +1,4 @@
-"""One request from the caller's side: what it says, the answer it gets, and the seconds that went into it.
+"""One request from the caller's side: what it says, the steps it makes, the answer they add up to, and the seconds.
 
 Knows no graph and no bundle.
 """
@@ -6,15 +6,20 @@ Knows no graph and no bundle.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from framefusion.reduction.policy import CallRecord
 from framefusion.runtime.media.video.frames import VideoFacts
 from framefusion.runtime.text.sampling import GenerationConfig
 
 MAX_NEW_TOKENS = 128
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,42 @@ class Request:
     generation: GenerationConfig | None = None
     seed: int | None = None
     reducer: str | None = None  # a name of framefusion.reducers
+    stop: tuple[str, ...] = ()  # texts that end an answer before they are said
+
+
+@dataclass(frozen=True)
+class PrefillReport:
+    """What became of a prompt: how many tokens it had, which reductions acted on it, what every layer holds of it."""
+
+    prompt_tokens: int
+    visual_tokens: int
+    reduction: tuple[CallRecord, ...]
+    kv_lengths: tuple[int, ...]  # tokens in each layer's cache
+    videos: tuple[VideoFacts, ...] = ()  # the films shown, in order
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a request came to since its last step.
+
+    Attributes:
+        kind: "prefilled" once, then "token" for each new token, then "end" once.
+        text: what can be shown now: whole characters, and nothing that may become a stop string. All pieces joined are
+            the answer; that of the end is what was held back until then.
+        token_id: of a token; the one that ends an answer is there, too, with no text.
+        logits: it was chosen from, fp32 [V]; None unless they were wanted.
+        prefill: of the first step.
+        finish_reason: of the end: "stop" at an end token or a stop string, "length" at the limit of new tokens.
+        seconds: by stage since the request began; what the consumer did in between is in none.
+    """
+
+    kind: Literal["prefilled", "token", "end"]
+    text: str = ""
+    token_id: int | None = None
+    logits: NDArray[np.floating[Any]] | None = None
+    prefill: PrefillReport | None = None
+    finish_reason: FinishReason | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,6 +87,33 @@ class Generation:
     kv_lengths: tuple[int, ...]  # tokens in each layer's cache after the prefill
     seconds: dict[str, float]
     videos: tuple[VideoFacts, ...] = ()  # the films shown, in order
+
+    @classmethod
+    def from_steps(cls, steps: Iterable[Step], on_text: Callable[[str], None] | None = None) -> Generation:
+        """Run a request to its end.
+
+        Args:
+            steps: from "prefilled" to "end".
+            on_text: called with each piece of text that is not empty.
+        """
+        pieces: list[str] = []
+        token_ids: list[int] = []
+        report: PrefillReport | None = None
+        step: Step | None = None
+        for step in steps:
+            report = step.prefill or report
+            if step.token_id is not None:
+                token_ids.append(step.token_id)
+            if step.text:
+                pieces.append(step.text)
+                if on_text is not None:
+                    on_text(step.text)
+        if step is None or report is None or step.finish_reason is None:
+            raise ValueError(f"steps go from prefilled to end, these end with {step}")
+        return cls(
+            "".join(pieces), tuple(token_ids), step.finish_reason, report.prompt_tokens, report.visual_tokens,
+            report.reduction, report.kv_lengths, dict(step.seconds), report.videos,
+        )  # fmt: skip
 
     @property
     def cost(self) -> float:

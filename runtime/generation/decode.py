@@ -1,6 +1,9 @@
-"""Decode: one token at a time through all segments, over the caches that a prefill left.
+"""Decode: what a request is between its prefill and its end, and the step of all segments that brings it a token on.
 
-Knows no reduction, no sampling and no text.
+    logits [V] -> ActiveRequest.accept -> token, text -> embedding and rotary tables -> Decoder.step -> logits [V]
+
+The two know nothing of each other: whoever serves many requests holds an `ActiveRequest` for each and steps them as it
+likes. Knows no reduction.
 """
 
 from __future__ import annotations
@@ -8,11 +11,81 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from framefusion.errors import PromptError
 from framefusion.runtime.backends.base import BoundSegment, Mirror
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.generation.segments import Rows, Segments
+from framefusion.runtime.request import FinishReason
+from framefusion.runtime.text.sampling import Sampler
+from framefusion.runtime.text.tokenizer import StoppableText
+
+
+class ActiveRequest:
+    """One request between its prefill and its end: its tokens, how the next one is chosen, and its text.
+
+    Args:
+        prompt_ids: of the whole prompt, for what counts the tokens before.  [S]
+        rotary: cos and sin for each token that may be fed back.  [max_new_tokens, hd/2]
+        sampler: of this request alone.
+        text: of this request alone.
+        eos_token_ids: tokens that end it.
+        max_new_tokens: tokens at most.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: NDArray[np.int64],
+        rotary: tuple[Rows, Rows],
+        sampler: Sampler,
+        text: StoppableText,
+        eos_token_ids: Sequence[int],
+        max_new_tokens: int,
+    ) -> None:
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._ids = np.concatenate([prompt_ids, np.zeros(max_new_tokens, np.int64)])
+        self._length = prompt_ids.size
+        self._rotary = rotary
+        self._sampler = sampler
+        self._text = text
+        self._ends = frozenset(eos_token_ids)
+        self._limit = max_new_tokens
+
+    def accept(self, logits: Rows) -> str:
+        """Choose the next token from logits [V]; returns text that can be shown, and says with it whether that was all.
+
+        Raises:
+            BackendError, PromptError: see `Sampler.next_token`.
+        """
+        # 1. Choose: every token before counts, those of the prompt included.
+        end = self._length + len(self.token_ids)
+        token_id = self._sampler.next_token(logits, self._ids[:end])
+        self._ids[end] = token_id
+        self.token_ids.append(token_id)
+        # 2. Stop at a token that ends an answer, which is no text.
+        if token_id in self._ends:
+            self.finish_reason = "stop"
+            return ""
+        # 3. Say what is certain now, and stop at a text or at the limit.
+        piece = self._text.push(token_id)
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self._limit:
+            self.finish_reason = "length"
+        return piece
+
+    def flush(self) -> str:
+        """The text that was held back, when no more tokens come."""
+        return self._text.flush()
+
+    @property
+    def rotary(self) -> tuple[Rows, Rows]:
+        """cos and sin [hd/2] of the token chosen last, which the next step is fed with."""
+        cos, sin = self._rotary
+        index = len(self.token_ids) - 1
+        return cos[index], sin[index]
 
 
 class Decoder:

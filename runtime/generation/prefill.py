@@ -16,14 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from framefusion.errors import PromptError
+from framefusion.reducers import load_reducer
+from framefusion.reducers.reducer import ReductionRequest, check_cuts
 from framefusion.reduction import tracks
-from framefusion.reduction.policy import CallRecord, ReductionState
+from framefusion.reduction.policy import CallRecord, ReductionSettings, ReductionState
 from framefusion.runtime.backends.base import BoundSegment
 from framefusion.runtime.backends.kv_cache import SegmentCache
-from framefusion.runtime.format.manifest import SegmentRecord
+from framefusion.runtime.format.manifest import Manifest, SegmentRecord
 from framefusion.runtime.generation.segments import Outputs, Rows, Scores, Segments, bucket_for, chunks_of
 from framefusion.runtime.generation.token_rows import TokenRows
-from framefusion.runtime.request import Stopwatch
+from framefusion.runtime.request import Request, Stopwatch
 
 
 @dataclass
@@ -34,6 +37,44 @@ class Prefilled:
     caches: list[SegmentCache]
     history: list[CallRecord]
     kept: list[NDArray[np.int64]]  # per segment: places in the prompt of the tokens that entered it
+
+
+def start_reduction(manifest: Manifest, labels: NDArray[np.int64], request: Request) -> ReductionState | None:
+    """The reducer's state for a request; None where the bundle does not reduce between segments.
+
+    Args:
+        manifest: of the bundle.
+        labels: of the tokens that may go.  [S]
+        request: cost, thresholds, reducer and seed; the rest is as the bundle says.
+
+    Raises:
+        PromptError: another reduction is asked than the one that is built in.
+        ReducerError: the reducer asked is unknown, or acts where this bundle is not cut.
+    """
+    record = manifest.reduction
+    if record.mode != "adaptive":
+        if request.cost not in (None, record.cost) or request.reducer not in (None, record.reducer):
+            value = request.reducer or request.cost
+            raise PromptError(
+                f"this bundle's reduction is {record.mode}, its reducer {record.reducer} and its cost "
+                f"{record.cost} are built in, {value} was asked: build with --reduction adaptive to choose at run "
+                "time"
+            )
+        return None
+    similarity = request.similarity_lower_bound
+    ratio = request.ratio_lower_bound
+    settings = ReductionSettings(
+        record.cost if request.cost is None else request.cost,
+        record.similarity_lower_bound if similarity is None else similarity,
+        record.ratio_lower_bound if ratio is None else ratio,
+        manifest.model.num_layers,
+        record.depth or 0,
+    )
+    reducer = load_reducer(request.reducer or record.reducer)
+    check_cuts(reducer, settings, manifest.calls, record.reducer)
+    if settings.cost == 1.0:
+        return None
+    return reducer.start(ReductionRequest(settings, labels, request.seed or 0))
 
 
 def prefill(

@@ -173,6 +173,57 @@ class TextStream(Protocol):
         """What is left when no more ids come: incomplete characters, as U+FFFD."""
 
 
+class StoppableText:
+    """The text of an answer as far as it is certain, and whether a stop string ended it.
+
+    What could still become a stop string is held back; the string itself and what follows it are never said.
+
+    Args:
+        stream: a fresh one.
+        stop: texts that end the answer.
+
+    Raises:
+        PromptError: one of them is no text, or empty.
+    """
+
+    def __init__(self, stream: TextStream, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise PromptError(f"stop is {stop!r:.80}: give texts that are not empty, such as ('\\n\\n',)")
+        self.stopped = False
+        self._stream = stream
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, index: int) -> str:
+        """Text that this id makes certain."""
+        return self._certain(self._stream.push(index))
+
+    def flush(self) -> str:
+        """What was held back, when no more ids come; incomplete characters as U+FFFD."""
+        if self.stopped:
+            return ""
+        piece = self._certain(self._stream.flush())
+        held = self._held
+        self._held = ""
+        return piece if self.stopped else piece + held
+
+    def _certain(self, piece: str) -> str:
+        """Held text with a piece behind it, up to a stop string or to what may become one."""
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if places:
+            self.stopped = True
+            self._held = ""
+            return text[: min(places)]
+        longest = min(max(map(len, self._stop)) - 1, len(text))
+        ends = (n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stop))
+        held = next(ends, 0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
 class _ByteStream:
     """For byte-level BPE: constant work a token, since every token spells its own bytes."""
 

@@ -100,7 +100,7 @@ def watch(
         dense = plain.answer(prompt, rows, whole)
     decisions: list[Decision] = []
     prefilled = pipeline.prefill(prompt, rows, request, stopwatch, decisions.append)
-    answer = replace(pipeline.complete(prompt, prefilled, request, stopwatch), videos=facts_of_films(media))
+    answer = Generation.from_steps(pipeline.decode(prompt, prefilled, request, stopwatch, videos=facts_of_films(media)))
     return Watched(turns, media, prompt, request, prefilled.kept[-1], answer, decisions, dense)
 
 
