@@ -23,7 +23,7 @@ from framefusion.export.check.verify import Scope, report, scope_of
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.engines.compile import Compiled, compile_engines, with_engines, without_graphs, write_checksums
 from framefusion.export.engines.jobs import FOLDER as ENGINES
-from framefusion.export.engines.jobs import KINDS, check_options
+from framefusion.export.engines.jobs import checked_builder
 from framefusion.export.options import BuildOptions, Resources
 from framefusion.export.plan.build_plan import BuildPlan, identity_of
 from framefusion.export.plan.replan import replan
@@ -32,6 +32,7 @@ from framefusion.export.writing import staging
 from framefusion.export.writing.journal import CHECKSUMS
 from framefusion.export.writing.parts import Builder
 from framefusion.export.writing.staging import Staging
+from framefusion.runtime.backends.table import engine_traits
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import SCHEMA_VERSION, FileRecord, Manifest
 from framefusion.runtime.format.manifest_file import MANIFEST, write_manifest
@@ -78,7 +79,7 @@ def build(
     try:
         plan = BuildPlan(checkpoint, options)
         if options.engines is not None:
-            check_options(options.engines, options.dialect, options.dtype)
+            checked_builder(options.engines, options.dialect, options.dtype)
         scope = scope_of(plan) if verify else None
         key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
         with Staging(output, key, force=force, progress=progress, checkpoint=checkpoint.folder) as staged:
@@ -112,7 +113,7 @@ def sizes_of(plan: BuildPlan, scope: Scope | None) -> dict[str, int]:
 def engine_bytes(plan: BuildPlan) -> int:
     """Bytes of the engines of a plan: the weights of each graph; what comes on top of them is little."""
     assert plan.options.backend is not None
-    if not KINDS[plan.options.backend].weights_inside:
+    if not engine_traits(plan.options.backend).weights_inside:
         return 0
     graphs = 1 if plan.fixed is None else 2
     segments = sum(plan.segment_record(segment).weight_bytes for segment in plan.segments)

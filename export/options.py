@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from framefusion.errors import BudgetError
+from framefusion.runtime.backends.table import engine_traits
 from framefusion.runtime.format.engine_record import EngineKind
 from framefusion.runtime.format.manifest import Mode
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "float16", "bfloat16"]
 DEFAULT_TEXT = 512
-ENGINE_DIALECT = "portable"
-ENGINE_DTYPES = ("float16", "bfloat16")  # of the graphs that TensorRT engines are made of
 LIVE = ("transformers", "eager")
 """What runs a checkpoint that is evaluated without a build: transformers' own model, or our graphs in eager torch."""
 CACHE_LIMIT = 64_000_000_000  # bytes of engines that stay in a cache
@@ -92,8 +91,9 @@ class BuildOptions:
         """
         given = {name: value for name, value in fields.items() if value is not None}
         if "backend" in given:
-            usual = {} if given["backend"] == "inductor" else {"dialect": ENGINE_DIALECT, "dtype": ENGINE_DTYPES[0]}
-            return BuildOptions(**usual | given)
+            traits = engine_traits(given["backend"])
+            usual = {"dialect": traits.dialects[:1], "dtype": traits.dtypes[:1]}
+            return BuildOptions(**{name: value for name, values in usual.items() for value in values} | given)
         if given.get("target_sm") or given.get("engines_only"):
             raise BudgetError("--target-sm and --engines-only are about engines: say which with --backend")
         return BuildOptions(**given)

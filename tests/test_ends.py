@@ -74,7 +74,7 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
 
 def test_ctrl_c_that_a_library_turns_into_another_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an import of onnxruntime does that Ctrl-C ends."""
-    from framefusion.runtime.backends import choice
+    from framefusion.runtime.machine import machine
 
     def interrupted() -> None:
         try:
@@ -82,14 +82,14 @@ def test_ctrl_c_that_a_library_turns_into_another_error(bundle: Path, monkeypatc
         except KeyboardInterrupt:
             raise errors.BackendError("nothing can run this bundle here") from None
 
-    monkeypatch.setattr(choice.Machine, "here", interrupted)
+    monkeypatch.setattr(machine.Machine, "here", interrupted)
     result = run("generate", bundle, "--prompt", "What?", "--no-verify")
     assert result.exit_code == errors.InterruptedBuildError.exit_code
     assert result.stderr == "error: interrupted\n"
 
 
 def test_an_interrupted_import_is_no_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    from framefusion.runtime.backends.choice import Machine
+    from framefusion.runtime.machine.machine import Machine
 
     class Interrupted:
         def find_spec(self, name: str, *_: object) -> None:

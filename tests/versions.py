@@ -11,7 +11,7 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 
-from framefusion.runtime.backends.choice import PORTABLE_SINCE
+from framefusion.runtime.backends.onnxruntime.fit import PORTABLE_SINCE
 
 
 def needs(package: str, least: str, reason: str) -> pytest.MarkDecorator:

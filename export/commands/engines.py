@@ -35,11 +35,13 @@ def compile_command(bundle: Path, checkpoint: str | None, revision: str | None, 
     """
     from framefusion.export.engines.compile import compile_bundle
     from framefusion.export.options import BuildOptions
+    from framefusion.runtime.backends.table import engine_kinds
 
     limits = {name: fields.pop(name) for name in ("jobs", "engine_cache", "engine_cache_limit")}
     options = BuildOptions.chosen(**fields).engines
     if options is None:
-        raise click.UsageError("say which engines: --backend tensorrt-rtx, tensorrt or inductor")
+        *names, last = engine_kinds()
+        raise click.UsageError(f"say which engines: --backend {', '.join(names)} or {last}")
     plan = None if checkpoint is None else _plan(bundle, checkpoint, revision)
     with progress_lines() as progress:
         made = compile_bundle(bundle, options, resources(**limits), progress, plan)

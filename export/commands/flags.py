@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
 from framefusion.export.options import LIVE
+from framefusion.runtime.backends.table import engine_kinds
 from framefusion.runtime.commands.flags import MOST_THREADS
-from framefusion.runtime.format.engine_record import EngineKind
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
@@ -65,11 +65,13 @@ def _flag(name: str, kind: Any, text: str, default: str | None = None) -> Callab
     return click.option(name, type=kind, help=text if default is None else f"{text[:-1]}; default: {default}.")
 
 
-KINDS = get_args(EngineKind)
 DTYPES = ("float32", "float16", "bfloat16")
 DEVICES = ("cpu", "cuda")
 BACKEND = _flag(
-    "--backend", click.Choice(KINDS), "Compile engines of this kind, too.", "none, ONNX Runtime runs the graphs"
+    "--backend",
+    click.Choice(engine_kinds()),
+    "Compile engines of this kind, too.",
+    "none, ONNX Runtime runs the graphs",
 )
 TARGETS = (
     _flag(

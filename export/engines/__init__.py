@@ -1,1 +1,1 @@
-"""What runs or compiles a segment on the export side, one module a target."""
+"""What compiles the graphs of a bundle to engines, a folder for each builder; builder.py says what one is."""

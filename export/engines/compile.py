@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any
 import framefusion
 from framefusion.console.progress import Meter, Progress
 from framefusion.errors import InterruptedBuildError
+from framefusion.export.engines.builder import EngineBuilder
 from framefusion.export.engines.cache import EngineCache, Fetched, default_folder
 from framefusion.export.engines.jobs import (
     FOLDER,
-    KINDS,
     Job,
     admitted,
-    builder_of,
     check_disk,
-    check_options,
+    checked_builder,
     plan_jobs,
 )
 from framefusion.export.machine import available_memory, peak_memory
@@ -38,6 +37,7 @@ from framefusion.export.options import EngineOptions, Resources
 from framefusion.export.writing.amendment import Amendment
 from framefusion.export.writing.journal import CHECKSUMS
 from framefusion.runtime.backends.fit import other_files
+from framefusion.runtime.backends.table import engine_traits
 from framefusion.runtime.bundle import Bundle, file_record
 from framefusion.runtime.format.bundle_files import sha256_of, verify_files
 from framefusion.runtime.format.engine_record import EngineKind, EngineRecord, TensorRecord
@@ -118,18 +118,18 @@ def compile_engines(
     folder = bundle.folder
     manifest = bundle.manifest
     bundle.require_graphs()
-    check_options(options, manifest.dialect, manifest.model.dtype)
-    jobs = plan_jobs(bundle, options, plan)
+    builder = checked_builder(options, manifest.dialect, manifest.model.dtype)
+    jobs = plan_jobs(bundle, options, plan, builder)
     report_name = f"{FOLDER}/{options.kind}/{REPORT}"
     check_names([*(job.file for job in jobs), report_name, CHECKSUMS])
-    if KINDS[options.kind].weights_inside:  # inductor compiles torch's graphs, TensorRT parses the bundle's
+    if not engine_traits(options.kind).traced:  # a library will parse them
         bundle.check_graphs()
     cache = EngineCache(resources.cache or default_folder(), resources.cache_limit)
     missing = [job for job in jobs if cache.find(job.components) is None]
     check_disk(folder, cache, jobs, missing)
     threads, word = admitted(missing, resources.jobs, available_memory())
     meter = Meter(progress, {job.label: job.weight_bytes for job in jobs})
-    fetched = list(_fetch_all(into, jobs, cache, threads, meter))
+    fetched = list(_fetch_all(into, jobs, cache, builder, threads, meter))
     records = [_record(job, one) for job, one in zip(jobs, fetched, strict=True)]
     files = {job.file: one.entry.file for job, one in zip(jobs, fetched, strict=True)}
     is_ours = cache.folder == default_folder()  # what others share may hold what they compiled
@@ -161,7 +161,7 @@ def with_engines(manifest: Manifest, made: Compiled, kind: EngineKind) -> Manife
 def without_graphs(manifest: Manifest) -> Manifest:
     """The manifest without the files that engines stand for; the CPU, checks and further engines need those."""
     places = {str(Path(engine.graph).parent) for engine in manifest.engines}
-    weights_needed = any(not KINDS[engine.kind].weights_inside for engine in manifest.engines)
+    weights_needed = any(not engine_traits(engine.kind).weights_inside for engine in manifest.engines)
 
     def stays(name: str) -> bool:
         return str(Path(name).parent) not in places or (weights_needed and not name.endswith(".onnx"))
@@ -176,11 +176,13 @@ def write_checksums(folder: Path, manifest: Manifest) -> None:
     (folder / CHECKSUMS).write_text(text, encoding="utf-8")
 
 
-def _fetch_all(folder: Path, jobs: Sequence[Job], cache: EngineCache, threads: int, meter: Meter) -> Iterator[Fetched]:
+def _fetch_all(
+    folder: Path, jobs: Sequence[Job], cache: EngineCache, builder: EngineBuilder, threads: int, meter: Meter
+) -> Iterator[Fetched]:
     """All engines in order; builds run ahead in threads, the meter is told by this one alone."""
     cancel = threading.Event()
     with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(_fetch, folder, job, cache, cancel) for job in jobs]
+        futures = [pool.submit(_fetch, folder, job, cache, builder, cancel) for job in jobs]
         try:
             for job, future in zip(jobs, futures, strict=True):
                 meter.begin(job.label)
@@ -212,9 +214,8 @@ def _watched(job: Job, future: Future[Fetched], meter: Meter) -> Fetched:
     return fetched
 
 
-def _fetch(folder: Path, job: Job, cache: EngineCache, cancel: threading.Event) -> Fetched:
+def _fetch(folder: Path, job: Job, cache: EngineCache, builder: EngineBuilder, cancel: threading.Event) -> Fetched:
     """One engine, in a thread of the pool."""
-    builder = builder_of(job.spec.kind)
 
     def go_on() -> None:
         if cancel.is_set():
@@ -226,13 +227,13 @@ def _fetch(folder: Path, job: Job, cache: EngineCache, cancel: threading.Event) 
 
     def compiled(target: Path) -> tuple[Mapping[str, Any], FileRecord | None]:
         go_on()
-        timing = "-".join([job.components["library"], job.components["version"], *job.targets])
-        facts = builder.build_engine(job.spec, target, timing_cache=cache.timing_cache(timing), progress=tell)
+        timing = "-".join([job.components["library"], job.components["version"], *job.spec.targets])
+        facts = builder.build(job.spec, target, cache.timing_cache(timing), tell)
         if facts.timing_cache is not None:
             cache.keep_timing_cache(timing, facts.timing_cache)
         kept = {"tensors": facts.tensors, "layer_kinds": facts.layer_kinds, "seconds": round(facts.seconds, 2)}
         plain: Mapping[str, Any] = to_json(kept)
-        return plain, FileRecord(facts.size, facts.sha256) if hasattr(facts, "sha256") else None
+        return plain, facts.file
 
     return cache.fetch(job.components, folder / job.file, compiled, go_on)
 
@@ -246,13 +247,13 @@ def _record(job: Job, fetched: Fetched) -> EngineRecord:
         file=job.file,
         library=job.components["library"],
         version=job.components["version"],
-        targets=job.targets,
+        targets=spec.targets,
         dtype=spec.dtype,
         key=entry.key,
         profiles=tuple(spec.profiles),
         tensors=tuple(from_json(TensorRecord, tensor) for tensor in entry.facts["tensors"]),
         capacities=tuple(spec.capacities),
-        weight_bytes=job.weight_bytes if KINDS[spec.kind].weights_inside else 0,
+        weight_bytes=job.weight_bytes if engine_traits(spec.kind).weights_inside else 0,
         options=dict(spec.options),
     )
 

@@ -6,17 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from framefusion.console.messages import in_bytes, table
-from framefusion.runtime.backends.choice import PROVEN
+from framefusion.runtime.backends import table as backends
 from framefusion.runtime.backends.fit import gpu_memory, is_cpu
 from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.storage.records import to_json
-
-NEEDS = {  # kind -> what has to be installed where it runs
-    "tensorrt-rtx": "needs tensorrt_rtx of this release and an NVIDIA driver; no torch",
-    "tensorrt": "needs tensorrt of this version and an NVIDIA driver; no torch",
-    "inductor": "needs libtorch of this version (pip install torch)",
-}
 
 
 def engine_facts(manifest: Manifest) -> list[dict[str, Any]]:
@@ -29,6 +23,7 @@ def _kind_facts(manifest: Manifest, engines: Sequence[EngineRecord]) -> dict[str
     first = engines[0]
     rows = [_engine_facts(manifest, engine) for engine in engines]
     total = {name: sum(row[name] for row in rows) for name in ("bytes", "weight_bytes", "beyond_weights")}
+    device: backends.Device = "cpu" if is_cpu(first) else "cuda"
     one_token = sum(row["weight_bytes"] for row in rows if row["capacities"])
     return {
         "kind": first.kind,
@@ -36,11 +31,11 @@ def _kind_facts(manifest: Manifest, engines: Sequence[EngineRecord]) -> dict[str
         "version": first.version,
         "targets": list(first.targets),
         "dtype": first.dtype,
-        "needs": NEEDS[first.kind],
-        "experimental": (first.kind, "cpu" if is_cpu(first) else "cuda") not in PROVEN,
+        "needs": backends.engine_traits(first.kind).needs,
+        "experimental": device not in backends.backend(first.kind, device).results,
         "engines": rows,
         "device_bytes": gpu_memory(manifest, first.kind),
-        "one_token_profile_bytes": one_token if first.kind.startswith("tensorrt") else None,
+        "one_token_profile_bytes": one_token if any(engine.profiles for engine in engines) else None,
         "graphs_kept": all(engine.graph in manifest.files for engine in engines),
         **total,
     }

@@ -1,27 +1,27 @@
 """What each engine of a bundle is compiled from, its key, and what the machine must have for it. Compiles nothing.
 
-What builds an engine is a module of this folder with SUFFIX, `estimate_memory`, `build_engine` and a spec a graph:
-everything that decides an engine's bytes beside the content of its graph and weights.
+A graph's spec comes from the builder of its kind (builder.py); the key is a hash over the spec, the content of graph
+and weights, and the code of the builder. Knows no library.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from framefusion.console.messages import in_bytes
 from framefusion.errors import BackendError, BundleError, StorageError
+from framefusion.export.engines.builder import EngineBuilder, EngineSpec, builder_folder, builder_of
 from framefusion.export.engines.cache import EngineCache
 from framefusion.export.machine import free_disk
-from framefusion.export.options import ENGINE_DIALECT, ENGINE_DTYPES, EngineOptions
+from framefusion.export.options import EngineOptions
 from framefusion.export.writing.staging import SPARE
 from framefusion.runtime.backends.fit import installed_version
-from framefusion.runtime.backends.tensorrt.library import load_library
+from framefusion.runtime.backends.table import backend, engine_traits
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.engine_record import EngineKind
 from framefusion.runtime.format.manifest import Manifest
@@ -33,22 +33,6 @@ if TYPE_CHECKING:
 FOLDER = "engines"
 CORES_PER_JOB = 2  # a builder keeps about that many busy
 _MEMORY_SHARE = 0.9  # of the free memory that builds may take by their estimates
-
-
-class Kind(NamedTuple):
-    """What differs between the kinds, seen from here."""
-
-    folder: str  # folder beside this module: build.py is the builder, and all its modules decide an engine's bytes
-    library: str  # module that compiles and runs it
-    from_onnx: bool  # compiled from the graphs of the portable dialect; else traced from the checkpoint's configuration
-    weights_inside: bool  # else an engine is given the bundle's own files of weights
-
-
-KINDS: Mapping[EngineKind, Kind] = {
-    "tensorrt-rtx": Kind("tensorrt", "tensorrt_rtx", True, True),
-    "tensorrt": Kind("tensorrt", "tensorrt", True, True),
-    "inductor": Kind("inductor", "torch", False, False),
-}
 _NO_WEIGHTS = 1 << 25  # bytes of an engine without any, at most
 
 
@@ -58,8 +42,7 @@ class Job:
 
     graph: str
     file: str
-    spec: Any
-    targets: tuple[str, ...]
+    spec: EngineSpec
     components: Mapping[str, Any]
     weight_bytes: int  # of the graph
     size: int  # of the engine, expected
@@ -73,107 +56,103 @@ class Job:
         return f"{path.parent} {path.stem}".removesuffix(" graph")
 
 
-def check_options(options: EngineOptions, dialect: str, dtype: str) -> None:
-    """Refuse what engines cannot be compiled of, or this machine cannot compile, before anything is written.
+def checked_builder(options: EngineOptions, dialect: str, dtype: str) -> EngineBuilder:
+    """The builder of a kind of engines, after what it cannot compile was refused; nothing is written by then.
+
+    Args:
+        options: what a user chose.
+        dialect: of the bundle's graphs.
+        dtype: of them.
 
     Raises:
         BundleError: the graphs are of another dialect or type.
         BackendError: a package, a compiler or a GPU is missing, or a target is unknown.
     """
-    kind = KINDS[options.kind]
-    wrong = kind.from_onnx and next(
-        (f"{name} {value}" for name, value, fitting in _wanted(dialect, dtype) if value not in fitting), None
-    )
-    if wrong:
+    traits = engine_traits(options.kind)
+    needs = [("dialect", "dialect", dialect, traits.dialects), ("type", "dtype", dtype, traits.dtypes)]
+    needs = [need for need in needs if need[-1]]
+    wrong = next((f"{word} {value}" for word, _, value, taken in needs if value not in taken), None)
+    if wrong is not None:
+        graphs = " and ".join(f"the {' or '.join(taken)} {word}" for word, _, _, taken in needs)
+        flags = " ".join(f"--{flag} {taken[0]}" for _, flag, _, taken in needs)
         raise BundleError(
-            f"{options.kind} engines are compiled from graphs of the {ENGINE_DIALECT} dialect in "
-            f"{' or '.join(ENGINE_DTYPES)}, these have {wrong}: build with --dialect {ENGINE_DIALECT} "
-            f"--dtype {ENGINE_DTYPES[0]}"
+            f"{options.kind} engines are compiled from graphs of {graphs}, these have {wrong}: build with {flags}"
         )
-    if kind.from_onnx:
-        load_library(options.kind).check_targets(options.targets)
-    elif options.targets:
-        raise BackendError(
-            f"--target-sm is not for {options.kind}, which compiles for the machine it runs on: leave it"
-        )
-    builder_of(options.kind)
-
-
-def _wanted(dialect: str, dtype: str) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
-    return ("dialect", dialect, (ENGINE_DIALECT,)), ("type", dtype, ENGINE_DTYPES)
-
-
-def builder_of(kind: EngineKind) -> Any:
-    """The module that builds engines of a kind."""
-    try:
-        return importlib.import_module(f"framefusion.export.engines.{KINDS[kind].folder}.build")
-    except ImportError as error:
-        raise BackendError(f"{error.name or error} is not installed: pip install 'framefusion-aot[export]'") from None
-
-
-def plan_jobs(bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) -> list[Job]:
-    """One job for each graph, the heaviest first."""
-    manifest = bundle.manifest
-    kind = KINDS[options.kind]
     builder = builder_of(options.kind)
-    targets = options.targets
-    if kind.from_onnx:
-        targets = load_library(options.kind).check_targets(targets)
-        specs = _onnx_specs(bundle, builder, options.kind, targets)
-    elif plan is None:
-        raise BackendError(
-            f"{options.kind} traces the graphs from the checkpoint's configuration: say with --checkpoint which one "
-            f"{bundle.folder} was built from"
-        )
-    else:
-        specs = builder.specs(bundle.folder, manifest, plan, options.device)
+    builder.check(options)
+    return builder
+
+
+def plan_jobs(bundle: Bundle, options: EngineOptions, plan: BuildPlan | None, builder: EngineBuilder) -> list[Job]:
+    """One job for each graph, the heaviest first.
+
+    Args:
+        bundle: whose graphs are compiled.
+        options: what a user chose.
+        plan: of the checkpoint that it was built from, for engines that are traced from it.
+        builder: of the options' kind.
+
+    Raises:
+        BackendError: the checkpoint is needed and was not named.
+        BundleError: a graph cannot be read or has no static sizes.
+    """
+    manifest = bundle.manifest
     weights = {manifest.vision.graph: manifest.vision.weight_bytes}
     for segment in manifest.segments:
         weights |= dict.fromkeys(segment.graphs, segment.weight_bytes)
+    holds_weights = engine_traits(options.kind).weights_inside
     jobs = []
-    for graph, spec in specs.items():
-        file = f"{FOLDER}/{options.kind}/{graph.removesuffix('.onnx').replace('/', '-')}{builder.SUFFIX}"
-        size = weights[graph] if kind.weights_inside else _NO_WEIGHTS
-        parts = components_of(manifest, graph, spec)
-        jobs.append(
-            Job(graph, file, spec, tuple(spec.targets), parts, weights[graph], size, builder.estimate_memory(spec))
+    for graph, spec in builder.specs(bundle, options, plan).items():
+        name = graph.removesuffix(".onnx").replace("/", "-") + builder.suffix
+        job = Job(
+            graph=graph,
+            file=f"{FOLDER}/{options.kind}/{name}",
+            spec=spec,
+            components=components_of(manifest, graph, spec),
+            weight_bytes=weights[graph],
+            size=weights[graph] if holds_weights else _NO_WEIGHTS,
+            memory=builder.estimate_memory(spec),
         )
+        jobs.append(job)
     return sorted(jobs, key=lambda job: -job.weight_bytes)
 
 
-def _onnx_specs(bundle: Bundle, builder: Any, kind: EngineKind, targets: Sequence[str]) -> dict[str, Any]:
-    folder = bundle.folder
-    manifest = bundle.manifest
-    specs = {
-        graph: builder.segment_spec(folder, manifest, segment, graph, kind, targets)
-        for segment in manifest.segments
-        for graph in segment.graphs
-    }
-    return specs | {manifest.vision.graph: builder.tower_spec(folder, manifest, kind, targets)}
-
-
-def components_of(manifest: Manifest, graph: str, spec: Any) -> dict[str, Any]:
+def components_of(manifest: Manifest, graph: str, spec: EngineSpec) -> dict[str, Any]:
     """What an engine's bytes follow from, by name; see `engines.cache`.
 
     The schedule of a fixed reduction is in the graph, and here for whoever reads why something was compiled again. The
     cost and the thresholds of an adaptive one act between engines and are left out: they compile nothing anew.
+
+    Args:
+        manifest: of the bundle.
+        graph: name of the graph in it.
+        spec: of its engine.
+
+    Raises:
+        BackendError: the library is not installed.
     """
     place = Path(graph).parent
-    kind = KINDS[spec.kind]
+    library = backend(spec.kind).library
     beside = [name for name in manifest.files if Path(name).parent == place and not name.endswith(".onnx")]
+    holds_weights = engine_traits(spec.kind).weights_inside
     fixed = None if manifest.fixed is None else [manifest.reduction.schedule, manifest.fixed]
-    parts = {
-        "graph": manifest.files[graph].sha256,
-        "kind": spec.kind,
-        "library": kind.library,
-        "version": library_version(kind.library),
-        "weights": [manifest.files[name].sha256 for name in sorted(beside)] if kind.weights_inside else None,
-        "reduction": fixed,
-        "code": _code_of(kind),
-    }
-    told = ("targets", "dtype", "capacities", "profiles", "options")
-    plain: dict[str, Any] = to_json(parts | {name: getattr(spec, name) for name in told})
-    return plain
+    components: dict[str, Any] = to_json(
+        {
+            "graph": manifest.files[graph].sha256,
+            "kind": spec.kind,
+            "library": library,
+            "version": library_version(library),
+            "weights": [manifest.files[name].sha256 for name in sorted(beside)] if holds_weights else None,
+            "reduction": fixed,
+            "code": _code_of(spec.kind),
+            "targets": spec.targets,
+            "dtype": spec.dtype,
+            "capacities": spec.capacities,
+            "profiles": spec.profiles,
+            "options": spec.options,
+        }
+    )
+    return components
 
 
 def library_version(library: str) -> str:
@@ -198,13 +177,18 @@ def check_disk(folder: Path, cache: EngineCache, jobs: Sequence[Job], missing: S
             )
 
 
-def admitted(jobs: Sequence[Job], asked: int | None, free: int) -> tuple[int, str]:
-    """How many builds may run at once, and a word where memory allows fewer than were asked.
+def admitted(jobs: Sequence[Job], limit: int | None, free: int) -> tuple[int, str]:
+    """How many builds may run at once, and a note where memory allows fewer than a user wants.
+
+    Args:
+        jobs: what is to be built.
+        limit: --jobs; None takes one for every CORES_PER_JOB cores.
+        free: bytes of memory.
 
     Raises:
-        BackendError: not even the largest alone.
+        BackendError: not even the largest alone fits.
     """
-    wanted = max((os.cpu_count() or 1) // CORES_PER_JOB, 1) if asked is None else asked
+    wanted = max((os.cpu_count() or 1) // CORES_PER_JOB, 1) if limit is None else limit
     largest = sorted(jobs, key=lambda job: -job.memory)
     room = _MEMORY_SHARE * free
     if largest and largest[0].memory > room:
@@ -215,16 +199,16 @@ def admitted(jobs: Sequence[Job], asked: int | None, free: int) -> tuple[int, st
     fitting = wanted
     while fitting > 1 and sum(job.memory for job in largest[:fitting]) > room:
         fitting -= 1
-    if fitting == wanted or asked is None:
+    if fitting == wanted or limit is None:
         return fitting, ""
     needed = sum(job.memory for job in largest[:wanted])
     short = f"--jobs {wanted} would take about {in_bytes(needed)} of memory, {in_bytes(free)} are free"
     return fitting, f"{short}: {fitting} at once"
 
 
-def _code_of(kind: Kind) -> str:
+def _code_of(kind: EngineKind) -> str:
     """A hash of the code that makes the network: engines of an older one are not taken for those of a newer."""
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / kind.folder).glob("*.py")):
+    for path in sorted(builder_folder(kind).glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -16,7 +16,6 @@ from framefusion.console.progress import in_time
 from framefusion.export.build import sizes_of
 from framefusion.export.check.verify import Scope, scope_of
 from framefusion.export.engines.jobs import FOLDER as ENGINES
-from framefusion.export.engines.jobs import KINDS
 from framefusion.export.engines.tensorrt.build import BASE_MEMORY, MEMORY_PER_WEIGHT, PROFILE_MEMORY
 from framefusion.export.engines.tensorrt.profiles import CODE_BYTES
 from framefusion.export.machine import free_disk
@@ -24,6 +23,7 @@ from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
 from framefusion.export.report.inspection import TEXT, reduction_facts, span
 from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
 from framefusion.export.writing.staging import SPARE
+from framefusion.runtime.backends.table import engine_traits
 from framefusion.runtime.format.manifest import FLOAT_BYTES, FileRecord, Manifest
 from framefusion.runtime.memory import expected_lengths, memory_plan
 
@@ -116,7 +116,7 @@ def _engines(plan: BuildPlan, size: int) -> dict[str, Any] | None:
     options = plan.options.engines
     if options is None:
         return None
-    inside = KINDS[options.kind].weights_inside
+    inside = engine_traits(options.kind).weights_inside
     heaviest = max(plan.vision_record().weight_bytes, *(plan.segment_record(s).weight_bytes for s in plan.segments))
     profiles = len(plan.buckets() or (0,)) + 1  # a fixed prefill has one
     memory = BASE_MEMORY + PROFILE_MEMORY * profiles + round(MEMORY_PER_WEIGHT * heaviest)

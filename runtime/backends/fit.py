@@ -9,25 +9,30 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import packages_distributions
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any
 
 from framefusion.errors import BackendError
+from framefusion.runtime.backends import table
+from framefusion.runtime.backends.table import BackendKind
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import sha256_of
 from framefusion.runtime.format.engine_record import EngineKind, EngineRecord
 from framefusion.runtime.format.manifest import FLOAT_BYTES, FileRecord, Manifest
 from framefusion.runtime.machine import cpu
 from framefusion.runtime.machine.gpu import GPU, find_gpu
+from framefusion.runtime.machine.machine import Machine
 
-EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt", "torch": "export"}  # module -> what installs it
 _RELEASE = 3  # numbers of a version that two builds of one release share
 
-Reason = tuple[str, str]
+Problem = tuple[str, str]
 """What is wrong, with its figures; and what mends it."""
+
+NO_GPU: Problem = ("there is no NVIDIA GPU here", "run on a machine with a GPU and its driver")
+NO_BINDINGS: Problem = ("cuda-bindings is not installed", "pip install 'framefusion-aot[gpu]'")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,23 @@ def examine(folder: Path, manifest: Manifest, *, gpu: GPU | None = None, hashes:
     return [_examine(folder, manifest, engine, gpu, hashes) for engine in manifest.engines]
 
 
+def engine_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Problem | None:
+    """What keeps the engines of a backend from running a bundle: the first thing that speaks against one of them."""
+    manifest = bundle.manifest
+    engines = tuple(engine for engine in manifest.engines if engine.kind == row.name)
+    if not engines:
+        return "no such engine in the bundle", build_command(bundle.folder, row.name)
+    if not all(map(is_cpu, engines)):
+        if machine.gpu is None:
+            return NO_GPU
+        if row.cuda_buffers and not machine.bindings:
+            return NO_BINDINGS
+    for fit in examine(bundle.folder, replace(manifest, engines=engines), gpu=machine.gpu):
+        if fit.problem is not None:
+            return fit.problem, fit.remedy or "compile it again"
+    return None
+
+
 def require_fit(folder: Path, manifest: Manifest, kind: EngineKind, gpu: GPU | None = None) -> None:
     """Refuse engines of a kind that cannot run here.
 
@@ -104,7 +126,7 @@ def build_command(folder: Path, kind: EngineKind, targets: Sequence[str] = ()) -
     """The command that makes engines for some compute capabilities."""
     numbers = ",".join(target.replace(".", "") for target in targets if re.fullmatch(r"\d+\.\d", target))
     command = f"ff-export compile {folder} --backend {kind}" + (f" --target-sm {numbers}" if numbers else "")
-    return f"{command} --checkpoint CHECKPOINT" if kind == "inductor" else command  # it traces the graphs anew
+    return f"{command} --checkpoint CHECKPOINT" if table.engine_traits(kind).traced else command
 
 
 def gpu_memory(manifest: Manifest, kind: EngineKind) -> int:
@@ -143,7 +165,7 @@ def _examine(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | 
     return Fit(engine, problem, remedy, gpu, damaged=damage is not None)
 
 
-def _reasons(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | None, again: str) -> Iterator[Reason]:
+def _reasons(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | None, again: str) -> Iterator[Problem]:
     yield from _library(engine, again)
     if is_cpu(engine):
         yield from _processor(engine, again)
@@ -161,7 +183,7 @@ def _rebuild(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | 
     return f"with: {build_command(folder, engine.kind, targets)}"
 
 
-def _file(folder: Path, manifest: Manifest, engine: EngineRecord, again: str, hashes: bool) -> Iterator[Reason]:
+def _file(folder: Path, manifest: Manifest, engine: EngineRecord, again: str, hashes: bool) -> Iterator[Problem]:
     path = folder / engine.file
     record = manifest.files.get(engine.file)
     if record is None or not path.is_file():
@@ -175,11 +197,11 @@ def _file(folder: Path, manifest: Manifest, engine: EngineRecord, again: str, ha
         yield f"{engine.file} is altered, its sha256 is not the manifest's", again
 
 
-def _library(engine: EngineRecord, again: str) -> Iterator[Reason]:
+def _library(engine: EngineRecord, again: str) -> Iterator[Problem]:
     """Engines are promised to load in the release that wrote them and in no other."""
     found = installed_version(engine.library)
     if found is None:
-        extra = EXTRAS.get(engine.library)
+        extra = table.backend(engine.kind).extra
         install = f"pip install 'framefusion-aot[{extra}]'" if extra else f"install {engine.library} {engine.version}"
         yield f"{engine.library} {engine.version} that built it is not installed", install
     elif release(found[1]) != release(engine.version):
@@ -194,7 +216,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:_RELEASE])
 
 
-def _processor(engine: EngineRecord, again: str) -> Iterator[Reason]:
+def _processor(engine: EngineRecord, again: str) -> Iterator[Problem]:
     """A CPU is told as "cpu", its architecture and a word of the compiler's; its instructions are in the options."""
     machine = engine.targets[0].split()[1:2]
     wanted = set(engine.options.get("cpu_features", ()))
@@ -204,7 +226,7 @@ def _processor(engine: EngineRecord, again: str) -> Iterator[Reason]:
         yield f"it was built for a CPU with {', '.join(lacking)} and this one has not", again
 
 
-def _device(manifest: Manifest, engine: EngineRecord, gpu: GPU, again: str) -> Iterator[Reason]:
+def _device(manifest: Manifest, engine: EngineRecord, gpu: GPU, again: str) -> Iterator[Problem]:
     if not any(runs_on(target, gpu.capability) for target in engine.targets):
         yield f"it was built for {', '.join(engine.targets)} and {gpu.name} is {gpu.capability}", again
     wanted = _cuda_of(engine.library)
@@ -233,18 +255,10 @@ def _cuda_of(library: str) -> int | None:
     return None if told is None else int(told[1])
 
 
-def _header(folder: Path, engine: EngineRecord, again: str) -> Iterator[Reason]:
-    """What the library says of the engine's first bytes, where it can be asked (TensorRT-RTX)."""
-    try:
-        library: Any = __import__(engine.library)
-    except (ImportError, OSError):
-        return
-    if not hasattr(library, "EngineValidity"):
-        return
-    runtime = library.Runtime(library.Logger(library.Logger.ERROR))
-    with (folder / engine.file).open("rb") as file:
-        validity, flags = runtime.get_engine_validity(file.read(runtime.engine_header_size))
-    if validity == library.EngineValidity.INVALID:
-        told = [name for name, flag in library.EngineInvalidityDiagnostics.__members__.items() if flags & flag.value]
-        mend = "mend the CUDA installation" if told == ["CUDA_ERROR"] or not told else again
-        yield f"{engine.library} refuses it ({', '.join(told) or 'the device does not answer'})", mend
+def _header(folder: Path, engine: EngineRecord, again: str) -> Iterator[Problem]:
+    """What the library says of the engine's first bytes, where it can be asked."""
+    reference = table.engine_traits(engine.kind).header
+    refusal = table.load(reference)(folder / engine.file, engine) if reference else None
+    if refusal is not None:
+        problem, is_mended_by_compiling = refusal
+        yield problem, again if is_mended_by_compiling else "mend the CUDA installation"

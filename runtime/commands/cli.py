@@ -90,7 +90,7 @@ def open_pipeline(
 
     bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
     name, place = (None if flag == "auto" else flag for flag in (backend, device))
-    return Pipeline(bundle, threads=threads, choice=choose(bundle, name, place))  # type: ignore[arg-type]
+    return Pipeline(bundle, threads=threads, choice=choose(bundle, name, place))
 
 
 @ff_run.command()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from framefusion.runtime.backends import table
+
 if TYPE_CHECKING:
     from framefusion.runtime.format.manifest import Manifest
     from framefusion.runtime.media.frame_sampling import FrameSampling
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 MOST_THREADS = max(4 * (os.cpu_count() or 1), 64)  # beyond, a machine is only busy with changing between them
-BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "inductor")  # framefusion.runtime.backends.choice
-DEVICES = ("auto", "cuda", "cpu")
+BACKENDS = ("auto", *table.backend_names())
+DEVICES = ("auto", *table.DEVICES)
 THREADS = click.option(
     "--threads",
     type=click.IntRange(min=0, max=MOST_THREADS),

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
+from framefusion.runtime.backends.table import backend, engine_kinds
 from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest, ReductionRecord
 from framefusion.runtime.text.prompt import ROLES
 from framefusion.storage.records import RecordError
@@ -19,8 +20,6 @@ WEIGHTS = "weights.bin"
 PAGE = 4096  # bytes that weights are aligned to
 MOST_PIXELS = 1 << 26  # of a picture as the tower sees it, tiles and all
 DIALECTS = ("gqa", "portable")
-LIBRARIES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "inductor": "torch"}
-"""Kind of engine -> the module that loads it: a manifest never says what is imported."""
 
 Problem = tuple[str, str]
 """Where, and what is wrong there."""
@@ -208,13 +207,17 @@ def _engines(manifest: Manifest) -> Iterator[Problem]:
         graphs |= dict.fromkeys(segment.graphs, segment.attention_layers)
     for index, engine in enumerate(manifest.engines):
         where = f"engines[{index}]"
+        if engine.kind not in engine_kinds():
+            expected = ", ".join(engine_kinds())
+            yield f"{where}.kind", f"expected one of {expected}, found {ascii(engine.kind)[:60]}"
         layers = graphs.get(engine.graph)
         if engine.graph not in graphs:
             yield f"{where}.graph", f"{engine.graph} is no graph of this bundle"
         if layers is not None and engine.capacities and len(engine.capacities) != len(layers):
             yield f"{where}.capacities", f"{len(engine.capacities)} caches of {len(layers)} layers"
-        if engine.library != LIBRARIES[engine.kind]:
-            yield f"{where}.library", f"{engine.library} does not load {engine.kind}, {LIBRARIES[engine.kind]} does"
+        library = backend(engine.kind).library  # a manifest never says what is imported
+        if engine.library != library:
+            yield f"{where}.library", f"{engine.library} does not load {engine.kind}, {library} does"
         if engine.file not in manifest.files or not engine.file.startswith(f"engines/{engine.kind}/"):
             yield f"{where}.file", f"{engine.file} is not listed, or not in engines/{engine.kind}"
         if not engine.targets or not all(target.split() for target in engine.targets):

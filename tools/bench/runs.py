@@ -18,6 +18,7 @@ import numpy as np
 from framefusion.export.options import BuildOptions, DType
 from framefusion.export.plan.build_plan import BUCKET_MULTIPLE
 from framefusion.runtime.backends.choice import Choice, choose
+from framefusion.runtime.backends.table import engine_kinds
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.commands.flags import BACKENDS
 from framefusion.runtime.format.engine_record import EngineKind
@@ -77,7 +78,7 @@ class Setting:
         shape = SHAPES[arguments.shape]
         self.checkpoint = write_checkpoint(shape, arguments.work / f"{arguments.shape}-checkpoint")
         self.grid = Grid(arguments.frames, *arguments.grid)
-        kind = arguments.backend if arguments.backend in get_args(EngineKind) else None
+        kind = arguments.backend if arguments.backend in engine_kinds() else None
         options = self._options(kind)
         parts = (arguments.shape, options.dialect, options.dtype, kind or "graphs", str(options.max_input_len))
         bundle = Bundle(open_bundle(self.checkpoint, arguments.work / "-".join(parts), options))

@@ -31,9 +31,10 @@ from framefusion.export.machine import available_memory
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.plan.replan import replan
 from framefusion.runtime.backends.base import Backend
-from framefusion.runtime.backends.choice import Choice, Machine, options
+from framefusion.runtime.backends.choice import Choice, options
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.machine.machine import Machine
 
 ONNXRUNTIME = OnnxRuntimeBackend.name
 
@@ -104,7 +105,7 @@ def ways(bundle: Bundle) -> tuple[list[Backend], list[str]]:
     backends = dict[str, Backend]()
     notes = list[str]()
     held = {ONNXRUNTIME, *(engine.kind for engine in bundle.manifest.engines)}
-    for option in sorted(options(bundle.folder, bundle.manifest, Machine.here()), key=lambda o: o.device != "cpu"):
+    for option in sorted(options(bundle, Machine.here()), key=lambda o: o.device != "cpu"):
         if option.backend in backends or option.backend not in held:
             continue
         try:

@@ -20,9 +20,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -31,12 +31,17 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_shapes
 
 from framefusion.errors import BackendError, BundleError
+from framefusion.export.engines.builder import EngineFacts, EngineSpec, Share
 from framefusion.export.engines.inductor.graph import Traceable, export, kinds_of, traceables
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
 from framefusion.runtime.backends.inductor.backend import KIND, PLACES
-from framefusion.runtime.format.engine_record import EngineKind, ProfileRecord, TensorRecord
+from framefusion.runtime.format.engine_record import EngineKind, TensorRecord
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.machine import cpu
+
+if TYPE_CHECKING:
+    from framefusion.export.options import EngineOptions
+    from framefusion.runtime.bundle import Bundle
 
 SUFFIX = ".pt2"
 DEVICES = ("cpu", "cuda")
@@ -44,18 +49,15 @@ _PEAK = 1_000_000_000  # bytes of a process with torch, and of the compiler it s
 _ONE = threading.Lock()  # inductor's settings are the process's
 
 
-@dataclass(frozen=True, eq=False)
-class InductorSpec:
-    """Everything that decides an engine's bytes, and what it is made from."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InductorSpec(EngineSpec):
+    """What an engine is compiled from: one takes every number of tokens and slots, so it has no profiles.
 
-    graph: Path
+    Attributes:
+        make: gives the graph as torch sees it.
+    """
+
     make: Callable[[], Traceable]
-    dtype: str
-    targets: tuple[str, ...]
-    kind: EngineKind = KIND
-    capacities: tuple[int, ...] = ()  # any
-    profiles: tuple[ProfileRecord, ...] = ()  # one engine takes every shape
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -63,15 +65,42 @@ class InductorSpec:
         return self.targets[0].split()[0]
 
 
-@dataclass(frozen=True)
-class EngineFacts:
-    """What came of a build."""
+class InductorBuilder:
+    """See `EngineBuilder`: engines by torch's inductor. One thread compiles at a time, in processes of the compiler.
 
-    tensors: tuple[TensorRecord, ...]
-    layer_kinds: Mapping[str, int]
-    seconds: float
-    size: int
-    timing_cache: bytes | None = None
+    Args:
+        kind: of the engines; there is one.
+    """
+
+    suffix = SUFFIX
+
+    def __init__(self, kind: EngineKind) -> None:
+        self._kind = kind
+
+    def check(self, options: EngineOptions) -> None:
+        """See `EngineBuilder.check`; the compiler and the device are looked for by `specs`."""
+        if options.targets:
+            raise BackendError(
+                f"--target-sm is not for {self._kind}, which compiles for the machine it runs on: leave it"
+            )
+
+    def specs(self, bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) -> dict[str, InductorSpec]:
+        """See `EngineBuilder.specs`; the checkpoint is needed."""
+        if plan is None:
+            raise BackendError(
+                f"{self._kind} traces the graphs from the checkpoint's configuration: say with --checkpoint which one "
+                f"{bundle.folder} was built from"
+            )
+        return specs(bundle.folder, bundle.manifest, plan, options.device)
+
+    def estimate_memory(self, spec: EngineSpec) -> int:
+        """Bytes at the peak of a build, the same for every graph: weights are mapped and never read."""
+        return _PEAK
+
+    def build(self, spec: EngineSpec, target: Path, timing_cache: bytes | None, progress: Share) -> EngineFacts:
+        """See `build_engine`; nothing is timed."""
+        assert isinstance(spec, InductorSpec)
+        return build_engine(spec, target, progress)
 
 
 def specs(folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVICES[0]) -> dict[str, InductorSpec]:
@@ -88,23 +117,12 @@ def specs(folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVIC
     """
     target, options = _target(device)
     return {
-        graph: InductorSpec(folder / graph, make, manifest.model.dtype, (target,), options=options)
+        graph: InductorSpec(folder / graph, KIND, (target,), manifest.model.dtype, options=options, make=make)
         for graph, make in traceables(plan).items()
     }
 
 
-def estimate_memory(spec: InductorSpec) -> int:
-    """Bytes at the peak of a build: weights are mapped and never read."""
-    return _PEAK
-
-
-def build_engine(
-    spec: InductorSpec,
-    target: Path,
-    *,
-    timing_cache: bytes | None = None,
-    progress: Callable[[float], None] = lambda _: None,
-) -> EngineFacts:
+def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFacts:
     """Trace, compile and package one graph.
 
     Raises:
@@ -126,7 +144,14 @@ def build_engine(
         finally:
             fresh.unlink(missing_ok=True)
     progress(1.0)
-    return EngineFacts(_records(source, spec), kinds_of(program), time.monotonic() - start, target.stat().st_size)
+    return EngineFacts(
+        size=target.stat().st_size,
+        sha256=None,  # torch writes the file
+        targets=spec.targets,
+        tensors=_records(source, spec),
+        layer_kinds=kinds_of(program),
+        seconds=time.monotonic() - start,
+    )
 
 
 def give_weights(module: nn.Module, graph: Path, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:

@@ -11,59 +11,79 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from framefusion.errors import BackendError, StorageError
 from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
+from framefusion.export.engines.builder import EngineFacts, EngineSpec, Share
 from framefusion.export.engines.tensorrt.network import inputs_of, layer_kinds, outputs_of, parse_graph
-from framefusion.export.engines.tensorrt.profiles import EngineSpec as EngineSpec  # part of this module's interface
-from framefusion.export.engines.tensorrt.profiles import ProfileRecord, weight_bytes
-from framefusion.export.engines.tensorrt.profiles import segment_spec as segment_spec
-from framefusion.export.engines.tensorrt.profiles import tower_spec as tower_spec
+from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec, weight_bytes
 from framefusion.runtime.backends.tensorrt.library import AMPERE, TYPE_NAMES, Library, load_library
-from framefusion.runtime.format.engine_record import TensorRecord
+from framefusion.runtime.format.engine_record import EngineKind, ProfileRecord, TensorRecord
 
-SUFFIX = ".engine"
+if TYPE_CHECKING:
+    from framefusion.export.options import EngineOptions
+    from framefusion.export.plan.build_plan import BuildPlan
+    from framefusion.runtime.bundle import Bundle
+
 LONG_PHASE = "Computing profile costs"  # of the library
 DTYPES = ("float16", "bfloat16")  # fused attention exists in no other
 BASE_MEMORY = 300 << 20
 PROFILE_MEMORY = 20 << 20
 MEMORY_PER_WEIGHT = 2.0
 
-Share = Callable[[float], None]  # told how much of a build is done, 0 to 1
 
+class TensorRTBuilder:
+    """See `EngineBuilder`: engines of TensorRT or TensorRT-RTX, whose library is loaded once, here.
 
-@dataclass(frozen=True)
-class EngineFacts:
-    """What a build gave.
+    Args:
+        kind: of the engines.
 
-    Attributes:
-        size: bytes of the engine.
-        sha256: of the engine.
-        version: of the library that built it.
-        targets: compute capabilities it was built for.
-        tensors: inputs and outputs, named and typed as in the graph.
-        layer_kinds: layers of the network of each kind.
-        seconds: of parsing and building.
-        timing_cache: what the library measured, for the next build; None where it has no such cache.
+    Raises:
+        BackendError: the library is not installed, does not load, or is too old.
     """
 
-    size: int
-    sha256: str
-    version: str
-    targets: tuple[str, ...]
-    tensors: tuple[TensorRecord, ...]
-    layer_kinds: Mapping[str, int]
-    seconds: float
-    timing_cache: bytes | None
+    suffix = ".engine"
+
+    def __init__(self, kind: EngineKind) -> None:
+        self._kind = kind
+        self._library = load_library(kind)
+
+    def check(self, options: EngineOptions) -> None:
+        """See `EngineBuilder.check`."""
+        self._library.check_targets(options.targets)
+
+    def specs(self, bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) -> dict[str, EngineSpec]:
+        """See `EngineBuilder.specs`; the checkpoint is not needed."""
+        manifest = bundle.manifest
+        targets = self._library.check_targets(options.targets)
+        specs = {
+            graph: segment_spec(bundle.folder, manifest, segment, graph, self._kind, targets)
+            for segment in manifest.segments
+            for graph in segment.graphs
+        }
+        return specs | {manifest.vision.graph: tower_spec(bundle.folder, manifest, self._kind, targets)}
+
+    def estimate_memory(self, spec: EngineSpec) -> int:
+        """See `estimate_memory`."""
+        return estimate_memory(spec)
+
+    def build(self, spec: EngineSpec, target: Path, timing_cache: bytes | None, progress: Share) -> EngineFacts:
+        """See `build_engine`."""
+        library = self._library.with_new_messages()  # what another thread's build has to say is not of this one
+        return build_engine(spec, target, timing_cache=timing_cache, progress=progress, library=library)
 
 
 def build_engine(
-    spec: EngineSpec, target: Path, *, timing_cache: bytes | None = None, progress: Share | None = None
+    spec: EngineSpec,
+    target: Path,
+    *,
+    timing_cache: bytes | None = None,
+    progress: Share | None = None,
+    library: Library | None = None,
 ) -> EngineFacts:
     """Build an engine into a file.
 
@@ -72,13 +92,14 @@ def build_engine(
         target: the file; its folder exists. Replaced in one step, at the end.
         timing_cache: what an earlier build gave; left unused where the library has no such cache.
         progress: told of the share that is done; what it raises ends the build and is raised again.
+        library: of the spec's kind, whose messages are of this build alone; None loads it.
 
     Raises:
         BackendError: the library is missing, cannot build for the targets or the type, or refuses the graph.
         BundleError: the graph cannot be read.
         StorageError: the file cannot be written. In all cases nothing is left behind.
     """
-    library = load_library(spec.kind)
+    library = library or load_library(spec.kind)
     targets = library.check_targets(spec.targets)
     check_dtype(spec, targets)
     begun = time.monotonic()
@@ -104,7 +125,6 @@ def build_engine(
     return EngineFacts(
         size=file.record.size,
         sha256=file.record.sha256,
-        version=library.version,
         targets=targets,
         tensors=_tensors(network),
         layer_kinds=layer_kinds(network),

@@ -12,14 +12,14 @@ of the largest. A range costs as much code as a static shape.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from framefusion.errors import BundleError
-from framefusion.runtime.format.engine_record import ProfileRecord as ProfileRecord  # part of this module's interface
+from framefusion.export.engines.builder import EngineSpec
+from framefusion.runtime.format.engine_record import ProfileRecord
 from framefusion.runtime.format.manifest import Manifest, SegmentRecord
 from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
 from framefusion.runtime.media.tower_kinds import Range
@@ -28,29 +28,6 @@ DECODE_TOKENS = 2
 CACHE_MULTIPLE = 16
 STRETCH = 4  # the largest picture of a profile over the smallest
 CODE_BYTES = 2 << 20  # of a profile: between 1.5 and 3 MB whatever the weights (TensorRT-RTX 1.7)
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """Everything that decides an engine's bytes, beside the library's version.
-
-    Attributes:
-        graph: ONNX file, of the portable dialect, over its weights.
-        kind: "tensorrt-rtx" or "tensorrt".
-        targets: compute capabilities, "8.6"; none takes the library's own choice.
-        dtype: of weights, activations and caches.
-        capacities: slots of each layer's cache.
-        profiles: in the order of the engine.
-        options: what else the builder is told; `optimization_level` is known.
-    """
-
-    graph: Path
-    kind: str
-    targets: tuple[str, ...]
-    dtype: str
-    capacities: tuple[int, ...]
-    profiles: tuple[ProfileRecord, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def segment_spec(

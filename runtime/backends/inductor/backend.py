@@ -138,6 +138,11 @@ class InductorBackend(HostBackend):
         return InductorSegment(self.engine(graph), inputs, outputs, cache)
 
 
+def open_backend(bundle: Bundle, name: str, device: str, threads: int) -> InductorBackend:
+    """The engines of a bundle where they were compiled for; see `InductorBackend`."""
+    return InductorBackend(bundle, device, threads)
+
+
 class Engine:
     """A package with its weights, and what it is bound to by name."""
 

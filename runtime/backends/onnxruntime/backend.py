@@ -19,8 +19,10 @@ import numpy as np
 
 from framefusion.console.plain_text import printable
 from framefusion.errors import BackendError, BundleError
+from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.trust.graph_check import check_graph
 
@@ -172,6 +174,25 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             "arena_extend_strategy": "kSameAsRequested",
         }
         return [(CUDA_PROVIDER, options), "CPUExecutionProvider"]
+
+
+def open_backend(bundle: Bundle, name: str, device: str, threads: int) -> Backend:
+    """The graphs of a bundle on a kind of device.
+
+    Args:
+        bundle: read and verified.
+        name: of the row of the table.
+        device: "cpu" or "cuda", which takes the first GPU.
+        threads: of one operator on the CPU; 0 takes the physical cores.
+
+    Raises:
+        BackendError: there is no such device after all.
+    """
+    if device == "cpu":
+        return OnnxRuntimeBackend(bundle.folder, threads, manifest=bundle.manifest)
+    from framefusion.runtime.backends.cuda.device import CudaDevice
+
+    return OnnxRuntimeCudaBackend(bundle.folder, CudaDevice(bundle.manifest.model.float_type), bundle.manifest)
 
 
 class OnnxRuntimeSegment:

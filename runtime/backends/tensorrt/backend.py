@@ -5,7 +5,7 @@ engines' static length and updated in place; a decode step through all segments 
 replayed. An engine decodes two tokens at a time, because a profile of one token would have its own copy of the
 weights: the second is padding. One request at a time: contexts and the block for activations are shared.
 
-No GPU has run this yet: see framefusion.runtime.backends.choice.PROVEN.
+No GPU has run this yet: its rows of the table of backends name no result.
 """
 
 from __future__ import annotations
@@ -157,6 +157,11 @@ class TensorRTBackend:
             self._captures = False
         if len(self._graphs) > CAPTURED:
             self._graphs.popitem(last=False)
+
+
+def open_backend(bundle: Bundle, name: LibraryKind, device: str, threads: int) -> TensorRTBackend:
+    """The engines of one kind on the first GPU; see `TensorRTBackend`."""
+    return TensorRTBackend(bundle, name)
 
 
 class TensorRTSegment:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from framefusion.errors import BackendError
@@ -104,6 +104,10 @@ class Library:
                 f"{self.kind} builds for no other: build there, or with --backend tensorrt-rtx"
             )
         return (gpu.capability,)
+
+    def with_new_messages(self) -> Library:
+        """The same library with nothing said yet, for a thread of its own."""
+        return replace(self, messages=_listener(self.module))
 
     def builder(self) -> Any:
         """A builder of engines.

@@ -21,9 +21,10 @@ import pytest
 from framefusion import errors
 from framefusion.export.engines import compile as compilation
 from framefusion.export.engines import jobs
+from framefusion.export.engines.builder import EngineSpec
 from framefusion.export.engines.jobs import Job, admitted, components_of
-from framefusion.export.engines.tensorrt.build import EngineSpec
 from framefusion.export.options import BuildOptions
+from framefusion.runtime.backends import table
 from framefusion.runtime.backends.fit import examine
 from framefusion.runtime.backends.tensorrt.library import load_library
 from framefusion.runtime.format.engine_record import ProfileRecord
@@ -123,7 +124,7 @@ def test_inductor_wants_the_checkpoint(graphless: Path) -> None:
 
 
 def job(memory: int) -> Job:
-    return Job(GRAPH, "file", None, (), {}, 0, 0, memory)
+    return Job(GRAPH, "file", SPEC, {}, 0, 0, memory)
 
 
 def test_memory_decides_how_many_run_at_once() -> None:
@@ -186,7 +187,9 @@ def test_library_and_code_are_in_the_key(bundle: Path, monkeypatch: pytest.Monke
     ours = components_of(manifest, GRAPH, SPEC)
     assert ours["version"] == tensorrt_rtx.__version__
     monkeypatch.setattr(jobs, "library_version", lambda _: "1.8.0")
-    monkeypatch.setitem(jobs.KINDS, "tensorrt-rtx", jobs.KINDS["tensorrt-rtx"]._replace(folder="inductor"))
+    traits = replace(table.engine_traits("tensorrt-rtx"), builder=table.engine_traits("inductor").builder)
+    rows = [replace(row, engines=traits) if row.name == "tensorrt-rtx" else row for row in table.BACKENDS]
+    monkeypatch.setattr(table, "BACKENDS", tuple(rows))  # its engines are built by other code
     theirs = components_of(manifest, GRAPH, SPEC)
     assert {key for key in ours if ours[key] != theirs[key]} == {"version", "code"}
 

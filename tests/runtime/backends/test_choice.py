@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from framefusion.errors import BackendError
-from framefusion.runtime.backends import choice
-from framefusion.runtime.backends.choice import NAMES, PLACES, PROVEN, Choice, Machine, Option, choose
+from framefusion.runtime.backends import choice, table
+from framefusion.runtime.backends.choice import Choice, Option, choose
 from framefusion.runtime.backends.fit import installed_version
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
@@ -19,6 +19,7 @@ from framefusion.runtime.commands import flags
 from framefusion.runtime.format.engine_record import EngineKind, EngineRecord
 from framefusion.runtime.format.manifest import FileRecord
 from framefusion.runtime.machine.gpu import GPU
+from framefusion.runtime.machine.machine import Machine
 from framefusion.runtime.pipeline import Pipeline
 from tests.commands import assert_refused, run
 from tests.wheel import ROOT
@@ -160,13 +161,18 @@ def test_a_place_that_a_backend_does_not_have(bundle: Bundle) -> None:
 
 
 def test_the_flags_name_every_backend_and_device() -> None:
-    assert ("auto", *NAMES) == flags.BACKENDS
-    assert ("auto", *PLACES) == flags.DEVICES
-    assert set(NAMES) == {*get_args(EngineKind), "onnxruntime"}
+    assert flags.BACKENDS == ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "inductor")
+    assert flags.DEVICES == ("auto", "cuda", "cpu")
+    assert table.engine_kinds() == ("tensorrt", "tensorrt-rtx", "inductor")
+
+
+def proven() -> dict[tuple[str, str], str]:
+    """Backend and device -> the result that shows it."""
+    return {(row.name, device): file for row in table.BACKENDS for device, file in row.results.items()}
 
 
 def test_what_is_called_proven_has_a_result_with_a_device() -> None:
-    for (name, place), file in PROVEN.items():
+    for (name, place), file in proven().items():
         told = json.loads((RESULTS / file).read_text(encoding="utf-8"))
         own = told.get("backend", {"name": "onnxruntime", "device": "cpu"})
         assert (own["name"], own["device"]) == (name, place)
@@ -179,7 +185,7 @@ def test_every_committed_result_of_a_backend_is_named() -> None:
         told = json.loads(path.read_text(encoding="utf-8"))
         if "backend" in told:
             shown.add((told["backend"]["name"], told["backend"]["device"]))
-    assert shown <= set(PROVEN), "name the result in choice.PROVEN: it is no longer experimental"
+    assert shown <= set(proven()), "name the result in its row of the table: it is no longer experimental"
 
 
 def test_the_pipeline_opens_the_choice(bundle: Bundle) -> None:

@@ -189,6 +189,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "buckets that descend": (put("segments", 0, "buckets", value=[512, 256]), "are not ascending"),
     "a terminal's orders": (put("tools", "torch", value="\x1b]0;mine\x07"), "without control characters"),
     "a line that runs backwards": (put("source", "name", value="a\u202eb"), "without control characters"),
+    "an engine of another kind": (engine(kind="onednn"), "kind: expected one of tensorrt, tensorrt-rtx"),
     "an engine of another module": (engine(library="antigravity"), "antigravity does not load inductor"),
     "an engine that is not listed": (engine(), "engines/inductor/e.pt2 is not listed"),
     "an engine for nothing": (engine(graph="other.onnx"), "other.onnx is no graph of this bundle"),

@@ -15,17 +15,13 @@ import torch
 
 from framefusion.errors import BackendError, StorageError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.engines.builder import EngineSpec
 from framefusion.export.engines.tensorrt.build import build_engine, estimate_memory
-from framefusion.export.engines.tensorrt.profiles import (
-    CODE_BYTES,
-    EngineSpec,
-    ProfileRecord,
-    graph_axes,
-    weight_bytes,
-)
+from framefusion.export.engines.tensorrt.profiles import CODE_BYTES, graph_axes, weight_bytes
 from framefusion.export.graphs.tracing.signatures import trace_fixed_prefill
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.runtime.format.engine_record import ProfileRecord
 from tests.export.engines.tensorrt.tensorrt_graphs import LOOKED_AT, TINY, tiny_segment, write_graph, write_segment
 from tests.wheel import ROOT
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.engines.tensorrt.build import build_engine, segment_spec, tower_spec
+from framefusion.export.engines.tensorrt.build import build_engine
+from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.parts import Builder

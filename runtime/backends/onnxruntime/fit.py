@@ -1,0 +1,66 @@
+"""Whether the installed ONNX Runtime can run a bundle's graphs on this machine. Opens no session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from framefusion.runtime.backends.fit import NO_BINDINGS, NO_GPU, Problem, release
+from framefusion.runtime.backends.onnxruntime.backend import CUDA_PROVIDER
+from framefusion.runtime.backends.table import BackendKind, Device
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.machine.machine import Machine
+
+PORTABLE_SINCE: Mapping[Device, tuple[int, int]] = {"cpu": (1, 28), "cuda": (1, 29)}
+"""The first ONNX Runtime whose Attention over a cache masks lower right. On the CPU 1.24 has no TensorScatter, and 1.25
+to 1.27 answer a chunk behind a prefill wrongly without an error (test_dialects.py shows it); on CUDA since
+microsoft/onnxruntime#28958."""
+
+
+def cuda_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Problem | None:
+    """What keeps the CUDA provider from a bundle: a GPU, a package, the graphs, or kernels for their type."""
+    if machine.gpu is None:
+        return NO_GPU
+    if CUDA_PROVIDER not in machine.providers:
+        return f"the installed onnxruntime has no {CUDA_PROVIDER}", "pip install onnxruntime-gpu in its place"
+    if not machine.bindings:
+        return NO_BINDINGS
+    return _graph_problem(bundle.manifest) or _kernel_problem(bundle.manifest, machine.onnxruntime or "0")
+
+
+def cpu_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Problem | None:
+    """What keeps the CPU provider from a bundle: the package, the graphs, or kernels for their type."""
+    if machine.onnxruntime is None:
+        return "onnxruntime is not installed", "pip install onnxruntime"
+    if bundle.manifest.model.dtype == "bfloat16":
+        return (
+            "the bundle is in bfloat16, the CPU runtime runs float32 and float16",
+            "build it again with --dtype float16, or run it on a GPU",
+        )
+    return _graph_problem(bundle.manifest) or _portable_problem(bundle.manifest, machine.onnxruntime, "cpu")
+
+
+def _graph_problem(manifest: Manifest) -> Problem | None:
+    if all(segment.prefill in manifest.files for segment in manifest.segments):
+        return None
+    return "the bundle has engines only", "build it without --engines-only"
+
+
+def _kernel_problem(manifest: Manifest, version: str) -> Problem | None:
+    if manifest.dialect == "gqa" and manifest.model.dtype == "float32":
+        return (
+            "GroupQueryAttention has no CUDA kernel in float32",
+            "build with --dtype float16, or with --dialect portable",
+        )
+    return _portable_problem(manifest, version, "cuda")
+
+
+def _portable_problem(manifest: Manifest, version: str, device: Device) -> Problem | None:
+    if manifest.dialect != "portable" or release(version) >= PORTABLE_SINCE[device]:
+        return None
+    package = "onnxruntime-gpu" if device == "cuda" else "onnxruntime"
+    least = ".".join(map(str, PORTABLE_SINCE[device]))
+    return (
+        f"{device.upper()} kernels of onnxruntime {version} lack portable attention or mask it wrongly",
+        f"pip install '{package}>={least}', or build with --dialect gqa",
+    )
