@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
 BIN := $(VENV)/bin
+# Compiled modules are kept: the suite starts a hundred interpreters, each of which would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 STAMP := $(VENV)/.installed
 
 # Versions that people and CI install, and the oldest that pyproject.toml admits; `make lock` makes both.
