@@ -25,8 +25,7 @@ from framefusion.export.engines.compile import Compiled, compile_engines, with_e
 from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.jobs import checked_builder
 from framefusion.export.options import BuildOptions, Resources
-from framefusion.export.plan.build_plan import BuildPlan, identity_of
-from framefusion.export.plan.replan import replan
+from framefusion.export.plan.build_plan import BuildPlan, identity_of, replan
 from framefusion.export.report.card import write_card
 from framefusion.export.writing import staging
 from framefusion.export.writing.journal import CHECKSUMS
@@ -115,9 +114,7 @@ def engine_bytes(plan: BuildPlan) -> int:
     assert plan.options.backend is not None
     if not engine_traits(plan.options.backend).weights_inside:
         return 0
-    graphs = 1 if plan.fixed is None else 2
-    segments = sum(plan.segment_record(segment).weight_bytes for segment in plan.segments)
-    return graphs * segments + plan.vision_record().weight_bytes
+    return sum(graph.weight_bytes for graph in plan.graphs)
 
 
 @contextmanager

@@ -10,6 +10,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+TRACING_PROCESS = 650_000_000
+"""Bytes of a process that traces, without a tensor in it, measured: torch, its exporter and onnx_ir."""
+CHECKING_PROCESS = 900_000_000
+"""Bytes of a process that checks, without a tensor in it, measured: ONNX Runtime and transformers beside torch."""
 MADV_PAGEOUT = 21  # of Linux 5.4 and newer: unlike MADV_DONTNEED it never loses what was written
 
 

@@ -86,9 +86,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def instant_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds that skip the tracing: for tests of what happens around the graphs."""
-    from framefusion.export.graphs.tracing import signatures
     from framefusion.export.writing import parts
 
-    for name in ("trace_segment", "trace_tower", "trace_fixed_prefill"):
-        monkeypatch.setattr(signatures, name, lambda *_: None)
+    monkeypatch.setattr(parts, "trace_graph", lambda *_: None)
     monkeypatch.setattr(parts, "save_graph", lambda _model, path, *_: path.write_bytes(b"graph"))

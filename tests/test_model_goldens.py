@@ -26,10 +26,10 @@ from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.families import decoders
 from framefusion.export.families.qwen2_vl import row as qwen2_vl
 from framefusion.export.families.qwen2_vl.weights import tower
-from framefusion.export.graphs.segments import SegmentPlan, cut_after_attentions
+from framefusion.export.graphs.decoder import Segment
+from framefusion.export.graphs.segments import SegmentPlan, cut_after_attentions, segment_module
 from framefusion.export.graphs.tracing.dialects import DIALECTS
-from framefusion.export.graphs.tracing.signatures import segment_module, trace_segment
-from framefusion.export.graphs.tracing.trace import save_graph
+from framefusion.export.graphs.tracing.trace import save_graph, trace
 from framefusion.reduction.policy import Reduction, ReductionSettings
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -141,7 +141,7 @@ def compiled(model: str, dialect: str, folder: Path) -> Backend:
         with HashedFile(target / "weights.bin") as file:
             places = write_parameters(module, checkpoint, sources, torch.float32, file)
         if plan.structure not in graphs:
-            graphs[plan.structure] = trace_segment(config, plan, DIALECTS[dialect])
+            graphs[plan.structure] = trace(module, DIALECTS[dialect]).model
         save_graph(graphs[plan.structure], target / "graph.onnx", "weights.bin", places)
     return OnnxRuntimeBackend(folder, threads=1)
 
@@ -149,7 +149,7 @@ def compiled(model: str, dialect: str, folder: Path) -> Backend:
 def eager(model: str) -> Backend:
     checkpoint, family, config, plans = parts(model)
 
-    def loader(plan: SegmentPlan) -> Callable[[], torch.nn.Module]:
+    def loader(plan: SegmentPlan) -> Callable[[], Segment]:
         sources = decoders.decoder_sources(checkpoint, family, plan)
         return lambda: load_parameters(segment_module(config, plan), checkpoint, sources, torch.float32)
 

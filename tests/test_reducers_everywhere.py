@@ -16,6 +16,7 @@ from framefusion.export.build import build, check_again
 from framefusion.export.check.verify import truncated
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.backend import EagerBackend
+from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.report.inspection import PromptSize, render, report
@@ -82,7 +83,7 @@ def live(reference: QwenVLReference, prompt: Prompt, seen: Any, name: str, cost:
 @pytest.fixture(scope="module")
 def eager(checkpoint: Path, pipeline: Pipeline) -> Pipeline:
     plan = BuildPlan(Checkpoint(checkpoint), from_json(BuildOptions, pipeline.manifest.options))
-    return Pipeline(pipeline.bundle, EagerBackend(plan.eager_loaders()))
+    return Pipeline(pipeline.bundle, EagerBackend(eager_loaders(plan)))
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +172,7 @@ def test_a_truncated_model_is_cut_at_the_same_calls() -> None:
 
 def test_a_reducer_that_acts_elsewhere_is_refused_with_both_calls(checkpoint: Path, pipeline: Pipeline) -> None:
     plan = plan_of(checkpoint, reducer="evs", cost=0.6)
-    manifest = replace(
-        pipeline.manifest, reduction=plan.reduction, segments=tuple(map(plan.segment_record, plan.segments))
-    )
+    manifest = replace(pipeline.manifest, reduction=plan.reduction, segments=plan.segment_records)
     whole = Pipeline(pipeline.bundle.seen_as(segments=pipeline.manifest.segments), pipeline.backend)
     whole.manifest = manifest
     labels = np.array([-1, *range(9), *range(9), -1])

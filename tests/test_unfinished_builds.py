@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from framefusion import errors
+from framefusion.export.graphs.graph_plan import GraphPlan
 from framefusion.export.writing.journal import Journal
 from framefusion.export.writing.staging import Staging
 from tests.commands import assert_only_complete_parts, assert_refused, export
@@ -55,14 +56,15 @@ def test_a_disk_too_small_for_the_plan(checkpoint: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("instant_traces")
 def test_an_interrupted_build_resumes(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from framefusion.export.graphs.tracing import signatures
+    from framefusion.export.writing import parts
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt(graph: GraphPlan, _: object) -> None:
+        if graph.role != "vision":
+            raise KeyboardInterrupt
 
     command = ("build", checkpoint, "-o", tmp_path / "bundle", "--no-check")
     with monkeypatch.context() as patch:
-        patch.setattr(signatures, "trace_segment", interrupt)
+        patch.setattr(parts, "trace_graph", interrupt)
         result = export(*command)
     assert_refused(result, errors.InterruptedBuildError, "3 complete part(s)", "resume")
     assert_only_complete_parts(tmp_path / "bundle")

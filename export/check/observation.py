@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from framefusion.export.eager.backend import EagerBackend, Load
+from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.graphs.decoder import Segment
+from framefusion.export.graphs.graph_plan import GraphModule
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reduction.policy import Decision, ReductionState
 from framefusion.runtime.bundle import Bundle
@@ -95,7 +97,7 @@ def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doin
     """Run the eager model as the bundle is run, in fp32; its weights are gone from memory when this returns."""
     in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
     recorder = Recorder(lambda layer: doing(f"torch, layer {layer} of {plan.config.num_layers}"))
-    eager = Pipeline(in_fp32, EagerBackend(recorder.watched(plan.eager_loaders(streamed=effort.streamed))))
+    eager = Pipeline(in_fp32, EagerBackend(recorder.watched(eager_loaders(plan, streamed=effort.streamed))))
     turns = [Turn("user", (Visual.VIDEO, QUESTION))]
     visuals = eager.read_visuals(turns, [draw_clip(effort.frames)], eager.manifest.sampling, Stopwatch())
     prompt = eager.prompt(turns, visuals)
@@ -133,7 +135,7 @@ class Recorder:
         """Rows [S, D] that entered each layer; rows of padding are left out."""
         return [np.concatenate(self._states[layer])[:length] for layer in range(num_layers)]
 
-    def _watched(self, loader: Load) -> nn.Module:
+    def _watched(self, loader: Load) -> GraphModule:
         module = loader()
         if isinstance(module, Segment):
             for block, part in zip(module.plan, module.blocks, strict=True):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,23 +23,22 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
 
 from framefusion.export.check import check
 from framefusion.export.check.agreement import Agreement, agreement_of, not_compared
 from framefusion.export.check.observation import SPARING, WHOLE, Doing, Effort, ignore, observe
 from framefusion.export.checkpoints.tensors.streaming import streamed_bytes
 from framefusion.export.checkpoints.tensors.weights import AnySource, blocks_of
-from framefusion.export.graphs.tracing.signatures import segment_module
+from framefusion.export.graphs.decoder import Segment
+from framefusion.export.machine import CHECKING_PROCESS
 from framefusion.export.options import BuildOptions
-from framefusion.export.plan.build_plan import GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan
+from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
 from framefusion.reducers import load_reducer
 from framefusion.reduction.budget import cost_of_shares
 from framefusion.runtime.bundle import Bundle
 
 FEWEST_LAYERS = 4  # a segment of each kind: first, middle and last
 SAMPLES = 8  # tensors of a file that are read back
-PROCESS = 900_000_000  # bytes of a process with torch and ONNX Runtime in it, measured
 FLOAT = 4  # bytes: the eager model is in fp32, and ONNX Runtime's CPU kernels multiply fp16 in fp32
 
 
@@ -135,13 +134,11 @@ def _agreement(folder: Path, plan: BuildPlan, scope: Scope, doing: Doing) -> Agr
 def memory_of_check(plan: BuildPlan) -> int:
     """Bytes at the peak: the eager model and the bundle are there one after the other, both with fp32 weights.
 
-    While ONNX Runtime packs a tensor it has it twice.
+    A second graph over the same weights has a copy of its own, and while ONNX Runtime packs a tensor it has it twice.
     """
-    copies = 1 if plan.fixed is None else 2  # a second graph over the same weights has a copy of its own
-    tower = [parameter.numel() for parameter in plan.tower.module.parameters()]
-    modules = (segment_module(plan.config, segment) for segment in plan.segments)
-    segments = [parameter.numel() for module in modules for parameter in module.parameters()]
-    return FLOAT * (copies * sum(segments) + sum(tower) + max(*segments, *tower)) + PROCESS
+    weights = sum(sum(graph.sizes) for graph in plan.graphs)
+    largest = max(size for graph in plan.graphs for size in graph.sizes)
+    return FLOAT * (weights + largest) + CHECKING_PROCESS
 
 
 def memory_of_streamed(plan: BuildPlan) -> int:
@@ -150,18 +147,18 @@ def memory_of_streamed(plan: BuildPlan) -> int:
     A layer of transformers' is two of this project's units. Pages of files that are mapped are not counted: the system
     takes them back when memory is wanted. A checkpoint of several types is converted as a whole by transformers.
     """
-    tower = plan.tower.module
-    modules = [segment_module(plan.config, segment) for segment in plan.segments]
+    modules = [graph.module() for graph in plan.graphs]
     halves: dict[str, int] = {}
     for module in modules:
-        for block, part in zip(module.plan, module.blocks, strict=True):
-            size = FLOAT * sum(parameter.numel() for parameter in part.parameters())
-            halves[block.kind] = max(size, halves.get(block.kind, 0))
+        if isinstance(module, Segment):
+            for block, part in zip(module.plan, module.blocks, strict=True):
+                size = FLOAT * sum(parameter.numel() for parameter in part.parameters())
+                halves[block.kind] = max(size, halves.get(block.kind, 0))
     layer = sum(halves.values())
-    largest = max(layer, streamed_bytes(tower), *(streamed_bytes(module) for module in modules))
+    largest = max(layer, *map(streamed_bytes, modules))
     tensors = (math.prod(plan.checkpoint.shape(key)) for key in plan.checkpoint.files)
     converted = FLOAT * sum(tensors) if len(plan.stored_types()) > 1 else 0
-    return 2 * largest + converted + PROCESS
+    return 2 * largest + converted + CHECKING_PROCESS
 
 
 def truncated(plan: BuildPlan, options: BuildOptions) -> BuildOptions | None:
@@ -191,19 +188,15 @@ def weight_report(folder: Path, plan: BuildPlan) -> dict[str, Any]:
     compared = 0
     size = 0
     differing = []
-    for graph, module, sources in _graphs(plan):
-        for name, tensor in _sampled(folder / graph, [name for name, _ in module.named_parameters()]):
-            compared = compared + 1
-            size = size + tensor.nbytes
-            if not _stands(folder / Path(graph).parent / WEIGHTS, tensor, plan, sources[name]):
-                differing.append(f"{graph}: {name}")
+    for graph in plan.graphs:
+        if graph.role == "decode":
+            continue  # its prefill has the same file of weights
+        for name, tensor in _sampled(folder / graph.name, list(graph.shapes)):
+            compared += 1
+            size += tensor.nbytes
+            if not _stands(folder / graph.folder / WEIGHTS, tensor, plan, graph.sources[name]):
+                differing.append(f"{graph.name}: {name}")
     return {"tensors": compared, "bytes": size, "differing": differing}
-
-
-def _graphs(plan: BuildPlan) -> Iterator[tuple[str, nn.Module, Mapping[str, AnySource]]]:
-    yield VISION_GRAPH, plan.tower.module, plan.tower.sources
-    for segment in plan.segments:
-        yield f"segments/{segment.name}/{GRAPH}", segment_module(plan.config, segment), plan.sources(segment)
 
 
 def _sampled(graph: Path, names: Sequence[str]) -> Iterator[tuple[str, ir.ExternalTensor]]:

@@ -302,7 +302,7 @@ def view(model: str, revision: str | None, output: Path, compare: bool, threads:
 def _uncompiled(source: Checkpoint, folder: Path, threads: int) -> Pipeline:
     import torch
 
-    from framefusion.export.eager.uncompiled import eager_pipeline
+    from framefusion.export.eager.pipeline import eager_pipeline
     from framefusion.export.options import BuildOptions
     from framefusion.export.plan.build_plan import BuildPlan
 

@@ -50,7 +50,7 @@ def compile_command(bundle: Path, checkpoint: str | None, revision: str | None, 
 
 def _plan(bundle: Path, checkpoint: str, revision: str | None) -> BuildPlan:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
-    from framefusion.export.plan.replan import replan
+    from framefusion.export.plan.build_plan import replan
     from framefusion.runtime.format.manifest_file import read_manifest
 
     manifest = read_manifest(bundle)

@@ -9,17 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from framefusion.export.graphs.decoder import Segment
-from framefusion.export.graphs.fixed import FixedPrefill
-from framefusion.export.graphs.tower import Tower
-from framefusion.export.graphs.tracing.signatures import cache_names
+from framefusion.export.graphs.graph_plan import GraphModule, Signature
 from framefusion.runtime.backends.base import Array
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.kv_cache import SegmentCache
 
-Load = Callable[[], nn.Module]
+Load = Callable[[], GraphModule]
 
 
 class EagerBackend(HostBackend):
@@ -34,7 +32,7 @@ class EagerBackend(HostBackend):
     def __init__(self, loaders: Mapping[str, Load]) -> None:
         super().__init__()
         self._loaders = loaders
-        self._modules: dict[str, nn.Module] = {}
+        self._modules: dict[str, GraphModule] = {}
 
     def open(self, graphs: Sequence[str]) -> None:
         """Nothing: a module is read when it is first bound."""
@@ -52,7 +50,7 @@ class EagerBackend(HostBackend):
 class EagerSegment:
     """A module and the arrays it reads and writes."""
 
-    module: nn.Module
+    module: GraphModule
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Array]
     cache: SegmentCache | None
@@ -61,33 +59,26 @@ class EagerSegment:
     def run(self) -> None:
         """Call the module and copy its results to where a compiled segment would have written them."""
         tensors = {name: torch.from_numpy(array) for name, array in self.inputs.items()}
-        buffers = [] if self.cache is None else list(zip(self.cache.keys, self.cache.values, strict=True))
-        past = [(torch.from_numpy(key), torch.from_numpy(value)) for key, value in buffers]
-        results = call_by_name(self.module, tensors, past)
-        for name, array in self.outputs.items():
-            torch.from_numpy(array).copy_(results[name])
-        for j, pair in enumerate(past):
-            for part, buffer in zip(("key", "value"), pair, strict=True):
-                buffer.copy_(results[f"present_{part}_{j}"])
+        past = {} if self.cache is None else self.cache.named("past")
+        present = {} if self.cache is None else self.cache.named("present")
+        tensors |= {name: torch.from_numpy(buffer) for name, buffer in past.items()}
+        results = call_by_name(self.module, self.module.signature(), tensors)
+        for name, buffer in {**self.outputs, **present}.items():
+            torch.from_numpy(buffer).copy_(results[name])
 
 
-def call_by_name(
-    module: nn.Module, tensors: Mapping[str, Tensor], past: list[tuple[Tensor, Tensor]]
-) -> dict[str, Tensor]:
-    """Call a segment, a fixed prefill or a tower with named inputs, and name its outputs as the graphs do."""
-    rows = [tensors.get(name) for name in ("hidden", "cos", "sin", "kv_len")]
-    presents = cache_names("present", len(past))
-    if isinstance(module, FixedPrefill):
-        inside = (tensors[name] for name in ("last", "label", "order", "drops"))
-        results = module(*rows, *inside, past, tensors.get("deepstack"))
-        return dict(zip(["logits", "origin", *presents], results, strict=True))
-    if isinstance(module, Segment):
-        previous = tensors.get("previous") if module.scores else None
-        results = module(*rows, previous, tensors["last"], past, tensors.get("deepstack"))
-        first = ["logits"] if module.head else ["hidden_out"] + ["similarity", "importance"] * module.scores
-        return dict(zip([*first, *presents], results, strict=True))
-    if isinstance(module, Tower):
-        told = module.signature()
-        results = module(*(tensors[name] for name in told.inputs))
-        return dict(zip(told.outputs, (results,) if isinstance(results, Tensor) else results, strict=True))
-    raise TypeError(f"{type(module).__name__} is no graph of a bundle")
+def call_by_name(module: GraphModule, signature: Signature, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Call a graph's module with named tensors.
+
+    Args:
+        module: of the graph.
+        signature: of the module.
+        tensors: its inputs by name, caches among them; names that it lacks are left alone.
+
+    Returns:
+        outputs by name, present caches among them.
+    """
+    names = iter(signature.inputs)
+    arguments = tree_map(lambda leaf: None if leaf is None else tensors[next(names)], signature.arguments)
+    results = module(*arguments)
+    return dict(zip(signature.outputs, (results,) if isinstance(results, Tensor) else results, strict=True))

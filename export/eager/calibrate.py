@@ -14,7 +14,7 @@ from pathlib import Path
 
 from framefusion.errors import BudgetError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.eager.uncompiled import eager_pipeline
+from framefusion.export.eager.pipeline import eager_pipeline
 from framefusion.export.plan.build_plan import BuildOptions, BuildPlan
 from framefusion.reduction.policy import CallRecord
 from framefusion.runtime.pipeline import Pipeline, Request

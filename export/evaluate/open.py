@@ -57,7 +57,7 @@ def open_answerer(setup: Setup) -> Answerer:
 
 
 def _eager(checkpoint: Checkpoint, setup: Setup, note: str | None) -> Answerer:
-    from framefusion.export.eager.uncompiled import eager_pipeline
+    from framefusion.export.eager.pipeline import eager_pipeline
     from framefusion.export.options import BuildOptions
     from framefusion.export.plan.build_plan import BuildPlan
 

@@ -22,13 +22,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import framefusion.ops.kernels  # noqa: F401  (registers the ops)
+from framefusion.export.graphs.graph_plan import (
+    EXAMPLE_CAPACITY,
+    EXAMPLE_LENGTH,
+    FREE,
+    GraphModule,
+    Signature,
+    meta,
+)
 from framefusion.export.graphs.layers import Linear, RMSNorm
+from framefusion.runtime.backends.kv_cache import cache_names
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,7 @@ class Head(nn.Module):
         return logits
 
 
-class Segment(nn.Module):
+class Segment(GraphModule):
     """A run of blocks, optionally ending in scores (similarity, importance) or in the head."""
 
     def __init__(self, config: DecoderConfig, blocks: Sequence[Block], *, scores: bool, head: bool) -> None:
@@ -179,6 +188,56 @@ class Segment(nn.Module):
         if not self.scores:
             return hidden, *presents
         return hidden, *score_tokens(self.config, hidden, states, previous, last), *presents
+
+    def signature(self) -> Signature:
+        """Any number of tokens and of slots in each cache."""
+        config = self.config
+        half = config.head_dim // 2
+        layers = sum(block.kind == "attention" for block in self.plan)
+        deepstack = sum(block.deepstack for block in self.plan)
+        ends = self.scores or self.head is not None
+        # 1. the module's table, an argument that this segment lacks as None
+        arguments: list[Any] = [
+            meta(1, EXAMPLE_LENGTH, config.hidden_size),
+            meta(1, EXAMPLE_LENGTH, half),
+            meta(1, EXAMPLE_LENGTH, half),
+            meta(layers, dtype=torch.int64),
+            meta(EXAMPLE_LENGTH, dtype=torch.int64) if self.scores else None,
+            meta(1, dtype=torch.int64) if ends else None,
+            [example_cache(config, EXAMPLE_CAPACITY + j) for j in range(layers)],
+        ]
+        shapes: list[Any] = [{1: FREE}, {1: FREE}, {1: FREE}, None, {0: FREE} if self.scores else None, None]
+        shapes.append([CACHE_SHAPES] * layers)
+        # 2. the names of those that are there, in the same order
+        inputs = ["hidden", "cos", "sin", "kv_len"]
+        inputs += ["previous"] * self.scores + ["last"] * ends + cache_names("past", layers)
+        outputs = ["hidden_out" if self.head is None else "logits"] + ["similarity", "importance"] * self.scores
+        outputs += cache_names("present", layers)
+        if deepstack:
+            arguments.append(meta(deepstack, EXAMPLE_LENGTH, config.hidden_size))
+            shapes.append({1: FREE})
+            inputs.append("deepstack")
+        # 3. the free axes
+        axes = {name: {1: "tokens"} for name in ("hidden", "cos", "sin", "deepstack", "hidden_out")}
+        axes |= {name: {0: "tokens"} for name in ("previous", "similarity", "importance")}
+        axes |= cache_axes(layers)
+        return Signature(tuple(arguments), tuple(shapes), tuple(inputs), tuple(outputs), axes)
+
+
+CACHE_SHAPES = ({2: FREE}, {2: FREE})
+"""Dynamic shapes of one layer's key and value cache: the slots are free, and each layer has its own number of them."""
+
+
+def example_cache(config: DecoderConfig, capacity: int) -> tuple[Tensor, Tensor]:
+    """Key and value cache [1, Hkv, capacity, hd] of one layer, as example inputs."""
+    shape = (1, config.num_kv_heads, capacity, config.head_dim)
+    return meta(*shape), meta(*shape)
+
+
+def cache_axes(layers: int) -> dict[str, dict[int, str]]:
+    """Names of the free axes of all caches: `capacity_j` slots for layer j."""
+    names = [name for prefix in ("past", "present") for name in cache_names(prefix, layers)]
+    return {name: {2: f"capacity_{name.rpartition('_')[2]}"} for name in names}
 
 
 def score_tokens(

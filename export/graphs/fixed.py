@@ -17,20 +17,32 @@ Outputs: logits [1, V], origin [T_last] int64 (place in the prompt of each token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from framefusion.export.graphs.decoder import AttentionBlock, DecoderConfig, Segment
+from framefusion.export.graphs.decoder import (
+    CACHE_SHAPES,
+    AttentionBlock,
+    DecoderConfig,
+    Segment,
+    cache_axes,
+    example_cache,
+)
+from framefusion.export.graphs.graph_plan import EXAMPLE_CAPACITY, GraphModule, Signature, meta
 from framefusion.export.graphs.segments import whole_decoder
 from framefusion.ops import static_reduction
 from framefusion.ops.static_reduction import TokenState
 from framefusion.reduction.budget import FixedSchedule
+from framefusion.runtime.backends.kv_cache import cache_names
 from framefusion.runtime.format.manifest import FixedRecord
 
 
-class FixedPrefill(nn.Module):
+class FixedPrefill(GraphModule):
     """The decoder of `whole_decoder`, with the reductions of a schedule between its blocks."""
+
+    decompositions = static_reduction.DECOMPOSITIONS
 
     def __init__(self, config: DecoderConfig, schedule: FixedSchedule, record: FixedRecord) -> None:
         super().__init__()
@@ -113,6 +125,30 @@ class FixedPrefill(nn.Module):
         )
         length = state.hidden.shape[0] - self.record.drops[-1]
         return static_reduction.prune_by_rank(state, scores, drop, length), last - drop
+
+    def signature(self) -> Signature:
+        """All sizes are those of the record; only the cache capacities are free."""
+        config = self.config
+        record = self.record
+        half = config.head_dim // 2
+        layers = config.num_layers
+        size = record.max_text + record.max_visual
+        vectors = {"kv_len": layers, "last": 1, "label": size, "order": size, "drops": len(record.drops)}
+        arguments: list[Any] = [
+            meta(1, size, config.hidden_size),
+            meta(1, size, half),
+            meta(1, size, half),
+            *(meta(length, dtype=torch.int64) for length in vectors.values()),
+            [example_cache(config, size + EXAMPLE_CAPACITY + j) for j in range(layers)],
+        ]
+        shapes: list[Any] = [*[None] * 8, [CACHE_SHAPES] * layers]
+        inputs = ["hidden", "cos", "sin", *vectors, *cache_names("past", layers)]
+        if self.deepstack:
+            arguments.append(meta(self.deepstack, size, config.hidden_size))
+            shapes.append(None)
+            inputs.append("deepstack")
+        outputs = ("logits", "origin", *cache_names("present", layers))
+        return Signature(tuple(arguments), tuple(shapes), tuple(inputs), outputs, cache_axes(layers))
 
 
 def beside(hidden: Tensor, features: Tensor | None) -> Tensor:

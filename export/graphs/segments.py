@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from framefusion.export.graphs.decoder import Block
+import torch
+
+from framefusion.export.graphs.decoder import Block, DecoderConfig, Segment
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class SegmentPlan:
     def deepstack(self) -> int:
         """How many of its MLPs add visual features."""
         return sum(block.deepstack for block in self.blocks)
+
+
+def segment_module(config: DecoderConfig, plan: SegmentPlan) -> Segment:
+    """The torch module of a segment, on the meta device."""
+    with torch.device("meta"):
+        return Segment(config, plan.blocks, scores=plan.scores, head=plan.head)
 
 
 def half_layers(num_layers: int, deepstack: int = 0) -> tuple[Block, ...]:

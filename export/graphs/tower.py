@@ -10,44 +10,8 @@ Knows no checkpoint, no preprocessing and no family.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-FREE = torch.export.Dim.DYNAMIC
+from framefusion.export.graphs.graph_plan import GraphModule
 
 
-@dataclass(frozen=True, eq=False)
-class TowerSignature:
-    """Example inputs of a tower and their names, in order.
-
-    Attributes:
-        arguments: on the meta device; only shapes and types count.
-        dynamic_shapes: as torch.export takes them, one for each argument.
-        inputs: names of the graph's inputs.
-        outputs: names of the graph's outputs.
-        axes: input -> axis -> word for it, for whoever opens the graph; an axis that is fixed stays a number.
-    """
-
-    arguments: tuple[Tensor, ...]
-    dynamic_shapes: tuple[Any, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...] = ("tokens",)
-    axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-
-
-class Tower(nn.Module):
+class Tower(GraphModule):
     """A vision tower with its projector."""
-
-    @abstractmethod
-    def signature(self) -> TowerSignature:
-        """How to trace it."""
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An example input."""
-    return torch.empty(*shape, dtype=dtype, device="meta")

@@ -18,7 +18,7 @@ from framefusion.export.check.verify import Scope, scope_of
 from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.tensorrt.build import BASE_MEMORY, MEMORY_PER_WEIGHT, PROFILE_MEMORY
 from framefusion.export.engines.tensorrt.profiles import CODE_BYTES
-from framefusion.export.machine import free_disk
+from framefusion.export.machine import TRACING_PROCESS, free_disk
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
 from framefusion.export.report.inspection import TEXT, reduction_facts, span
 from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
@@ -31,10 +31,7 @@ CHECKED_A_SECOND = 40e6  # bytes of the checkpoint that a streamed check compare
 COMPARED_A_SECOND = 80e6  # without the runs in ONNX Runtime
 BYTES_A_SECOND = 180e6  # read, converted, hashed, written and on the disk
 COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eight profiles, a 7B's
-COMPILER = 500_000_000
-COMPILER_PER_WEIGHT = 3  # bytes of a process that compiles; for each byte of the graph's weights
 TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
-PROCESS = 650_000_000  # bytes of a process that traces, without a tensor in it
 NEW_TOKENS = 128
 
 
@@ -117,7 +114,7 @@ def _engines(plan: BuildPlan, size: int) -> dict[str, Any] | None:
     if options is None:
         return None
     inside = engine_traits(options.kind).weights_inside
-    heaviest = max(plan.vision_record().weight_bytes, *(plan.segment_record(s).weight_bytes for s in plan.segments))
+    heaviest = max(graph.weight_bytes for graph in plan.graphs)
     profiles = len(plan.buckets() or (0,)) + 1  # a fixed prefill has one
     memory = BASE_MEMORY + PROFILE_MEMORY * profiles + round(MEMORY_PER_WEIGHT * heaviest)
     return {
@@ -149,15 +146,13 @@ def _slot(manifest: Manifest) -> int:
 
 def _build_memory(plan: BuildPlan) -> int:
     """Bytes at the peak: the largest tensor as it is stored, and the process."""
-    segments = (source for segment in plan.segments for source in plan.sources(segment).values())
-    keys = {key for source in (*segments, *plan.tower.sources.values()) for key in source.keys}
-    return PROCESS + max(plan.checkpoint.nbytes(key) for key in keys if key in plan.checkpoint)
+    keys = {key for graph in plan.graphs for source in graph.sources.values() for key in source.keys}
+    return TRACING_PROCESS + max(plan.checkpoint.nbytes(key) for key in keys if key in plan.checkpoint)
 
 
 def _seconds(plan: BuildPlan, size: int) -> float:
-    structures = {segment.structure: len(plan.sources(segment)) for segment in plan.segments}
-    graphs = 1 if plan.fixed is None else 2
-    return size / BYTES_A_SECOND + TRACING * (graphs * sum(structures.values()) + len(plan.tower.sources))
+    traced = {graph.structure: len(graph.sources) for graph in plan.graphs}
+    return size / BYTES_A_SECOND + TRACING * sum(traced.values())
 
 
 def _engine_lines(engines: Mapping[str, Any] | None) -> list[str]:

@@ -5,13 +5,12 @@ Carries out a plan with one tensor in memory at a time. Knows nothing of staging
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
-from torch import nn
 
 import framefusion
 from framefusion.console.progress import Meter
@@ -20,18 +19,15 @@ from framefusion.export.checkpoints.origin.source import source_record
 from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
 from framefusion.export.checkpoints.tensors.weights import (
     STORED,
-    AnySource,
     Placement,
-    parameter_bytes,
     write_parameters,
     write_rows,
 )
 from framefusion.export.checkpoints.text.tokenizer_file import TOKENIZER, added_tokens, write_tokenizer
 from framefusion.export.families.reading import configs as reading
-from framefusion.export.graphs.segments import SegmentPlan
-from framefusion.export.graphs.tracing import signatures
-from framefusion.export.graphs.tracing.trace import save_graph
-from framefusion.export.plan.build_plan import DECODE_GRAPH, GRAPH, VISION_GRAPH, WEIGHTS, BuildPlan
+from framefusion.export.graphs.graph_plan import GraphPlan
+from framefusion.export.graphs.tracing.trace import save_graph, trace_graph
+from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
 from framefusion.export.writing.staging import Produced
 from framefusion.runtime.bundle import file_record
 from framefusion.runtime.format.manifest import FLOAT_BYTES, SCHEMA_VERSION, EmbeddingRecord, FileRecord, Manifest
@@ -49,14 +45,13 @@ class Builder:
     def __init__(self, plan: BuildPlan, meter: Meter | None = None) -> None:
         self.plan = plan
         self._meter = meter or Meter()
-        self._graphs: dict[Any, ir.Model] = {}  # traced once for each structure
+        self._traced: dict[Hashable, ir.Model] = {}  # by structure
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each part, graphs left out."""
         plan = self.plan
-        parts = {f"segments/{segment.name}": plan.segment_record(segment).weight_bytes for segment in plan.segments}
+        parts = {graph.folder: graph.weight_bytes for graph in plan.graphs}
         rows, width = plan.checkpoint.shape(plan.embedding_key)
-        parts["vision"] = parameter_bytes(plan.tower.module, plan.dtype)
         parts["embedding"] = (rows + len(plan.tower.extra_rows)) * width * FLOAT_BYTES[self._embedding_dtype()]
         source = plan.checkpoint.find(TOKENIZER_FILE)
         parts["tokenizer"] = CONVERTED_TOKENIZER if source is None else source.stat().st_size
@@ -67,9 +62,9 @@ class Builder:
         first: dict[str, Callable[[Path], Produced]] = {
             "tokenizer": self._write_tokenizer,
             "embedding": self._write_embedding,
-            "vision": self._write_vision,
         }
-        return first | {f"segments/{s.name}": self._segment_producer(s) for s in self.plan.segments}
+        tower_first = sorted(self.plan.graphs, key=lambda graph: graph.role != "vision")
+        return first | {graph.folder: partial(self._write_graphs, graph.folder) for graph in tower_first}
 
     def manifest(self, files: Mapping[str, FileRecord], tokenizer: Path | None) -> Manifest:
         """The manifest of the parts written; `tokenizer` is the folder of tokenizer.json, None before there is one."""
@@ -85,8 +80,8 @@ class Builder:
             limits=plan.limits,
             dialect=plan.dialect.name,
             reduction=plan.reduction,
-            segments=tuple(plan.segment_record(segment) for segment in plan.segments),
-            vision=plan.vision_record(),
+            segments=plan.segment_records,
+            vision=plan.vision_record,
             embedding=EmbeddingRecord(EMBEDDING_FILE, self._embedding_dtype(), rows, width, extra),  # type: ignore[arg-type]
             prompt=plan.template,
             preprocessing=plan.preprocessing,
@@ -98,50 +93,33 @@ class Builder:
             source=source_record(plan.checkpoint.origin),
         )
 
-    def _segment_producer(self, segment: SegmentPlan) -> Callable[[Path], Produced]:
-        return lambda folder: self._write_segment(folder, segment)
-
-    def _write_segment(self, folder: Path, segment: SegmentPlan) -> dict[str, FileRecord]:
-        plan = self.plan
-        target = folder / "segments" / segment.name
+    def _write_graphs(self, part: str, folder: Path) -> dict[str, FileRecord]:
+        """Write the graphs of one folder of the bundle, and the file of weights that they share."""
+        graphs = [graph for graph in self.plan.graphs if graph.folder == part]
+        target = folder / part
         target.mkdir(parents=True, exist_ok=True)
-        module = signatures.segment_module(plan.config, segment)
-        places, weights = self._write_weights(module, plan.sources(segment), target / WEIGHTS)
-        graph = self._traced(
-            segment.structure, lambda: signatures.trace_segment(plan.config, segment, plan.dialect, plan.dtype)
-        )
-        names = [GRAPH]
-        if plan.fixed is not None:  # the reductions are in the prefill graph; decoding runs the plain one
-            save_graph(graph, target / DECODE_GRAPH, WEIGHTS, places)
-            self._meter.doing("tracing the prefill")
-            graph = signatures.trace_fixed_prefill(plan.fixed_module(), plan.dialect, plan.dtype)
-            names.append(DECODE_GRAPH)
-        save_graph(graph, target / GRAPH, WEIGHTS, places)
-        files = {WEIGHTS: weights} | {name: file_record(target / name) for name in names}
-        return {f"segments/{segment.name}/{name}": record for name, record in files.items()}
+        # 1. the weights, a tensor at a time, which is nearly all of the work
+        places, weights = self._write_weights(graphs[0], target / WEIGHTS)
+        files = {f"{part}/{WEIGHTS}": weights}
+        # 2. the graphs, whose initializers name offsets in that file
+        for graph in graphs:
+            self._meter.doing("tracing the prefill" if graph.role == "prefill" else "tracing")
+            save_graph(self._model(graph), folder / graph.name, WEIGHTS, places)
+            files[graph.name] = file_record(folder / graph.name)
+        return files
 
-    def _write_weights(
-        self, module: nn.Module, sources: Mapping[str, AnySource], path: Path
-    ) -> tuple[dict[str, Placement], FileRecord]:
+    def _write_weights(self, graph: GraphPlan, path: Path) -> tuple[dict[str, Placement], FileRecord]:
         plan = self.plan
         self._meter.doing(path.name)
         with HashedFile(path) as file:
-            places = write_parameters(module, plan.checkpoint, sources, plan.dtype, file, self._meter.add)
-        self._meter.doing("tracing")
+            places = write_parameters(graph.module(), plan.checkpoint, graph.sources, plan.dtype, file, self._meter.add)
         return places, file.record
 
-    def _traced(self, structure: Any, trace: Callable[[], ir.Model]) -> ir.Model:
-        if structure not in self._graphs:
-            self._graphs[structure] = trace()
-        return self._graphs[structure]
-
-    def _write_vision(self, folder: Path) -> dict[str, FileRecord]:
-        plan = self.plan
-        path = folder / VISION_GRAPH
-        path.parent.mkdir(exist_ok=True)
-        places, weights = self._write_weights(plan.tower.module, plan.tower.sources, path.parent / WEIGHTS)
-        save_graph(signatures.trace_tower(plan.tower.module, plan.dialect, plan.dtype), path, WEIGHTS, places)
-        return {VISION_GRAPH: file_record(path), f"{Path(VISION_GRAPH).parent}/{WEIGHTS}": weights}
+    def _model(self, graph: GraphPlan) -> ir.Model:
+        """The traced graph; segments of one structure share it, and `save_graph` points it to their weights."""
+        if graph.structure not in self._traced:
+            self._traced[graph.structure] = trace_graph(graph, self.plan.dialect)
+        return self._traced[graph.structure]
 
     def _write_embedding(self, folder: Path) -> dict[str, FileRecord]:
         plan = self.plan

@@ -115,6 +115,26 @@ class FixedSchedule:
         idle = self.prune_layer + 1 - len(self.merge_shares)
         return (*self.merge_shares, *[0.0] * idle, self.prune_share)
 
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """The call of each reduction: one for each merge, then the prune's; `drop_counts` counts in this order."""
+        return (*range(len(self.merge_shares)), self.prune_layer + 1)
+
+    def lengths(self, length: int, drops: Sequence[int], num_layers: int) -> list[int]:
+        """Tokens that enter the attention of each layer, and so are in its cache.
+
+        Args:
+            length: tokens before call 0.
+            drops: tokens that each of `calls` drops; call i precedes the attention of layer i.
+            num_layers: of the decoder.
+        """
+        dropped_at = dict(zip(self.calls, drops, strict=True))
+        lengths = []
+        for layer in range(num_layers):
+            length -= dropped_at.get(layer, 0)
+            lengths.append(length)
+        return lengths
+
 
 def cost_of_schedule(merge_shares: Sequence[float], prune_layer: int, prune_share: float, num_layers: int) -> float:
     """Return the cost of a schedule, before any rounding to whole tokens.

@@ -9,6 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def cache_names(prefix: str, count: int) -> list[str]:
+    """Names of the caches of `count` attention layers as graphs have them: past_key_0, past_value_0, past_key_1, ..."""
+    return [f"{prefix}_{part}_{j}" for j in range(count) for part in ("key", "value")]
+
+
 @dataclass
 class SegmentCache:
     """The keys and values of one segment's attention layers.
@@ -30,3 +35,8 @@ class SegmentCache:
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return sum(int(buffer.nbytes) for buffer in (*self.keys, *self.values))
+
+    def named(self, prefix: str) -> dict[str, Any]:
+        """The buffers under the names of a graph's inputs ("past") or outputs ("present")."""
+        buffers = (buffer for pair in zip(self.keys, self.values, strict=True) for buffer in pair)
+        return dict(zip(cache_names(prefix, len(self.keys)), buffers, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,17 @@ class FrameSampling:
             raise VideoError(
                 f"sampling of max_frames={self.max_frames} takes no frame: give max_frames >= {self.frame_factor}"
             )
+
+    def overridden(self, fps: float | None, max_frames: int | None) -> FrameSampling:
+        """The same rule with a user's numbers, None keeping the rule's: a rate of frames ends `force`.
+
+        Raises:
+            VideoError: a number is out of range.
+        """
+        most = max_frames or self.max_frames
+        low = min(self.min_frames, most)
+        force = self.force and fps is None
+        return replace(self, fps=fps or self.fps, max_frames=most, min_frames=low, force=force)
 
 
 def linspace_fp32(last: int, count: int) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from framefusion.errors import BundleError
+from framefusion.runtime.backends.kv_cache import cache_names
 from framefusion.runtime.format.bundle_files import place, read_small
 from framefusion.runtime.format.manifest import FileRecord, Manifest, SegmentRecord
 from framefusion.runtime.format.manifest_rules import WIDTH
@@ -169,9 +170,8 @@ def _segment(
     inputs: dict[str, Value | None] = {"hidden": rows, "kv_len": Value(_INT64, (layers,))}
     inputs |= dict.fromkeys(("cos", "sin"), Value(kind, (1, free, half)))
     cache = Value(kind, (1, model.num_kv_heads, free, model.head_dim))
-    names = [f"{part}_{j}" for j in range(layers) for part in ("key", "value")]
-    inputs |= dict.fromkeys((f"past_{name}" for name in names), cache)
-    outputs: dict[str, Value | None] = dict.fromkeys((f"present_{name}" for name in names), cache)
+    inputs |= dict.fromkeys(cache_names("past", layers), cache)
+    outputs: dict[str, Value | None] = dict.fromkeys(cache_names("present", layers), cache)
     vector = Value(_INT64, (free,))
     if segment.deepstack:
         inputs["deepstack"] = Value(kind, (segment.deepstack, free, model.hidden_size))

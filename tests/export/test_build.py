@@ -15,9 +15,9 @@ from framefusion.console.progress import Step
 from framefusion.errors import CheckpointError
 from framefusion.export.build import build, check_again
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.graphs.tracing import signatures
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.writing import parts
 from framefusion.export.writing.parts import Builder
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.format.manifest_file import read_manifest
@@ -63,7 +63,7 @@ def test_the_options_are_recorded_and_rebuild_the_plan(bundle: Path, checkpoint:
     options = from_json(BuildOptions, manifest.options)
     plan = BuildPlan(Checkpoint(checkpoint), options)
     assert plan.reduction == manifest.reduction
-    assert tuple(map(plan.segment_record, plan.segments)) == manifest.segments
+    assert plan.segment_records == manifest.segments
     assert check_again(bundle, Checkpoint(checkpoint))["passed"]
 
 
@@ -83,10 +83,10 @@ def test_a_check_sees_other_weights(bundle: Path, checkpoint: Path, tmp_path: Pa
 @pytest.mark.usefixtures("instant_traces")
 def test_a_structure_is_traced_once(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[str] = []
-    monkeypatch.setattr(signatures, "trace_segment", lambda _config, segment, *_: traced.append(segment.name))
+    monkeypatch.setattr(parts, "trace_graph", lambda graph, _: traced.append(graph.folder))
     built = build(Checkpoint(checkpoint), tmp_path / "bundle", BuildOptions(depth=2), verify=False)
     assert [segment.name for segment in built.manifest.segments] == ["layer00", "layer01", "layer02", "rest"]
-    assert traced == ["layer00", "layer01", "rest"]
+    assert traced == ["vision", "segments/layer00", "segments/layer01", "segments/rest"]
     assert built.manifest.check == {}
 
 

@@ -9,7 +9,7 @@ import pytest
 from framefusion.export import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.backend import EagerBackend
-from framefusion.export.graphs.tracing import signatures
+from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan import build_plan as plan
 from framefusion.export.writing import parts
@@ -27,8 +27,7 @@ def eager_pipeline(folder: Path, bundle: Path, options: BuildOptions) -> Pipelin
     """
     checkpoint = Checkpoint(folder)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("trace_segment", "trace_tower", "trace_fixed_prefill"):
-            patch.setattr(signatures, name, lambda *_: None)
+        patch.setattr(parts, "trace_graph", lambda *_: None)
         patch.setattr(parts, "save_graph", lambda _model, path, *_: path.write_bytes(b"graph"))
         built = build.build(checkpoint, bundle, options, verify=False)
-    return Pipeline(Bundle(built.folder), EagerBackend(plan.BuildPlan(checkpoint, options).eager_loaders()))
+    return Pipeline(Bundle(built.folder), EagerBackend(eager_loaders(plan.BuildPlan(checkpoint, options))))

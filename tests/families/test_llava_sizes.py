@@ -172,8 +172,7 @@ def test_released_sizes_are_planned(write: Any, billions: float, room: int, vide
     plan = BuildPlan(Checkpoint(tmp_path), BuildOptions())
     assert plan.limits.max_input_len == room
     assert plan.preprocessing.video_tokens(plan.sampling.max_frames) == video
-    records = [plan.segment_record(segment) for segment in plan.segments]
-    weights = sum(record.weight_bytes for record in records) + plan.vision_record().weight_bytes
+    weights = sum(graph.weight_bytes for graph in plan.graphs)
     table = plan.config.vocab_size * plan.config.hidden_size
     assert round((weights / 4 + table) / 1e9, 2) == billions
     assert plan.tower.module.config.vit.num_heads == 16  # type: ignore[union-attr]

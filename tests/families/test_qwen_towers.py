@@ -19,8 +19,7 @@ from framefusion.export.families.qwen2_5_vl import weights as qwen2_5_vl_tower
 from framefusion.export.families.qwen3_vl import weights as qwen3_vl_tower
 from framefusion.export.families.towers import TowerPlan
 from framefusion.export.graphs.tracing.dialects import DIALECTS
-from framefusion.export.graphs.tracing.signatures import trace_tower
-from framefusion.export.graphs.tracing.trace import save_graph
+from framefusion.export.graphs.tracing.trace import save_graph, trace
 from framefusion.runtime.media.visual_input import Grid, Tiles
 from tests.families.case import relative_error
 from tests.families.qwen2_5_vl import Qwen25VLCase
@@ -88,7 +87,7 @@ def test_compiled_graphs_equal_transformers(subject: Subject, dialect: str, tmp_
     plan = subject.plan
     with HashedFile(tmp_path / "weights.bin") as file:
         places = write_parameters(plan.module, subject.checkpoint, plan.sources, torch.float32, file)
-    graph = trace_tower(plan.module.to("meta"), DIALECTS[dialect])
+    graph = trace(plan.module.to("meta"), DIALECTS[dialect]).model
     save_graph(graph, tmp_path / "graph.onnx", "weights.bin", places)
     session = onnxruntime.InferenceSession(str(tmp_path / "graph.onnx"), providers=["CPUExecutionProvider"])
     for grid in GRIDS:

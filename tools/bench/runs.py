@@ -16,7 +16,7 @@ from typing import Any, get_args
 import numpy as np
 
 from framefusion.export.options import BuildOptions, DType
-from framefusion.export.plan.build_plan import BUCKET_MULTIPLE
+from framefusion.export.plan.sizes import BUCKET_MULTIPLE
 from framefusion.runtime.backends.choice import Choice, choose
 from framefusion.runtime.backends.table import engine_kinds
 from framefusion.runtime.bundle import Bundle

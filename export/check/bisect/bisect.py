@@ -26,10 +26,9 @@ from framefusion.export.check.bisect.boundaries import Boundary, RecordedCall, c
 from framefusion.export.check.bisect.nodes import Suspect, first_difference
 from framefusion.export.check.verify import memory_of_check
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.graphs.tracing.graph_sources import graph_sources
+from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.machine import available_memory
-from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.plan.replan import replan
+from framefusion.export.plan.build_plan import BuildPlan, replan
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.choice import Choice, options
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -127,9 +126,9 @@ def _explained(bundle: Bundle, plan: BuildPlan, backend: Backend, call: Recorded
 def _suspect(bundle: Bundle, plan: BuildPlan, call: RecordedCall) -> Suspect | None:
     return first_difference(
         bundle.folder / call.graph,
-        graph_sources(plan)[call.graph](),
+        plan.graph(call.graph),
         plan.dialect,
-        plan.eager_loaders()[call.graph](),
+        eager_loaders(plan)[call.graph](),
         call.inputs | call.past,
         limit_of(bundle.manifest, call.graph),
     )

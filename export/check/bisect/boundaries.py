@@ -17,7 +17,7 @@ import torch
 from framefusion.export.check.check import relative_error, tolerance_of
 from framefusion.export.check.observation import QUESTION, draw_clip
 from framefusion.export.eager.backend import EagerBackend, EagerSegment, Load
-from framefusion.export.graphs.tracing.signatures import cache_names
+from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.backends.base import Array, Backend, Device
 from framefusion.runtime.backends.host import HOST
@@ -113,7 +113,7 @@ class _Recorded:
 def record(bundle: Bundle, plan: BuildPlan, decode_width: int = 1) -> list[RecordedCall]:
     """All graphs of a bundle in eager torch, in the order they run: vision, prefill, one step."""
     in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
-    recorder = _Recorder(plan.eager_loaders(), decode_width, bundle.manifest.vision.graph)
+    recorder = _Recorder(eager_loaders(plan), decode_width, bundle.manifest.vision.graph)
     pipeline = Pipeline(in_fp32, recorder)
     prompt, rows = pipeline.read([Turn("user", (Visual.VIDEO, QUESTION))], [draw_clip()])
     request = pipeline.clamp_new_tokens(Request(_TOKENS), prompt)
@@ -171,7 +171,7 @@ def _filled(call: RecordedCall, backend: Backend, record: SegmentRecord, float_t
     """Caches that hold what was in the recorded ones."""
     shapes = [call.past[f"past_key_{j}"].shape for j in range(len(record.attention_layers))]
     cache = backend.cache(record, shapes, float_type)
-    for name, buffer in _by_name("past", cache):
+    for name, buffer in cache.named("past").items():
         past = backend.device.upload(typed(call.past[name], float_type))
         backend.device.copy(buffer[:, :, : past.shape[2]], past)
     return cache
@@ -179,13 +179,8 @@ def _filled(call: RecordedCall, backend: Backend, record: SegmentRecord, float_t
 
 def _caches(prefix: str, cache: SegmentCache, taken: Array | None = None, device: Device = HOST) -> dict[str, Array]:
     """Copies by the graphs' names: all slots, or those that `taken` says of each layer."""
-    found = {name: np.array(device.download(buffer)) for name, buffer in _by_name(prefix, cache)}
+    found = {name: np.array(device.download(buffer)) for name, buffer in cache.named(prefix).items()}
     if taken is None:
         return found
     lengths = {name: int(taken[int(name.rsplit("_", 1)[1])]) for name in found}
     return {name: array[:, :, : lengths[name]] for name, array in found.items()}
-
-
-def _by_name(prefix: str, cache: SegmentCache) -> Iterator[tuple[str, Any]]:
-    pairs = zip(cache.keys, cache.values, strict=True)
-    return zip(cache_names(prefix, len(cache.keys)), (buffer for pair in pairs for buffer in pair), strict=True)

@@ -18,14 +18,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from polygraphy.backend.onnxrt import OnnxrtRunner
-from torch import nn
 
 from framefusion.errors import BackendError
 from framefusion.export.check.bisect.reference import Reference
 from framefusion.export.check.check import relative_error
+from framefusion.export.graphs.graph_plan import GraphModule, GraphPlan
 from framefusion.export.graphs.tracing.dialects import Dialect
-from framefusion.export.graphs.tracing.graph_sources import GraphSource
-from framefusion.export.graphs.tracing.trace import trace_program
+from framefusion.export.graphs.tracing.trace import trace
 from framefusion.runtime.backends.base import Array
 
 PROBES = 7  # values marked at a time
@@ -89,31 +88,27 @@ class ProbedGraph:
 
 
 def first_difference(
-    path: Path, source: GraphSource, dialect: Dialect, module: nn.Module, given: Mapping[str, Array], limit: float
+    path: Path, source: GraphPlan, dialect: Dialect, module: GraphModule, given: Mapping[str, Array], limit: float
 ) -> Suspect | None:
     """Search a graph that differs at its boundary; None where no value inside differs when it is looked at.
 
     Args:
         path: the graph, beside its weights.
-        source: what it was traced from.
+        source: what it was traced from, by the plan of the bundle.
         dialect: of the bundle.
         module: with the checkpoint's weights, in fp32.
         given: inputs and caches by name, fp32.
         limit: largest relative error that agrees.
     """
     graph = ProbedGraph(path)
-    dtype = _type_of(ir.load(path))
-    traced = trace_program(
-        source.module, source.told.arguments, source.told.dynamic_shapes, dialect, source.told.inputs,
-        source.told.outputs, source.decompositions, dtype,
-    )  # fmt: skip
-    reference = Reference(traced.program, source.told.inputs, source.told.outputs, module)
+    traced = trace(source.module(), dialect, source.dtype)
+    reference = Reference(traced.program, module.signature(), module)
     search = Search(graph, reference, given, limit)
     value = search.first()
     if value is None:
         return None
     nodes = list(search.nodes_of(value))
-    weights = list(_weight_causes(graph, reference, value, dtype))
+    weights = list(_weight_causes(graph, reference, value, source.dtype))
     altered = dict(_altered(nodes, traced.model))
     told = [*weights, *altered.values()]
     nodes = [node for node in nodes if node.name in altered] or nodes  # the others are as they were traced
@@ -261,12 +256,6 @@ def _otherwise(node: ir.Node, other: ir.Node | None) -> str:
 def _value(attribute: ir.Attr | None) -> Any:
     value = None if attribute is None else attribute.value
     return value.numpy().tolist() if isinstance(value, ir.TensorProtocol) else value
-
-
-def _type_of(model: ir.Model) -> torch.dtype:
-    """Type of the hidden states or patches: the first float among the inputs."""
-    names = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
-    return next(names[one.dtype.name] for one in model.graph.inputs if one.dtype and one.dtype.name in names)
 
 
 def _fed(array: Array, kind: str) -> Array:

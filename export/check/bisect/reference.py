@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from framefusion.export.graphs.graph_plan import Signature
 from framefusion.runtime.backends.base import Array
 
 
@@ -19,21 +20,19 @@ class Reference(torch.fx.Interpreter):
 
     Args:
         program: the graph, traced on the meta device.
-        inputs, outputs: their names in the graph.
+        signature: with the names of inputs and outputs in the graph.
         module: with the checkpoint's weights.
     """
 
-    def __init__(
-        self, program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], module: nn.Module
-    ) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, signature: Signature, module: nn.Module) -> None:
         super().__init__(program.graph_module)
         self._nodes = list(program.graph_module.graph.nodes)
-        signature = program.graph_signature
+        names = program.graph_signature
         self.weights = dict(module.named_parameters())
-        self._places = signature.inputs_to_parameters  # placeholder -> parameter
-        given = [name for name in signature.user_inputs if isinstance(name, str)]  # an argument that is None has none
-        self._users = dict(zip(given, inputs, strict=True))
-        renamed = dict(zip((str(name) for name in signature.user_outputs), outputs, strict=True))
+        self._places = names.inputs_to_parameters  # placeholder -> parameter
+        given = [name for name in names.user_inputs if isinstance(name, str)]  # an argument that is None has none
+        self._users = dict(zip(given, signature.inputs, strict=True))
+        renamed = dict(zip(map(str, names.user_outputs), signature.outputs, strict=True))
         self.names = {node.name: renamed.get(node.name, node.name) for node in self._nodes}
         self._wanted: set[str] = set()
         self._kept: dict[str, Array] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
 _BLOCK = 1 << 25  # bytes converted at a time
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by the names of safetensors
+
+Module = TypeVar("Module", bound=nn.Module)
 
 OnBytes = Callable[[int], object]
 """Called after each write with the bytes that it wrote."""
@@ -131,15 +133,9 @@ def check_parameter(checkpoint: Checkpoint, source: AnySource, shape: tuple[int,
             )
 
 
-def check_parameters(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, AnySource]) -> None:
-    """`check_parameter` for all parameters of a (meta) module."""
-    for name, parameter in module.named_parameters():
-        check_parameter(checkpoint, sources[name], tuple(parameter.shape))
-
-
 def load_parameters(
-    module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, AnySource], dtype: torch.dtype
-) -> nn.Module:
+    module: Module, checkpoint: Checkpoint, sources: Mapping[str, AnySource], dtype: torch.dtype
+) -> Module:
     """Give a module that was made on the meta device its values, for running it in eager torch."""
     module.to_empty(device="cpu")
     for name, parameter in module.named_parameters():
@@ -234,10 +230,9 @@ def check_range(tensor: Tensor, dtype: torch.dtype, source: AnySource) -> None:
         )
 
 
-def parameter_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the file that `write_parameters` would write, alignment included."""
-    sizes = (parameter.numel() * dtype.itemsize for parameter in module.parameters())
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+def aligned_bytes(size: int) -> int:
+    """Bytes that a tensor of `size` bytes takes in a file of `write_parameters`: whole pages."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _bytes(tensor: Tensor) -> memoryview:

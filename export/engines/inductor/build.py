@@ -32,7 +32,8 @@ from torch.fx.experimental import _config as symbolic_shapes
 
 from framefusion.errors import BackendError, BundleError
 from framefusion.export.engines.builder import EngineFacts, EngineSpec, Share
-from framefusion.export.engines.inductor.graph import Traceable, export, kinds_of, traceables
+from framefusion.export.engines.inductor.graph import export, flattened, kinds_of
+from framefusion.export.graphs.graph_plan import GraphModule, Signature
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
 from framefusion.runtime.backends.inductor.backend import KIND, PLACES
 from framefusion.runtime.format.engine_record import EngineKind, TensorRecord
@@ -54,10 +55,10 @@ class InductorSpec(EngineSpec):
     """What an engine is compiled from: one takes every number of tokens and slots, so it has no profiles.
 
     Attributes:
-        make: gives the graph as torch sees it.
+        module: makes that of the graph, on the meta device.
     """
 
-    make: Callable[[], Traceable]
+    module: Callable[[], GraphModule]
 
     @property
     def device(self) -> str:
@@ -117,8 +118,10 @@ def specs(folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVIC
     """
     target, options = _target(device)
     return {
-        graph: InductorSpec(folder / graph, KIND, (target,), manifest.model.dtype, options=options, make=make)
-        for graph, make in traceables(plan).items()
+        graph.name: InductorSpec(
+            folder / graph.name, KIND, (target,), manifest.model.dtype, options=options, module=graph.module
+        )
+        for graph in plan.graphs
     }
 
 
@@ -132,10 +135,10 @@ def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFac
     start = time.monotonic()
     with _alone():
         progress(0.0)
-        source = spec.make()
+        module = spec.module()
         dtype = getattr(torch, spec.dtype)
-        places = give_weights(source.module, spec.graph, dtype, spec.device)
-        program = export(source, dtype, spec.device)
+        places = give_weights(module, spec.graph, dtype, spec.device)
+        program = export(module, dtype, spec.device)
         progress(0.2)
         fresh = target.with_name(target.name + SUFFIX)  # torch wants the suffix
         try:
@@ -148,7 +151,7 @@ def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFac
         size=target.stat().st_size,
         sha256=None,  # torch writes the file
         targets=spec.targets,
-        tensors=_records(source, spec),
+        tensors=_records(flattened(module.signature()), spec),
         layer_kinds=kinds_of(program),
         seconds=time.monotonic() - start,
     )
@@ -246,7 +249,7 @@ def _target(device: str) -> tuple[str, dict[str, Any]]:
     return f"cuda {major}.{minor}", options
 
 
-def _records(source: Traceable, spec: InductorSpec) -> tuple[TensorRecord, ...]:
+def _records(signature: Signature, spec: InductorSpec) -> tuple[TensorRecord, ...]:
     """Inputs and outputs in order; sizes that are free are -1, and those of outputs are told by rank alone."""
     floats = spec.dtype
 
@@ -257,11 +260,11 @@ def _records(source: Traceable, spec: InductorSpec) -> tuple[TensorRecord, ...]:
 
     inputs = [
         TensorRecord(name, "input", *told(argument, axes))
-        for name, argument, axes in zip(source.inputs, source.arguments, source.axes, strict=True)
+        for name, argument, axes in zip(signature.inputs, signature.arguments, signature.dynamic_shapes, strict=True)
     ]
     kinds = {"logits": "float32", "similarity": "float32", "importance": "float32", "origin": "int64"}
     ranks = {"logits": 2, "similarity": 1, "importance": 1, "origin": 1, "tokens": 2}
     outputs = [
-        TensorRecord(name, "output", kinds.get(name, floats), (-1,) * ranks.get(name, 3)) for name in source.outputs
+        TensorRecord(name, "output", kinds.get(name, floats), (-1,) * ranks.get(name, 3)) for name in signature.outputs
     ]
     return (*inputs, *outputs)

@@ -6,65 +6,48 @@ inputs alone: what is left can be compiled to code that calls no Python. Knows n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from framefusion.export.eager.backend import call_by_name
-from framefusion.export.graphs.tracing.graph_sources import GraphSource, graph_sources
-from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.graphs.graph_plan import GraphModule, Signature
 from framefusion.ops import static_reduction
 from framefusion.ops.kernels import KERNELS, split_heads
 
 
-@dataclass(frozen=True, eq=False)
-class Traceable:
-    """A graph of a bundle as torch sees it.
-
-    Attributes:
-        module: on the meta device.
-        arguments: example inputs on the meta device, flat.
-        axes: of each, as torch.export takes them; None where all are fixed.
-        inputs: their names.
-        outputs: names, the caches left out.
-    """
-
-    module: nn.Module
-    arguments: tuple[Tensor, ...]
-    axes: tuple[Any, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
-def traceables(plan: BuildPlan) -> dict[str, Callable[[], Traceable]]:
-    """Graph of the bundle -> what makes what it is compiled from."""
-    return {graph: partial(_traceable, make) for graph, make in graph_sources(plan).items()}
+def flattened(signature: Signature) -> Signature:
+    """One argument for each tensor, with its dynamic shape or None, and no outputs for caches, written in place."""
+    leaves = tree_leaves(signature.arguments)
+    shapes = tree_leaves(signature.dynamic_shapes, is_leaf=lambda leaf: leaf is None or isinstance(leaf, dict))
+    pairs = [(leaf, shape) for leaf, shape in zip(leaves, shapes, strict=True) if leaf is not None]
+    return replace(
+        signature,
+        arguments=tuple(leaf for leaf, _ in pairs),
+        dynamic_shapes=tuple(shape for _, shape in pairs),
+        outputs=tuple(name for name in signature.outputs if not name.startswith("present_")),
+    )
 
 
 class Flat(nn.Module):
     """A graph with one argument for each tensor, whose caches are written to in place."""
 
-    def __init__(self, module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    def __init__(self, module: GraphModule) -> None:
         super().__init__()
         self.module = module
-        self.names = tuple(inputs)
-        self.wanted = tuple(outputs)
-        self.layers = sum(name.startswith("past_key_") for name in inputs)
+        self.nested = module.signature()
+        self.signature = flattened(self.nested)
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         """The outputs by name; keys and values of all tokens are in the caches."""
-        given = dict(zip(self.names, arguments, strict=True))
-        past = [(given[f"past_key_{j}"], given[f"past_value_{j}"]) for j in range(self.layers)]
-        results = call_by_name(self.module, given, past)
-        for j, (keys, values) in enumerate(past):
-            keys.copy_(results[f"present_key_{j}"])
-            values.copy_(results[f"present_value_{j}"])
-        return tuple(results[name] for name in self.wanted)
+        tensors = dict(zip(self.signature.inputs, arguments, strict=True))
+        results = call_by_name(self.module, self.nested, tensors)
+        for name, cache in tensors.items():
+            if name.startswith("past_"):
+                cache.copy_(results[name.replace("past_", "present_")])
+        return tuple(results[name] for name in self.signature.outputs)
 
 
 def cache_attention(
@@ -97,14 +80,23 @@ def cache_attention(
 PLAIN = KERNELS | static_reduction.DECOMPOSITIONS | {torch.ops.framefusion.cache_attention.default: cache_attention}
 
 
-def export(source: Traceable, dtype: torch.dtype, device: str) -> torch.export.ExportedProgram:
-    """The graph in plain torch; the module's parameters are of this type and on this device."""
-    arguments = tuple(
-        _example(name, argument, dtype, device) for name, argument in zip(source.inputs, source.arguments, strict=True)
-    )
-    axes = (source.axes,) if any(source.axes) else None
-    flat = Flat(source.module, source.inputs, source.outputs)
-    program = torch.export.export(flat, arguments, dynamic_shapes=axes, strict=False)
+def export(module: GraphModule, dtype: torch.dtype, device: str) -> torch.export.ExportedProgram:
+    """The graph in plain torch.
+
+    Args:
+        module: of the graph, with parameters of this type and on this device.
+        dtype: of all inputs that are floats.
+        device: as torch names it.
+    """
+    flat = Flat(module)
+    signature = flat.signature
+    # 1. example inputs that lie as those of a run will
+    pairs = zip(signature.inputs, signature.arguments, strict=True)
+    arguments = tuple(_example(name, argument, dtype, device) for name, argument in pairs)
+    # 2. the program, flat, with the sizes free that the signature says are
+    shapes = (signature.dynamic_shapes,) if any(signature.dynamic_shapes) else None
+    program = torch.export.export(flat, arguments, dynamic_shapes=shapes, strict=False)
+    # 3. the custom ops give way to their own kernels, so that what is compiled calls no Python
     plain: torch.export.ExportedProgram = program.run_decompositions(dict(PLAIN))
     return plain
 
@@ -127,14 +119,3 @@ def _example(name: str, argument: Tensor, dtype: torch.dtype, device: str) -> Te
     if not name.startswith("past_"):
         return torch.zeros(argument.shape, dtype=dtype, device=device)
     return torch.zeros(argument.transpose(1, 2).shape, dtype=dtype, device=device).transpose(1, 2)
-
-
-def _traceable(make: Callable[[], GraphSource]) -> Traceable:
-    """A graph's arguments flattened, and those left out that are None."""
-    source = make()
-    leaves = tree_leaves(source.told.arguments)
-    ends = tree_leaves(source.told.dynamic_shapes, is_leaf=lambda leaf: leaf is None or isinstance(leaf, dict))
-    pairs = [(leaf, axes) for leaf, axes in zip(leaves, ends, strict=True) if leaf is not None]
-    outputs = tuple(name for name in source.told.outputs if not name.startswith("present_"))
-    arguments, axes = (tuple(column) for column in zip(*pairs, strict=True))
-    return Traceable(source.module, arguments, axes, source.told.inputs, outputs)

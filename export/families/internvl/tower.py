@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from framefusion.export.graphs.graph_plan import FREE, Signature, meta
 from framefusion.export.graphs.layers import LayerNorm, Linear
-from framefusion.export.graphs.tower import FREE, Tower, TowerSignature, meta
+from framefusion.export.graphs.tower import Tower
 from framefusion.export.graphs.vit import VitConfig, VitEncoder
 
 PROJECTOR_EPS = 1e-5
@@ -58,7 +59,7 @@ class InternVLTower(Tower):
         out = nn.functional.gelu(self.projector_fc1(self.projector_norm(joined)))
         return self.projector_fc2(out)  # type: ignore[no-any-return]
 
-    def signature(self) -> TowerSignature:
+    def signature(self) -> Signature:
         """Tiles are free, their size is not."""
         patches = meta(3, self.config.side**2, self.config.vit.patch_width)
-        return TowerSignature((patches,), ({0: FREE},), ("patches",), axes={"patches": {0: "tiles"}})
+        return Signature((patches,), ({0: FREE},), ("patches",), axes={"patches": {0: "tiles"}})

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from framefusion.export.graphs.graph_plan import FREE, Signature, meta
 from framefusion.export.graphs.layers import Linear
-from framefusion.export.graphs.tower import FREE, Tower, TowerSignature, meta
+from framefusion.export.graphs.tower import Tower
 from framefusion.export.graphs.vit import VitConfig, VitEncoder
 
 _PICTURES = 3
@@ -57,10 +58,10 @@ class LlavaTower(Tower):
             hidden = pool @ hidden
         return self.fc2(hidden).flatten(0, 1)  # type: ignore[no-any-return]
 
-    def signature(self) -> TowerSignature:
+    def signature(self) -> Signature:
         """Any number of pictures and of rows."""
         patches = self.config.num_patches
-        return TowerSignature(
+        return Signature(
             arguments=(meta(_PICTURES, patches, self.config.vit.patch_width), meta(_ROWS, patches)),
             dynamic_shapes=({0: FREE}, {0: FREE}),
             inputs=("patches", "pool"),

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from framefusion.export.graphs.graph_plan import FREE, Signature, meta
 from framefusion.export.graphs.layers import LayerNorm, Linear, weight
-from framefusion.export.graphs.tower import FREE, Tower, TowerSignature, meta
+from framefusion.export.graphs.tower import Tower
 from framefusion.export.graphs.vit import VitConfig, VitEncoder
 
 RESAMPLER_EPS = 1e-6
@@ -74,9 +75,9 @@ class MiniCpmVTower(Tower):
         rows: Tensor = self.resampler(self.encoder(patches, places), sincos)
         return rows.reshape(-1, self.width)
 
-    def signature(self) -> TowerSignature:
+    def signature(self) -> Signature:
         """Pictures and patches are free."""
-        return TowerSignature(
+        return Signature(
             arguments=(
                 meta(2, 6, self.encoder.config.patch_width),
                 meta(6, dtype=torch.int64),

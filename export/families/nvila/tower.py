@@ -26,8 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from framefusion.export.graphs.graph_plan import FREE, Signature, meta
 from framefusion.export.graphs.layers import LayerNorm, Linear
-from framefusion.export.graphs.tower import FREE, Tower, TowerSignature, meta
+from framefusion.export.graphs.tower import Tower
 from framefusion.export.graphs.vit import VitConfig, VitEncoder
 
 NORM_EPS = 1e-5
@@ -99,7 +100,7 @@ class NvilaTower(Tower):
         hidden = hidden.reshape(-1, blocks, k, blocks, k, self.width).transpose(2, 3)
         return hidden.reshape(-1, blocks * blocks, self.folded_width)
 
-    def signature(self) -> TowerSignature:
+    def signature(self) -> Signature:
         """Two groups of three frames stand for any number of either."""
         in_frame = self.config.side**2
         frames = torch.export.Dim("frames", min=1)
@@ -107,10 +108,10 @@ class NvilaTower(Tower):
         shapes = ({0: FREE, 1: in_frame * frames},)
         axes = {"patches": {0: "groups", 1: "patches"}, "tokens": {0: "tokens"}}
         if not self.config.pools:
-            return TowerSignature((patches,), shapes, ("patches",), axes=axes)
+            return Signature((patches,), shapes, ("patches",), axes=axes)
         pool = meta(2, self.config.blocks**2)
         axes |= {"pool": {0: "rows"}}
-        return TowerSignature((patches, pool), (*shapes, {0: FREE}), ("patches", "pool"), axes=axes)
+        return Signature((patches, pool), (*shapes, {0: FREE}), ("patches", "pool"), axes=axes)
 
 
 class NvilaScalesTower(NvilaTower):
@@ -127,7 +128,7 @@ class NvilaScalesTower(NvilaTower):
         places = places.reshape(groups, config.scales, -1, config.vit.width).transpose(1, 2)  # [N, T*P, S, E]
         return self.project(places).flatten(0, 1)
 
-    def signature(self) -> TowerSignature:
+    def signature(self) -> Signature:
         """Two images of five tiles, three of them of the finest scale, stand for any."""
         config = self.config
         in_tile = self.config.side**2
@@ -141,4 +142,4 @@ class NvilaScalesTower(NvilaTower):
         )
         shapes = ({0: FREE, 1: in_tile * tiles}, {1: places * finest}, {1: places * finest})
         axes = {"patches": {0: "images", 1: "patches"}, "taps": {1: "places"}, "shares": {1: "places"}}
-        return TowerSignature(arguments, shapes, ("patches", "taps", "shares"), axes=axes | {"tokens": {0: "tokens"}})
+        return Signature(arguments, shapes, ("patches", "taps", "shares"), axes=axes | {"tokens": {0: "tokens"}})

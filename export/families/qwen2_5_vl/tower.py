@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from framefusion.export.families.qwen2_vl.tower import NORM_EPS, TowerConfig
+from framefusion.export.graphs.graph_plan import FREE, Signature, meta
 from framefusion.export.graphs.layers import Linear, RMSNorm
-from framefusion.export.graphs.tower import FREE, Tower, TowerSignature, meta
+from framefusion.export.graphs.tower import Tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class Qwen25VLTower(Tower):
         self.merger_fc1 = Linear(merged, merged, bias=True)
         self.merger_fc2 = Linear(merged, config.out_width, bias=True)
 
-    def signature(self) -> TowerSignature:
+    def signature(self) -> Signature:
         """Any number of temporal grids, of patches in whole merge blocks, and of windows."""
         block = self.config.merge_size**2
         half = self.config.head_dim // 2
@@ -109,7 +110,7 @@ class Qwen25VLTower(Tower):
         blocks = torch.export.Dim("merge_blocks", min=2, max=1 << 20)
         tables = (meta(1, patches, half), meta(1, patches, half))
         places = (meta(windows, side, dtype=torch.int64), meta(20, dtype=torch.int64))
-        return TowerSignature(
+        return Signature(
             (meta(3, patches, self.config.patch_width), *tables, *places, meta(windows, 1, side * block, side * block)),
             ({0: FREE, 1: blocks * block}, {1: blocks * block}, {1: blocks * block}, {0: FREE}, {0: blocks}, {0: FREE}),
             ("patches", "cos", "sin", "units", "slots", "mask"),

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import framefusion.ops.kernels  # noqa: F401  (registers the ops)
+from framefusion.export.graphs.graph_plan import FREE, Signature, meta
 from framefusion.export.graphs.layers import LayerNorm, Linear
-from framefusion.export.graphs.tower import FREE, Tower, TowerSignature, meta
+from framefusion.export.graphs.tower import Tower
 from framefusion.export.graphs.vit import Activation, activate
 
 NORM_EPS = 1e-6
@@ -79,13 +80,13 @@ class Qwen2VLTower(Tower):
         self.merger_fc1 = Linear(merged, merged, bias=True)
         self.merger_fc2 = Linear(merged, config.out_width, bias=True)
 
-    def signature(self) -> TowerSignature:
+    def signature(self) -> Signature:
         """Any number of temporal grids, and of patches in whole merge blocks."""
         blocks = self.config.merge_size**2
         half = self.config.head_dim // 2
         patches = 20 * blocks  # unlike every other size, so that no axis looks equal to another
         axis = torch.export.Dim("merge_blocks", min=2, max=1 << 20) * blocks
-        return TowerSignature(
+        return Signature(
             (meta(3, patches, self.config.patch_width), meta(1, patches, half), meta(1, patches, half)),
             ({0: FREE, 1: axis}, {1: axis}, {1: axis}),
             ("patches", "cos", "sin"),

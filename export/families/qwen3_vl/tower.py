@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from framefusion.export.families.qwen2_vl.tower import NORM_EPS, TowerBlock, TowerConfig
+from framefusion.export.graphs.graph_plan import FREE, Signature, meta
 from framefusion.export.graphs.layers import LayerNorm, Linear, weight
-from framefusion.export.graphs.tower import FREE, Tower, TowerSignature, meta
+from framefusion.export.graphs.tower import Tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Qwen3VLTower(Tower):
         self.merger = Merger(config, norm_of_block=False)
         self.deepstack_mergers = nn.ModuleList(Merger(config, norm_of_block=True) for _ in config.deepstack_layers)
 
-    def signature(self) -> TowerSignature:
+    def signature(self) -> Signature:
         """Any number of temporal grids, and of patches in whole merge blocks."""
         block = self.config.merge_size**2
         half = self.config.head_dim // 2
@@ -70,7 +71,7 @@ class Qwen3VLTower(Tower):
         axis = torch.export.Dim("merge_blocks", min=2, max=1 << 20) * block
         inputs = ("patches", "cos", "sin", "corners", "shares")
         tables = (meta(1, patches, half), meta(1, patches, half))
-        return TowerSignature(
+        return Signature(
             (
                 meta(3, patches, self.config.patch_width),
                 *tables,

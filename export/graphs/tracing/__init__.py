@@ -1,1 +1,1 @@
-"""From a torch graph to ONNX: signatures, the trace, and how each op is said to a target."""
+"""From a torch graph to ONNX: the trace, and how each op is said to a target."""

@@ -1,7 +1,7 @@
 """From a torch module on the meta device to an ONNX graph whose weights lie in an external file. No weight is touched.
 
-The traced graph is written once and reused for every segment of its structure: `save_graph` only changes which file
-and offsets its initializers name.
+Knows a module's signature and no kind of module. A traced graph serves every segment of its structure: `save_graph`
+only changes which file and offsets its initializers name.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from framefusion.export.graphs.graph_plan import GraphModule, GraphPlan
 from framefusion.export.graphs.tracing.dialects import Dialect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from framefusion.export.checkpoints.tensors.weights import Placement
-
-Arguments = tuple[Any, ...]
 
 
 @contextmanager
@@ -51,38 +50,28 @@ class Traced(NamedTuple):
     program: torch.export.ExportedProgram
 
 
-def trace(*arguments: Any, **named: Any) -> ir.Model:
-    """The model of `trace_program`."""
-    return trace_program(*arguments, **named).model
+def trace_graph(graph: GraphPlan, dialect: Dialect) -> ir.Model:
+    """A graph of a bundle in a dialect, in its own type."""
+    return trace(graph.module(), dialect, graph.dtype).model
 
 
-def trace_program(
-    module: nn.Module,
-    arguments: Arguments,
-    dynamic_shapes: Any,
-    dialect: Dialect,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    decompositions: Mapping[Any, Any] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Traced:
+def trace(module: GraphModule, dialect: Dialect, dtype: torch.dtype = torch.float32) -> Traced:
     """Trace a module and say it in a dialect.
 
     Args:
         module: parameters on the meta device.
-        arguments: example inputs on the meta device; only shapes and types count.
-        dynamic_shapes: as torch.export takes them.
         dialect: table of the custom ops.
-        inputs: names of the graph's inputs, in the order of the flattened arguments.
-        outputs: names of the graph's outputs.
-        decompositions: custom ops to be inlined as plain torch before the translation.
-        dtype: of parameters and of all inputs that are floats; modules come in fp32.
+        dtype: of parameters and of all inputs that are floats; modules come in fp32, and this one stays as it is.
     """
-    module, arguments = _typed(module, arguments, dtype)
+    signature = module.signature()
+    module, arguments = _typed(module, signature.arguments, dtype)
     with _quiet(), torch.no_grad():
-        program = torch.export.export(module, arguments, dynamic_shapes=dynamic_shapes, strict=False)
-        if decompositions:
-            program = program.run_decompositions(dict(decompositions))
+        # 1. torch's program: `forward` with the sizes free that the signature says are
+        program = torch.export.export(module, arguments, dynamic_shapes=signature.dynamic_shapes, strict=False)
+        # 2. custom ops that no dialect has a translation for become plain torch
+        if module.decompositions:
+            program = program.run_decompositions(dict(module.decompositions))
+        # 3. the graph: the other custom ops as the dialect says them
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -93,12 +82,17 @@ def trace_program(
         )
     assert exported is not None
     assert exported.exported_program is not None
-    _rename(exported.model.graph.inputs, inputs)
-    _rename(exported.model.graph.outputs, outputs)
+    # 4. the names that runtimes bind buffers to, in place of the exporter's
+    _rename(exported.model.graph.inputs, signature.inputs)
+    _rename(exported.model.graph.outputs, signature.outputs)
+    for name, axes in signature.axes.items():
+        for axis, symbol in axes.items():
+            _set_axis(exported.model, name, axis, symbol)
+    # 5. nothing of this machine, so that equal graphs are equal files
     return Traced(_plain(exported.model), exported.exported_program)
 
 
-def _typed(module: nn.Module, arguments: Arguments, dtype: torch.dtype) -> tuple[nn.Module, Arguments]:
+def _typed(module: GraphModule, arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[GraphModule, tuple[Any, ...]]:
     """Module and example inputs in another type; the caller's module stays as it is."""
     if dtype == torch.float32:
         return module, arguments
@@ -127,6 +121,15 @@ def _plain(model: ir.Model) -> ir.Model:
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     return model
+
+
+def _set_axis(model: ir.Model, name: str, axis: int, symbol: str) -> None:
+    """Name an axis that is free where the exporter numbered its symbols; one that is fixed stays a number."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name == name and value.shape is not None and not isinstance(value.shape[axis], int):
+            dims: list[Any] = list(value.shape)
+            dims[axis] = symbol
+            value.shape = ir.Shape(dims)
 
 
 def save_graph(model: ir.Model, path: Path, weights_file: str, placements: Mapping[str, Placement]) -> None:

@@ -176,7 +176,7 @@ class InductorSegment:
     ) -> None:
         self._engine = engine
         self.outputs = outputs
-        caches = {} if cache is None else _named(cache)
+        caches = {} if cache is None else cache.named("past")
         wanted = {tensor.name for tensor in engine.inputs}
         self.inputs = {name: buffer for name, buffer in inputs.items() if name in wanted}
         self._arguments = {name: engine.tensor(buffer) for name, buffer in {**self.inputs, **caches}.items()}
@@ -208,10 +208,3 @@ class InductorSegment:
         if self._taken is None or not name.startswith("past_"):
             return argument
         return argument[:, :, : int(self._taken[int(name.rsplit("_", 1)[1])])]
-
-
-def _named(cache: SegmentCache) -> dict[str, Any]:
-    pairs = enumerate(zip(cache.keys, cache.values, strict=True))
-    return {
-        f"past_{part}_{j}": buffer for j, pair in pairs for part, buffer in zip(("key", "value"), pair, strict=True)
-    }

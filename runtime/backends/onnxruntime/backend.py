@@ -225,10 +225,10 @@ class OnnxRuntimeSegment:
         for name, array in self.outputs.items():
             self._bind(self._binding.bind_output, name, array)
         if cache is not None:
-            for j, buffers in enumerate(zip(cache.keys, cache.values, strict=True)):
-                for part, buffer in zip(("key", "value"), buffers, strict=True):
-                    self._bind(self._binding.bind_input, f"past_{part}_{j}", buffer)
-                    self._bind(self._binding.bind_output, f"present_{part}_{j}", buffer)
+            for name, buffer in cache.named("past").items():
+                self._bind(self._binding.bind_input, name, buffer)
+            for name, buffer in cache.named("present").items():
+                self._bind(self._binding.bind_output, name, buffer)
 
     def _bind(self, bind: Any, name: str, buffer: Any) -> None:
         on_host = isinstance(buffer, np.ndarray)

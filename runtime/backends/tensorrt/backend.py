@@ -243,10 +243,7 @@ def kernel_file(bundle: Bundle, kind: LibraryKind, gpu: str) -> str:
 
 def cache_buffers(prefix: str, cache: SegmentCache | None) -> dict[str, Any]:
     """The buffers of a cache under the names of an engine's inputs ("past") or outputs ("present")."""
-    if cache is None:
-        return {}
-    buffers = {f"{prefix}_key_{j}": keys for j, keys in enumerate(cache.keys)}
-    return buffers | {f"{prefix}_value_{j}": values for j, values in enumerate(cache.values)}
+    return {} if cache is None else cache.named(prefix)
 
 
 def _check(engine: Engine, tensor: Tensor, buffer: Any) -> None:

@@ -24,7 +24,7 @@ from framefusion.export.check.agreement import LIMIT, Agreement, agreement_of
 from framefusion.export.check.observation import SPARING, observe
 from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.eager.uncompiled import uncompiled_bundle
+from framefusion.export.eager.pipeline import uncompiled_bundle
 from framefusion.export.families import decoders
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan

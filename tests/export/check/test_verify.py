@@ -14,7 +14,6 @@ from framefusion.export.build import build
 from framefusion.export.check import check
 from framefusion.export.check.observation import SPARING
 from framefusion.export.check.verify import (
-    PROCESS,
     Scope,
     memory_of_check,
     memory_of_streamed,
@@ -23,6 +22,7 @@ from framefusion.export.check.verify import (
     weight_report,
 )
 from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.machine import CHECKING_PROCESS
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reduction.budget import cost_of_shares
@@ -45,7 +45,7 @@ def test_memory_of_a_check_is_that_of_fp32_weights(deep: Path) -> None:
     checkpoint = Checkpoint(deep)
     plan = BuildPlan(checkpoint, BuildOptions(dtype="float16"))
     stored = [checkpoint.nbytes(key) for key in checkpoint.files]  # fp32; the table is also the head
-    assert memory_of_check(plan) - PROCESS == pytest.approx(sum(stored) + max(stored), rel=0.02)
+    assert memory_of_check(plan) - CHECKING_PROCESS == pytest.approx(sum(stored) + max(stored), rel=0.02)
     fixed = BuildOptions(reduction="fixed", merge_shares=(0.3,), prune_layer=1, cost=0.6, max_input_len=900)
     assert memory_of_check(BuildPlan(checkpoint, fixed)) > memory_of_check(plan)
 

@@ -28,7 +28,7 @@ from framefusion.errors import (
 )
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.eager.uncompiled import eager_pipeline
+from framefusion.export.eager.pipeline import eager_pipeline
 from framefusion.export.evaluate.answering import EAGER, Condition, PipelineAnswerer, Setup, fingerprint
 from framefusion.export.evaluate.evaluation import answer_all, conditions, evaluate, render
 from framefusion.export.evaluate.questions import Question, read_questions

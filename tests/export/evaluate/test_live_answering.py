@@ -15,7 +15,7 @@ import pytest
 
 from framefusion.errors import BackendError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.eager.uncompiled import eager_pipeline
+from framefusion.export.eager.pipeline import eager_pipeline
 from framefusion.export.evaluate import live_answering
 from framefusion.export.evaluate.answering import Answer, Condition, PipelineAnswerer, Setup
 from framefusion.export.evaluate.evaluation import render

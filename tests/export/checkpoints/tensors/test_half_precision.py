@@ -92,7 +92,7 @@ def test_weights_are_written_in_the_type_asked(checkpoint: Path, tmp_path: Path,
     expected = Checkpoint(checkpoint).tensor(key).T.to(getattr(torch, dtype)).contiguous()
     assert expected.view(torch.uint8).numpy().tobytes() in written
     plan32 = BuildPlan(Checkpoint(checkpoint), BuildOptions(depth=1))
-    assert manifest.segments[-1].weight_bytes <= plan32.segment_record(plan32.segments[-1]).weight_bytes
+    assert manifest.segments[-1].weight_bytes <= plan32.segment_records[-1].weight_bytes
 
 
 # --- Graphs -----------------------------------------------------------------------------------------------------------
@@ -103,10 +103,9 @@ def test_weights_are_written_in_the_type_asked(checkpoint: Path, tmp_path: Path,
 @pytest.mark.parametrize("name", CASES)
 def test_each_op_in_float16(dialect: str, name: str) -> None:
     function, operands = CASES[name]
-    names = [f"x{i}" for i in range(len(operands))]
-    meta = tuple(operand.to("meta") for operand in operands)
-    axes = (tuple(None for _ in operands),)
-    model = trace(Call(function), meta, axes, DIALECTS[dialect], names, ["y"], dtype=torch.float16)
+    module = Call(function, operands)
+    names = module.signature().inputs
+    model = trace(module, DIALECTS[dialect], torch.float16).model
     halves = [operand.half() if operand.is_floating_point() else operand for operand in operands]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

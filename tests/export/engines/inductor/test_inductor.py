@@ -22,12 +22,12 @@ from framefusion.export.build import build
 from framefusion.export.check.check import Comparison, relative_error, tolerance_of
 from framefusion.export.check.observation import DECODED, draw_clip, observe, run
 from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.engines.compile import compile_bundle
 from framefusion.export.engines.inductor import build as inductor
-from framefusion.export.engines.inductor.graph import PLAIN, cache_attention, export, kinds_of, traceables
+from framefusion.export.engines.inductor.graph import PLAIN, cache_attention, export, flattened, kinds_of
 from framefusion.export.options import BuildOptions, EngineOptions, Resources
-from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.plan.replan import replan
+from framefusion.export.plan.build_plan import BuildPlan, replan
 from framefusion.ops.kernels import KERNELS
 from framefusion.runtime.backends.fit import examine
 from framefusion.runtime.backends.inductor.backend import InductorBackend
@@ -68,24 +68,23 @@ def plan(checkpoint: Path) -> BuildPlan:
 
 @pytest.mark.slow
 def test_a_graph_is_plain_torch_that_writes_to_its_caches_and_nothing_else(plan: BuildPlan) -> None:
-    source = traceables(plan)["segments/layer01/graph.onnx"]()
-    source.module.to_empty(device="cpu")
+    module = plan.graph("segments/layer01/graph.onnx").module().to_empty(device="cpu")
     with torch.no_grad():
-        program = export(source, torch.float32, "cpu")
+        program = export(module, torch.float32, "cpu")
     assert all(name.startswith("aten.") or "getitem" in name for name in kinds_of(program) if "sym" not in name)
     written = program.graph_signature.user_inputs_to_mutate.values()
-    caches = [i for i, name in enumerate(source.inputs) if name.startswith("past_")]
+    caches = [i for i, name in enumerate(module.signature().inputs) if name.startswith("past_")]
     assert sorted(written) == [program.graph_signature.user_inputs[i] for i in caches]
     assert program.graph_signature.buffers == ()  # constants would be weights that lie in the engine
 
 
 def test_segments_of_one_structure_are_one_graph(checkpoint: Path) -> None:
     plan = BuildPlan(Checkpoint(checkpoint), BuildOptions(cost=0.6, depth=2, max_input_len=512))
-    sources = {graph: make() for graph, make in traceables(plan).items()}
-    one, other = sources["segments/layer01/graph.onnx"], sources["segments/layer02/graph.onnx"]
-    assert one.inputs == other.inputs
-    assert [argument.shape for argument in one.arguments] == [argument.shape for argument in other.arguments]
-    assert str(one.module) == str(other.module)
+    modules = [plan.graph(f"segments/layer{layer:02d}/graph.onnx").module() for layer in (1, 2)]
+    first, second = (flattened(module.signature()) for module in modules)
+    assert first.inputs == second.inputs
+    assert [argument.shape for argument in first.arguments] == [argument.shape for argument in second.arguments]
+    assert str(modules[0]) == str(modules[1])
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------
@@ -112,9 +111,9 @@ def test_without_a_gpu_none_is_compiled_for(bundle: Path, plan: BuildPlan) -> No
 
 
 def test_weights_of_another_model_are_refused(bundle: Path, plan: BuildPlan) -> None:
-    (name, make), *_ = [item for item in traceables(plan).items() if "layer00" in item[0]]
+    graph = plan.graph("segments/layer00/graph.onnx")
     with pytest.raises(BundleError, match=r"layer01/graph.onnx has no blocks.0.*: give the checkpoint"):
-        inductor.give_weights(make().module, bundle / name.replace("layer00", "layer01"), torch.float32)
+        inductor.give_weights(graph.module(), bundle / graph.name.replace("layer00", "layer01"), torch.float32)
 
 
 def test_a_bundle_without_such_engines_says_how_to_make_them(bundle: Path) -> None:
@@ -228,7 +227,7 @@ def assert_near_eager(bundle: Bundle, checkpoint: Path, backend: InductorBackend
 def fixed_prefill(checkpoint: Path) -> tuple[torch.nn.Module, tuple[Any, ...]]:
     """The fixed-ratio model in fp32 with weights, and its arguments."""
     plan = BuildPlan(Checkpoint(checkpoint), BuildOptions(reduction="fixed", **MODES["fixed"]))
-    module, record = plan.eager_loaders()["segments/decoder/graph.onnx"](), plan.fixed
+    module, record = eager_loaders(plan)["segments/decoder/graph.onnx"](), plan.fixed
     assert record is not None
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     size, config = record.max_text + record.max_visual, plan.config

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from framefusion.export.graphs.decoder import DecoderConfig, Segment
-from framefusion.export.graphs.segments import SegmentPlan, cut_after_attentions
+from framefusion.export.graphs.segments import SegmentPlan, cut_after_attentions, segment_module
 from framefusion.export.graphs.tracing.dialects import DIALECTS
-from framefusion.export.graphs.tracing.signatures import trace_segment
+from framefusion.export.graphs.tracing.trace import trace
 from tests.conftest import made_once
 
 TINY = DecoderConfig(
@@ -41,7 +41,8 @@ def write_segment(
     dialect: str = "portable",
 ) -> Path:  # fmt: skip
     """A segment's graph over weights.bin, both beside each other."""
-    return write_graph(path, trace_segment(config, plan, DIALECTS[dialect], dtype), segment(config, plan), dtype)
+    model = trace(segment_module(config, plan), DIALECTS[dialect], dtype).model
+    return write_graph(path, model, segment(config, plan), dtype)
 
 
 def write_graph(path: Path, model: ir.Model, module: nn.Module, dtype: torch.dtype) -> Path:

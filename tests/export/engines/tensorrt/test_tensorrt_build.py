@@ -18,7 +18,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.engines.builder import EngineSpec
 from framefusion.export.engines.tensorrt.build import build_engine, estimate_memory
 from framefusion.export.engines.tensorrt.profiles import CODE_BYTES, graph_axes, weight_bytes
-from framefusion.export.graphs.tracing.signatures import trace_fixed_prefill
+from framefusion.export.graphs.tracing.trace import trace
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.format.engine_record import ProfileRecord
@@ -196,8 +196,8 @@ def test_the_fixed_reduction_is_inside_one_engine(name: str, checkpoint: Path, t
     source, options = FIXED[name]
     plan = BuildPlan(Checkpoint(checkpoint if source == "checkpoint" else TRAINED), options)
     assert plan.fixed is not None
-    module = plan.fixed_module()
-    model = trace_fixed_prefill(module, plan.dialect, torch.float16)
+    module = plan.graph(plan.segment_records[0].prefill).module()
+    model = trace(module, plan.dialect, torch.float16).model
     graph = write_graph(tmp_path / "graph.onnx", model, module.to_empty(device="cpu"), torch.float16)
     length = plan.fixed.max_text + plan.fixed.max_visual
     capacities = tuple(size + 16 for size in plan.fixed.lengths)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import framefusion.ops.kernels  # noqa: F401
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.graphs.segments import cut_after_attentions, whole_decoder
+from framefusion.export.eager.pipeline import eager_loaders
+from framefusion.export.graphs.graph_plan import GraphModule, Signature
+from framefusion.export.graphs.segments import cut_after_attentions, segment_module, whole_decoder
 from framefusion.export.graphs.tracing.dialects import DIALECTS
-from framefusion.export.graphs.tracing.signatures import segment_module, trace_fixed_prefill
-from framefusion.export.graphs.tracing.trace import trace
+from framefusion.export.graphs.tracing.trace import trace, trace_graph
 from framefusion.export.plan.build_plan import BuildOptions, BuildPlan
 from framefusion.reduction.budget import schedule_for_cost
 from framefusion.reduction.policy import FixedReduction
@@ -33,22 +34,28 @@ TRAINED = ROOT / "tests" / "models" / "tiny_qwen2_vl"  # its positions reach far
 FORBIDDEN = {"TopK", "NonZero", "Unique", "Loop", "If"}
 
 
-class Call(nn.Module):
-    """One op as a module."""
+class Call(GraphModule):
+    """One op as a graph of its operands x0, x1, ... and results y0, y1, ..."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], operands: Sequence[Tensor], outputs: int = 1) -> None:
         super().__init__()
         self.function = function
+        self.operands = tuple(operand.to("meta") for operand in operands)
+        self.outputs = outputs
 
     def forward(self, *operands: Tensor) -> Any:
         return self.function(*operands)
 
+    def signature(self) -> Signature:
+        inputs = tuple(f"x{i}" for i in range(len(self.operands)))
+        outputs = tuple(f"y{i}" for i in range(self.outputs))
+        return Signature(self.operands, (tuple(None for _ in inputs),), inputs, outputs)
+
 
 def run(dialect: str, function: Callable[..., Any], operands: Sequence[Tensor], outputs: int) -> list[np.ndarray]:
-    meta = tuple(operand.to("meta") for operand in operands)
-    names = [f"x{i}" for i in range(len(operands))]
-    axes = (tuple(None for _ in operands),)
-    model = trace(Call(function), meta, axes, DIALECTS[dialect], names, [f"y{i}" for i in range(outputs)])
+    module = Call(function, operands, outputs)
+    names = module.signature().inputs
+    model = trace(module, DIALECTS[dialect]).model
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
@@ -162,7 +169,7 @@ def test_the_fixed_graph_keeps_what_the_policy_keeps(checkpoint: Path) -> None:
     assert plan.reduction.schedule is not None
     config = plan.config
     labels = np.concatenate([np.full(5, -1), np.tile(np.arange(8), 9), np.full(6, -1)])
-    fixed = plan.eager_loaders()[plan.segment_record(plan.segments[0]).graph]()
+    fixed = eager_loaders(plan)[plan.segment_records[0].prefill]()
     size, text = 128, len(labels)
     hidden, table = draw(1, size, config.hidden_size), draw(1, size, config.head_dim // 2)
     twin = FixedReduction(plan.reduction.schedule, labels)
@@ -219,7 +226,7 @@ def test_the_fixed_graph_stays_within_the_limits_of_engines(dialect: str) -> Non
         max_frames=128, dialect=dialect, num_decoder_layer=3,
     )  # fmt: skip
     plan = BuildPlan(Checkpoint(TRAINED), options)
-    model = trace_fixed_prefill(plan.fixed_module(), plan.dialect)
+    model = trace_graph(plan.graph(plan.segment_records[0].prefill), plan.dialect)
     nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
     assert {node.op_type for node in nodes} & FORBIDDEN == set()
     scatters = [node for node in nodes if node.op_type.startswith("Scatter")]
