@@ -1,18 +1,20 @@
-"""The flags of a build, as click takes them: one for each field of BuildOptions. No torch here.
+"""The flags of ff-export, as click takes them. No torch here.
 
-A flag that is not given leaves the field to that class; the default told is its own, or says whose it is.
+A build has one for each field of BuildOptions, made by `_field` of the field's name and default. A flag that is not
+given leaves the field to that class.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import click
 
-from framefusion.export.options import LIVE
+from framefusion.export.options import CACHE_LIMIT, LIVE, BuildOptions, Device, DType
 from framefusion.runtime.backends.table import engine_kinds
 from framefusion.runtime.commands.flags import MOST_THREADS
 
@@ -23,7 +25,9 @@ else:
 
 Item = TypeVar("Item", int, float, str)
 Command = TypeVar("Command", bound=Callable[..., Any])
+GIGA = 10**9
 FILE = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 JOBS = click.IntRange(min=1, max=MOST_THREADS)
 LAYER = click.IntRange(min=0)
@@ -46,7 +50,7 @@ OF_CHECKPOINT = "the checkpoint's"
 
 
 class CommaList(ParamType, Generic[Item]):
-    """Numbers or words with commas between them."""
+    """Numbers or texts with commas between them."""
 
     def __init__(self, kind: type[Item]) -> None:
         self.kind: type[Item] = kind
@@ -61,67 +65,79 @@ class CommaList(ParamType, Generic[Item]):
 
 
 def _flag(name: str, kind: Any, text: str, default: str | None = None) -> Callable[[Command], Command]:
-    """An option without a default of its own; `default` is only told."""
+    """An option without a default of its own; the help says `default`, which is where the value comes from then."""
     return click.option(name, type=kind, help=text if default is None else f"{text[:-1]}; default: {default}.")
 
 
-DTYPES = ("float32", "float16", "bfloat16")
-DEVICES = ("cpu", "cuda")
-BACKEND = _flag(
-    "--backend",
+_DEFAULTS = {field.name: field.default for field in fields(BuildOptions)}
+
+
+def _field(name: str, kind: Any, text: str, default: str | None = None) -> Callable[[Command], Command]:
+    """The option of a field of BuildOptions: flag and default are the field's.
+
+    Args:
+        name: of the field; the flag is `--name`, with hyphens.
+        kind: how click reads it.
+        text: a sentence for the help.
+        default: where the value comes from without the flag, as the help says it: alone where the field has None,
+            behind the field's own default where a backend has another one.
+    """
+    value = _DEFAULTS[name]
+    parts = [str(value)] if value is not None else []
+    parts += [default] if default is not None else []
+    return _flag(f"--{name.replace('_', '-')}", kind, text, "; ".join(parts) or None)
+
+
+BACKEND = _field(
+    "backend",
     click.Choice(engine_kinds()),
     "Compile engines of this kind, too.",
     "none, ONNX Runtime runs the graphs",
 )
 TARGETS = (
-    _flag(
-        "--target-sm", CommaList(str), "Compute capabilities of the GPUs: 86,89,120.", "all that the library builds for"
+    _field(
+        "target_sm", CommaList(str), "Compute capabilities of the GPUs: 86,89,120.", "all that the library builds for"
     ),
-    _flag("--device", click.Choice(DEVICES), "What inductor compiles for, on a machine that has it.", "cpu"),
+    _field("device", click.Choice(get_args(Device)), "What inductor compiles for, on a machine that has it."),
     click.option("--engines-only", is_flag=True, help="Leave out the graphs and weights that engines stand for."),
 )
 ENGINE_RESOURCES = (
     _flag("--jobs", JOBS, "Engines compiled at once.", "one for two cores, as far as memory allows"),
-    _flag("--engine-cache", click.Path(path_type=Path), "Where engines are kept for other builds.", "the user's cache"),
-    _flag("--engine-cache-limit", FINITE, "Gigabytes of engines that are kept.", "64"),
+    _flag("--engine-cache", FOLDER, "Where engines are kept for other builds.", "the user's cache"),
+    _flag("--engine-cache-limit", FINITE, "Gigabytes of engines that are kept.", f"{CACHE_LIMIT / GIGA:g}"),
 )
 BUILD_OPTIONS = (
-    _flag("--reduction", click.Choice(("none", "fixed", "adaptive")), "Where tokens are dropped.", "adaptive"),
-    _flag("--reducer", str, "What drops tokens (adaptive): a name that `ff-run reducers` lists.", "framefusion"),
-    _flag("--cost", float, "Share of the computation over visual tokens that is kept, in (0, 1].", "0.3"),
-    _flag("--similarity-lower-bound", float, "Tokens at least this alike merge (adaptive).", OF_FAMILY),
-    _flag("--ratio-lower-bound", float, "Merging ends when a smaller share merges (adaptive).", "0.1"),
-    _flag("--depth", LAYER, "Deepest layer a reduction may follow (adaptive).", "7"),
-    _flag("--merge-shares", CommaList(float), "Share merged at calls 0, 1, ... (fixed)."),
-    _flag("--prune-layer", LAYER, "Layer the prune follows (fixed)."),
-    _flag(
-        "--dialect",
-        str,
-        "How the graphs say attention: gqa (ONNX Runtime) or portable.",
-        "gqa; with --backend portable",
-    ),
-    _flag("--buckets", CommaList(int), "Sizes of a prefill; the gqa dialect needs none."),
-    _flag("--max-input-len", COUNT, "Longest prompt in tokens.", "8192, or what the LLM was trained for"),
-    _flag("--max-kv-cache-capacity", COUNT, "Longest prompt and answer together.", "1024 beyond the prompt"),
-    _flag("--max-text-len", COUNT, "Longest text of a prompt (fixed).", "512"),
-    _flag("--dtype", click.Choice(DTYPES), "Of weights, activations and caches.", "float32; with --backend float16"),
-    _flag("--num-decoder-layer", COUNT, "Take only the first layers, for a smoke test.", "all"),
-    _flag("--fps", POSITIVE, "Frames sampled from a second of film.", OF_CHECKPOINT),
-    _flag("--max-frames", COUNT, "Most frames sampled.", OF_CHECKPOINT),
-    _flag("--min-pixels", COUNT, "Smallest frame.", OF_CHECKPOINT),
-    _flag("--max-pixels", COUNT, "Largest frame.", OF_CHECKPOINT),
-    _flag(
-        "--mm-spatial-pool-mode",
+    _field("reduction", click.Choice(("none", "fixed", "adaptive")), "Where tokens are dropped."),
+    _field("reducer", str, "What drops tokens (adaptive): a name that `ff-run reducers` lists."),
+    _field("cost", float, "Share of the computation over visual tokens that is kept, in (0, 1]."),
+    _field("similarity_lower_bound", float, "Tokens at least this alike merge (adaptive).", OF_FAMILY),
+    _field("ratio_lower_bound", float, "Merging ends when a smaller share merges (adaptive)."),
+    _field("depth", LAYER, "Deepest layer a reduction may follow (adaptive).", "7"),
+    _field("merge_shares", CommaList(float), "Share merged at calls 0, 1, ... (fixed)."),
+    _field("prune_layer", LAYER, "Layer the prune follows (fixed)."),
+    _field("dialect", str, "How the graphs say attention: gqa (ONNX Runtime) or portable.", "with --backend portable"),
+    _field("buckets", CommaList(int), "Sizes of a prefill; the gqa dialect needs none."),
+    _field("max_input_len", COUNT, "Longest prompt in tokens.", "8192, or what the LLM was trained for"),
+    _field("max_kv_cache_capacity", COUNT, "Longest prompt and answer together.", "1024 beyond the prompt"),
+    _field("max_text_len", COUNT, "Longest text of a prompt (fixed)."),
+    _field("dtype", click.Choice(get_args(DType)), "Of weights, activations and caches.", "with --backend float16"),
+    _field("num_decoder_layer", COUNT, "Take only the first layers, for a smoke test.", "all"),
+    _field("fps", POSITIVE, "Frames sampled from a second of film.", OF_CHECKPOINT),
+    _field("max_frames", COUNT, "Most frames sampled.", OF_CHECKPOINT),
+    _field("min_pixels", COUNT, "Smallest frame.", OF_CHECKPOINT),
+    _field("max_pixels", COUNT, "Largest frame.", OF_CHECKPOINT),
+    _field(
+        "mm_spatial_pool_mode",
         click.Choice(("bilinear", "average")),
         "Pooling of a frame's patches (LLaVA).",
         OF_CHECKPOINT,
     ),
-    _flag("--max-slice-nums", COUNT, "Most slices of a frame (MiniCPM-V).", OF_FAMILY),
-    _flag("--max-tiles", COUNT, "Most tiles of an image.", OF_FAMILY),
-    _flag("--frame-label", str, "Text before each frame, {} its number (InternVL).", OF_CHECKPOINT),
-    _flag("--total-pixels", COUNT, "Most pixels of all frames together (Qwen2-VL, Qwen2.5-VL).", OF_CHECKPOINT),
-    _flag(
-        "--resize-rounding",
+    _field("max_slice_nums", COUNT, "Most slices of a frame (MiniCPM-V).", OF_FAMILY),
+    _field("max_tiles", COUNT, "Most tiles of an image.", OF_FAMILY),
+    _field("frame_label", str, "Text before each frame, {} its number (InternVL).", OF_CHECKPOINT),
+    _field("total_pixels", COUNT, "Most pixels of all frames together (Qwen2-VL, Qwen2.5-VL).", OF_CHECKPOINT),
+    _field(
+        "resize_rounding",
         click.Choice(("twice", "once")),
         "To whole levels, after each direction or at the end (Qwen-VL).",
         "twice",

@@ -23,7 +23,7 @@ DEVICE = "cpu"
 
 
 class FrameFusionExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum brings no types
-    """The command as optimum wants it."""
+    """`ff-export build` as a command of optimum-cli."""
 
     COMMAND = CommandInfo(name="framefusion", help="Export a video LVLM with token reduction inside its LLM.")
 
@@ -57,16 +57,17 @@ def build_options() -> Iterator[click.Option]:
 
 
 def command_line(given: Namespace) -> list[str]:
-    """What was given, as arguments of `ff-export`."""
-    words = ["build", given.model, "-o", given.output]
+    """Optimum's namespace of flags as arguments of `ff-export`."""
+    arguments = ["build", given.model, "-o", given.output]
     for option in build_options():
         value = getattr(given, str(option.name))
         name = option.opts[0]
         if option.is_flag:
-            words += [name] if value else []
+            arguments += [name] if value else []
         elif value is not None:
-            words += [f"{name}={one}" for one in (value if option.multiple else [value])]
-    return words
+            values = value if option.multiple else [value]
+            arguments += [f"{name}={item}" for item in values]
+    return arguments
 
 
 def _kind(option: click.Option) -> dict[str, Any]:

@@ -15,14 +15,20 @@ from typing import Any
 from framefusion.console.messages import in_bytes
 from framefusion.export.checkpoints.origin.source import license_files
 from framefusion.export.options import BuildOptions
-from framefusion.export.report.inspection import base_model, bytes_of_files, compared_words, licence, reduction_facts
+from framefusion.export.report.inspection import (
+    base_model,
+    bytes_of_files,
+    comparison_summary,
+    licence,
+    reduction_facts,
+)
 from framefusion.reducers import DEFAULT
 from framefusion.runtime.format.manifest import Manifest, SourceRecord
 from framefusion.runtime.format.manifest_file import MANIFEST
 
 CARD = "README.md"
 LIBRARY = "framefusion-aot"
-TASK = "video-text-to-text"  # the hub's word for what a video LVLM does
+TASK = "video-text-to-text"  # the hub's name for what a video LVLM does
 TAGS = ("framefusion", "token-reduction", "video", "onnx")
 
 
@@ -36,7 +42,7 @@ def write_card(folder: Path, manifest: Manifest, checkpoint: Path) -> list[str]:
 
 
 def card(manifest: Manifest) -> str:
-    """The text of the card.
+    """The text of the card, as Markdown with YAML at its head.
 
     Args:
         manifest: with its source, its files (the card left out) and the result of its check.
@@ -45,13 +51,13 @@ def card(manifest: Manifest) -> str:
     title = f"# {source.name.split('/')[-1]} with FrameFusion"
     blocks = [f"---\n{front_matter(manifest)}\n---\n\n{title}", _introduction(manifest, source)]
     sections = {
-        "Made of": _made_of(manifest, source),
+        "Made of": _origin(manifest, source),
         "Token reduction": _reduction(manifest),
         "Checked": _checked(manifest.check),
         "Limits": _limits(manifest),
         "Sizes": _sizes(manifest),
         "Run it": f"With {LIBRARY} installed, in this folder:\n\n```shell\n{_run_command(manifest)}\n```",
-        "Made with": _made_with(manifest, source),
+        "Made with": _build_facts(manifest, source),
     }
     blocks += [f"## {heading}\n\n{text}" for heading, text in sections.items()]
     return "\n\n".join(blocks) + "\n"
@@ -88,7 +94,7 @@ def _introduction(manifest: Manifest, source: SourceRecord) -> str:
     )
 
 
-def _made_of(manifest: Manifest, source: SourceRecord) -> str:
+def _origin(manifest: Manifest, source: SourceRecord) -> str:
     model = manifest.model
     rows = [
         ("base model", base_model(source)),
@@ -124,8 +130,8 @@ def _reduction(manifest: Manifest) -> str:
 def _checked(check: Mapping[str, Any]) -> str:
     if not check:
         return "**Not checked**: the build was told to leave the comparison with the eager model and transformers out."
-    words = compared_words(check)
-    blocks = [f"**{words}.**" if words.startswith("NOT") else f"{words[:1].upper()}{words[1:]}."]
+    summary = comparison_summary(check)
+    blocks = [f"**{summary}.**" if summary.startswith("NOT") else f"{summary[:1].upper()}{summary[1:]}."]
     if check.get("why"):
         blocks.append(f"The bundle itself was not run: {check['why']}.")
     if "prompt_tokens" in check:
@@ -171,23 +177,23 @@ def _run_command(manifest: Manifest) -> str:
     return f'ff-run generate . --video clip.mp4 --prompt "What happens in this video?"{cost}'
 
 
-def _made_with(manifest: Manifest, source: SourceRecord) -> str:
+def _build_facts(manifest: Manifest, source: SourceRecord) -> str:
     rows = [("dialect", manifest.dialect), *manifest.tools.items()]
     return f"```shell\n{_build_command(manifest, source)}\n```\n\n{_table(('', ''), rows)}"
 
 
 def _build_command(manifest: Manifest, source: SourceRecord) -> str:
-    """What was asked, as `ff-export build` takes it; what has its default is left out."""
-    words = ["ff-export build", source.name, "-o bundle"]
+    """The options of the build as `ff-export build` takes them; those with their defaults are left out."""
+    arguments = ["ff-export build", source.name, "-o bundle"]
     if source.commit is not None:
-        words.append(f"--revision {source.commit}")
+        arguments.append(f"--revision {source.commit}")
     for field in fields(BuildOptions):
         value = manifest.options.get(field.name, field.default)
         value = tuple(value) if isinstance(value, list) else value
         if value != field.default:
-            told = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            words.append(f"--{field.name.replace('_', '-')} {told}")
-    return " ".join(words)
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            arguments.append(f"--{field.name.replace('_', '-')} {text}")
+    return " ".join(arguments)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

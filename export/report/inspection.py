@@ -9,15 +9,15 @@ from typing import Any
 
 from framefusion.console.messages import in_bytes, table
 from framefusion.errors import BundleError, PromptError
-from framefusion.export.commands.signing import integrity_facts, render_integrity
 from framefusion.export.engines.inspection import engine_block, engine_facts
+from framefusion.export.report.integrity import integrity_facts, render_integrity
 from framefusion.reducers import DEFAULT
 from framefusion.reduction.budget import describe_cost
 from framefusion.runtime.format.manifest import UNKNOWN_LICENSE, FileRecord, Manifest, SourceRecord
 from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest
 from framefusion.runtime.memory import MemoryPlan, expected_lengths, memory_plan
 
-TEXT = 64  # tokens of text taken for granted where only the length of a prompt is asked
+TEXT = 64  # tokens of text in a prompt of which only the length is given
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,23 @@ class PromptSize:
     cost: float | None = None
 
 
-def report(folder: Path, question: PromptSize) -> dict[str, Any]:
-    """All facts as plain values.
+def report(folder: Path, prompt: PromptSize) -> dict[str, Any]:
+    """All facts of a bundle as plain values.
+
+    Args:
+        folder: the bundle.
+        prompt: that lengths and memory are worked out for.
 
     Raises:
-        BundleError, PromptError, BudgetError: no bundle, or the prompt asked for does not fit it.
+        BundleError: there is no bundle, or its manifest is not what a build writes.
+        PromptError, BudgetError: the prompt does not fit it, or its cost cannot be met.
     """
     manifest = read_manifest(folder)
-    tokens, visual = _prompt(manifest, question)
-    lengths = expected_lengths(manifest, tokens, visual, question.cost)
+    tokens, visual = _lengths(manifest, prompt)
+    lengths = expected_lengths(manifest, tokens, visual, prompt.cost)
     plans = {
-        "worst": memory_plan(manifest, tokens, visual, question.max_new_tokens),
-        "expected": memory_plan(manifest, tokens, visual, question.max_new_tokens, lengths=lengths),
+        "worst": memory_plan(manifest, tokens, visual, prompt.max_new_tokens),
+        "expected": memory_plan(manifest, tokens, visual, prompt.max_new_tokens, lengths=lengths),
     }
     return {
         "bundle": str(folder),
@@ -50,8 +55,8 @@ def report(folder: Path, question: PromptSize) -> dict[str, Any]:
         "model": asdict(manifest.model),
         "dialect": manifest.dialect,
         "limits": asdict(manifest.limits),
-        "reduction": reduction_facts(manifest, question.cost),
-        "prompt": {"input_len": tokens, "visual_len": visual, "max_new_tokens": question.max_new_tokens},
+        "reduction": reduction_facts(manifest, prompt.cost),
+        "prompt": {"input_len": tokens, "visual_len": visual, "max_new_tokens": prompt.max_new_tokens},
         "segments": _segments(manifest, plans),
         "buckets": padding(manifest.segments[0].buckets or ()),
         "fixed": None if manifest.fixed is None else asdict(manifest.fixed),
@@ -125,10 +130,11 @@ def licence(source: SourceRecord) -> str:
     return (source.license_name or source.license) + (f" ({source.license_link})" if source.license_link else "")
 
 
-def _prompt(manifest: Manifest, question: PromptSize) -> tuple[int, int]:
+def _lengths(manifest: Manifest, prompt: PromptSize) -> tuple[int, int]:
+    """Tokens of a prompt, and visual ones among them."""
     longest = manifest.limits.max_input_len
-    tokens = question.input_len or longest
-    visual = max(tokens - TEXT, 0) if question.visual_len is None else question.visual_len
+    tokens = prompt.input_len or longest
+    visual = max(tokens - TEXT, 0) if prompt.visual_len is None else prompt.visual_len
     if tokens > longest:
         raise PromptError(f"--input-len {tokens} is beyond the bundle's longest input {longest}: ask for less")
     if visual > tokens:
@@ -267,8 +273,8 @@ def _memory_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _check_table(check: Mapping[str, Any] | None) -> str:
     if check is None:
-        return compared_words(check)
-    return f"checked against {check['reference']}\n{comparison(check)}\n{compared_words(check)}"
+        return comparison_summary(check)
+    return f"checked against {check['reference']}\n{comparison(check)}\n{comparison_summary(check)}"
 
 
 def comparison(check: Mapping[str, Any]) -> str:
@@ -278,7 +284,13 @@ def comparison(check: Mapping[str, Any]) -> str:
     return "\n".join([*why, table(("compared", "error", "limit"), rows), *check.get("notes", ())])
 
 
-def compared_words(check: Mapping[str, Any] | None) -> str:
+def render_comparison(check: Mapping[str, Any]) -> str:
+    """A check as it is printed behind a build: verdict, table, and what the bundle was compared with."""
+    verdict = "passed" if check["passed"] else "FAILED"
+    return f"check {verdict}, reference: {check['reference']}\n{comparison(check)}\n{comparison_summary(check)}"
+
+
+def comparison_summary(check: Mapping[str, Any] | None) -> str:
     """One line: what a bundle was compared with, and loudly that it was not."""
     if not check:
         return "NOT CHECKED: compared neither with the eager model nor with transformers"

@@ -2,7 +2,7 @@
 
 The digest holds the hash of every file, so a signature speaks for the whole bundle. Keys are as ssh-keygen and openssl
 write them: lines of `ssh-ed25519 AAAA... comment`, as in authorized_keys, or PEM blocks of a public key. Only a
-comparison of a signature needs the cryptography package; making one is in export/commands/signing.py.
+comparison of a signature needs the cryptography package; making one is in export/writing/signing.py.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from framefusion.export.eager.pipeline import uncompiled_bundle
 from framefusion.export.families import decoders
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.report.inspection import compared_words
+from framefusion.export.report.inspection import comparison_summary
 from tests.families import CASES
 from tests.families.case import FamilyCase
 from tests.random_checkpoint import random_checkpoint
@@ -62,7 +62,7 @@ def test_every_family_is_compared_a_layer_at_a_time(case: FamilyCase, tmp_path: 
     assert facts["answer_tokens"] <= 1  # less where a random model's answer is a token of pictures
     assert facts["stand_in"] == plan.family.stand_in
     whole = f"all {plan.config.num_layers} layers"
-    line = compared_words({"transformers": facts})
+    line = comparison_summary({"transformers": facts})
     assert line.startswith(f"compared with transformers {facts['version']}'s {facts['classes'][0]}")
     assert whole in line
     assert ("NOT compared: " in line) == bool(plan.family.stand_in)
@@ -73,15 +73,15 @@ def test_what_was_not_compared_is_said_first_and_loudly() -> None:
         "compared": True, "version": "5.24.0", "classes": ["A", "B"], "layers": 28, "of_layers": 28,
         "errors": {"logits": 1e-6, "rows": 2e-6}, "stand_in": "",
     }  # fmt: skip
-    said = compared_words({"transformers": facts})
+    said = comparison_summary({"transformers": facts})
     assert said == "compared with transformers 5.24.0's A and B, all 28 layers: largest error 2e-06"
-    said = compared_words({"transformers": facts | {"stand_in": "projector (x)"}})
+    said = comparison_summary({"transformers": facts | {"stand_in": "projector (x)"}})
     assert said.endswith("; NOT compared: projector (x)")
-    assert "ONLY the first 4 of 28 layers" in compared_words({"transformers": facts | {"layers": 4}})
+    assert "ONLY the first 4 of 28 layers" in comparison_summary({"transformers": facts | {"layers": 4}})
     short = {"compared": False, "why": "it needs 9 GB of memory"}
-    assert compared_words({"transformers": short}) == "NOT COMPARED WITH TRANSFORMERS: it needs 9 GB of memory"
-    assert compared_words({}).startswith("NOT CHECKED")
-    assert compared_words({"lines": []}).startswith("NOT COMPARED WITH TRANSFORMERS")
+    assert comparison_summary({"transformers": short}) == "NOT COMPARED WITH TRANSFORMERS: it needs 9 GB of memory"
+    assert comparison_summary({}).startswith("NOT CHECKED")
+    assert comparison_summary({"lines": []}).startswith("NOT COMPARED WITH TRANSFORMERS")
 
 
 def qwen(folder: Path, **how: Any) -> Path:
@@ -213,7 +213,7 @@ def test_the_first_layers_are_compared_with_the_first_layers(tmp_path: Path) -> 
     found = agreement(plan, tmp_path / "bundle")
     assert failing(found) == []
     assert (found.facts["layers"], found.facts["of_layers"]) == (3, 5)
-    assert "ONLY the first 3 of 5 layers" in compared_words({"transformers": found.facts})
+    assert "ONLY the first 3 of 5 layers" in comparison_summary({"transformers": found.facts})
 
 
 @pytest.mark.slow
@@ -265,4 +265,4 @@ def test_a_bundle_larger_than_memory_is_run_whole(tmp_path: Path, monkeypatch: p
     assert {"vision features", "dense logits", "reduced logits", "dense logits against transformers"} <= set(said)
     assert said["logits against transformers"]["limit"] == LIMIT < said["dense logits"]["limit"]
     assert report["transformers"]["layers"] == 7
-    assert compared_words(report).startswith("compared with transformers")
+    assert comparison_summary(report).startswith("compared with transformers")

@@ -1,17 +1,13 @@
-"""Signing a bundle with an ed25519 key, so that a fleet runs only what its CI made: `ff-export sign`.
+"""A signature of a bundle by an ed25519 key, so that a fleet runs only what its CI made.
 
 Keys are those of ssh-keygen and openssl. What is signed, and how it is compared, is in runtime/trust/signatures.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import click
-
-from framefusion.console import messages as console
 from framefusion.errors import BackendError, BundleError, StorageError, TrustError
 from framefusion.runtime.format.bundle_files import read_small, verify_files
 from framefusion.runtime.format.manifest_file import read_manifest_file
@@ -20,31 +16,15 @@ from framefusion.runtime.trust.signatures import (
     SIGNATURES,
     SIGNING,
     Signature,
-    fingerprint,
-    is_valid,
     message,
     read_signatures,
     write_signatures,
 )
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 _KEY_BYTES = 1 << 14
-
-
-@click.command(name="sign")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--key", required=True, type=click.Path(path_type=Path), help="Private ed25519 key, without a passphrase."
-)
-@console.json_option
-def sign_command(bundle: Path, key: Path) -> None:
-    """Sign BUNDLE, all of its files hashed afresh.
-
-    The key is one of ssh-keygen -t ed25519, or of openssl genpkey -algorithm ed25519. ff-run --trusted-keys runs what
-    its public part signed.
-    """
-    signature = sign_bundle(bundle, key)
-    report = {"bundle": str(bundle), "digest": signature.digest, "key": fingerprint(signature.key)}
-    console.show(report, lambda told: f"{told['bundle']}: manifest {told['digest']}, signed by {told['key']}")
 
 
 def sign_bundle(folder: Path, key: Path) -> Signature:
@@ -65,17 +45,19 @@ def sign_bundle(folder: Path, key: Path) -> Signature:
     verify_files(folder, manifest.files, trust_stamps=False)
     public: bytes = private.public_key().public_bytes_raw()
     signature = Signature(public, digest, private.sign(message(digest)))
-    others = [one for one in read_signatures(folder) if one.digest == digest and one.key != public]
-    if len(others) >= MOST_SIGNATURES:
-        raise BundleError(f"{folder} has {len(others)} signatures, the limit is {MOST_SIGNATURES}: remove {SIGNATURES}")
+    earlier = [entry for entry in read_signatures(folder) if entry.digest == digest and entry.key != public]
+    if len(earlier) >= MOST_SIGNATURES:
+        raise BundleError(
+            f"{folder} has {len(earlier)} signatures, the limit is {MOST_SIGNATURES}: remove {SIGNATURES}"
+        )
     try:
-        write_signatures(folder, [*others, signature])
+        write_signatures(folder, [*earlier, signature])
     except OSError as error:
         raise StorageError(f"{folder / SIGNATURES} cannot be written ({error.strerror}): make room") from None
     return signature
 
 
-def _private_key(path: Path) -> Any:
+def _private_key(path: Path) -> Ed25519PrivateKey:
     try:
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -101,36 +83,3 @@ def _private_key(path: Path) -> Any:
     if not isinstance(private, Ed25519PrivateKey):
         raise TrustError(f"{path} is no ed25519 key: make one with ssh-keygen -t ed25519 -N '' -f KEY")
     return private
-
-
-def integrity_facts(folder: Path, trusted: Sequence[bytes] = ()) -> dict[str, Any]:
-    """The digest of a manifest and what is known of each signature, as plain values.
-
-    A signature is "valid", "invalid", "of another manifest", or "not compared" where cryptography is not installed.
-    """
-    _, digest, sealed = read_manifest_file(folder)
-    rows = [
-        {"key": fingerprint(one.key), "state": _state(one, digest), "trusted": one.key in trusted}
-        for one in read_signatures(folder)
-    ]
-    return {"digest": digest, "sealed": sealed, "signatures": rows}
-
-
-def _state(signature: Signature, digest: str) -> str:
-    if signature.digest != digest:
-        return "of another manifest"
-    try:
-        return "valid" if is_valid(signature) else "invalid"
-    except BackendError:
-        return f"not compared: {SIGNING}"
-
-
-def render_integrity(facts: Mapping[str, Any]) -> list[str]:
-    """The same as lines."""
-    holds = "" if facts["sealed"] else "; the manifest is of an older package and does not hold it"
-    lines = [f"manifest: {facts['digest']}{holds}"]
-    lines += [
-        f"signature: {row['key']}, {row['state']}" + (", trusted" if row["trusted"] else "")
-        for row in facts["signatures"]
-    ]
-    return lines if facts["signatures"] else [*lines, "signature: none"]

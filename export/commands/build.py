@@ -1,0 +1,239 @@
+"""The commands that make something: `build` a bundle, `plan` one, `compile` the engines of one.
+
+Builds library objects of the flags and prints reports. torch is imported by what runs, never for a help text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from framefusion.console import messages as console
+from framefusion.console.progress import in_time, progress_lines
+from framefusion.errors import BackendError, BudgetError
+from framefusion.export.commands.flags import (
+    BACKEND,
+    BUNDLE_REVISION,
+    CHECKPOINT_REVISION,
+    ENGINE_RESOURCES,
+    FOLDER,
+    GIGA,
+    TARGETS,
+    TOLERANCE,
+    build_options,
+    options_of,
+)
+
+if TYPE_CHECKING:
+    from framefusion.export.build import Built
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+    from framefusion.export.options import BuildOptions, Resources
+    from framefusion.export.plan.build_plan import BuildPlan
+    from framefusion.runtime.format.manifest import Manifest
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+
+@click.command(name="build")
+@click.argument("checkpoint")
+@click.option("-o", "--output", required=True, type=FOLDER, help="Folder of the bundle.")
+@CHECKPOINT_REVISION
+@build_options
+@options_of(*ENGINE_RESOURCES)
+@click.option("--calibrate", "clips", multiple=True, type=FOLDER, help="Film to set the fixed schedule by; repeatable.")
+@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
+@click.option("--no-check", is_flag=True, help="Do not compare the bundle with the eager model.")
+@TOLERANCE
+@console.json_option
+def build_command(
+    checkpoint: str,
+    output: Path,
+    revision: str | None,
+    clips: tuple[Path, ...],
+    force: bool,
+    no_check: bool,
+    tolerance: float | None,
+    jobs: int | None,
+    engine_cache: Path | None,
+    engine_cache_limit: float | None,
+    **fields: Any,
+) -> None:
+    """Make a bundle of CHECKPOINT and check it.
+
+    CHECKPOINT is a folder, or an id on the Hugging Face hub: ORGANISATION/MODEL. The bundle gets its name when it was
+    compared with the eager model.
+    """
+    from framefusion.export.options import BuildOptions
+
+    options = BuildOptions.chosen(**fields)
+    limits = _resources(jobs, engine_cache, engine_cache_limit)
+    _check_output(output, force)  # before anything is downloaded
+    source = open_checkpoint(checkpoint, revision)
+    with progress_lines() as progress:
+        settings = {"force": force, "verify": not no_check, "tolerance": tolerance, "resources": limits}
+        built = _build(source, output, options, clips, progress=progress, **settings)
+    console.show(_built_report(built), _render_built)
+
+
+def _check_output(output: Path, force: bool) -> None:
+    from framefusion.export.writing.staging import check_output
+
+    check_output(output, force=force)
+
+
+def _build(source: Checkpoint, output: Path, options: BuildOptions, clips: tuple[Path, ...], **settings: Any) -> Built:
+    from framefusion.export.build import build as build_bundle
+
+    if clips:
+        if options.reduction != "fixed":
+            raise BudgetError(f"--calibrate sets the schedule of --reduction fixed, not of {options.reduction}")
+        from framefusion.export.eager.calibrate import calibrate
+
+        options = calibrate(source, options, list(clips))
+    return build_bundle(source, output, options, **settings)
+
+
+def _built_report(built: Built) -> dict[str, Any]:
+    from framefusion.export.report.inspection import bytes_by_part, reduction_facts
+
+    manifest = built.manifest
+    return {
+        "bundle": str(built.folder),
+        "reduction": reduction_facts(manifest),
+        "bytes": bytes_by_part(built.folder, manifest),
+        "check": dict(manifest.check) or None,
+        "options": dict(manifest.options),
+    }
+
+
+def _render_built(report: dict[str, Any]) -> str:
+    size = console.in_bytes(sum(report["bytes"].values()))
+    check = report["check"]
+    lines = [f"{report['bundle']}: {size}, reduction {report['reduction']['text']}"]
+    from framefusion.export.report.inspection import comparison_summary, render_comparison
+
+    if check is None:
+        return "\n".join([*lines, f"{comparison_summary(None)} (--no-check)"])
+    return "\n".join([*lines, render_comparison(check)])
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+@click.command(name="plan")
+@click.argument("checkpoint")
+@click.option("-o", "--output", type=FOLDER, default=Path("."), help="Where the bundle is to be; default: here.")
+@CHECKPOINT_REVISION
+@build_options
+@click.option("--no-check", is_flag=True, help="Of a build that leaves the check out.")
+@console.json_option
+def plan_command(checkpoint: str, output: Path, revision: str | None, no_check: bool, **fields: Any) -> None:
+    """Say what a build of CHECKPOINT would write and take.
+
+    From configuration and headers alone. The flags are those of `build`. Nothing is written and no weight is read.
+    """
+    from framefusion.export.options import BuildOptions
+
+    options = BuildOptions.chosen(**fields)
+    source = open_checkpoint(checkpoint, revision)
+    from framefusion.export.plan.build_plan import BuildPlan
+    from framefusion.export.report.forecast import forecast, render
+
+    console.show(forecast(BuildPlan(source, options), output, verify=not no_check), render)
+
+
+# --- compile ----------------------------------------------------------------------------------------------------------
+
+
+@click.command(name="compile")
+@click.argument("bundle", type=FOLDER)
+@click.option("--checkpoint", help="What BUNDLE was built from, by folder or id; inductor traces it again.")
+@BUNDLE_REVISION
+@options_of(BACKEND, *TARGETS, *ENGINE_RESOURCES)
+@console.json_option
+def compile_command(bundle: Path, checkpoint: str | None, revision: str | None, **fields: Any) -> None:
+    """Compile the graphs of BUNDLE to engines, and add them to it.
+
+    For TensorRT and TensorRT-RTX a bundle of the portable dialect, in float16 or bfloat16. Engines that were compiled
+    before come from the cache. TensorRT-RTX compiles without a GPU, for all targets at once.
+    """
+    from framefusion.export.engines.compile import compile_bundle
+    from framefusion.export.options import BuildOptions
+    from framefusion.runtime.backends.table import engine_kinds
+
+    limits = {name: fields.pop(name) for name in ("jobs", "engine_cache", "engine_cache_limit")}
+    options = BuildOptions.chosen(**fields).engines
+    if options is None:
+        *names, last = engine_kinds()
+        raise click.UsageError(f"say which engines: --backend {', '.join(names)} or {last}")
+    plan = None if checkpoint is None else _plan(bundle, checkpoint, revision)
+    with progress_lines() as progress:
+        compiled = compile_bundle(bundle, options, _resources(**limits), progress, plan)
+    console.show({"bundle": str(bundle)} | dict(compiled.report), _render_compiled)
+
+
+def _plan(bundle: Path, checkpoint: str, revision: str | None) -> BuildPlan:
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+    from framefusion.export.plan.build_plan import replan
+    from framefusion.runtime.format.manifest_file import read_manifest
+
+    manifest = read_manifest(bundle)
+    return replan(bundle, manifest, Checkpoint.named(checkpoint, source_revision(manifest, checkpoint, revision)))
+
+
+def source_revision(manifest: Manifest, checkpoint: str, revision: str | None) -> str | None:
+    """The commit that a bundle was built from, where its own checkpoint is named and no other revision."""
+    source = manifest.source
+    if revision is None and source is not None and checkpoint == source.name and not Path(checkpoint).is_dir():
+        return source.commit
+    return revision
+
+
+def _resources(jobs: int | None, engine_cache: Path | None, engine_cache_limit: float | None) -> Resources:
+    """The flags of ENGINE_RESOURCES as the library takes them."""
+    from framefusion.export.options import CACHE_LIMIT, Resources
+
+    limit = CACHE_LIMIT if engine_cache_limit is None else int(engine_cache_limit * GIGA)
+    return Resources(jobs, engine_cache, limit)
+
+
+def _render_compiled(report: Mapping[str, Any]) -> str:
+    """What was compiled, as a table."""
+    engines = report["engines"]
+    rows = [
+        (row["file"], console.in_bytes(row["bytes"]), "-" if row["cache"] == "hit" else row["seconds"], row["cache"])
+        for row in engines
+    ]
+    size = sum(row["bytes"] for row in engines)
+    targets = ", ".join(report["targets"])
+    head = (
+        f"{report['bundle']}: {len(engines)} engines of {report['library']} {report['version']} for {targets}, "
+        f"{console.in_bytes(size)}, in {in_time(report['seconds'])}"
+    )
+    return "\n".join([head, *report["notes"], console.table(("engine", "size", "seconds", "cache"), rows)])
+
+
+# --- Checkpoints of a command -----------------------------------------------------------------------------------------
+
+
+def open_checkpoint(name: str, revision: str | None) -> Checkpoint:
+    """A checkpoint by folder or id.
+
+    Raises:
+        BackendError: a package that a build needs is missing; this comes before anything is downloaded.
+        CheckpointError: see `Checkpoint.named`.
+    """
+    try:
+        import framefusion.export.build  # noqa: F401  what the callers need
+        from framefusion.export.checkpoints.checkpoint import Checkpoint
+    except ImportError as error:
+        raise missing_package(error) from None
+    return Checkpoint.named(name, revision)
+
+
+def missing_package(error: ImportError) -> BackendError:
+    """The error for a package that the extra `export` brings."""
+    return BackendError(f"{error.name or error} is not installed: pip install 'framefusion-aot[export]'")

@@ -1,0 +1,105 @@
+"""The commands that answer questions: `eval` a file of them, `view` what became of each token.
+
+Builds library objects of the flags and prints reports. A checkpoint runs in eager torch, which is imported then.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from framefusion.console import messages as console
+from framefusion.console.progress import CountLines
+from framefusion.export.commands.build import missing_package, open_checkpoint
+from framefusion.export.commands.flags import CHECKPOINT_REVISION, eval_options
+from framefusion.runtime.commands.flags import COMPARE, OUTPUT, THREADS, PromptOptions, VisualCommand, question_options
+
+if TYPE_CHECKING:
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+    from framefusion.runtime.pipeline import Pipeline
+
+# --- eval -----------------------------------------------------------------------------------------------------------
+
+
+@click.command(name="eval")
+@click.argument("model", metavar="BUNDLE|CHECKPOINT")
+@CHECKPOINT_REVISION
+@eval_options
+@THREADS
+@console.json_option
+def evaluate_command(
+    model: str,
+    questions: Path,
+    reducer: tuple[str, ...] | None,
+    cost: tuple[float, ...] | None,
+    output: Path | None,
+    limit: int | None,
+    jobs: int,
+    **setup: Any,
+) -> None:
+    """Answer a file of questions under every reducer and cost, and report accuracy with intervals.
+
+    A bundle answers as `ff-run generate` does; a checkpoint live, reduced in eager torch, in fp32, and nothing is
+    built. Decoding is greedy.
+    """
+    try:
+        from framefusion.export.evaluate.answering import Setup, default_condition
+        from framefusion.export.evaluate.evaluation import conditions, render
+        from framefusion.export.evaluate.evaluation import evaluate as run
+        from framefusion.export.evaluate.questions import read_questions
+    except ImportError as error:
+        raise missing_package(error) from None
+
+    question_list = read_questions(questions, limit)
+    opened = Setup(model, **setup)
+    if not opened.is_bundle:
+        open_checkpoint(model, opened.revision)
+    default = default_condition(opened)
+    under = conditions(reducer or (default.reducer,), cost or (1.0, default.cost))
+    report = run(opened, question_list, under, output=output, jobs=jobs, on_progress=CountLines("questions"))
+    console.show({"file": str(questions)} | report, render)
+
+
+# --- view -----------------------------------------------------------------------------------------------------------
+
+
+@click.command(name="view", cls=VisualCommand)
+@click.argument("model", metavar="BUNDLE|CHECKPOINT")
+@CHECKPOINT_REVISION
+@OUTPUT
+@COMPARE
+@question_options
+@THREADS
+@console.json_option
+def view_command(model: str, revision: str | None, output: Path, compare: bool, threads: int, **prompt: Any) -> None:
+    """Answer a question and draw what became of each token: one HTML page.
+
+    A bundle runs as `ff-run view` runs it; a checkpoint runs in eager torch, in fp32, and nothing is built.
+    """
+    from framefusion.runtime.bundle import Bundle
+    from framefusion.runtime.commands.cli import show_page
+    from framefusion.runtime.format.manifest_file import MANIFEST
+    from framefusion.runtime.pipeline import Pipeline
+
+    question = PromptOptions.from_flags(**prompt)
+    if (Path(model) / MANIFEST).is_file():
+        show_page(Pipeline(Bundle(model), threads=threads), Path(model).resolve().name, question, output, compare)
+        return
+    source = open_checkpoint(model, revision)
+    with tempfile.TemporaryDirectory() as folder:
+        show_page(_uncompiled(source, Path(folder) / "parts", threads), source.origin.name, question, output, compare)
+
+
+def _uncompiled(source: Checkpoint, folder: Path, threads: int) -> Pipeline:
+    import torch
+
+    from framefusion.export.eager.pipeline import eager_pipeline
+    from framefusion.export.options import BuildOptions
+    from framefusion.export.plan.build_plan import BuildPlan
+
+    if threads:
+        torch.set_num_threads(threads)
+    return eager_pipeline(BuildPlan(source, BuildOptions()), folder)
