@@ -65,7 +65,7 @@ def test_a_bundle_has_its_name_at_any_moment(checkpoint: Path, world: World, tmp
         end = run_until(lambda: call("ff-export", build), Ending("kill", at))
         assert own_manifest(tmp_path / "o") is not None
         seen.add(end.status)
-    assert run_until(lambda: call("ff-export", build), Ending("end")).told[0] == 0
+    assert run_until(lambda: call("ff-export", build), Ending("end")).result[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
     assert -9 in seen
 

@@ -42,7 +42,7 @@ FIRST_SEED = clips.HELD_OUT + 100_000  # not the clips that training looked at t
 
 @dataclass(frozen=True)
 class DrawnQuestion(Question):
-    """A question about a clip that is drawn where it is asked."""
+    """A question about a clip that is drawn when it is read."""
 
     seed: int = 0
     stay: clips.Span = clips.STAY
@@ -53,64 +53,66 @@ class DrawnQuestion(Question):
 
     @property
     def key(self) -> str:
-        told = [] if self.stay == clips.STAY else [str(self.stay)]
-        return key_of(["tools.tiny.clips", str(self.seed), self.type, *told])
+        stay = [] if self.stay == clips.STAY else [str(self.stay)]
+        return key_of(["tools.tiny.clips", str(self.seed), self.type, *stay])
 
 
 def questions(count: int, stay: clips.Span = clips.STAY, first_seed: int = FIRST_SEED) -> list[Question]:
-    """Questions about held-out clips whose objects stay as long as told, every kind equally often."""
+    """Questions about held-out clips whose objects stay for a time of `stay`, every kind equally often."""
     return [drawn(first_seed + index, clips.KINDS[index % len(clips.KINDS)], stay) for index in range(count)]
 
 
 def drawn(seed: int, kind: str, stay: clips.Span) -> DrawnQuestion:
     """The question of `clips.draw_clip(seed, kind=kind, stay=stay)`, nothing drawn yet."""
-    told = clips.ask(clips.scene_for(seed, kind, stay=stay), kind, np.random.default_rng((seed, 7)))
-    shown = ((Visual.VIDEO, Path(f"clip {seed}")),)
-    return DrawnQuestion(f"{kind} of clip {seed}", kind, told.text, (told.answer,), (), shown, seed, stay)
+    question = clips.ask(clips.scene_for(seed, kind, stay=stay), kind, np.random.default_rng((seed, 7)))
+    visuals = ((Visual.VIDEO, Path(f"clip {seed}")),)
+    return DrawnQuestion(f"{kind} of clip {seed}", kind, question.text, (question.answer,), (), visuals, seed, stay)
 
 
 def main() -> None:
     arguments = parse()
     with working_folder(arguments.work) as work:
-        asked = questions(arguments.questions, clips.STAYS[arguments.clips])
-        figures = measure(arguments.checkpoint, work, asked, arguments.jobs)
+        question_list = questions(arguments.questions, clips.STAYS[arguments.clips])
+        figures = measure(arguments.checkpoint, work, question_list, arguments.jobs)
     report(RESULTS[arguments.clips], figures, write=arguments.write)
 
 
-def measure(checkpoint: Path, work: Path, asked: list[Question], jobs: int) -> dict[str, Any]:
+def measure(checkpoint: Path, work: Path, question_list: list[Question], jobs: int) -> dict[str, Any]:
     """The evaluation of a bundle under all reducers of the box, and of eager torch under FrameFusion."""
     bundle = open_bundle(checkpoint, work / "bundle", BuildOptions())
     compiled = Setup(str(bundle), max_new_tokens=MAX_ANSWER, threads=1)
     eager = Setup(str(checkpoint), live=EAGER, max_new_tokens=MAX_ANSWER, threads=1)
-    found = run(compiled, asked, conditions(list(REDUCERS), COSTS), work / "compiled.json", jobs)
+    compiled_report = run(compiled, question_list, conditions(list(REDUCERS), COSTS), work / "compiled.json", jobs)
     same = conditions([DEFAULT], EAGER_COSTS)
-    reference = run(eager, asked, same, work / "eager.json", jobs)
+    eager_report = run(eager, question_list, same, work / "eager.json", jobs)
     record = read_manifest(bundle).reduction
     return {
         "similarity_lower_bound": record.similarity_lower_bound,
         "ratio_lower_bound": record.ratio_lower_bound,
-        **{name: found[name] for name in ("questions", "accuracy", "paired")},
+        **{name: compiled_report[name] for name in ("questions", "accuracy", "paired")},
         "eager": {
-            "accuracy": reference["accuracy"],
-            "answers": len(asked) * len(same),
+            "accuracy": eager_report["accuracy"],
+            "answers": len(question_list) * len(same),
             "that_differ": differing(work / "compiled.json", work / "eager.json"),
         },
     }
 
 
-def run(setup: Setup, asked: list[Question], under: list[Condition], output: Path, jobs: int) -> dict[str, Any]:
-    return evaluate(setup, asked, under, output=output, jobs=jobs, on_progress=CountLines(f"questions, {output.stem}"))
+def run(setup: Setup, question_list: list[Question], under: list[Condition], output: Path, jobs: int) -> dict[str, Any]:
+    return evaluate(
+        setup, question_list, under, output=output, jobs=jobs, on_progress=CountLines(f"questions, {output.stem}")
+    )
 
 
 def differing(first: Path, second: Path) -> int:
     """Answers of the second file whose text is another one in the first."""
     ours = texts(first)
     theirs = texts(second)
-    return sum(ours[key] != said for key, said in theirs.items())
+    return sum(ours[key] != text for key, text in theirs.items())
 
 
 def texts(path: Path) -> dict[tuple[str, str, float], str]:
-    """What was said to each question under each condition."""
+    """The answer to each question under each condition."""
     rows = json.loads(path.read_text(encoding="utf-8"))["answers"]
     return {(row["question"], row["reducer"], row["cost"]): row["text"] for row in rows}
 

@@ -37,7 +37,7 @@ Answer = dict[str, Any]  # what `ff-run generate --json` prints
 
 def main() -> int:
     started = time.monotonic()
-    own_folder()
+    claim_folder()
     try:
         build()
         block_imports()
@@ -56,7 +56,7 @@ def title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
-def own_folder() -> None:
+def claim_folder() -> None:
     """Write only to a folder that this demo has made, or that holds nothing."""
     if OUT.is_symlink() or (OUT.exists() and not MARK.is_file() and not (OUT.is_dir() and not any(OUT.iterdir()))):
         raise SystemExit(f"demo: {OUT} exists and no demo has made it: move it away, or `make clean`")
@@ -100,8 +100,8 @@ def draw_clips() -> list[dict[str, str]]:
 
 def ask(video: Path, question: str, cost: float, *flags: str) -> Answer:
     """One question in a process of its own."""
-    asked = ("--video", str(video), "--prompt", question, "--cost", str(cost), "--max-new-tokens", "8", *flags)
-    answer: Answer = json.loads(run(command("ff-run"), "generate", str(BUNDLE), *asked, "--json", path=BLOCKED))
+    arguments = ("--video", str(video), "--prompt", question, "--cost", str(cost), "--max-new-tokens", "8", *flags)
+    answer: Answer = json.loads(run(command("ff-run"), "generate", str(BUNDLE), *arguments, "--json", path=BLOCKED))
     return answer
 
 

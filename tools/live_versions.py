@@ -66,20 +66,20 @@ def write_inputs(folder: Path) -> list[str]:
         model: Any = subject.reference.model  # type: ignore[attr-defined]
         sampling = pipeline.manifest.sampling
         prompts = []
-        for seed, words in enumerate(("What happens?", "What happens then, and why does it?")):
-            turns = [Turn("user", (Visual.VIDEO, words))]
+        for seed, text in enumerate(("What happens?", "What happens then, and why does it?")):
+            turns = [Turn("user", (Visual.VIDEO, text))]
             visuals = pipeline.read_visuals(turns, [clip(seed=seed)], sampling, Stopwatch())
             prompt = pipeline.prompt(turns, visuals)
-            seen = [as_video(clip(seed=seed), sampling)]
-            asked = Asked(turns, seen, visuals, prompt, [], None)  # type: ignore[arg-type]
-            given: dict[str, Any] = {}
+            videos = [as_video(clip(seed=seed), sampling)]
+            asked = Asked(turns, videos, visuals, prompt, [], None)  # type: ignore[arg-type]
+            inputs: dict[str, Any] = {}
             hook = model.register_forward_pre_hook(
-                lambda _, __, named, given=given: given.update(named), with_kwargs=True
+                lambda _, __, named, inputs=inputs: inputs.update(named), with_kwargs=True
             )
             live_logits(subject, asked)
             hook.remove()
-            given.pop("position_ids", None)  # transformers' own rule
-            prompts.append({name: value for name, value in given.items() if isinstance(value, torch.Tensor)})
+            inputs.pop("position_ids", None)  # transformers' own rule
+            prompts.append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
         sharpen(model)
         torch.save({"class": type(model).__name__, "prompts": prompts}, place / "inputs.pt")
         model.save_pretrained(place / "model")
@@ -103,7 +103,7 @@ def sharpen(model: Any) -> None:
 
 
 def answer(folder: Path, families: list[str]) -> Answers:
-    """Of this interpreter's transformers: family, way, then `dense`, `all kept` and `reduced`, or what was refused."""
+    """The answers of this interpreter's transformers: family, way, then `dense`, `all kept`, `reduced` or an error."""
     import torch
     import transformers
 
@@ -111,23 +111,23 @@ def answer(folder: Path, families: list[str]) -> Answers:
 
     logging: Any = transformers.logging
     logging.set_verbosity_error()
-    found: Answers = {}
+    answers: Answers = {}
     for family in families:
-        told = torch.load(folder / family / "inputs.pt", weights_only=True)
-        kind: Any = getattr(transformers, told["class"])
+        inputs = torch.load(folder / family / "inputs.pt", weights_only=True)
+        kind: Any = getattr(transformers, inputs["class"])
         model = kind.from_pretrained(folder / family / "model", dtype=torch.float32).eval()
-        prompts = [completed(model, prompt) for prompt in told["prompts"]]
-        found[family] = {}
+        prompts = [completed(model, prompt) for prompt in inputs["prompts"]]
+        answers[family] = {}
         for way in WAYS:
             cell: dict[str, Any] = {"dense": tried(model, prompts, way)}
             for name, numbers in (("all kept", (1.0, 1.0)), ("reduced", (COST, None))):
                 handle = apply_framefusion(model, *numbers)
                 cell[name] = tried(model, prompts, way)
                 if way == "greedy" and name == "reduced":
-                    found[family]["tokens per layer"] = list(handle.last[0].tokens_per_layer)
+                    answers[family]["tokens per layer"] = list(handle.last[0].tokens_per_layer)
                 remove_framefusion(model)
-            found[family][way] = cell
-    return {"transformers": transformers.__version__, "torch": torch.__version__, "families": found}
+            answers[family][way] = cell
+    return {"transformers": transformers.__version__, "torch": torch.__version__, "families": answers}
 
 
 def completed(model: Any, prompt: dict[str, Any]) -> dict[str, Any]:
@@ -155,11 +155,11 @@ def tried(model: Any, prompts: list[dict[str, Any]], way: str) -> Any:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
-def generated(model: Any, given: dict[str, Any], way: str) -> list[list[int]]:
+def generated(model: Any, prompt: dict[str, Any], way: str) -> list[list[int]]:
     """New tokens.  -> [B, NEW]"""
     settings = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": NO_END}
-    rows: list[list[int]] = model.generate(**given, **settings | SETTINGS.get(way, {}))[
-        :, given["input_ids"].shape[1] :
+    rows: list[list[int]] = model.generate(**prompt, **settings | SETTINGS.get(way, {}))[
+        :, prompt["input_ids"].shape[1] :
     ].tolist()
     return rows
 
@@ -169,13 +169,13 @@ def batched(prompts: list[dict[str, Any]]) -> dict[str, Any]:
     import torch
 
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    whole = {}
+    batch = {}
     for name in prompts[0]:
-        own = [prompt[name] for prompt in prompts]
+        parts = [prompt[name] for prompt in prompts]
         if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            own = [torch.nn.functional.pad(rows, (longest - rows.shape[1], 0)) for rows in own]
-        whole[name] = torch.cat(own)
-    return whole
+            parts = [torch.nn.functional.pad(rows, (longest - rows.shape[1], 0)) for rows in parts]
+        batch[name] = torch.cat(parts)
+    return batch
 
 
 def two_turns(model: Any, prompt: dict[str, Any]) -> list[list[int]]:
@@ -205,27 +205,27 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def verdict(results: list[Answers], version: int, family: str, way: str) -> str:
     """A cell: equal, what transformers itself does not do, or what is wrong."""
-    cells = [one["families"][family][way] for one in results]
-    own = cells[version]
+    cells = [result["families"][family][way] for result in results]
+    cell = cells[version]
     newest = cells[-1]
-    if isinstance(own["dense"], str):
+    if isinstance(cell["dense"], str):
         return "not by transformers"
-    if isinstance(own["reduced"], str):
+    if isinstance(cell["reduced"], str):
         return "refused"
-    if own["all kept"] != own["dense"]:
+    if cell["all kept"] != cell["dense"]:
         return "**all kept differs**"
-    if own["reduced"] == newest["reduced"]:
+    if cell["reduced"] == newest["reduced"]:
         return "equal"
-    return "**differs**" if own["dense"] == newest["dense"] else "differs as transformers does"
+    return "**differs**" if cell["dense"] == newest["dense"] else "differs as transformers does"
 
 
 def table(results: list[Answers]) -> str:
     """A line for each version and family, a column for each way."""
     lines = [f"| version | family | {' | '.join(WAYS)} |", "| --- " * (len(WAYS) + 2) + "|"]
-    for i, one in enumerate(results):
-        minor = ".".join(one["transformers"].split(".")[:2])
-        for family in one["families"]:
-            cells = " | ".join(verdict(results, i, family, way) for way in WAYS)
+    for index, result in enumerate(results):
+        minor = ".".join(result["transformers"].split(".")[:2])
+        for family in result["families"]:
+            cells = " | ".join(verdict(results, index, family, way) for way in WAYS)
             lines.append(f"| transformers {minor} | {family} | {cells} |")
     return "\n".join(lines)
 
@@ -250,12 +250,12 @@ def main(arguments: list[str]) -> None:
             results = []
             families = write_inputs(folder)
             for python in arguments:
-                told = folder / "answers.json"
-                command = [python, "-m", "tools.live_versions", "--answer", str(folder), str(told), *families]
+                output = folder / "answers.json"
+                command = [python, "-m", "tools.live_versions", "--answer", str(folder), str(output), *families]
                 subprocess.run(command, cwd=ROOT, check=True)
-                results.append(json.loads(told.read_text(encoding="utf-8")))
-        results.sort(key=lambda one: [int(part) for part in one["transformers"].split(".")[:2]])
-        lines = ",\n".join(json.dumps(one) for one in results)
+                results.append(json.loads(output.read_text(encoding="utf-8")))
+        results.sort(key=lambda result: [int(part) for part in result["transformers"].split(".")[:2]])
+        lines = ",\n".join(json.dumps(result) for result in results)
         RESULTS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     write_table()
 

@@ -75,7 +75,7 @@ def _from_lock(tool: Requirement) -> str:
 
 
 def resolve(wanted: Sequence[str], output: Path, header: str, *flags: str) -> None:
-    """Write what uv finds for the requirements, under a header of our own: uv's would tell this machine's paths.
+    """Write what uv finds for the requirements, under a header of our own: uv's would name this machine's paths.
 
     Raises:
         SystemExit: uv is missing, or finds no solution; it has said why.
@@ -102,11 +102,11 @@ def lock(torch: str) -> None:
 
 def show_installed() -> None:
     """Print the version of each direct requirement, so that the log of a run says what it ran with."""
-    seen: set[str] = set()
+    printed: set[str] = set()
     for requirement in [*requirements(""), *requirements(EXTRA)]:
-        if requirement.name in seen:
+        if requirement.name in printed:
             continue
-        seen.add(requirement.name)
+        printed.add(requirement.name)
         try:
             print(f"{requirement.name} {version(requirement.name)}")
         except PackageNotFoundError:

@@ -100,132 +100,136 @@ def families() -> str:
 
 
 def load(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
 
 
-def prefill(told: dict[str, Any]) -> str:
-    eager = told["eager"]
-    products = told["matmul_gflops"]
+def prefill(result: dict[str, Any]) -> str:
+    eager = result["eager"]
+    products = result["matmul_gflops"]
     rows = [("transformers, eager torch", *seconds(eager), *["-"] * 4)]
-    for name, own in told.items():
+    for name, case in result.items():
         if name.startswith("ours at cost"):
             rows.append(
                 (
-                    name, *seconds(own), f"{own['speed_up']:.2f}", f"{own['flop_limit']:.2f}",
-                    f"{own['share_of_limit']:.0%}", f"{own['not_layers_share']:.1%}",
+                    name, *seconds(case), f"{case['speed_up']:.2f}", f"{case['flop_limit']:.2f}",
+                    f"{case['share_of_limit']:.0%}", f"{case['not_layers_share']:.1%}",
                 )
             )  # fmt: skip
     names = ("", "prefill s", "decode ms a token", "speed-up", "FLOP limit", "of the limit", "not layers")
     return (
-        f"Prefill of {told['tokens']} tokens, {told['shape']} shape, fp32, {told['threads']} threads "
-        f"(`{told['command']}`; {machine(told)}):\n\n{table(names, rows)}\n\n"
+        f"Prefill of {result['tokens']} tokens, {result['shape']} shape, fp32, {result['threads']} threads "
+        f"(`{result['command']}`; {machine(result)}):\n\n{table(names, rows)}\n\n"
         "Speed-up and limit are against ours at cost 1. Ours dense is "
-        f"{told['dense_speed_up_over_eager']:.2f} times as fast as eager torch on this machine: what it gains in the "
+        f"{result['dense_speed_up_over_eager']:.2f} times as fast as eager torch on this machine: what it gains in the "
         f"matrix products ({products['onnxruntime']} GFLOP/s against {products['torch']}), its attention over the "
         "whole prompt mostly loses again."
     )
 
 
-def on_gpu(told: dict[str, Any]) -> str:
+def on_gpu(result: dict[str, Any]) -> str:
     """Time by stage of a backend that has a result of its own."""
     rows = []
-    for name, stages in told["stages"].items():
-        own = told[name]
+    for name, stages in result["stages"].items():
+        case = result[name]
         names = ("vision", "prefill", "reduction", "decode")
-        faster = own["speed_up_over_eager"]
+        faster = case["speed_up_over_eager"]
         rows.append(
             (
-                name, *(f"{1000 * stages[stage]:.1f}" for stage in names), f"{own['speed_up']:.2f}",
-                f"{own['share_of_limit']:.0%}", f"{faster['prefill']:.2f}", f"{faster['decode']:.2f}",
+                name, *(f"{1000 * stages[stage]:.1f}" for stage in names), f"{case['speed_up']:.2f}",
+                f"{case['share_of_limit']:.0%}", f"{faster['prefill']:.2f}", f"{faster['decode']:.2f}",
             )
         )  # fmt: skip
     head = ("", "vision ms", "prefill ms", "reduction ms", "decode ms", "speed-up", "of the FLOP limit")
     paper = ", ".join(f"{cost}: {milliseconds} ms" for cost, milliseconds in PAPER.items())
-    device = told["machine"]["gpu"]["name"] if told["backend"]["device"] == "cuda" else told["machine"]["cpu"]
+    device = result["machine"]["gpu"]["name"] if result["backend"]["device"] == "cuda" else result["machine"]["cpu"]
     return (
-        f"{told['backend']['name']} on {device}, {told['shape']} shape, {told['dtype']}, a film of {told['film']}, "
-        f"{told['tokens']} tokens (`{told['command']}`); the last two columns are against eager torch with SDPA at the "
-        f"same tokens:\n\n{table((*head, 'prefill', 'decode'), rows)}\n\nThe paper's whole requests up to the first "
-        f"token, LLaVA-Video-7B, 64 frames, on a GPU that it does not name: {paper}."
+        f"{result['backend']['name']} on {device}, {result['shape']} shape, {result['dtype']}, "
+        f"a film of {result['film']}, {result['tokens']} tokens (`{result['command']}`); the last two columns are "
+        f"against eager torch with SDPA at the same tokens:\n\n{table((*head, 'prefill', 'decode'), rows)}\n\n"
+        "The paper's whole requests up to the first token, LLaVA-Video-7B, 64 frames, on a GPU that it does not "
+        f"name: {paper}."
     )
 
 
-def seconds(own: dict[str, Any]) -> tuple[str, str]:
-    return f"{own['prefill']['median_s']:.2f}", f"{1000 * own['decode_per_token']['median_s']:.0f}"
+def seconds(case: dict[str, Any]) -> tuple[str, str]:
+    return f"{case['prefill']['median_s']:.2f}", f"{1000 * case['decode_per_token']['median_s']:.0f}"
 
 
-def checking(told: dict[str, Any]) -> str:
+def checking(result: dict[str, Any]) -> str:
     """A build that was compared with transformers, larger than memory."""
-    run = told["checked"]
+    run = result["checked"]
     check = run["phases"]["check"]
     facts = run["check"]["transformers"]
     return (
         f"The same with its check, all {facts['layers']} layers against transformers' "
         f"{' and '.join(facts['classes'])} and the bundle in ONNX Runtime against them, weights read from the disk as "
-        f"they are used (`{told['command']}`): the check took {check['seconds']:.0f} s on two cores that other work "
+        f"they are used (`{result['command']}`): the check took {check['seconds']:.0f} s on two cores that other work "
         f"kept busy and {check['anonymous_gb']:.1f} GB of memory of its own; the largest error against transformers is "
         f"{max(facts['errors'].values()):.1e}."
     )
 
 
-def memory(told: dict[str, Any]) -> str:
+def memory(result: dict[str, Any]) -> str:
     rows = [
-        (name, own["prompt_tokens"], own["measured_mb"], own["planned_mb"], f"{own['measured_over_planned']:.3f}")
-        for name, own in told.items()
+        (name, case["prompt_tokens"], case["measured_mb"], case["planned_mb"], f"{case['measured_over_planned']:.3f}")
+        for name, case in result.items()
         if name.startswith("cost")
     ]
     names = ("", "tokens of prompt", "measured MB", "planned MB", "ratio")
     return (
-        f"Peak resident memory of the runtime on a real film, {told['shape']} shape, beside the plan of "
-        f"`ff-export inspect` (`{told['command']}`):\n\n{table(names, rows)}"
+        f"Peak resident memory of the runtime on a real film, {result['shape']} shape, beside the plan of "
+        f"`ff-export inspect` (`{result['command']}`):\n\n{table(names, rows)}"
     )
 
 
-def exporting(told: dict[str, Any]) -> str:
-    rows: list[tuple[str, ...]] = [("cp of the checkpoint", f"{told['copy']['seconds']:.0f}", "1.00", "-", "-")]
+def exporting(result: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [("cp of the checkpoint", f"{result['copy']['seconds']:.0f}", "1.00", "-", "-")]
     for mode in ("adaptive", "fixed"):
-        own = told[mode]
-        peaks = (f"{own[name]:.2f}" for name in ("high_water_gb", "anonymous_gb"))
-        rows.append((f"build, {mode}", f"{own['seconds']:.0f}", f"{own['times_the_copy']:.2f}", *peaks))
+        run = result[mode]
+        peak = f"{run['high_water_gb']:.2f}"
+        anonymous = f"{run['anonymous_gb']:.2f}"
+        rows.append((f"build, {mode}", f"{run['seconds']:.0f}", f"{run['times_the_copy']:.2f}", peak, anonymous))
     names = ("", "seconds", "times the copy", "peak RSS GB", "of it anonymous GB")
     return (
-        f"A checkpoint of the true Qwen2-VL {told['shape'].upper()} shape, {told['checkpoint_gb']:.1f} GB of bf16, to "
-        f"float16 segments without the check, each run from a cold page cache until its bytes are on the disk "
-        f"(`{told['command']}`; {machine(told)}, a disk of {told['copy']['mb_per_s']} MB/s):\n\n{table(names, rows)}"
+        f"A checkpoint of the true Qwen2-VL {result['shape'].upper()} shape, {result['checkpoint_gb']:.1f} GB of bf16, "
+        f"to float16 segments without the check, each run from a cold page cache until its bytes are on the disk "
+        f"(`{result['command']}`; {machine(result)}, a disk of {result['copy']['mb_per_s']} MB/s):\n\n"
+        f"{table(names, rows)}"
     )
 
 
-def accuracy(told: dict[str, Any], stay: Span = STAY) -> str:
+def accuracy(result: dict[str, Any], stay: Span = STAY) -> str:
     """Reducers by costs, then by types at one cost, then FrameFusion beside each other one."""
-    rows = told["accuracy"]
+    rows = result["accuracy"]
     reducers = list(dict.fromkeys(row["reducer"] for row in rows))
     costs = list(dict.fromkeys(row["cost"] for row in rows))
     by_cost = by_reducer(reducers, costs, rows, "reducer", lambda row: f"{percent(row['accuracy'])} ({bounds(row)})")
     kept = {row["cost"]: row["visual_tokens_left"] for row in rows if row["reducer"] == reducers[0]}
     names = ("", *(f"cost {cost:g}" for cost in costs))
     parts = [
-        f"Right answers, in %, of the tiny trained model on {sum(told['questions'].values())} held-out clips of 32 "
+        f"Right answers, in %, of the tiny trained model on {sum(result['questions'].values())} held-out clips of 32 "
         f"frames in which objects are seen for {stay[0]:g} to {stay[1]:g} s, {kept[1.0]:g} visual tokens, with 95 % "
-        f"intervals (`{told['command']}`; similarity bound "
-        f"{told['similarity_lower_bound']:g}, ratio bound {told['ratio_lower_bound']:g}):\n\n{table(names, by_cost)}"
+        f"intervals (`{result['command']}`; similarity bound "
+        f"{result['similarity_lower_bound']:g}, ratio bound {result['ratio_lower_bound']:g}):\n\n"
+        f"{table(names, by_cost)}"
     ]
     types = [
-        (f"`{row['reducer']}`", *(f"{percent(own['accuracy'])} ({bounds(own)})" for own in row["types"].values()))
+        (f"`{row['reducer']}`", *(f"{percent(share['accuracy'])} ({bounds(share)})" for share in row["types"].values()))
         for row in rows
         if row["cost"] == TYPES_AT or row["reducer"] == "none"
     ]
-    kinds = [f"{kind} ({count})" for kind, count in told["questions"].items()]
+    kinds = [f"{kind} ({count})" for kind, count in result["questions"].items()]
     parts.append(f"By type of question, at cost {TYPES_AT:g} (`none`: 1):\n\n{table(('', *kinds), types)}")
     others = [name for name in reducers if name not in (reducers[0], "none")]
     compared = by_reducer(
-        others, costs[1:], told["paired"], "second", lambda row: f"{100 * row['difference']:+.1f} ({bounds(row)})"
+        others, costs[1:], result["paired"], "second", lambda row: f"{100 * row['difference']:+.1f} ({bounds(row)})"
     )
     parts.append(
         f"`{reducers[0]}` less each other reducer on the same questions, in points, with Newcombe's 95 % interval of "
         f"paired differences:\n\n{table(('', *names[2:]), compared)}"
     )
-    eager = told["eager"]
+    eager = result["eager"]
     parts.append(
         f"Eager torch, asked dense and at cost 0.3 under `{reducers[0]}`, says something else than the compiled bundle "
         f"to {eager['that_differ']} of {eager['answers']} questions."
@@ -236,23 +240,25 @@ def accuracy(told: dict[str, Any], stay: Span = STAY) -> str:
 def by_reducer(
     names: Sequence[str], costs: Sequence[float], rows: Sequence[Any], key: str, cell: Callable[[Any], str]
 ) -> list[tuple[str, ...]]:
-    """A line a reducer, a column a cost; a dash where it was not asked."""
-    found = {(row[key], row["cost"]): cell(row) for row in rows}
-    return [(f"`{name}`", *(found.get((name, cost), "-") for cost in costs)) for name in names]
+    """A line a reducer, a column a cost; a dash where there is no answer."""
+    cells = {(row[key], row["cost"]): cell(row) for row in rows}
+    return [(f"`{name}`", *(cells.get((name, cost), "-") for cost in costs)) for name in names]
 
 
 def bounds(row: dict[str, Any]) -> str:
     """An interval of shares in %; a difference has its signs."""
-    low, high = (100 * bound for bound in row["interval"])
-    return f"{low:+.1f} to {high:+.1f}" if "difference" in row else f"{low:.1f}-{high:.1f}"
+    low, high = row["interval"]
+    if "difference" in row:
+        return f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{100 * low:.1f}-{100 * high:.1f}"
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def machine(told: dict[str, Any]) -> str:
-    facts = told["machine"]
+def machine(result: dict[str, Any]) -> str:
+    facts = result["machine"]
     return f"{facts['cpu']}, {facts['cores']} cores, onnxruntime {facts['onnxruntime']}, torch {facts['torch']}"
 
 

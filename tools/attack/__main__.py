@@ -39,15 +39,15 @@ def main() -> int:
         world = world_in(Path(place) / "world")
         ready = time.monotonic()
         tallies = side_by_side(kinds, world, Path(place), arguments)
-    found = facts(kinds, tallies, arguments) | {
+    result = facts(kinds, tallies, arguments) | {
         "seconds_of_preparation": round(ready - started, 1), "seconds": round(time.monotonic() - ready, 1),
     }  # fmt: skip
-    print(table(found))
+    print(table(result))
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if arguments.write:
-        write(found)
-    return int(any(row["faults"] for row in found["kinds"]))
+        write(result)
+    return int(any(row["faults"] for row in result["kinds"]))
 
 
 def parse() -> argparse.Namespace:
@@ -67,33 +67,33 @@ def side_by_side(kinds: list[Kind], world: World, place: Path, arguments: argpar
     from concurrent.futures import ThreadPoolExecutor
 
     def run(number: int) -> dict[str, Any]:
-        own = place / str(number)
-        own.mkdir()
+        scratch = place / str(number)
+        scratch.mkdir()
 
         def trials() -> dict[str, Any]:
-            told = attack(
-                kinds, world, own, trials=arguments.trials, seed=arguments.seed, minutes=arguments.minutes,
+            tallies = attack(
+                kinds, world, scratch, trials=arguments.trials, seed=arguments.seed, minutes=arguments.minutes,
                 part=(number, arguments.jobs),
             )  # fmt: skip
-            return {name: vars(tally) for name, tally in told.items()}
+            return {name: vars(tally) for name, tally in tallies.items()}
 
         end = in_child(trials, 1e9)
         if end.status != 0:
-            raise RuntimeError(f"the harness failed: {end.told}")
-        counted: dict[str, Any] = end.told
+            raise RuntimeError(f"the harness failed: {end.result}")
+        counted: dict[str, Any] = end.result
         return counted
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         parts = list(pool.map(run, range(arguments.jobs)))
     tallies = {kind.name: Tally() for kind in kinds}
     for part in parts:
-        for name, one in part.items():
+        for name, counts in part.items():
             tally = tallies[name]
-            tally.tried += one["tried"]
-            tally.faults += Counter(one["faults"])
-            tally.first += one["first"]
-            tally.slowest = max(tally.slowest, one["slowest"])
-            tally.largest = max(tally.largest, one["largest"])
+            tally.tried += counts["tried"]
+            tally.faults += Counter(counts["faults"])
+            tally.first += counts["first"]
+            tally.slowest = max(tally.slowest, counts["slowest"])
+            tally.largest = max(tally.largest, counts["largest"])
     return tallies
 
 
@@ -115,16 +115,16 @@ def facts(kinds: list[Kind], tallies: dict[str, Tally], arguments: argparse.Name
     }  # fmt: skip
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """In Markdown."""
     titles = {"lost": "files lost", "traceback": "tracebacks", "hang": "over 20 s", "memory": "over 2 GB"}
     heads = ["attack", "tried", *(titles.get(fault, fault) for fault in FAULTS), "slowest", "most memory"]
     lines = [
-        f"`{found['command']}`, {found['date']}, version {found['version']}, Python {found['python']}, "
-        f"{found['cores']} cores, {found['seconds'] / 60:.0f} minutes:", "",
+        f"`{result['command']}`, {result['date']}, version {result['version']}, Python {result['python']}, "
+        f"{result['cores']} cores, {result['seconds'] / 60:.0f} minutes:", "",
         f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}",
     ]  # fmt: skip
-    for row in found["kinds"]:
+    for row in result["kinds"]:
         counts = [str(row["faults"].get(fault, 0)) for fault in FAULTS]
         size = f"{row['largest_bytes'] / 1e9:.2f} GB"
         cells = [f"{row['kind']}: {row['about']}", str(row["tried"]), *counts, f"{row['slowest_seconds']} s", size]
@@ -132,11 +132,11 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(found: dict[str, Any]) -> None:
+def write(result: dict[str, Any]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     start = text.index(BEGIN) + len(BEGIN)
     end = text.index(END)
-    PAGE.write_text(f"{text[:start]}\n\n{table(found)}\n\n{text[end:]}", encoding="utf-8")
+    PAGE.write_text(f"{text[:start]}\n\n{table(result)}\n\n{text[end:]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

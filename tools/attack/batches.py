@@ -41,7 +41,7 @@ def checkpoints(rng: random.Random, world: World, folder: Path) -> list[Fault]:
 def faults_of(facts: dict[str, Any]) -> list[Fault]:
     """The failed trials of an attack, by what went wrong."""
     failed: Sequence[dict[str, Any]] = facts["failed"]
-    return [Fault(_kind(str(one["error"])), str(one)) for one in failed]
+    return [Fault(_kind(str(trial["error"])), str(trial)) for trial in failed]
 
 
 def _kind(error: str) -> str:

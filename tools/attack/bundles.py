@@ -20,7 +20,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,14 @@ TEXTS = (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * 400, b'"\\ud800"', 
 
 def places(value: Any, at: Place = ()) -> Iterator[Place]:
     """Every key and item of a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, one in inner:
+    items: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, item in items:
         yield (*at, key)
-        yield from places(one, (*at, key))
+        yield from places(item, (*at, key))
 
 
 def edit(plain: dict[str, Any], known: list[Place], random: Random) -> dict[str, Any]:
@@ -173,14 +177,14 @@ def attack_file(target: Target, random: Random) -> str:
     name = target.files[int(random.integers(len(target.files)))]
     path = target.folder / name
     how = int(random.integers(6))
-    told = path.stat()
+    times = path.stat()
     content = bytearray(path.read_bytes())
     path.unlink()
     try:
         if how == 0:
             content[int(random.integers(len(content)))] ^= 1 << int(random.integers(8))
             path.write_bytes(content)
-            os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         elif how == 1:
             path.write_bytes(content[: int(random.integers(len(content)))])
         elif how == 2:

@@ -96,10 +96,10 @@ def written(place: Path) -> Iterator[Path]:
 
 def spoil(folder: Path, chance: random.Random) -> str:
     """Change one file of a checkpoint; returns what was done."""
-    found = {kind: sorted(folder.rglob(kind)) for kind in KINDS}
-    shares = {kind: share for kind, share in KINDS.items() if found[kind]}
+    files = {kind: sorted(folder.rglob(kind)) for kind in KINDS}
+    shares = {kind: share for kind, share in KINDS.items() if files[kind]}
     (kind,) = chance.choices(list(shares), list(shares.values()))
-    path = chance.choice(found[kind])
+    path = chance.choice(files[kind])
     change = chance.choice(CHANGES)
     content = path.read_bytes()
     if change == "bytes":
@@ -112,21 +112,21 @@ def spoil(folder: Path, chance: random.Random) -> str:
         path.write_bytes(content[: chance.randrange(len(content))])
         return f"{path.name}: cut"
     if path.suffix == ".json":
-        told = json.loads(content)
-        what = change_object(told, change, chance)
-        path.write_text(json.dumps(told))
+        edited = json.loads(content)
+        what = change_object(edited, change, chance)
+        path.write_text(json.dumps(edited))
         return f"{path.name}: {what}"
     length = int.from_bytes(content[:8], "little")
-    told = json.loads(content[8 : 8 + length])
-    what = change_object(told, change, chance)
-    header = json.dumps(told).encode()
+    edited = json.loads(content[8 : 8 + length])
+    what = change_object(edited, change, chance)
+    header = json.dumps(edited).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
     return f"{path.name}: {what}"
 
 
-def change_object(told: Any, change: str, chance: random.Random) -> str:
+def change_object(edited: Any, change: str, chance: random.Random) -> str:
     """Change one place of a JSON object; returns what was done."""
-    places = list(_places(told, ()))
+    places = list(_places(edited, ()))
     above, key, trail = chance.choice(places)
     name = ".".join(map(str, (*trail, key)))
     if change == "remove":
@@ -145,10 +145,14 @@ def change_object(told: Any, change: str, chance: random.Random) -> str:
 
 def _places(value: Any, trail: tuple[Any, ...]) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
     """Container, key and the way to it, of everything within a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, one in list(inner):
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    for key, item in items:
         yield value, key, trail
-        yield from _places(one, (*trail, key))
+        yield from _places(item, (*trail, key))
 
 
 def outcome_of(folder: Path) -> tuple[str, str | None]:

@@ -31,14 +31,14 @@ def call(program: str, arguments: list[str]) -> list[Any]:
 
 
 def fault_of(end: End, what: str) -> Fault | None:
-    """What is wrong with how a command ended; a process that was killed told nothing, and nothing is wrong with it."""
+    """What is wrong with how a command ended; that a process was killed by the trial is not."""
     if end.status is None:
         return Fault("hang", what)
-    if end.status == -9 and end.told is None:
+    if end.status == -9 and end.result is None:
         return None
     if end.status != 0:
-        return Fault("traceback", f"{what}: the process ended with {end.status}: {end.told}")
-    code, message, trace = end.told
+        return Fault("traceback", f"{what}: the process ended with {end.status}: {end.result}")
+    code, message, trace = end.result
     if trace:
         return Fault("traceback", f"{what}: {trace}")
     if code not in CODES:

@@ -33,19 +33,19 @@ def draw_command_line(rng: random.Random, program: str, world: World, folder: Pa
     """A command, what it must have, and some of its options; values fit sometimes."""
     group = _group(program)
     command = group.commands[rng.choice(sorted(group.commands))]
-    words = [str(command.name)]
+    arguments = [str(command.name)]
     for parameter in command.params:
         wanted = parameter.required or isinstance(parameter, click.Argument)
         if rng.random() > (0.95 if wanted else 0.15) or parameter.name in _SLOW:
             continue
         if isinstance(parameter, click.Option) and parameter.is_flag:
-            words.append(parameter.opts[0])
+            arguments.append(parameter.opts[0])
             continue
         value = draw_value(rng, parameter, world, folder).replace("\0", "")
-        words += [value] if isinstance(parameter, click.Argument) else [f"{parameter.opts[0]}={value}"]
+        arguments += [value] if isinstance(parameter, click.Argument) else [f"{parameter.opts[0]}={value}"]
     if rng.random() < _HELP:
-        words.append(rng.choice(("--help", "--nonsense", "extra", "-")))
-    return words
+        arguments.append(rng.choice(("--help", "--nonsense", "extra", "-")))
+    return arguments
 
 
 def draw_value(rng: random.Random, parameter: click.Parameter, world: World, folder: Path) -> str:

@@ -48,20 +48,20 @@ def attack(rng: random.Random, world: World, folder: Path) -> Fault | None:
     ours = plant(rng, world, folder)
     before = {path: state for path, state in snapshot(folder).items() if path not in ours}
     was_bundle = journal.own_manifest(folder / "o") is not None
-    told = []
+    history = []
     for _ in range(rng.choice((1, 2))):
         name, command = draw_command(rng, world, folder)
         ending = draw_ending(rng, world.events if name.startswith("build") else EVENTS.get(name, 8))
-        told.append(f"{name} until {ending.kind} at {ending.at}")
+        history.append(f"{name} until {ending.kind} at {ending.at}")
         end = run_until(command, ending)
-        fault = fault_of(end, " then ".join(told))
+        fault = fault_of(end, " then ".join(history))
         lost = missing(before, snapshot(folder))
         if lost:
-            return Fault("lost", f"{' then '.join(told)}: {lost[:4]}; {end.told}")
+            return Fault("lost", f"{' then '.join(history)}: {lost[:4]}; {end.result}")
         if fault is not None:
             return fault
         if was_bundle and journal.own_manifest(folder / "o") is None:
-            return Fault("lost", f"{' then '.join(told)}: no bundle has the name")
+            return Fault("lost", f"{' then '.join(history)}: no bundle has the name")
     return None
 
 

@@ -28,7 +28,7 @@ SECONDS = 20.0
 MEMORY = 2 << 30
 """Bytes of one trial, resident."""
 FAULTS = ("lost", "traceback", "hang", "memory", "wrong")
-_TOLD = 20  # faults of a kind that are kept in full
+_KEPT = 20  # faults of a kind that are kept in full
 
 
 class World(NamedTuple):
@@ -83,7 +83,7 @@ class Tally:
         self.largest = max(self.largest, end.memory)
         for fault in faults:
             self.faults[fault.kind] += 1
-            if len(self.first) < _TOLD:
+            if len(self.first) < _KEPT:
                 self.first.append({"trial": trial, "fault": fault.kind, "what": fault.what[-2000:]})
 
 
@@ -91,7 +91,7 @@ class End(NamedTuple):
     """How a child process ended."""
 
     status: int | None  # exit code, or the negative signal; None where it was ended for its time
-    told: Any  # what the function returned; None where it did not come to that
+    result: Any  # what the function returned; None where it did not come to that
     seconds: float
     memory: int  # bytes resident at the peak
 
@@ -111,7 +111,7 @@ def in_child(call: Callable[[], Any], seconds: float = SECONDS, *, group: bool =
         os.close(reading)
         _end_with(call, writing, group)
     os.close(writing)
-    told = bytearray()
+    content = bytearray()
     timely = True
     while True:
         left = seconds - (time.monotonic() - start)
@@ -122,11 +122,11 @@ def in_child(call: Callable[[], Any], seconds: float = SECONDS, *, group: bool =
         piece = os.read(reading, 1 << 16)
         if not piece:
             break
-        told += piece
+        content += piece
     os.close(reading)
     _, status, usage = os.wait4(child, 0)
     try:
-        value = json.loads(told)
+        value = json.loads(content)
     except ValueError:
         value = None
     code = os.waitstatus_to_exitcode(status) if timely else None
@@ -141,13 +141,13 @@ def _end_with(call: Callable[[], Any], writing: int, group: bool) -> None:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
             os.dup2(nowhere, number)
-        told = json.dumps(call()).encode()
-        while told:
-            told = told[os.write(writing, told) :]
+        content = json.dumps(call()).encode()
+        while content:
+            content = content[os.write(writing, content) :]
         os._exit(0)
     except BaseException:
-        told = json.dumps(traceback.format_exc()).encode()
-        os.write(writing, told[:60000])
+        content = json.dumps(traceback.format_exc()).encode()
+        os.write(writing, content[:60000])
         os._exit(1)
 
 
@@ -158,8 +158,10 @@ def run_trial(kind: Kind, seed: int, trial: int, world: World, place: Path) -> t
     folder.mkdir()
 
     def attack() -> list[list[str]]:
-        found = kind.attack(rng, world, folder)
-        faults = found if isinstance(found, list) else [] if found is None else [found]
+        outcome = kind.attack(rng, world, folder)
+        if outcome is None:
+            return []
+        faults = outcome if isinstance(outcome, list) else [outcome]
         return [list(fault) for fault in faults]
 
     end = in_child(attack, kind.seconds)
@@ -167,8 +169,8 @@ def run_trial(kind: Kind, seed: int, trial: int, world: World, place: Path) -> t
     if end.status is None:
         return [Fault("hang", f"not done after {kind.seconds:g} s")], end
     if end.status != 0:
-        return [Fault("traceback", f"the process ended with {end.status}: {end.told}")], end
-    faults = [Fault(*fault) for fault in end.told]
+        return [Fault("traceback", f"the process ended with {end.status}: {end.result}")], end
+    faults = [Fault(*fault) for fault in end.result]
     if end.memory > MEMORY:
         faults.append(Fault("memory", f"{end.memory / 1e9:.1f} GB"))
     return faults, end
@@ -183,7 +185,7 @@ def attack(
     seed: int,
     minutes: float | None = None,
     part: tuple[int, int] = (0, 1),
-    told: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tally]:
     """Run trials of all kinds, by their shares.
 
@@ -195,7 +197,7 @@ def attack(
         seed: of all that is drawn.
         minutes: after which no trial begins.
         part: (i, n) runs every n-th trial, from the i-th.
-        told: how many were run.
+        on_progress: called with the number of trials that were run.
     """
     tallies = {kind.name: Tally() for kind in kinds}
     start = time.monotonic()
@@ -206,7 +208,7 @@ def attack(
             break
         faults, end = run_trial(kind, seed, trial, world, place)
         tallies[kind.name].add(trial, faults, end, kind.batch)
-        told(sum(tally.tried for tally in tallies.values()))
+        on_progress(sum(tally.tried for tally in tallies.values()))
     return tallies
 
 

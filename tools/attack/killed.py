@@ -23,35 +23,35 @@ def attack(rng: random.Random, world: World, folder: Path) -> Fault | None:
     if replaces:
         shutil.copytree(world.bundle, output)
     build = ["build", str(world.checkpoint), "-o", str(output), "--no-check", *(["--force"] if replaces else [])]
-    told = "--force " if replaces else ""
+    history = "--force " if replaces else ""
     for _ in range(rng.randint(1, 3)):
         ending = draw_ending(rng, world.events)
-        told += f"{ending.kind} at {ending.at}, "
+        history += f"{ending.kind} at {ending.at}, "
         end = run_until(lambda: call("ff-export", build), ending)
-        fault = fault_of(end, told)
+        fault = fault_of(end, history)
         if fault is not None:
             return fault
         if replaces and journal.own_manifest(output) is None:
-            return Fault("lost", f"{told}: no bundle has the name")
+            return Fault("lost", f"{history}: no bundle has the name")
         if not replaces and output.exists():
             break
-    return _last(build, told, world, folder)
+    return _last(build, history, world, folder)
 
 
-def _last(build: list[str], told: str, world: World, folder: Path) -> Fault | None:
+def _last(build: list[str], history: str, world: World, folder: Path) -> Fault | None:
     end = run_until(lambda: call("ff-export", build), Ending("end"))
-    fault = fault_of(end, told)
+    fault = fault_of(end, history)
     if fault is not None:
         return fault
-    done = end.told[0] == 0 or "exists: choose" in str(end.told[1])
+    done = end.result[0] == 0 or "exists: choose" in str(end.result[1])
     if not done:
-        return Fault("wrong", f"{told}: the last build ended with {end.told}")
+        return Fault("wrong", f"{history}: the last build ended with {end.result}")
     left = sorted(path.name for path in folder.iterdir())
     if left != ["o"]:
-        return Fault("wrong", f"{told}: left are {left}")
+        return Fault("wrong", f"{history}: left are {left}")
     built = snapshot(folder / "o")
     expected = snapshot(world.reference)
     if built != expected:
         names = [name for name in built.keys() | expected.keys() if built.get(name) != expected.get(name)]
-        return Fault("wrong", f"{told}: other than a build that nothing disturbs: {names}")
+        return Fault("wrong", f"{history}: other than a build that nothing disturbs: {names}")
     return None

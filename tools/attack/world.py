@@ -24,10 +24,10 @@ def world_in(folder: Path) -> World:
     checkpoint = folder / "checkpoint"
     counted = in_child(lambda: _counted_build(checkpoint, folder / "reference"), 120)
     if counted.status != 0:
-        raise RuntimeError(f"the reference could not be built: {counted.told}")
+        raise RuntimeError(f"the reference could not be built: {counted.result}")
     has_engines = (folder / "cache").exists()
     return World(
-        checkpoint, folder / "bundle", folder / "reference", int(counted.told),
+        checkpoint, folder / "bundle", folder / "reference", int(counted.result),
         folder / "compiled" if has_engines else None, folder / "cache" if has_engines else None,
         folder / "film.mp4", folder / "picture.png", tuple(sorted((folder / "families").iterdir())),
     )  # fmt: skip

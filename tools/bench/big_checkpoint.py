@@ -85,25 +85,25 @@ def tensors_of(shape: BigShape) -> Tensors:
     hidden = llm.hidden_size
     inner = llm.intermediate_size
     kv = hidden // llm.num_heads * llm.num_kv_heads
-    found: Tensors = {"visual.patch_embed.proj.weight": (width, *PATCH)}
+    tensors: Tensors = {"visual.patch_embed.proj.weight": (width, *PATCH)}
     for index in range(shape.depth):
         block = f"visual.blocks.{index}."
-        found |= {f"{block}{norm}.{part}": (width,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
+        tensors |= {f"{block}{norm}.{part}": (width,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
         for name, sizes in (("attn.qkv", (3 * width, width)), ("attn.proj", (width, width))):
-            found |= _linear(block + name, *sizes)
-        found |= _linear(f"{block}mlp.fc1", 4 * width, width) | _linear(f"{block}mlp.fc2", width, 4 * width)
-    found |= {f"visual.merger.ln_q.{part}": (width,) for part in ("weight", "bias")}
-    found |= _linear("visual.merger.mlp.0", 4 * width, 4 * width) | _linear("visual.merger.mlp.2", hidden, 4 * width)
-    found["model.embed_tokens.weight"] = (llm.vocab_size, hidden)
+            tensors |= _linear(block + name, *sizes)
+        tensors |= _linear(f"{block}mlp.fc1", 4 * width, width) | _linear(f"{block}mlp.fc2", width, 4 * width)
+    tensors |= {f"visual.merger.ln_q.{part}": (width,) for part in ("weight", "bias")}
+    tensors |= _linear("visual.merger.mlp.0", 4 * width, 4 * width) | _linear("visual.merger.mlp.2", hidden, 4 * width)
+    tensors["model.embed_tokens.weight"] = (llm.vocab_size, hidden)
     for index in range(llm.num_layers):
         layer = f"model.layers.{index}."
         for name, rows in (("q", hidden), ("k", kv), ("v", kv)):
-            found |= _linear(f"{layer}self_attn.{name}_proj", rows, hidden)
-        found[f"{layer}self_attn.o_proj.weight"] = (hidden, hidden)
-        found |= {f"{layer}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
-        found[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
-        found |= {f"{layer}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
-    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (llm.vocab_size, hidden)}
+            tensors |= _linear(f"{layer}self_attn.{name}_proj", rows, hidden)
+        tensors[f"{layer}self_attn.o_proj.weight"] = (hidden, hidden)
+        tensors |= {f"{layer}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        tensors[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
+        tensors |= {f"{layer}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+    return tensors | {"model.norm.weight": (hidden,), "lm_head.weight": (llm.vocab_size, hidden)}
 
 
 def _linear(name: str, rows: int, columns: int) -> Tensors:
@@ -137,7 +137,7 @@ def header_of(shard: Tensors) -> bytes:
 def numbers_of(name: str, sizes: tuple[int, ...]) -> Iterator[memoryview]:
     """Random bf16 numbers: weights of mean 0 whose sums over their inputs have a variance of about 1; norms are 1.
 
-    A random word gives the sign and the mantissa, the exponent is set: no other way to draw is faster than a disk.
+    Random bits give sign and mantissa, the exponent is set: no other way to draw is faster than a disk.
     """
     count = math.prod(sizes)
     is_norm = "norm" in name or ".ln_q." in name
@@ -147,11 +147,11 @@ def numbers_of(name: str, sizes: tuple[int, ...]) -> Iterator[memoryview]:
     for start in range(0, count, PIECE):
         size = min(PIECE, count - start)
         if is_norm and name.endswith("weight"):
-            words = np.full(size, 127 << 7, np.uint16)
+            bits = np.full(size, 127 << 7, np.uint16)
         else:
-            words = random.integers(0, 1 << 64, -(-size // 4), np.uint64).view(np.uint16)[:size]
-            words = words & np.uint16(0x807F) | np.uint16(exponent << 7)
-        yield words.data.cast("B")
+            bits = random.integers(0, 1 << 64, -(-size // 4), np.uint64).view(np.uint16)[:size]
+            bits = bits & np.uint16(0x807F) | np.uint16(exponent << 7)
+        yield bits.data.cast("B")
 
 
 def config_of(shape: BigShape) -> dict[str, Any]:

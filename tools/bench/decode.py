@@ -30,17 +30,17 @@ def main() -> None:
     theirs: dict[str, list[tuple[float, float]]] = {name: [] for name in setting.requests}
     for turn in range(arguments.rounds + 1):
         for name, request in setting.requests.items():
-            own = setting.run(request)
-            other = eager.run(None if name == setting.dense else own.lengths)
+            ours = setting.run(request)
+            other = eager.run(None if name == setting.dense else ours.lengths)
             if turn:  # the first one warms up
-                runs[name].append(own)
+                runs[name].append(ours)
                 theirs[name].append(other)
     figures: dict[str, Any] = setting.facts | {"new_tokens": arguments.new_tokens}
-    for name, own_runs in runs.items():
-        seconds = median(own_runs, "decode")
-        lengths = own_runs[0].lengths
+    for name, measured in runs.items():
+        seconds = median(measured, "decode")
+        lengths = measured[0].lengths
         figures[name] = {
-            "per_token": summary([run.decode for run in own_runs]),
+            "per_token": summary([run.decode for run in measured]),
             "tokens_per_second": 1 / seconds,
             "kv_lengths": lengths,
             "gb_read_per_second": bytes_read(manifest, lengths) / seconds / 1e9,

@@ -81,10 +81,10 @@ class Eager:
         layers = self.model.model.language_model.layers
         hooks = []
         if lengths is not None:
-            for layer, own, following in zip(layers, lengths, lengths[1:], strict=False):
-                if following < own:
+            for layer, length, following in zip(layers, lengths, lengths[1:], strict=False):
+                if following < length:
                     norm = layer.post_attention_layernorm
-                    hooks.append(norm.register_forward_pre_hook(_cut(own, following)))
+                    hooks.append(norm.register_forward_pre_hook(_cut(length, following)))
             hooks += [layer.register_forward_pre_hook(_fit_tables, with_kwargs=True) for layer in layers]
         try:
             yield
@@ -102,12 +102,12 @@ class Eager:
         return out.past_key_values
 
 
-def _cut(own: int, following: int) -> Callable[..., None]:
+def _cut(length: int, following: int) -> Callable[..., None]:
     """A hook that keeps the first tokens of a prefill, in place: what it is given is the layer's residual, too."""
 
     def cut(_: Any, arguments: tuple[Any, ...]) -> None:
         (hidden,) = arguments
-        if hidden.shape[1] == own:
+        if hidden.shape[1] == length:
             hidden.set_(hidden[:, :following].clone())
 
     return cut

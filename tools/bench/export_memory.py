@@ -82,9 +82,9 @@ def build(checkpoint: Path, target: Path, options: list[str]) -> dict[str, Any]:
         command = [*COMMAND, "build", str(checkpoint), "-o", str(target), "--json", *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         watch = Watch(process)
-        told = json.loads(process.stdout.read() if process.stdout else "{}")
-        if process.wait() or "error" in told:
-            raise SystemExit(f"the build failed: {told}")
+        result = json.loads(process.stdout.read() if process.stdout else "{}")
+        if process.wait() or "error" in result:
+            raise SystemExit(f"the build failed: {result}")
         phases = watch.phases()
         written = synced(target)
         seconds = time.perf_counter() - start
@@ -94,7 +94,7 @@ def build(checkpoint: Path, target: Path, options: list[str]) -> dict[str, Any]:
         "anonymous_gb": max(phase["anonymous_gb"] for phase in phases.values()),
         "bundle_gb": gigabytes(written),
         "phases": phases,
-    } | ({"check": told["check"]} if told["check"] else {})
+    } | ({"check": result["check"]} if result["check"] else {})
 
 
 class Watch:
@@ -143,9 +143,9 @@ class Watch:
     def _listen(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            told = PART.match(line)
-            if told:
-                self._begin(told[1])
+            part = PART.match(line)
+            if part:
+                self._begin(part[1])
             print(line, end="", file=sys.stderr)
 
     def _sample(self) -> None:

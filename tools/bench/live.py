@@ -91,17 +91,17 @@ def main() -> None:
     full = prefill_flops(model, [len(film.hidden)] * model.num_layers)
     dense = summary(prefill["dense"])["median_s"]
     for name, record in records.items():
-        own = summary(prefill[name])
+        timing = summary(prefill[name])
         limit = full / prefill_flops(model, list(record.tokens_per_layer))
         figures[name] = {
-            "prefill": own,
+            "prefill": timing,
             "decode_per_token": summary(decode[name]),
             "tokens_per_layer": list(record.tokens_per_layer),
             "reductions": [f"call {r.call}: {r.kind} {r.tokens_before} -> {r.tokens_after}" for r in record.calls],
             "cost": record.cost,
-            "speed_up": dense / own["median_s"],
+            "speed_up": dense / timing["median_s"],
             "flop_limit": limit,
-            "share_of_limit": dense / own["median_s"] / limit,
+            "share_of_limit": dense / timing["median_s"] / limit,
             "not_layers_share": summary(hooks[name])["median_s"],
         }
     report("live", figures, write=arguments.write)

@@ -51,18 +51,18 @@ def main() -> None:
 def measure(folder: Path, film: Path, cost: float) -> dict[str, Any]:
     """One run in a process of its own."""
     command = [sys.executable, "-c", CHILD, str(folder), str(film), str(cost), str(NEW_TOKENS)]
-    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    run = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     manifest = read_manifest(folder)
-    lengths = [told["kv"][segment.attention_layers[0]] for segment in manifest.segments]
-    plan = memory_plan(manifest, told["prompt"], told["visual"], NEW_TOKENS, lengths=lengths)
+    lengths = [run["kv"][segment.attention_layers[0]] for segment in manifest.segments]
+    plan = memory_plan(manifest, run["prompt"], run["visual"], NEW_TOKENS, lengths=lengths)
     parts = ("process", "weights", "embedding", "activations", "rows", "caches")
     return {
-        "prompt_tokens": told["prompt"],
+        "prompt_tokens": run["prompt"],
         "kv_lengths": lengths,
-        "torch_in_process": told["modules"],
-        "measured_mb": round(told["peak"] / 1e6, 1),
+        "torch_in_process": run["modules"],
+        "measured_mb": round(run["peak"] / 1e6, 1),
         "planned_mb": round(plan.total / 1e6, 1),
-        "measured_over_planned": round(told["peak"] / plan.total, 3),
+        "measured_over_planned": round(run["peak"] / plan.total, 3),
         "plan_mb": {part: round(getattr(plan, part) / 1e6, 1) for part in parts},
     }
 

@@ -39,12 +39,12 @@ def main() -> None:
     expected = np.zeros(0, np.float32)
     for turn in range(arguments.rounds + 1):
         for name, request in requests.items():
-            own = setting.run(request)
-            other = eager.run(None if name == dense_name else own.lengths)
+            ours = setting.run(request)
+            eager_run = eager.run(None if name == dense_name else ours.lengths)
             expected = eager.logits if name == dense_name else expected
             if turn:  # the first one warms up
-                runs[name].append(own)
-                theirs[name].append(other)
+                runs[name].append(ours)
+                theirs[name].append(eager_run)
     dense = runs[dense_name]
     error = np.abs(dense[0].logits - expected).max() / np.abs(expected).max()
     figures: dict[str, Any] = setting.facts | {
@@ -73,7 +73,8 @@ def matmul_gflops(model: ModelRecord, tokens: int, threads: int) -> dict[str, fl
     import torch
 
     shapes = ((tokens, model.hidden_size), (model.hidden_size, model.intermediate_size))
-    left, right = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in shapes)
+    left = np.random.default_rng(0).standard_normal(shapes[0], np.float32)
+    right = np.random.default_rng(0).standard_normal(shapes[1], np.float32)
     x = ir.Value(name="x", shape=ir.Shape(shapes[0]), type=ir.TensorType(ir.DataType.FLOAT))
     weight = ir.Value(name="weight", const_value=ir.tensor(right, name="weight"))
     node = ir.node("MatMul", [x, weight])
@@ -81,9 +82,12 @@ def matmul_gflops(model: ModelRecord, tokens: int, threads: int) -> dict[str, fl
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), options)
-    pair = torch.from_numpy(left), torch.from_numpy(right)
-    ways: dict[str, Callable[[], Any]] = {"torch": lambda: pair[0] @ pair[1]}
-    ways["onnxruntime"] = lambda: session.run(None, {"x": left})
+    left_tensor = torch.from_numpy(left)
+    right_tensor = torch.from_numpy(right)
+    ways: dict[str, Callable[[], Any]] = {
+        "torch": lambda: left_tensor @ right_tensor,
+        "onnxruntime": lambda: session.run(None, {"x": left}),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(6):
         for name, multiply in ways.items():
@@ -91,7 +95,7 @@ def matmul_gflops(model: ModelRecord, tokens: int, threads: int) -> dict[str, fl
             multiply()
             seconds[name].append(time.perf_counter() - start)
     operations = 2 * tokens * model.hidden_size * model.intermediate_size
-    return {name: round(operations / statistics.median(own) / 1e9) for name, own in seconds.items()}
+    return {name: round(operations / statistics.median(times) / 1e9) for name, times in seconds.items()}
 
 
 def median(runs: list[Run], name: str) -> float:
@@ -103,7 +107,8 @@ def eager_median(runs: list[tuple[float, float]], which: int) -> float:
 
 
 def eager_figures(runs: list[tuple[float, float]]) -> dict[str, Any]:
-    prefill, decode = ([run[which] for run in runs] for which in (0, 1))
+    prefill = [run[0] for run in runs]
+    decode = [run[1] for run in runs]
     return {"prefill": summary(prefill), "decode_per_token": summary(decode)}
 
 

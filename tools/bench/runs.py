@@ -91,14 +91,14 @@ class Setting:
 
     def _options(self, kind: EngineKind | None) -> BuildOptions:
         """TensorRT's engines are built for this film alone: static caches and buckets beyond it would only cost."""
-        own = self.arguments
+        arguments = self.arguments
         tokens = BEFORE + self.grid.size + AFTER
-        longest = -(-(tokens + own.new_tokens) // BUCKET_MULTIPLE) * BUCKET_MULTIPLE
-        common = {"similarity_lower_bound": 0.6, "depth": own.depth, "dtype": own.dtype, "backend": kind}
+        longest = -(-(tokens + arguments.new_tokens) // BUCKET_MULTIPLE) * BUCKET_MULTIPLE
+        common = {"similarity_lower_bound": 0.6, "depth": arguments.depth, "dtype": arguments.dtype, "backend": kind}
         if kind in ("tensorrt", "tensorrt-rtx"):
             sizes = {"max_input_len": longest, "max_kv_cache_capacity": longest}
-            return BuildOptions.chosen(**common, **sizes, buckets=ladder(tokens, longest, 0.8 * min(own.costs)))
-        device = own.device if kind == "inductor" else None
+            return BuildOptions.chosen(**common, **sizes, buckets=ladder(tokens, longest, 0.8 * min(arguments.costs)))
+        device = arguments.device if kind == "inductor" else None
         return BuildOptions.chosen(**common, max_input_len=max(4096, longest), device=device)
 
     @property
@@ -109,16 +109,16 @@ class Setting:
     @property
     def facts(self) -> dict[str, Any]:
         """What was measured, for the report."""
-        own = self.arguments
+        arguments = self.arguments
         return {
             "backend": self.choice.facts,
-            "shape": own.shape,
+            "shape": arguments.shape,
             "dtype": self.model.dtype,
             "tokens": len(self.film.hidden),
-            "film": f"{own.frames} x {self.grid.height * self.grid.width} tokens",
+            "film": f"{arguments.frames} x {self.grid.height * self.grid.width} tokens",
             "captured_decode": bool(getattr(self.pipeline.backend, "captured", 0)),
-            "threads": own.threads,
-            "rounds": own.rounds,
+            "threads": arguments.threads,
+            "rounds": arguments.rounds,
         }
 
     def result_file(self, name: str) -> str:
@@ -129,9 +129,9 @@ class Setting:
 
     def eager(self) -> Eager:
         """The same weights and film in eager torch, where the backend is."""
-        own = self.arguments
+        arguments = self.arguments
         device = "cuda" if self.on_gpu else "cpu"
-        return Eager(self.checkpoint, self.film, own.threads, new_tokens=own.new_tokens, device=device,
+        return Eager(self.checkpoint, self.film, arguments.threads, new_tokens=arguments.new_tokens, device=device,
                      dtype=self.model.dtype if self.on_gpu else "float32")  # fmt: skip
 
     def run(self, request: Request) -> Run:

@@ -75,7 +75,7 @@ class Thing:
         travel = self.speed * (time - self.start)
         return self.x + dx * travel, self.y + dy * travel
 
-    def seen(self, time: float) -> bool:
+    def visible_at(self, time: float) -> bool:
         return self.start <= time < self.stop
 
 
@@ -251,7 +251,7 @@ def cell_labels(scene: Scene, times: NDArray[np.floating[Any]]) -> NDArray[np.ui
     edges = np.arange(cells) * CELL
     for index, time in enumerate(times):
         for thing in scene.things:
-            if not thing.seen(float(time)):
+            if not thing.visible_at(float(time)):
                 continue
             reach = thing.radius - 5
             x, y = thing.at(float(time))
@@ -278,7 +278,7 @@ def render(scene: Scene, times: NDArray[np.floating[Any]]) -> Frames:
             y = int(dot.y + dot.vy * time) % (SIDE - 3)
             frame[y : y + 3, x : x + 3] = dot.grey
         for thing in scene.things:
-            if thing.seen(time):
+            if thing.visible_at(time):
                 _draw_thing(frame, thing, float(time))
     return _add_noise(out, scene, times)
 

@@ -39,12 +39,12 @@ def answer(model: Any, prompts: Prompts, frames: clips.Frames, question: str, mo
         video_grid_thw=torch.tensor([[grids, 8, 8]]),
         use_cache=True,
     )
-    said: list[int] = []
+    tokens: list[int] = []
     for step in range(most):
         token = int(out.logits[0, -1].argmax())
         if token in model.generation_config.eos_token_id:
             break
-        said.append(token)
+        tokens.append(token)
         at = ids.shape[1] + step
         out = model(
             input_ids=torch.tensor([[token]]),
@@ -52,7 +52,7 @@ def answer(model: Any, prompts: Prompts, frames: clips.Frames, question: str, mo
             past_key_values=out.past_key_values,
             use_cache=True,
         )
-    return str(prompts.tokenizer.decode(said))
+    return str(prompts.tokenizer.decode(tokens))
 
 
 def through_mp4(seed: int, kind: str) -> clips.Frames:
@@ -65,14 +65,14 @@ def through_mp4(seed: int, kind: str) -> clips.Frames:
 
 def evaluate(model: Any, prompts: Prompts, seeds: range, mp4: bool = False) -> dict[str, Any]:
     """Accuracy by question type, in percent, with the number of questions asked."""
-    asked: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     right: Counter[str] = Counter()
     for seed in seeds:
         clip = clips.draw_clip(seed)
         frames = through_mp4(seed, clip.kind) if mp4 else clip.frames
-        asked[clip.kind] += 1
+        counts[clip.kind] += 1
         right[clip.kind] += answer(model, prompts, frames, clip.question) == clip.answer
-    by_kind = {kind: round(100 * right[kind] / asked[kind], 1) for kind in clips.KINDS if asked[kind]}
+    by_kind = {kind: round(100 * right[kind] / counts[kind], 1) for kind in clips.KINDS if counts[kind]}
     return {"questions": len(seeds), "all": round(100 * right.total() / len(seeds), 1), **by_kind}
 
 

@@ -175,8 +175,8 @@ class Layout:
         self.cos = cos[:, None]
         self.sin = sin[:, None]  # [1, 1, S, head_dim]
         # Each branch sees the prefix and the earlier part of itself, so it is exactly a prompt of its own.
-        own = torch.kron(torch.eye(questions), torch.ones(length, length).tril()).bool()
-        self.mask = torch.cat([torch.ones(len(own), self.prefix, dtype=torch.bool), own], dim=1)
+        branches = torch.kron(torch.eye(questions), torch.ones(length, length).tril()).bool()
+        self.mask = torch.cat([torch.ones(len(branches), self.prefix, dtype=torch.bool), branches], dim=1)
 
 
 def answer_hidden(model: Any, x: Tensor, layout: Layout) -> Tensor:

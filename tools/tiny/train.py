@@ -49,7 +49,7 @@ class Stage:
     batch: int
     rate: float
     final: float
-    asked: tuple[str, ...] = EVEN  # the kinds of the questions asked about each clip
+    kinds: tuple[str, ...] = EVEN  # the kinds of the questions asked about each clip
     least: int = 1  # objects in a clip
 
 
@@ -78,7 +78,7 @@ class Grids(Dataset[tuple[Tensor, Tensor]]):
         rng = np.random.default_rng((self.first_seed + index, 9))
         scene = clips.make_scene(self.first_seed + index)
         # Mostly moments at which something is seen.
-        busy = [g for g in range(16) if any(thing.seen(g + 0.25) for thing in scene.things)]
+        busy = [g for g in range(16) if any(thing.visible_at(g + 0.25) for thing in scene.things)]
         chosen = rng.choice(busy if rng.random() < 0.9 else np.arange(16), self.per_scene)
         times = (chosen[:, None] + np.array([0.0, 0.5])).ravel()
         frames = clips.degrade(clips.render(scene, times), rng)
@@ -101,14 +101,14 @@ class Talks(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
         scene = clips.make_scene(self.first_seed + index, self.stage.frames / 2, self.stage.least)
         times = np.arange(self.stage.frames) / 2
         frames = clips.degrade(clips.render(scene, times), rng)
-        ids, targets = np.full((2, len(self.stage.asked), BRANCH), self.prompts.pad)
+        ids, targets = np.full((2, len(self.stage.kinds), BRANCH), self.prompts.pad)
         targets[:] = -100
-        for row, kind in enumerate(self.stage.asked):
+        for row, kind in enumerate(self.stage.kinds):
             question = clips.ask(scene, "color" if kind == "order" and len(scene.things) < 2 else kind, rng)
-            asked = self.prompts.question(question.text)
+            question_ids = self.prompts.question(question.text)
             answer = self.prompts.answer(question.answer)
-            ids[row, : len(asked) + len(answer)] = asked + answer
-            targets[row, len(asked) - 1 : len(asked) + len(answer) - 1] = answer
+            ids[row, : len(question_ids) + len(answer)] = question_ids + answer
+            targets[row, len(question_ids) - 1 : len(question_ids) + len(answer) - 1] = answer
         cells = torch.from_numpy(clips.cell_labels(scene, times))
         return torch.from_numpy(np.array(frames)), cells, torch.from_numpy(ids), torch.from_numpy(targets)
 
@@ -145,7 +145,7 @@ class Trainer:
             cosine = 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
             return min((step + 1) / WARMUP, final + (1 - final) * cosine)
 
-        return [(one, torch.optim.lr_scheduler.LambdaLR(one, schedule)) for one in pair]
+        return [(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)) for optimizer in pair]
 
     def cell_loss(self, features: Tensor, cells: Tensor) -> Tensor:
         logits = self.probe(features)
@@ -164,20 +164,20 @@ class Trainer:
     def train_answers(self, stage: Stage) -> None:
         optimizers = self.optimizers(stage.steps, stage.rate, stage.final)
         data = Talks(self.prompts, self.seed * SEED_SPACE + self.step * 1000, stage)
-        layout = tiny.Layout(self.model, len(self.prompts.before), stage.frames // 2, len(stage.asked), BRANCH)
+        layout = tiny.Layout(self.model, len(self.prompts.before), stage.frames // 2, len(stage.kinds), BRANCH)
         recent: deque[tuple[float, float]] = deque(maxlen=50)
         right: Counter[str] = Counter()
         for clip, cells, ids, targets in self.loader(data, stage.batch):
-            seen, logits = self._answer(clip, ids, targets, layout)
+            features, logits = self._answer(clip, ids, targets, layout)
             wanted = targets[targets >= 0]
             answer_loss = F.cross_entropy(logits, wanted)
-            cell_loss = self.cell_loss(seen, cells)
+            cell_loss = self.cell_loss(features, cells)
             self._descend(answer_loss + cell_loss, optimizers)
             recent.append((float(answer_loss.detach()), float(cell_loss.detach())))
-            right += _right_by_kind(stage.asked, logits.argmax(-1), targets)
+            right += _right_by_kind(stage.kinds, logits.argmax(-1), targets)
             if self.step % 50 == 0:
                 means = np.mean(recent, 0)
-                times = {kind: 50 * stage.batch * stage.asked.count(kind) for kind in clips.KINDS}
+                times = {kind: 50 * stage.batch * stage.kinds.count(kind) for kind in clips.KINDS}
                 share = {kind: round(right[kind] / times[kind], 3) for kind in clips.KINDS}
                 self._report(stage=f"answers{stage.frames}", loss=float(means[0]), cells=float(means[1]), right=share)
                 right.clear()
@@ -187,12 +187,12 @@ class Trainer:
     def _answer(self, clip: Tensor, ids: Tensor, targets: Tensor, layout: tiny.Layout) -> tuple[Tensor, Tensor]:
         """Vision features and the logits at the target positions."""
         embed = self.model.model.language_model.embed_tokens
-        seen = tiny.vision_features(self.model, tiny.patch_batch(clip))
-        video = seen.reshape(len(clip), -1, seen.shape[-1])
+        features = tiny.vision_features(self.model, tiny.patch_batch(clip))
+        video = features.reshape(len(clip), -1, features.shape[-1])
         before = embed(torch.tensor(self.prompts.before)).expand(len(clip), -1, -1)
         x = torch.cat([before, video, embed(ids.flatten(1))], dim=1)
         hidden = tiny.answer_hidden(self.model, x, layout)
-        return seen, F.linear(hidden[targets.flatten(1) >= 0], embed.weight)
+        return features, F.linear(hidden[targets.flatten(1) >= 0], embed.weight)
 
     def _descend(self, loss: Tensor, optimizers: list[tuple[torch.optim.Optimizer, Any]]) -> None:
         for optimizer, _ in optimizers:
@@ -210,13 +210,13 @@ class Trainer:
         print(json.dumps(line), flush=True)
 
 
-def _right_by_kind(asked: tuple[str, ...], said: Tensor, targets: Tensor) -> Counter[str]:
-    """How many questions of each kind have every answer token right; `said` holds the predicted target tokens."""
+def _right_by_kind(kinds: tuple[str, ...], predicted: Tensor, targets: Tensor) -> Counter[str]:
+    """How many questions of each kind have every answer token right; `predicted` holds the target tokens, [n]."""
     wrong = torch.zeros_like(targets)
-    wrong[targets >= 0] = (said != targets[targets >= 0]).long()
+    wrong[targets >= 0] = (predicted != targets[targets >= 0]).long()
     right = (wrong.sum(-1) == 0).sum(0)
     tally: Counter[str] = Counter()
-    for kind, number in zip(asked, right.tolist(), strict=True):
+    for kind, number in zip(kinds, right.tolist(), strict=True):
         tally[kind] += number
     return tally
 
