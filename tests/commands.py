@@ -20,12 +20,12 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(ff_run, [str(argument) for argument in arguments])
 
 
-def assert_refused(result: Result, kind: type[FrameFusionError], *words: str) -> None:
+def assert_refused(result: Result, kind: type[FrameFusionError], *phrases: str) -> None:
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == kind.exit_code, result.output
     assert result.stderr.splitlines()[-1].startswith("error: ")
-    for word in words:
-        assert word in result.stderr
+    for phrase in phrases:
+        assert phrase in result.stderr
 
 
 def assert_only_complete_parts(output: Path) -> None:

@@ -60,14 +60,14 @@ def test_a_bundle_has_its_name_at_any_moment(checkpoint: Path, world: World, tmp
 
     build = ["build", str(checkpoint), "-o", str(tmp_path / "o"), "--no-check", "--force"]
     shutil.copytree(world.reference, tmp_path / "o")
-    seen = set()
+    statuses = set()
     for at in range(WRITES - 20, WRITES + 20, 10):
         end = run_until(lambda: call("ff-export", build), Ending("kill", at))
         assert own_manifest(tmp_path / "o") is not None
-        seen.add(end.status)
+        statuses.add(end.status)
     assert run_until(lambda: call("ff-export", build), Ending("end")).result[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
-    assert -9 in seen
+    assert -9 in statuses
 
 
 def test_the_harness_sees_what_goes_wrong(world: World, tmp_path: Path) -> None:

@@ -80,15 +80,15 @@ def test_a_picture_without_its_end_is_shown_with_a_warning(bundle: Path, tmp_pat
     Image.fromarray(np.random.default_rng(0).integers(0, 99, (400, 300, 3), np.uint8)).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(whole[:-5000])
-    asked = ("generate", bundle, "--image", tmp_path / "a.png", "--prompt", "What?", "--max-new-tokens", 1)
-    result = run(*asked)
+    arguments = ("generate", bundle, "--image", tmp_path / "a.png", "--prompt", "What?", "--max-new-tokens", 1)
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert f"warning: {tmp_path / 'a.png'} lacks its last bytes: " in result.stderr
-    assert "of its pixels are blank" in json.loads(run(*asked, "--json").stdout)["warnings"][0]
+    assert "of its pixels are blank" in json.loads(run(*arguments, "--json").stdout)["warnings"][0]
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
-    assert_refused(run(*asked), errors.VideoError, "is truncated", "of its pixels are missing")
+    assert_refused(run(*arguments), errors.VideoError, "is truncated", "of its pixels are missing")
     (tmp_path / "a.png").write_bytes(whole)
-    refused = run(*asked, "--max-image-pixels", 100_000)
+    refused = run(*arguments, "--max-image-pixels", 100_000)
     assert_refused(refused, errors.VideoError, "is 300x400, 120000 pixels, the limit is 100000", "--max-image-pixels")
 
 

@@ -31,25 +31,25 @@ def measured(name: str, work: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_prefill(work: Path) -> None:
-    told = measured("prefill", work)
-    assert told["backend"]["name"] == "onnxruntime"
-    assert told["tokens"] == 6 * 16 + 32
-    assert told["dense_logits_relative_error"] < 1e-4  # fp32, the same products in another order
-    lengths = [told[name]["kv_lengths"] for name in OURS]
-    assert lengths[0] == [told["tokens"]] * 4
+    figures = measured("prefill", work)
+    assert figures["backend"]["name"] == "onnxruntime"
+    assert figures["tokens"] == 6 * 16 + 32
+    assert figures["dense_logits_relative_error"] < 1e-4  # fp32, the same products in another order
+    lengths = [figures[name]["kv_lengths"] for name in OURS]
+    assert lengths[0] == [figures["tokens"]] * 4
     assert sum(lengths[0]) > sum(lengths[1]) > sum(lengths[2])
     for name in OURS:
-        assert set(told["stages"][name]) == {"vision", "prefill", "reduction", "decode"}
-        assert told[name]["speed_up_over_eager"]["prefill"] > 0
-        assert told[name]["flop_limit"] >= 1
-    table = numbers.on_gpu(told)
+        assert set(figures["stages"][name]) == {"vision", "prefill", "reduction", "decode"}
+        assert figures[name]["speed_up_over_eager"]["prefill"] > 0
+        assert figures[name]["flop_limit"] >= 1
+    table = numbers.on_gpu(figures)
     assert all(name in table for name in OURS)
 
 
 @pytest.mark.slow
 def test_decode(work: Path) -> None:
-    told = measured("decode", work)
-    assert [told[name]["kv_lengths"][-1] for name in OURS] == sorted(
-        (told[name]["kv_lengths"][-1] for name in OURS), reverse=True
+    figures = measured("decode", work)
+    assert [figures[name]["kv_lengths"][-1] for name in OURS] == sorted(
+        (figures[name]["kv_lengths"][-1] for name in OURS), reverse=True
     )
-    assert all(told[name]["gb_read_per_second"] > 0 for name in OURS)
+    assert all(figures[name]["gb_read_per_second"] > 0 for name in OURS)

@@ -68,8 +68,8 @@ def test_transformers_loads_it_and_a_bundle_of_it_is_checked_against_it(written:
     from transformers import Qwen2VLForConditionalGeneration
 
     model: Any = Qwen2VLForConditionalGeneration
-    _, told = model.from_pretrained(written, output_loading_info=True)
-    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    _, report = model.from_pretrained(written, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     options = BuildOptions(depth=1, max_input_len=512, max_pixels=112 * 112)
     check = build(Checkpoint(written), tmp_path / "bundle", options).manifest.check
     assert check["passed"]

@@ -93,7 +93,7 @@ def test_every_build_option_has_its_flag() -> None:
     assert flags == {name: [f"--{name.replace('_', '-')}"] for name in names}
 
 
-def test_defaults_told_are_those_of_the_library() -> None:
+def test_defaults_in_the_help_are_those_of_the_library() -> None:
     texts = {option.name: option.help or "" for option in ff_export.commands["build"].params if hasattr(option, "help")}
     for field in dataclasses.fields(BuildOptions):
         if field.default not in (None, False):
@@ -184,8 +184,8 @@ def test_families_lists_the_table() -> None:
     assert all(row["architectures"] and row["checkpoints"] and row["verified"] for row in rows)
     text = invoke(ff_export, "families").stdout
     assert max(map(len, text.splitlines())) <= console.WIDTH
-    words = {word.strip(",") for word in text.split()}
-    assert {name for row in rows for name in (row["name"], *row["architectures"], *row["checkpoints"])} <= words
+    shown = {word.strip(",") for word in text.split()}
+    assert {name for row in rows for name in (row["name"], *row["architectures"], *row["checkpoints"])} <= shown
     assert " ".join(rows[0]["verified"].split()) in " ".join(text.split())
 
 

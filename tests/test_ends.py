@@ -26,10 +26,10 @@ def command(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-c", BEGIN.format(name), *map(str, arguments)]
 
 
-def assert_said(done: subprocess.CompletedProcess[str], *words: str) -> None:
+def assert_said(done: subprocess.CompletedProcess[str], *phrases: str) -> None:
     assert done.returncode == errors.StorageError.exit_code, done.stderr
     assert len(done.stderr.splitlines()) == 1
-    for word in ("error: standard output cannot be written", *words):
+    for word in ("error: standard output cannot be written", *phrases):
         assert word in done.stderr
 
 

@@ -143,10 +143,9 @@ def _only_once(built: Path, killed: Callable[..., None]) -> Callable[..., None]:
 
 def test_a_copied_journal_is_not_obeyed(built: Path) -> None:
     mine = letter(built / "notes.txt")
-    one = journal.Journal(built, removes=("notes.txt",))
-    one.save()
-    told = json.loads((built / "journal.json").read_text())
-    (built / "journal.json").write_text(json.dumps(told | {"inode": told["inode"] + 1}))
+    journal.Journal(built, removes=("notes.txt",)).save()
+    entries = json.loads((built / "journal.json").read_text())
+    (built / "journal.json").write_text(json.dumps(entries | {"inode": entries["inode"] + 1}))
     journal.tidy(built)
     assert mine.read_text() == "Dear"
 

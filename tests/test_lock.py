@@ -15,7 +15,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 
 def wanted(extra: str, python: str) -> list[Requirement]:
     place = {"python_version": python, "sys_platform": "linux", "platform_machine": "x86_64"}
-    return [one for one in requirements(extra) if one.marker is None or one.marker.evaluate(place)]
+    return [item for item in requirements(extra) if item.marker is None or item.marker.evaluate(place)]
 
 
 def allows(requirement: Requirement, version: str) -> bool:
@@ -32,7 +32,7 @@ def test_the_lock_pins_what_the_project_asks_for_within_its_bounds(python: str) 
 
 def test_the_oldest_set_is_the_lower_bounds_of_the_project() -> None:
     """A bound that the resolver had to leave was never true, so nobody would have tested it."""
-    for requirement in (one for extra in LIBRARIES for one in wanted(extra, OLDEST_PYTHON)):
+    for requirement in [item for extra in LIBRARIES for item in wanted(extra, OLDEST_PYTHON)]:
         (lowest,) = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
         version = pinned(OLDEST, requirement.name, OLDEST_PYTHON)
         assert version is not None, f"{requirement.name} has no pin: run `make lock`"

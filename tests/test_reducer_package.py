@@ -73,8 +73,8 @@ def test_an_installed_reducer_works_by_name(
     assert other["cost"]["reached"] == 0.5
     built = ("build", checkpoint, "-o", tmp_path / "own", "--reducer", "norm", "--cost", 0.5, "--max-input-len", 512)
     assert json.loads(python(installed, *EXPORT, *built, "--json"))["check"]["passed"]
-    own = json.loads(python(installed, *RUN, "generate", tmp_path / "own", *question))
+    answer = json.loads(python(installed, *RUN, "generate", tmp_path / "own", *question))
     for name in ("text", "kv_lengths", "reduction"):
-        assert own[name][:1] == other[name][:1]
-    assert own["cost"] == other["cost"]
+        assert answer[name][:1] == other[name][:1]
+    assert answer["cost"] == other["cost"]
     assert float(python(installed, "-c", LIVE, checkpoint)) == pytest.approx(0.4, abs=1 / 32)

@@ -50,8 +50,8 @@ def by_layer(prefilled: Prefilled) -> Kept:
     return [kept for kept, cache in pairs for _ in cache.keys]
 
 
-def same(one: Kept, other: Kept) -> bool:
-    return all(np.array_equal(*pair) for pair in zip(one, other, strict=True))
+def same(first: Kept, second: Kept) -> bool:
+    return all(np.array_equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def prefill(pipeline: Pipeline, prompt: Prompt, rows: TokenRows, name: str, cost: float) -> Prefilled:
@@ -62,19 +62,19 @@ def live_reference(folder: Path, manifest: Manifest) -> QwenVLReference:
     rule: Any = manifest.preprocessing
     limits = {"min_pixels": rule.min_pixels, "max_pixels": rule.max_pixels}
 
-    def process(seen: Any) -> Any:
-        return processed(seen.frames if hasattr(seen, "frames") else np.stack([seen, seen]), **limits)
+    def process(media: Any) -> Any:
+        return processed(media.frames if hasattr(media, "frames") else np.stack([media, media]), **limits)
 
     return QwenVLReference(folder, "Qwen2VLForConditionalGeneration", process)
 
 
-def live(reference: QwenVLReference, prompt: Prompt, seen: Any, name: str, cost: float, bundle: Manifest) -> Any:
+def live(reference: QwenVLReference, prompt: Prompt, visuals: Any, name: str, cost: float, bundle: Manifest) -> Any:
     """The record of the one row."""
     record = bundle.reduction
     bounds = record.similarity_lower_bound, record.ratio_lower_bound
     handle = apply_framefusion(reference.model, cost, *bounds, reducer=name, depth=record.depth, seed=SEED)
     try:
-        reference.logits(prompt, seen, [])
+        reference.logits(prompt, visuals, [])
     finally:
         remove_framefusion(reference.model)
     return handle.last[0]
@@ -106,9 +106,10 @@ def test_the_three_keep_the_same_tokens(
     reference: QwenVLReference,
     read: tuple[Prompt, TokenRows, list[Any]],
 ) -> None:
-    prompt, rows, seen = read
-    compiled, torch = (prefill(one, prompt, rows, name, COST) for one in (pipeline, eager))
-    record = live(reference, prompt, seen, name, COST, pipeline.manifest)
+    prompt, rows, visuals = read
+    compiled = prefill(pipeline, prompt, rows, name, COST)
+    torch = prefill(eager, prompt, rows, name, COST)
+    record = live(reference, prompt, visuals, name, COST, pipeline.manifest)
     assert same(by_layer(compiled), by_layer(torch))
     assert same(by_layer(compiled), list(record.kept))
     assert record.calls == tuple(compiled.history) == tuple(torch.history)
@@ -121,9 +122,9 @@ def test_the_random_reducer_draws_anew_with_another_seed(
 ) -> None:
     prompt, rows, _ = read
     requests = [Request(1, cost=0.4, reducer="random", seed=seed) for seed in (1, 1, 2)]
-    one, again, other = (by_layer(pipeline.prefill(prompt, rows, asked, Stopwatch())) for asked in requests)
-    assert same(one, again)
-    assert not same(one, other)
+    first, again, other = (by_layer(pipeline.prefill(prompt, rows, request, Stopwatch())) for request in requests)
+    assert same(first, again)
+    assert not same(first, other)
 
 
 # --- Plans and refusals ---------------------------------------------------------------------------------------------
@@ -155,9 +156,9 @@ def test_the_decoder_is_cut_only_where_the_reducer_acts(
 
 
 def test_an_exact_count_before_the_llm_has_a_size_of_its_own(checkpoint: Path) -> None:
-    asked = {"dialect": "portable", "cost": 0.3, "max_text_len": 90}
-    exact = set(plan_of(checkpoint, reducer="evs", **asked).buckets() or ())
-    assert exact - set(plan_of(checkpoint, reducer="framefusion", **asked).buckets() or ()) == {90 + round(0.3 * 422)}
+    options = {"dialect": "portable", "cost": 0.3, "max_text_len": 90}
+    exact = set(plan_of(checkpoint, reducer="evs", **options).buckets() or ())
+    assert exact - set(plan_of(checkpoint, reducer="framefusion", **options).buckets() or ()) == {90 + round(0.3 * 422)}
 
 
 def test_a_truncated_model_is_cut_at_the_same_calls() -> None:
@@ -191,12 +192,12 @@ def test_a_reducer_that_acts_elsewhere_is_refused_with_both_calls(checkpoint: Pa
 
 @pytest.mark.parametrize("mode", ["none", "fixed"])
 def test_a_reducer_that_is_built_in_cannot_be_exchanged(mode: Any, pipeline: Pipeline) -> None:
-    own = "none" if mode == "none" else "framefusion"
-    reduction = replace(pipeline.manifest.reduction, mode=mode, reducer=own)
+    builtin = "none" if mode == "none" else "framefusion"
+    reduction = replace(pipeline.manifest.reduction, mode=mode, reducer=builtin)
     bundle = Pipeline(pipeline.bundle.seen_as(reduction=reduction), pipeline.backend)
     prompt: Any = type("Labels", (), {"labels": np.array([-1, 0, 0, -1])})
-    assert bundle.reduction(prompt, Request(reducer=own)) is None
-    with pytest.raises(PromptError, match=f"reduction is {mode}, its reducer {own} .* built in, evs was asked"):
+    assert bundle.reduction(prompt, Request(reducer=builtin)) is None
+    with pytest.raises(PromptError, match=f"reduction is {mode}, its reducer {builtin} .* built in, evs was asked"):
         bundle.reduction(prompt, Request(reducer="evs"))
 
 
@@ -226,14 +227,14 @@ def test_the_commands_know_the_reducers(bundle: Path, film: Path, checkpoint: Pa
 @pytest.fixture(scope="module")
 def own_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
     """Bundles of the trained model, each cut for one reducer, built and checked once."""
-    made: dict[str, Bundle] = {}
+    bundles: dict[str, Bundle] = {}
 
     def of(name: str) -> Bundle:
-        if name not in made:
+        if name not in bundles:
             folder = tmp_path_factory.mktemp("own") / name
             options = BuildOptions(reducer=name, cost=0.3, max_input_len=512)
-            made[name] = Bundle(build(Checkpoint(TRAINED), folder, options).folder)
-        return made[name]
+            bundles[name] = Bundle(build(Checkpoint(TRAINED), folder, options).folder)
+        return bundles[name]
 
     return of
 
@@ -249,27 +250,27 @@ def test_a_bundle_of_its_own_keeps_what_any_other_keeps(
     name: str, own_bundle: Callable[[str], Bundle], trained_reference: QwenVLReference
 ) -> None:
     """The trained model: own bundle, checked against the eager model; FrameFusion's bundle; the live model."""
-    own, general = Pipeline(own_bundle(name), threads=1), Pipeline(own_bundle("framefusion"), threads=1)
-    check = own.manifest.check
+    special, general = Pipeline(own_bundle(name), threads=1), Pipeline(own_bundle("framefusion"), threads=1)
+    check = special.manifest.check
     assert check["passed"]
     assert any(line["what"] == "reduced decoded logits" for line in check["lines"]) == (name != "none")
     assert check["kept_tokens"] < check["prompt_tokens"] or name == "none"
     if name == "fastv":
-        assert check_again(own.bundle.folder, Checkpoint(TRAINED))["passed"]
+        assert check_again(special.bundle.folder, Checkpoint(TRAINED))["passed"]
     if name not in ("none", "framefusion"):
-        assert f"adaptive by {name}, keeps 30 %" in render(report(own.bundle.folder, PromptSize()))
+        assert f"adaptive by {name}, keeps 30 %" in render(report(special.bundle.folder, PromptSize()))
     assert general.manifest.reduction.depth == 7
     for seed in range(clips.HELD_OUT + 800_000, clips.HELD_OUT + 800_003):
         drawn = clips.draw_clip(seed)
         prompt, rows = general.read([Turn("user", (Visual.VIDEO, drawn.question))], [drawn.frames])
-        seen = [as_video(drawn.frames, general.manifest.sampling)]
+        visuals = [as_video(drawn.frames, general.manifest.sampling)]
         for cost in (0.5, 0.3):
             anywhere = prefill(general, prompt, rows, name, cost)
-            record = live(trained_reference, prompt, seen, name, cost, general.manifest)
+            record = live(trained_reference, prompt, visuals, name, cost, general.manifest)
             assert same(by_layer(anywhere), list(record.kept))
             if name == "none":
                 continue
-            here = own.prefill(prompt, rows, Request(1, cost=cost, seed=SEED), Stopwatch())
+            here = special.prefill(prompt, rows, Request(1, cost=cost, seed=SEED), Stopwatch())
             assert same(by_layer(here), by_layer(anywhere))
             assert np.abs(here.logits - anywhere.logits).max() <= 1e-4 * np.abs(anywhere.logits).max()
             assert load_reducer(name).static == (name != "framefusion")

@@ -96,15 +96,15 @@ def test_a_killed_build_resumes_and_says_what_it_compares(
         (staged / ".writing" / name).parent.mkdir(parents=True)
         (staged / ".writing" / name).write_bytes(b"left")
     journal = json.loads((staged / "journal.json").read_text())["parts"]
-    before, told = written(staged), list[Step]()
+    before, steps = written(staged), list[Step]()
     built = build(
-        Checkpoint(checkpoint), tmp_path / "bundle", BuildOptions(depth=0), verify=False, progress=told.append
+        Checkpoint(checkpoint), tmp_path / "bundle", BuildOptions(depth=0), verify=False, progress=steps.append
     )
     after = written(built.folder)
     assert [name for name in after if after[name] != before[name]] == ["segments/rest/weights.bin"]
     assert [path.name for path in built.folder.glob(".*")] == []
-    compared = [step for step in told if step.part == "resuming"]
-    assert told[0].part == "resuming"
+    compared = [step for step in steps if step.part == "resuming"]
+    assert steps[0].part == "resuming"
     whole = [record["size"] for part, named in journal.items() if part != "segments/rest" for record in named.values()]
     assert compared[-1].done == sum(whole)
 

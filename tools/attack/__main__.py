@@ -100,14 +100,16 @@ def side_by_side(kinds: list[Kind], world: World, place: Path, arguments: argpar
 def facts(kinds: list[Kind], tallies: dict[str, Tally], arguments: argparse.Namespace) -> dict[str, Any]:
     """All that was counted, as plain values."""
     limit = f" --minutes {arguments.minutes:g}" if arguments.minutes else ""
-    rows = [
-        {
-            "kind": kind.name, "about": kind.about, "tried": (tally := tallies[kind.name]).tried,
-            "faults": dict(tally.faults), "first": tally.first,
-            "slowest_seconds": round(tally.slowest, 2), "largest_bytes": tally.largest,
-        }
-        for kind in kinds
-    ]  # fmt: skip
+    rows = []
+    for kind in kinds:
+        tally = tallies[kind.name]
+        rows.append(
+            {
+                "kind": kind.name, "about": kind.about, "tried": tally.tried,
+                "faults": dict(tally.faults), "first": tally.first,
+                "slowest_seconds": round(tally.slowest, 2), "largest_bytes": tally.largest,
+            }
+        )  # fmt: skip
     return {
         "command": f"python -m tools.attack --trials {arguments.trials} --seed {arguments.seed}{limit}",
         "date": datetime.date.today().isoformat(), "version": framefusion.__version__,

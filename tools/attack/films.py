@@ -65,8 +65,8 @@ def originals(seed: int, frames: int = 12) -> list[bytes]:
                 continue
             films.append(path.read_bytes())
         path = Path(folder) / "a.webp"
-        first, *rest = [Image.fromarray(picture.astype(np.uint8)) for picture in pictures]
-        first.save(path, save_all=True, append_images=rest, duration=40)
+        images = [Image.fromarray(picture.astype(np.uint8)) for picture in pictures]
+        images[0].save(path, save_all=True, append_images=images[1:], duration=40)
         films.append(path.read_bytes())
     films.append(b"#EXTM3U\n#EXTINF:2,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n")
     films.append(b"ffconcat version 1.0\nfile '/etc/hostname'\n")

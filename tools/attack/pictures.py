@@ -85,14 +85,14 @@ def number(file: bytearray, random: np.random.Generator, _: bytes) -> bytearray:
 
 def repeat(file: bytearray, random: np.random.Generator, _: bytes) -> bytearray:
     """A piece stands there many times."""
-    start, end = (int(at) for at in sorted(random.integers(0, len(file), 2)))
+    start, end = sorted(map(int, random.integers(0, len(file), 2)))
     times = min(int(random.choice([1, 10, 300])), LARGEST // max(end - start, 1))
     return file[:end] + file[start:end] * times + file[end:]
 
 
 def remove(file: bytearray, random: np.random.Generator, _: bytes) -> bytearray:
     """A piece is missing."""
-    start, end = sorted(random.integers(0, len(file), 2).tolist())
+    start, end = sorted(map(int, random.integers(0, len(file), 2)))
     return file[:start] + file[end:]
 
 

@@ -178,8 +178,9 @@ def _place(
         travel = speed * (stop - start)
         low = (margin + travel * max(-dx, 0), margin + travel * max(-dy, 0))
         high = (SIDE - margin - travel * max(dx, 0), SIDE - margin - travel * max(dy, 0))
-        x, y = (float(rng.uniform(a, max(a, b))) for a, b in zip(low, high, strict=True))
-        red, green, blue = (float(shift) for shift in rng.uniform(-14, 14, 3))
+        x = float(rng.uniform(low[0], max(low[0], high[0])))
+        y = float(rng.uniform(low[1], max(low[1], high[1])))
+        red, green, blue = rng.uniform(-14, 14, 3).tolist()
         thing = Thing(color, shape, motion, start, stop, x, y, speed, float(radius), (red, green, blue))
         nearest = min((_nearest(thing, other) for other in others), default=np.inf)
         if nearest > clearance:
@@ -298,9 +299,9 @@ def _texture(seed: int) -> Frames:
 def _draw_background(frame: Frames, shot: Shot, texture: Frames, time: float) -> None:
     frame[:] = texture[72 : 72 + SIDE, 72 : 72 + SIDE]
     if shot.pan != (0.0, 0.0):
-        x, y = (72 + round(speed * (time - shot.start)) for speed in shot.pan)
-        x = min(max(x, 0), 256 - SIDE)
-        y = min(max(y, 0), 256 - SIDE)
+        elapsed = time - shot.start
+        x = min(max(72 + round(shot.pan[0] * elapsed), 0), 256 - SIDE)
+        y = min(max(72 + round(shot.pan[1] * elapsed), 0), 256 - SIDE)
         frame[shot.horizon :] = texture[y + shot.horizon : y + SIDE, x : x + SIDE]
 
 

@@ -189,10 +189,9 @@ def answer_hidden(model: Any, x: Tensor, layout: Layout) -> Tensor:
         h = _norm(layer.input_layernorm, x)
         if last:  # nothing reads the prefix's output of the last layer
             x = x[:, cut:]
-        q, k, v = (
-            proj(part).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
-            for proj, part in ((attn.q_proj, h[:, cut:] if last else h), (attn.k_proj, h), (attn.v_proj, h))
-        )
+        q = _heads(attn.q_proj(h[:, cut:] if last else h), attn.head_dim)
+        k = _heads(attn.k_proj(h), attn.head_dim)
+        v = _heads(attn.v_proj(h), attn.head_dim)
         k = _rotate(k, layout.cos, layout.sin).repeat_interleave(attn.num_key_value_groups, 1)
         v = v.repeat_interleave(attn.num_key_value_groups, 1)
         tail = slice(cut, None) if last else slice(None)
@@ -204,6 +203,11 @@ def answer_hidden(model: Any, x: Tensor, layout: Layout) -> Tensor:
         x = x + attn.o_proj(mixed.transpose(1, 2).flatten(2))
         x = x + layer.mlp(_norm(layer.post_attention_layernorm, x))
     return _norm(text.norm, x)
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, S, H * D] -> [B, H, S, D]"""
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

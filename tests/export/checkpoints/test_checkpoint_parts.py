@@ -68,9 +68,9 @@ def test_parts_read_as_one(folder: Path, sharded: bool) -> None:
     assert torch.equal(rows, TENSORS["llm"]["model.embed_tokens.weight"][2:4])
 
 
-@pytest.mark.parametrize("told", ["llm", "./llm", "/home/somebody/runs/model/llm", {"hidden_size": 1}, None])
-def test_a_part_is_named_by_its_folder_or_by_its_key(folder: Path, told: Any) -> None:
-    write_json(folder / "config.json", CONFIG | {"llm_cfg": told})
+@pytest.mark.parametrize("value", ["llm", "./llm", "/home/somebody/runs/model/llm", {"hidden_size": 1}, None])
+def test_a_part_is_named_by_its_folder_or_by_its_key(folder: Path, value: Any) -> None:
+    write_json(folder / "config.json", CONFIG | {"llm_cfg": value})
     checkpoint = Checkpoint(folder)
     assert checkpoint.parts["llm"] == folder / "llm"
     assert checkpoint.part_config("llm") == {"part": "llm"}  # of the folder, which is what was saved last

@@ -116,7 +116,7 @@ def test_a_cache_that_misses_a_shard(cache: Path, sharded: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "phrases"),
     [
         ("/no/such/folder", ("no checkpoint folder at /no/such/folder", "ORGANISATION/MODEL")),
         ("./tiny", ("no checkpoint folder at ./tiny", "ORGANISATION/MODEL")),
@@ -127,10 +127,10 @@ def test_a_cache_that_misses_a_shard(cache: Path, sharded: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("cache")
-def test_names_that_lead_nowhere(name: str, words: tuple[str, ...], bundle: Path, tmp_path: Path) -> None:
+def test_names_that_lead_nowhere(name: str, phrases: tuple[str, ...], bundle: Path, tmp_path: Path) -> None:
     """Each command that takes a checkpoint refuses it alike, and writes nothing."""
     for command in (("build", name, "-o", tmp_path / "out"), ("check", bundle, "--checkpoint", name)):
-        assert_refused(export(*command), errors.CheckpointError, *words)
+        assert_refused(export(*command), errors.CheckpointError, *phrases)
     assert not any(tmp_path.glob("out*"))
 
 
@@ -141,7 +141,7 @@ class Hub(BaseHTTPRequestHandler):
     """The part of the hub's interface that a download uses; answers by the name of the repository."""
 
     files: Path
-    asked: list[str]
+    paths: list[str]
     refusals = {  # noqa: RUF012
         "Tiny/Gated": (403, "GatedRepo"),
         "Tiny/Locked": (401, "GatedRepo"),
@@ -157,7 +157,7 @@ class Hub(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         repo = "/".join(path.removeprefix("/api/models").split("/")[1:3])
         rest = path.partition(repo)[2]
-        self.asked.append(path)
+        self.paths.append(path)
         if repo in self.refusals:
             self.answer(*self.refusals[repo])
         elif rest == "/revision/main":
@@ -192,7 +192,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(sharded: Path) -> Iterator[str]:
-    Hub.files, Hub.asked = sharded, []
+    Hub.files, Hub.paths = sharded, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -222,8 +222,8 @@ print(json.dumps(told))
         timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    told: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    outcomes: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return outcomes
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_a_download_takes_what_is_needed_and_no_more(hub: str, sharded: Path, tm
     wanted = {path.name for path in sharded.iterdir()} - {"pytorch_model.bin", "modeling_tiny.py"}
     assert {path.name for path in Path(first[1]).iterdir()} == wanted
     assert all((Path(first[1]) / name).read_bytes() == (sharded / name).read_bytes() for name in wanted)
-    assert not any(path.endswith((".bin", ".py")) for path in Hub.asked)
+    assert not any(path.endswith((".bin", ".py")) for path in Hub.paths)
     assert resolved([(REPO, None)], tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1") == [first]  # from the cache now
     (Path(first[1]) / "model-00001-of-00002.safetensors").unlink()
     ((kind, text),) = resolved([(REPO, None)], tmp_path, HF_HUB_OFFLINE="1")
@@ -253,11 +253,11 @@ def test_what_the_hub_refuses(hub: str, tmp_path: Path) -> None:
         ("Tiny/Broken", None): ("500", "check the connection"),
         (REPO, "v9"): ("has no revision v9", "leave --revision out"),
     }
-    told = resolved(list(expected), tmp_path, HF_ENDPOINT=hub)
-    for (kind, text), ((name, _), words) in zip(told, expected.items(), strict=True):
+    outcomes = resolved(list(expected), tmp_path, HF_ENDPOINT=hub)
+    for (kind, text), ((name, _), phrases) in zip(outcomes, expected.items(), strict=True):
         assert kind == "CheckpointError"
         assert text.startswith(name)
-        assert all(word in text for word in words), text
+        assert all(phrase in text for phrase in phrases), text
         assert "\n" not in text
     ((kind, text),) = resolved([(REPO, None)], tmp_path / "other", HF_ENDPOINT="http://127.0.0.1:1")
     assert kind == "CheckpointError"

@@ -44,9 +44,11 @@ def test_every_flag_of_build_is_there_and_arrives() -> None:
             choices = parameter.type.choices if isinstance(parameter.type, click.Choice) else ("3",)
             given[parameter.opts[0]] = "" if parameter.is_flag else str(choices[-1])
     assert {"--reduction", "--cost", "--dtype", "--revision", "--tolerance", "--calibrate", "--force"} <= set(given)
-    words = parsed("-m", "tiny", "out", "--device", "cpu", *(word for item in given.items() for word in item if word))
-    assert words[:4] == ["build", "tiny", "-o", "out"]
-    assert sorted(words[4:]) == sorted(f"{name}={value}" if value else name for name, value in given.items())
+    arguments = parsed(
+        "-m", "tiny", "out", "--device", "cpu", *(word for item in given.items() for word in item if word)
+    )
+    assert arguments[:4] == ["build", "tiny", "-o", "out"]
+    assert sorted(arguments[4:]) == sorted(f"{name}={value}" if value else name for name, value in given.items())
 
 
 def test_optimums_spellings() -> None:
@@ -93,11 +95,11 @@ def test_the_namespace_stays_optimums() -> None:
 def test_help_is_optimums_own(tmp_path: Path) -> None:
     listed = optimum_cli("export", "--help", folder=tmp_path)
     assert "framefusion" in listed.stdout, listed.stderr
-    told = optimum_cli("export", "framefusion", "--help", folder=tmp_path)
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.startswith("usage: optimum-cli export framefusion")
+    done = optimum_cli("export", "framefusion", "--help", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: optimum-cli export framefusion")
     for flag in ("--model", "--dtype", "--device", "--atol", "--reduction", "--cost", "--force", "--json"):
-        assert flag in told.stdout
+        assert flag in done.stdout
     wrong = optimum_cli("export", "framefusion", "-m", "tiny", "out", "--device", "cuda", folder=tmp_path)
     assert wrong.returncode == 2
     assert "'cuda' is not supported" in wrong.stderr

@@ -65,7 +65,7 @@ def setup(bundle: Path) -> Setup:
 
 def texts(path: Path) -> dict[tuple[str, str, float], str]:
     answers = json.loads(path.read_text())["answers"]
-    return {(one["question"], one["reducer"], one["cost"]): one["text"] for one in answers}
+    return {(row["question"], row["reducer"], row["cost"]): row["text"] for row in answers}
 
 
 # --- Conditions and reports -----------------------------------------------------------------------------------------
@@ -95,12 +95,12 @@ def test_the_command_reports_what_adds_up(bundle: Path, questions: Path) -> None
     ]  # fmt: skip
     for row in found["accuracy"]:
         assert row["questions"] == 3
-        assert row["right"] == sum(own["right"] for own in row["types"].values())
+        assert row["right"] == sum(share["right"] for share in row["types"].values())
         assert row["cost_reached"] == pytest.approx(row["cost"], abs=0.03)
     assert [(row["second"], row["cost"]) for row in found["paired"]] == [("random", COST)]
     text = render(found)
-    for words in ("3 questions", "film (2)", "picture (1)", "95 % interval", "McNemar", "tokens left"):
-        assert words in text
+    for phrase in ("3 questions", "film (2)", "picture (1)", "95 % interval", "McNemar", "tokens left"):
+        assert phrase in text
 
 
 def test_a_bundle_is_evaluated_without_torch(bundle: Path, questions: Path) -> None:
@@ -391,9 +391,9 @@ def test_brief_clips_show_each_object_as_briefly_as_the_setting_says_and_leave_t
 
     stay = clips.STAYS["brief"]
     scenes = [clips.scene_for(seed, "order", stay=stay) for seed in range(clips.HELD_OUT, clips.HELD_OUT + 100)]
-    seen = [thing.stop - thing.start for scene in scenes for thing in scene.things]
-    assert stay[0] <= min(seen) < stay[0] + 0.1
-    assert stay[1] - 0.1 < max(seen) <= stay[1]
+    spans = [thing.stop - thing.start for scene in scenes for thing in scene.things]
+    assert stay[0] <= min(spans) < stay[0] + 0.1
+    assert stay[1] - 0.1 < max(spans) <= stay[1]
     # The weights under tests/ belong to the clips of their training. What is drawn last tells of every draw before it.
     trained = {seed: clips.make_scene(seed).noise for seed in (7, 10_000_001, clips.HELD_OUT + 2)}
     assert trained == pytest.approx({7: 2.0551175625, 10_000_001: 3.4671422413, clips.HELD_OUT + 2: 2.8286857223})

@@ -84,14 +84,16 @@ def test_a_live_model_answers_as_the_pipeline(
     """About pictures: of films transformers' positions are not those that checkpoints were trained with."""
     pipeline = eager_pipeline(BuildPlan(Checkpoint(checkpoint), BuildOptions()), tmp_path / "parts")
     eager = PipelineAnswerer(pipeline, live.setup, "")
-    seen: list[int] = []
-    live.model.base_model.visual.register_forward_hook(lambda *_: seen.append(1))
+    calls: list[int] = []
+    live.model.base_model.visual.register_forward_hook(lambda *_: calls.append(1))
     theirs = list(live.answers(of_pictures, UNDER))
-    assert seen == [1]  # encoded once for all conditions
+    assert calls == [1]  # encoded once for all conditions
     assert not hasattr(live.model, "framefusion")
-    for mine, own, condition in zip(eager.answers(of_pictures, UNDER), theirs, UNDER, strict=True):
-        assert own == Answer(mine.text, own.reached, mine.visual_tokens, mine.visual_left, own.outcomes), condition
-        assert own.reached == pytest.approx(mine.reached, abs=1e-6)
+    for mine, live_answer, condition in zip(eager.answers(of_pictures, UNDER), theirs, UNDER, strict=True):
+        assert live_answer == Answer(
+            mine.text, live_answer.reached, mine.visual_tokens, mine.visual_left, live_answer.outcomes
+        ), condition
+        assert live_answer.reached == pytest.approx(mine.reached, abs=1e-6)
 
 
 def test_a_processor_gets_where_the_frames_stood(
@@ -100,11 +102,11 @@ def test_a_processor_gets_where_the_frames_stood(
     given: dict[str, Any] = {}
     monkeypatch.setattr(live, "processor", _Listening(live.processor, given))
     live.inputs(of_a_film)
-    (frames,), (told,) = given["videos"], given["video_metadata"]
+    (frames,), (metadata,) = given["videos"], given["video_metadata"]
     assert given["do_sample_frames"] is False
     assert frames.dtype == np.uint8
-    assert len(told["frames_indices"]) == len(frames)
-    assert told["total_num_frames"] > len(frames) == 2 * (len(frames) // 2)
+    assert len(metadata["frames_indices"]) == len(frames)
+    assert metadata["total_num_frames"] > len(frames) == 2 * (len(frames) // 2)
     assert given["text"][0].count("<|video_pad|>") == 1
     assert given["text"][0].endswith("What happens in this video?<|im_end|>\n<|im_start|>assistant\n")
 

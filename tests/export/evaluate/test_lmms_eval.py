@@ -44,7 +44,10 @@ COST = (
 
 
 def message(role: str, *contents: tuple[str, Any]) -> Any:
-    parts = [SimpleNamespace(type=kind, text=told, url=told, start_time=None, end_time=None) for kind, told in contents]
+    parts = [
+        SimpleNamespace(type=kind, text=content, url=content, start_time=None, end_time=None)
+        for kind, content in contents
+    ]
     return SimpleNamespace(role=role, content=parts)
 
 
@@ -79,7 +82,7 @@ def test_a_conversation_as_the_answerers_take_it(film: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("contents", "words"),
+    ("contents", "problem"),
     [
         ([("audio", "a.wav")], "holds audio"),
         ([("video", "gone.mp4")], r"films/test/3 shows gone\.mp4, which is no file"),
@@ -87,8 +90,8 @@ def test_a_conversation_as_the_answerers_take_it(film: Path) -> None:
         ([("video", {"path": "a.mp4", "video_start": 2.0})], "part of a film"),
     ],
 )
-def test_what_cannot_be_shown_is_refused_by_name(contents: list[tuple[str, Any]], words: str) -> None:
-    with pytest.raises(EvaluationError, match=words):
+def test_what_cannot_be_shown_is_refused_by_name(contents: list[tuple[str, Any]], problem: str) -> None:
+    with pytest.raises(EvaluationError, match=problem):
         question(*contents)
 
 
@@ -102,23 +105,23 @@ def test_conversations_that_cannot_be_answered_are_refused_by_name(film: Path) -
 
 
 @pytest.mark.parametrize(
-    ("told", "most", "cut"),
+    ("generation_kwargs", "most", "cut"),
     [
         ({}, 99, "a.b\nc"),
         ({"max_new_tokens": 5, "until": "\n", "do_sample": False, "temperature": 0.7}, 5, "a.b"),
         ({"until": ["", "x", "."], "temperature": 0, "top_p": 1.0, "num_beams": 1}, 99, "a"),
     ],
 )
-def test_generation_kwargs(told: dict[str, Any], most: int, cut: str) -> None:
-    decoding = decoding_of(told, 99)
+def test_generation_kwargs(generation_kwargs: dict[str, Any], most: int, cut: str) -> None:
+    decoding = decoding_of(generation_kwargs, 99)
     assert decoding.max_new_tokens == most
     assert decoding.cut("a.b\nc") == cut
 
 
-@pytest.mark.parametrize("told", [{"do_sample": True}, {"temperature": 0.2}, {"num_beams": 3}])
-def test_sampling_is_refused_by_name(told: dict[str, Any]) -> None:
+@pytest.mark.parametrize("generation_kwargs", [{"do_sample": True}, {"temperature": 0.2}, {"num_beams": 3}])
+def test_sampling_is_refused_by_name(generation_kwargs: dict[str, Any]) -> None:
     with pytest.raises(EvaluationError, match="--gen_kwargs do_sample=False"):
-        decoding_of(told, 99)
+        decoding_of(generation_kwargs, 99)
 
 
 # --- lmms-eval itself -----------------------------------------------------------------------------------------------
@@ -188,10 +191,10 @@ def python(home: Path, *arguments: object, **variables: str) -> subprocess.Compl
 def pip(home: Path, *arguments: object) -> str | None:
     """Install; returns what pip said where the index cannot be reached."""
     done = python(home, "-m", "pip", "install", "--no-input", "--retries", "1", "--timeout", "20", *arguments)
-    told = done.stdout + done.stderr
-    if done.returncode and ("from versions: none" in told or "connection" in told.lower()):
-        return told
-    assert done.returncode == 0, told
+    log = done.stdout + done.stderr
+    if done.returncode and ("from versions: none" in log or "connection" in log.lower()):
+        return log
+    assert done.returncode == 0, log
     return None
 
 
@@ -257,11 +260,11 @@ def lmms_eval(home: Path, task: Path, *arguments: object, name: str = "drawn_cli
 
 def score(home: Path, task: Path, output: Path, model_args: str) -> int:
     """Right answers by lmms-eval's own report."""
-    told = lmms_eval(home, task, "--model_args", model_args, "--output_path", output)
+    log = lmms_eval(home, task, "--model_args", model_args, "--output_path", output)
     reports = list(output.rglob("*_results.json"))
-    assert len(reports) == 1, told
-    assert f"{QUESTIONS} answers: keeps " in told
-    assert "|drawn_clips|" in told
+    assert len(reports) == 1, log
+    assert f"{QUESTIONS} answers: keeps " in log
+    assert "|drawn_clips|" in log
     found: float = QUESTIONS * json.loads(reports[0].read_text())["results"]["drawn_clips"]["exact_match,none"]
     assert found == pytest.approx(round(found), abs=1e-6)
     return round(found)
@@ -274,9 +277,9 @@ def test_the_score_of_a_bundle_is_ours(home: Path, task: Path, trained_bundle: P
     rows = [json.loads(line) for line in (task / "questions.jsonl").read_text().splitlines()]
     right = 0
     for row in rows:
-        prompt, seen = pipeline.read([Turn("user", (Visual.VIDEO, row["question"]))], [Path(row["video"])])
+        prompt, rows_of_film = pipeline.read([Turn("user", (Visual.VIDEO, row["question"]))], [Path(row["video"])])
         request = Request(MOST, COST, reducer="uniform")
-        right += pipeline.answer(prompt, seen, request).text.strip() == row["answer"]
+        right += pipeline.answer(prompt, rows_of_film, request).text.strip() == row["answer"]
     assert 0.5 * QUESTIONS < right < QUESTIONS, "answers mean something, and not all are right"
     settings = f"pretrained={trained_bundle},reducer=uniform,cost={COST},threads=1"
     assert score(home, task, tmp_path / "report", settings) == right
@@ -338,18 +341,18 @@ print(json.dumps(said))
 @pytest.mark.slow
 def test_the_model_as_lmms_eval_finds_it(home: Path, task: Path, trained_bundle: Path) -> None:
     """Registered by the entry point; what it cannot do is refused by name; in bfloat16 it answers."""
-    expected = {told.format(bundle=trained_bundle, trained=TRAINED): words for told, words in REFUSED.items()}
+    expected = {args.format(bundle=trained_bundle, trained=TRAINED): phrase for args, phrase in REFUSED.items()}
     done = python(home, "-c", ASKED, json.dumps(list(expected)), task / "0.mp4")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    for settings, words in expected.items():
-        assert words in said[settings]
+    for settings, phrase in expected.items():
+        assert phrase in said[settings]
     assert said[next(reversed(expected))].endswith("on cpu in bfloat16")
 
 
 @pytest.mark.slow
 def test_lmms_eval_stops_where_the_model_cannot_answer(home: Path, task: Path, trained_bundle: Path) -> None:
     """A task that compares likelihoods: lmms-eval itself refuses it for models of its chat protocol."""
-    told = lmms_eval(home, task, "--model_args", f"pretrained={trained_bundle}", name="drawn_choices")
-    assert "messages is used for generation only" in told
-    assert "answers: keeps" not in told
+    log = lmms_eval(home, task, "--model_args", f"pretrained={trained_bundle}", name="drawn_choices")
+    assert "messages is used for generation only" in log
+    assert "answers: keeps" not in log

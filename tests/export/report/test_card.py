@@ -141,9 +141,9 @@ def test_the_card_of_an_id(cache: Path, checkpoint: Path, tmp_path: Path) -> Non
     assert "Not checked" in text
     assert (tmp_path / "bundle" / "LICENSE").read_text() == "Tiny terms\n"
     assert {"README.md", "LICENSE", "NOTICE"} <= set(manifest.files)
-    told = export("inspect", tmp_path / "bundle").stdout
-    assert f"base model: {REPO} at {COMMIT}" in told
-    assert "licence: tiny (LICENSE)" in told
+    text = export("inspect", tmp_path / "bundle").stdout
+    assert f"base model: {REPO} at {COMMIT}" in text
+    assert "licence: tiny (LICENSE)" in text
     facts = json.loads(export("inspect", tmp_path / "bundle", "--json").stdout)
     assert facts["source"]["license_name"] == "tiny"
 

@@ -43,9 +43,9 @@ def test_reads_some_rows(path: Path, rows: slice) -> None:
 def header(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
     def damage(content: bytes) -> bytes:
         length = int.from_bytes(content[:8], "little")
-        told = json.loads(content[8 : 8 + length])
-        change(told)
-        text = json.dumps(told).encode()
+        entries = json.loads(content[8 : 8 + length])
+        change(entries)
+        text = json.dumps(entries).encode()
         return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
     return damage
@@ -59,9 +59,9 @@ def header(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], byte
         (lambda content: content[:4], "a header of"),
         (lambda content: (1 << 40).to_bytes(8, "little") + content[8:], "a header of 1099511627776 bytes"),
         (lambda content: content[:8] + b"x" * 20 + content[28:], "not readable"),
-        (header(lambda told: told["matrix"].update(shape=[5, 8])), r"\(5, 8\) takes 140 bytes"),
-        (header(lambda told: told["matrix"].pop("dtype")), "not readable"),
-        (header(lambda told: told["matrix"].update(data_offsets=[0, 1 << 30])), "lies at bytes"),
+        (header(lambda entries: entries["matrix"].update(shape=[5, 8])), r"\(5, 8\) takes 140 bytes"),
+        (header(lambda entries: entries["matrix"].pop("dtype")), "not readable"),
+        (header(lambda entries: entries["matrix"].update(data_offsets=[0, 1 << 30])), "lies at bytes"),
     ],
 )
 def test_files_that_are_not_what_they_say(path: Path, damage: Callable[[bytes], bytes], word: str) -> None:

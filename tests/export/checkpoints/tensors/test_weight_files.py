@@ -164,7 +164,7 @@ def read(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", SINGLE])
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "message"),
     [
         (pipe, "no regular file"),
         (outside, "outside the checkpoint"),
@@ -174,9 +174,9 @@ def read(folder: Path) -> None:
         (pointer, "git lfs pull"),
     ],
 )
-def test_files_that_are_none(folder: Path, name: str, spoil: Edit, words: str) -> None:
+def test_files_that_are_none(folder: Path, name: str, spoil: Edit, message: str) -> None:
     spoil(folder / name)
-    with pytest.raises(CheckpointError, match=words) as refusal:
+    with pytest.raises(CheckpointError, match=message) as refusal:
         read(folder)
     assert name in str(refusal.value)
 
@@ -215,7 +215,7 @@ def manifest(bundle: Path) -> Manifest:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ('{"a":' * 100_000 + "1" + "}" * 100_000, f"deeper than {DEEPEST_JSON}"),
         ('{"a": ' + "[" * 80 + "]" * 80 + "}", f"deeper than {DEEPEST_JSON}"),
@@ -226,9 +226,9 @@ def manifest(bundle: Path) -> Manifest:
     ],
     ids=["deep", "nested", "large", "digits", "mark", "list"],
 )
-def test_json_within_limits(folder: Path, content: str, words: str) -> None:
+def test_json_within_limits(folder: Path, content: str, message: str) -> None:
     (folder / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=message):
         Checkpoint(folder)
 
 
@@ -296,7 +296,7 @@ def tensors_as(*names: str) -> Edit:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "message"),
     [
         (adapter, "is a LoRA adapter of Qwen/Qwen2-VL-7B-Instruct.*merge_and_unload"),
         (only("pytorch_model.bin"), "PyTorch pickles .pytorch_model.bin.*save_pretrained"),
@@ -327,9 +327,9 @@ def tensors_as(*names: str) -> Edit:
         (tensors_as("weight", "weight_scale_inv"), "quantized .its tensor"),
     ],
 )
-def test_weights_of_another_kind_are_called_what_they_are(folder: Path, spoil: Edit, words: str) -> None:
+def test_weights_of_another_kind_are_called_what_they_are(folder: Path, spoil: Edit, message: str) -> None:
     spoil(folder)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=message):
         plan(folder)
 
 

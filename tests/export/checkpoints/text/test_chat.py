@@ -145,8 +145,8 @@ def test_the_process_renders_as_transformers_does(source: str) -> None:
 
     parts = [{"type": "video"}, {"type": "text", "text": "Hi <b> & \u00e9"}]
     content: list[object] = ["Hi", parts]
-    for one, answer in itertools.product(content, (True, False)):
-        messages = [{"role": "user", "content": one}]
+    for item, answer in itertools.product(content, (True, False)):
+        messages = [{"role": "user", "content": item}]
         try:
             expected = render_jinja_template(
                 [messages], chat_template=source, add_generation_prompt=answer, bos_token="s"

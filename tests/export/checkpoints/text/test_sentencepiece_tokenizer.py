@@ -53,17 +53,17 @@ def model_of(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Any, Tokenizer]]:
-    made: dict[str, tuple[Any, Any, Tokenizer]] = {}
+    known: dict[str, tuple[Any, Any, Tokenizer]] = {}
 
     def make(kind: str) -> tuple[Any, Any, Tokenizer]:
-        if kind not in made:
+        if kind not in known:
             folder = tmp_path_factory.mktemp(kind)
             write_json(folder, config={})
             write_sentencepiece(folder, **KINDS[kind])
             backend = convert(Checkpoint(folder))
             backend.save(str(folder / "tokenizer.json"))
-            made[kind] = model_of(folder), backend, Tokenizer.from_file(folder / "tokenizer.json")
-        return made[kind]
+            known[kind] = model_of(folder), backend, Tokenizer.from_file(folder / "tokenizer.json")
+        return known[kind]
 
     return make
 
@@ -122,12 +122,12 @@ def test_added_tokens_have_the_checkpoints_ids(tmp_path: Path) -> None:
 def test_the_begin_is_what_the_configuration_says(tmp_path: Path) -> None:
     write_json(tmp_path, config={})
     write_sentencepiece(tmp_path)
-    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert needed(Checkpoint(tmp_path))
     assert begin_token(Checkpoint(tmp_path)) == "<s>"
-    write_json(tmp_path, tokenizer_config=told | {"add_bos_token": False})
+    write_json(tmp_path, tokenizer_config=config | {"add_bos_token": False})
     assert begin_token(Checkpoint(tmp_path)) == ""
-    write_json(tmp_path, tokenizer_config=told | {"tokenizer_class": "LlamaTokenizer"})
+    write_json(tmp_path, tokenizer_config=config | {"tokenizer_class": "LlamaTokenizer"})
     assert not needed(Checkpoint(tmp_path))
 
 
@@ -145,15 +145,15 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refusals(message: str, tmp_path: Path) -> None:
-    told = REFUSED[message]
+    case = REFUSED[message]
     write_json(
         tmp_path,
         config={},
-        added_tokens=told.get("added", {}),
+        added_tokens=case.get("added", {}),
         tokenizer_config={"tokenizer_class": "InternLM2Tokenizer"},
     )
-    if "options" in told or "data" in told:
-        data = told.get("data") or train_sentencepiece(**told["options"])
+    if "options" in case or "data" in case:
+        data = case.get("data") or train_sentencepiece(**case["options"])
         (tmp_path / "tokenizer.model").write_bytes(data)
     with pytest.raises(CheckpointError, match=message):
         convert(Checkpoint(tmp_path))

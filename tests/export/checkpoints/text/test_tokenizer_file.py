@@ -89,23 +89,21 @@ def next_id(folder: Path) -> int:
     return max(ids) + 1
 
 
-@pytest.mark.parametrize(
-    "told_by", ["added_tokens_decoder", "added_tokens.json", "both", "pad_token", "extra", "roles"]
-)
-def test_tokens_beside_tokenizer_json_exist(folder: Path, told_by: str) -> None:
+@pytest.mark.parametrize("place", ["added_tokens_decoder", "added_tokens.json", "both", "pad_token", "extra", "roles"])
+def test_tokens_beside_tokenizer_json_exist(folder: Path, place: str) -> None:
     new = next_id(folder)
     config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
-    if told_by in ("added_tokens_decoder", "both"):
+    if place in ("added_tokens_decoder", "both"):
         config["added_tokens_decoder"] = {str(new): added("<ref>"), str(new + 1): added("</ref>", special=True)}
-    if told_by in ("added_tokens.json", "both"):
+    if place in ("added_tokens.json", "both"):
         write(folder, "added_tokens.json", {"<ref>": new, "</ref>": new + 1})
-    if told_by == "added_tokens.json":
+    if place == "added_tokens.json":
         write(folder, "special_tokens_map.json", {"eos_token": {"content": "</ref>"}})
-    if told_by == "pad_token":
+    if place == "pad_token":
         config |= {"pad_token": "<ref>", "cls_token": {"content": "</ref>", "__type": "AddedToken"}}
-    if told_by == "roles":  # that only this model has
+    if place == "roles":  # that only this model has
         config |= {"image_token": "<ref>", "context_token": "</ref>", "add_bos_token": True}
-    if told_by == "extra":
+    if place == "extra":
         config["additional_special_tokens"] = ["<ref>", "</ref>"]
     write(folder, "tokenizer_config.json", config)
     reference, ours = theirs(folder), bundled(folder)
@@ -198,8 +196,8 @@ BOMBS: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("why", BOMBS)
 def test_bombs_end_in_an_error(folder: Path, why: str) -> None:
     path = folder / "tokenizer.json"
-    made = BOMBS[why](json.loads(path.read_text()))
-    path.write_text(made if isinstance(made, str) else json.dumps(made))
+    bomb = BOMBS[why](json.loads(path.read_text()))
+    path.write_text(bomb if isinstance(bomb, str) else json.dumps(bomb))
     with pytest.raises(CheckpointError, match=f"tokenizer.json(: this| is).*{why}|{why}"):
         tokenizer_of(Checkpoint(folder))
 
@@ -220,8 +218,8 @@ def test_settings_of_a_request_keep_the_end_of_the_bundle(bundle: Path, pipeline
     said = pipeline.generate(turns, request=Request(max_new_tokens=6)).token_ids
     ends = GenerationConfig(eos_token_ids=said[1:2]).over(pipeline.manifest.generation)
     ending = Pipeline(Bundle(bundle).seen_as(generation=ends), pipeline.backend)
-    asked = Request(max_new_tokens=6, generation=GenerationConfig(temperature=0.5))
-    answer = ending.generate(turns, request=asked)
+    request = Request(max_new_tokens=6, generation=GenerationConfig(temperature=0.5))
+    answer = ending.generate(turns, request=request)
     assert (answer.token_ids, answer.finish_reason) == (said[: said.index(said[1]) + 1], "stop")
     endless = Request(max_new_tokens=6, generation=GenerationConfig(eos_token_ids=()))
     assert ending.generate(turns, request=endless).token_ids == said
