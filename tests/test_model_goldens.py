@@ -124,7 +124,7 @@ def manifest_of(model: str, dialect: str) -> Manifest:
         embedding=EmbeddingRecord("", "float32", 0, 0),
         prompt=PromptTemplate({}, ""),
         preprocessing=QwenVLPreprocessing(),
-        sampling=FrameSampling(),
+        sampling=FrameSampling("qwen2_vl"),
         generation=GenerationConfig(),
         files={},
     )

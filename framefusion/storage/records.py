@@ -2,7 +2,7 @@
 
 A class with `record_tag` stands for its subclasses: the tag names the class attribute that tells them apart. With
 `sibling_tag` the tag is a field of the record around it instead, and what is None is left out. What a field may hold
-beyond its type is said by a `Rule`: in the class attribute `rules`, by field, or in a table by class and field.
+beyond its type is said by a `Rule`: in the class attribute `field_rules`, or in a table by class and field.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class _Reader:
     def _rule(self, kind: type, name: str) -> Rule:
         """The rule of a field: of its class, or of a class that this one refines."""
         for base in kind.__mro__:
-            rules = (self._rules or {}).get(base) or vars(base).get("rules", {})
+            rules = (self._rules or {}).get(base) or vars(base).get("field_rules", {})
             if name in rules:
                 rule: Rule = rules[name]
                 return rule

@@ -10,6 +10,7 @@ not followed there. Knows neither tower nor tokenizer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
-from framefusion.runtime.media.preprocess import Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.media.frame_sampling import FrameSampling, Indices, frame_rule
+from framefusion.runtime.media.preprocess import BLOCK, SIDE, TILES, Preprocessing, check_frames, cut_patches, resize
 from framefusion.runtime.media.tiles.anyres import cut_tiles, nearest_tiling
 from framefusion.runtime.media.tiles.panels import Panel, cells, even, within
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import Grid, Piece, Rows, Tiles, VisualInput
+from framefusion.storage.records import Rule
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,6 +46,12 @@ class InternVLPreprocessing(Preprocessing):
     """
 
     rule: ClassVar[str] = "internvl"
+    field_rules: ClassVar[Mapping[str, Rule]] = {
+        "tile_size": SIDE,
+        "merge_size": BLOCK,
+        "min_tiles": TILES,
+        "max_tiles": TILES,
+    }
 
     image_mean: tuple[float, ...] = IMAGENET_MEAN
     image_std: tuple[float, ...] = IMAGENET_STD
@@ -137,3 +146,28 @@ class InternVLPreprocessing(Preprocessing):
     def _tiles(self, tiles: NDArray[np.uint8]) -> Tiles:
         side = self.tile_size // self.patch_size
         return Tiles(cut_patches(tiles, self), Grid(len(tiles), side, side))
+
+
+@frame_rule("internvl_chat")
+def internvl_chat_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
+    """Near the middle of each of n equal parts: see `_parts`; a film of fewer frames shows some of them again."""
+    count = _parts(total_frames, video_fps, sampling)
+    part = (total_frames - 1) / count
+    return (part / 2 + np.round(part * np.arange(count))).astype(np.int64)
+
+
+@frame_rule("internvl")
+def internvl_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
+    """The middle of each of n equal parts: see `_parts`; no frame twice.
+
+    In fp32, as transformers' `torch.arange` has it: middles that fall on a whole number are common.
+    """
+    count = min(_parts(total_frames, video_fps, sampling), total_frames)
+    part = total_frames / count
+    return (part / 2 + np.arange(count) * part).astype(np.float32).astype(np.int64)
+
+
+def _parts(total_frames: int, video_fps: float, sampling: FrameSampling) -> int:
+    """`max_frames` (`force`), or as many as `fps` asks for up to that."""
+    wanted = sampling.max_frames if sampling.force else int(total_frames / video_fps * sampling.fps)
+    return max(min(wanted, sampling.max_frames), 1)

@@ -11,6 +11,7 @@ LLaVA-NeXT-Video; the numbers of this class tell them apart.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
 from framefusion.reduction.tracks import TEXT
-from framefusion.runtime.media.preprocess import Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.media.frame_sampling import FrameSampling, Indices, frame_rule
+from framefusion.runtime.media.preprocess import PIXELS, SIDE, TILES, Preprocessing, check_frames, cut_patches, resize
 from framefusion.runtime.media.tiles.anyres import (
     best_tiling,
     cut_tiles,
@@ -33,6 +35,7 @@ from framefusion.runtime.media.tiles.panels import Boxes, Panel, Spans, cells, e
 from framefusion.runtime.media.tiles.scales import tile_places
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import Grid, Piece, Rows, Tiles, Token, VisualInput
+from framefusion.storage.records import Rule
 
 NEWLINE = "image_newline"
 """The learned row, by its name in `EmbeddingRecord.extra`."""
@@ -70,6 +73,12 @@ class LlavaPreprocessing(Preprocessing):
     """
 
     rule: ClassVar[str] = "llava"
+    field_rules: ClassVar[Mapping[str, Rule]] = {
+        "image_size": SIDE,
+        "tilings": Rule(PIXELS.least, PIXELS.most, items=1 << 12),
+        "max_tiles": Rule(0, TILES.most),
+        "unpad_digits": Rule(0, 64),
+    }
 
     image_size: int
     mm_spatial_pool_mode: PoolMode = "bilinear"
@@ -259,3 +268,23 @@ def time_instruction(video: Video, round_fps: bool) -> str:
         f"sampled from it. These frames are located at {','.join(f'{time:.2f}s' for time in times)}."
         "Please answer the following questions related to this video."
     )
+
+
+@frame_rule("llava")
+def llava_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
+    """A frame every 1 / fps seconds; where these are more than `max_frames`, or by `force`, that many evenly spread.
+
+    Spread ones include first and last, rounded down; a shorter film shows some frames again.
+    """
+    every = np.arange(0, total_frames, max(round(video_fps / sampling.fps), 1))
+    if sampling.force or every.size > sampling.max_frames:
+        return np.linspace(0, total_frames - 1, sampling.max_frames, dtype=np.int64)
+    return every
+
+
+@frame_rule("uniform")
+def uniform_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
+    """The first frames of equal parts: `max_frames` of them with `force`, else `fps` a second up to that."""
+    wanted = total_frames if sampling.force else max(1, int(total_frames / video_fps * sampling.fps))
+    count = min(wanted, sampling.max_frames, total_frames)
+    return np.arange(count) * total_frames // count

@@ -20,8 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
+from framefusion.runtime.media.frame_sampling import FrameSampling, Indices, frame_rule
 from framefusion.runtime.media.preprocess import (
     MAX_ASPECT_RATIO,
+    SIDE,
+    TILES,
     Preprocessing,
     check_frames,
     check_shape,
@@ -56,6 +59,12 @@ class MiniCpmVPreprocessing(Preprocessing):
     """What config.json and preprocessor_config.json say, and how finely frames of a video are cut."""
 
     rule: ClassVar[str] = "minicpmv"
+    field_rules: ClassVar[Mapping[str, Rule]] = {
+        "query_num": TILES,
+        "scale_resolution": SIDE,
+        "image_slices": TILES,
+        "max_slice_nums": TILES,
+    }
     pixels: ClassVar[str] = "pictures are cut by --max-slice-nums"
 
     query_num: int  # rows of the tower a picture
@@ -259,7 +268,7 @@ class ResamplerSettings(TowerSettings):
 
     kind: ClassVar[str] = "resampler"
     inputs: ClassVar[tuple[str, ...]] = ("places", "sincos")
-    rules: ClassVar[Mapping[str, Rule]] = {
+    field_rules: ClassVar[Mapping[str, Rule]] = {
         "rows": COUNT, "width": COUNT, "side": COUNT, "off_floor": Rule(0, 1 << 20, items=1 << 15)
     }  # fmt: skip
 
@@ -286,3 +295,13 @@ class ResamplerSettings(TowerSettings):
             if patches == count:
                 places[patch] = place
         return places
+
+
+@frame_rule("minicpmv")
+def minicpmv_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
+    """Every n-th frame from the first on, n next to the wanted rate; of too many, the middles of equal parts."""
+    every = np.arange(0, total_frames, max(round(video_fps / sampling.fps), 1))
+    if every.size <= sampling.max_frames:
+        return every
+    part = every.size / sampling.max_frames
+    return every[[int(i * part + part / 2) for i in range(sampling.max_frames)]]

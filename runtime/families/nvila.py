@@ -21,7 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError, VideoError
-from framefusion.runtime.media.preprocess import BICUBIC, Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.media.frame_sampling import FrameSampling, Indices, frame_rule
+from framefusion.runtime.media.preprocess import (
+    BICUBIC,
+    BLOCK,
+    SIDE,
+    TILES,
+    Preprocessing,
+    check_frames,
+    cut_patches,
+    resize,
+)
 from framefusion.runtime.media.tiles.anyres import cut_tiles, nearest_tiling
 from framefusion.runtime.media.tiles.panels import Panel, Spans, cells, even, tiled, within
 from framefusion.runtime.media.tiles.pooling import block_matrix
@@ -53,6 +63,14 @@ class NvilaPreprocessing(Preprocessing):
     """
 
     rule: ClassVar[str] = "nvila"
+    field_rules: ClassVar[Mapping[str, Rule]] = {
+        "image_size": SIDE,
+        "merge_size": BLOCK,
+        "pool_sizes": Rule(SIDE.least, SIDE.most, items=3),
+        "min_tiles": TILES,
+        "max_tiles": TILES,
+        "scales": Rule(1, 64, items=16),
+    }
 
     image_size: int = 448
     merge_size: int = 2
@@ -226,7 +244,7 @@ class BlockPooledSettings(TowerSettings):
 
     kind: ClassVar[str] = "block_pooled"
     inputs: ClassVar[tuple[str, ...]] = ("pool",)
-    rules: ClassVar[Mapping[str, Rule]] = {"blocks": COUNT, "pool_sizes": COUNT, "patches": COUNT}
+    field_rules: ClassVar[Mapping[str, Rule]] = {"blocks": COUNT, "pool_sizes": COUNT, "patches": COUNT}
 
     blocks: int
     pool_sizes: tuple[int, ...]
@@ -264,7 +282,7 @@ class ScalesSettings(TowerSettings):
 
     kind: ClassVar[str] = "scales"
     inputs: ClassVar[tuple[str, ...]] = ("taps", "shares")
-    rules: ClassVar[Mapping[str, Rule]] = {
+    field_rules: ClassVar[Mapping[str, Rule]] = {
         "rows": COUNT, "side": COUNT, "scales": Rule(1, 64, items=16), "most": COUNT
     }  # fmt: skip
 
@@ -299,3 +317,17 @@ class ScalesSettings(TowerSettings):
         """Of the places of the finest scale, at every scale."""
         count = len(self.scales)
         return {"places": (count * self.side**2, count * high, count * high)}
+
+
+@frame_rule("nvila")
+def nvila_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
+    """Evenly spread frames, first and last included, however short the video (`force`); else `fps` frames a second.
+
+    A short video gives some frames several times, as many as the model was trained with.
+    """
+    if sampling.force:
+        return np.linspace(0, total_frames - 1, sampling.max_frames).round().astype(np.int64)
+    step = 1 / sampling.fps
+    times = np.arange(min(math.ceil(total_frames / video_fps / step), sampling.max_frames)) * step
+    indices = (times * video_fps).astype(np.int64)
+    return indices[indices < total_frames]  # the last time may round up to the end

@@ -30,6 +30,7 @@ class Qwen25VLPreprocessing(QwenVLPreprocessing):
     """Pixel limits are per frame."""
 
     rule: ClassVar[str] = "qwen2_5_vl"
+    field_rules: ClassVar[Mapping[str, Rule]] = {"tokens_per_second": Rule(0, 1e4, above=True)}
 
     tokens_per_second: float
 
@@ -56,7 +57,7 @@ class WindowSettings(RopeSettings):
 
     kind: ClassVar[str] = "rope_2d_windows"
     inputs: ClassVar[tuple[str, ...]] = (*RopeSettings.inputs, "units", "slots", "mask")
-    rules: ClassVar[Mapping[str, Rule]] = {"window": COUNT}
+    field_rules: ClassVar[Mapping[str, Rule]] = {"window": COUNT}
 
     window: int
 

@@ -16,9 +16,10 @@ from typing import Any, ClassVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.errors import BudgetError
+from framefusion.errors import BudgetError, VideoError
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
-from framefusion.runtime.media.preprocess import HALF, check_shape
+from framefusion.runtime.media.frame_sampling import FrameSampling, Indices, frame_rule
+from framefusion.runtime.media.preprocess import HALF, PIXELS, check_shape
 from framefusion.runtime.media.tower_kinds import COUNT, RopeSettings, TowerCall
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import Grid, Piece, Rows, Tiles, VisualInput
@@ -31,6 +32,7 @@ class Qwen3VLPreprocessing(QwenVLPreprocessing):
     """`min_pixels` and `max_pixels` are of all frames of a video together, those of images of the one picture."""
 
     rule: ClassVar[str] = "qwen3_vl"
+    field_rules: ClassVar[Mapping[str, Rule]] = {"max_frame_tokens": PIXELS}
 
     patch_size: int = 16
     min_pixels: int = 128 * 32 * 32
@@ -78,13 +80,13 @@ class Qwen3VLPreprocessing(QwenVLPreprocessing):
         check_shape(height, width)
         rows = round(height / factor) * factor
         columns = round(width / factor) * factor
-        seen = round(num_frames / depth) * depth * rows * columns
+        pixels = round(num_frames / depth) * depth * rows * columns
         most = self.video_max_pixels(num_frames)
-        if seen > most:
+        if pixels > most:
             scale = math.sqrt(num_frames * height * width / most)
             rows = max(factor, math.floor(height / scale / factor) * factor)
             columns = max(factor, math.floor(width / scale / factor) * factor)
-        elif seen < self.min_pixels:
+        elif pixels < self.min_pixels:
             scale = math.sqrt(self.min_pixels / (num_frames * height * width))
             rows, columns = (math.ceil(size * scale / factor) * factor for size in (height, width))
         return rows, columns
@@ -111,7 +113,7 @@ class TableSettings(RopeSettings):
 
     kind: ClassVar[str] = "rope_2d_table"
     inputs: ClassVar[tuple[str, ...]] = (*RopeSettings.inputs, "corners", "shares")
-    rules: ClassVar[Mapping[str, Rule]] = {"table_side": COUNT}
+    field_rules: ClassVar[Mapping[str, Rule]] = {"table_side": COUNT}
 
     table_side: int
 
@@ -138,3 +140,16 @@ def _neighbours(size: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.flo
     low = np.floor(places)
     share = places - low
     return np.minimum(np.stack([low, low + 1]).astype(np.int64), side - 1), np.stack([1 - share, share])
+
+
+@frame_rule("qwen3_vl")
+def qwen3_vl_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
+    """Evenly spread frames, first and last included; their number may be odd."""
+    wanted = int(total_frames / video_fps * sampling.fps)
+    count = min(max(wanted, sampling.min_frames), sampling.max_frames, total_frames)
+    if count < sampling.frame_factor:
+        raise VideoError(
+            f"the video has {total_frames} frame(s), the model needs {sampling.frame_factor} or more: give a longer "
+            "clip, or an image"
+        )
+    return np.linspace(0, total_frames - 1, count).round().astype(np.int64)

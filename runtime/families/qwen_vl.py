@@ -6,15 +6,19 @@ The numbers are those of Hugging Face's Qwen2-VL image processor, bit for bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.errors import BundleError
+from framefusion.errors import BundleError, VideoError
+from framefusion.runtime.media.frame_sampling import FrameSampling, Indices, frame_rule, linspace_fp32
 from framefusion.runtime.media.preprocess import (
+    BLOCK,
     MAX_ASPECT_RATIO,
+    PIXELS,
     Preprocessing,
     check_frames,
     check_shape,
@@ -26,6 +30,7 @@ from framefusion.runtime.media.tiles.panels import Panel, cells, even
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import Grid, Piece, Rows, Tiles, VisualInput
 from framefusion.runtime.text.positions import grid_places
+from framefusion.storage.records import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,15 @@ class QwenVLPreprocessing(Preprocessing):
     """Pixel limits are per frame."""
 
     rule: ClassVar[str] = "qwen_vl"
+    field_rules: ClassVar[Mapping[str, Rule]] = {
+        "merge_size": BLOCK,
+        "temporal_patch_size": BLOCK,
+        "min_pixels": PIXELS,
+        "max_pixels": PIXELS,
+        "total_pixels": Rule(1, math.ldexp(1, 53)),
+        "image_min_pixels": PIXELS,
+        "image_max_pixels": PIXELS,
+    }
 
     merge_size: int = 2
     temporal_patch_size: int = 2
@@ -214,3 +228,18 @@ def patchify(
     last = (num_frames - 1) % depth
     values[-1, ..., last + 1 :, :, :] = values[-1, ..., last : last + 1, :, :]
     return Tiles(values.reshape(grid.frames, grid.height * grid.width, -1), grid)
+
+
+@frame_rule("qwen2_vl")
+def qwen2_vl_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
+    """Evenly spread frames, first and last included; their number is a multiple of `frame_factor`."""
+    factor = sampling.frame_factor
+    low = -(-sampling.min_frames // factor) * factor
+    high = sampling.max_frames // factor * factor
+    wanted = min(max(total_frames / video_fps * sampling.fps, low), high, total_frames)
+    count = int(wanted // factor) * factor
+    if count < factor:
+        raise VideoError(
+            f"the video has {total_frames} frame(s), the model needs {factor} or more: give a longer clip, or an image"
+        )
+    return linspace_fp32(total_frames - 1, count).round().astype(np.int64)

@@ -14,7 +14,6 @@ import numpy as np
 
 from framefusion.errors import BackendError
 from framefusion.reduction.budget import FixedSchedule
-from framefusion.runtime.families import RULES as RULES  # makes every rule of preprocessing known
 from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing

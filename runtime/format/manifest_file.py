@@ -3,6 +3,8 @@
 The digest is the SHA-256 of the manifest without it, in a canonical form: keys sorted, no white space, UTF-8. It holds
 the hash of every file, so it names the whole bundle, and it is what a signature signs. It shows damage and edits; who
 wrote it, only a signature shows. Manifests of schema 2 have none.
+
+A manifest may be of any family, so the reader knows them all; the records do not.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from framefusion.errors import BundleError
+from framefusion.runtime.families import load_preprocessing
 from framefusion.runtime.format.bundle_files import read_small
 from framefusion.runtime.format.manifest import OLDEST_SCHEMA, SCHEMA_VERSION, Manifest
 from framefusion.runtime.format.manifest_checks import check_manifest
@@ -71,6 +74,12 @@ def read_manifest_file(folder: Path) -> ManifestFile:
             f"{path} was edited or damaged: its digest is {digest}, it states {ascii(stated)[:80]}; copy the bundle "
             "again or rebuild"
         )
+    preprocessing = raw.get("preprocessing")
+    rule = preprocessing.get("rule") if isinstance(preprocessing, dict) else None
+    if isinstance(rule, str):
+        load_preprocessing(
+            rule
+        )  # of a package, where the box has none of this name; the reader refuses what is unknown
     try:
         manifest = from_json(Manifest, raw, rules=RULES)
         check_manifest(manifest)

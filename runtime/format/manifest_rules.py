@@ -1,21 +1,13 @@
-"""What each field of a manifest may hold beyond its type: the one table that a bundle of unknown origin is read by.
+"""What each field of a manifest may hold beyond its type: the table that a bundle of unknown origin is read by.
 
 Ranges are far beyond any model there is and far below what would break arithmetic or memory. What fields have to do
-with each other and with the files is in manifest_checks.py. Every number has a line here: a test keeps it so.
+with each other and with the files is in manifest_checks.py. Every number has a line here, or, where it is of a family's
+preprocessing or of a kind of tower, in the `field_rules` of that class: a test keeps it so. Knows no family.
 """
 
 from __future__ import annotations
 
-import math
-
 from framefusion.reduction.budget import FixedSchedule
-from framefusion.runtime.families.internvl import InternVLPreprocessing
-from framefusion.runtime.families.llava import LlavaPreprocessing
-from framefusion.runtime.families.minicpmv import MiniCpmVPreprocessing
-from framefusion.runtime.families.nvila import NvilaPreprocessing
-from framefusion.runtime.families.qwen2_5_vl import Qwen25VLPreprocessing
-from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.format.engine_record import EngineRecord, ProfileRecord, TensorRecord
 from framefusion.runtime.format.manifest import (
     EmbeddingRecord,
@@ -30,7 +22,6 @@ from framefusion.runtime.format.manifest import (
     VisionRecord,
 )
 from framefusion.runtime.media.frame_sampling import FrameSampling
-from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.text.prompt import PromptTemplate
 from framefusion.runtime.text.sampling import GenerationConfig
 from framefusion.storage.records import Rule, Rules
@@ -40,10 +31,8 @@ TOKENS = 1 << 21
 IDS = 1 << 24
 WIDTH = 1 << 18
 BYTES = 1 << 45
-PIXELS = 1 << 31
 SIDE = 1 << 14
 FRAMES = 1 << 16
-TILES = 4096
 
 
 def _between(least: float, most: float, **more: object) -> Rule:
@@ -59,9 +48,6 @@ _WIDTH = Rule(1, WIDTH)
 _TOKENS = Rule(1, TOKENS)
 _COUNT = Rule(0, TOKENS)
 _BYTES = Rule(0, BYTES)
-_SIDE = Rule(1, SIDE)
-_PIXELS = Rule(1, PIXELS)
-_TILES = Rule(1, TILES)
 
 RULES: Rules = {
     Manifest: {
@@ -160,49 +146,5 @@ RULES: Rules = {
         "frame_factor": _between(1, 1024),
     },
     PromptTemplate: {"pads": Rule(0, IDS, items=1024), "turns": Rule(items=16)},
-    Preprocessing: {
-        "patch_size": _SIDE,
-        "image_mean": _between(-1e3, 1e3, items=3),
-        "image_std": _between(0, 1e3, above=True, items=3),
-        "rescale": _between(0, 1e3, above=True),
-        "resample": _between(0, 5),  # Pillow's filters
-    },
-    QwenVLPreprocessing: {
-        "merge_size": _between(1, 64),
-        "temporal_patch_size": _between(1, 64),
-        "min_pixels": _PIXELS,
-        "max_pixels": _PIXELS,
-        "total_pixels": _between(1, math.ldexp(1, 53)),
-        "image_min_pixels": _PIXELS,
-        "image_max_pixels": _PIXELS,
-    },
-    Qwen25VLPreprocessing: {"tokens_per_second": _between(0, 1e4, above=True)},
-    Qwen3VLPreprocessing: {"max_frame_tokens": _PIXELS},
-    LlavaPreprocessing: {
-        "image_size": _SIDE,
-        "tilings": Rule(1, PIXELS, items=1 << 12),
-        "max_tiles": _between(0, TILES),
-        "unpad_digits": _between(0, 64),
-    },
-    MiniCpmVPreprocessing: {
-        "query_num": _TILES,
-        "scale_resolution": _SIDE,
-        "image_slices": _TILES,
-        "max_slice_nums": _TILES,
-    },
-    InternVLPreprocessing: {
-        "tile_size": _SIDE,
-        "merge_size": _between(1, 64),
-        "min_tiles": _TILES,
-        "max_tiles": _TILES,
-    },
-    NvilaPreprocessing: {
-        "image_size": _SIDE,
-        "merge_size": _between(1, 64),
-        "pool_sizes": Rule(1, SIDE, items=3),
-        "min_tiles": _TILES,
-        "max_tiles": _TILES,
-        "scales": Rule(1, 64, items=16),
-    },
 }
 """Class -> field -> rule; a class that refines another adds to its lines."""

@@ -6,6 +6,7 @@ The numbers are Hugging Face's image processors' on Pillow's resize. Reads no fi
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +17,7 @@ from framefusion.errors import BudgetError, BundleError, VideoError
 from framefusion.runtime.media.tiles.panels import Panel
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import VisualInput
+from framefusion.storage.records import Rule
 
 BICUBIC = 3  # Pillow's number, also in Hugging Face's preprocessor_config.json
 HALF = (0.5, 0.5, 0.5)
@@ -23,6 +25,12 @@ MAX_ASPECT_RATIO = 200
 LARGE_PICTURE = 1 << 24
 """Numbers of a picture whose rows are resized in bands."""
 BAND = 256
+
+SIDE = Rule(1, 1 << 14)
+PIXELS = Rule(1, 1 << 31)
+TILES = Rule(1, 4096)
+BLOCK = Rule(1, 64)
+"""What a manifest may hold for a side in pixels, an area in pixels, a number of tiles, and the side of a block."""
 
 Self = TypeVar("Self", bound="Preprocessing")
 
@@ -37,6 +45,13 @@ class Preprocessing:
     record_tag: ClassVar[str] = "rule"
     rule: ClassVar[str]
     pixels: ClassVar[str] = "the size of its frames is fixed"  # why an option of pixels does not apply
+    field_rules: ClassVar[Mapping[str, Rule]] = {
+        "patch_size": SIDE,
+        "image_mean": Rule(-1e3, 1e3, items=3),
+        "image_std": Rule(0, 1e3, above=True, items=3),
+        "rescale": Rule(0, 1e3, above=True),
+        "resample": Rule(0, 5),  # Pillow's filters
+    }  # what a manifest may hold in each field; a subclass says its own
 
     patch_size: int = 14
     image_mean: tuple[float, ...] = HALF

@@ -51,13 +51,13 @@ class TowerSettings:
     Attributes:
         kind: its name in `VisionRecord.kind`, beside which the settings stand.
         inputs: names of the graph's inputs beside patches, in order.
-        rules: what each field may hold in a manifest.
+        field_rules: what each field may hold in a manifest.
     """
 
     sibling_tag: ClassVar[str] = "kind"
     kind: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]] = ()
-    rules: ClassVar[Mapping[str, Rule]] = {}
+    field_rules: ClassVar[Mapping[str, Rule]] = {}
 
     @abstractmethod
     def call(self, tiles: Tiles, head_dim: int) -> TowerCall:
@@ -104,7 +104,7 @@ class PlainSettings(TowerSettings):
     """
 
     kind: ClassVar[str] = "plain"
-    rules: ClassVar[Mapping[str, Rule]] = {"rows": COUNT, "patches": COUNT}
+    field_rules: ClassVar[Mapping[str, Rule]] = {"rows": COUNT, "patches": COUNT}
 
     rows: int | None = None
     patches: int | None = None
@@ -128,7 +128,7 @@ class RopeSettings(TowerSettings):
 
     kind: ClassVar[str] = "rope_2d"
     inputs: ClassVar[tuple[str, ...]] = ("cos", "sin")
-    rules: ClassVar[Mapping[str, Rule]] = {"merge_size": COUNT}
+    field_rules: ClassVar[Mapping[str, Rule]] = {"merge_size": COUNT}
 
     merge_size: int
 

@@ -46,7 +46,7 @@ def theirs(frames: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> NDArra
 def test_the_same_frames(total: int, rate: float) -> None:
     count = vision_process.smart_nframes({}, total, rate)
     expected = torch.linspace(0, total - 1, count).round().long().tolist()  # as its readers do
-    assert sample_indices(total, rate, FrameSampling()).tolist() == expected
+    assert sample_indices(total, rate, FrameSampling("qwen2_vl")).tolist() == expected
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -109,7 +109,7 @@ def test_a_whole_film(tmp_path: Path) -> None:
     os.environ.setdefault("FORCE_QWENVL_VIDEO_READER", "decord")
     film = write_film(tmp_path / "film.mp4", frames=40, fps=8, size=128)
     pixels, facts, rate = vision_process._read_video_decord({"video": str(film)})
-    video = read_video(film, FrameSampling())
+    video = read_video(film, FrameSampling("qwen2_vl"))
     assert video.indices.tolist() == np.asarray(facts["frames_indices"]).tolist()
     assert rate == pytest.approx(len(video.indices) / video.duration)
     assert np.abs(pixels.numpy().transpose(0, 2, 3, 1).astype(int) - video.frames).mean() < 2

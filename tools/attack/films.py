@@ -79,7 +79,7 @@ def attack(trials: int, seed: int) -> dict[str, Any]:
     counts = Counter[str]()
     failed = list[dict[str, Any]]()
     slowest = 0.0
-    sampling = FrameSampling(min_frames=1, frame_factor=1)
+    sampling = FrameSampling("qwen2_vl", min_frames=1, frame_factor=1)
     with tempfile.TemporaryDirectory() as folder:
         for index in range(trials):
             path = Path(folder) / "film"

@@ -56,7 +56,7 @@ def holds_numbers(hint: Any) -> bool:
 
 def rules_of(kind: type) -> typing.Mapping[str, Rule]:
     """Rules of a class's own fields, wherever they are said."""
-    return RULES.get(kind) or vars(kind).get("rules", {})
+    return RULES.get(kind) or vars(kind).get("field_rules", {})
 
 
 def test_every_number_of_a_manifest_has_a_range() -> None:

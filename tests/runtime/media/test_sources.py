@@ -16,7 +16,7 @@ from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.sources import as_image, as_video, video_of_frames
 
-SAMPLING = FrameSampling()
+SAMPLING = FrameSampling("qwen2_vl")
 RGB = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
 FILM = np.random.default_rng(1).integers(0, 256, (5, 12, 10, 3), np.uint8)
 
@@ -99,7 +99,7 @@ def test_what_is_no_picture(source: Any, words: str) -> None:
     ],
 )
 def test_films(source: Any) -> None:
-    video = as_video(source, FrameSampling(fps=4.0))
+    video = as_video(source, FrameSampling("qwen2_vl", fps=4.0))
     np.testing.assert_array_equal(video.frames, FILM)
     np.testing.assert_allclose(video.times, np.arange(5) / 4)
     assert video.duration == 1.25

@@ -21,7 +21,7 @@ from tests.runtime.media.video.test_video import write_video
 from tests.wheel import ROOT
 
 FILMS = ROOT / "tests" / "media" / "films"
-SAMPLING = FrameSampling(fps=1e6, max_frames=2000, min_frames=1, frame_factor=1)
+SAMPLING = FrameSampling("qwen2_vl", fps=1e6, max_frames=2000, min_frames=1, frame_factor=1)
 
 
 def quietly(path: Path, **limits: Any) -> Video:
@@ -87,7 +87,7 @@ def with_empty_chunks(path: Path, dropped: int) -> Path:
 
 @pytest.mark.parametrize("dropped", [3, 20])
 def test_empty_chunks_of_an_avi_repeat_the_frame_before(tmp_path: Path, dropped: int) -> None:
-    video = read_video(with_empty_chunks(tmp_path / "a.avi", dropped), FrameSampling(fps=5.0, min_frames=1))
+    video = read_video(with_empty_chunks(tmp_path / "a.avi", dropped), FrameSampling("qwen2_vl", fps=5.0, min_frames=1))
     assert video.total_frames == 60 // dropped
     assert video.duration == pytest.approx(6.0, abs=0.11 + 0.1 * dropped)
     assert video.lost_frames == 0

@@ -19,7 +19,7 @@ from tests.wheel import ROOT
 
 MEDIA = ROOT / "tests" / "media"
 FILMS = MEDIA / "films"
-SAMPLING = FrameSampling(fps=1e6, max_frames=200, min_frames=1, frame_factor=1)
+SAMPLING = FrameSampling("qwen2_vl", fps=1e6, max_frames=200, min_frames=1, frame_factor=1)
 Matrix = tuple[int, int, int, int]
 
 

@@ -25,7 +25,7 @@ from tests.wheel import ROOT
 from tools.attack.films import attack
 
 FILMS = ROOT / "tests" / "media" / "films"
-SAMPLING = FrameSampling(min_frames=1, frame_factor=1)
+SAMPLING = FrameSampling("qwen2_vl", min_frames=1, frame_factor=1)
 
 
 def animation(path: Path, frames: int, side: int) -> Path:
@@ -57,7 +57,7 @@ def test_a_small_gif_cannot_cost_gigabytes(tmp_path: Path) -> None:
 )
 def test_each_limit_is_kept(limits: dict[str, Any], message: str) -> None:
     with pytest.raises(VideoError, match=message):
-        read_video(FILMS / "n.mp4", FrameSampling(), limits=MediaLimits(**limits))
+        read_video(FILMS / "n.mp4", FrameSampling("qwen2_vl"), limits=MediaLimits(**limits))
 
 
 @pytest.mark.parametrize("limits", [{"film_seconds": math.nan}, {"lost_share": 2.0}, {"decoded_bytes": 0}])
@@ -120,7 +120,7 @@ def test_minutes_of_2160p_take_no_more_memory_than_one_frame_needs() -> None:
         "from framefusion.runtime.media.frame_sampling import FrameSampling\n"
         "from framefusion.runtime.families.llava import LlavaPreprocessing\n"
         "rule = LlavaPreprocessing(image_size=112, patch_size=14)\n"
-        "video = read_video(sys.argv[1], FrameSampling(fps=0.5), shrink=rule.shrink)\n"
+        "video = read_video(sys.argv[1], FrameSampling('qwen2_vl', fps=0.5), shrink=rule.shrink)\n"
         "(peak,) = [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')]\n"
         "print(*video.shrunk[0].shape, peak)"  # ru_maxrss would begin at what the parent has
     )

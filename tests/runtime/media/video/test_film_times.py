@@ -28,8 +28,8 @@ from tests.wheel import ROOT
 
 FILMS = ROOT / "tests" / "media" / "films"
 TIMES: dict[str, list[float]] = json.loads((FILMS / "times.json").read_text())["times"]
-EVERY = FrameSampling(fps=1e6, max_frames=100_000, min_frames=1, frame_factor=1)
-TWO_A_SECOND = FrameSampling(fps=2.0, max_frames=768, min_frames=1, frame_factor=1)
+EVERY = FrameSampling("qwen2_vl", fps=1e6, max_frames=100_000, min_frames=1, frame_factor=1)
+TWO_A_SECOND = FrameSampling("qwen2_vl", fps=2.0, max_frames=768, min_frames=1, frame_factor=1)
 VERSIONS = 9.9
 """Seconds of vfr_phone.mp4: for FFmpeg 7 its last frame stays for 1/60 second, for FFmpeg 8 for 0.2."""
 TALL = "k4long.mp4"  # 2160p, for the test of memory

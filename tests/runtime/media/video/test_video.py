@@ -62,7 +62,7 @@ def full_decode(path: Path) -> list[NDArray[np.uint8]]:
 
 def broken(path: Path, words: str) -> None:
     with pytest.raises(VideoError, match=words):
-        read_video(path, FrameSampling())
+        read_video(path, FrameSampling("qwen2_vl"))
 
 
 # ---- which frames
@@ -71,7 +71,7 @@ def broken(path: Path, words: str) -> None:
 @pytest.mark.parametrize("count", [2, 4, 6, 16, 32, 64, 100, 128, 256, 512, 768])
 def test_indices_equal_torch_linspace(count: int) -> None:
     for total in [*range(max(2, count), 1200, 7), 16763, 19871, 20648, 40073, 108000]:
-        sampling = FrameSampling(fps=1e9, max_frames=count)
+        sampling = FrameSampling("qwen2_vl", fps=1e9, max_frames=count)
         expected = torch.linspace(0, total - 1, min(count, total // 2 * 2)).round().long().numpy()
         np.testing.assert_array_equal(sample_indices(total, 25.0, sampling), expected)
 
@@ -79,15 +79,15 @@ def test_indices_equal_torch_linspace(count: int) -> None:
 @pytest.mark.parametrize(
     ("total", "fps", "sampling", "count"),
     [
-        (132, 25.0, FrameSampling(), 10),  # 10.56
-        (132, 25.0, FrameSampling(fps=1.0), 4),  # 5.28
-        (25, 25.0, FrameSampling(fps=1.0), 4),  # the minimum
-        (3, 25.0, FrameSampling(), 2),  # shorter than the minimum
-        (100000, 25.0, FrameSampling(), 768),
-        (100, 10.0, FrameSampling(fps=2.0, min_frames=5), 20),
-        (10, 10.0, FrameSampling(fps=2.0, min_frames=5), 6),  # the minimum is rounded up
-        (1000, 10.0, FrameSampling(max_frames=9), 8),  # the maximum is rounded down
-        (7, 1.0, FrameSampling(fps=100.0), 6),
+        (132, 25.0, FrameSampling("qwen2_vl"), 10),  # 10.56
+        (132, 25.0, FrameSampling("qwen2_vl", fps=1.0), 4),  # 5.28
+        (25, 25.0, FrameSampling("qwen2_vl", fps=1.0), 4),  # the minimum
+        (3, 25.0, FrameSampling("qwen2_vl"), 2),  # shorter than the minimum
+        (100000, 25.0, FrameSampling("qwen2_vl"), 768),
+        (100, 10.0, FrameSampling("qwen2_vl", fps=2.0, min_frames=5), 20),
+        (10, 10.0, FrameSampling("qwen2_vl", fps=2.0, min_frames=5), 6),  # the minimum is rounded up
+        (1000, 10.0, FrameSampling("qwen2_vl", max_frames=9), 8),  # the maximum is rounded down
+        (7, 1.0, FrameSampling("qwen2_vl", fps=100.0), 6),
     ],
 )
 def test_number_of_frames(total: int, fps: float, sampling: FrameSampling, count: int) -> None:
@@ -97,19 +97,19 @@ def test_number_of_frames(total: int, fps: float, sampling: FrameSampling, count
 
 
 def test_sampling_survives_a_manifest() -> None:
-    sampling = FrameSampling(fps=1.0, max_frames=32)
+    sampling = FrameSampling("qwen2_vl", fps=1.0, max_frames=32)
     assert from_json(FrameSampling, to_json(sampling)) == sampling
 
 
 def test_bad_sampling_is_refused() -> None:
-    with pytest.raises(BundleError, match="unknown, known are qwen2_vl"):
+    with pytest.raises(BundleError, match=r"unknown, known are [a-z0-9_, ]*\bqwen2_vl\b.*: update"):
         FrameSampling(rule="guess")
     with pytest.raises(RecordError, match="fps: expected float, found 'two'"):
-        from_json(FrameSampling, {"fps": "two"})
+        from_json(FrameSampling, {"rule": "qwen2_vl", "fps": "two"})
     with pytest.raises(VideoError, match="max_frames=1 takes no frame"):
-        FrameSampling(max_frames=1)
+        FrameSampling("qwen2_vl", max_frames=1)
     with pytest.raises(VideoError, match="frame rate is 0"):
-        sample_indices(10, 0.0, FrameSampling())
+        sample_indices(10, 0.0, FrameSampling("qwen2_vl"))
 
 
 # ---- reading
@@ -131,7 +131,7 @@ def test_bad_sampling_is_refused() -> None:
 @pytest.mark.parametrize("count", [5, 90])
 def test_frames_equal_a_full_decode(tmp_path: Path, name: str, codec: str, count: int) -> None:
     path = write_video(tmp_path / name, count, codec)
-    video = read_video(path, FrameSampling(max_frames=6))
+    video = read_video(path, FrameSampling("qwen2_vl", max_frames=6))
     everything = full_decode(path)
     assert video.total_frames == len(everything) == count
     np.testing.assert_array_equal(video.frames, [everything[i] for i in video.indices])
@@ -141,7 +141,7 @@ def test_frames_equal_a_full_decode(tmp_path: Path, name: str, codec: str, count
 
 @pytest.mark.slow
 def test_frames_equal_a_full_decode_on_a_real_film() -> None:
-    video = read_video(bunny(), FrameSampling(fps=1.0))
+    video = read_video(bunny(), FrameSampling("qwen2_vl", fps=1.0))
     assert (video.frames.shape, video.total_frames, video.fps) == ((4, 720, 1280, 3), 132, 25.0)
     np.testing.assert_array_equal(video.frames, np.stack(full_decode(bunny()))[video.indices])
 
@@ -149,18 +149,18 @@ def test_frames_equal_a_full_decode_on_a_real_film() -> None:
 def test_far_frames_are_reached_by_seeking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 600)
     monkeypatch.setattr(video_module, "_all_timestamps", lambda *_: pytest.fail("decoded everything"))
-    video = read_video(path, FrameSampling(max_frames=4))
+    video = read_video(path, FrameSampling("qwen2_vl", max_frames=4))
     np.testing.assert_array_equal(video.frames, np.stack(full_decode(path))[video.indices])
 
 
 def test_fractional_frame_rate(tmp_path: Path) -> None:
-    video = read_video(write_video(tmp_path / "a.mp4", 30, rate=Fraction(30000, 1001)), FrameSampling())
+    video = read_video(write_video(tmp_path / "a.mp4", 30, rate=Fraction(30000, 1001)), FrameSampling("qwen2_vl"))
     assert video.fps == pytest.approx(29.97, abs=0.01)
 
 
 @pytest.mark.parametrize(("degrees", "corner"), [(90, (-1, 0)), (-90, (0, -1)), (180, (-1, -1))])
 def test_rotation_is_applied(tmp_path: Path, degrees: int, corner: tuple[int, int]) -> None:
-    frames = read_video(write_video(tmp_path / "a.mp4", 4, rotate=degrees), FrameSampling()).frames
+    frames = read_video(write_video(tmp_path / "a.mp4", 4, rotate=degrees), FrameSampling("qwen2_vl")).frames
     assert frames.shape[1:3] == ((48, 64) if degrees == 180 else (64, 48))
     bright = {(y, x) for y in (0, -1) for x in (0, -1) if frames[0, y, x].mean() > 150}
     assert bright == {corner}
@@ -176,7 +176,7 @@ def test_frames_of_a_film_that_changes_its_size(tmp_path: Path) -> None:
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     (tmp_path / "both.ts").write_bytes(film + (tmp_path / "wide.ts").read_bytes())
-    video = read_video(tmp_path / "both.ts", FrameSampling())
+    video = read_video(tmp_path / "both.ts", FrameSampling("qwen2_vl"))
     assert video.frames.shape[1:] == (48, 64, 3)
 
 
@@ -254,9 +254,9 @@ def test_size_limits_are_checked_before_decoding(tmp_path: Path, monkeypatch: py
     path = write_video(tmp_path / "a.mp4", 8)
     monkeypatch.setattr(Decoder, "shown", lambda *_: pytest.fail("decoded"))
     with pytest.raises(VideoError, match="is 64x48, 3072 pixels a frame, the limit is 3000"):
-        read_video(path, FrameSampling(), limits=MediaLimits(frame_pixels=3000))
+        read_video(path, FrameSampling("qwen2_vl"), limits=MediaLimits(frame_pixels=3000))
     with pytest.raises(VideoError, match="4 frames of 64x48 take 36864 bytes, the limit is 30000"):
-        read_video(path, FrameSampling(), limits=MediaLimits(film_bytes=30000))
+        read_video(path, FrameSampling("qwen2_vl"), limits=MediaLimits(film_bytes=30000))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.ts", "a.mkv"])
@@ -270,4 +270,4 @@ def test_any_damage_is_a_video_error_or_harmless(tmp_path: Path, name: str) -> N
         path = tmp_path / f"damaged-{name}"
         path.write_bytes(damaged[: random.integers(len(whole) // 2, len(whole))])
         with contextlib.suppress(VideoError):
-            assert len(read_video(path, FrameSampling()).frames) >= 2
+            assert len(read_video(path, FrameSampling("qwen2_vl")).frames) >= 2
