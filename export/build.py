@@ -68,7 +68,7 @@ def build(
         force: replace an output that exists.
         verify: run the check; without it the manifest says so.
         tolerance: largest error that passes the check, see `check.check_bundle`; None takes its default.
-        progress: told of each part and of the bytes of it; `check` and `engines` are the last parts.
+        progress: called with each part and its bytes; `check` and `engines` are the last parts.
         resources: what the compilation of engines may take.
 
     Raises:
@@ -76,25 +76,50 @@ def build(
         FrameFusionError: see `framefusion.errors`; nothing half-written has the output's name.
     """
     try:
+        # 1. plan: everything that configuration and headers can be refused for is refused here, in a second
         plan = BuildPlan(checkpoint, options)
-        if options.engines is not None:
-            checked_builder(options.engines, options.dialect, options.dtype)
-        scope = scope_of(plan) if verify else None
-        key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
-        with Staging(output, key, force=force, progress=progress, checkpoint=checkpoint.folder) as staged:
-            staged.forget(CARD)
-            meter = Meter(progress, sizes_of(plan, scope))
-            manifest = _write_parts(plan, staged, meter)
-            if scope is not None:
-                scratch = partial(scratch_bundle, checkpoint, staged.scratch, meter)
-                checked = report(staged.folder, plan, scope, tolerance, scratch, meter.doing)
-                manifest = replace(manifest, check=_passed(checked, staged.folder))
-            if options.engines is not None:
-                manifest = _compile(plan, manifest, staged, resources, meter)
-            manifest = _describe(manifest, checkpoint, staged)
-            staged.publish()
+        return build_planned(
+            plan, output, force=force, verify=verify, tolerance=tolerance, progress=progress, resources=resources
+        )
     except KeyboardInterrupt:
         raise InterruptedBuildError("interrupted before anything was written: run the same command again") from None
+
+
+def build_planned(
+    plan: BuildPlan,
+    output: Path,
+    *,
+    force: bool = False,
+    verify: bool = True,
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+    resources: Resources | None = None,
+) -> Built:
+    """Carry a plan out; arguments and errors are those of `build`."""
+    checkpoint = plan.checkpoint
+    options = plan.options
+    if options.engines is not None:
+        checked_builder(options.engines, options.dialect, options.dtype)
+    scope = scope_of(plan) if verify else None
+    # 2. stage: parts of an interrupted build of the same thing are taken over
+    key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
+    with Staging(output, key, force=force, progress=progress, checkpoint=checkpoint.folder) as staged:
+        staged.forget(CARD)
+        meter = Meter(progress, sizes_of(plan, scope))
+        # 3. write: each part is hashed and journaled before the next
+        manifest = _write_parts(plan, staged, meter)
+        # 4. check: before engines, which take the longest and inherit every fault
+        if scope is not None:
+            scratch = partial(scratch_bundle, staged.scratch, meter)
+            checked = report(staged.folder, plan, scope, tolerance, scratch, meter.doing)
+            manifest = replace(manifest, check=_passed(checked, staged.folder))
+        # 5. compile
+        if options.engines is not None:
+            manifest = _compile(plan, manifest, staged, resources, meter)
+        # 6. describe: the card says what was checked, the manifest has the card's hash
+        manifest = _describe(manifest, checkpoint, staged)
+        # 7. publish: only now the output has its name
+        staged.publish()
     return Built(staged.output, manifest)
 
 
@@ -102,7 +127,7 @@ def sizes_of(plan: BuildPlan, scope: Scope | None) -> dict[str, int]:
     """Bytes of each part that will be written, the bundle that only the check needs among them."""
     sizes = Builder(plan).sizes()
     if scope is not None:
-        other = None if scope.options is None else Builder(BuildPlan(plan.checkpoint, scope.options)).sizes()
+        other = None if scope.substitute is None else Builder(scope.substitute).sizes()
         sizes["check"] = sum(other.values()) if other else 0
     if plan.options.engines is not None:
         sizes[ENGINES] = engine_bytes(plan)
@@ -118,18 +143,20 @@ def engine_bytes(plan: BuildPlan) -> int:
 
 
 @contextmanager
-def scratch_bundle(checkpoint: Checkpoint, place: Path, meter: Meter, options: BuildOptions) -> Iterator[Path]:
-    """A bundle of other options in a folder of its own in `place`, gone when the body ends.
+def scratch_bundle(place: Path, meter: Meter, plan: BuildPlan) -> Iterator[Path]:
+    """The bundle of another plan in a new folder in `place`, gone when the body ends.
 
-    In the scratch folder of a build, what a killed process leaves is removed by the next one. A check runs no engine.
+    In the scratch folder of a build, what a killed process leaves is removed by the next one.
+
+    Raises:
+        StorageError: `place` cannot be written.
     """
-    options = replace(options, backend=None, target_sm=None, engines_only=False)
     try:
         folder = Path(tempfile.mkdtemp(prefix=".check-", dir=place))
     except OSError as error:
         raise StorageError(f"{place} cannot be written ({error.strerror}): the check builds a bundle there") from None
     try:
-        yield build(checkpoint, folder / "bundle", options, verify=False, progress=meter.within).folder
+        yield build_planned(plan, folder / "bundle", verify=False, progress=meter.within).folder
     except InterruptedBuildError:
         raise KeyboardInterrupt from None  # what it says is of the scratch bundle
     finally:
@@ -207,5 +234,5 @@ def check_again(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     bundle = Bundle(folder, verify=False)
     bundle.require_graphs()
     plan = replan(folder, bundle.manifest, checkpoint)
-    scratch = partial(scratch_bundle, checkpoint, folder.absolute().parent, Meter())
+    scratch = partial(scratch_bundle, folder.absolute().parent, Meter())
     return report(folder, plan, scope_of(plan), bundle.manifest.check.get("tolerance"), scratch)

@@ -48,8 +48,8 @@ class Scope:
 
     Attributes:
         method: "full", "streamed", "truncated", "in float32", or "weights": the bundle's graphs are not run.
-        why: in words, for the manifest and for whoever reads the output.
-        options: of the bundle that is checked in its place; None for the bundle itself and where nothing is run.
+        why: a sentence for the manifest and for whoever reads the output.
+        substitute: plan of the bundle that is checked in its place; None for itself, and where nothing is run.
         effort: of the run, and of the comparison with transformers.
         uncompared: why transformers' class cannot be run; "": it is.
         memory: bytes that the check takes.
@@ -57,33 +57,45 @@ class Scope:
 
     method: str
     why: str = ""
-    options: BuildOptions | None = None
+    substitute: BuildPlan | None = None
     effort: Effort = WHOLE
     uncompared: str = ""
     memory: int = 0
 
 
 def scope_of(plan: BuildPlan) -> Scope:
-    """Decide from the plan and the memory that is free now."""
+    """Decide from the plan and the memory that is free now.
+
+    Raises:
+        CheckpointError, BudgetError, ReducerError: see `BuildPlan`, of the bundle that stands for the one planned.
+    """
+    # 1. what can be run at all: a check compiles no engine, and no CPU kernel computes bfloat16
     runs = plan.options.dtype != "bfloat16"
-    options = plan.options if runs else replace(plan.options, dtype="float32")
+    options = replace(plan.options, backend=None, target_sm=None, engines_only=False)
+    options = options if runs else replace(options, dtype="float32")
     untried = "" if runs else "onnxruntime's CPU kernels do not compute bfloat16: the same graphs in float32 were run"
+    # 2. everything, where memory holds it
     needed = memory_of_check(plan)
     free = check.available_memory()
     if needed <= free:
-        return Scope("full" if runs else "in float32", untried, None if runs else options, memory=needed)
+        if runs:
+            return Scope("full", memory=needed)
+        return Scope("in float32", untried, BuildPlan(plan.checkpoint, options), memory=needed)
+    # 3. else with the weights on the disk; a static graph computes its whole length, which takes too long that way
     least = memory_of_streamed(plan)
     uncompared = "" if least <= free else f"it needs {least / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
     if runs and plan.fixed is None and not uncompared:
         return Scope("streamed", effort=SPARING, memory=least)
+    # 4. else the first layers, built as a bundle of their own; else the weights are read back and nothing is run
     short = f"the full check needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     smaller = truncated(plan, options)
-    part = 0 if smaller is None else memory_of_check(BuildPlan(plan.checkpoint, smaller))
-    if smaller is None or part > free:
+    substitute = None if smaller is None else BuildPlan(plan.checkpoint, smaller)
+    part = 0 if substitute is None else memory_of_check(substitute)
+    if substitute is None or part > free:
         return Scope("weights", f"the graphs were not run: {short}", None, SPARING, uncompared, least)
-    layers = f"truncated to {smaller.num_decoder_layer} of {plan.config.num_layers} layers: {short}"
+    layers = f"truncated to {substitute.config.num_layers} of {plan.config.num_layers} layers: {short}"
     why = "; ".join(filter(None, (layers, untried)))
-    return Scope("truncated", why, smaller, SPARING, uncompared, max(part, 0 if uncompared else least))
+    return Scope("truncated", why, substitute, SPARING, uncompared, max(part, 0 if uncompared else least))
 
 
 def report(
@@ -91,7 +103,7 @@ def report(
     plan: BuildPlan,
     scope: Scope,
     tolerance: float | None,
-    scratch: Callable[[BuildOptions], AbstractContextManager[Path]],
+    scratch: Callable[[BuildPlan], AbstractContextManager[Path]],
     doing: Doing = ignore,
 ) -> dict[str, Any]:
     """Carry a scope out.
@@ -101,8 +113,8 @@ def report(
         plan: what it was built from.
         scope: of this plan.
         tolerance: see `check.check_bundle`.
-        scratch: builds a bundle of other options, and removes it when it was checked.
-        doing: told what runs now.
+        scratch: builds the bundle of another plan, and removes it when it was checked.
+        doing: called with what runs now.
 
     Returns:
         as `check.check_bundle`, with the method and why it was chosen.
@@ -111,15 +123,17 @@ def report(
     if scope.method in ("full", "streamed"):
         return check.check_bundle(folder, plan, tolerance, scope.effort, doing) | done
     found: dict[str, Any] = {"tolerance": tolerance, "lines": [], "notes": []}
-    if scope.options is not None:
-        with scratch(scope.options) as other:
-            smaller = BuildPlan(plan.checkpoint, scope.options)
-            found = check.check_bundle(other, smaller, tolerance, WHOLE, doing, transformers=False)
+    # 1. the bundle that stands for this one, in ONNX Runtime
+    if scope.substitute is not None:
+        with scratch(scope.substitute) as other:
+            found = check.check_bundle(other, scope.substitute, tolerance, WHOLE, doing, transformers=False)
+    # 2. the weights that it does not have
     weights = weight_report(folder, plan)
     line = {"what": "tensors written that are not the checkpoint's", "value": len(weights["differing"]), "limit": 0.0}
     note = f"{weights['tensors']} tensors of all files of weights, {weights['bytes'] / 1e9:.2f} GB, were read back"
     notes = [*found["notes"], note, *weights["differing"]]
     found |= {"lines": [*found["lines"], line], "notes": notes} | done
+    # 3. all layers in eager torch against transformers' class
     return check.with_agreement(found, _agreement(folder, plan, scope, doing))
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from framefusion.export.evaluate.questions import Question
 from framefusion.export.options import LIVE
 from framefusion.reduction.policy import CallRecord
-from framefusion.runtime.commands.flags import frame_sampling
 from framefusion.runtime.format.bundle_files import sha256_of
 from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest
 from framefusion.runtime.media.frame_sampling import FrameSampling
@@ -85,7 +84,7 @@ class Setup:
 
     def sampling(self, default: FrameSampling) -> FrameSampling:
         """A model's sampling of frames with this setup's fps and max_frames in place of its."""
-        return frame_sampling(default, self.fps, self.max_frames)
+        return default.overridden(self.fps, self.max_frames)
 
 
 class Answerer(ABC):

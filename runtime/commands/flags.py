@@ -175,7 +175,7 @@ class PromptOptions:
 
     def sampling(self, manifest: Manifest) -> FrameSampling:
         """Of frames: as asked, the rest as the bundle says."""
-        return frame_sampling(manifest.sampling, self.wishes["fps"], self.wishes["max_frames"])
+        return manifest.sampling.overridden(self.wishes["fps"], self.wishes["max_frames"])
 
     def limits(self) -> MediaLimits:
         """Of the files that are read: as asked, the rest as the package says."""
@@ -200,11 +200,3 @@ def drawing(
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     return replace(config, do_sample=True, **given) if given else config
-
-
-def frame_sampling(told: FrameSampling, fps: float | None, max_frames: int | None) -> FrameSampling:
-    """The bundle's sampling of frames with what was asked."""
-    most = max_frames or told.max_frames
-    low = min(told.min_frames, most)
-    force = told.force and fps is None
-    return replace(told, fps=fps or told.fps, max_frames=most, min_frames=low, force=force)

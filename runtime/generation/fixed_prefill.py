@@ -6,7 +6,7 @@ no tokenizer and no video.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +49,7 @@ def prefill_fixed(
         # 1. Count what each reduction drops: the tracks of this prompt may allow less than the schedule's shares.
         labels = tracks.request_labels(labels)
         drops = drops_of_prompt(segments.manifest, labels)
-        calls = [*range(len(schedule.merge_shares)), schedule.prune_layer + 1]
-        lengths = _lengths_by_layer(len(labels), dict(zip(calls, drops, strict=True)), model.num_layers)
+        lengths = schedule.lengths(len(labels), drops, model.num_layers)
         # 2. Pad to the size that the graph was built for, and bind it: nothing of its shapes depends on the prompt.
         slots = (segments.slots(length, max_new_tokens) for length in lengths)
         cache = segments.cache(record, list(map(max, fixed.lengths, slots)))
@@ -75,7 +74,7 @@ def prefill_fixed(
         last = logits.pull()[0]
         places = origin.pull()
     cache.lengths[:] = lengths
-    return Prefilled(last, [cache], _history(labels, calls, drops), [places[: lengths[-1]]])
+    return Prefilled(last, [cache], _history(labels, schedule.calls, drops), [places[: lengths[-1]]])
 
 
 def drops_of_prompt(manifest: Manifest, labels: NDArray[np.int64]) -> list[int]:
@@ -111,15 +110,6 @@ def drops_of_prompt(manifest: Manifest, labels: NDArray[np.int64]) -> list[int]:
                 f"{room}: too few tokens can merge before it (one frame?); use an adaptive bundle for such input"
             )
     return drops
-
-
-def _lengths_by_layer(length: int, drop_at_call: Mapping[int, int], num_layers: int) -> list[int]:
-    """Tokens in the cache of each layer: call i precedes the attention of layer i."""
-    lengths = []
-    for layer in range(num_layers):
-        length -= drop_at_call.get(layer, 0)
-        lengths.append(length)
-    return lengths
 
 
 def _history(labels: NDArray[np.int64], calls: Sequence[int], drops: Sequence[int]) -> list[CallRecord]:

@@ -67,7 +67,8 @@ def test_what_cannot_be_run_in_parts_is_checked_by_its_first_layers(
     scope = scope_of(plan)
     assert (scope.method, scope.uncompared, scope.effort.streamed) == ("truncated", "", True)
     assert scope.why.startswith("truncated to 4 of 7 layers: the full check needs 0.9 GB, 0.9 GB are free; ")
-    assert scope.options == dataclasses.replace(plan.options, num_decoder_layer=4, depth=2, dtype="float32")
+    assert scope.substitute is not None
+    assert scope.substitute.options == dataclasses.replace(plan.options, num_decoder_layer=4, depth=2, dtype="float32")
     static = BuildOptions(reduction="fixed", merge_shares=(0.3,), prune_layer=1, cost=0.6, max_input_len=900)
     plan = BuildPlan(Checkpoint(deep), static)
     free_memory(monkeypatch, memory_of_check(plan) - 1)

@@ -16,7 +16,6 @@ import pytest
 from numpy.typing import NDArray
 
 from framefusion.errors import VideoError
-from framefusion.runtime.commands.flags import frame_sampling
 from framefusion.runtime.families.llava import LlavaPreprocessing, time_instruction
 from framefusion.runtime.families.nvila import NvilaPreprocessing
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
@@ -199,14 +198,14 @@ def test_the_remedy_of_nvila_works(fps: float, frames: int) -> None:
     """F17: with --fps 0.1 it was told to give --max-frames 2, which changed nothing."""
     rule = NvilaPreprocessing(pool_sizes=(4, 1, 1), image_size=56, patch_size=14)
     told = FrameSampling("nvila", fps=1.0, min_frames=1, max_frames=8, frame_factor=1, force=True)
-    video = shown("n.mp4", frame_sampling(told, fps, None))
+    video = shown("n.mp4", told.overridden(fps, None))
     assert len(video.indices) == frames
     with pytest.raises(VideoError, match="averages 4 to one") as caught:
         rule.video(video)
     flags = str(caught.value).split("such as ")[1].split()
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     asked = float(given["--fps"]) if "--fps" in given else fps
-    visual = rule.video(shown("n.mp4", frame_sampling(told, asked, int(given["--max-frames"]))))
+    visual = rule.video(shown("n.mp4", told.overridden(asked, int(given["--max-frames"]))))
     assert visual.num_rows
 
 
