@@ -81,7 +81,11 @@ class MediaLimits:
         return DECODED_BYTES + DECODED_A_BYTE * file_size if self.decoded_bytes is None else self.decoded_bytes
 
     def check_image(self, name: str, height: int, width: int) -> None:
-        """Refuse a picture that is too large to be decoded, or has no pixel."""
+        """Refuse a picture that is too large to be decoded, or has no pixel.
+
+        Raises:
+            VideoError: it is; the message calls it `name`.
+        """
         if not height * width:
             raise VideoError(f"{name} is {width}x{height}, it has no pixel: give a picture of 1x1 or more")
         if height * width > self.image_pixels:

@@ -77,7 +77,7 @@ class Preprocessing:
 
     @abstractmethod
     def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
-        """The pictures [h, w, 3] that a frame [H, W, 3] of a video of so many frames is shown as, uncut."""
+        """The pictures [h, w, 3] that a frame [H, W, 3] of a video of `count` frames is shown as, before patches."""
 
     def pictures(self, video: Video) -> tuple[NDArray[np.uint8], ...]:
         """`shrink` of all frames, each [N, h, w, 3]; a video that was shrunk as it was read has them."""
@@ -97,7 +97,7 @@ class Preprocessing:
 
     @abstractmethod
     def panels(self, height: int, width: int, frames: int | None = None) -> list[Panel]:
-        """Where the rows of a video of so many frames lie in them, in the prompt's order; None asks for an image's."""
+        """Where the rows of a video of `frames` frames lie in them, in the prompt's order; None stands for an image."""
 
     @abstractmethod
     def longest_track(self, max_frames: int) -> int:
@@ -112,7 +112,7 @@ class Preprocessing:
         raise NotImplementedError(f"pictures of {self.rule} have one size, which the graph says")
 
     def with_options(self: Self, **given: Any) -> Self:
-        """The same with what a user chose; None leaves a field as it is.
+        """The same with the fields that a user chose; None leaves a field as it is.
 
         Raises:
             BudgetError: this family has no such choice, or none of this value.
@@ -133,7 +133,7 @@ class Preprocessing:
 
 
 def normalised_levels(preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """[3, 256]: what each pixel value becomes. A table is both the fastest way and exact: float64 costs 256 values."""
+    """What each pixel value of each channel becomes. A table is fast, and as exact as 256 float64s.  [3, 256]"""
     levels = (np.arange(256) * preprocessing.rescale).astype(np.float32)
     mean = np.array(preprocessing.image_mean, np.float32)[:, None]
     std = np.array(preprocessing.image_std, np.float32)[:, None]
@@ -177,13 +177,21 @@ def resize_rounded_once(frame: NDArray[np.uint8], height: int, width: int, resam
 
 
 def check_frames(frames: NDArray[np.uint8]) -> None:
-    """Refuse what are no RGB frames [N, H, W, 3]."""
+    """Refuse what are no RGB frames [N, H, W, 3].
+
+    Raises:
+        VideoError: another shape, or none of them.
+    """
     if frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise VideoError(f"frames have shape {frames.shape}: give RGB frames as [frames, height, width, 3]")
 
 
 def check_shape(height: int, width: int) -> None:
-    """Refuse a picture so thin that its short side would be less than a patch."""
+    """Refuse a picture so thin that its short side would be less than a patch.
+
+    Raises:
+        VideoError: one side is more than MAX_ASPECT_RATIO times the other.
+    """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise VideoError(
             f"a picture of {width}x{height} is too long and thin, the limit is {MAX_ASPECT_RATIO} to 1: crop it"
@@ -193,7 +201,7 @@ def check_shape(height: int, width: int) -> None:
 def cut_patches(pictures: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """Normalised patches [N, rows * columns, 3 * p * p] of pictures [N, H, W, 3], in raster order.
 
-    Within a patch: channel, row, column. What is left over at the right and the bottom is unseen, as in a convolution.
+    Within a patch: channel, row, column. What is left over at the right and bottom is not used, as in a convolution.
     """
     patch = preprocessing.patch_size
     count, height, width, _ = pictures.shape

@@ -99,13 +99,16 @@ def _at_times(pixels: NDArray[np.uint8], times: ArrayLike) -> Video:
     usual = float(np.median(gaps)) if gaps.size else 1.0
     rate = (count - 1) / float(begin[-1] - begin[0]) if gaps.size else 1.0
     numbers = np.arange(count)
-    return Video(
-        pixels, numbers, rate, count, float(begin[-1]) + usual, 0.0, sampled=Sampled(numbers, begin, begin)
-    )  # fmt: skip
+    duration = float(begin[-1]) + usual
+    return Video(pixels, numbers, rate, count, duration, seconds=0.0, sampled=Sampled(numbers, begin, begin))
 
 
 def _frames(frames: Any, limits: MediaLimits | None) -> NDArray[np.uint8]:
-    """[T, H, W, 3] of what shows a film."""
+    """RGB [T, H, W, 3] of what shows a film.
+
+    Raises:
+        VideoError: it is one picture, or nothing that holds frames.
+    """
     if _is_picture(frames):
         raise VideoError("one picture was given where a video is shown: give a list of frames, or show it as an image")
     if isinstance(frames, (list, tuple)):
@@ -173,7 +176,11 @@ def _stacked(frames: Sequence[Any], limits: MediaLimits | None) -> NDArray[np.ui
 
 
 def _array(source: Any, name: str) -> NDArray[Any]:
-    """The array that an object holds or makes."""
+    """The array that an object holds or makes.
+
+    Raises:
+        VideoError: it makes none, or one of other things than numbers.
+    """
     if source is None or isinstance(source, (bytes, bytearray, memoryview, dict, set)):
         raise VideoError(
             f"{name} is of type {type(source).__name__}: give a path, a PIL image, an array of pixels or a list of them"
@@ -194,7 +201,11 @@ def _array(source: Any, name: str) -> NDArray[Any]:
 
 
 def _rgb(array: NDArray[Any], name: str, dimensions: int) -> NDArray[np.uint8]:
-    """RGB of levels [..., H, W] or [..., H, W, C]."""
+    """RGB [..., H, W, 3] of levels [..., H, W] or [..., H, W, C].
+
+    Raises:
+        VideoError: the array has another shape, or numbers that are no levels.
+    """
     layout = "[frames, height, width, channels]" if dimensions == 4 else "[height, width, channels]"
     if array.ndim == dimensions - 1:
         array = array[..., None]
@@ -217,7 +228,8 @@ def _levels(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind == "f":
         return np.rint(unit_shares(array, name) * 255).astype(np.uint8)
-    low, high = (int(bound) for bound in (array.min(), array.max()))
+    low = int(array.min())
+    high = int(array.max())
     if array.dtype == np.uint16 or not 0 <= low <= high <= 255:
         raise VideoError(
             f"{name} has whole numbers from {low} to {high} of type {array.dtype}, they must be uint8 or lie in "

@@ -22,7 +22,11 @@ class Grid(NamedTuple):
     width: int
 
     def merged(self, merge_size: int) -> Grid:
-        """The grid of tokens, `merge_size` x `merge_size` patches each."""
+        """The grid of tokens, `merge_size` x `merge_size` patches each.
+
+        Raises:
+            ValueError: rows or columns do not divide.
+        """
         if self.height % merge_size or self.width % merge_size:
             raise ValueError(
                 f"a grid of {self.height}x{self.width} patches does not divide into blocks of {merge_size}"
@@ -31,7 +35,7 @@ class Grid(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of cells."""
+        """Patches in all: frames x height x width."""
         return self.frames * self.height * self.width
 
 
@@ -70,7 +74,7 @@ class RowMap:
     weight: NDArray[np.float32] | None = None  # [n, K]; None: K is 1 and the row is taken as it is
 
     def apply(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[m, D] -> [n, D]."""
+        """Rows of the prompt from rows of the tower.  [m, D] -> [n, D]"""
         if self.weight is None:
             return rows[self.index[:, 0]]
         mapped = self.weight[:, :1] * rows[self.index[:, 0]]

@@ -1,7 +1,7 @@
 """A still picture from a file, as a browser shows it: RGB, upright, on white.
 
 Only the formats that `FORMATS` names are tried: Pillow knows others that start programs or that nobody keeps. What is
-read is the picture itself: odd words about it (EXIF, text, colour profiles) are passed over. One rule for the end of a
+read is the picture itself: odd metadata (EXIF, text, colour profiles) is passed over. One rule for the end of a
 file: a PNG or JPEG may lack up to 5 % of its pixels, which are then blank as in a browser, with a warning; more is
 refused with the share that is missing. The other formats are read whole or not at all.
 """
@@ -80,7 +80,7 @@ def read_image(path: str | Path, limits: MediaLimits | None = None) -> NDArray[n
     """
     limits = limits or MediaLimits()
     source = existing_file(path)
-    # 1. The bytes; `decode_image` takes the words about the picture out of a PNG or JPEG.
+    # The bytes; `decode_image` takes the metadata out of a PNG or JPEG.
     size = source.stat().st_size
     most = BYTES_A_PIXEL * limits.image_pixels + (1 << 24)
     if size > most:
@@ -93,7 +93,12 @@ def read_image(path: str | Path, limits: MediaLimits | None = None) -> NDArray[n
 
 
 def decode_image(file: bytes, name: str, limits: MediaLimits) -> NDArray[np.uint8]:
-    """The picture in the bytes of a file; `name` is for messages."""
+    """The picture in the bytes of a file, RGB [H, W, 3], upright, on white; `name` is for messages.
+
+    Raises:
+        VideoError: it is of another format, larger than `limits`, damaged or truncated.
+    """
+    # 1. The pixels alone: broken metadata must not cost the picture.
     scans = None
     if file.startswith(PNG_SIGNATURE):
         if any(chunk.name == b"acTL" for chunk in png_chunks(memoryview(file))):
@@ -112,11 +117,15 @@ def decode_image(file: bytes, name: str, limits: MediaLimits) -> NDArray[np.uint
 
 
 def open_picture(file: bytes, name: str, limits: MediaLimits) -> PilImage:
-    """The picture as Pillow opens it, undecoded, within the limits."""
+    """The picture as Pillow opens it, undecoded, within the limits.
+
+    Raises:
+        VideoError: it is of another format, damaged at its start, or larger than the limits.
+    """
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
-    known = [one for one in FORMATS if one in Image.OPEN]
+    known = [kind for kind in FORMATS if kind in Image.OPEN]
     try:
         with warnings.catch_warnings():  # the limit is ours
             warnings.simplefilter("ignore")
@@ -170,14 +179,15 @@ def _without_end(file: bytes, name: str, scans: JpegScans, limits: MediaLimits) 
     height, width, _ = shown.shape
     row = next((row for row in range(height) if (shown[row] != other[row]).any()), height)
     columns = np.flatnonzero((shown[row : row + BLOCK] != other[row : row + BLOCK]).any((0, 2)))
-    first = row * width + int(columns[0]) * min(BLOCK, height - row) if columns.size else height * width
-    missing = 1 - first / (height * width)
-    check_missing(name, missing)
+    present = height * width
+    if columns.size:
+        present = row * width + int(columns[0]) * min(BLOCK, height - row)
+    check_missing(name, 1 - present / (height * width))
     return shown
 
 
 def kind_of(file: bytes) -> str:
-    """What a file is that is none of ours, as far as its first bytes tell."""
+    """A clause that says what a file of no known format is, as far as its first bytes show."""
     if file[4:8] == b"ftyp" and file[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "it is a HEIC picture"
     if file[4:8] == b"ftyp":
@@ -186,6 +196,6 @@ def kind_of(file: bytes) -> str:
 
 
 def _unreadable(name: str, error: Exception) -> str:
-    """The message for what a decoder said, which may be its own mistake."""
+    """The message for an error of a decoder, which may be the decoder's own mistake."""
     reason = str(error) or type(error).__name__
     return f"{name} cannot be read as an image ({reason}): save it again as PNG, or copy or download it again"

@@ -25,7 +25,7 @@ JPEG_SIGNATURE = b"\xff\xd8\xff"
 END_OF_IMAGE = b"\xff\xd9"
 
 PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
-"""What the pixels of a PNG come from; eXIf says which side is up, the rest is words about the picture."""
+"""What the pixels of a PNG come from; eXIf says which side is up, the rest is metadata."""
 
 MISSING_SHARE = 0.05
 """Of the pixels of a picture that may be missing, as of the frames of a film."""
@@ -47,9 +47,8 @@ _PNM = re.compile(rb"(P[1-6])%s(\d{1,9})%s(\d{1,9})(?:%s(\d{1,6}))?\s" % (_SPACE
 _WITHOUT_LENGTH = frozenset({0x01, 0xD8, 0xD9, *range(0xD0, 0xD8)})
 _START_OF_SCAN = 0xDA
 _END = 0xD9
-# What segments of words begin with that say how the pixels are meant, and how long they must be: the colours, and which
-# side is up.
-_WORDS = frozenset({*range(0xE0, 0xF0), 0xFE})
+_METADATA = frozenset({*range(0xE0, 0xF0), 0xFE})  # markers of application segments and comments
+# How the metadata begins that says how the pixels are meant (the colours, and which side is up), and its least length.
 _MEANING = {0xE0: (b"JFIF\0", 14), 0xE1: (b"Exif\0\0", 14), 0xEE: (b"Adobe", 12)}
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 
@@ -134,12 +133,21 @@ def scanline_bytes(header: bytes) -> int:
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
     passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
-    sizes = [(-((left - width) // across), -((top - height) // down)) for left, top, across, down in passes]
-    return sum(high * (1 + (wide * bits + 7) // 8) for wide, high in sizes if wide > 0 and high > 0)
+    total = 0
+    for left, top, across, down in passes:
+        columns = -((left - width) // across)  # rounded up
+        rows = -((top - height) // down)
+        if columns > 0 and rows > 0:
+            total += rows * (1 + (columns * bits + 7) // 8)
+    return total
 
 
 def check_missing(name: str, missing: float, most: float = MISSING_SHARE) -> None:
-    """One rule for the end of a picture: a small share may be missing and is warned of, more is refused."""
+    """One rule for the end of a picture: a small share may be missing and is warned of, more is refused.
+
+    Raises:
+        VideoError: a share of more than `most` of the pixels is missing.
+    """
     if missing > most:
         raise VideoError(f"{name} is truncated: {missing:.1%} of its pixels are missing; copy or download it again")
     if missing:
@@ -170,8 +178,11 @@ def pnm_levels(file: bytes, name: str) -> bytes:
     if direct is None or white in direct or not 0 < white < 65536:
         return file
     count = width * height * (3 if kind == b"P6" else 1)
-    kept = file[header.end() : header.end() + count * (1 + (white > 255))]
-    levels = np.frombuffer(kept[: len(kept) // 2 * 2] if white > 255 else kept, ">u2" if white > 255 else np.uint8)
+    if white > 255:
+        content = file[header.end() : header.end() + 2 * count]
+        levels = np.frombuffer(content[: len(content) // 2 * 2], ">u2")
+    else:
+        levels = np.frombuffer(file[header.end() : header.end() + count], np.uint8)
     if levels.size < count:
         share = 1 - levels.size / count
         raise VideoError(f"{name} is truncated: {share:.1%} of its pixels are missing; copy or download it again")
@@ -192,7 +203,7 @@ def _chunk(name: bytes, content: bytes | memoryview) -> bytes:
 
 
 def jpeg_pixels(file: bytes) -> bytes:
-    """The JPEG without the words about its picture, which may be broken, but those that say how its pixels are meant.
+    """The JPEG without its metadata, which may be broken, but for what says how its pixels are meant.
 
     Left out before the first scan: comments, colour profiles, previews, and whatever is too short for its kind. A file
     whose segments cannot be followed that far stays as it is.
@@ -210,8 +221,8 @@ def jpeg_pixels(file: bytes) -> bytes:
             return b"".join((*kept, file[at:]))
         end = at + 2 + int(struct.unpack_from(">H", file, at + 2)[0])
         start, least = _MEANING.get(marker, (b"", 0))
-        meant = least and file.startswith(start, at + 4) and end - at - 4 >= least
-        if marker not in _WORDS or meant:
+        has_meaning = least and file.startswith(start, at + 4) and end - at - 4 >= least
+        if marker not in _METADATA or has_meaning:
             kept.append(file[at:end])
         at = end
     return file
@@ -239,9 +250,9 @@ class JpegScans:
         closed = False
         components = set[int]()
         bits = dict[tuple[int, int], int]()  # (component, coefficient): lowest bit sent
-        while found := _MARKER.search(file, at):
-            marker = found.group(1)[0]
-            at = found.end()
+        while match := _MARKER.search(file, at):
+            marker = match.group(1)[0]
+            at = match.end()
             closed = closed or marker == _END
             if marker in _WITHOUT_LENGTH or at + 2 > len(file):
                 if marker == _END:
@@ -257,8 +268,8 @@ class JpegScans:
                 _note_scan(content, bits)
                 if scans > MAX_SCANS:
                     break
-        wanted = ((component, place) for component in components for place in range(64))
-        return cls(scans, all(bits.get(one) == 0 for one in wanted), closed)
+        coefficients = ((component, place) for component in components for place in range(64))
+        return cls(scans, all(bits.get(coefficient) == 0 for coefficient in coefficients), closed)
 
 
 def _note_scan(content: bytes, bits: dict[tuple[int, int], int]) -> None:

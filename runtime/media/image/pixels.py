@@ -57,10 +57,10 @@ def rgb_pixels(image: PilImage, name: str) -> NDArray[np.uint8]:
 def exif_orientation(image: PilImage) -> int:
     """1 to 8; 1, upright, where EXIF is missing, broken or says something else."""
     try:
-        told = image.getexif().get(ORIENTATION, UPRIGHT)
+        orientation = image.getexif().get(ORIENTATION, UPRIGHT)
     except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, EOFError, struct.error, OverflowError):
         return UPRIGHT
-    return told if isinstance(told, int) and told in range(1, 9) else UPRIGHT
+    return orientation if isinstance(orientation, int) and orientation in range(1, 9) else UPRIGHT
 
 
 def as_stored(upright: NDArray[Any], orientation: int) -> NDArray[Any]:

@@ -1,6 +1,6 @@
 """Animated pictures that FFmpeg does not play, frame by frame with Pillow; and which files hold a still picture.
 
-GIF, APNG and AVIF are films for FFmpeg (container.py); WebP is one for Pillow alone.
+GIF, APNG and AVIF are films for FFmpeg (container/); WebP is one for Pillow alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from framefusion.errors import VideoError
 from framefusion.runtime.media.media_file import MediaLimits
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
+
 SHORTEST = 10
-UNSAID = 100
-"""Milliseconds: a frame that claims to stay no longer than the first stays for the second, as in browsers."""
+USUAL = 100
+"""Milliseconds: a frame that claims to stay no longer than SHORTEST stays for USUAL, as in browsers."""
 WEBP_ANIMATED = 2  # a flag of its VP8X chunk
 SNIFFED = 64  # bytes
 
@@ -27,7 +30,7 @@ SIGNATURES = {b"\xff\xd8\xff": "jpeg", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*":
 
 
 def is_animated_webp(source: Path) -> bool:
-    """Whether a file says so in its first bytes."""
+    """Whether a file is a WebP picture whose header says that it moves."""
     start = _start(source)
     return start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X" and bool(start[20] & WEBP_ANIMATED)
 
@@ -95,7 +98,11 @@ class AnimatedPicture:
             )
 
     def frames(self) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
-        """When each frame begins and how long it stays, in ticks, and its pixels [H, W, 4] RGBA."""
+        """When each frame begins and how long it stays, in ticks, and its pixels [H, W, 4] RGBA.
+
+        Raises:
+            VideoError: a frame cannot be decoded.
+        """
         begin = 0
         with self._opened() as image:
             for number in range(self.count):
@@ -106,11 +113,11 @@ class AnimatedPicture:
                     pixels = np.asarray(image.convert("RGBA"))
                 except (OSError, ValueError, EOFError, MemoryError) as error:
                     raise VideoError(f"{self.source} is damaged at frame {number} ({error}): copy it again") from error
-                stays = stays if stays > SHORTEST else UNSAID
+                stays = stays if stays > SHORTEST else USUAL
                 yield begin, stays, pixels
                 begin += stays
 
-    def _opened(self) -> Any:
+    def _opened(self) -> PilImage:
         from PIL import Image
 
         try:

@@ -1,6 +1,6 @@
 """Decoding as a player does it: what a damaged packet would have shown is passed over, counted, and the film goes on.
 
-PyAV's objects are typed Any. Knows no sampling rule and no pixel's meaning.
+Knows no sampling rule and no pixel's meaning.
 """
 
 from __future__ import annotations
@@ -9,15 +9,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import VideoError
 from framefusion.runtime.media.media_file import MediaLimits
-from framefusion.runtime.media.video.container import Listing, check_deadline, film, packets
+from framefusion.runtime.media.video.container.listing import Listing
+from framefusion.runtime.media.video.container.opening import check_deadline, film, packets
 from framefusion.runtime.media.video.frame_pixels import UPRIGHT, as_shown, display_matrix
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.codeccontext import VideoCodecContext
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 # FFmpeg's own decoders of these drop the transparency that a second picture in each packet holds; the library's do not.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -79,7 +87,7 @@ class Decoder:
         matrix: of the first frame, how the film is laid.
     """
 
-    def __init__(self, container: Any, budget: Budget) -> None:
+    def __init__(self, container: InputContainer, budget: Budget) -> None:
         self.container = container
         self.budget = budget
         self.stream = film(container)
@@ -87,19 +95,23 @@ class Decoder:
         self.damaged = 0
         self.matrix: tuple[int, int, int, int] | None = None
 
-    def frames(self) -> Iterator[Any]:
-        """From where the container stands."""
+    def frames(self) -> Iterator[VideoFrame]:
+        """Frames from where the container stands, in the order they are shown.
+
+        Raises:
+            VideoError: the budget is spent.
+        """
         for packet in packets(self.container, self.stream):
             yield from self._decoded(packet)
         yield from self._decoded(None)
 
-    def seek(self, timestamp: int) -> Iterator[Any]:
-        """From the key frame at a timestamp in ticks; iterators from before end here."""
+    def seek(self, timestamp: int) -> Iterator[VideoFrame]:
+        """Frames from the key frame at a timestamp in ticks on; iterators from before end here."""
         self.container.seek(timestamp, stream=self.stream)
         self.codec.flush_buffers()
         return self.frames()
 
-    def _decoded(self, packet: Any) -> Iterator[Any]:
+    def _decoded(self, packet: Packet[Any] | None) -> Iterator[VideoFrame]:
         import av
 
         try:
@@ -115,28 +127,29 @@ class Decoder:
                 self.matrix = display_matrix(frame)
             yield frame
 
-    def shown(self, frame: Any, listing: Listing) -> NDArray[np.uint8]:
+    def shown(self, frame: VideoFrame, listing: Listing) -> NDArray[np.uint8]:
         """RGB [H, W, 3] of a frame of this film, as a player shows it."""
         return as_shown(frame, listing.height, listing.width, listing.aspect, self.matrix or UPRIGHT)
 
 
-def _codec(stream: Any) -> Any:
+def _codec(stream: VideoStream) -> VideoCodecContext:
     """The decoder of a track: one that knows transparency where the track has any."""
     import av
 
-    own = stream.codec_context
+    builtin = stream.codec_context
     tags = {key.lower(): value for key, value in stream.metadata.items()}
-    if tags.get("alpha_mode") != "1" or own.name not in ALPHA_DECODERS:
-        return own
+    if tags.get("alpha_mode") != "1" or builtin.name not in ALPHA_DECODERS:
+        return builtin
     try:
-        codec = av.CodecContext.create(ALPHA_DECODERS[own.name], "r")
+        codec: Any = av.CodecContext.create(ALPHA_DECODERS[builtin.name], "r")
     except (av.FFmpegError, ValueError):  # a build without the library
-        return own
-    codec.extradata = own.extradata
-    return codec
+        return builtin
+    codec.extradata = builtin.extradata
+    decoder: VideoCodecContext = codec
+    return decoder
 
 
-def in_order(frames: Iterator[Any]) -> Iterator[Any]:
+def in_order(frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
     """Frames up to the first that a player would have shown before the one that came before it."""
     last = None
     for frame in frames:

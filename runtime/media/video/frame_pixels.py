@@ -1,15 +1,18 @@
 """A decoded frame as a player shows it: RGB, upright or mirrored as the file asks, with square pixels, on white.
 
-Knows one frame of PyAV's, typed Any; no file and no time.
+Knows one frame of PyAV's, no file and no time.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
 
 Pixels = NDArray[np.uint8]
 
@@ -17,7 +20,7 @@ UPRIGHT = (1, 0, 0, 1)
 
 
 def as_shown(
-    frame: Any, height: int, width: int, aspect: float = 1.0, matrix: tuple[int, int, int, int] = UPRIGHT
+    frame: VideoFrame, height: int, width: int, aspect: float = 1.0, matrix: tuple[int, int, int, int] = UPRIGHT
 ) -> Pixels:
     """RGB [H, W, 3] of a frame.
 
@@ -32,20 +35,26 @@ def as_shown(
     fits = (frame.height, frame.width) == (height, wide)
     colours = _colours(frame)
     if has_alpha(frame):
-        shown = on_white(frame.to_ndarray(format="rgba", **colours))
+        shown = on_white(_array(frame, "rgba", **colours))
         if not fits:  # only now: colours under what is transparent must not bleed
             from PIL import Image
 
             shown = np.asarray(Image.fromarray(shown).resize((wide, height), Image.Resampling.BICUBIC))
     elif fits:
-        shown = frame.to_ndarray(format="rgb24", **colours)
+        shown = _array(frame, "rgb24", **colours)
     else:
-        shown = frame.to_ndarray(format="rgb24", height=height, width=wide, interpolation="BICUBIC", **colours)
+        shown = _array(frame, "rgb24", height=height, width=wide, interpolation="BICUBIC", **colours)
     return turned(shown, matrix)
 
 
-def _colours(frame: Any) -> dict[str, Any]:
-    """From the frame's own matrix and range to those of RGB: PyAV 14, if not told, takes BT.601 for all."""
+def _array(frame: VideoFrame, layout: str, **conversion: Any) -> Pixels:
+    """A frame's pixels in a layout of 8 bits a channel, converted by FFmpeg's scaler.  [H, W, channels]"""
+    pixels: Any = frame.to_ndarray(format=layout, **conversion)
+    return np.asarray(pixels, np.uint8)
+
+
+def _colours(frame: VideoFrame) -> dict[str, Any]:
+    """From the frame's own matrix and range to those of RGB: PyAV 14, without a matrix, takes BT.601 for all."""
     from av.video.reformatter import ColorRange, Colorspace
 
     full = int(frame.color_range) == ColorRange.JPEG or frame.format.name.startswith("yuvj")
@@ -56,7 +65,7 @@ def _colours(frame: Any) -> dict[str, Any]:
     }
 
 
-def has_alpha(frame: Any) -> bool:
+def has_alpha(frame: VideoFrame) -> bool:
     """Whether some of a frame may be transparent."""
     layout = frame.format
     return layout.name == "pal8" or any(component.is_alpha for component in layout.components)
@@ -72,7 +81,7 @@ def on_white(rgba: Pixels) -> Pixels:
     return np.asarray(Image.alpha_composite(white, Image.fromarray(rgba)).convert("RGB"))
 
 
-def display_matrix(frame: Any) -> tuple[int, int, int, int]:
+def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
     """a, b, c, d: a pixel at (x, y) is shown at (a x + c y, b x + d y), each -1, 0 or 1; the nearest such where it is
     none (ISO 14496-12, 8.2.2).
 
@@ -80,10 +89,12 @@ def display_matrix(frame: Any) -> tuple[int, int, int, int]:
     """
     from av.sidedata.sidedata import Type
 
-    one = frame.side_data.get(Type["DISPLAYMATRIX"])  # looked up: a loop yields values until PyAV 18, keys from 19 on
-    if one is None:
+    # looked up: a loop yields values until PyAV 18, keys from 19 on
+    all_side_data: Any = frame.side_data  # its keys are Types, whatever PyAV's hints say
+    side_data = all_side_data.get(Type["DISPLAYMATRIX"])
+    if side_data is None:
         return UPRIGHT
-    a, b, _, c, d = struct.unpack("=5i", bytes(one)[:20])
+    a, b, _, c, d = struct.unpack("=5i", bytes(side_data)[:20])
     return _nearest(a, b, c, d)
 
 

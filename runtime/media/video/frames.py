@@ -8,7 +8,7 @@ How a film is read, fastest way first, each step checked by the next:
 1. The packets are listed without decoding: their timestamps are the film, whatever the header claims.
 2. For each sampled frame the decoder starts at the key frame before it, unless it is already past that key frame.
 3. A frame that does not turn up under its own timestamp, or a damaged packet, means that the packets lied: then
-   everything is decoded, once to list what there is and once to pick. What is lost is counted, told, and limited.
+   everything is decoded, once to list what there is and once to pick. What is lost is counted, reported, and limited.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from framefusion.errors import MediaWarning, VideoError
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits, existing_file
 from framefusion.runtime.media.video.animation import AnimatedPicture, is_animated_webp
-from framefusion.runtime.media.video.container import DRAWN_OVER, ONE_FRAME_A_PACKET, WITHOUT_PTS, Listing, open_video
+from framefusion.runtime.media.video.container.ending import Ending
+from framefusion.runtime.media.video.container.listing import DRAWN_OVER, FRAME_PER_PACKET, WITHOUT_PTS, Listing
+from framefusion.runtime.media.video.container.opening import open_video
 from framefusion.runtime.media.video.decoding import Budget, Decoder, in_order
-from framefusion.runtime.media.video.ending import Ending
 from framefusion.runtime.media.video.frame_pixels import on_white
 from framefusion.runtime.media.video.timeline import Sampled, Timeline, ascending, disorder
 
@@ -99,9 +100,9 @@ class Video:
         return VideoFacts(self.duration, self.fps, self.total_frames, len(self.indices), self.lost_frames)
 
 
-def facts_of_films(seen: Iterable[object]) -> tuple[VideoFacts, ...]:
-    """Of the films among what a conversation shows, in order."""
-    return tuple(one.facts for one in seen if isinstance(one, Video))
+def facts_of_films(media: Iterable[object]) -> tuple[VideoFacts, ...]:
+    """The facts of the films among the media of a conversation, in order."""
+    return tuple(film.facts for film in media if isinstance(film, Video))
 
 
 def read_video(
@@ -122,26 +123,33 @@ def read_video(
     Raises:
         VideoError: the file is missing, no video, truncated, damaged beyond the limit, too large or too short.
     """
-    # 1. The file, and what reading it may cost.
+    # 1. The file, and what reading it may cost: a few kilobytes can claim hours of large frames.
     start = time.perf_counter()
     limits = limits or MediaLimits()
     source = existing_file(path)
     budget = Budget.of(source, limits)
     keep = _FrameCollector(source, shrink, limits)
-    # 2. The frames there are, and those among them that the rule picks.
+    # 2. The frames there are, and those among them that the rule picks; FFmpeg plays no animated WebP.
     if is_animated_webp(source):
         timeline, sampled = _read_animation(source, sampling, budget, keep)
         lost = 0
     else:
         timeline, sampled, lost = _read_film(source, sampling, budget, keep)
-    # 3. What is told of them.
+    # 3. Damage is reported, never hidden; the rest is the film.
     if lost:
         count = len(timeline.times) + lost
         warnings.warn(f"{source} is damaged: {lost} of {count} frames are lost", MediaWarning, stacklevel=2)
     return Video(
-        keep.frames(), sampled.indices, timeline.fps, len(timeline.times), timeline.duration,
-        time.perf_counter() - start, None if timeline.constant else sampled, keep.shrunk(), lost,
-    )  # fmt: skip
+        frames=keep.frames(),
+        indices=sampled.indices,
+        fps=timeline.fps,
+        total_frames=len(timeline.times),
+        duration=timeline.duration,
+        seconds=time.perf_counter() - start,
+        sampled=None if timeline.constant else sampled,
+        shrunk=keep.shrunk(),
+        lost_frames=lost,
+    )
 
 
 def _read_film(
@@ -149,7 +157,7 @@ def _read_film(
 ) -> tuple[Timeline, Sampled, int]:
     """Timeline, what was sampled and how many frames are lost; the frames go to `keep`."""
     limits = keep.limits
-    # 1. Packets.
+    # 1. List the packets: they are the film, whatever the header claims, and cost no decoding.
     with open_video(source) as container:
         listing = Listing.from_container(container, source, limits, budget.deadline)
     listing.check_size(source, limits.frame_pixels)
@@ -157,8 +165,8 @@ def _read_film(
     listing.check_complete(source, ending)
     if ending.reason:
         warnings.warn(f"{source} breaks off: {ending.reason}; what is there is shown", MediaWarning, stacklevel=3)
-    # 2. Where they tell the frames apart, only what is sampled is decoded.
-    if listing.tells_frames_apart():
+    # 2. Where each frame has a packet and a timestamp, decode only what is sampled: seconds instead of minutes.
+    if listing.identifies_frames():
         if listing.codec in DRAWN_OVER:
             budget.check(len(listing.pts), listing.height * listing.width)
         timeline = Timeline.from_timestamps(listing.shown, listing.tick, listing.rates, listing.last_ticks)
@@ -168,14 +176,15 @@ def _read_film(
         keep.start(sampled.indices, listing.height, listing.display_width)
         if all(keep.add(pixels) for pixels in _picked(source, listing, keep.unique, budget)):
             return timeline, sampled, lost
-    # 3. Else everything is, twice.
+    # 3. Else decode everything to learn which frames there are, without keeping any.
     budget.check(len(listing.pts), listing.height * listing.width)
     stamps, damaged = _all_timestamps(source, listing, budget)
     timeline = Timeline.from_timestamps(stamps, listing.tick, listing.rates, listing.last_ticks)
-    hidden = listing.decodable - len(stamps) if listing.codec in ONE_FRAME_A_PACKET else damaged
+    hidden = listing.decodable - len(stamps) if listing.codec in FRAME_PER_PACKET else damaged
     lost = listing.torn + (max(hidden, 0) if damaged else 0)
     _check_lost(source, lost, len(stamps), limits)
     sampled = timeline.sample(sampling)
+    # 4. And once more, to pick the sampled ones by their number.
     keep.start(sampled.indices, listing.height, listing.display_width)
     chosen = set(keep.unique.tolist())
     with open_video(source) as container:
@@ -189,13 +198,14 @@ def _read_film(
 
 
 def _picked(source: Path, listing: Listing, indices: NDArray[np.int64], budget: Budget) -> Iterator[Pixels | None]:
-    """The frames at `indices`, ascending; None, and nothing more, where the packets turn out to have lied."""
+    """The frames [H, W, 3] at `indices`, ascending; None, and no more, where the packets turn out to have lied."""
     with open_video(source) as container:
         decoder = Decoder(container, budget)
         frames = decoder.frames()
         reached = 0
         for index, pts in zip(indices.tolist(), listing.shown[indices].tolist(), strict=True):
-            key_pts, seek_to = listing.keys[np.searchsorted(listing.keys[:, 0], pts, side="right") - 1].tolist()
+            last_key = np.searchsorted(listing.keys[:, 0], pts, side="right") - 1
+            key_pts, seek_to = listing.keys[last_key].tolist()
             if np.searchsorted(listing.shown, key_pts) - reached > SEEK_DISTANCE:
                 frames = decoder.seek(seek_to)
             # A decoder may show a few frames from before the key frame; one without a timestamp cannot be placed.
@@ -211,15 +221,17 @@ def _all_timestamps(source: Path, listing: Listing, budget: Budget) -> tuple[NDA
     """Timestamps of all frames that can be decoded, ascending, and how many packets cannot."""
     with open_video(source) as container:
         decoder = Decoder(container, budget)
-        both = [(frame.pts, frame.dts) for frame in decoder.frames()]
-    if not both:
+        stamps = [(frame.pts, frame.dts) for frame in decoder.frames()]
+    if not stamps:
         raise VideoError(f"{source} has no frame that can be decoded: copy or download it again")
-    if listing.kind in WITHOUT_PTS and len(both) == listing.decoding_times.size:
+    if listing.kind in WITHOUT_PTS and len(stamps) == listing.decoding_times.size:
         # One frame a packet: the first that is shown is shown when the first packet is due, and so on.
         return ascending(listing.decoding_times.tolist(), 1), decoder.damaged
     rate = next((rate for rate in listing.rates if rate > 0), 25.0)
-    stamps = min(([pts for pts, _ in both], [dts for _, dts in both]), key=disorder)
-    return ascending(stamps, max(round(1 / rate / listing.tick), 1)), decoder.damaged
+    by_pts = [pts for pts, _ in stamps]
+    by_dts = [dts for _, dts in stamps]
+    better = min(by_pts, by_dts, key=disorder)
+    return ascending(better, max(round(1 / rate / listing.tick), 1)), decoder.damaged
 
 
 def _read_animation(
@@ -228,6 +240,7 @@ def _read_animation(
     """As `_read_film`, of an animated WebP."""
     film = AnimatedPicture(source, keep.limits)
     budget.check(film.count, film.height * film.width)
+    # 1. Once for the times, which stand beside the pixels.
     begins = list[int]()
     stays = list[int]()
     for begin, stay, pixels in film.frames():
@@ -236,6 +249,7 @@ def _read_animation(
         stays.append(stay)
     timeline = Timeline.from_timestamps(np.array(begins, np.int64), film.tick, (), stays[-1])
     sampled = timeline.sample(sampling)
+    # 2. Once more for the sampled frames.
     keep.start(sampled.indices, film.height, film.width)
     chosen = set(keep.unique.tolist())
     for number, (_, _, pixels) in enumerate(film.frames()):
@@ -245,12 +259,16 @@ def _read_animation(
     return timeline, sampled
 
 
-def _check_lost(source: Path, lost: int, found: int, limits: MediaLimits) -> None:
-    """Refuse a film of which too much is lost."""
-    share = lost / max(lost + found, 1)
+def _check_lost(source: Path, lost: int, present: int, limits: MediaLimits) -> None:
+    """Refuse a film of which too much is lost.
+
+    Raises:
+        VideoError: the share is above the limit.
+    """
+    share = lost / max(lost + present, 1)
     if share > limits.lost_share:
         raise VideoError(
-            f"{source} is damaged: {lost} of {lost + found} frames are lost ({share:.0%}), the limit is "
+            f"{source} is damaged: {lost} of {lost + present} frames are lost ({share:.0%}), the limit is "
             f"{limits.lost_share:.0%}: copy or download it again, or raise --max-lost-share"
         )
 
@@ -279,22 +297,30 @@ class _FrameCollector:
             self._check_bytes(indices.size * height * width * 3, f"{indices.size} frames of {width}x{height}")
 
     def add(self, pixels: Pixels | None) -> bool:
-        """The next frame [H, W, 3]; False for None."""
+        """The next frame [H, W, 3]; False for None.
+
+        Raises:
+            VideoError: what is kept of all frames would take more memory than the limit.
+        """
         if pixels is None:
             return False
         self._size = (pixels.shape[0], pixels.shape[1])
         count = len(self._places)
         pictures = (pixels,) if self._shrink is None else self._shrink(pixels, count)
         if not self._added:
-            self._check_bytes(count * sum(one.nbytes for one in pictures), f"what is kept of {count} frames")
-            self._kept = tuple(np.empty((count, *one.shape), np.uint8) for one in pictures)
-        for kept, one in zip(self._kept, pictures, strict=True):
-            kept[self._places == self._added] = one
+            self._check_bytes(count * sum(picture.nbytes for picture in pictures), f"what is kept of {count} frames")
+            self._kept = tuple(np.empty((count, *picture.shape), np.uint8) for picture in pictures)
+        for kept, picture in zip(self._kept, pictures, strict=True):
+            kept[self._places == self._added] = picture
         self._added += 1
         return True
 
     def frames(self) -> Pixels:
-        """[N, H, W, 3], or [N, H, W, 0] where they are shrunk."""
+        """The frames, as often as the rule picks them: [N, H, W, 3], or [N, H, W, 0] where they are shrunk.
+
+        Raises:
+            VideoError: not all of them came.
+        """
         if self._added != self.unique.size:
             raise VideoError(f"{self.source} decodes differently each time: convert it with ffmpeg")
         if self._shrink is None:
@@ -302,7 +328,7 @@ class _FrameCollector:
         return np.empty((len(self._places), *self._size, 0), np.uint8)
 
     def shrunk(self) -> tuple[Pixels, ...]:
-        """What `shrink` made of them."""
+        """What `shrink` made of them, each [N, h, w, 3]."""
         return () if self._shrink is None else self._kept
 
     def _check_bytes(self, size: int, what: str) -> None:

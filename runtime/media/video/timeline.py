@@ -67,7 +67,7 @@ class Timeline:
     def from_timestamps(
         cls, timestamps: NDArray[np.int64], tick: float, rates: Sequence[float], last_ticks: int = 0
     ) -> Timeline:
-        """From what a container says.
+        """The timeline of a film by its container.
 
         Args:
             timestamps: [n] of the frames in ticks, ascending.
@@ -78,13 +78,18 @@ class Timeline:
         Raises:
             VideoError: no frame, or timestamps that no film has.
         """
+        # 1. Times from the first frame on, and how long the last one stays.
         count = len(timestamps)
         if not count:
             raise VideoError("the video has no frame: give a video with a picture")
         times = (timestamps - timestamps[0]) * tick
         claimed = [rate for rate in rates if rate > 0]
         gaps = np.diff(times)
-        usual = float(np.median(gaps)) if count > 1 else 1 / claimed[0] if claimed else 0.0
+        usual = 0.0
+        if count > 1:
+            usual = float(np.median(gaps))
+        elif claimed:
+            usual = 1 / claimed[0]
         last = last_ticks * tick or usual
         duration = float(times[-1]) + last
         if not 0 < duration <= MAX_SECONDS:
@@ -92,13 +97,15 @@ class Timeline:
                 f"the film's timestamps say that it lasts {duration:.6g} seconds, the limit is {MAX_SECONDS:.0f}: "
                 "copy or download it again, or convert it with ffmpeg"
             )
+        # 2. A constant rate, claimed or fitted, where all frames stand on its grid: rules then get the true numbers.
         fitted = [(count - 1) / float(times[-1])] if count > 1 else [1 / last]
         for rate in [*claimed, *fitted]:
             if _is_constant(times, duration, rate):
                 return cls(times, count / rate, rate, constant=True)
+        # 3. Else a rate so high that no frame falls between two that a rule counts.
         rate = max([rate for rate in claimed if rate <= MAX_RATE], default=0.0)
         densest = min(1 / float(gaps[gaps > 0].min(initial=duration)), MAX_RATE)
-        if rate < NEAR * densest:  # so that no frame falls between two that are counted
+        if rate < NEAR * densest:
             rate = densest
         return cls(times, duration, rate, constant=False)
 

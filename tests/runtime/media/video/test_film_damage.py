@@ -15,7 +15,7 @@ import pytest
 from framefusion.errors import MediaWarning, VideoError
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
-from framefusion.runtime.media.video.ending import Ending
+from framefusion.runtime.media.video.container.ending import Ending
 from framefusion.runtime.media.video.frames import Video, read_video
 from tests.runtime.media.video.test_video import write_video
 from tests.wheel import ROOT

@@ -37,7 +37,7 @@ class Ending:
     Attributes:
         whole: whether nothing is missing; None where the container does not say.
         share: of the bytes promised that are there.
-        measure: what tells best how much of the film is there, where it is not whole.
+        measure: by what to judge how much of the film is there, where it is not whole.
         reason: what is missing, in words; empty where nothing is, or nothing is known.
     """
 
@@ -48,7 +48,7 @@ class Ending:
 
     @classmethod
     def of_file(cls, source: Path) -> Ending:
-        """Of any container, by its first bytes."""
+        """The ending of any container, whose kind its first bytes show."""
         size = source.stat().st_size
         with source.open("rb") as file:
             start = file.read(32)
@@ -72,7 +72,7 @@ class Ending:
 
     @classmethod
     def of_mp4(cls, source: Path) -> Ending:
-        """Of an MP4; nothing is known of others."""
+        """The ending of an MP4; nothing is known of others."""
         ending = cls.of_file(source)
         return ending if ending.measure == "frames" else cls()
 
@@ -165,7 +165,7 @@ def _nut(file: BinaryIO, size: int) -> Ending:
 
 
 def _closed(file: BinaryIO, size: int, mark: bytes) -> Ending:
-    """Of a file that ends in a mark, but for empty bytes behind it."""
+    """The ending of a file whose last bytes are a mark, but for empty ones behind it."""
     file.seek(max(size - TAIL, 0))
     return Ending(whole=True) if file.read(TAIL).rstrip(b"\0\r\n").endswith(mark) else UNCLOSED
 

@@ -1,46 +1,41 @@
-"""A video file as its container describes it: opened, listed packet by packet, refused when it is none or not whole.
+"""The packets of a film, listed without decoding: its frames and their times, its key frames, and what is damaged.
 
-Decodes nothing and knows no sampling rule (video.py). PyAV's objects are typed Any: it is imported on first use.
+Knows no sampling rule and no pixel. What the header claims is kept beside what the packets prove.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import VideoError
 from framefusion.runtime.media.media_file import MediaLimits
-from framefusion.runtime.media.video.animation import still_format
-from framefusion.runtime.media.video.ending import Ending
+from framefusion.runtime.media.video.container.ending import Ending
+from framefusion.runtime.media.video.container.opening import check_deadline, film, packets
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.stream import VideoStream
 
 # A container's own count may be off by a frame or two; less than this share of it means the end of the file is missing.
 COMPLETE_SHARE = 0.95
 
 # Decoders whose every packet shows exactly one frame; the others hide frames in packets, or packets in frames.
-ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg", "gif", "apng"})
+FRAME_PER_PACKET = frozenset({"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg", "gif", "apng"})
 
 # Packets stand there in the order they are decoded, without saying when they are shown; FFmpeg guesses.
 WITHOUT_PTS = frozenset({"avi"})
 
 # Their frames are drawn over those before, though each packet calls itself a key frame.
 DRAWN_OVER = frozenset({"gif", "apng"})
-
-# Demuxers that may read a user's file. None of them opens another file or an address, runs a script, or takes text for
-# a picture: playlists (hls, dash, concat, sdp), numbered pictures (image2) and devices are not among them.
-DEMUXERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,kux,asf,asf_o,ogg,nut,gif,apng,mxf,gxf,"
-    "rm,wtv,dv,ivf,h264,hevc,vvc,av1,obu,m4v,h263,h261,vc1,cavsvideo,avs2,avs3,dirac,mjpeg,yuv4mpegpipe,swf,dhav,nsv,"
-    "nuv,pva,ty,amv,flic,roq,smk,bink,jpegxl_anim,mp3,aac,flac,wav,aiff,caf,ape,tak,tta,wv,ac3,eac3,dts,amr"
-)
 
 # Where the bytes between two packets are headers and other tracks' packets, so that a hole shows.
 PACKED = frozenset({"matroska", "avi", "flv", "nut", "ivf", "yuv4mpegpipe", "gif", "apng"})
@@ -57,6 +52,67 @@ NO_STAMP = -(1 << 63)
 KEY = 1
 DISCARD = 2
 CORRUPT = 4
+
+
+class _PacketTable:
+    """The packets of a film as they come, a column for each number: a film may have a million of them.
+
+    Attributes:
+        packed: whether the bytes between two packets can only be headers and other tracks' packets.
+        pts, dts, flags, ticks, sizes, holes: the columns of `Listing`.
+        sound_seconds: where the sound ends, as far as its packets were among them.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.packed = bool(PACKED & set(kind.split(",")))
+        self.pts = array("q")
+        self.dts = array("q")
+        self.flags = array("q")
+        self.ticks = array("q")
+        self.sizes = array("q")
+        self.holes = array("q")
+        self.sound_seconds = 0.0
+        self._is_avi = kind == "avi"
+        self._end = 0  # of the packets so far, in bytes of the file
+        self._hole = 0  # bytes since the last packet of the film that belong to none
+        self._count = 0  # of all tracks
+
+    def __len__(self) -> int:
+        return len(self.pts)
+
+    def note_place(self, packet: Packet[Any], is_film: bool) -> None:
+        """Look for a hole between a packet of any track and the one before it."""
+        self._count += 1
+        if packet.pos is None:
+            return
+        skipped = packet.pos - self._end if self._end else 0
+        if self._is_avi and is_film and self.dts and packet.dts is not None:  # an empty chunk repeats a frame
+            skipped -= CHUNK_HEADER * (packet.dts - self.dts[-1])
+        self._hole += skipped if skipped > HOLE_BYTES else 0
+        self._end = max(self._end, packet.pos + packet.size)
+
+    def note_sound(self, packet: Packet[Any]) -> None:
+        """Go on with the end of the sound, where a packet is of it."""
+        if packet.stream.type == "audio" and packet.pts is not None:
+            end = (packet.pts + (packet.duration or 0)) * float(packet.time_base)
+            self.sound_seconds = max(self.sound_seconds, end)
+
+    def add(self, packet: Packet[Any]) -> None:
+        """A packet of the film."""
+        self.pts.append(NO_STAMP if packet.pts is None else packet.pts)
+        self.dts.append(NO_STAMP if packet.dts is None else packet.dts)
+        self.flags.append(KEY * packet.is_keyframe + DISCARD * packet.is_discard + CORRUPT * packet.is_corrupt)
+        self.ticks.append(packet.duration or 0)
+        self.sizes.append(packet.size)
+        self.holes.append(self._hole)
+        self._hole = 0
+
+    def tail(self, file_size: int, header_frames: int) -> int:
+        """Bytes of a file behind the last packet that belong to none; 0 where that cannot be known."""
+        if not self._end:
+            return 0
+        index = AVI_INDEX_ENTRY * (self._count + header_frames) if self._is_avi else 0
+        return max(file_size - self._end - index, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +155,7 @@ class Listing:
     tick: float
 
     @classmethod
-    def from_container(cls, container: Any, source: Path, limits: MediaLimits, deadline: float) -> Listing:
+    def from_container(cls, container: InputContainer, source: Path, limits: MediaLimits, deadline: float) -> Listing:
         """List all packets of the film; nothing is decoded.
 
         Raises:
@@ -107,59 +163,44 @@ class Listing:
         """
         stream = film(container)
         codec = stream.codec_context
-        name = container.format.name
-        pts, dts, flags, ticks, sizes, holes = (array("q") for _ in range(6))
-        packed = bool(PACKED & set(name.split(",")))
-        end = 0
-        hole = 0
-        count = 0
-        sound_end = 0.0
-        for packet in packets(container) if packed else packets(container, stream):
-            own = packet.stream_index == stream.index
-            count += 1
-            if packed and packet.pos is not None:
-                skipped = packet.pos - end if end else 0
-                if name == "avi" and own and dts and packet.dts is not None:  # an empty chunk repeats a frame
-                    skipped -= CHUNK_HEADER * (packet.dts - dts[-1])
-                hole += skipped if skipped > HOLE_BYTES else 0
-                end = max(end, packet.pos + packet.size)
-            if not own:
-                if packet.stream.type == "audio" and packet.pts is not None:
-                    sound_end = max(sound_end, (packet.pts + (packet.duration or 0)) * float(packet.time_base))
-                continue
-            if len(pts) % 256 == 0:
-                check_deadline(source, deadline)
-            if len(pts) >= limits.film_frames:
-                raise VideoError(
-                    f"{source} has more than {limits.film_frames} frames, the limit: cut it, or raise --max-film-frames"
-                )
-            pts.append(NO_STAMP if packet.pts is None else packet.pts)
-            dts.append(NO_STAMP if packet.dts is None else packet.dts)
-            flags.append(KEY * packet.is_keyframe + DISCARD * packet.is_discard + CORRUPT * packet.is_corrupt)
-            ticks.append(packet.duration or 0)
-            sizes.append(packet.size)
-            holes.append(hole)
-            hole = 0
-        index = AVI_INDEX_ENTRY * (count + stream.frames) if name == "avi" else 0
+        kind = container.format.name
+        # 1. Walk over the packets; where the container leaves no room between them, over those of all tracks.
+        table = _PacketTable(kind)
+        for packet in packets(container) if table.packed else packets(container, stream):
+            is_film = packet.stream_index == stream.index
+            if table.packed:
+                table.note_place(packet, is_film)
+            if is_film:
+                if len(table) % 256 == 0:
+                    check_deadline(source, deadline)
+                if len(table) >= limits.film_frames:
+                    raise VideoError(
+                        f"{source} has more than {limits.film_frames} frames, the limit: cut it, or raise "
+                        "--max-film-frames"
+                    )
+                table.add(packet)
+            else:
+                table.note_sound(packet)
+        # 2. What the header says: only the packets prove it.
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         return cls(
-            np.array(pts, np.int64),
-            np.array(dts, np.int64),
-            np.array(flags, np.int64),
-            np.array(ticks, np.int64),
-            np.array(sizes, np.int64),
-            np.array(holes, np.int64),
-            max(source.stat().st_size - end - index, 0) if end else 0,
-            name,
-            codec.name,
-            tuple(float(rate or 0) for rate in rates),
-            codec.height,
-            codec.width,
-            float(stream.sample_aspect_ratio or 1),
-            stream.frames,
-            _promised_seconds(container, stream),
-            sound_end,
-            float(stream.time_base),
+            pts=np.array(table.pts, np.int64),
+            dts=np.array(table.dts, np.int64),
+            flags=np.array(table.flags, np.int64),
+            ticks=np.array(table.ticks, np.int64),
+            sizes=np.array(table.sizes, np.int64),
+            holes=np.array(table.holes, np.int64),
+            tail=table.tail(source.stat().st_size, stream.frames),
+            kind=kind,
+            codec=codec.name,
+            rates=tuple(float(rate or 0) for rate in rates),
+            height=codec.height,
+            width=codec.width,
+            aspect=float(stream.sample_aspect_ratio or 1),
+            header_frames=stream.frames,
+            header_seconds=_promised_seconds(container, stream),
+            sound_seconds=table.sound_seconds,
+            tick=_tick(stream),
         )
 
     @cached_property
@@ -211,6 +252,7 @@ class Listing:
             return 0
         usual = float(np.median(gaps))
         smallest = max(int(np.quantile(self.sizes, 0.1)), 1)
+        # 1. At each hole: the frames that its time has room for, but no more than its bytes do.
         lost = 0
         for place in np.flatnonzero((self.holes > 0) | (self.flags & CORRUPT > 0)).tolist():
             around = self.pts[max(place - REORDERED, 0) : place + REORDERED]
@@ -218,14 +260,17 @@ class Listing:
             if around.size:
                 first, last = np.searchsorted(self.shown, [around.min(), around.max()]).tolist()
                 missing = int(np.maximum(np.round(gaps[first:last] / usual) - 1, 0).sum())
-                lost += min(missing, -(-int(self.holes[place]) // smallest) or LOST_BY_CORRUPTION)
+                fitting = math.ceil(int(self.holes[place]) / smallest)
+                lost += min(missing, fitting or LOST_BY_CORRUPTION)
+        # 2. Behind the last packet: the frames that the header promises there, with the same limit.
         if self.has_tail:
-            length = (int(self.shown[-1]) - min(int(self.shown[0]), 0)) * self.tick
-            length = max(length, self.sound_seconds)
-            missing = round((self.header_seconds - length) / (usual * self.tick)) - 1
-            if not self.header_seconds:
+            if self.header_seconds:
+                length = (int(self.shown[-1]) - min(int(self.shown[0]), 0)) * self.tick
+                length = max(length, self.sound_seconds)
+                missing = round((self.header_seconds - length) / (usual * self.tick)) - 1
+            else:
                 missing = round(len(self.pts) * self.tail / int(self.sizes.sum()))
-            lost += max(min(missing, -(-self.tail // smallest)), 0)
+            lost += max(min(missing, math.ceil(self.tail / smallest)), 0)
         return lost
 
     @property
@@ -233,13 +278,13 @@ class Listing:
         """Whether more than a small part of the file lies behind the last packet: the container broke there."""
         return self.tail > max(HOLE_BYTES, (1 - COMPLETE_SHARE) * (self.tail + int(self.sizes.sum())))
 
-    def tells_frames_apart(self) -> bool:
+    def identifies_frames(self) -> bool:
         """Whether every frame has a packet and a timestamp of its own, and a key frame to start from."""
         frames = np.count_nonzero(self.flags & DISCARD == 0)
         if self.kind in WITHOUT_PTS and self.codec != "mjpeg":
             return False
         has_keys = bool(self.keys.size and frames and self.shown.size and self.keys[0, 0] <= self.shown[0])
-        return self.codec in ONE_FRAME_A_PACKET and self.shown.size == frames and has_keys
+        return self.codec in FRAME_PER_PACKET and self.shown.size == frames and has_keys
 
     @property
     def display_width(self) -> int:
@@ -247,7 +292,11 @@ class Listing:
         return max(round(self.width * self.aspect), 1)
 
     def check_size(self, source: Path, limit: int) -> None:
-        """Refuse what cannot be a film, before memory is spent on it."""
+        """Refuse what cannot be a film, before memory is spent on it.
+
+        Raises:
+            VideoError: no frame, or frames of more than `limit` pixels; `source` is for the message.
+        """
         if not self.pts.size or not self.height * self.width:
             raise VideoError(f"{source} has no frame: it holds a video track without pictures; give another file")
         pixels = self.height * max(self.width, self.display_width)
@@ -261,7 +310,7 @@ class Listing:
         """Refuse a file whose end is missing.
 
         A file whose structure is whole is whole, however long its last frame is shown and whatever its header says of
-        frames or seconds; one that breaks off, or whose structure does not tell, is measured by what was promised.
+        frames or seconds; one that breaks off, or whose structure leaves it open, is measured by what was promised.
         """
         if ending.whole or (ending.whole is None and self.has_tail):  # the second is damage: `torn` counts it
             return
@@ -279,8 +328,8 @@ class Listing:
             )
 
 
-def _promised_seconds(container: Any, stream: Any) -> float:
-    """How long the film is by its header; 0 where that is no promise but what FFmpeg saw of the end of the file."""
+def _promised_seconds(container: InputContainer, stream: VideoStream) -> float:
+    """How long the film is by its header; 0 where that is no promise but what FFmpeg read at the end of the file."""
     kinds = set(container.format.name.split(","))
     if kinds & {"matroska", "flv", "asf"}:
         return float((container.duration or 0) / 1e6)
@@ -296,82 +345,6 @@ def _seconds(clock: str) -> float:
         return 0.0
 
 
-def check_deadline(source: Path, deadline: float) -> None:
-    """Refuse a film that takes longer to read than allowed; `deadline` is of time.monotonic."""
-    if time.monotonic() > deadline:
-        raise VideoError(
-            f"{source} takes longer to read than its limit allows: cut it or scale it down, or raise --max-film-seconds"
-        )
-
-
-def packets(container: Any, stream: Any = None) -> Iterator[Any]:
-    """The packets that have content, of one track or all, up to where the container ends or breaks off."""
-    import av
-
-    demuxer = container.demux() if stream is None else container.demux(stream)
-    while True:
-        try:
-            packet = next(demuxer, None)
-        except (av.FFmpegError, IndexError):  # IndexError: PyAV's, when damage makes up a new track
-            return  # as a player: what lies behind is lost
-        if packet is None:
-            return
-        if packet.size:
-            yield packet
-
-
-def film(container: Any) -> Any:
-    """The track that a player shows: the default one, else the first; no cover of a song, no still beside a film."""
-    if not container.streams.video:
-        return None
-    kinds = type(container.streams.video[0].disposition)
-    aside = kinds.attached_pic | kinds.timed_thumbnails | kinds.still_image | kinds.dependent
-    tracks = [track for track in container.streams.video if not track.disposition & aside]
-    if "avif" in container.metadata.get("major_brand", "") + container.metadata.get("compatible_brands", ""):
-        tracks.sort(key=lambda track: track.frames < 2)  # a still picture stands before the film, undeclared
-    return next((track for track in tracks if track.disposition & kinds.default), tracks[0] if tracks else None)
-
-
-def _lenient(av: Any) -> dict[str, Any]:
-    """What makes PyAV pass over metadata that is not UTF-8: since 19 it does so unasked."""
-    return {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-
-
-@contextmanager
-def open_video(source: Path) -> Iterator[Any]:
-    """A PyAV container that has a moving picture; what FFmpeg finds wrong becomes a VideoError."""
-    import av
-
-    if still := still_format(source):
-        raise VideoError(f"{source} is an image ({still}): pass it as an image")
-    # An absolute path behind "file:" is a path for FFmpeg, whatever colons its name has.
-    address = f"file:{source.absolute()}"
-    # Given as `options`, PyAV 14 writes them past the tracks of a container that finds its tracks late (FLV).
-    options = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
-    try:
-        with av.open(address, container_options=options, **_lenient(av)) as container:
-            _check_kind(source, container)
-            film(container).thread_type = "AUTO"
-            yield container
-    except (av.FFmpegError, IndexError) as error:
-        lost = Ending.of_mp4(source).reason
-        reason = f"is truncated ({lost})" if lost else f"is damaged or no video ({_said(error)})"
-        if isinstance(error, av.EOFError) and not lost:
-            reason = "has no frame (it ends before the first)"
-        raise VideoError(f"{source} {reason}: copy or download it again, or convert it with ffmpeg") from error
-
-
-def _said(error: Exception) -> str:
-    """What FFmpeg said, without the address."""
-    return str(getattr(error, "strerror", "") or error)
-
-
-def _check_kind(source: Path, container: Any) -> None:
-    """FFmpeg opens stills as films of one frame, and the cover of a song as a film."""
-    if film(container) is None:
-        held = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        if container.streams.video:
-            held += ", none of it moving"
-        raise VideoError(f"{source} has no video track (it holds {held}): give a file with a moving picture")
-    if film(container).codec_context is None:
-        raise VideoError(f"{source} has a video track in an unknown codec: convert it with ffmpeg to H.264")
+def _tick(stream: VideoStream) -> float:
+    assert stream.time_base is not None  # FFmpeg's demuxers set it
+    return float(stream.time_base)
