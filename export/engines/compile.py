@@ -4,8 +4,8 @@
     -> manifest -> checksums
 
 An engine is in the cache before it is in the bundle, and the manifest names it when it is there with its hash; so a
-compilation that ended early goes on from the engines that are complete. What builds an engine is a module of
-export/engines that offers what `Builder` says. Knows no library.
+compilation that ended early goes on from the engines that are complete. What builds an engine is an `EngineBuilder`
+(builder.py). Knows no library.
 """
 
 from __future__ import annotations
@@ -55,7 +55,13 @@ _TICK = 0.1  # seconds between two looks at the builds
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of a compilation."""
+    """What came of a compilation.
+
+    Attributes:
+        records: of the engines, for a manifest.
+        files: the engines and the report by their names in a bundle.
+        report: what was compiled from what, as plain values.
+    """
 
     records: tuple[EngineRecord, ...]
     files: Mapping[str, FileRecord]
@@ -84,21 +90,25 @@ def compile_bundle(
         StorageError: disk or cache cannot take the engines, or another process writes the bundle.
         InterruptedBuildError: Ctrl-C; engines that are complete are in the cache.
     """
+    # 1. Hold the bundle: another process would publish a manifest without these engines.
     with Amendment(folder) as amendment:
+        # 2. Compare the files that engines are made from: an engine's key speaks of their hashes.
         bundle = Bundle(folder, verify=False)
-        verify_files(folder, other_files(bundle.manifest))  # an engine's key speaks of their hashes
-        made = compile_engines(
+        verify_files(folder, other_files(bundle.manifest))
+        # 3. Compile into a scratch folder, so that an end at any point leaves the bundle as it was.
+        compiled = compile_engines(
             bundle, options, resources, progress, plan, into=amendment.scratch, check_names=amendment.require_own
         )
-        manifest = with_engines(bundle.manifest, made, options.kind)
+        # 4. Say in a manifest what the bundle will hold, and in the checksums what that is.
+        manifest = with_engines(bundle.manifest, compiled, options.kind)
         if options.engines_only:
             manifest = without_graphs(manifest)
         write_manifest(amendment.scratch, manifest)
         write_checksums(amendment.scratch, manifest)
-        amendment.commit(
-            moves=[*made.files, MANIFEST, CHECKSUMS], removes=bundle.manifest.files.keys() - manifest.files.keys()
-        )
-    return made
+        # 5. Move engines in first and the manifest behind them: it never names what is not there.
+        removed = bundle.manifest.files.keys() - manifest.files.keys()
+        amendment.commit(moves=[*compiled.files, MANIFEST, CHECKSUMS], removes=removed)
+    return compiled
 
 
 def compile_engines(
@@ -111,51 +121,73 @@ def compile_engines(
     into: Path,
     check_names: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> Compiled:
-    """Bring all engines of a kind, and the report, into the folder `into`, under the names that they have in a bundle;
-    its manifest is left to the caller. `check_names` is told these names before anything is compiled."""
+    """Bring all engines of a kind, and the report, into a folder, under the names that they have in a bundle.
+
+    The manifest is left to the caller.
+
+    Args:
+        bundle: whose graphs are compiled; its files are the recorded ones.
+        options: what to compile.
+        resources: what that may take.
+        progress: told of each engine, in bytes of its graph's weights.
+        plan: of the checkpoint that the bundle was built from; inductor traces it.
+        into: the folder.
+        check_names: called with all names before anything is compiled; may refuse them.
+
+    Raises:
+        FrameFusionError: see `compile_bundle`.
+    """
     resources = resources or Resources()
     start = time.monotonic()
-    folder = bundle.folder
     manifest = bundle.manifest
+    # 1. Refuse what cannot be compiled while that costs nothing: graphs, library, targets, names in the bundle.
     bundle.require_graphs()
     builder = checked_builder(options, manifest.dialect, manifest.model.dtype)
     jobs = plan_jobs(bundle, options, plan, builder)
     report_name = f"{FOLDER}/{options.kind}/{REPORT}"
     check_names([*(job.file for job in jobs), report_name, CHECKSUMS])
-    if not engine_traits(options.kind).traced:  # a library will parse them
+    # 2. Read the graphs ourselves before a library of somebody else's parses them.
+    if not engine_traits(options.kind).traced:
         bundle.check_graphs()
+    # 3. Ask for disk and memory only for what the cache does not have.
     cache = EngineCache(resources.cache or default_folder(), resources.cache_limit)
     missing = [job for job in jobs if cache.find(job.components) is None]
-    check_disk(folder, cache, jobs, missing)
-    threads, word = admitted(missing, resources.jobs, available_memory())
+    check_disk(bundle.folder, cache, jobs, missing)
+    threads, note = admitted(missing, resources.jobs, available_memory())
+    # 4. Compile through the cache: an engine is complete there before it is in the folder.
     meter = Meter(progress, {job.label: job.weight_bytes for job in jobs})
     fetched = list(_fetch_all(into, jobs, cache, builder, threads, meter))
-    records = [_record(job, one) for job, one in zip(jobs, fetched, strict=True)]
-    files = {job.file: one.entry.file for job, one in zip(jobs, fetched, strict=True)}
-    is_ours = cache.folder == default_folder()  # what others share may hold what they compiled
-    remember_compiled(one.entry.file.sha256 for one in fetched if is_ours or not one.hit)
-    kept = cache.trim()
-    told = {
+    # 5. Vouch for what was compiled here, which may then run; what others share may hold what they compiled.
+    is_own_cache = cache.folder == default_folder()
+    remember_compiled(engine.entry.file.sha256 for engine in fetched if is_own_cache or not engine.hit)
+    # 6. Evict only now: nothing of this job goes, and the report tells what is left.
+    cache_bytes = cache.trim()
+    # 7. Report beside the engines: what they were compiled from, what that took, what came from the cache.
+    records = tuple(_record(job, engine) for job, engine in zip(jobs, fetched, strict=True))
+    files = {job.file: engine.entry.file for job, engine in zip(jobs, fetched, strict=True)}
+    report = _summary(records[0], options) | {
         "jobs": threads,
-        "notes": [word] if word else [],
+        "notes": [note] if note else [],
         "seconds": round(time.monotonic() - start, 2),
-        "cache": {"folder_bytes": kept, "limit": cache.limit, "hits": sum(one.hit for one in fetched)},
-        "engines": [_told(job, one) for job, one in zip(jobs, fetched, strict=True)],
+        "cache": {"folder_bytes": cache_bytes, "limit": cache.limit, "hits": sum(engine.hit for engine in fetched)},
+        "engines": [_report_line(job, engine) for job, engine in zip(jobs, fetched, strict=True)],
     }
-    report = _summary(records[0], options) | told
-    path = into / report_name
+    files[report_name] = _write_report(into / report_name, report)
+    return Compiled(records, files, report)
+
+
+def _write_report(path: Path, report: Mapping[str, Any]) -> FileRecord:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    files[report_name] = file_record(path)
-    return Compiled(tuple(records), files, report)
+    return file_record(path)
 
 
-def with_engines(manifest: Manifest, made: Compiled, kind: EngineKind) -> Manifest:
+def with_engines(manifest: Manifest, compiled: Compiled, kind: EngineKind) -> Manifest:
     """The manifest with these engines in place of others of their kind."""
-    ours = f"{FOLDER}/{kind}/"
-    files = {name: record for name, record in manifest.files.items() if not name.startswith(ours)}
+    folder = f"{FOLDER}/{kind}/"
+    files = {name: record for name, record in manifest.files.items() if not name.startswith(folder)}
     engines = tuple(engine for engine in manifest.engines if engine.kind != kind)
-    return replace(manifest, engines=(*engines, *made.records), files=files | dict(made.files))
+    return replace(manifest, engines=(*engines, *compiled.records), files=files | dict(compiled.files))
 
 
 def without_graphs(manifest: Manifest) -> Manifest:
@@ -201,16 +233,16 @@ def _fetch_all(
 
 def _watched(job: Job, future: Future[Fetched], meter: Meter) -> Fetched:
     """Wait for an engine and tell how far it is, in bytes of its graph's weights."""
-    told = 0
+    reported_bytes = 0
     meter.doing("compiling")
     while not future.done():
         wait([future], timeout=_TICK)
-        if (done := int(job.share * job.weight_bytes)) > told:
-            meter.add(done - told)
-            told = done
+        if (done := int(job.share * job.weight_bytes)) > reported_bytes:
+            meter.add(done - reported_bytes)
+            reported_bytes = done
     fetched = future.result()
     meter.doing(fetched.reason)
-    meter.add(job.weight_bytes - told)
+    meter.add(job.weight_bytes - reported_bytes)
     return fetched
 
 
@@ -221,21 +253,22 @@ def _fetch(folder: Path, job: Job, cache: EngineCache, builder: EngineBuilder, c
         if cancel.is_set():
             raise InterruptedBuildError(f"{job.graph}: the compilation was ended")
 
-    def tell(share: float) -> None:
+    def report_share(share: float) -> None:
         go_on()  # what is raised here ends the build
         job.share = share
 
-    def compiled(target: Path) -> tuple[Mapping[str, Any], FileRecord | None]:
+    def compile_engine(target: Path) -> tuple[Mapping[str, Any], FileRecord | None]:
         go_on()
         timing = "-".join([job.components["library"], job.components["version"], *job.spec.targets])
-        facts = builder.build(job.spec, target, cache.timing_cache(timing), tell)
+        facts = builder.build(job.spec, target, cache.timing_cache(timing), report_share)
         if facts.timing_cache is not None:
             cache.keep_timing_cache(timing, facts.timing_cache)
-        kept = {"tensors": facts.tensors, "layer_kinds": facts.layer_kinds, "seconds": round(facts.seconds, 2)}
-        plain: Mapping[str, Any] = to_json(kept)
+        plain: Mapping[str, Any] = to_json(
+            {"tensors": facts.tensors, "layer_kinds": facts.layer_kinds, "seconds": round(facts.seconds, 2)}
+        )
         return plain, facts.file
 
-    return cache.fetch(job.components, folder / job.file, compiled, go_on)
+    return cache.fetch(job.components, folder / job.file, compile_engine, go_on)
 
 
 def _record(job: Job, fetched: Fetched) -> EngineRecord:
@@ -270,7 +303,7 @@ def _summary(record: EngineRecord, options: EngineOptions) -> dict[str, Any]:
     }
 
 
-def _told(job: Job, fetched: Fetched) -> dict[str, Any]:
+def _report_line(job: Job, fetched: Fetched) -> dict[str, Any]:
     """An engine's line of the report."""
     entry = fetched.entry
     facts = {name: entry.facts.get(name) for name in ("seconds", "layer_kinds")}
