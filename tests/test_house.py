@@ -273,6 +273,17 @@ def test_relative_links_resolve(document: str) -> None:
     assert [target for target in targets if not (folder / target).exists()] == []
 
 
+def test_paths_named_in_the_pages_exist() -> None:
+    """X stands for the name of a family or a backend, NAME for any."""
+    pages = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")} | DOCS
+    pattern = r"(?<![\w/.-])(?:framefusion|export|runtime|tests|tools)/[\w/]+\.(?:py|cu|html|json|cpp)\b"
+    named = {(page, path) for page, text in pages.items() for path in re.findall(pattern, text)}
+    assert len(named) > 20
+    places = (ROOT, ROOT / "framefusion")  # the wheel has no links
+    missing = {(page, path) for page, path in named if not any((place / path).exists() for place in places)}
+    assert {(page, path) for page, path in missing if not {"X", "NAME"} & set(re.split(r"\W+|_", path))} == set()
+
+
 def file_tree() -> list[tuple[Path, str]]:
     """Paths and phrases of the file tree: four spaces a level, folders end with a slash."""
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
