@@ -19,7 +19,7 @@ class _Kind(NamedTuple):
     """What a value must be, as a message says it and as a test."""
 
     description: str
-    fits: Callable[[Any], bool]
+    fits: Callable[[object], bool]
 
 
 def _whole(low: int, high: int) -> _Kind:
@@ -27,16 +27,16 @@ def _whole(low: int, high: int) -> _Kind:
 
 
 def _number(low: float, high: float) -> _Kind:
-    def fits(value: Any) -> bool:
-        if type(value) not in (int, float) or not low <= value <= high:
+    def fits(value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
-        return math.isfinite(value)
+        return low <= value <= high and math.isfinite(value)
 
     return _Kind(f"a number of {low:g} to {high:g}", fits)
 
 
 def _list_of(kind: _Kind, longest: int, shortest: int = 0) -> _Kind:
-    def fits(value: Any) -> bool:
+    def fits(value: object) -> bool:
         return isinstance(value, list) and shortest <= len(value) <= longest and all(map(kind.fits, value))
 
     return _Kind(f"a list of {shortest} to {longest}, each {kind.description}", fits)

@@ -98,9 +98,9 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(_POINTER)) == _POINTER
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: object) -> None:
     """Raise RecursionError, as the parser does far beyond, for what nests deeper than DEEPEST_JSON."""
-    level = [value] if isinstance(value, (dict, list)) else []
+    level: list[Any] = [value] if isinstance(value, (dict, list)) else []
     for _ in range(DEEPEST_JSON + 1):
         inner: list[Any] = []
         for container in level:

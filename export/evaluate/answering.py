@@ -91,10 +91,12 @@ class Answerer(ABC):
     """A model that is open.
 
     Attributes:
+        setup: how it was opened; its length of answers may be changed between two questions.
         engine: what runs it, with versions; answers of another engine are another evaluation's.
         note: why it is this engine, where no setup named it.
     """
 
+    setup: Setup
     engine: str
     note: str | None = None
 

@@ -180,7 +180,7 @@ def _check_line(check: Mapping[str, Any] | None, memory: int | None) -> str:
 
 
 def render(facts: Mapping[str, Any]) -> str:
-    """The report as tables."""
+    """What `forecast` gives, as tables for people."""
     model = facts["model"]
     memory = facts["memory"]
     disk = facts["disk"]

@@ -166,7 +166,7 @@ def _segments(manifest: Manifest, plans: Mapping[str, MemoryPlan]) -> list[dict[
 
 
 def render(facts: Mapping[str, Any]) -> str:
-    """The report as tables."""
+    """What `report` gives, as tables for people."""
     model = facts["model"]
     limits = facts["limits"]
     prompt = facts["prompt"]

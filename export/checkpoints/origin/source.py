@@ -98,5 +98,5 @@ def _recognised(path: Path) -> License:
     return License(OTHER, title[:_TITLE], path.name)
 
 
-def _text(value: Any) -> str | None:
+def _text(value: object) -> str | None:
     return None if value is None else str(value)

@@ -151,7 +151,7 @@ def _quantization(folder: Path, configs: Iterable[Mapping[str, Any]], keys: Iter
     return None if quantized is None else f"its tensor {quantized} says so, though config.json does not"
 
 
-def _method(setting: Any) -> str:
+def _method(setting: object) -> str:
     """What quantized a model, and to how many bits, by the value of one of QUANTIZED_KEYS; at most 60 characters."""
     if not isinstance(setting, dict):
         return str(setting)[:40]

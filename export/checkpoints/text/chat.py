@@ -133,7 +133,7 @@ class _Template:
         )
 
 
-def _content(token: Any) -> str:
+def _content(token: object) -> str:
     return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")
 
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from framefusion.errors import CheckpointError
 
 if TYPE_CHECKING:
     import tokenizers
+    from tokenizers import normalizers
 
     from framefusion.export.checkpoints.checkpoint import Checkpoint
 
@@ -51,6 +52,50 @@ PROBES = (
 )
 
 
+class _Piece(Protocol):
+    """ModelProto.SentencePiece, as far as it is read."""
+
+    piece: str
+    score: float
+    type: int
+
+
+class _TrainerSpec(Protocol):
+    """How the model was trained, as far as it is read."""
+
+    model_type: int
+    byte_fallback: bool
+    treat_whitespace_as_suffix: bool
+    unk_piece: str
+
+
+class _NormalizerSpec(Protocol):
+    """What is done to a text before it is split, as far as it is read."""
+
+    precompiled_charsmap: bytes
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+    escape_whitespaces: bool
+
+
+class _Model(Protocol):
+    """ModelProto, as far as it is read: the class is made when sentencepiece is imported."""
+
+    pieces: Sequence[_Piece]
+    trainer_spec: _TrainerSpec
+    normalizer_spec: _NormalizerSpec
+
+
+class _Processor(Protocol):
+    """SentencePieceProcessor, as far as it is called."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+
+
 def needed(checkpoint: Checkpoint) -> bool:
     """Whether it is a checkpoint of `CLASSES`."""
     return checkpoint.read_optional_json("tokenizer_config.json").get("tokenizer_class") in CLASSES
@@ -78,7 +123,7 @@ def begin_token(checkpoint: Checkpoint) -> str:
     return _content(config.get("bos_token", "<s>")) if config.get("add_bos_token", True) else ""
 
 
-def _load(path: Path) -> tuple[Any, Any]:
+def _load(path: Path) -> tuple[_Processor, _Model]:
     """A SentencePieceProcessor and the ModelProto of a file."""
     try:
         from sentencepiece import SentencePieceProcessor
@@ -97,7 +142,7 @@ def _load(path: Path) -> tuple[Any, Any]:
     return processor, model
 
 
-def _refuse_unknown_traits(model: Any, path: Path) -> None:
+def _refuse_unknown_traits(model: _Model, path: Path) -> None:
     trainer = model.trainer_spec
     normalizer = model.normalizer_spec
     refused = {
@@ -111,7 +156,7 @@ def _refuse_unknown_traits(model: Any, path: Path) -> None:
             raise CheckpointError(f"{path} has {trait}: such a model cannot be converted, add a tokenizer.json")
 
 
-def _added_tokens(checkpoint: Checkpoint, model: Any) -> dict[int, tuple[str, bool]]:
+def _added_tokens(checkpoint: Checkpoint, model: _Model) -> dict[int, tuple[str, bool]]:
     """Id -> (text, special): control pieces of the model and what the checkpoint's files add or rename."""
     config = checkpoint.read_optional_json("tokenizer_config.json")
     special = {_content(config[name]) for name in NAMED if config.get(name)}
@@ -133,7 +178,7 @@ def _content(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else str(token["content"])
 
 
-def _tokenizer(model: Any, added: Mapping[int, tuple[str, bool]], path: Path) -> tokenizers.Tokenizer:
+def _tokenizer(model: _Model, added: Mapping[int, tuple[str, bool]], path: Path) -> tokenizers.Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pieces = list(model.pieces)
@@ -168,7 +213,7 @@ def _tokenizer(model: Any, added: Mapping[int, tuple[str, bool]], path: Path) ->
     return tokenizer
 
 
-def _normalizer(spec: Any) -> Any:
+def _normalizer(spec: _NormalizerSpec) -> normalizers.Sequence:
     """SentencePiece's order: its table, white space, the space in front, the visible space."""
     from tokenizers import Regex, normalizers
 
@@ -185,14 +230,14 @@ def _normalizer(spec: Any) -> Any:
     return normalizers.Sequence(steps)
 
 
-def _user_defined(pieces: Sequence[Any], added: Mapping[int, Any]) -> tuple[list[str], list[str]]:
+def _user_defined(pieces: Sequence[_Piece], added: Mapping[int, tuple[str, bool]]) -> tuple[list[str], list[str]]:
     """Pieces that are always tokens of their own: tags, and what people write (one letter, white space)."""
     texts = [piece.piece for i, piece in enumerate(pieces) if piece.type == USER_DEFINED and i not in added]
     written = [text for text in texts if len(text) == 1 or not text.replace(SPACE, " ").strip()]
     return [text for text in texts if text not in written], written
 
 
-def _merges(pieces: Sequence[Any], added: Mapping[int, Any], path: Path) -> list[tuple[str, str]]:
+def _merges(pieces: Sequence[_Piece], added: Mapping[int, tuple[str, bool]], path: Path) -> list[tuple[str, str]]:
     """Every split of every piece in two pieces, best score first, then the longest left part."""
     tags = set(_user_defined(pieces, added)[0])
     mergeable = {
@@ -210,7 +255,7 @@ def _merges(pieces: Sequence[Any], added: Mapping[int, Any], path: Path) -> list
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
-def _probes(model: Any) -> Iterator[str]:
+def _probes(model: _Model) -> Iterator[str]:
     """Texts to compare on: the constant ones, and letters of the model's own vocabulary in its own order."""
     yield from PROBES
     texts = [piece.piece.replace(SPACE, " ") for piece in model.pieces if piece.type == 1]
@@ -219,7 +264,7 @@ def _probes(model: Any) -> Iterator[str]:
         yield "".join(texts[start : start + step * 8 : step])
 
 
-def _check(tokenizer: tokenizers.Tokenizer, processor: Any, model: Any, path: Path) -> None:
+def _check(tokenizer: tokenizers.Tokenizer, processor: _Processor, model: _Model, path: Path) -> None:
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     for text in _probes(model):
         if any(token in text for token in added):

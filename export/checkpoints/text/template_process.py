@@ -11,7 +11,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
 
 PROCESSOR_SECONDS = 3
 MEMORY = 1 << 29  # bytes of address space
@@ -38,7 +43,7 @@ def main() -> None:
     json.dump(answers, sys.stdout)
 
 
-def _answer(template: Any, messages: list[dict[str, Any]], answer: bool, tokens: dict[str, str]) -> dict[str, str]:
+def _answer(template: Template, messages: list[dict[str, Any]], answer: bool, tokens: dict[str, str]) -> dict[str, str]:
     pieces: list[str] = []
     length = 0
     try:
@@ -68,7 +73,7 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
-def _environment() -> Any:
+def _environment() -> Environment:
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -79,7 +84,7 @@ def _environment() -> Any:
 
         tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
 
-        def parse(self, parser: Any) -> Any:
+        def parse(self, parser: Parser) -> Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body).set_lineno(line)

@@ -215,7 +215,7 @@ def _listed(
         yield _index(folder, place, key), _content(folder, token), flags
 
 
-def _names_token(name: str, token: Any) -> bool:
+def _names_token(name: str, token: object) -> bool:
     """Whether a key of tokenizer_config.json names a token of a role that only this model has: `image_token`."""
     return (
         name.endswith("_token")
@@ -229,7 +229,7 @@ def _read(checkpoint: Checkpoint, folder: Path, name: str) -> dict[str, Any]:
     return checkpoint.read_json(path.relative_to(checkpoint.folder).as_posix()) if path.is_file() else {}
 
 
-def _index(folder: Path, place: str, index: Any) -> int:
+def _index(folder: Path, place: str, index: object) -> int:
     if isinstance(index, str) and index.isascii() and index.isdigit():
         index = int(index)
     if isinstance(index, bool) or not isinstance(index, int) or index < 0:
@@ -237,7 +237,7 @@ def _index(folder: Path, place: str, index: Any) -> int:
     return index
 
 
-def _content(folder: Path, token: Any) -> str:
+def _content(folder: Path, token: object) -> str:
     content = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(content, str):
         raise CheckpointError(

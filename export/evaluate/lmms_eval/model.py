@@ -17,7 +17,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from framefusion.errors import EvaluationError, FrameFusionError
-from framefusion.export.evaluate.answering import DENSE, Answer, Condition, Setup, default_condition
+from framefusion.export.evaluate.answering import DENSE, Answer, Answerer, Condition, Setup, default_condition
 from framefusion.export.evaluate.lmms_eval.requests import Decoding, TaskQuestion, decoding_of, question_of
 from framefusion.export.evaluate.open import open_answerer
 
@@ -118,7 +118,7 @@ class FrameFusionModel(lmms):  # type: ignore[misc]  # lmms-eval brings no types
         raise EvaluationError("the task goes on after each answer: choose one of output_type generate_until")
 
 
-def _open(setup: Setup, device: str | None, dtype: str | None) -> Any:
+def _open(setup: Setup, device: str | None, dtype: str | None) -> Answerer:
     if device is None and dtype is None:
         return open_answerer(setup)
     from framefusion.export.evaluate.lmms_eval.placed import PlacedAnswerer

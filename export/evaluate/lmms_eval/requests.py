@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL.Image import Image
@@ -19,6 +19,21 @@ from framefusion.errors import EvaluationError
 from framefusion.export.evaluate.questions import Question, key_of
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.text.prompt import Turn, Visual
+
+
+class ChatContent(Protocol):
+    """A part of a message: text by `text`, else a file or pixels by `url`."""
+
+    type: str  # "text", or what it shows
+    text: str
+    url: Any
+
+
+class ChatMessage(Protocol):
+    """A message of lmms-eval's chat protocol."""
+
+    role: str
+    content: Sequence[ChatContent]
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class Decoding:
         return re.split("|".join(map(re.escape, self.until)), text, maxsplit=1)[0]
 
 
-def question_of(name: str, messages: Iterable[Any]) -> TaskQuestion:
+def question_of(name: str, messages: Iterable[ChatMessage]) -> TaskQuestion:
     """A document's messages.
 
     Args:
@@ -102,7 +117,7 @@ def _visual(name: str, kind: str) -> Visual:
     return Visual(kind)
 
 
-def _source(name: str, content: Any) -> Source:
+def _source(name: str, content: ChatContent) -> Source:
     """A file, or pixels that lmms-eval has read."""
     source = content.url
     times = [getattr(content, side, None) for side in ("start_time", "end_time")]
