@@ -49,12 +49,12 @@ def not_compared(why: str) -> Agreement:
 
 
 def agreement_of(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore) -> Agreement:
-    """Compare.
+    """Run transformers' class over the same prompt and compare, stage by stage.
 
     Args:
         plan: of the build.
-        ours: what its torch graphs make of a prompt.
-        doing: told what runs now.
+        ours: what its torch graphs compute for a prompt.
+        doing: called with what runs now.
 
     Raises:
         CheckFailedError: the class cannot read the checkpoint.
@@ -108,13 +108,13 @@ def _stages(call: TransformersCall, ours: EagerRun, logits: Array) -> dict[str, 
 
 
 def answer_of(ours: EagerRun) -> list[int]:
-    """The tokens that were decoded, up to one that stands for a row of the tower, which a class would look for."""
+    """The tokens that were decoded, up to a placeholder of a visual row, for which a class would look for a row."""
     pads = set(ours.prompt.token_ids[ours.prompt.row_places].tolist())
     return list(itertools.takewhile(lambda token: token not in pads, ours.dense.tokens))
 
 
 def _worst(errors: list[float]) -> float:
-    """The largest error; one that is no number counts as such."""
+    """The largest error; NaN where any of them is."""
     return float(np.max(errors)) if errors else float("nan")
 
 

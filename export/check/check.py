@@ -11,7 +11,7 @@ In half precision a layer rounds ROUNDINGS times what is on its way (norm, proje
 norm, gate and up, product, down, sum), each by u / sqrt(3) in the mean, u being half a unit (fp16: 2^-11), and
 independent roundings add up like a random walk: the limit is four standard deviations, 4 u sqrt(ROUNDINGS / 3 layers).
 Two tokens may be nearer to each other than that, so the bundle repeats the eager model's decisions and the scores
-behind them are compared (replay.py); how many tokens it chooses otherwise by itself is told. The static graph of the
+behind them are compared (replay.py); how many tokens it chooses otherwise by itself is a note. The static graph of the
 fixed mode shows no scores: there the tokens themselves are compared, and up to MOST_SWAPPED of them may be others.
 """
 
@@ -66,7 +66,7 @@ def check_bundle(
     *,
     transformers: bool = True,
 ) -> dict[str, Any]:
-    """Compare and report.
+    """Compare a bundle with the eager model and, if wanted, with transformers' class.
 
     Args:
         folder: the bundle.
@@ -74,7 +74,7 @@ def check_bundle(
         tolerance: largest error of the bundle that passes, relative to the largest magnitude of the reference; None
             takes `default_tolerance`. Torch graphs and transformers' class are both in fp32: their limit is fixed.
         effort: how much is run, and whether weights stay on the disk.
-        doing: told what runs now.
+        doing: called with what runs now.
         transformers: compare with its class, too.
 
     Returns:
@@ -86,15 +86,19 @@ def check_bundle(
     """
     tolerance = default_tolerance(plan) if tolerance is None else tolerance
     bundle = Bundle(folder)
+    # 1. the eager model, whose tokens the others repeat
     theirs = observe(bundle, plan, effort, doing)
+    # 2. transformers' class, once the eager model's weights are gone from memory
     agreement = not_compared("this bundle stands for another one")
     if transformers:
         agreement = agreement_of(plan, theirs, doing)
+    # 3. the bundle, as it will run for users
     doing("the bundle in ONNX Runtime")
     comparison = Comparison(_compiled(bundle, effort), theirs, effort.tokens)
     errors = comparison.errors()
     if agreement.logits is not None:
         errors[f"dense logits {AGAINST}"] = relative_error(comparison.dense_logits, agreement.logits)
+    # 4. every error beside its limit: tokens have limits that no type changes
     limits = {KEPT: 0.0, SWAPPED: MOST_SWAPPED}
     lines: list[dict[str, Any]] = [
         {"what": what, "value": value, "limit": next((limits[e] for e in limits if what.endswith(e)), tolerance)}
@@ -106,7 +110,15 @@ def check_bundle(
 
 
 def with_agreement(found: dict[str, Any], agreement: Agreement) -> dict[str, Any]:
-    """A report and what a comparison with transformers gave, judged together."""
+    """A report and a comparison with transformers, judged together.
+
+    Args:
+        found: tolerance, lines and notes of a check so far.
+        agreement: of the comparison.
+
+    Returns:
+        see `check_bundle`.
+    """
     lines = [*found["lines"], *agreement.lines]
     failures = [line for line in lines if not line["value"] <= line["limit"]]  # a NaN fails as well
     verdict = {"passed": not failures, "reference": reference_of(agreement.facts), "failures": failures}
@@ -116,7 +128,7 @@ def with_agreement(found: dict[str, Any], agreement: Agreement) -> dict[str, Any
 
 
 def reference_of(facts: Mapping[str, Any]) -> str:
-    """What the dense path was compared with, in words."""
+    """What the dense path was compared with, as a report names it."""
     if not facts["compared"]:
         return "framefusion.export in eager torch"
     stood_in = f"; not transformers': {facts['stand_in']}" if facts["stand_in"] else ""
@@ -130,19 +142,25 @@ def _compiled(bundle: Bundle, effort: Effort) -> Pipeline:
 
 
 def default_tolerance(plan: BuildPlan) -> float:
-    """The limit of all errors of a build: see the module."""
+    """The limit of all errors of a build, relative to the largest magnitude of the reference: see the module."""
     return tolerance_of(plan.dtype, plan.config.num_layers)
 
 
 def tolerance_of(dtype: torch.dtype, layers: int) -> float:
-    """The limit behind some layers: see the module."""
+    """The limit of relative errors behind this number of layers in a type: see the module."""
     if dtype == torch.float32:
         return LIMIT
     return 4 * torch.finfo(dtype).eps / 2 * math.sqrt(ROUNDINGS / 3 * layers)
 
 
 class Comparison:
-    """A bundle's pipeline beside what the eager model made of the same prompt."""
+    """A bundle's pipeline beside what the eager model computed for the same prompt.
+
+    Args:
+        compiled: the bundle, in any backend.
+        theirs: of the eager model.
+        tokens: of the answer.
+    """
 
     def __init__(self, compiled: Pipeline, theirs: EagerRun, tokens: int = DECODED) -> None:
         self.compiled = compiled
@@ -154,7 +172,7 @@ class Comparison:
         self.notes = list[str]()
 
     def errors(self) -> dict[str, float]:
-        """All that is compared, by what it is."""
+        """Name of what is compared -> relative error, or tokens that differ; in the order of the computation."""
         found = {"vision features": relative_error(self._features(), self.theirs.features)}
         request = dense_request(self.compiled.manifest, self.tokens)
         ours = self._run(dense_pipeline(self.compiled), request, self.theirs.dense)

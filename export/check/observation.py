@@ -35,7 +35,7 @@ QUESTION = "What happens in this video?"
 
 Array = NDArray[np.float32]
 Doing = Callable[[str], object]
-"""Told what runs now, for whoever waits."""
+"""Called with what runs now, for whoever waits."""
 
 
 def ignore(_: str) -> None:
@@ -44,12 +44,19 @@ def ignore(_: str) -> None:
 
 @dataclass
 class Run:
-    """One prefill and its decoding."""
+    """One prefill and its decoding.
 
-    logits: Array  # [V]
-    kept: list[NDArray[np.int64]]  # per segment: places in the prompt
-    tokens: list[int]  # decoded
-    decoded: list[Array]  # logits after each
+    Attributes:
+        logits: [V] behind the prompt.
+        kept: for each segment the places in the prompt of the tokens that it gives.
+        tokens: that were decoded.
+        decoded: [V] of logits behind each of them.
+    """
+
+    logits: Array
+    kept: list[NDArray[np.int64]]
+    tokens: list[int]
+    decoded: list[Array]
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,18 @@ SPARING = Effort(frames=4, tokens=2, streamed=True)
 
 @dataclass
 class EagerRun:
-    """What the eager model makes of one prompt with a drawn clip.
+    """What the eager model computes for one prompt with a drawn clip.
 
-    `states` are the rows [S, D] that enter each layer without a reduction, `final` the row [D] that enters the last
-    norm behind the last token.
+    Attributes:
+        visuals: the clip, preprocessed.
+        prompt: its tokens.
+        features: [Q, D] of the clip, from the vision tower.
+        rows: what enters the decoder, unreduced.
+        dense: the run that keeps all tokens.
+        reduced: the run with the bundle's reduction; None where there is none.
+        decisions: of the reduction, in the order of its calls.
+        states: for each layer the rows [S, D] that enter it in the dense run.
+        final: the row [D] that enters the last norm behind the last token of the prompt.
     """
 
     visuals: list[VisualInput]
@@ -94,18 +109,29 @@ class EagerRun:
 
 
 def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doing = ignore) -> EagerRun:
-    """Run the eager model as the bundle is run, in fp32; its weights are gone from memory when this returns."""
+    """Run the eager model as the bundle is run, in fp32; its weights are gone from memory when this returns.
+
+    Args:
+        bundle: what is not a graph comes from it: tokenizer, embedding table, limits.
+        plan: of the bundle, with the checkpoint that has the weights.
+        effort: how much is run.
+        doing: called with what runs now.
+    """
+    # 1. the bundle's own pipeline over torch modules, which note what enters their layers
     in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
     recorder = Recorder(lambda layer: doing(f"torch, layer {layer} of {plan.config.num_layers}"))
     eager = Pipeline(in_fp32, EagerBackend(recorder.watched(eager_loaders(plan, streamed=effort.streamed))))
+    # 2. one prompt with one clip
     turns = [Turn("user", (Visual.VIDEO, QUESTION))]
     visuals = eager.read_visuals(turns, [draw_clip(effort.frames)], eager.manifest.sampling, Stopwatch())
     prompt = eager.prompt(turns, visuals)
     doing("torch, vision tower")
     features = eager.encode_visual(visuals[0])
     rows = eager.embed(prompt, [features])
+    # 3. without a reduction: what transformers computes as well
     recorder.open = True
     dense = run(dense_pipeline(eager), prompt, rows, dense_request(eager.manifest, effort.tokens), recorder=recorder)
+    # 4. with the bundle's reduction, and the scores that it decided by
     reduced = None
     decisions = list[Decision]()
     request = Request(effort.tokens)
@@ -119,7 +145,11 @@ def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doin
 
 
 class Recorder:
-    """What enters the layers of eager modules, while it is open; `entering` is told of each layer at any time."""
+    """What enters the layers of eager modules while `open` is set.
+
+    Args:
+        entering: called with each layer that is entered, at any time.
+    """
 
     def __init__(self, entering: Callable[[int], object]) -> None:
         self.open = False
@@ -128,11 +158,16 @@ class Recorder:
         self._states: dict[int, list[Array]] = {}
 
     def watched(self, loaders: Mapping[str, Load]) -> Mapping[str, Load]:
-        """The same loaders, of modules that tell this object."""
+        """The same loaders, of modules with this object's hooks."""
         return {graph: partial(self._watched, loader) for graph, loader in loaders.items()}
 
     def states(self, num_layers: int, length: int) -> list[Array]:
-        """Rows [S, D] that entered each layer; rows of padding are left out."""
+        """Rows [S, D] that entered each layer.
+
+        Args:
+            num_layers: of the model.
+            length: tokens of the prompt; rows of padding behind them are left out.
+        """
         return [np.concatenate(self._states[layer])[:length] for layer in range(num_layers)]
 
     def _watched(self, loader: Load) -> GraphModule:
@@ -164,7 +199,7 @@ def run(
     tokens: Sequence[int] | None = None,
     recorder: Recorder | None = None,
 ) -> Run:
-    """Prefill and decode.
+    """Prefill and decode; the same tokens in two pipelines make their logits comparable.
 
     Args:
         pipeline: what runs.
@@ -204,7 +239,7 @@ def dense_request(manifest: Manifest, tokens: int = DECODED) -> Request:
 
 
 def draw_clip(frames: int = FRAMES) -> NDArray[np.uint8]:
-    """A small film with what reduction looks for: a still background, a moving patch, a cut in the middle."""
+    """A film [frames, HEIGHT, WIDTH, 3] with what reduction looks for: a still background, a moving patch, a cut."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     still = np.stack([x * 255 // WIDTH, y * 255 // HEIGHT, (x + y) % 256], -1)
     drawn = np.stack([still if t < frames // 2 else 255 - still for t in range(frames)]).astype(np.uint8)

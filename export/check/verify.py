@@ -178,7 +178,11 @@ def memory_of_streamed(plan: BuildPlan) -> int:
 def truncated(plan: BuildPlan, options: BuildOptions) -> BuildOptions | None:
     """Options of the first layers with the same segments in kind; None where that would be all layers.
 
-    A schedule keeps its layers and shares, so the cost is the one that it has in the smaller model.
+    A schedule keeps its layers and shares, so its cost is what they come to in the smaller model.
+
+    Args:
+        plan: of the whole model.
+        options: of the smaller one, but for its layers.
     """
     schedule = plan.reduction.schedule
     record = plan.reduction
@@ -208,7 +212,7 @@ def weight_report(folder: Path, plan: BuildPlan) -> dict[str, Any]:
         for name, tensor in _sampled(folder / graph.name, list(graph.shapes)):
             compared += 1
             size += tensor.nbytes
-            if not _stands(folder / graph.folder / WEIGHTS, tensor, plan, graph.sources[name]):
+            if not _is_written(folder / graph.folder / WEIGHTS, tensor, plan, graph.sources[name]):
                 differing.append(f"{graph.name}: {name}")
     return {"tensors": compared, "bytes": size, "differing": differing}
 
@@ -223,7 +227,7 @@ def _sampled(graph: Path, names: Sequence[str]) -> Iterator[tuple[str, ir.Extern
         yield name, tensor
 
 
-def _stands(weights: Path, tensor: ir.ExternalTensor, plan: BuildPlan, source: AnySource) -> bool:
+def _is_written(weights: Path, tensor: ir.ExternalTensor, plan: BuildPlan, source: AnySource) -> bool:
     """Whether the file has at the tensor's place what the checkpoint gives for it."""
     with weights.open("rb") as file:
         file.seek(tensor.offset or 0)

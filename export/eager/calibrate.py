@@ -27,17 +27,25 @@ PROMPT = "Describe this video."
 def calibrate(checkpoint: Checkpoint, options: BuildOptions, clips: Sequence[Path]) -> BuildOptions:
     """Return the options with the merge shares and the prune layer that suit these clips.
 
+    Args:
+        checkpoint: runs in eager torch, in fp32.
+        options: of the build; what is about graphs and engines is left aside.
+        clips: films of the kind the bundle is for.
+
     Raises:
         BudgetError: no clip was given.
         VideoError: a clip cannot be read.
     """
     if not clips:
         raise BudgetError("0 clips to calibrate with: give one or more films of the kind the bundle is for")
+    # 1. the policy that decides for each clip by itself
     adaptive = replace(options, reduction="adaptive", dialect="gqa", buckets=None, merge_shares=None, prune_layer=None)
     plan = BuildPlan(checkpoint, adaptive)
+    # 2. what it drops at each call of each clip
     with tempfile.TemporaryDirectory() as folder:
         pipeline = eager_pipeline(plan, Path(folder) / "calibration")
         shares = [merge_shares(_history(pipeline, clip)) for clip in clips]
+    # 3. one share a call for all of them; the prune follows the last merge
     merges = median_shares(shares)
     return replace(options, merge_shares=merges, prune_layer=max(len(merges) - 1, 0))
 
@@ -51,10 +59,14 @@ def merge_shares(history: Sequence[CallRecord]) -> list[float]:
 
 
 def median_shares(shares: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Median over clips of each call's share; a clip whose merging had ended counts as 0. Stops at the first 0."""
+    """Median over clips of each call's share; a clip whose merging had ended counts as 0. Stops at the first 0.
+
+    Args:
+        shares: of each clip, by call.
+    """
     merges: list[float] = []
     for call in range(max(map(len, shares), default=0)):
-        median = statistics.median(own[call] if call < len(own) else 0.0 for own in shares)
+        median = statistics.median(clip[call] if call < len(clip) else 0.0 for clip in shares)
         if median == 0.0:
             break
         merges.append(median)

@@ -65,7 +65,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Block:
-    """Half of a layer."""
+    """Half of a layer: its attention or its MLP."""
 
     kind: Literal["attention", "mlp"]
     layer: int

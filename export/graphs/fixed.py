@@ -71,9 +71,11 @@ class FixedPrefill(GraphModule):
         deepstack: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """See the module's table."""
+        # 1. all that follows a token when it is merged or pruned, in one state
         origin = torch.arange(hidden.shape[1], device=hidden.device)
         features = None if deepstack is None else deepstack.transpose(0, 1).flatten(1)  # [T, n*D]
         state = TokenState(beside(hidden[0], features), cos[0], sin[0], label, order, origin)
+        # 2. call 0 comes before the first attention, call i behind the attention of layer i - 1
         state, last = self._merge(state, last, drops, call=0)
         presents: list[Tensor] = []
         for index, block in enumerate(self.blocks):
@@ -92,6 +94,7 @@ class FixedPrefill(GraphModule):
             state, last = self._merge(state, last, drops, call=layer + 1)
             if layer == self.schedule.prune_layer:
                 state, last = self._prune(state, last, drops, query, key)
+        # 3. one token is left: the last of the prompt
         assert self.head is not None
         return self.head(apart(state.hidden, self.config.hidden_size)[0][None]), state.origin, *presents
 

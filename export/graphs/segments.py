@@ -20,7 +20,14 @@ from framefusion.export.graphs.decoder import Block, DecoderConfig, Segment
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """A run of blocks and how it ends."""
+    """A run of blocks and how it ends.
+
+    Attributes:
+        name: of its folder in a bundle.
+        blocks: in the order in which they run.
+        scores: it ends in similarity and importance of the tokens, for a reduction.
+        head: it ends in logits.
+    """
 
     name: str
     blocks: tuple[Block, ...]
@@ -73,8 +80,8 @@ def cut_after(num_layers: int, layers: Sequence[int], deepstack: int = 0) -> tup
     blocks = half_layers(num_layers, deepstack)
     ends = [2 * layer + 1 for layer in layers]
     starts = [0, *ends[:-1]]
-    looked_at = [
+    reduced = [
         SegmentPlan(f"layer{layer:02d}", blocks[start:end], scores=True, head=False)
         for layer, start, end in zip(layers, starts, ends, strict=True)
     ]
-    return (*looked_at, SegmentPlan("rest", blocks[ends[-1] :], scores=False, head=True))
+    return (*reduced, SegmentPlan("rest", blocks[ends[-1] :], scores=False, head=True))

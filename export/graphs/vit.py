@@ -70,7 +70,9 @@ class VitBlock(nn.Module):
         self.activation = config.activation
         self.norm1 = make_norm(config)
         self.norm2 = make_norm(config)
-        self.q, self.k, self.v = (Linear(width, width, config.qkv_bias) for _ in range(3))
+        self.q = Linear(width, width, config.qkv_bias)
+        self.k = Linear(width, width, config.qkv_bias)
+        self.v = Linear(width, width, config.qkv_bias)
         self.q_norm = RMSNorm(width, config.qk_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(width, config.qk_norm_eps) if config.qk_norm else None
         self.proj = Linear(width, width, bias=True)
@@ -107,7 +109,12 @@ class VitEncoder(nn.Module):
         self.post_norm = make_norm(config) if config.post_norm else None
 
     def forward(self, patches: Tensor, places: Tensor | None = None) -> Tensor:
-        """`places` [P] picks rows of the position table where pictures differ in size; None takes all in order."""
+        """Hidden states of N pictures of one size.
+
+        Args:
+            patches: [N, P, W].
+            places: [P] rows of the position table, where pictures differ in size; None takes all in order.
+        """
         hidden = self.patch_embed(patches)
         if self.class_token is not None:
             first = self.class_token.expand(hidden.shape[0], 1, -1)

@@ -143,10 +143,10 @@ class BuildPlan:
         return sizes.buckets_of(self.options, self.dialect, self.limits.max_input_len, self.reduction)
 
     def prompt_texts(self) -> Iterator[object]:
-        """What template and preprocessing put into prompts, among other values."""
+        """What template and preprocessing put into prompts, among values that are no text."""
         parts: tuple[Any, ...] = (self.template, self.preprocessing, *self.template.turns.values())
         for part in parts:
-            yield from (getattr(part, one.name) for one in fields(part))
+            yield from (getattr(part, field.name) for field in fields(part))
         yield from self.template.pads
 
     def stored_types(self) -> set[str]:
@@ -165,11 +165,11 @@ class BuildPlan:
 
     def _check_widths(self) -> None:
         """Refuse rows that would not fit side by side: the embedding table's, the tower's and learned ones."""
-        found = self.tower.out_width
         width = self.config.hidden_size
-        if found != width:
+        given = self.tower.out_width
+        if given != width:
             raise CheckpointError(
-                f"the vision tower gives rows of {found}, hidden_size is {width}: config.json is another one's"
+                f"the vision tower gives rows of {given}, hidden_size is {width}: config.json is another one's"
             )
         patch = self.preprocessing.patch_size
         frames = getattr(self.preprocessing, "temporal_patch_size", 1)

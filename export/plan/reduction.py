@@ -36,20 +36,23 @@ def reduction_record(family: Family, config: DecoderConfig, options: BuildOption
         BudgetError: the mode is unknown, options of another mode were given, or the cost cannot be reached.
         ReducerError: the reducer is unknown, or belongs to another mode.
     """
+    # 1. options of one mode alone
     if options.reduction not in get_args(Mode):
         raise BudgetError(f"reduction {options.reduction!r} is unknown; known are {', '.join(get_args(Mode))}")
     if options.reduction != "fixed" and (options.merge_shares, options.prune_layer) != (None, None):
         raise BudgetError(f"--merge-shares and --prune-layer belong to --reduction fixed, not {options.reduction}")
     if options.reducer not in {"none": (DEFAULT, "none"), "fixed": (DEFAULT,)}.get(options.reduction, reducer_names()):
-        load_reducer(options.reducer)  # says it if there is no such one
+        load_reducer(options.reducer)  # refuses a name that nobody knows
         raise ReducerError(
             f"--reducer {options.reducer} belongs to --reduction adaptive, not {options.reduction}: leave one out"
         )
     if "none" in (options.reduction, options.reducer):
         return ReductionRecord("none", reducer="none")
+    # 2. the thresholds, which a run may change
     check_cost(options.cost, smallest_cost(config.num_layers))
     similarity = options.similarity_lower_bound
     similarity = family.similarity_lower_bound if similarity is None else similarity
+    # 3. where it may act, which is built in
     if options.reduction == "adaptive":
         depth = min(DEFAULT_DEPTH, config.num_layers - 2) if options.depth is None else options.depth
         settings = ReductionSettings(options.cost, similarity, options.ratio_lower_bound, config.num_layers, depth)
@@ -61,18 +64,18 @@ def reduction_record(family: Family, config: DecoderConfig, options: BuildOption
 
 
 def segments_of(record: ReductionRecord, config: DecoderConfig) -> tuple[SegmentPlan, ...]:
-    """The decoder, cut behind the attentions where the reducer acts; whole where nothing looks inside.
+    """The decoder, cut behind the attentions where the reducer acts; whole where it acts nowhere inside.
 
     Raises:
-        ReducerError: see `layers_looked_at`.
+        ReducerError: see `reduced_layers`.
     """
-    layers = layers_looked_at(record, config.num_layers)
+    layers = reduced_layers(record, config.num_layers)
     if not layers:
         return whole_decoder(config.num_layers, deepstack=config.deepstack)
     return cut_after(config.num_layers, layers, config.deepstack)
 
 
-def layers_looked_at(record: ReductionRecord, num_layers: int) -> tuple[int, ...]:
+def reduced_layers(record: ReductionRecord, num_layers: int) -> tuple[int, ...]:
     """Layers behind whose attention the reducer of a bundle acts, ascending; none where it is done before the LLM.
 
     Raises:
@@ -80,8 +83,10 @@ def layers_looked_at(record: ReductionRecord, num_layers: int) -> tuple[int, ...
     """
     if record.mode != "adaptive" or record.depth is None:
         return ()
-    thresholds = record.similarity_lower_bound, record.ratio_lower_bound
-    calls = load_reducer(record.reducer).calls(ReductionSettings(record.cost, *thresholds, num_layers, record.depth))
+    settings = ReductionSettings(
+        record.cost, record.similarity_lower_bound, record.ratio_lower_bound, num_layers, record.depth
+    )
+    calls = load_reducer(record.reducer).calls(settings)
     if max(calls, default=0) != record.depth + 1 or sorted(set(calls)) != list(calls):
         raise ReducerError(
             f"reducer {record.reducer} acts at calls {calls} of {num_layers} layers at depth {record.depth}, ascending "

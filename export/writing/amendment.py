@@ -65,7 +65,7 @@ class Amendment:
         if manifest is None:
             Bundle(self._folder, verify=False)  # says what is wrong
             raise StorageError(f"{self._folder} is made of links to files elsewhere: compile a copy (cp -rL)")
-        self._own = journals.names_of(self._folder, manifest)
+        self._named = journals.names_of(self._folder, manifest)
         for name in (JOURNAL, SCRATCH):
             if os.path.lexists(self._folder / name):
                 self._refuse(name)
@@ -98,7 +98,7 @@ class Amendment:
                 place = files.place_inside(self._folder, name)
             except ValueError as error:
                 raise StorageError(f"{self._folder}: {error}: move it away") from None
-            if os.path.lexists(place) and (name not in self._own or files.is_real_folder(place)):
+            if os.path.lexists(place) and (name not in self._named or files.is_real_folder(place)):
                 self._refuse(name)
 
     def commit(self, moves: Collection[str], removes: Collection[str]) -> None:

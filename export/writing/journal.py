@@ -35,7 +35,7 @@ PARTIAL = ".partial"
 _KIND = "framefusion-aot"
 _VERSION = 1
 _LIMIT = 1 << 26  # bytes of a journal
-_TOLD = 3  # names in a message
+_SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,19 @@ class Journal:
             return None
 
     def save(self) -> None:
-        """Write it, in one step.
+        """Write JOURNAL, in one step.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written.
         """
         self.inode = os.lstat(self.folder).st_ino
-        told = {
+        record = {
             "journal": _KIND, "version": _VERSION, "key": self.key, "inode": self.inode, "parts": to_json(self.parts),
             "moves": list(self.moves), "removes": list(self.removes), "replaces": to_json(self.replaces),
         }  # fmt: skip
         scratch = self.folder / SCRATCH
         files.write_file(
-            self.folder / JOURNAL, json.dumps(told).encode(), scratch=scratch if scratch.is_dir() else None
+            self.folder / JOURNAL, json.dumps(record).encode(), scratch=scratch if scratch.is_dir() else None
         )
 
     @property
@@ -118,16 +118,21 @@ class Journal:
 def refuse_foreign(folder: Path, named: Collection[str], remedy: str) -> None:
     """Refuse a folder that holds anything but the files named.
 
+    Args:
+        folder: to look into, with its folders.
+        named: paths of files from there, that may be in it.
+        remedy: what the user can do, for the message.
+
     Raises:
-        StorageError: it does, with their names.
+        StorageError: it holds others, with their names; or it cannot be read.
     """
     try:
         foreign = [name for name in files.foreign_entries(folder, named) if name.split(os.sep)[0] != SCRATCH]
     except OSError as error:
         raise StorageError(f"{error.filename} cannot be read ({error.strerror}): {remedy}") from None
     if foreign:
-        told = ", ".join(foreign[:_TOLD]) + (f" and {len(foreign) - _TOLD} more" if len(foreign) > _TOLD else "")
-        raise StorageError(f"{folder} holds what framefusion-aot did not write: {told}; {remedy}")
+        names = ", ".join(foreign[:_SHOWN]) + (f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else "")
+        raise StorageError(f"{folder} holds what framefusion-aot did not write: {names}; {remedy}")
 
 
 def own_manifest(folder: Path) -> Manifest | None:
@@ -145,7 +150,11 @@ def own_manifest(folder: Path) -> Manifest | None:
 
 
 def names_of(folder: Path, manifest: Manifest) -> set[str]:
-    """The files of a bundle that are ours: those of the manifest, and what its commands write beside it."""
+    """The files of a bundle that are ours: those of the manifest, and what commands write beside it.
+
+    Returns:
+        paths from the folder; what is written beside the manifest is among them if it is there and valid.
+    """
     named = {*manifest.files, MANIFEST}
     ours = {CHECKSUMS: _are_checksums, STAMPS: _are_stamps, LOCK: _is_lock, SIGNATURES: _are_signatures}
     return named | {name for name, is_ours in ours.items() if is_ours(folder / name, manifest)}
@@ -188,6 +197,10 @@ def _text(path: Path) -> str:
 
 def move_into_place(folder: Path, names: Collection[str]) -> None:
     """Move files out of the scratch folder, the manifest last; those that have moved already are passed over.
+
+    Args:
+        folder: that the scratch folder is in.
+        names: paths from either.
 
     Raises:
         OSError: a file cannot be moved.
@@ -257,17 +270,22 @@ def _remove_lock(output: Path) -> None:
 def finish(journal: Journal) -> None:
     """Carry out what the journal of a bundle says, and close it. The caller holds the lock.
 
+    Each step may be repeated after a kill: what is done already is passed over.
+
     Raises:
         OSError: the folder cannot be written.
     """
     folder = journal.folder
+    # 1. what is complete takes its place
     if journal.moves:
         move_into_place(folder, journal.moves)
+    # 2. what it replaces goes, only now that nobody can miss it
     files.remove_named(folder, journal.removes)
     if journal.replaces is not None:
         old = folder.with_name(journal.replaces.name)
         if _is_old_name(folder, old.name) and _is(old, journal.replaces):
             remove_bundle(old)
+    # 3. the journal last: while it is there, the next command takes all this up again
     journal.close()
 
 
@@ -291,5 +309,5 @@ def _is_old_name(output: Path, name: str) -> bool:
     return name == output.name + PARTIAL or re.fullmatch(pattern, name) is not None
 
 
-def _is(folder: Path, told: Replaced) -> bool:
-    return files.is_real_folder(folder) and os.lstat(folder).st_ino == told.inode
+def _is(folder: Path, replaced: Replaced) -> bool:
+    return files.is_real_folder(folder) and os.lstat(folder).st_ino == replaced.inode

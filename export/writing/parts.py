@@ -40,7 +40,7 @@ TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
 class Builder:
-    """Carries out one plan; tells `meter` of what it writes."""
+    """Carries out one plan; `meter` counts what it writes."""
 
     def __init__(self, plan: BuildPlan, meter: Meter | None = None) -> None:
         self.plan = plan
@@ -48,7 +48,11 @@ class Builder:
         self._traced: dict[Hashable, ir.Model] = {}  # by structure
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each part, graphs left out."""
+        """Part -> bytes of its weights, rows or vocabulary; graphs are left out, some hundred kilobytes each.
+
+        Raises:
+            CheckpointError: the embedding table is stored in a type that no bundle has.
+        """
         plan = self.plan
         parts = {graph.folder: graph.weight_bytes for graph in plan.graphs}
         rows, width = plan.checkpoint.shape(plan.embedding_key)
@@ -58,7 +62,7 @@ class Builder:
         return parts
 
     def producers(self) -> dict[str, Callable[[Path], Produced]]:
-        """What writes each part; each returns the names of its files. What may be refused comes first."""
+        """Part -> what writes it to a folder and returns its files; what may be refused comes first."""
         first: dict[str, Callable[[Path], Produced]] = {
             "tokenizer": self._write_tokenizer,
             "embedding": self._write_embedding,
@@ -67,7 +71,12 @@ class Builder:
         return first | {graph.folder: partial(self._write_graphs, graph.folder) for graph in tower_first}
 
     def manifest(self, files: Mapping[str, FileRecord], tokenizer: Path | None) -> Manifest:
-        """The manifest of the parts written; `tokenizer` is the folder of tokenizer.json, None before there is one."""
+        """The manifest of the parts written.
+
+        Args:
+            files: all of them, by their paths in the bundle.
+            tokenizer: the folder of tokenizer.json; None before there is one, and so no terminator is known by its id.
+        """
         plan = self.plan
         known = {} if tokenizer is None else added_tokens(plan.checkpoint)
         terminators = [known[token] for token in plan.family.terminators if token in known]

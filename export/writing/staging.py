@@ -83,7 +83,7 @@ class Staging:
         output: the bundle to be.
         key: `identity` of the build; parts of another one are not taken over.
         force: replace a bundle that exists.
-        progress: told of the bytes that are hashed to see which parts of an earlier try stand.
+        progress: called with the bytes that are hashed to find which parts of an earlier try stand.
         checkpoint: what the bundle is made of.
 
     Raises:
@@ -103,10 +103,10 @@ class Staging:
         self._force = force
         self.output = check_output(output, force=force, checkpoint=checkpoint)
         self.folder = self.output.with_name(self.output.name + PARTIAL)
-        self._made: list[Path] = []
+        self._new_folders: list[Path] = []
         self._journal = Journal(self.folder, key)
         try:
-            self._made = files.make_folder(self.folder)
+            self._new_folders = files.make_folder(self.folder)
             self._refuse_foreign_folder()
             self._lock = lock(self.folder / LOCK)
         except OSError as error:
@@ -151,7 +151,14 @@ class Staging:
         return self.folder / SCRATCH
 
     def check_space(self, sizes: Mapping[str, int]) -> None:
-        """Refuse a disk that cannot hold the parts that are still to be written; `sizes` is bytes by part."""
+        """Refuse a disk that cannot hold the parts that are still to be written.
+
+        Args:
+            sizes: part -> bytes; "check" is the bundle that only the check needs.
+
+        Raises:
+            StorageError: with the bytes that are missing.
+        """
         missing = sum(size for part, size in sizes.items() if part not in self._journal.parts) + SPARE
         free = shutil.disk_usage(self.folder).free
         if missing > free:
@@ -165,17 +172,27 @@ class Staging:
     def write(self, part: str, produce: Callable[[Path], Produced]) -> None:
         """Produce a part unless it is complete.
 
-        `produce` gets an empty folder and returns its files: their records where it hashed them on the way, else names.
+        Args:
+            part: its name in the journal.
+            produce: gets an empty folder and returns its files: their records where it hashed them on the way, else
+                names.
+
+        Raises:
+            StorageError: the disk is full, or the folder cannot be written.
         """
         if part in self._journal.parts:
             return
         with self.writing(part):
-            made = produce(self.scratch)
-            known = made if isinstance(made, Mapping) else {}
-            self._journal.parts[part] = {name: known.get(name) or file_record(self.scratch / name) for name in made}
+            # 1. into the scratch folder, of which nothing survives a kill
+            produced = produce(self.scratch)
+            known = produced if isinstance(produced, Mapping) else {}
+            records = {name: known.get(name) or file_record(self.scratch / name) for name in produced}
+            # 2. the journal first: from here on these files are ours, wherever a kill finds them
+            self._journal.parts[part] = records
             try:
                 self._journal.save()
-                self._move(made)
+                # 3. to their places
+                self._move(produced)
             except BaseException:
                 files.remove_named(self.folder, self._journal.parts.pop(part))
                 with suppress(OSError):  # a full disk: the next build sees by their hashes what stands
@@ -183,7 +200,16 @@ class Staging:
                 raise
 
     def put(self, what: str, write: Callable[[Path], object], *names: str) -> None:
-        """Write files that belong to no part: the manifest and what speaks of it. `write` gets an empty folder."""
+        """Write files that belong to no part: the manifest and what speaks of it.
+
+        Args:
+            what: for messages.
+            write: gets an empty folder.
+            names: of the files, in that folder.
+
+        Raises:
+            StorageError: the disk is full, or the folder cannot be written.
+        """
         assert set(names) <= set(_UNNAMED)
         with self.writing(what):
             write(self.scratch)
@@ -205,17 +231,25 @@ class Staging:
                 self.forget(part)
 
     def publish(self) -> None:
-        """Give the folder its name; what stood there goes, after the new one is complete."""
-        check_output(self.output, force=self._force)  # another build may have been faster
+        """Give the folder its name; what stood there goes, after the new one is complete.
+
+        Raises:
+            StorageError: another build was faster, or foreign files are in the way.
+        """
+        # 1. what was true when the build began may not be now
+        check_output(self.output, force=self._force)
         self._refuse_foreign_files()
         with self.writing("the finished bundle"):
+            # 2. nothing but the bundle's files
             files.remove_file(self.folder / STAMPS)
             files.remove_empty_within(self.folder)
             self._journal.open_scratch()
+            # 3. the name, in one step
             if os.path.lexists(self.output):
                 self._replace_output()
             else:
                 files.rename_new(self.folder, self.output)
+            # 4. the old bundle goes, then the journal that says so
             journals.finish(self._journal_of_output())
 
     def _replace_output(self) -> None:
@@ -237,7 +271,11 @@ class Staging:
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """Turn a full disk into an error of its own kind."""
+        """Turn a full disk into an error that names what was written and how to go on.
+
+        Raises:
+            StorageError: in place of an OSError of the body.
+        """
         try:
             yield
         except OSError as error:
@@ -314,7 +352,7 @@ class Staging:
         self._remove_made()
 
     def _remove_made(self) -> None:
-        for folder in reversed(self._made):
+        for folder in reversed(self._new_folders):
             files.remove_empty(folder)
 
     def _is_ours(self) -> bool:
@@ -333,7 +371,12 @@ def _stands(path: Path, record: FileRecord, meter: Meter) -> bool:
 
 
 def lock(path: Path) -> IO[bytes]:
-    """The file that holds a folder's lock while it is open; refused where another process holds it."""
+    """The file that holds a folder's lock while it is open.
+
+    Raises:
+        StorageError: another process holds it.
+        OSError: the folder cannot be written.
+    """
     try:
         return files.hold(path)
     except BlockingIOError:

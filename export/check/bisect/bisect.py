@@ -4,7 +4,7 @@
     -> ONNX Runtime on the bundle's graphs, and each kind of engine that the bundle holds and this machine runs:
        every graph with the recorded inputs, its outputs compared
     -> in the first graph that is off in ONNX Runtime, a search over its values (nodes.py)
-    -> words, a table and plain values
+    -> a table, sentences and plain values
 
 An engine cannot be looked into: where it is off and ONNX Runtime is not, the engine itself is the place.
 """
@@ -40,12 +40,39 @@ ONNXRUNTIME = OnnxRuntimeBackend.name
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first graph in which a way of running is off, and where inside, if that can be seen."""
+    """The first graph in which a way of running is off, and where inside, if that can be looked into.
+
+    Attributes:
+        boundary: the output that is off.
+        place: "segment rest, layer 5 mlp", "segment rest" or "vision tower".
+        suspect: the node; None in an engine, or where no value inside is off.
+    """
 
     boundary: Boundary
-    place: str  # "layer 5 mlp", "segment rest", "vision tower"
+    place: str
     suspect: Suspect | None
-    words: str
+
+    def describe(self) -> str:
+        """One paragraph."""
+        row = self.boundary
+        suspect = self.suspect
+        text = (
+            f"{row.way}: {row.graph} is the first graph that is off, {row.output} of the {row.kind} by {row.error:.3g} "
+            f"(limit {row.limit:.3g}), with inputs of eager torch"
+        )
+        if suspect is None:
+            inside = (
+                "no value inside is off when it is looked at, so an optimisation of the whole graph is"
+                if row.way == ONNXRUNTIME
+                else "an engine cannot be looked into: compile it again, and compare with another backend"
+            )
+            return f"{text}; {inside}."
+        many = "s" if len(suspect.nodes) > 1 else ""
+        why = f"; {'; '.join(suspect.causes)}" if suspect.causes else ""
+        return (
+            f"{text}. It begins in {self.place}: node{many} {', '.join(suspect.nodes)}, {suspect.value} off by "
+            f"{suspect.error:.3g}, what goes in by at most {suspect.inputs:.3g}{why}."
+        )
 
 
 def bisect_bundle(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -56,12 +83,14 @@ def bisect_bundle(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         checkpoint: what it was built from.
 
     Returns:
-        passed; ways: what was run; notes: what was not, and why; boundaries and found as plain values; words.
+        passed; ways: what was run; notes: what was not, and why; boundaries: every output compared; found: a
+        divergence for each way that has one; words: a paragraph for each of them. Plain values, as JSON has them.
 
     Raises:
         BundleError, CheckpointError: see `replan`.
         BackendError: nothing can run the bundle here, or the memory does not hold the eager model.
     """
+    # 1. what the bundle was built by, and whether the eager model fits into memory
     bundle = Bundle(folder)
     plan = replan(folder, bundle.manifest, checkpoint)
     needed = memory_of_check(plan)
@@ -71,6 +100,7 @@ def bisect_bundle(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
             f"--bisect runs the eager model in fp32, which needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
             "bisect a bundle of the first layers, built with --num-decoder-layer"
         )
+    # 2. who can run the bundle here
     backends, notes = ways(bundle)
     if not backends:
         raise BackendError(f"nothing can run {bundle.folder} here: {'; '.join(notes)}")
@@ -78,6 +108,7 @@ def bisect_bundle(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     here = torch.__version__
     if traced_by != here:
         notes.append(f"the graphs were traced by torch {traced_by} and this is {here}: names of nodes may differ")
+    # 3. every call of a graph in eager torch, then the same inputs in each of them; the first that is off is searched
     calls = record(bundle, plan, max(backend.decode_width for backend in backends))
     rows = list[Boundary]()
     found = list[Divergence]()
@@ -87,20 +118,21 @@ def bisect_bundle(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         off = next(((call, row) for call, row in ours if not row.agrees), None)
         if off is not None:
             found.append(_explained(bundle, plan, backend, *off))
+    # 4. the report
     names = [backend.name for backend in backends]
-    words = [one.words for one in found] or [f"{' and '.join(names)}: every graph agrees with eager torch"]
+    sentences = [divergence.describe() for divergence in found]
     return {
         "passed": not found,
         "ways": names,
         "notes": notes,
         "boundaries": [_plain(asdict(row)) for row in rows],
-        "found": [_plain(asdict(one)) for one in found],
-        "words": words,
+        "found": [_plain(asdict(divergence) | {"words": divergence.describe()}) for divergence in found],
+        "words": sentences or [f"{' and '.join(names)}: every graph agrees with eager torch"],
     }
 
 
 def ways(bundle: Bundle) -> tuple[list[Backend], list[str]]:
-    """Backends that run this bundle here, one of a name, and why others do not."""
+    """Backends that run this bundle here, ONNX Runtime first and each name once, and why others do not."""
     backends = dict[str, Backend]()
     notes = list[str]()
     held = {ONNXRUNTIME, *(engine.kind for engine in bundle.manifest.engines)}
@@ -120,7 +152,7 @@ def _explained(bundle: Bundle, plan: BuildPlan, backend: Backend, call: Recorded
     """What can be said of a graph that is off."""
     suspect = _suspect(bundle, plan, call) if backend.name == ONNXRUNTIME else None
     place = _place(bundle, plan, row.graph, "" if suspect is None else suspect.block)
-    return Divergence(row, place, suspect, _words(row, place, suspect))
+    return Divergence(row, place, suspect)
 
 
 def _suspect(bundle: Bundle, plan: BuildPlan, call: RecordedCall) -> Suspect | None:
@@ -135,7 +167,7 @@ def _suspect(bundle: Bundle, plan: BuildPlan, call: RecordedCall) -> Suspect | N
 
 
 def _place(bundle: Bundle, plan: BuildPlan, graph: str, block: str) -> str:
-    """A block of a graph in words."""
+    """Where a block of a graph is, as a report names it."""
     record = segment_of(bundle.manifest, graph)
     if record is None:
         return f"vision tower, {block}" if block else "vision tower"
@@ -147,31 +179,10 @@ def _place(bundle: Bundle, plan: BuildPlan, graph: str, block: str) -> str:
     return f"segment {record.name}" + (f", {block.split('.')[0]}" if block else "")
 
 
-def _words(row: Boundary, place: str, suspect: Suspect | None) -> str:
-    """One paragraph."""
-    text = (
-        f"{row.way}: {row.graph} is the first graph that is off, {row.output} of the {row.kind} by {row.error:.3g} "
-        f"(limit {row.limit:.3g}), with inputs of eager torch"
-    )
-    if suspect is None:
-        inside = (
-            "no value inside is off when it is looked at, so an optimisation of the whole graph is"
-            if row.way == ONNXRUNTIME
-            else "an engine cannot be looked into: compile it again, and compare with another backend"
-        )
-        return f"{text}; {inside}."
-    many = "s" if len(suspect.nodes) > 1 else ""
-    why = f"; {'; '.join(suspect.causes)}" if suspect.causes else ""
-    return (
-        f"{text}. It begins in {place}: node{many} {', '.join(suspect.nodes)}, {suspect.value} off by "
-        f"{suspect.error:.3g}, what goes in by at most {suspect.inputs:.3g}{why}."
-    )
-
-
 def render(report: Mapping[str, Any]) -> str:
-    """The report for a terminal: the worst output of each graph in each way, then the words."""
+    """The report for a terminal: the worst output of each graph in each way, then notes and sentences."""
     rows = [
-        (row["way"], row["graph"], row["kind"], row["output"], _told(row["error"]), _told(row["limit"]))
+        (row["way"], row["graph"], row["kind"], row["output"], _shown(row["error"]), _shown(row["limit"]))
         for row in _worst(report["boundaries"])
     ]
     table = console.table(("way", "graph", "call", "worst output", "error", "limit"), rows)
@@ -191,14 +202,14 @@ def _size(row: Mapping[str, Any]) -> float:
     return math.inf if row["error"] is None else float(row["error"])
 
 
-def _told(error: float | None) -> str:
+def _shown(error: float | None) -> str:
     return "no number" if error is None else f"{error:.2g}"
 
 
-def _plain(told: Any) -> Any:
-    """Values that JSON has: it has no NaN."""
-    if isinstance(told, dict):
-        return {name: _plain(value) for name, value in told.items()}
-    if isinstance(told, (list, tuple)):
-        return [_plain(value) for value in told]
-    return None if isinstance(told, float) and not math.isfinite(told) else told
+def _plain(value: Any) -> Any:
+    """Values that JSON has: None in place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

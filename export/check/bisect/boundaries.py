@@ -35,18 +35,34 @@ ALWAYS = ("logits", "similarity", "importance", "origin")  # outputs of one type
 
 @dataclass
 class RecordedCall:
-    """One run of a graph in eager torch: copies of what it was given and of what it gave."""
+    """One run of a graph in eager torch: copies of its inputs and outputs, by name.
+
+    Attributes:
+        graph: name in the bundle.
+        kind: "vision", "prefill" or "decode".
+        inputs: without caches.
+        past: caches before the run.
+        outputs: the caches after it among them, as far as their slots are taken.
+    """
 
     graph: str
-    kind: str  # "vision", "prefill" or "decode"
+    kind: str
     inputs: dict[str, Array]
-    past: dict[str, Array]  # caches before the run
-    outputs: dict[str, Array]  # caches after it among them, the slots that are taken
+    past: dict[str, Array]
+    outputs: dict[str, Array]
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """One output of one call, in another way of running."""
+    """One output of one call, in another way of running.
+
+    Attributes:
+        way: the backend.
+        graph, kind: of the call.
+        output: its name.
+        error: relative to the largest magnitude of eager torch's.
+        limit: of the error.
+    """
 
     way: str
     graph: str
@@ -111,7 +127,13 @@ class _Recorded:
 
 
 def record(bundle: Bundle, plan: BuildPlan, decode_width: int = 1) -> list[RecordedCall]:
-    """All graphs of a bundle in eager torch, in the order they run: vision, prefill, one step."""
+    """All graphs of a bundle in eager torch, in the order they run: vision, prefill, one step.
+
+    Args:
+        bundle: of which tokenizer and embedding table are read.
+        plan: of the bundle.
+        decode_width: tokens of a step, padding included: the widest of the backends that will get the inputs.
+    """
     in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
     recorder = _Recorder(eager_loaders(plan), decode_width, bundle.manifest.vision.graph)
     pipeline = Pipeline(in_fp32, recorder)

@@ -40,7 +40,7 @@ class Suspect:
         nodes: what computes it, "name (operator)", in order.
         block: the weights' place in the graph around it, "blocks.1"; "" before the first.
         error, limit: of the value; `inputs` is the largest error of what it is computed from.
-        causes: what is not as the checkpoint says, in words: weights, attributes, operators.
+        causes: sentences on what is not as the checkpoint says: weights, attributes, operators.
         rounds: how often the graph was run.
     """
 
@@ -66,20 +66,24 @@ class ProbedGraph:
     def values(self, given: Mapping[str, Array], wanted: Sequence[str]) -> dict[str, Array]:
         """Run up to the wanted values.
 
+        Args:
+            given: inputs and caches by name, fp32.
+            wanted: names of values in the graph.
+
         Raises:
             BackendError: ONNX Runtime does not run the graph.
         """
         self.rounds += 1
         model = ir.load(self.path)
-        found = {value.name: value for node in model.graph for value in node.outputs}
-        model.graph.outputs[:] = [found[name] for name in wanted]
+        values = {value.name: value for node in model.graph for value in node.outputs}
+        model.graph.outputs[:] = [values[name] for name in wanted]
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(self.path.parent))
         try:
             proto = ir.to_proto(model).SerializeToString()
             session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-            feeds = {one.name: _fed(given[one.name], one.type) for one in session.get_inputs()}
+            feeds = {tensor.name: _in_type(given[tensor.name], tensor.type) for tensor in session.get_inputs()}
             with OnnxrtRunner(session) as runner:
                 results = runner.infer(feeds, check_inputs=False)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -100,17 +104,20 @@ def first_difference(
         given: inputs and caches by name, fp32.
         limit: largest relative error that agrees.
     """
+    # 1. the graph as it is in the bundle, and as it is traced now, whose program runs in eager torch
     graph = ProbedGraph(path)
     traced = trace(source.module(), dialect, source.dtype)
     reference = Reference(traced.program, module.signature(), module)
+    # 2. the first value that is off
     search = Search(graph, reference, given, limit)
     value = search.first()
     if value is None:
         return None
+    # 3. what computes it, and in what that is not as the checkpoint says
     nodes = list(search.nodes_of(value))
     weights = list(_weight_causes(graph, reference, value, source.dtype))
     altered = dict(_altered(nodes, traced.model))
-    told = [*weights, *altered.values()]
+    causes = [*weights, *altered.values()]
     nodes = [node for node in nodes if node.name in altered] or nodes  # the others are as they were traced
     return Suspect(
         value,
@@ -119,7 +126,7 @@ def first_difference(
         search.errors[value],
         limit,
         max((search.errors[name] for name in reference.sources(value) if name in search.errors), default=0.0),
-        tuple(told or ["it is as it is traced now: ONNX Runtime computes it otherwise than torch"]),
+        tuple(causes or ["it is as it is traced now: ONNX Runtime computes it otherwise than torch"]),
         graph.rounds,
     )
 
@@ -188,23 +195,24 @@ class Search:
         makers = self._graph.makers
         stop = set(self.order)
         wanted = [value]
-        seen = set()
+        nodes = set()
         while wanted:
             node = makers.get(wanted.pop())
-            if node is None or node in seen:
+            if node is None or node in nodes:
                 continue
-            seen.add(node)
-            wanted += [one.name for one in node.inputs if one is not None and one.name and one.name not in stop]
-        return (node for node in self._graph.graph if node in seen and node.op_type != "Constant")
+            nodes.add(node)
+            inputs = [tensor.name for tensor in node.inputs if tensor is not None and tensor.name]
+            wanted += [name for name in inputs if name not in stop]
+        return (node for node in self._graph.graph if node in nodes and node.op_type != "Constant")
 
     def block_of(self, value: str) -> str:
         """Where the weights last used at or before a value stand in the module."""
         block = ""
         for node in self._graph.graph:
-            for one in node.inputs:
-                if one is not None and one.name in self._graph.graph.initializers and "." in str(one.name):
-                    block = str(one.name).rsplit(".", 1)[0]
-            if any(one.name == value for one in node.outputs):
+            for tensor in node.inputs:
+                if tensor is not None and tensor.name in self._graph.graph.initializers and "." in str(tensor.name):
+                    block = str(tensor.name).rsplit(".", 1)[0]
+            if any(output.name == value for output in node.outputs):
                 return block
         return block
 
@@ -230,27 +238,31 @@ def _weight_causes(graph: ProbedGraph, reference: Reference, value: str, dtype: 
 
 
 def _altered(nodes: Sequence[ir.Node], fresh: ir.Model) -> Iterator[tuple[str, str]]:
-    """What a graph traced now says otherwise of these nodes, and of the constants they read: node -> in words."""
+    """In what a graph traced now has other nodes, or other constants that they read: name of the node, sentence."""
     others = {node.name: node for node in fresh.graph}
     for node in nodes:
-        constants = [one.producer() for one in node.inputs if one is not None]
-        for near in (node, *(one for one in constants if one is not None and one.op_type == "Constant")):
-            words = _otherwise(near, others.get(near.name))
-            if words:
-                yield str(node.name), words
+        producers = [tensor.producer() for tensor in node.inputs if tensor is not None]
+        constants = [producer for producer in producers if producer is not None and producer.op_type == "Constant"]
+        for near in (node, *constants):
+            difference = _difference(near, others.get(near.name))
+            if difference:
+                yield str(node.name), difference
 
 
-def _otherwise(node: ir.Node, other: ir.Node | None) -> str:
-    """In what a node is not the one traced now."""
+def _difference(node: ir.Node, other: ir.Node | None) -> str:
+    """In what a node is not the one that is traced now; "" where it is."""
     if other is None or other.op_type != node.op_type:
         return f"{node.name} is {node.op_type}, traced now {'nothing' if other is None else other.op_type}"
-    inputs, theirs = ([None if one is None else one.name for one in each.inputs] for each in (node, other))
-    told = {"inputs": (inputs, theirs)} | {
+    attributes = {"inputs": (_input_names(node), _input_names(other))} | {
         str(name): (_value(node.attributes.get(name)), _value(other.attributes.get(name)))
         for name in sorted({*node.attributes, *other.attributes})
     }
-    differing = [f"{name} {here}, traced now {there}" for name, (here, there) in told.items() if here != there]
+    differing = [f"{name} {here}, traced now {there}" for name, (here, there) in attributes.items() if here != there]
     return f"{node.name} ({node.op_type}) has {'; '.join(differing)}" if differing else ""
+
+
+def _input_names(node: ir.Node) -> list[str | None]:
+    return [None if tensor is None else tensor.name for tensor in node.inputs]
 
 
 def _value(attribute: ir.Attr | None) -> Any:
@@ -258,5 +270,5 @@ def _value(attribute: ir.Attr | None) -> Any:
     return value.numpy().tolist() if isinstance(value, ir.TensorProtocol) else value
 
 
-def _fed(array: Array, kind: str) -> Array:
+def _in_type(array: Array, kind: str) -> Array:
     return array.astype(np.float16) if kind == "tensor(float16)" else array

@@ -38,7 +38,15 @@ class Reference(torch.fx.Interpreter):
         self._kept: dict[str, Array] = {}
 
     def values(self, given: Mapping[str, Array], wanted: Sequence[str]) -> dict[str, Array]:
-        """Values by the graph's names, for inputs by name."""
+        """Run the program.
+
+        Args:
+            given: inputs and caches by name, fp32.
+            wanted: names of values in the graph.
+
+        Returns:
+            those of them that are tensors, floats in fp32.
+        """
         self._wanted = set(wanted)
         self._kept = {}
         arguments = [self._argument(node.name, given) for node in self._nodes if node.op == "placeholder"]
@@ -49,15 +57,15 @@ class Reference(torch.fx.Interpreter):
     def sources(self, value: str) -> list[str]:
         """Values that a value is computed from, inputs of the graph left out."""
         node = next(node for node in self._nodes if self.names[node.name] == value)
-        return [self.names[one.name] for one in node.all_input_nodes if one.op != "placeholder"]
+        return [self.names[source.name] for source in node.all_input_nodes if source.op != "placeholder"]
 
     def parameters_of(self, value: str) -> list[str]:
         """Parameters that a value is computed from."""
         node = next(node for node in self._nodes if self.names[node.name] == value)
-        return [self._places[one.name] for one in node.all_input_nodes if one.name in self._places]
+        return [self._places[source.name] for source in node.all_input_nodes if source.name in self._places]
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        """Keep what is wanted."""
+        """Run a node as `Interpreter` does, and keep its value if it is wanted."""
         result = super().run_node(n)
         name = self.names[n.name]
         if name in self._wanted and isinstance(result, Tensor):
@@ -65,7 +73,7 @@ class Reference(torch.fx.Interpreter):
         return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Constants were traced on the meta device."""
+        """Call a function as `Interpreter` does, on the CPU: constants were traced on the meta device."""
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return super().call_function(target, args, kwargs)

@@ -28,7 +28,9 @@ _contrib = Opset("com.microsoft", 1)
 _Schema = onnx.defs.OpSchema
 _INT = _Schema.AttrType.INT
 _FLOAT = _Schema.AttrType.FLOAT
-INT32, INT64, FLOAT32 = (int(t) for t in (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT))
+INT32 = int(onnx.TensorProto.INT32)
+INT64 = int(onnx.TensorProto.INT64)
+FLOAT32 = int(onnx.TensorProto.FLOAT)
 
 
 def declare_op(
@@ -192,23 +194,30 @@ def importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, 
     scores = _op.Div(_op.MatMul(q, _op.Transpose(k, perm=[1, 2, 0])), _op.Sqrt(head_dim))  # [kv, rows*g, S]
     scores = _op.Reshape(scores, _ints(kv, rows, heads // kv, -1))
     length = _op.Squeeze(_op.Shape(query, start=1, end=2), _ints(0))
-    zero = _op.Squeeze(_ints(0), _ints(0))
-    one = _op.Squeeze(_ints(1), _ints(0))
-    visible = _op.LessOrEqual(_op.Range(zero, length, one), _op.Unsqueeze(chosen, _ints(1)))  # [rows, S]
+    start = _op.Squeeze(_ints(0), _ints(0))
+    step = _op.Squeeze(_ints(1), _ints(0))
+    visible = _op.LessOrEqual(_op.Range(start, length, step), _op.Unsqueeze(chosen, _ints(1)))  # [rows, S]
     hidden = _op.Unsqueeze(_op.Where(visible, _float(0.0), _float(float("-inf"))), _ints(1))  # [rows, 1, S]
     return _op.ReduceMean(_op.Softmax(_op.Add(scores, hidden), axis=-1), _ints(0, 1, 2), keepdims=0)
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """A target's way to say the custom ops."""
+    """A target's way to say the custom ops.
+
+    Attributes:
+        name: as --dialect and the manifest have it.
+        translations: custom op -> function that emits operators for it.
+        exact_shapes: any length runs as it is; else a prefill has one static size a bucket.
+        opset: the lowest that has its operators: older runtimes refuse newer ones.
+        head_dim_multiple: of the channels of a head, as its kernels need them.
+    """
 
     name: str
-    description: str
     translations: Mapping[str, Translation]
-    exact_shapes: bool  # True: any length runs as it is; False: one static size a bucket
-    opset: int  # the lowest that has its operators: older runtimes refuse newer ones
-    head_dim_multiple: int = 1  # of the channels of a head, as its kernels want them
+    exact_shapes: bool
+    opset: int
+    head_dim_multiple: int = 1
 
     def table(self) -> dict[Any, Translation]:
         """As torch's exporter wants it: overload -> function."""
@@ -224,9 +233,8 @@ _COMMON: dict[str, Translation] = {
 DIALECTS = {
     dialect.name: dialect
     for dialect in (
-        Dialect(
+        Dialect(  # ONNX Runtime: GroupQueryAttention over caches updated in place, dynamic shapes
             "gqa",
-            "ONNX Runtime: GroupQueryAttention over caches updated in place, dynamic shapes",
             _COMMON
             | {
                 "cache_attention": gqa_cache_attention,
@@ -238,9 +246,8 @@ DIALECTS = {
             opset=23,
             head_dim_multiple=8,
         ),
-        Dialect(
+        Dialect(  # standard operators of opset 24: TensorScatter + Attention, static buckets
             "portable",
-            "standard operators of opset 24: TensorScatter + Attention, static buckets",
             _COMMON
             | {
                 "cache_attention": portable_cache_attention,
