@@ -7,7 +7,7 @@ class there, its numbers are those of the configuration file that its checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -151,44 +151,6 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """model_type -> key -> the value of an absent key."""
 
-_BY_MODEL: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "qwen2_vl": ("qwen2_vl_text", "qwen2_vl_vision"),
-        "qwen2_5_vl": ("qwen2_5_vl_text", "qwen2_5_vl_vision"),
-        "qwen3_vl": ("qwen3_vl_text", "qwen3_vl_vision"),
-        "llava_onevision": ("qwen2", "siglip_vision_model"),
-        "llava_next_video": ("llama", "clip_vision_model"),
-        "internvl": ("qwen2", "internvl_vision"),
-        "Qwen2VLForConditionalGeneration": ("qwen2_vl_text", "qwen2_vl_vision"),
-        "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl_text", "qwen2_5_vl_vision"),
-        "Qwen3VLForConditionalGeneration": ("qwen3_vl_text", "qwen3_vl_vision"),
-        "LlavaOnevisionForConditionalGeneration": ("qwen2", "siglip_vision_model"),
-        "LlavaNextVideoForConditionalGeneration": ("llama", "clip_vision_model"),
-        "InternVLForConditionalGeneration": ("qwen2", "internvl_vision"),
-        "LlavaQwenForCausalLM": ("qwen2", "siglip_vision_model"),
-        "llava_qwen": ("qwen2", "siglip_vision_model"),
-        "MiniCPMV": ("qwen2", "siglip_vision_model"),
-        "minicpmv": ("qwen2", "siglip_vision_model"),
-        "LlavaLlamaModel": ("qwen2", "siglip_vision_model"),
-        "VILAForCausalLM": ("qwen2", "siglip_vision_model"),
-        "llava_llama": ("qwen2", "siglip_vision_model"),
-        "vila": ("qwen2", "siglip_vision_model"),
-    }
-)
-"""Architecture or model_type of a whole model -> model_type of the LLM and of the tower where the file names none."""
-
-
-_QWEN_TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
-_ONEVISION_TOKENS = {"image_token_index": 151646, "video_token_index": 151647}
-_NEXT_VIDEO_TOKENS = {"image_token_index": 32001, "video_token_index": 32000}
-TOKEN_IDS: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _QWEN_TOKENS)
-    | dict.fromkeys(("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"), _QWEN_TOKENS)
-    | {"Qwen3VLForConditionalGeneration": _QWEN_TOKENS}
-    | dict.fromkeys(("llava_onevision", "LlavaOnevisionForConditionalGeneration"), _ONEVISION_TOKENS)
-    | dict.fromkeys(("llava_next_video", "LlavaNextVideoForConditionalGeneration"), _NEXT_VIDEO_TOKENS)
-)
-"""Architecture or model_type of a whole model -> key of the id of a pad token -> its value where the key is absent."""
 _OF_ARCHITECTURE: Mapping[str, str] = MappingProxyType(
     {
         "Qwen2ForCausalLM": "qwen2",
@@ -199,62 +161,23 @@ _OF_ARCHITECTURE: Mapping[str, str] = MappingProxyType(
     }
 )
 """Architecture of an LLM -> its model_type: InternVL's authors look at the first one only."""
-_LLM_KEYS: Mapping[str, str] = MappingProxyType(
-    {
-        "LlavaQwenForCausalLM": "",
-        "llava_qwen": "",
-        "MiniCPMV": "",
-        "minicpmv": "",
-        "InternVLChatModel": "llm_config",
-        "internvl_chat": "llm_config",
-        "LlavaLlamaModel": "llm_cfg",
-        "VILAForCausalLM": "llm_cfg",
-        "llava_llama": "llm_cfg",
-        "vila": "llm_cfg",
-    }
-)
-"""Architecture or model_type of a whole model -> the key under which its class reads the LLM's configuration, "" for
-the top of the file; `text_config` where it is not listed. A key that a class does not read may say anything: trainers
-that open LLaVA-Video's config.json as transformers' own LLaVA leave the defaults of Llama there."""
-_WHOLE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-def kinds_of(config: Mapping[str, Any]) -> tuple[str, str]:
-    """The model_type of the LLM and of the vision tower that a config.json without these two means; "" for unknown."""
-    return next((_BY_MODEL[name] for name in _names(config) if name in _BY_MODEL), ("", ""))
-
-
-def llm_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The LLM's configuration within a config.json, as the file says it; None where it is the top of the file."""
-    key = next((_LLM_KEYS[name] for name in _names(config) if name in _LLM_KEYS), "text_config")
-    nested = config.get(key)
-    return nested if isinstance(nested, dict) else None
-
-
-def token_id(config: Mapping[str, Any], key: str) -> int | None:
-    """The id of a pad token by its key in config.json, as its class has it where the key is absent."""
-    absent = next((TOKEN_IDS[name].get(key) for name in _names(config) if name in TOKEN_IDS), None)
-    value: int | None = config.get(key, absent)
-    return value
-
-
-def _names(config: Mapping[str, Any]) -> list[str]:
-    """The architectures of a config.json, then its model_type."""
-    architectures = config.get("architectures")
-    names = [*architectures] if isinstance(architectures, list) else []
-    return [name for name in (*names, config.get("model_type")) if isinstance(name, str)]
-
-
-def completed(nested: Mapping[str, Any], kind: str = "") -> Mapping[str, Any]:
+def completed(nested: Mapping[str, Any], kind: str = "", replaced: Collection[str] = frozenset()) -> Mapping[str, Any]:
     """A configuration with what its class fills in, and with its `model_type`.
 
     Args:
         nested: what the file says.
-        kind: the model_type where the file names none, or that of the whole model, as releases before 4.52 wrote it.
+        kind: the model_type where the file names none, or one that is replaced.
+        replaced: model_types of whole models, which old releases wrote into their parts.
     """
-    told = nested.get("model_type")
-    if told is None and not kind:
-        kind = next((_OF_ARCHITECTURE[name] for name in _names(nested) if name in _OF_ARCHITECTURE), "")
-    model_type = kind if kind and (told is None or told in _WHOLE) else told
+    stated = nested.get("model_type")
+    if stated is None and not kind:
+        architectures = nested.get("architectures")
+        names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+        kind = next(
+            (_OF_ARCHITECTURE[name] for name in names if isinstance(name, str) and name in _OF_ARCHITECTURE), ""
+        )
+    model_type = kind if kind and (stated is None or stated in replaced) else stated
     filled = {**CLASS_DEFAULTS.get(str(model_type), {}), **nested}
     return filled if model_type is None else filled | {"model_type": model_type}

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from framefusion.errors import UnknownFamilyError
-from framefusion.export.checkpoints.class_defaults import llm_config
 from framefusion.export.families.family import QWEN2_NAMES, Family
 from framefusion.export.families.internvl import row as internvl
 from framefusion.export.families.llava import hf_rows as llava_hf
@@ -22,6 +21,7 @@ from framefusion.export.families.nvila import row as nvila
 from framefusion.export.families.qwen2_5_vl import row as qwen2_5_vl
 from framefusion.export.families.qwen2_vl import row as qwen2_vl
 from framefusion.export.families.qwen3_vl import row as qwen3_vl
+from framefusion.export.families.reading.formats import llm_config, register
 
 FAMILIES: tuple[Family, ...] = (
     qwen2_vl.ROW,
@@ -88,3 +88,5 @@ def _validate(families: tuple[Family, ...]) -> None:
 
 
 _validate(FAMILIES)
+for _family in FAMILIES:
+    register((*_family.architectures, *_family.model_types), _family.config)

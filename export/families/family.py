@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from framefusion.export.families.reading.formats import COMMON, ConfigFormat
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.text.prompt import PromptTemplate, TurnLayout
@@ -67,6 +68,7 @@ class Family:
         llm_architectures: of the configuration of the LLM within, where one format has several rows; none: any.
         checkpoints: hub names it was declared for.
         llm: where the LLM's parameters are.
+        config: how its class reads config.json, where it does not do as most do.
         tower: "module:function" that plans the vision tower of a checkpoint.
         preprocessing, sampling: what a checkpoint says about frames.
         template: chat layout of a checkpoint that brings none; reading.chat_template takes the checkpoint's own.
@@ -96,6 +98,7 @@ class Family:
     reference_logits: str = ""
     stand_in: str = ""
     llm_architectures: tuple[str, ...] = ()
+    config: ConfigFormat = COMMON
 
     def plan_tower(self, checkpoint: Checkpoint) -> TowerPlan:
         """The vision tower of a checkpoint: a module on the meta device and where its parameters are."""

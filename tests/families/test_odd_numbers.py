@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from framefusion.errors import CheckpointError, UnknownFamilyError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.class_defaults import CLASS_DEFAULTS, TOKEN_IDS, token_id
-from framefusion.export.families.reading.language import LLM_CLASSES, attention_window
+from framefusion.export.checkpoints.class_defaults import CLASS_DEFAULTS
+from framefusion.export.families.reading.formats import format_of, token_id
+from framefusion.export.families.reading.language import attention_window, llm_classes
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.format.manifest import Limits
@@ -238,8 +239,9 @@ def test_ids_of_pad_tokens_are_those_of_the_class(model_type: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     theirs = CONFIG_MAPPING[model_type]().to_dict()
-    assert TOKEN_IDS[model_type]
-    for key in TOKEN_IDS[model_type]:
+    pad_ids = format_of({"model_type": model_type}).pad_ids
+    assert pad_ids
+    for key in pad_ids:
         assert token_id({"model_type": model_type}, key) == theirs[key]
         assert token_id({"model_type": model_type, key: 7}, key) == 7
 
@@ -333,7 +335,7 @@ def test_windows_are_those_of_layers_that_slide() -> None:
     assert attention_window(switched | {"layer_types": ["sliding_attention"] * 4, "max_window_layers": 4}) == 64
     assert attention_window(switched | {"model_type": "llama"}) is None
     assert attention_window({"model_type": "mistral", "sliding_window": 64}) == 64
-    assert set(LLM_CLASSES) <= set(CLASS_DEFAULTS)
+    assert set(llm_classes()) <= set(CLASS_DEFAULTS)
 
 
 # --- Nothing unread ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.text.chat import find_template, read_template
 from framefusion.export.families.family import CHATML, QWEN2_NAMES, Family, LlmKeys
 from framefusion.export.families.reading.configs import expect, given, required, square, tokenizer_begin, vision_config
+from framefusion.export.families.reading.formats import ConfigFormat
 from framefusion.export.families.reading.processors import levels, processor, require_processor
 from framefusion.runtime.families.internvl import InternVLPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling
@@ -192,6 +193,7 @@ CHAT = Family(
     checkpoints=(*CHECKPOINTS_QWEN, "OpenGVLab/InternVL2_5-78B"),
     llm=LlmKeys(prefixes=("language_model.model.",), head_keys=("language_model.lm_head.weight",)),
     llm_architectures=("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"),
+    config=ConfigFormat(llm_key="llm_config"),
     tower="framefusion.export.families.internvl.weights:chat_tower",
     preprocessing=chat_preprocessing,
     sampling=chat_sampling,
@@ -228,6 +230,7 @@ NATIVE = replace(
         prefixes=("model.language_model.", "language_model.model."),
         head_keys=("lm_head.weight", "language_model.lm_head.weight"),
     ),
+    config=ConfigFormat(llm_type="qwen2", vision_type="internvl_vision", tied="top unless false"),
     tower="framefusion.export.families.internvl.weights:native_tower",
     preprocessing=native_preprocessing,
     sampling=native_sampling,

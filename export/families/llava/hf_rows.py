@@ -10,6 +10,7 @@ from framefusion.export.checkpoints.text import chat
 from framefusion.export.families.family import CHATML, Family, LlmKeys
 from framefusion.export.families.reading import configs as reading
 from framefusion.export.families.reading.configs import required
+from framefusion.export.families.reading.formats import ConfigFormat
 from framefusion.export.families.reading.processors import levels, normalisation, processor, require_processor
 from framefusion.runtime.families.llava import LlavaPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling
@@ -182,6 +183,12 @@ ONEVISION = Family(
         "llava-hf/llava-onevision-qwen2-72b-ov-hf",
     ),
     llm=LLM,
+    config=ConfigFormat(
+        llm_type="qwen2",
+        vision_type="siglip_vision_model",
+        pad_ids={"image_token_index": 151646, "video_token_index": 151647},
+        tied="either",
+    ),
     tower="framefusion.export.families.llava.weights:onevision_tower",
     preprocessing=onevision_preprocessing,
     sampling=lambda checkpoint: sampling(checkpoint, 32),
@@ -203,6 +210,12 @@ NEXT_VIDEO = Family(
         "llava-hf/LLaVA-NeXT-Video-34B-hf",
     ),
     llm=LLM,
+    config=ConfigFormat(
+        llm_type="llama",
+        vision_type="clip_vision_model",
+        pad_ids={"image_token_index": 32001, "video_token_index": 32000},
+        tied="either",
+    ),
     tower="framefusion.export.families.llava.weights:next_tower",
     preprocessing=next_preprocessing,
     sampling=lambda checkpoint: sampling(checkpoint, 8),

@@ -19,6 +19,7 @@ from framefusion.export.checkpoints.class_defaults import completed
 from framefusion.export.checkpoints.files import inner_name, present
 from framefusion.export.families.family import CHATML, Family, LlmKeys
 from framefusion.export.families.reading.configs import expect, given, required, square
+from framefusion.export.families.reading.formats import ConfigFormat
 from framefusion.runtime.families.llava import LlavaPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling
 
@@ -186,6 +187,12 @@ ROW = Family(
         "lmms-lab/llava-onevision-qwen2-72b-ov-sft",
     ),
     llm=LlmKeys(prefixes=("model.",), head_keys=("lm_head.weight",)),
+    config=ConfigFormat(
+        llm_key="",
+        llm_type="qwen2",
+        vision_type="siglip_vision_model",
+        overridden={"rope_scaling": None},  # llava/model/language_model/llava_qwen.py of LLaVA-VL/LLaVA-NeXT
+    ),
     tower="framefusion.export.families.llava.weights:original_tower",
     preprocessing=preprocessing,
     sampling=sampling,

@@ -13,6 +13,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.text.chat import read_template
 from framefusion.export.families.family import CHATML, Family, LlmKeys
 from framefusion.export.families.reading.configs import check_tokens
+from framefusion.export.families.reading.formats import ConfigFormat
 from framefusion.runtime.families.minicpmv import MiniCpmVPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling
 
@@ -102,6 +103,7 @@ ROW = Family(
     model_types=("minicpmv",),
     checkpoints=("openbmb/MiniCPM-V-2_6",),
     llm=LlmKeys(prefixes=("llm.model.",), head_keys=("llm.lm_head.weight",)),
+    config=ConfigFormat(llm_key="", llm_type="qwen2", vision_type="siglip_vision_model"),
     tower="framefusion.export.families.minicpmv.weights:tower",
     preprocessing=preprocessing,
     # every second of film is seen, or 64 of the seconds; max_frames is MAX_NUM_FRAMES of the released example

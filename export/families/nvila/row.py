@@ -18,6 +18,7 @@ from framefusion.export.checkpoints.text.chat import read_template
 from framefusion.export.checkpoints.text.tokenizer_file import listed_tokens
 from framefusion.export.families.family import CHATML, Family, LlmKeys
 from framefusion.export.families.reading.configs import required, square, text_config
+from framefusion.export.families.reading.formats import ConfigFormat
 from framefusion.export.families.reading.processors import levels, processor
 from framefusion.runtime.families.nvila import ASPECTS, NvilaPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling
@@ -255,6 +256,7 @@ ROW = Family(
         "Efficient-Large-Model/NVILA-8B",
     ),
     llm=LlmKeys(prefixes=("llm.model.",), head_keys=("llm.lm_head.weight",)),
+    config=ConfigFormat(llm_key="llm_cfg", llm_type="qwen2", vision_type="siglip_vision_model"),
     tower="framefusion.export.families.nvila.weights:tower",
     preprocessing=preprocessing,
     sampling=sampling,

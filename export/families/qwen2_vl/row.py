@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from framefusion.export.families.family import Family, LlmKeys
-from framefusion.export.families.reading import configs as reading
+from framefusion.export.families.qwen2_vl import reading
+from framefusion.export.families.reading.formats import ConfigFormat, LlmClass
+from framefusion.export.families.reading.language import ATTENTION
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling
 
@@ -15,11 +17,12 @@ if TYPE_CHECKING:
 
 
 def preprocessing(checkpoint: Checkpoint) -> QwenVLPreprocessing:
-    """Patch geometry, pixel limits and normalisation, as far as the checkpoint tells them."""
-    told = reading.told_by_processor(checkpoint, QwenVLPreprocessing())
-    return replace(told, total_pixels=reading.film_pixels(checkpoint, told), **reading.image_limits(checkpoint))
+    """Patch geometry, pixel limits and normalisation, as far as the checkpoint says them."""
+    rule = reading.preprocessing_of(checkpoint, QwenVLPreprocessing())
+    return replace(rule, total_pixels=reading.film_pixels(checkpoint, rule), **reading.image_limits(checkpoint))
 
 
+LLM_CLASS = LlmClass(ATTENTION, mrope=(16, 24, 24), window="use_sliding_window")
 ROW = Family(
     name="qwen2_vl",
     architectures=("Qwen2VLForConditionalGeneration",),
@@ -29,10 +32,19 @@ ROW = Family(
         prefixes=("model.language_model.", "model.", "language_model.model."),
         head_keys=("lm_head.weight", "language_model.lm_head.weight"),
     ),
+    config=ConfigFormat(
+        llm_type="qwen2_vl_text",
+        vision_type="qwen2_vl_vision",
+        llm_class=LLM_CLASS,
+        pad_ids=reading.PAD_IDS,
+        tied="either",
+        typed_as_whole=True,
+        default_tower=True,
+    ),
     tower="framefusion.export.families.qwen2_vl.weights:tower",
     preprocessing=preprocessing,
-    sampling=lambda checkpoint: reading.told_by_video_processor(checkpoint, FrameSampling("qwen2_vl")),
-    template=reading.qwen_template,
+    sampling=lambda checkpoint: reading.sampling_of(checkpoint, FrameSampling("qwen2_vl")),
+    template=reading.template_of,
     importance_rows=4,
     similarity_lower_bound=0.5,
     verified="transformers' Qwen2VLForConditionalGeneration at tiny sizes; the reference code's recordings",

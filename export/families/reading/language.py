@@ -7,13 +7,13 @@ is followed where a file can be read in several ways. Knows no weights. No torch
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from framefusion.errors import CheckpointError
 from framefusion.export.families.reading.configs import required, text_config
+from framefusion.export.families.reading.formats import LlmClass, family_llm_classes, format_of
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -26,45 +26,18 @@ OUT = ("attention.o",)
 MLP = ("mlp.gate", "mlp.up", "mlp.down")
 
 
-@dataclass(frozen=True)
-class LlmClass:
-    """A class of decoder in transformers, or in the files of a checkpoint.
-
-    Attributes:
-        biased: slots of the generic decoder whose linear map has a bias, whatever the configuration says.
-        switches: key of the configuration -> slots that have a bias where it is true.
-        qk_norm: queries and keys are normed, head by head.
-        mrope: sections of its M-RoPE where the configuration names none; None for one-dimensional RoPE.
-        interleaved: how the sections of its M-RoPE lie; no key of the configuration changes that.
-        window: what decides that tokens see a window only: "always", "use_sliding_window" or "" for nothing.
-    """
-
-    biased: Sequence[str] = ()
-    switches: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    qk_norm: bool = False
-    mrope: tuple[int, ...] | None = None
-    interleaved: bool = False
-    window: str = ""
-
-
 _QWEN2 = LlmClass(ATTENTION, window="use_sliding_window")
-_QWEN2_VL = LlmClass(ATTENTION, mrope=(16, 24, 24), window="use_sliding_window")
 _ALL = (*ATTENTION, *OUT)
 LLM_CLASSES: Mapping[str, LlmClass] = MappingProxyType(
     {
         "qwen2": _QWEN2,
-        "qwen2_vl_text": _QWEN2_VL,
-        "qwen2_5_vl_text": _QWEN2_VL,
         "qwen3": LlmClass(switches={"attention_bias": _ALL}, qk_norm=True, window="use_sliding_window"),
-        "qwen3_vl_text": LlmClass(
-            switches={"attention_bias": _ALL}, qk_norm=True, mrope=(24, 20, 20), interleaved=True
-        ),
         "llama": LlmClass(switches={"attention_bias": _ALL, "mlp_bias": MLP}),
         "mistral": LlmClass(window="always"),
         "internlm2": LlmClass(switches={"bias": _ALL}),
     }
 )
-"""model_type -> class. What is not here is another decoder than ours."""
+"""model_type -> class. What is neither here nor in a family's `ConfigFormat` is another decoder than ours."""
 
 SUSPECT = re.compile(
     r"multiplier|soft_?cap|logits?_scal|scale_|_scale$|_scalar$|attention_scal|attn_scal|rotary|rope|alibi|qk_norm|"
@@ -83,6 +56,11 @@ NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, "", [], {}, *ACTIVATIONS, "rms_no
 ONLY_ABSENT = ("attention_multiplier", "query_pre_attn_scalar", "scale_depth")  # no number of theirs means ours
 
 
+def llm_classes() -> dict[str, LlmClass]:
+    """model_type -> class of every decoder that is computed here."""
+    return {**LLM_CLASSES, **family_llm_classes()}
+
+
 def llm_class(checkpoint: Checkpoint) -> LlmClass:
     """The class of a checkpoint's LLM.
 
@@ -90,13 +68,13 @@ def llm_class(checkpoint: Checkpoint) -> LlmClass:
         CheckpointError: its model_type is none of the decoders that are computed here.
     """
     model_type = text_config(checkpoint).get("model_type")
-    found = LLM_CLASSES.get(model_type) if isinstance(model_type, str) else None
-    if found is None:
+    known = llm_classes()
+    if not isinstance(model_type, str) or model_type not in known:
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: its LLM has model_type {model_type!r}, which is not supported, "
-            f"{', '.join(LLM_CLASSES)} are"
+            f"{', '.join(known)} are"
         )
-    return found
+    return known[model_type]
 
 
 def check_llm(checkpoint: Checkpoint) -> None:
@@ -159,7 +137,7 @@ def attention_window(config: Mapping[str, Any]) -> int | None:
     Mistral has such a window unless its configuration says null; Qwen2 and Qwen3 have a switch, and layers below
     max_window_layers that see everything.
     """
-    found = LLM_CLASSES.get(str(config.get("model_type")), _QWEN2)
+    found = llm_classes().get(str(config.get("model_type")), _QWEN2)
     if not _sliding(config, found):
         return None
     types = config.get("layer_types")
@@ -238,22 +216,17 @@ def _other_rope(checkpoint: Checkpoint, config: Mapping[str, Any], kind: str) ->
 
 
 def head_is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the embedding table is the vocabulary projection, by the rule of the model's class.
-
-    Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision and LLaVA-NeXT-Video take it from the LLM's configuration too, since old files
-    say it only there; Qwen3-VL and InternVL from the top. Models that are put together of parts have it in the LLM's.
-    """
+    """Whether the embedding table is the vocabulary projection, by the rule of the model's class: see `Tied`."""
     top = checkpoint.config.get("tie_word_embeddings")
-    text = text_config(checkpoint).get("tie_word_embeddings")
-    names = {checkpoint.config.get("model_type"), *(checkpoint.config.get("architectures") or ())}
-    if names & {"qwen3_vl", "Qwen3VLForConditionalGeneration"}:
+    llm = text_config(checkpoint).get("tie_word_embeddings")
+    rule = format_of(checkpoint.config).tied
+    if rule == "top":
         return bool(top)
-    if names & {"internvl", "InternVLForConditionalGeneration"}:
+    if rule == "top unless false":
         return bool(True if top is None else top)
-    either = ("Qwen2VL", "Qwen2_5_VL", "LlavaOnevision", "LlavaNextVideo")
-    if names & {f"{name}ForConditionalGeneration" for name in either}:
-        return bool(top or text)
-    return bool(text)
+    if rule == "either":  # old files say it only in the LLM's
+        return bool(top or llm)
+    return bool(llm)
 
 
 def _unsupported(checkpoint: Checkpoint, key: str, value: Any, supported: str) -> CheckpointError:

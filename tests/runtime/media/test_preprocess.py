@@ -16,7 +16,7 @@ from PIL import Image
 
 from framefusion.errors import BundleError, VideoError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.families.reading.configs import film_pixels
+from framefusion.export.families.qwen2_vl.reading import film_pixels
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of, patchify, smart_resize
 from framefusion.runtime.media.preprocess import BICUBIC, LARGE_PICTURE, Preprocessing, resize, resize_rounded_once
 from framefusion.runtime.media.visual_input import Grid

@@ -13,7 +13,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.text.chat import Message, compose, find_template, read_template
 from framefusion.export.checkpoints.text.template_rendering import render
 from framefusion.export.families.family import CHATML
-from framefusion.export.families.reading.configs import QWEN_PLACEHOLDERS
+from framefusion.export.families.qwen2_vl.reading import PLACEHOLDERS
 from framefusion.runtime.text.prompt import PromptTemplate
 from tests.wheel import ROOT
 
@@ -57,7 +57,7 @@ def checkpoint(folder: Path, template: object, name: str = "tokenizer_config.jso
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
 def test_the_family_s_own_layout_is_the_published_template_s(name: str, tmp_path: Path) -> None:
-    assert read_template(checkpoint(tmp_path, QWEN2_VL, name), CHATML, QWEN_PLACEHOLDERS) == CHATML
+    assert read_template(checkpoint(tmp_path, QWEN2_VL, name), CHATML, PLACEHOLDERS) == CHATML
 
 
 def test_a_checkpoint_without_a_template_keeps_the_family_s(tmp_path: Path) -> None:
@@ -87,12 +87,12 @@ def test_of_several_templates_the_default_counts(tmp_path: Path) -> None:
         ),
         (
             QWEN3_VL.replace("THOUGHT", ""),
-            QWEN_PLACEHOLDERS,
+            PLACEHOLDERS,
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
         ),
         (
             QWEN3_VL.replace("THOUGHT", "<think>\n"),  # thoughts of earlier answers are left out
-            QWEN_PLACEHOLDERS,
+            PLACEHOLDERS,
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n",
         ),
     ],
