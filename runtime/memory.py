@@ -90,7 +90,7 @@ def memory_plan(
     lengths = worst_lengths(manifest, tokens) if lengths is None else tuple(lengths)
     if len(lengths) != len(manifest.segments):
         raise PromptError(f"{len(lengths)} lengths for {len(manifest.segments)} segments: give one for each")
-    caches = tuple(_cache_bytes(manifest, index, n, max_new_tokens) for index, n in enumerate(lengths))
+    caches = tuple(cache_bytes(manifest, index, n, max_new_tokens) for index, n in enumerate(lengths))
     process = BASE + TOKENIZER_FACTOR * manifest.files["tokenizer.json"].size
     tower = _tower_bytes(manifest, visual)
     segment = max(_segment_bytes(manifest, record, n) for record, n in zip(manifest.segments, lengths, strict=True))
@@ -177,11 +177,17 @@ def _segment_bytes(manifest: Manifest, record: SegmentRecord, length: int) -> in
     return max(mlp, attends + scores * longest * size)
 
 
-def _cache_bytes(manifest: Manifest, index: int, length: int, max_new_tokens: int) -> int:
+def cache_bytes(manifest: Manifest, index: int, length: int, max_new_tokens: int) -> int:
+    """Bytes of a segment's caches for `length` tokens that enter it, and an answer."""
     record = manifest.segments[index]
-    model = manifest.model
     fixed = manifest.fixed
-    slot = 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
+    slot = slot_bytes(manifest)
     if fixed is not None:
         return slot * sum(max(n, min(length, n) + max_new_tokens) for n in fixed.lengths)
     return slot * len(record.attention_layers) * max(bucket_for(record, length), length + max_new_tokens)
+
+
+def slot_bytes(manifest: Manifest) -> int:
+    """Bytes of one token's key and value in one layer."""
+    model = manifest.model
+    return 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]

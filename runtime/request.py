@@ -47,7 +47,9 @@ class PrefillReport:
     visual_tokens: int
     reduction: tuple[CallRecord, ...]
     kv_lengths: tuple[int, ...]  # tokens in each layer's cache
-    videos: tuple[VideoFacts, ...] = ()  # the films shown, in order
+    videos: tuple[VideoFacts, ...] = ()  # the films shown, in order; in a session, those of this turn
+    reused_tokens: int = 0  # of the prompt, those that a session had in its caches
+    restart: str | None = None  # why a session reused none though there were earlier turns
 
 
 @dataclass(frozen=True)

@@ -133,11 +133,13 @@ class Backend(Protocol):
         device: where buffers are to lie.
         decode_width: tokens of a decode step; those behind the first are padding.
         chunk: most tokens at a time in the last segment's prefill, where it takes any number; None runs all at once.
+        continues: a prefill may follow tokens that are in the caches.
     """
 
     name: str
     decode_width: int
     chunk: int | None
+    continues: bool
 
     @property
     def device(self) -> Device:

@@ -117,6 +117,8 @@ class HostBackend:
         device: where buffers lie, the CPU unless told otherwise.
     """
 
+    continues = True
+
     def __init__(self, decode_width: int = 1, chunk: int | None = CHUNK, device: Device = HOST) -> None:
         self.decode_width = decode_width
         self.chunk = chunk

@@ -7,6 +7,7 @@ Knows no text, no film and no reduction.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,48 @@ from numpy.typing import NDArray
 from framefusion.errors import BundleError
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.host import HOST
-from framefusion.runtime.format.manifest import Manifest
-from framefusion.runtime.generation.embedding import Embedding
+from framefusion.runtime.format.bundle_files import place
+from framefusion.runtime.format.manifest import EmbeddingRecord, Manifest
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.tower_kinds import TowerCall
 from framefusion.runtime.media.visual_input import RowMap, Tiles, VisualInput
 from framefusion.runtime.text.positions import rope_tables
-from framefusion.runtime.text.prompt import Prompt
+from framefusion.runtime.text.prompt import FIRST_EXTRA, Prompt
 
 PATCHES_AT_ONCE = 4096  # of the vision graph: bounds its activations, large enough to keep the processor busy
+
+
+_STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16
+
+
+class Embedding:
+    """Token ids to rows."""
+
+    def __init__(self, folder: Path, record: EmbeddingRecord) -> None:
+        self._bfloat16 = record.dtype == "bfloat16"
+        self._rows = record.rows
+        self._extra = len(record.extra)
+        path = folder / record.file
+        shape = (record.rows + self._extra, record.width)
+        expected = shape[0] * shape[1] * np.dtype(_STORED[record.dtype]).itemsize
+        try:
+            found = place(folder, record.file).stat().st_size
+            if found != expected:
+                raise BundleError(f"it has {found} bytes, its rows are {expected}")
+            self._table: NDArray[Any] = np.memmap(path, _STORED[record.dtype], mode="r", shape=shape)
+        except (OSError, ValueError, BundleError) as error:
+            raise BundleError(f"{path} is missing or truncated ({error}): copy it again or rebuild") from None
+
+    def __call__(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[S] -> [S, D]. Ids beyond the table and rows of the tower give zeros; prompt.py says what is below 0."""
+        extra = FIRST_EXTRA - token_ids
+        places = np.where(token_ids < 0, self._rows + extra, token_ids)
+        known = np.where(token_ids < 0, (extra >= 0) & (extra < self._extra), token_ids < self._rows)
+        rows = self._table[np.where(known, places, 0)]
+        # bfloat16 is the upper half of a float32
+        values = (rows.astype(np.uint32) << 16).view(np.float32) if self._bfloat16 else rows.astype(np.float32)
+        values[~known] = 0
+        return values
 
 
 class Embedder:
@@ -99,8 +133,8 @@ class Embedder:
         half = model.head_dim // 2
         return np.ascontiguousarray(cos[:, :half]), np.ascontiguousarray(sin[:, :half])
 
-    def _encode(self, call: TowerCall, tiles: Tiles, rows: Any, place: int) -> None:
-        """Write the rows of pictures of one size from `place` on, some pictures at once."""
+    def _encode(self, call: TowerCall, tiles: Tiles, rows: Any, start_row: int) -> None:
+        """Write the rows of pictures of one size from `start_row` on, some pictures at once."""
         vision = self._manifest.vision
         model = self._manifest.model
         device = self._backend.device
@@ -115,8 +149,8 @@ class Embedder:
             inputs = {"patches": device.upload(values), **shared}
             self._backend.bind(vision.graph, inputs, outputs, cache=None).run()
             for index in range(1 + vision.deepstack):
-                device.copy(rows[index][place : place + size], result[index])
-            place += size
+                device.copy(rows[index][start_row : start_row + size], result[index])
+            start_row += size
 
     def _map_rows(self, rows: Any, mapping: RowMap) -> Any:
         """Rows of the prompt from rows of the tower, [1+K, m, D] -> [1+K, n, D]."""

@@ -11,6 +11,7 @@ tokenizer and no video; the static graph of the fixed mode is in fixed_prefill.p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,17 +79,24 @@ def start_reduction(manifest: Manifest, labels: NDArray[np.int64], request: Requ
 
 
 def prefill(
-    segments: Segments, rows: TokenRows, reduction: ReductionState | None, max_new_tokens: int, stopwatch: Stopwatch
+    segments: Segments,
+    rows: TokenRows,
+    reduction: ReductionState | None,
+    max_new_tokens: int,
+    stopwatch: Stopwatch,
+    past: Sequence[SegmentCache] | None = None,
 ) -> Prefilled:
-    """Run the segments over a prompt of S tokens.
+    """Run the segments over S tokens: a prompt, or what follows the tokens that are in caches already.
 
     Args:
         segments: of the bundle.
-        rows: of the whole prompt, unreduced.
+        rows: of these tokens, unreduced.
         reduction: the policy's state for this request; None keeps all tokens.
         max_new_tokens: cache slots to leave behind the prompt.
         stopwatch: gets the stages "prefill" (segments) and "reduction" (scores of the embeddings, plans,
             compaction, binding).
+        past: caches of an earlier prefill, whose tokens these attend to. They are continued, and grow where they are
+            too small; their own tokens stay where they are, whatever is dropped of the new ones.
 
     Raises:
         PromptError: no bucket of a segment is large enough.
@@ -101,18 +109,20 @@ def prefill(
     caches: list[SegmentCache] = []
     kept: list[NDArray[np.int64]] = []
     outputs: Outputs | None = None
-    for record in segments.manifest.segments:
+    for index, record in enumerate(segments.manifest.segments):
         if reduction is not None and not (record.head or reduction.finished):
             reduction.pass_over(record.call)
-        # 2. Bind the segment for as many tokens as are left: its cache is as long as that, not as the prompt.
+        # 2. Bind the segment for as many tokens as are left: its cache grows by that, not by the prompt.
         with stopwatch.stage("reduction"):
-            chunks, cache, outputs = _bind(segments, record, rows, reduction, max_new_tokens)
+            earlier = None if past is None else past[index]
+            cache = _cache(segments, record, rows.length, max_new_tokens, earlier)
+            chunks, outputs = _bind(segments, record, rows, reduction, cache)
         # 3. Run it, and bring to the host only the scores that the next decision reads.
         with stopwatch.stage("prefill"):
             for chunk in chunks:
                 chunk.run()
             scores = outputs.scores(reduction)
-        cache.lengths[:] = rows.length
+        cache.lengths += rows.length
         caches.append(cache)
         kept.append(rows.origin)
         # 4. Decide, and compact the rows on the device: the next segment gets what stays.
@@ -126,15 +136,24 @@ def prefill(
     return Prefilled(logits, caches, reduction.history if reduction else [], kept)
 
 
+def _cache(
+    segments: Segments, record: SegmentRecord, length: int, max_new_tokens: int, past: SegmentCache | None
+) -> SegmentCache:
+    """A segment's cache with room for `length` tokens, padded, and an answer behind what it holds."""
+    needed = max(bucket_for(record, length), segments.slots(length, max_new_tokens))
+    if past is None:
+        return segments.cache(record, [needed] * len(record.attention_layers))
+    segments.extend(record, past, [int(held) + needed for held in past.lengths])
+    return past
+
+
 def _bind(
-    segments: Segments, record: SegmentRecord, rows: TokenRows, reduction: ReductionState | None, max_new_tokens: int
-) -> tuple[list[BoundSegment], SegmentCache, Outputs]:
+    segments: Segments, record: SegmentRecord, rows: TokenRows, reduction: ReductionState | None, cache: SegmentCache
+) -> tuple[list[BoundSegment], Outputs]:
     """The runs that make up a segment's prefill: one, or chunks of which only the last gives an output."""
     length = rows.length
-    layers = len(record.attention_layers)
     device = segments.device
     size = bucket_for(record, length)
-    cache = segments.cache(record, [max(size, segments.slots(length, max_new_tokens))] * layers)
     rows = rows.padded(size)
     previous = {"previous": device.upload(_previous(reduction, size))} if record.scores else {}
     outputs = segments.outputs(record, size)
@@ -143,10 +162,10 @@ def _bind(
     for start, end in parts:
         part = rows if len(parts) == 1 else rows.part(start, end)
         inputs = part.inputs(record.deepstack) | previous
-        inputs["kv_len"] = device.upload(np.full(layers, end, np.int64))
+        inputs["kv_len"] = device.upload(cache.lengths + end)
         inputs["last"] = device.upload(np.array([min(length, end) - start - 1], np.int64))
         chunks.append(segments.backend.bind(record.prefill, inputs, outputs.bound if end == size else {}, cache))
-    return chunks, cache, outputs
+    return chunks, outputs
 
 
 def _previous(reduction: ReductionState | None, size: int) -> NDArray[np.int64]:

@@ -52,6 +52,16 @@ class Segments:
         shapes = [(1, model.num_kv_heads, capacity, model.head_dim) for capacity in capacities]
         return self.backend.cache(record, shapes, self.float_type)
 
+    def extend(self, record: SegmentRecord, cache: SegmentCache, capacities: Sequence[int]) -> None:
+        """Give a cache at least as many slots for each layer, in place; what it holds is copied if it has fewer."""
+        if all(has >= needed for has, needed in zip(cache.capacities, capacities, strict=True)):
+            return
+        larger = self.cache(record, capacities)
+        for layer, length in enumerate(cache.lengths):
+            for old, new in ((cache.keys, larger.keys), (cache.values, larger.values)):
+                self.device.copy(new[layer][:, :, :length], old[layer][:, :, :length])
+                old[layer] = new[layer]
+
     def slots(self, length: int, max_new_tokens: int) -> int:
         """Slots for a prompt of `length` tokens and its answer; padding of the last step is written, too."""
         return length + max_new_tokens + self.backend.decode_width - 1

@@ -22,12 +22,13 @@ from framefusion.reduction import tracks
 from framefusion.reduction.budget import describe_cost
 from framefusion.reduction.policy import Decision
 from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest
+from framefusion.runtime.generation.stages import Media, prefill_report
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing, resize
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.media.tiles.panels import Panel
 from framefusion.runtime.media.video.frames import Video, facts_of_films
-from framefusion.runtime.pipeline import Generation, Media, Pipeline, Request, dense_pipeline
+from framefusion.runtime.pipeline import Generation, Pipeline, Request, dense_pipeline
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from framefusion.runtime.view.flops import prefill_flops
@@ -100,7 +101,8 @@ def watch(
         dense = plain.answer(prompt, rows, whole)
     decisions: list[Decision] = []
     prefilled = pipeline.prefill(prompt, rows, request, stopwatch, decisions.append)
-    answer = Generation.from_steps(pipeline.decode(prompt, prefilled, request, stopwatch, videos=facts_of_films(media)))
+    report = prefill_report(prompt, prefilled, facts_of_films(media))
+    answer = Generation.from_steps(pipeline.decode(prompt, prefilled, request, stopwatch, report=report))
     return Watched(turns, media, prompt, request, prefilled.kept[-1], answer, decisions, dense)
 
 

@@ -32,7 +32,8 @@ from framefusion.runtime.media.visual_input import Grid, Tiles
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import sincos_table
-from framefusion.runtime.text.prompt import Prompt, Turn, Visual, build_prompt
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual
+from framefusion.runtime.text.prompt_layout import build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
 from framefusion.storage.records import from_json, to_json
 from tests.families.case import clip, picture, relative_error

@@ -27,7 +27,8 @@ from framefusion.runtime.media.tiles.anyres import nearest_tiling
 from framefusion.runtime.media.tiles.scales import scale_taps, single_taps
 from framefusion.runtime.media.video.frames import Video, read_video
 from framefusion.runtime.media.visual_input import Rows, Tiles, Token, VisualInput
-from framefusion.runtime.text.prompt import Turn, Visual, build_prompt
+from framefusion.runtime.text.prompt import Turn, Visual
+from framefusion.runtime.text.prompt_layout import build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
 from framefusion.storage.records import from_json, to_json
 from tests.families.case import IMAGE, VIDEO, clip, picture, relative_error

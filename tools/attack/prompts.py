@@ -12,7 +12,8 @@ from pathlib import Path
 
 from framefusion.errors import FrameFusionError
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.text.prompt import Turn, build_prompt, check_texts, layout_texts
+from framefusion.runtime.text.prompt import Turn, check_texts, layout_texts
+from framefusion.runtime.text.prompt_layout import build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
 from tools.attack.harness import Fault, World
 

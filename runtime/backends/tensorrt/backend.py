@@ -55,6 +55,7 @@ class TensorRTBackend:
 
     decode_width = 2
     chunk: int | None = None
+    continues = False  # no engine has shown yet that a bucket behind a cache gives the same numbers
 
     def __init__(
         self, bundle: Bundle, kind: LibraryKind, device: CudaDevice | None = None, kernels: Path | None = None

@@ -13,7 +13,8 @@ from framefusion.export.families.family import CHATML
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.media.visual_input import Grid, Rows, Tiles, Token, VisualInput
 from framefusion.runtime.text.positions import grid_places, mrope_positions
-from framefusion.runtime.text.prompt import FIRST_EXTRA, ROW, PromptTemplate, Turn, Visual, build_prompt, check_length
+from framefusion.runtime.text.prompt import FIRST_EXTRA, ROW, PromptTemplate, Turn, Visual, check_length
+from framefusion.runtime.text.prompt_layout import build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
 from framefusion.storage.records import RecordError, from_json, to_json
 from tests.wheel import ROOT
@@ -179,9 +180,9 @@ def test_length_limit(template: PromptTemplate, tokenizer: Tokenizer) -> None:
     turns = [Turn("user", (VIDEO,))]
     prompt = build_prompt(template, tokenizer, turns, shown(turns, [Grid(4, 4, 4)]))
     length = prompt.token_ids.size
-    check_length(prompt, length)
+    check_length(prompt, length, "sample less")
     with pytest.raises(PromptError, match=rf"has {length} tokens, 16 of them visual, .* --max-input-len {length}"):
-        check_length(prompt, length - 1)
+        check_length(prompt, length - 1, "sample less")
 
 
 def test_templates_survive_a_manifest_and_are_checked(template: PromptTemplate, tokenizer: Tokenizer) -> None:

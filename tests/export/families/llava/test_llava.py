@@ -19,7 +19,8 @@ from framefusion.runtime.families.llava import LlavaPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import Rows, Token, VisualInput
-from framefusion.runtime.text.prompt import Turn, Visual, build_prompt
+from framefusion.runtime.text.prompt import Turn, Visual
+from framefusion.runtime.text.prompt_layout import build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
 from framefusion.storage.records import from_json, to_json
 from tests.families import llava_checkpoints as tiny

@@ -1,0 +1,240 @@
+"""A conversation of several turns whose earlier tokens stay in the caches: a turn prefills only what is new.
+
+    turn 1   [ prompt with a film, reduced | answer ]
+    turn 2   [ ........ in the caches ............. | rest of the template, what is said and shown | answer ]
+
+Tokens of earlier turns are never moved and never reduced again; a new film is reduced by itself. The prompt is laid out
+for the whole conversation each time, as one request would be. Where its tokens are not those in the caches, the session
+goes back to where they part; where that lies before a film, or the graphs cannot go on behind a cache, it prefills
+everything afresh, and its record says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+
+from framefusion.errors import PromptError
+from framefusion.reduction import tracks
+from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.generation.prefill import Prefilled
+from framefusion.runtime.generation.stages import Stages, prefill_report
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.sources import Source
+from framefusion.runtime.media.video.frames import VideoFacts, facts_of_films
+from framefusion.runtime.media.visual_input import VisualInput
+from framefusion.runtime.memory import cache_bytes, slot_bytes
+from framefusion.runtime.request import Generation, PrefillReport, Request, Step, Stopwatch
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual, as_turns, visuals_of
+
+TOO_LONG = "begin a new session, sample fewer frames"
+
+
+@dataclass(frozen=True, eq=False)
+class _NextTurn:
+    """The conversation with a turn that is not part of it yet."""
+
+    turns: tuple[Turn, ...]
+    files: tuple[Source, ...]
+    visuals: tuple[VisualInput, ...]  # of all turns; those whose rows are in the caches have no pixels any more
+    prompt: Prompt
+    start: int  # the first token that is not in the caches
+    restart: str | None
+    videos: tuple[VideoFacts, ...]  # those of the new turns
+
+
+class Session:
+    """One conversation over one bundle; not for several threads at once.
+
+    `turns`, `files` and `records` say what was said, shown and prefilled so far. A turn that fails, or whose steps are
+    not taken to the end, is not part of the conversation: it may be put again.
+
+    Args:
+        stages: of a pipeline.
+        sampling: of frames of every film; None takes the bundle's.
+        max_cache_bytes: most keys and values that a turn may need; None leaves the bundle's limits alone.
+    """
+
+    def __init__(
+        self, stages: Stages, *, sampling: FrameSampling | None = None, max_cache_bytes: int | None = None
+    ) -> None:
+        self.turns: tuple[Turn, ...] = ()
+        self.files: tuple[Source, ...] = ()
+        self.records: list[PrefillReport] = []
+        self.max_cache_bytes = max_cache_bytes
+        self._stages = stages
+        self._sampling = sampling or stages.manifest.sampling
+        self._visuals: tuple[VisualInput, ...] = ()
+        self._cached: Prompt | None = None  # the tokens that the caches stand for, dropped ones included
+        self._caches: list[SegmentCache] = []
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that are held, free slots included."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    def ask(
+        self,
+        turns: str | Turn | Sequence[Turn],
+        files: Sequence[Source] = (),
+        request: Request | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """Say something and get the whole answer: `stream`, run to its end.
+
+        Raises:
+            VideoError, PromptError, BudgetError: see `stream`; the conversation is as before.
+        """
+        return Generation.from_steps(self.stream(turns, files, request), on_text)
+
+    def stream(
+        self,
+        turns: str | Turn | Sequence[Turn],
+        files: Sequence[Source] = (),
+        request: Request | None = None,
+        *,
+        logits: bool = False,
+    ) -> Generator[Step, None, None]:
+        """Say something and get the answer step by step, as `Pipeline.stream` gives it.
+
+        Args:
+            turns: what is new: a text of the user, or turns with what they show.
+            files: the videos and images that the new turns show, in order.
+            request: limits, reduction and sampling of tokens for this turn.
+            logits: give those of each token, too, a copy.
+
+        Raises:
+            PromptError: the conversation is longer than the bundle takes, or needs more cache than `max_cache_bytes`.
+            VideoError, BudgetError: see `framefusion.errors`.
+        """
+        stages = self._stages
+        stopwatch = Stopwatch()
+        # 1. Lay out the whole conversation and find what of it is in the caches; refuse what does not fit.
+        following = self._prepare(turns, files, stopwatch)
+        prompt = following.prompt
+        tail = prompt.tail(following.start)
+        request = stages.clamp_new_tokens(request or Request(), prompt)
+        self._check_bytes(following.start, tail.token_ids.size, request.max_new_tokens)
+        # 2. Embed what is new: films of earlier turns are in the caches and pass the tower no more.
+        with stopwatch.stage("vision"):
+            visual_rows = [stages.encode_visual(visual) for visual in following.visuals if visual.tiles]
+        with stopwatch.stage("embed"):
+            rows = stages.embed(tail, visual_rows)
+            rows = replace(rows, origin=rows.origin + following.start)
+        del visual_rows
+        # 3. Prefill it behind the caches, which end where both prompts part.
+        self._cut_back(following.start)
+        lengths = [cache.lengths.copy() for cache in self._caches]
+        kept = False
+        try:
+            prefilled = stages.prefill(tail, rows, request, stopwatch, past=self._caches or None)
+            del rows
+            report = prefill_report(prompt, prefilled, following.videos)
+            report = replace(report, reused_tokens=following.start, restart=following.restart)
+            # 4. Decode; the turn is part of the conversation once its last step is there.
+            token_ids: list[int] = []
+            text = ""
+            for step in stages.decode(prompt, prefilled, request, stopwatch, report=report, logits=logits):
+                text += step.text
+                if step.token_id is not None:
+                    token_ids.append(step.token_id)
+                if step.kind == "end":
+                    self._keep(following, prefilled, token_ids, text, report)
+                    kept = True
+                yield step
+        finally:
+            if not kept:  # what the turn wrote lies behind the lengths, and will be overwritten
+                for cache, before in zip(self._caches, lengths, strict=True):
+                    cache.lengths[:] = before
+
+    def _prepare(self, turns: str | Turn | Sequence[Turn], files: Sequence[Source], stopwatch: Stopwatch) -> _NextTurn:
+        """Media, prompt and what of it can be reused."""
+        stages = self._stages
+        added = (Turn("user", turns),) if isinstance(turns, str) else tuple(as_turns(turns))
+        conversation = (*self.turns, *added)
+        earlier = visuals_of(self.turns)
+        shown = visuals_of(added)
+        media = stages.decode_media(added, files, self._sampling, stopwatch, whole=False, others=earlier)
+        visuals = tuple(stages.preprocess(media, stopwatch, before=earlier))
+        videos = facts_of_films(media)
+        del media
+        start = 0
+        restart = self._restart_reason(earlier, shown)
+        if restart is None:
+            prompt = stages.prompt(conversation, [*self._visuals, *visuals], TOO_LONG)
+            start, restart = self._reusable(prompt)
+            visuals = (*self._visuals, *visuals)
+        if restart is not None:
+            again = stages.decode_media(self.turns, self.files, self._sampling, stopwatch, whole=False, others=shown)
+            fresh = visuals[-len(shown) :] if shown else ()
+            visuals = (*stages.preprocess(again, stopwatch, after=shown), *fresh)
+            prompt = stages.prompt(conversation, visuals, TOO_LONG)
+        return _NextTurn(conversation, (*self.files, *files), visuals, prompt, start, restart, videos)
+
+    def _restart_reason(self, earlier: Sequence[Visual], shown: Sequence[Visual]) -> str | None:
+        """Why nothing can be reused, whatever the prompt says; None in the first turn, too."""
+        if not self.turns:
+            return None
+        if self._stages.restart_reason is not None:
+            return self._stages.restart_reason
+        if self._cached is None:
+            return "an earlier turn was given up while everything was prefilled afresh"
+        rule = self._stages.manifest.preprocessing
+        before = rule.for_images(earlier.count(Visual.IMAGE))
+        if earlier and before != rule.for_images([*earlier, *shown].count(Visual.IMAGE)):
+            return "this family shows images in another way once there are more of them"
+        return None
+
+    def _reusable(self, prompt: Prompt) -> tuple[int, str | None]:
+        """How many tokens of a prompt are in the caches, or 0 and why."""
+        cached = self._cached
+        if cached is None:
+            return 0, None
+        start = min(cached.common_length(prompt), prompt.token_ids.size - 1)
+        if tracks.count_visual(cached.labels[start:]):  # which of them are in which cache, the reduction knows
+            return (
+                0,
+                f"the conversation differs from its {cached.token_ids.size} cached tokens at {start}, before a film",
+            )
+        return start, None
+
+    def _cut_back(self, start: int) -> None:
+        """Forget what is cached behind `start`, text that no reduction drops: every layer holds it at its end."""
+        if self._cached is None:
+            return
+        surplus = self._cached.token_ids.size - start
+        for cache in self._caches:
+            cache.lengths -= surplus
+        self._cached = self._cached.head(start)
+        if start == 0:
+            self._cached = None
+            self._caches = []
+
+    def _check_bytes(self, start: int, count: int, max_new_tokens: int) -> None:
+        """Refuse a turn that may need more memory than allowed, if nothing of it were dropped."""
+        if self.max_cache_bytes is None:
+            return
+        manifest = self._stages.manifest
+        held = 0
+        if self._cached is not None and start:
+            surplus = self._cached.token_ids.size - start
+            held = slot_bytes(manifest) * sum(int((cache.lengths - surplus).sum()) for cache in self._caches)
+        new = sum(cache_bytes(manifest, index, count, max_new_tokens) for index in range(len(manifest.segments)))
+        if held + new > self.max_cache_bytes:
+            raise PromptError(
+                f"the turn may need {held + new} bytes of KV cache, {held} of them for earlier turns, max_cache_bytes "
+                f"is {self.max_cache_bytes}: {TOO_LONG} or ask for fewer new tokens"
+            )
+
+    def _keep(
+        self, following: _NextTurn, prefilled: Prefilled, token_ids: Sequence[int], text: str, report: PrefillReport
+    ) -> None:
+        """Make a turn and its answer part of the conversation."""
+        self.turns = (*following.turns, Turn("assistant", text))
+        self.files = following.files
+        self.records.append(report)
+        self._visuals = tuple(replace(visual, tiles=(), rows=None) for visual in following.visuals)
+        if self._stages.restart_reason is None:
+            self._caches = prefilled.caches
+            self._cached = following.prompt.followed_by(token_ids[:-1])  # the last one was not fed back
