@@ -52,16 +52,23 @@ class Bundle:
     def __init__(self, folder: Path | str, *, verify: bool = True, trust: Trust | None = None) -> None:
         self.folder = Path(folder)
         self.trust = trust or Trust()
+        # 1. The manifest, as a stranger's: its digest, its types and ranges, and what its fields have to do with each
+        #    other. Nothing else of the bundle is looked at before that holds.
         self.manifest, self.digest, self.sealed = read_manifest_file(self.folder)
+        # 2. Who signed that digest: where keys are named, a bundle of anybody else goes no further.
         self.signed_by = self.trust.require_signature(self.folder, self.digest)
-        self.verified = verify or self.signed_by is not None  # a signature speaks of the files by their hashes
+        # 3. The files against their sizes and hashes in the manifest; a signature vouches for them by these alone.
+        #    Graphs are checked before a backend reads them (`check_graphs`), engines before one is loaded
+        #    (trust/engines.py).
+        self.verified = verify or self.signed_by is not None
         if self.verified:
             verify_files(self.folder, self.manifest.files)
 
-    def seen_as(self, **changes: Any) -> Bundle:
-        """The same files under a manifest with some entries changed: the same weights in another way of running.
+    def with_manifest(self, **changes: Any) -> Bundle:
+        """The same files under a manifest with some entries replaced: the same weights in another way of running.
 
-        Whoever names engines here vouches for them.
+        Args:
+            changes: fields of `Manifest` by name. Engines among them are the caller's, who vouches for them.
         """
         other = copy.copy(self)
         if "engines" in changes:
@@ -71,10 +78,15 @@ class Bundle:
 
     def engine(self, graph: str, kind: EngineKind) -> EngineRecord | None:
         """The engine of a graph, None where the bundle holds none of that kind."""
-        return next((e for e in self.manifest.engines if (e.graph, e.kind) == (graph, kind)), None)
+        matching = (engine for engine in self.manifest.engines if (engine.graph, engine.kind) == (graph, kind))
+        return next(matching, None)
 
     def require_graphs(self) -> None:
-        """Refuse what needs the ONNX graphs where only their engines were kept."""
+        """Refuse what needs the ONNX graphs where only their engines were kept.
+
+        Raises:
+            BundleError: a graph is not among the files.
+        """
         missing = [graph for graph in self.graphs if graph not in self.manifest.files]
         if missing:
             raise BundleError(
@@ -94,13 +106,14 @@ class Bundle:
 
     @property
     def graphs(self) -> list[str]:
-        """All graphs, the heaviest first: while one is loaded its largest tensor is there twice."""
-        manifest = self.manifest
-        heavy = [(segment.weight_bytes, graph) for segment in manifest.segments for graph in segment.graphs]
-        heavy.append((manifest.vision.weight_bytes, manifest.vision.graph))
-        return [graph for _, graph in sorted(heavy, reverse=True)]
+        """Names of all graphs, the heaviest first: while one is loaded its largest tensor is in memory twice."""
+        vision = self.manifest.vision
+        weighted = [(vision.weight_bytes, vision.graph)]
+        for segment in self.manifest.segments:
+            weighted += [(segment.weight_bytes, graph) for graph in segment.graphs]
+        return [graph for _, graph in sorted(weighted, reverse=True)]
 
 
 def file_record(path: Path) -> FileRecord:
-    """Identity of a file as it is now."""
+    """Size and SHA-256 of a file as it is now; all of it is read."""
     return FileRecord(path.stat().st_size, sha256_of(path))

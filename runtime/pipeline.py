@@ -158,5 +158,5 @@ def dense_pipeline(pipeline: Pipeline) -> Pipeline:
     if manifest.reduction.mode != "fixed":
         return pipeline
     segments = tuple(replace(s, graph=s.decode, decode_graph=None) for s in manifest.segments)
-    plain = pipeline.bundle.seen_as(segments=segments, fixed=None, reduction=ReductionRecord("none"))
+    plain = pipeline.bundle.with_manifest(segments=segments, fixed=None, reduction=ReductionRecord("none"))
     return Pipeline(plain, pipeline.backend)

@@ -174,7 +174,7 @@ def test_a_truncated_model_is_cut_at_the_same_calls() -> None:
 def test_a_reducer_that_acts_elsewhere_is_refused_with_both_calls(checkpoint: Path, pipeline: Pipeline) -> None:
     plan = plan_of(checkpoint, reducer="evs", cost=0.6)
     manifest = replace(pipeline.manifest, reduction=plan.reduction, segments=plan.segment_records)
-    whole = Pipeline(pipeline.bundle.seen_as(segments=pipeline.manifest.segments), pipeline.backend)
+    whole = Pipeline(pipeline.bundle.with_manifest(segments=pipeline.manifest.segments), pipeline.backend)
     whole.manifest = manifest
     labels = np.array([-1, *range(9), *range(9), -1])
     prompt: Any = type("Labels", (), {"labels": labels})
@@ -194,7 +194,7 @@ def test_a_reducer_that_acts_elsewhere_is_refused_with_both_calls(checkpoint: Pa
 def test_a_reducer_that_is_built_in_cannot_be_exchanged(mode: Any, pipeline: Pipeline) -> None:
     builtin = "none" if mode == "none" else "framefusion"
     reduction = replace(pipeline.manifest.reduction, mode=mode, reducer=builtin)
-    bundle = Pipeline(pipeline.bundle.seen_as(reduction=reduction), pipeline.backend)
+    bundle = Pipeline(pipeline.bundle.with_manifest(reduction=reduction), pipeline.backend)
     prompt: Any = type("Labels", (), {"labels": np.array([-1, 0, 0, -1])})
     assert bundle.reduction(prompt, Request(reducer=builtin)) is None
     with pytest.raises(PromptError, match=f"reduction is {mode}, its reducer {builtin} .* built in, evs was asked"):

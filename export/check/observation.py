@@ -118,7 +118,7 @@ def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doin
         doing: called with what runs now.
     """
     # 1. the bundle's own pipeline over torch modules, which note what enters their layers
-    in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
+    in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
     recorder = Recorder(lambda layer: doing(f"torch, layer {layer} of {plan.config.num_layers}"))
     eager = Pipeline(in_fp32, EagerBackend(recorder.watched(eager_loaders(plan, streamed=effort.streamed))))
     # 2. one prompt with one clip

@@ -88,5 +88,5 @@ def eager_pipeline(plan: BuildPlan, folder: Path) -> Pipeline:
         folder: gets the embedding table and the tokenizer, and must stay as long as the pipeline; must not exist.
     """
     bundle = uncompiled_bundle(plan, folder)
-    in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
+    in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
     return Pipeline(in_fp32, EagerBackend(eager_loaders(plan)))

@@ -129,7 +129,7 @@ class PipelineAnswerer(Answerer):
         bundle = pipeline.bundle
         sampling = setup.sampling(pipeline.manifest.sampling)
         if sampling != pipeline.manifest.sampling:
-            pipeline = Pipeline(bundle.seen_as(sampling=sampling), pipeline.backend)
+            pipeline = Pipeline(bundle.with_manifest(sampling=sampling), pipeline.backend)
         self.pipeline = pipeline
         self.setup = setup
         self.engine = engine

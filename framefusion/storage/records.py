@@ -94,7 +94,7 @@ class _Reader:
         """See `from_json`."""
         if not isinstance(value, Mapping):
             raise RecordError(f"{where or kind.__name__}: expected an object, found {ascii(value)[:60]}")
-        kind = _told_apart(kind, value, where)
+        kind = _by_tag(kind, value, where)
         fields = dataclasses.fields(cast(Any, kind))
         if self._rules is not None:
             known = {field.name for field in fields} | {getattr(kind, "record_tag", None)}
@@ -107,7 +107,7 @@ class _Reader:
             place = f"{where}.{field.name}".lstrip(".")
             if field.name in value:
                 rule = self._rule(kind, field.name)
-                hint = _told_by_sibling(hints[field.name], value, where)
+                hint = _by_sibling(hints[field.name], value, where)
                 arguments[field.name] = self._convert(hint, value[field.name], place, rule)
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise RecordError(f"{place} is missing")
@@ -221,13 +221,13 @@ def name_problem(name: str) -> str | None:
     return None
 
 
-def _told_apart(kind: type[Record], value: Mapping[str, Any], where: str) -> type[Record]:
+def _by_tag(kind: type[Record], value: Mapping[str, Any], where: str) -> type[Record]:
     """The subclass that a tagged value is of; any other class is itself."""
     tag = getattr(kind, "record_tag", None)
     return kind if tag is None else _tagged(kind, tag, value, where)
 
 
-def _told_by_sibling(hint: Any, siblings: Mapping[str, Any], where: str) -> Any:
+def _by_sibling(hint: Any, siblings: Mapping[str, Any], where: str) -> Any:
     """The subclass that the record around a value names, where its class wants that; any other type is itself."""
     tag = getattr(hint, "sibling_tag", None)
     return hint if tag is None else _tagged(hint, tag, siblings, where)

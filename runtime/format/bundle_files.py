@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framefusion.errors import BundleError
-from framefusion.runtime.machine.user_cache import read_own, user_cache, write_own
+from framefusion.runtime.machine.user_cache import read_private, user_cache, write_private
 from framefusion.storage.bounded_json import JsonError, parse_json
 from framefusion.storage.records import name_problem
 
@@ -28,11 +28,16 @@ VERIFIED = "verified"  # folder of the user's cache
 MOST_MEMOS = 512  # bundles whose hashes are remembered
 _MEMO_BYTES = 1 << 24
 _CHUNK = 1 << 22
-_SETTLED = 2 * 10**9  # nanoseconds: a file that changed later than this may change again within one tick of its clock
+_STABLE_AFTER = 2 * 10**9
+"""Nanoseconds since its last change after which a file that changes again gets another ctime: clocks tick coarsely."""
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Hash a file chunk by chunk; `progress` is told the bytes of each."""
+    """Hash a file chunk by chunk; `progress` gets the number of bytes of each.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -92,7 +97,11 @@ def read_small(path: Path, most_bytes: int) -> bytes:
 
 
 def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Refuse files that are not there, not within the folder, or not of the recorded size: at once, nothing is read."""
+    """Compare the sizes of files with their records: at once, nothing is read.
+
+    Raises:
+        BundleError: a file is not there, not within the folder, or of another size.
+    """
     for name, record in files.items():
         path = place(folder, name)
         size = path.stat().st_size
@@ -112,7 +121,9 @@ def verify_files(folder: Path, files: Mapping[str, FileRecord], *, trust_stamps:
     Raises:
         BundleError: a file is missing, truncated, altered, or not within the folder.
     """
+    # 1. Sizes: a copy that broke off is refused before anything is read.
     check_sizes(folder, files)
+    # 2. Hashes, but of files that were hashed before and are the very same since.
     memo = _memo(folder)
     known = _read(memo)
     stamps: dict[str, str] = {}
@@ -123,21 +134,23 @@ def verify_files(folder: Path, files: Mapping[str, FileRecord], *, trust_stamps:
             continue
         if sha256_of(path) != record.sha256:
             raise BundleError(f"{path} is altered: its sha256 is not the manifest's; copy it again or rebuild")
-        if _is_settled(path) and _stamp(path, record.sha256) == stamp:
+        # 3. A hash is remembered only where a later change would show in the stamp.
+        if _is_stable(path) and _stamp(path, record.sha256) == stamp:
             stamps[name] = stamp
     if any(known.get(name) != stamp for name, stamp in stamps.items()):
-        write_own(memo, json.dumps(known | stamps).encode(), MOST_MEMOS)
+        write_private(memo, json.dumps(known | stamps).encode(), MOST_MEMOS)
 
 
 def _stamp(path: Path, sha256: str) -> str:
     """Device, inode, size, mtime and ctime in nanoseconds, and the hash that these bytes had."""
-    told = path.stat()
-    return f"{told.st_dev}:{told.st_ino}:{told.st_size}:{told.st_mtime_ns}:{told.st_ctime_ns}:{sha256}"
+    status = path.stat()
+    times = f"{status.st_mtime_ns}:{status.st_ctime_ns}"
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{times}:{sha256}"
 
 
-def _is_settled(path: Path) -> bool:
+def _is_stable(path: Path) -> bool:
     """Whether a change from now on gives the file another ctime."""
-    return time.time_ns() - path.stat().st_ctime_ns > _SETTLED
+    return time.time_ns() - path.stat().st_ctime_ns > _STABLE_AFTER
 
 
 def _memo(folder: Path) -> Path:
@@ -147,7 +160,7 @@ def _memo(folder: Path) -> Path:
 
 
 def _read(memo: Path) -> dict[str, str]:
-    content = read_own(memo, _MEMO_BYTES)
+    content = read_private(memo, _MEMO_BYTES)
     try:
         known = {} if content is None else parse_json(content)
     except JsonError:

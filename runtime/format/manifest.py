@@ -171,7 +171,7 @@ class SourceRecord:
 
     name: str  # id on the hub, or the folder's name
     on_hub: bool
-    revision: str | None  # as asked; None for a folder
+    revision: str | None  # as given; None for a folder
     commit: str | None  # what the revision stood for
     config_sha256: str
     license: str = UNKNOWN_LICENSE  # as the hub writes it
@@ -207,7 +207,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     fixed: FixedRecord | None = None
     check: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)  # what the build was asked, in the exporter's own names
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the build, in the exporter's own names
     source: SourceRecord | None = None
     engines: tuple[EngineRecord, ...] = ()  # readers of the same schema that know none leave them alone
 

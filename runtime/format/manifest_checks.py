@@ -88,7 +88,7 @@ def _reduction(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _adaptive(record: ReductionRecord, layers: int) -> Iterator[Problem]:
-    """The ranges of `policy.ReductionSettings`, where the bundle is at fault and not who asks it."""
+    """The ranges of `policy.ReductionSettings`, where the bundle is at fault and not the request."""
     if record.depth is not None and record.depth > layers - 2:
         yield "reduction.depth", f"{record.depth} is beyond {layers - 2}, the last layer but one of {layers}"
     if not -1 <= record.similarity_lower_bound <= 1:
@@ -135,12 +135,12 @@ def _files(manifest: Manifest) -> Iterator[Problem]:
             yield "files", f"{name} is not listed"
             return
     rows = record.rows + len(record.extra)
-    found = files[record.file].size
+    recorded = files[record.file].size
     size = rows * record.width * FLOAT_BYTES[record.dtype]
-    if size != found:
+    if size != recorded:
         yield (
             "embedding",
-            f"{rows} rows of {record.width} in {record.dtype} are {size} bytes, {record.file} has {found}",
+            f"{rows} rows of {record.width} in {record.dtype} are {size} bytes, {record.file} has {recorded}",
         )
     if record.width != manifest.model.hidden_size:
         yield "embedding.width", f"{record.width} is not the model's hidden_size {manifest.model.hidden_size}"
@@ -178,7 +178,7 @@ def _vision(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _pictures(manifest: Manifest) -> Iterator[Problem]:
-    """However small a picture is, it may become as large as this says: that much memory is taken before it is seen."""
+    """However small a picture is, it may become as large as this says: that much memory is taken before one is read."""
     rule = vars(manifest.preprocessing)
     side = max(rule.get(name) or 0 for name in ("tile_size", "image_size", "scale_resolution"))
     tiles = max(

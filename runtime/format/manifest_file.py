@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -51,9 +52,40 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_manifest_file(folder: Path) -> ManifestFile:
-    """The same with the digest."""
+    """Read and check manifest.json, and say what its digest is.
+
+    Raises:
+        BundleError: as `read_manifest`.
+    """
     path = folder / MANIFEST
+    # 1. JSON of bounded size and depth, of a schema that this package reads.
     raw = _read(path)
+    version = _schema_version(path, raw)
+    # 2. The digest before anything that it protects.
+    stated = raw.pop(DIGEST, None)
+    digest = digest_of(raw)
+    sealed = stated is not None or version > OLDEST_SCHEMA
+    if sealed and stated != digest:
+        raise BundleError(
+            f"{path} was edited or damaged: its digest is {digest}, it states {ascii(stated)[:80]}; copy the bundle "
+            "again or rebuild"
+        )
+    # 3. Types and ranges of the fields, then what they have to do with each other.
+    _load_rule(raw)
+    try:
+        manifest = from_json(Manifest, raw, rules=RULES)
+        check_manifest(manifest)
+    except RecordError as error:
+        raise BundleError(f"{path}: {error}: rebuild the bundle") from None
+    return ManifestFile(manifest, digest, sealed)
+
+
+def _schema_version(path: Path, raw: Any) -> int:
+    """The version of a manifest that this package reads.
+
+    Raises:
+        BundleError: there is none, or another.
+    """
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if type(version) is not int:
         raise BundleError(f"{path} has no schema_version: it is no manifest of a bundle")
@@ -66,30 +98,24 @@ def read_manifest_file(folder: Path) -> ManifestFile:
         raise BundleError(
             f"{path} has schema version {version}, this package reads up to {SCHEMA_VERSION}: upgrade framefusion-aot"
         )
-    stated = raw.pop(DIGEST, None)
-    digest = digest_of(raw)
-    sealed = stated is not None or version > OLDEST_SCHEMA
-    if sealed and stated != digest:
-        raise BundleError(
-            f"{path} was edited or damaged: its digest is {digest}, it states {ascii(stated)[:80]}; copy the bundle "
-            "again or rebuild"
-        )
+    return version
+
+
+def _load_rule(raw: Mapping[str, Any]) -> None:
+    """Load the family's preprocessing where another package brings it; the reader refuses a rule that is unknown."""
     preprocessing = raw.get("preprocessing")
     rule = preprocessing.get("rule") if isinstance(preprocessing, dict) else None
     if isinstance(rule, str):
-        load_preprocessing(
-            rule
-        )  # of a package, where the box has none of this name; the reader refuses what is unknown
-    try:
-        manifest = from_json(Manifest, raw, rules=RULES)
-        check_manifest(manifest)
-    except RecordError as error:
-        raise BundleError(f"{path}: {error}: rebuild the bundle") from None
-    return ManifestFile(manifest, digest, sealed)
+        load_preprocessing(rule)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json with its digest, in one step: a bundle that is in use gets engines while others read it."""
+    """Write manifest.json with its digest, in one step: a bundle that is in use gets engines while others read it.
+
+    Raises:
+        BundleError: it would be refused when it is read.
+        OSError: it cannot be written; the old one stays.
+    """
     try:
         written = from_json(Manifest, to_json(replace(manifest, schema_version=SCHEMA_VERSION)), rules=RULES)
         check_manifest(written)

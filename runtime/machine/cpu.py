@@ -1,4 +1,4 @@
-"""Which vector instructions this processor has, as the kernel tells them. Knows no engine."""
+"""Which vector instructions this processor has, as the kernel lists them. Knows no engine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 @cache
 def features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
-    """Names like "avx2" and "avx512f"; none where the system does not tell."""
+    """Names like "avx2" and "avx512f"; none where the system has no list of them."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
         return frozenset()
-    told = next((line for line in lines if line.split(":")[0].strip() in _LINES), ":")
-    return frozenset(word for word in told.split(":", 1)[1].split() if word.startswith(_X86 + _ARM))
+    flags = next((line for line in lines if line.split(":")[0].strip() in _LINES), ":")
+    return frozenset(flag for flag in flags.split(":", 1)[1].split() if flag.startswith(_X86 + _ARM))

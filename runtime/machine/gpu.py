@@ -1,4 +1,4 @@
-"""Which NVIDIA GPU this machine has, told by the driver's own library. Knows no CUDA package, no engine, no bundle."""
+"""Which NVIDIA GPU this machine has, asked of the driver's own library. Knows no CUDA package, no engine, no bundle."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ def find_gpu(library: str = DRIVER_LIBRARY, ordinal: int = 0) -> GPU | None:
     """
     try:
         driver = ctypes.CDLL(library)
-        known, device, major, minor = (ctypes.c_int() for _ in range(4))
+        version = ctypes.c_int()
+        device = ctypes.c_int()
+        major = ctypes.c_int()
+        minor = ctypes.c_int()
         memory = ctypes.c_size_t()
         name = ctypes.create_string_buffer(256)
-        steps = (
+        results = (
             driver.cuInit(0),
-            driver.cuDriverGetVersion(ctypes.byref(known)),
+            driver.cuDriverGetVersion(ctypes.byref(version)),
             driver.cuDeviceGet(ctypes.byref(device), ordinal),
             driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device),
             driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device),
@@ -43,7 +46,7 @@ def find_gpu(library: str = DRIVER_LIBRARY, ordinal: int = 0) -> GPU | None:
         )
     except (OSError, AttributeError):
         return None
-    if any(steps):  # every call gives 0, CUDA_SUCCESS
+    if any(results):  # every call gives 0, CUDA_SUCCESS
         return None
-    cuda = divmod(known.value, 1000)
-    return GPU(name.value.decode(), f"{major.value}.{minor.value}", memory.value, (cuda[0], cuda[1] // 10))
+    cuda = (version.value // 1000, version.value % 1000 // 10)  # 12080 is 12.8
+    return GPU(name.value.decode(), f"{major.value}.{minor.value}", memory.value, cuda)

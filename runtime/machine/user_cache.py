@@ -18,19 +18,21 @@ def user_cache(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "framefusion-aot" / name
 
 
-def read_own(path: Path, most_bytes: int) -> bytes | None:
+def read_private(path: Path, most_bytes: int) -> bytes | None:
     """A small file that only this user can have written; None where there is none, or it is another's or too long."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-            told = os.fstat(file.fileno())
-            is_own = stat.S_ISREG(told.st_mode) and told.st_uid == os.getuid() and not told.st_mode & 0o022
-            content = file.read(most_bytes + 1) if is_own else b""
+            status = os.fstat(file.fileno())
+            is_users = status.st_uid == os.getuid() and not status.st_mode & 0o022  # nobody else may write it
+            if not stat.S_ISREG(status.st_mode) or not is_users:
+                return None
+            content = file.read(most_bytes + 1)
     except (OSError, ValueError):
         return None
-    return content if is_own and len(content) <= most_bytes else None
+    return content if len(content) <= most_bytes else None
 
 
-def write_own(path: Path, content: bytes, most_files: int | None = None) -> bool:
+def write_private(path: Path, content: bytes, most_files: int | None = None) -> bool:
     """Write a file that others may not change, in one step; whether it could be written.
 
     Args:

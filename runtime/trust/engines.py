@@ -12,7 +12,7 @@ from framefusion.errors import TrustError
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import verify_files
 from framefusion.runtime.format.engine_record import EngineKind
-from framefusion.runtime.machine.user_cache import read_own, user_cache, write_own
+from framefusion.runtime.machine.user_cache import read_private, user_cache, write_private
 
 COMPILED = "compiled"  # folder of the user's cache: a file for each engine that was compiled here, named by its hash
 MOST_COMPILED = 1 << 14
@@ -54,11 +54,11 @@ def remember_compiled(hashes: Iterable[str]) -> None:
     for sha256 in hashes:
         path = user_cache(COMPILED) / sha256
         if not path.exists():
-            write_own(path, sha256.encode("ascii"), MOST_COMPILED)
+            write_private(path, sha256.encode("ascii"), MOST_COMPILED)
 
 
 def is_compiled_here(sha256: str) -> bool:
     """Whether this user compiled an engine of this hash on this machine."""
     if not re.fullmatch("[0-9a-f]{64}", sha256):
         return False
-    return read_own(user_cache(COMPILED) / sha256, 64) == sha256.encode("ascii")
+    return read_private(user_cache(COMPILED) / sha256, 64) == sha256.encode("ascii")

@@ -39,7 +39,7 @@ _RANGES: Mapping[str, tuple[int, int]] = {
     "batch_dims": (0, 16),
 }
 """Integers that attributes may be, by name; others have 32 bits. ONNX Runtime crashes at some that are beyond."""
-_OWN_ATTRIBUTES = frozenset({"num_heads", "kv_num_heads", "alpha"})
+_CONTRIB_ATTRIBUTES = frozenset({"num_heads", "kv_num_heads", "alpha"})
 """Those of operators that are not standard: the others choose code that no build has run."""
 
 _FLOATS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
@@ -82,15 +82,15 @@ def _listed(folder: Path, name: str, files: Mapping[str, FileRecord] | None) -> 
 def _problems(folder: Path, name: str, model: OnnxModel, manifest: Manifest | None) -> Iterator[str]:
     for domain, operator in sorted(model.operators):
         if operator not in OPERATORS.get(domain, ()):
-            said = f"{domain}.{operator}" if domain else operator
-            yield f"operator {ascii(said)[:80]} is none of those that builds write"
+            full_name = f"{domain}.{operator}" if domain else operator
+            yield f"operator {ascii(full_name)[:80]} is none of those that builds write"
     for domain in model.opsets.keys() - OPERATORS.keys():
         yield f"it takes operators of {ascii(domain)[:80]}"
     for domain, operator, attribute, value in sorted(model.attributes, key=str):
         least, most = _RANGES.get(attribute, _INT32)
         if value is not None and not least <= value <= most:
             yield f"{ascii(attribute)[:60]} of {operator} is {value}, it may be {least} to {most}"
-        if domain and attribute not in _OWN_ATTRIBUTES:
+        if domain and attribute not in _CONTRIB_ATTRIBUTES:
             yield f"{operator} has {ascii(attribute)[:60]}, which no build writes"
     sizes: dict[str, int] = {}
     for tensor in model.initializers:
@@ -108,14 +108,16 @@ def _misplaced(
     if width is None or any(size < 0 for size in tensor.shape) or len(tensor.shape) > 16:
         yield f"{label} has type {tensor.dtype} and shape {tensor.shape}"
         return
-    wanted = math.prod(tensor.shape) * width
-    if tensor.external is None:
-        if tensor.inline is not None and tensor.inline != wanted:
-            yield f"{label} has {tensor.inline} bytes, its shape takes {wanted}"
+    needed = math.prod(tensor.shape) * width
+    external = tensor.external
+    if external is None:
+        if tensor.inline is not None and tensor.inline != needed:
+            yield f"{label} has {tensor.inline} bytes, its shape takes {needed}"
         return
-    told = tensor.external
-    location, offset, length = (told.get(key, "") for key in ("location", "offset", "length"))
-    if not told.keys() <= {"location", "offset", "length", "checksum"} or not location:
+    location = external.get("location", "")
+    offset = external.get("offset", "")
+    length = external.get("length", "")
+    if not external.keys() <= {"location", "offset", "length", "checksum"} or not location:
         yield f"{label} does not say where it lies"
         return
     if location not in sizes:
@@ -123,10 +125,10 @@ def _misplaced(
         sizes[location] = _listed(folder, beside, None if manifest is None else manifest.files).stat().st_size
     begin = _digits(offset)
     size = _digits(length)
-    if begin is None or size != wanted or begin + size > sizes[location]:
+    if begin is None or size != needed or begin + size > sizes[location]:
         yield (
             f"{label} is {ascii(length)[:30]} bytes at {ascii(offset)[:30]} of {ascii(location)[:60]}, which has "
-            f"{sizes[location]}; its shape takes {wanted}"
+            f"{sizes[location]}; its shape takes {needed}"
         )
 
 
@@ -194,10 +196,10 @@ def _misfits(
     model: OnnxModel, inputs: Mapping[str, Value | None], outputs: Mapping[str, Value | None]
 ) -> Iterator[str]:
     """Inputs and outputs that are not those which the manifest speaks of; a graph may lack inputs it has no use for."""
-    for what, found, known in (("input", model.inputs, inputs), ("output", model.outputs, outputs)):
-        for name, value in found.items():
-            wanted = known.get(name)
-            if name not in known:
+    for what, declared, expected in (("input", model.inputs, inputs), ("output", model.outputs, outputs)):
+        for name, value in declared.items():
+            wanted = expected.get(name)
+            if name not in expected:
                 yield f"it has an {what} {ascii(name)[:60]} that the manifest does not speak of"
             elif wanted is not None and not _fits(value, wanted):
                 yield f"{what} {name} has type {value.dtype} and shape {value.shape}, the manifest says {wanted}"

@@ -1,7 +1,7 @@
-"""What an ONNX file says, read from protobuf's wire format without the onnx package: operators, weights, inputs.
+"""The content of an ONNX file, read from protobuf's wire format without the onnx package: operators, weights, inputs.
 
 Strict where a parser is lenient: a field that is not known here, or one that stands twice where it may stand once, is
-refused, so that nothing is in the file that this reader has not seen. Linear in the file; weights are skipped. Knows no
+refused, so that nothing is in the file that this reader has not read. Linear in the file; weights are skipped. Knows no
 bundle and no limit of a runtime. Field numbers are those of onnx.proto3.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MOST_FIELDS = 1 << 21  # of all messages of a file: those of a 7B model have a twentieth
 _MOST_NUMBERS = 64  # of a shape or an attribute
@@ -18,6 +18,12 @@ _FIXED64 = 1
 _BYTES = 2
 _FIXED32 = 5
 _WIDTH = {_FIXED64: 8, _FIXED32: 4}
+
+
+Span = tuple[int, int]
+"""Begin and end of a message's bytes in the file."""
+FieldValue = int | Span | None
+"""The value of a field: a number, the bytes of a text or a message, or none for numbers that are not read."""
 
 
 class WireError(ValueError):
@@ -52,7 +58,7 @@ class Attribute(NamedTuple):
 
 @dataclass
 class OnnxModel:
-    """What is read of a model."""
+    """The parts of a model that are read."""
 
     opsets: dict[str, int] = field(default_factory=dict)  # domain -> version
     operators: set[tuple[str, str]] = field(default_factory=set)  # domain, type
@@ -76,144 +82,150 @@ class _Reader:
     def __init__(self, content: bytes) -> None:
         self._content = content
         self._left = MOST_FIELDS
-        self._found = OnnxModel()
+        self._model = OnnxModel()
 
     def model(self) -> OnnxModel:
+        """The whole file as one ModelProto."""
         graphs = 0
         for number, value in self._fields((0, len(self._content)), "model", {1, 2, 3, 4, 5, 6, 7, 8, 14}):
-            if number == 7:
+            if number == 7:  # graph
                 graphs += 1
                 if graphs > 1:
                     raise WireError("it holds two graphs")
                 self._graph(value)
-            elif number == 8:
+            elif number == 8:  # opset_import
                 domain, version = self._opset(value)
-                if domain in self._found.opsets:
+                if domain in self._model.opsets:
                     raise WireError(f"it states the opset of {domain!r} twice")
-                self._found.opsets[domain] = version
+                self._model.opsets[domain] = version
         if not graphs:
             raise WireError("it holds no graph")
-        return self._found
+        return self._model
 
-    def _opset(self, span: Any) -> tuple[str, int]:
-        told = self._once(span, "opset", {1, 2})
-        return self._text(told.get(1)), self._number(told.get(2))
+    def _opset(self, span: FieldValue) -> tuple[str, int]:
+        fields = self._once(span, "opset", {1, 2})  # domain, version
+        return self._text(fields.get(1)), self._number(fields.get(2))
 
-    def _graph(self, span: Any) -> None:
-        found = self._found
+    def _graph(self, span: FieldValue) -> None:
+        model = self._model
         for number, value in self._fields(span, "graph", {1, 2, 5, 10, 11, 12, 13, 16}):
-            if number == 1:
+            if number == 1:  # node
                 self._node(value)
-            elif number == 5:
-                found.initializers.append(self._tensor(value))
-            elif number in (11, 12):
-                name, told = self._value(value)
-                among = found.inputs if number == 11 else found.outputs
-                if name in among:
+            elif number == 5:  # initializer
+                model.initializers.append(self._tensor(value))
+            elif number in (11, 12):  # input, output
+                name, declared = self._value(value)
+                same_side = model.inputs if number == 11 else model.outputs
+                if name in same_side:
                     raise WireError(f"it has two inputs or outputs called {ascii(name)[:60]}")
-                among[name] = told
-            elif number not in (2, 10):
+                same_side[name] = declared
+            elif number not in (2, 10):  # name, doc_string
                 self._span(value)
 
-    def _node(self, span: Any) -> None:
+    def _node(self, span: FieldValue) -> None:
         operator: str | None = None
         domain: str | None = None
         attributes: list[tuple[str, list[int]]] = []
         for number, value in self._fields(span, "node", {1, 2, 3, 4, 5, 6, 7, 9}):
-            if number == 4:
+            if number == 4:  # op_type
                 operator = self._again(operator, value, "operator")
-            elif number == 7:
+            elif number == 7:  # domain
                 domain = self._again(domain, value, "domain")
-            elif number == 5:
+            elif number == 5:  # attribute
                 attributes.append(self._attribute(value))
-        self._found.nodes += 1
-        self._found.operators.add((domain or "", operator or ""))
+        self._model.nodes += 1
+        self._model.operators.add((domain or "", operator or ""))
         if operator == "Constant":
             return  # its attribute is a value, and may be any
         for name, values in attributes:
-            among = [Attribute(domain or "", operator or "", name, value) for value in values or (None,)]
-            self._found.attributes.update(among)
+            for integer in values or (None,):
+                self._model.attributes.add(Attribute(domain or "", operator or "", name, integer))
 
-    def _again(self, before: str | None, value: Any, what: str) -> str:
+    def _again(self, before: str | None, value: FieldValue, what: str) -> str:
+        """A text that a node states once; `before` is what it was until here."""
         if before is not None:
             raise WireError(f"a node states its {what} twice")
         return self._text(value)
 
-    def _attribute(self, span: Any) -> tuple[str, list[int]]:
-        """Its name and integers."""
+    def _attribute(self, span: FieldValue) -> tuple[str, list[int]]:
+        """The name of an attribute, and its integers."""
         tensors = 0
         name: str | None = None
         values: list[int] = []
         for number, value in self._fields(span, "attribute", {1, 2, 3, 4, 5, 7, 8, 9, 13, 20}):
-            if number == 5:
+            if number == 5:  # t
                 tensors += 1
                 if tensors > 1 or self._tensor(value).external is not None:
                     raise WireError("an attribute's numbers lie in another file")
-            elif number == 1:
+            elif number == 1:  # name
                 name = self._again(name, value, "attribute's name")
-            elif number in (3, 8):
+            elif number in (3, 8):  # i, ints
                 values += self._numbers(value)
                 if len(values) > _MOST_NUMBERS:
                     raise WireError(f"an attribute has more than {_MOST_NUMBERS} numbers")
         return name or "", values
 
-    def _tensor(self, span: Any) -> Tensor:
+    def _tensor(self, span: FieldValue) -> Tensor:
         name = ""
         dtype = 0
         shape: list[int] = []
         inline: int | None = None
         location: int | None = None
         external: dict[str, str] = {}
-        seen: set[int] = set()
+        numbers: set[int] = set()
         for number, value in self._fields(span, "tensor", {1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14}):
-            if number in seen and number in (2, 8, 9, 14):
+            if number in numbers and number in (2, 8, 9, 14):
                 raise WireError("a tensor states something twice")
-            seen.add(number)
-            if number == 1:
+            numbers.add(number)
+            if number == 1:  # dims
                 shape += self._numbers(value)
-            elif number == 2:
+            elif number == 2:  # data_type
                 dtype = self._number(value)
-            elif number == 8:
+            elif number == 8:  # name
                 name = self._text(value)
-            elif number == 9:
+            elif number == 9:  # raw_data
                 start, end = self._span(value)
                 inline = end - start
-            elif number == 13:
-                told = self._once(value, "place", {1, 2})
-                key = self._text(told.get(1))
+            elif number == 13:  # external_data
+                entry = self._once(value, "place", {1, 2})  # key, value
+                key = self._text(entry.get(1))
                 if key in external:
                     raise WireError(f"a tensor states its {ascii(key)[:60]} twice")
-                external[key] = self._text(told.get(2))
-            elif number == 14:
+                external[key] = self._text(entry.get(2))
+            elif number == 14:  # data_location: 1 is external
                 location = self._number(value)
         if location not in (None, 0, 1) or (location == 1) != bool(external):
             raise WireError(f"tensor {ascii(name)[:60]} does not say where its numbers lie")
-        if external and seen & {4, 5, 6, 7, 9, 10, 11}:
+        if external and numbers & {4, 5, 6, 7, 9, 10, 11}:
             raise WireError(f"tensor {ascii(name)[:60]} has numbers in two places")
         return Tensor(name, dtype, tuple(shape), inline, external or None)
 
-    def _value(self, span: Any) -> tuple[str, Value]:
-        told = self._once(span, "value", {1, 2, 3, 4})
-        kind = self._once(told.get(2), "type", {1, 6})
-        tensor = self._once(kind.get(1), "tensor type", {1, 2})
+    def _value(self, span: FieldValue) -> tuple[str, Value]:
+        fields = self._once(span, "value", {1, 2, 3, 4})  # name, type, doc_string, metadata
+        kind = self._once(fields.get(2), "type", {1, 6})  # tensor_type, denotation
+        tensor = self._once(kind.get(1), "tensor type", {1, 2})  # elem_type, shape
         sizes = []
         if 2 in tensor:
             for _, dim in self._fields(tensor[2], "shape", {1}):
-                size = self._once(dim, "size", {1, 2, 3}).get(1, -1)
+                size = self._once(dim, "size", {1, 2, 3}).get(1, -1)  # dim_value; a name leaves it free
                 sizes.append(self._number(size))
-        return self._text(told.get(1)), Value(self._number(tensor.get(1)), tuple(sizes))
+        return self._text(fields.get(1)), Value(self._number(tensor.get(1)), tuple(sizes))
 
-    def _once(self, span: Any, what: str, known: set[int]) -> dict[int, Any]:
+    def _once(self, span: FieldValue, what: str, known: set[int]) -> dict[int, FieldValue]:
         """Fields of a message in which each may stand once."""
-        found: dict[int, Any] = {}
+        fields: dict[int, FieldValue] = {}
         for number, value in self._fields(span, what, known):
-            if number in found:
+            if number in fields:
                 raise WireError(f"a {what} states field {number} twice")
-            found[number] = value
-        return found
+            fields[number] = value
+        return fields
 
-    def _fields(self, span: Any, what: str, known: set[int]) -> Iterator[tuple[int, Any]]:
-        """Number and value of each field of a message: an int, or begin and end of its bytes."""
+    def _fields(self, span: FieldValue, what: str, known: set[int]) -> Iterator[tuple[int, FieldValue]]:
+        """Number and value of each field of a message.
+
+        Raises:
+            WireError: a field that is not `known`, a message that runs over its end, or more fields than a file has.
+        """
         place, end = self._span(span)
         content = self._content
         while place < end:
@@ -249,7 +261,8 @@ class _Reader:
 
     def _varint(self, place: int, end: int) -> tuple[int, int]:
         """A number and the place behind it."""
-        value = shift = 0
+        value = 0
+        shift = 0
         while place < end and shift < 64:
             byte = self._content[place]
             place += 1
@@ -259,25 +272,25 @@ class _Reader:
             shift += 7
         raise WireError("a number is cut off or too long")
 
-    def _numbers(self, value: Any) -> list[int]:
-        """A repeated number: packed, or one of them."""
+    def _numbers(self, value: FieldValue) -> list[int]:
+        """The values of a repeated number: packed, or a single one."""
         if isinstance(value, int):
             return [self._number(value)]
         place, end = self._span(value)
-        found: list[int] = []
-        while place < end and len(found) <= _MOST_NUMBERS:
+        numbers: list[int] = []
+        while place < end and len(numbers) <= _MOST_NUMBERS:
             number, place = self._varint(place, end)
-            found.append(self._number(number))
-        return found
+            numbers.append(self._number(number))
+        return numbers
 
-    def _number(self, value: Any) -> int:
+    def _number(self, value: FieldValue) -> int:
         if value is None:
             return 0
         if not isinstance(value, int):
             raise WireError("a number was expected")
         return value - (1 << 64) if value >= 1 << 63 else value
 
-    def _text(self, value: Any) -> str:
+    def _text(self, value: FieldValue) -> str:
         if value is None:
             return ""
         start, end = self._span(value)
@@ -286,7 +299,7 @@ class _Reader:
         except UnicodeDecodeError:
             raise WireError("a text is not UTF-8") from None
 
-    def _span(self, value: Any) -> tuple[int, int]:
+    def _span(self, value: FieldValue) -> Span:
         if value is None:
             return 0, 0
         if not isinstance(value, tuple):

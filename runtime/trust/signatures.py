@@ -70,18 +70,19 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
         raise TrustError(f"{path} is no file of public keys ({reason}): give one, as ssh-keygen writes it") from None
     keys = [_pem_key(path, kind, body) for kind, body in _PEM.findall(text)]
     lines = [line.strip() for line in _PEM.sub("", text).splitlines()]
-    keys += [_ssh_key(path, line.split()) for line in lines if line and not line.startswith("#")]
+    keys += [_ssh_key(path, line) for line in lines if line and not line.startswith("#")]
     if not keys:
         raise TrustError(f"{path} holds no key: add lines of ssh-ed25519, as ssh-keygen -t ed25519 writes them")
     return tuple(dict.fromkeys(keys))
 
 
-def _ssh_key(path: Path, words: Sequence[str]) -> bytes:
-    blob = _decoded(words[1]) if len(words) > 1 and words[0] == "ssh-ed25519" else None
+def _ssh_key(path: Path, line: str) -> bytes:
+    fields = line.split()  # kind, key, comment
+    blob = _decoded(fields[1]) if len(fields) > 1 and fields[0] == "ssh-ed25519" else None
     if blob is None or len(blob) != len(_SSH) + _KEY_BYTES or not blob.startswith(_SSH):
         raise TrustError(
-            f"{path} holds the line {ascii(' '.join(words))[:60]}, which is no ed25519 key: write ssh-ed25519, the key "
-            "and a comment"
+            f"{path} holds the line {ascii(' '.join(fields))[:60]}, which is no ed25519 key: write ssh-ed25519, the "
+            "key and a comment"
         )
     return blob[len(_SSH) :]
 
@@ -115,9 +116,9 @@ def read_signatures(folder: Path) -> tuple[Signature, ...]:
         return ()
     path = place(folder, SIGNATURES)
     try:
-        told = parse_json(read_small(path, _MOST_BYTES))
-        rows = told["signatures"]
-        if told.keys() != {"signatures"} or not isinstance(rows, list) or len(rows) > MOST_SIGNATURES:
+        content = parse_json(read_small(path, _MOST_BYTES))
+        rows = content["signatures"]
+        if content.keys() != {"signatures"} or not isinstance(rows, list) or len(rows) > MOST_SIGNATURES:
             raise ValueError("it is no list of signatures")
         return tuple(map(_signature, rows))
     except (OSError, JsonError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -128,23 +129,25 @@ def _signature(row: Mapping[str, Any]) -> Signature:
     key = _decoded(row["key"])
     value = _decoded(row["signature"])
     digest = row["digest"]
-    sizes = key is not None and len(key) == _KEY_BYTES and value is not None and len(value) == _SIGNATURE_BYTES
-    if not sizes or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+    is_digest = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
+    if key is None or len(key) != _KEY_BYTES or value is None or len(value) != _SIGNATURE_BYTES or not is_digest:
         raise ValueError("a signature has no key, digest and signature of ed25519")
-    assert key is not None
-    assert value is not None
     return Signature(key, digest, value)
 
 
 def write_signatures(folder: Path, signatures: Sequence[Signature]) -> None:
-    """Write signatures.json anew, in one step."""
+    """Write signatures.json anew, in one step.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
+    """
     rows = [
         {
-            "key": base64.b64encode(one.key).decode("ascii"),
-            "digest": one.digest,
-            "signature": base64.b64encode(one.value).decode("ascii"),
+            "key": base64.b64encode(signature.key).decode("ascii"),
+            "digest": signature.digest,
+            "signature": base64.b64encode(signature.value).decode("ascii"),
         }
-        for one in signatures
+        for signature in signatures
     ]
     fresh = folder / f".{SIGNATURES}.{secrets.token_hex(8)}"
     try:
@@ -183,5 +186,7 @@ def signer(folder: Path, digest: str, keys: Sequence[bytes]) -> bytes | None:
         BundleError: signatures.json is not readable.
         BackendError: the cryptography package is not installed.
     """
-    ours = [one for one in read_signatures(folder) if one.key in keys and one.digest == digest]
-    return next((one.key for one in ours if is_valid(one)), None)
+    for signature in read_signatures(folder):
+        if signature.key in keys and signature.digest == digest and is_valid(signature):
+            return signature.key
+    return None

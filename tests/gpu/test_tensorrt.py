@@ -212,7 +212,7 @@ def test_engines_for_something_else_are_refused(
 ) -> None:
     engines = tuple(replace(engine, **changes) for engine in bundle.manifest.engines)
     with pytest.raises(BackendError, match=words):
-        TensorRTBackend(bundle.seen_as(engines=engines), kind)
+        TensorRTBackend(bundle.with_manifest(engines=engines), kind)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an engine" * 20])
@@ -223,7 +223,7 @@ def test_files_that_are_no_engines_are_refused(
     path.write_bytes(content)
     broken = replace(first, file=str(path))
     files = {**bundle.manifest.files, str(path): replace(bundle.manifest.files[first.file], size=len(content))}
-    other = bundle.seen_as(engines=(broken, *bundle.manifest.engines[1:]), files=files)
+    other = bundle.with_manifest(engines=(broken, *bundle.manifest.engines[1:]), files=files)
     with pytest.raises((BackendError, BundleError), match=r"broken\.engine"):
         TensorRTBackend(other, kind).open([first.graph])
 

@@ -60,7 +60,7 @@ def subject(request: pytest.FixtureRequest, bundle: Path) -> Pipeline:
         return Pipeline(read, backend)
     read = Bundle(request.getfixturevalue("portable"), verify=False)
     if request.param == "buckets":
-        read = read.seen_as(segments=tuple(replace(record, buckets=BUCKETS) for record in read.manifest.segments))
+        read = read.with_manifest(segments=tuple(replace(record, buckets=BUCKETS) for record in read.manifest.segments))
     return Pipeline(read, threads=1)
 
 
@@ -276,7 +276,7 @@ def test_images_that_are_shown_otherwise_once_there_are_more_are_prefilled_again
     read = Bundle(bundle, verify=False)
     preprocessing = read.manifest.preprocessing
     rule = {field.name: getattr(preprocessing, field.name) for field in fields(preprocessing)}
-    pipeline = Pipeline(read.seen_as(preprocessing=ShrinkingImages(**rule)), threads=1)
+    pipeline = Pipeline(read.with_manifest(preprocessing=ShrinkingImages(**rule)), threads=1)
     session = pipeline.session()
     for seed, kinds in enumerate(([Visual.IMAGE], [Visual.VIDEO], [Visual.IMAGE])):
         assert_equal_to_fresh(pipeline, session, *shown.turn(("What?", kinds)), request_of(pipeline, seed))

@@ -134,7 +134,7 @@ def record(bundle: Bundle, plan: BuildPlan, decode_width: int = 1) -> list[Recor
         plan: of the bundle.
         decode_width: tokens of a step, padding included: the widest of the backends that will get the inputs.
     """
-    in_fp32 = bundle.seen_as(model=replace(bundle.manifest.model, dtype="float32"))
+    in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
     recorder = _Recorder(eager_loaders(plan), decode_width, bundle.manifest.vision.graph)
     pipeline = Pipeline(in_fp32, recorder)
     prompt, rows = pipeline.read([Turn("user", (Visual.VIDEO, QUESTION))], [draw_clip()])

@@ -102,7 +102,7 @@ def test_engines_of_another_release_are_passed_over(compiled: Path, monkeypatch:
     from framefusion.runtime.bundle import Bundle
 
     opened = Bundle(compiled, verify=False)
-    old = opened.seen_as(engines=tuple(replace(engine, version="1.0.0") for engine in opened.manifest.engines))
+    old = opened.with_manifest(engines=tuple(replace(engine, version="1.0.0") for engine in opened.manifest.engines))
     chosen = choose(old)
     assert chosen.option.backend == "onnxruntime"
     assert "it was built by onnxruntime 1.0.0" in chosen.text

@@ -42,7 +42,7 @@ def opened(bundle: Path) -> Bundle:
 
 
 def seen(bundle: Bundle, **model: Any) -> Bundle:
-    return bundle.seen_as(model=replace(bundle.manifest.model, **model))
+    return bundle.with_manifest(model=replace(bundle.manifest.model, **model))
 
 
 def compiled(bundle: Bundle, folder: Path, kind: EngineKind, *targets: str, library: str = "numpy") -> Bundle:
@@ -56,7 +56,7 @@ def compiled(bundle: Bundle, folder: Path, kind: EngineKind, *targets: str, libr
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"12345678")
         files[record.file] = FileRecord(8, "0" * 64)
-    other = bundle.seen_as(engines=engines, files=files)
+    other = bundle.with_manifest(engines=engines, files=files)
     other.folder = folder
     return other
 
@@ -101,7 +101,7 @@ def test_what_keeps_the_cuda_provider_from_a_bundle(
     bundle: Bundle, machine: Machine, changes: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(BackendError, match=problem):
-        choose(bundle.seen_as(**changes), "onnxruntime", "cuda", machine)
+        choose(bundle.with_manifest(**changes), "onnxruntime", "cuda", machine)
 
 
 def test_engines_that_fit_come_first(bundle: Bundle, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_bfloat16_runs_on_no_cpu(bundle: Bundle) -> None:
 @pytest.mark.parametrize("version", ["1.24.1", "1.27.0"])
 def test_portable_attention_that_is_wrong_on_the_cpu_is_refused(bundle: Bundle, version: str) -> None:
     old = replace(CPU_ONLY, onnxruntime=version)
-    portable = bundle.seen_as(dialect="portable")
+    portable = bundle.with_manifest(dialect="portable")
     assert choose(bundle, machine=old).option == Option("onnxruntime", "cpu")
     with pytest.raises(BackendError, match=rf"onnxruntime {version} lack .* \(pip install 'onnxruntime>=1\.28'"):
         choose(portable, machine=old)

@@ -15,7 +15,7 @@ from framefusion.runtime.bundle import Bundle, file_record
 from framefusion.runtime.format import bundle_files
 from framefusion.runtime.format.bundle_files import VERIFIED, place, sha256_of, verify_files
 from framefusion.runtime.format.manifest import FileRecord
-from framefusion.runtime.machine.user_cache import read_own, user_cache, write_own
+from framefusion.runtime.machine.user_cache import read_private, user_cache, write_private
 from framefusion.storage.records import name_problem
 from tests.commands import assert_refused, run
 
@@ -50,7 +50,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return sha256_of(path)
 
     monkeypatch.setattr(bundle_files, "sha256_of", count)
-    monkeypatch.setattr(bundle_files, "_SETTLED", 0)
+    monkeypatch.setattr(bundle_files, "_STABLE_AFTER", 0)
     return names
 
 
@@ -125,17 +125,17 @@ def test_a_file_that_just_changed_is_not_remembered(folder: Path, cache: Path) -
 
 def test_the_memory_of_hashes_is_believed_only_where_nobody_else_can_write_it(tmp_path: Path) -> None:
     path = tmp_path / "cache" / "memo"
-    assert read_own(path, 10) is None
-    assert write_own(path, b"mine")
-    assert read_own(path, 10) == b"mine"
-    assert read_own(path, 3) is None
+    assert read_private(path, 10) is None
+    assert write_private(path, b"mine")
+    assert read_private(path, 10) == b"mine"
+    assert read_private(path, 3) is None
     path.chmod(0o666)
-    assert read_own(path, 10) is None
+    assert read_private(path, 10) is None
     (tmp_path / "link").symlink_to(path)
-    assert read_own(tmp_path / "link", 10) is None
-    assert not write_own(path / "below", b"a file is no folder")
+    assert read_private(tmp_path / "link", 10) is None
+    assert not write_private(path / "below", b"a file is no folder")
     for index in range(5):
-        write_own(tmp_path / "many" / str(index), b"", most_files=3)
+        write_private(tmp_path / "many" / str(index), b"", most_files=3)
     assert len(list((tmp_path / "many").iterdir())) == 3
 
 

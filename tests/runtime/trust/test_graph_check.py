@@ -176,7 +176,7 @@ def test_graphs_that_no_build_writes(bundle: Path, tmp_path: Path, name: str) ->
 def test_an_unlisted_graph_is_not_opened(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     files = {name: record for name, record in manifest.files.items() if name != GRAPH}
-    backend = OnnxRuntimeBackend(bundle, manifest=Bundle(bundle, verify=False).seen_as(files=files).manifest)
+    backend = OnnxRuntimeBackend(bundle, manifest=Bundle(bundle, verify=False).with_manifest(files=files).manifest)
     with pytest.raises(BundleError, match="manifest does not list"):
         backend.session(GRAPH)
 

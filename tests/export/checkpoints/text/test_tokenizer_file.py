@@ -217,7 +217,7 @@ def test_settings_of_a_request_keep_the_end_of_the_bundle(bundle: Path, pipeline
     turns = [Turn("user", QUESTION)]
     said = pipeline.generate(turns, request=Request(max_new_tokens=6)).token_ids
     ends = GenerationConfig(eos_token_ids=said[1:2]).over(pipeline.manifest.generation)
-    ending = Pipeline(Bundle(bundle).seen_as(generation=ends), pipeline.backend)
+    ending = Pipeline(Bundle(bundle).with_manifest(generation=ends), pipeline.backend)
     request = Request(max_new_tokens=6, generation=GenerationConfig(temperature=0.5))
     answer = ending.generate(turns, request=request)
     assert (answer.token_ids, answer.finish_reason) == (said[: said.index(said[1]) + 1], "stop")

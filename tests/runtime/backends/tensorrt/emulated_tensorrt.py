@@ -70,7 +70,7 @@ def compile_for_emulation(bundle: Bundle, folder: Path) -> Bundle:
                 weight_bytes=1,
             )
         )
-    return bundle.seen_as(engines=tuple(engines), files=files)
+    return bundle.with_manifest(engines=tuple(engines), files=files)
 
 
 def install() -> Any:
