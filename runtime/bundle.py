@@ -107,11 +107,8 @@ class Bundle:
     @property
     def graphs(self) -> list[str]:
         """Names of all graphs, the heaviest first: while one is loaded its largest tensor is in memory twice."""
-        vision = self.manifest.vision
-        weighted = [(vision.weight_bytes, vision.graph)]
-        for segment in self.manifest.segments:
-            weighted += [(segment.weight_bytes, graph) for graph in segment.graphs]
-        return [graph for _, graph in sorted(weighted, reverse=True)]
+        sizes = self.manifest.graphs
+        return sorted(sizes, key=lambda graph: (sizes[graph], graph), reverse=True)
 
 
 def file_record(path: Path) -> FileRecord:

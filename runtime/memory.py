@@ -132,8 +132,7 @@ def expected_lengths(manifest: Manifest, tokens: int, visual: int, cost: float |
 
 
 def _weight_bytes(manifest: Manifest) -> int:
-    graphs = sum(record.weight_bytes * len(record.graphs) for record in manifest.segments)
-    return (graphs + manifest.vision.weight_bytes) * FLOAT // FLOAT_BYTES[manifest.model.dtype]
+    return sum(manifest.graphs.values()) * FLOAT // FLOAT_BYTES[manifest.model.dtype]
 
 
 def _is_half(manifest: Manifest) -> bool:

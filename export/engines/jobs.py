@@ -97,9 +97,7 @@ def plan_jobs(bundle: Bundle, options: EngineOptions, plan: BuildPlan | None, bu
         BundleError: a graph cannot be read or has no static sizes.
     """
     manifest = bundle.manifest
-    weights = {manifest.vision.graph: manifest.vision.weight_bytes}
-    for segment in manifest.segments:
-        weights |= dict.fromkeys(segment.graphs, segment.weight_bytes)
+    weights = manifest.graphs
     holds_weights = engine_traits(options.kind).weights_inside
     jobs = []
     for graph, spec in builder.specs(bundle, options, plan).items():

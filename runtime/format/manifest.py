@@ -212,6 +212,12 @@ class Manifest:
     engines: tuple[EngineRecord, ...] = ()  # readers of the same schema that know none leave them alone
 
     @property
+    def graphs(self) -> Mapping[str, int]:
+        """Name of each graph -> bytes of its weights: the segments' graphs in the order they run, then the tower's."""
+        sizes = {graph: segment.weight_bytes for segment in self.segments for graph in segment.graphs}
+        return sizes | {self.vision.graph: self.vision.weight_bytes}
+
+    @property
     def calls(self) -> tuple[int, ...]:
         """Calls at which a reduction may act between graphs: 0 before the LLM, one behind each segment but the last."""
         return (0, *(record.call for record in self.segments if not record.head))
