@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from framefusion.export.graphs.graph_plan import GraphModule, Signature
-from framefusion.runtime.backends.base import Array
-from framefusion.runtime.backends.host import HostBackend
+from framefusion.runtime.backends.buffer import Buffer
+from framefusion.runtime.backends.host import HostBackend, host_array
 from framefusion.runtime.backends.kv_cache import SegmentCache
 
 Load = Callable[[], GraphModule]
@@ -38,7 +38,7 @@ class EagerBackend(HostBackend):
         """Nothing: a module is read when it is first bound."""
 
     def bind(
-        self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array], cache: SegmentCache | None
+        self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
     ) -> EagerSegment:
         """See `framefusion.runtime.backends.Backend.bind`."""
         if graph not in self._modules:
@@ -51,20 +51,20 @@ class EagerSegment:
     """A module and the arrays it reads and writes."""
 
     module: GraphModule
-    inputs: Mapping[str, Array]
-    outputs: Mapping[str, Array]
+    inputs: Mapping[str, Buffer]
+    outputs: Mapping[str, Buffer]
     cache: SegmentCache | None
 
     @torch.inference_mode()
     def run(self) -> None:
         """Call the module and copy its results to where a compiled segment would have written them."""
-        tensors = {name: torch.from_numpy(array) for name, array in self.inputs.items()}
+        tensors = {name: torch.from_numpy(host_array(buffer)) for name, buffer in self.inputs.items()}
         past = {} if self.cache is None else self.cache.named("past")
         present = {} if self.cache is None else self.cache.named("present")
-        tensors |= {name: torch.from_numpy(buffer) for name, buffer in past.items()}
+        tensors |= {name: torch.from_numpy(host_array(buffer)) for name, buffer in past.items()}
         results = call_by_name(self.module, self.module.signature(), tensors)
         for name, buffer in {**self.outputs, **present}.items():
-            torch.from_numpy(buffer).copy_(results[name])
+            torch.from_numpy(host_array(buffer)).copy_(results[name])
 
 
 def call_by_name(module: GraphModule, signature: Signature, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

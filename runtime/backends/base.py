@@ -8,35 +8,15 @@ to rows between segments are the `Device`'s, so that tokens need not leave it: o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from framefusion.reduction.plan import Plan
+from framefusion.runtime.backends.buffer import Array, Buffer
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import SegmentRecord
-
-Array = NDArray[Any]
-
-
-class Buffer(Protocol):
-    """Memory of a device with a shape: a numpy array on the CPU. Leading axes can be indexed, sliced and added."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the axes."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """numpy's type of an element."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes."""
-
-    def __getitem__(self, key: Any, /) -> Any:
-        """A view."""
 
 
 class Mirror(Protocol):
@@ -44,14 +24,14 @@ class Mirror(Protocol):
 
     @property
     def host(self) -> Array:
-        """What the host sees."""
+        """The host's memory; read it after `pull`, write it before `push`."""
 
     @property
-    def there(self) -> Any:
-        """The buffer that graphs are bound to."""
+    def there(self) -> Buffer:
+        """The device's memory, which graphs are bound to."""
 
     def push(self) -> None:
-        """Bring the host's values there, before whatever runs next."""
+        """Bring the host's values to the device, before whatever runs next."""
 
     def request(self) -> None:
         """Begin to bring to the host what was computed so far."""
@@ -61,52 +41,55 @@ class Mirror(Protocol):
 
 
 class Device(Protocol):
-    """Where buffers lie, and what is done to rows [S, D] there. Indices come from the host, int64."""
+    """Where buffers lie, and what is done to rows [S, D] there. Indices come from the host, int64.
+
+    What a method is given are buffers of this device: another one's are a mistake of ours, a TypeError.
+    """
 
     @property
     def row_type(self) -> type[np.generic]:
-        """Type of rows before the first segment."""
+        """numpy's type of rows before the first segment."""
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         """A buffer with any content."""
 
-    def zeros(self, shape: Sequence[int], dtype: Any) -> Any:
+    def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         """A buffer of zeros."""
 
-    def mirror(self, shape: Sequence[int], dtype: Any) -> Mirror:
-        """A buffer of zeros that the host sees, too."""
+    def mirror(self, shape: Sequence[int], dtype: DTypeLike) -> Mirror:
+        """A buffer of zeros that the host reads and writes, too."""
 
-    def upload(self, array: Array) -> Any:
+    def upload(self, array: Array) -> Buffer:
         """A host array as a buffer; the array itself on the CPU."""
 
-    def download(self, buffer: Any) -> Array:
+    def download(self, buffer: Buffer) -> Array:
         """A buffer as a host array; waits for what computes it."""
 
-    def typed(self, buffer: Any, dtype: Any) -> Any:
+    def typed(self, buffer: Buffer, dtype: DTypeLike) -> Buffer:
         """The buffer in another type; itself where it has it."""
 
-    def contiguous(self, buffer: Any) -> Any:
-        """The buffer as graphs can be bound to it."""
+    def contiguous(self, buffer: Buffer) -> Buffer:
+        """The buffer without gaps between its elements, as graphs are bound to it; itself where it has none."""
 
-    def copy(self, target: Any, source: Any) -> None:
+    def copy(self, target: Buffer, source: Buffer) -> None:
         """Write the source into a view of the same shape."""
 
-    def put(self, target: Any, index: NDArray[np.int64], rows: Any) -> None:
+    def put(self, target: Buffer, index: NDArray[np.int64], rows: Buffer) -> None:
         """target[index] = rows.  [m, D], [n], [n, D]"""
 
-    def take(self, rows: Any, index: NDArray[np.int64]) -> Any:
+    def take(self, rows: Buffer, index: NDArray[np.int64]) -> Buffer:
         """rows[index], or more rows than that, finite ones.  [m, D], [n] -> [n or more, D]"""
 
-    def mix(self, rows: Any, index: NDArray[np.int64], weight: NDArray[np.float32]) -> Any:
+    def mix(self, rows: Buffer, index: NDArray[np.int64], weight: NDArray[np.float32]) -> Buffer:
         """Weighted sums of K rows each, in fp32.  [m, D], [n, K], [n, K] -> [n, D]"""
 
-    def padded(self, rows: Any, length: int, size: int) -> Any:
+    def padded(self, rows: Buffer, length: int, size: int) -> Buffer:
         """The first `length` rows with finite ones behind them.  [..., length or more, D] -> [..., size, D]"""
 
-    def reduced(self, rows: Any, plan: Plan) -> Any:
-        """The rows after reduction.plan.apply_plan; further finite ones may follow.  [..., S, D] -> [..., >= K, D]"""
+    def reduced(self, rows: Buffer, plan: Plan) -> Buffer:
+        """What policy.apply_plan does, or more rows than that, finite ones.  [..., S, D] -> [..., K or more, D]"""
 
-    def similarity(self, rows: Any, labels: NDArray[np.int64]) -> NDArray[np.float32]:
+    def similarity(self, rows: Buffer, labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """tracks.track_similarity of the first rows, on the host.  [S or more, D], [S] -> [S]"""
 
 
@@ -114,11 +97,11 @@ class BoundSegment(Protocol):
     """A graph bound to its buffers. `inputs` may be written to between runs; `outputs` are overwritten by each."""
 
     @property
-    def inputs(self) -> Mapping[str, Any]:
+    def inputs(self) -> Mapping[str, Buffer]:
         """Buffers the graph reads."""
 
     @property
-    def outputs(self) -> Mapping[str, Any]:
+    def outputs(self) -> Mapping[str, Buffer]:
         """Buffers the graph writes."""
 
     def run(self) -> None:
@@ -148,14 +131,14 @@ class Backend(Protocol):
     def open(self, graphs: Sequence[str]) -> None:
         """Get graphs ready, in this order, so that no request waits for it."""
 
-    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
         """Caches of a segment, for each of its attention layers [1, Hkv, C, hd] with at least as many slots C.
 
         A backend of static shapes gives the same buffers again: what an earlier request left in them is gone.
         """
 
     def bind(
-        self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], cache: SegmentCache | None
+        self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
     ) -> BoundSegment:
         """Bind a graph of the bundle to inputs, to outputs to be overwritten, and to a cache changed in place.
 
@@ -166,7 +149,7 @@ class Backend(Protocol):
         """What runs bound segments one after the other, again and again."""
 
 
-def empty_cache(device: Device, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+def empty_cache(device: Device, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
     """Caches of zeros on a device.
 
     Args:

@@ -6,14 +6,14 @@ Knows no graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from framefusion.reduction import tracks
 from framefusion.reduction.plan import Plan, apply_plan
-from framefusion.runtime.backends.base import Array, BoundSegment, Device, empty_cache
+from framefusion.runtime.backends.base import BoundSegment, Device, empty_cache
+from framefusion.runtime.backends.buffer import Array, Buffer
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.media.visual_input import RowMap
@@ -45,15 +45,15 @@ class HostDevice:
 
     row_type = np.float32
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> Array:
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         """See `Device.empty`."""
         return np.empty(shape, dtype)
 
-    def zeros(self, shape: Sequence[int], dtype: Any) -> Array:
+    def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         """See `Device.zeros`; the operating system gives the pages only when they are written."""
         return np.zeros(shape, dtype)
 
-    def mirror(self, shape: Sequence[int], dtype: Any) -> HostMirror:
+    def mirror(self, shape: Sequence[int], dtype: DTypeLike) -> HostMirror:
         """See `Device.mirror`."""
         return HostMirror(np.zeros(shape, dtype))
 
@@ -61,48 +61,62 @@ class HostDevice:
         """The array itself."""
         return array
 
-    def download(self, buffer: Array) -> Array:
+    def download(self, buffer: Buffer) -> Array:
         """The array itself."""
-        return buffer
+        return host_array(buffer)
 
-    def typed(self, buffer: Array, dtype: Any) -> Array:
+    def typed(self, buffer: Buffer, dtype: DTypeLike) -> Array:
         """See `Device.typed`."""
-        return buffer.astype(dtype, copy=False)
+        return host_array(buffer).astype(dtype, copy=False)
 
-    def contiguous(self, buffer: Array) -> Array:
+    def contiguous(self, buffer: Buffer) -> Array:
         """See `Device.contiguous`."""
-        return np.ascontiguousarray(buffer)
+        return np.ascontiguousarray(host_array(buffer))
 
-    def copy(self, target: Array, source: Array) -> None:
+    def copy(self, target: Buffer, source: Buffer) -> None:
         """See `Device.copy`."""
-        target[...] = source
+        host_array(target)[...] = host_array(source)
 
-    def put(self, target: Array, index: NDArray[np.int64], rows: Array) -> None:
+    def put(self, target: Buffer, index: NDArray[np.int64], rows: Buffer) -> None:
         """See `Device.put`."""
-        target[index] = rows
+        host_array(target)[index] = host_array(rows)
 
-    def take(self, rows: Array, index: NDArray[np.int64]) -> Array:
+    def take(self, rows: Buffer, index: NDArray[np.int64]) -> Array:
         """See `Device.take`."""
-        return rows[index]
+        taken: Array = host_array(rows)[index]
+        return taken
 
-    def mix(self, rows: Array, index: NDArray[np.int64], weight: NDArray[np.float32]) -> Array:
+    def mix(self, rows: Buffer, index: NDArray[np.int64], weight: NDArray[np.float32]) -> Array:
         """See `Device.mix`."""
-        return RowMap(index, weight).apply(rows)
+        return RowMap(index, weight).apply(host_array(rows))
 
-    def padded(self, rows: Array, length: int, size: int) -> Array:
-        """See `Device.padded`."""
-        if rows.shape[-2] == size:
-            return rows
-        extra = [(0, 0)] * (rows.ndim - 2) + [(0, size - length), (0, 0)]
-        return np.pad(rows[..., :length, :], extra)
+    def padded(self, rows: Buffer, length: int, size: int) -> Array:
+        """See `Device.padded`; what is added are zeros."""
+        array = host_array(rows)
+        if array.shape[-2] == size:
+            return array
+        extra = [(0, 0)] * (array.ndim - 2) + [(0, size - length), (0, 0)]
+        return np.pad(array[..., :length, :], extra)
 
-    def reduced(self, rows: Array, plan: Plan) -> Array:
+    def reduced(self, rows: Buffer, plan: Plan) -> Array:
         """See `Device.reduced`."""
-        return apply_plan(rows, plan) if rows.ndim == 2 else np.stack([apply_plan(one, plan) for one in rows])
+        array = host_array(rows)
+        return apply_plan(array, plan) if array.ndim == 2 else np.stack([apply_plan(table, plan) for table in array])
 
-    def similarity(self, rows: Array, labels: NDArray[np.int64]) -> NDArray[np.float32]:
+    def similarity(self, rows: Buffer, labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Device.similarity`."""
-        return tracks.track_similarity(rows[: labels.size], labels)
+        return tracks.track_similarity(host_array(rows)[: labels.size], labels)
+
+
+def host_array(buffer: Buffer) -> Array:
+    """A buffer of the CPU as what it is.
+
+    Raises:
+        TypeError: it lies on another device.
+    """
+    if not isinstance(buffer, np.ndarray):
+        raise TypeError(f"{type(buffer).__name__} lies on another device and was given to the CPU")
+    return buffer
 
 
 HOST = HostDevice()
@@ -112,9 +126,9 @@ class HostBackend:
     """What backends that take any shape have in common: fresh caches for each request, segments run in a loop.
 
     Args:
-        decode_width: tokens of a decode step; 1, but for whoever wants to see what engines of two do.
+        decode_width: tokens of a decode step; 1, but where a test compares with engines that decode two.
         chunk: see `Backend`.
-        device: where buffers lie, the CPU unless told otherwise.
+        device: where buffers lie.
     """
 
     continues = True
@@ -124,8 +138,8 @@ class HostBackend:
         self.chunk = chunk
         self.device = device
 
-    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
-        """Caches of zeros, as large as asked."""
+    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
+        """Caches of zeros of these very shapes."""
         return empty_cache(self.device, shapes, dtype)
 
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:

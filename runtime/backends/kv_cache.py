@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from framefusion.runtime.backends.buffer import Buffer
 
 
 def cache_names(prefix: str, count: int) -> list[str]:
@@ -22,21 +23,21 @@ class SegmentCache:
     segment of the adaptive mode all layers have one length; the graphs of the fixed mode reduce inside.
     """
 
-    keys: list[Any]  # buffers of the backend's device, each [1, Hkv, C_j, hd]
-    values: list[Any]
+    keys: list[Buffer]  # of the backend's device, each [1, Hkv, C_j, hd]
+    values: list[Buffer]
     lengths: NDArray[np.int64]
 
     @property
     def capacities(self) -> list[int]:
         """Slots of each layer."""
-        return [int(keys.shape[2]) for keys in self.keys]
+        return [keys.shape[2] for keys in self.keys]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return sum(int(buffer.nbytes) for buffer in (*self.keys, *self.values))
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
 
-    def named(self, prefix: str) -> dict[str, Any]:
+    def named(self, prefix: str) -> dict[str, Buffer]:
         """The buffers under the names of a graph's inputs ("past") or outputs ("present")."""
         buffers = (buffer for pair in zip(self.keys, self.values, strict=True) for buffer in pair)
         return dict(zip(cache_names(prefix, len(self.keys)), buffers, strict=True))

@@ -18,6 +18,7 @@ import pytest
 
 from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends.choice import choose
+from framefusion.runtime.backends.cuda.array import device_array
 from framefusion.runtime.backends.cuda.device import CudaDevice
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.backends.tensorrt.backend import TensorRTBackend, TensorRTSegment
@@ -177,7 +178,7 @@ def test_caches_are_allocated_once(ours: Pipeline, film: Path) -> None:
     places = []
     for _ in range(3):
         done = ours.prefill(prompt, rows, Request(STEPS), Stopwatch())
-        places.append([keys.address for cache in done.caches for keys in (*cache.keys, *cache.values)])
+        places.append([device_array(keys).address for cache in done.caches for keys in (*cache.keys, *cache.values)])
         del done
         gc.collect()
     assert places[0] == places[1] == places[2]

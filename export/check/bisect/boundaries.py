@@ -19,8 +19,9 @@ from framefusion.export.check.observation import QUESTION, draw_clip
 from framefusion.export.eager.backend import EagerBackend, EagerSegment, Load
 from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.runtime.backends.base import Array, Backend, Device
-from framefusion.runtime.backends.host import HOST
+from framefusion.runtime.backends.base import Backend, Device
+from framefusion.runtime.backends.buffer import Array, Buffer
+from framefusion.runtime.backends.host import HOST, host_array
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest, SegmentRecord
@@ -89,7 +90,7 @@ class _Recorder(EagerBackend):
         self.prefilled = False
 
     def bind(  # type: ignore[override]
-        self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array], cache: SegmentCache | None
+        self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
     ) -> _Recorded:
         """See `Backend.bind`."""
         return _Recorded(super().bind(graph, inputs, outputs, cache), graph, self)
@@ -107,18 +108,18 @@ class _Recorded:
 
     @property
     def inputs(self) -> Mapping[str, Array]:
-        return self.bound.inputs
+        return {name: host_array(buffer) for name, buffer in self.bound.inputs.items()}
 
     @property
     def outputs(self) -> Mapping[str, Array]:
-        return self.bound.outputs
+        return {name: host_array(buffer) for name, buffer in self.bound.outputs.items()}
 
     def run(self) -> None:
         cache = self.bound.cache
         inputs = {name: array.copy() for name, array in self.inputs.items()}
         if "previous" in inputs and (inputs["previous"] < 0).all():  # nobody reads the similarity: compare all the same
             inputs["previous"] = np.arange(inputs["previous"].size) - 1
-            self.bound.inputs["previous"][...] = inputs["previous"]
+            self.inputs["previous"][...] = inputs["previous"]
         past = {} if cache is None else _caches("past", cache)
         self.bound.run()
         outputs = {name: array.copy() for name, array in self.outputs.items()}

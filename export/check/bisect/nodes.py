@@ -25,7 +25,7 @@ from framefusion.export.check.check import relative_error
 from framefusion.export.graphs.graph_plan import GraphModule, GraphPlan
 from framefusion.export.graphs.tracing.dialects import Dialect
 from framefusion.export.graphs.tracing.trace import trace
-from framefusion.runtime.backends.base import Array
+from framefusion.runtime.backends.buffer import Array
 
 PROBES = 7  # values marked at a time
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from framefusion.export.graphs.graph_plan import Signature
-from framefusion.runtime.backends.base import Array
+from framefusion.runtime.backends.buffer import Array
 
 
 class Reference(torch.fx.Interpreter):

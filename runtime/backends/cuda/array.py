@@ -10,6 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
+
+from framefusion.runtime.backends.buffer import Buffer, Index
+
+Place = int | np.integer[Any] | slice | None
 
 
 class DeviceArray:
@@ -30,8 +35,8 @@ class DeviceArray:
         self,
         address: int,
         shape: Sequence[int],
-        dtype: Any,
-        owner: Any = None,
+        dtype: DTypeLike,
+        owner: object = None,
         *,
         strides: tuple[int, ...] | None = None,
         room: int = 0,
@@ -69,7 +74,7 @@ class DeviceArray:
             raise TypeError("an array without axes has no length")
         return self.shape[0]
 
-    def __getitem__(self, key: Any) -> DeviceArray:
+    def __getitem__(self, key: Index) -> DeviceArray:
         """A view, by integers, slices of step 1, None and one Ellipsis; IndexError or TypeError for anything else."""
         address = self.address
         shape = []
@@ -109,6 +114,17 @@ class DeviceArray:
         return f"DeviceArray({self.dtype.name} {list(self.shape)} at {self.address:#x})"
 
 
+def device_array(buffer: Buffer) -> DeviceArray:
+    """A buffer of a GPU as what it is.
+
+    Raises:
+        TypeError: it lies on another device.
+    """
+    if not isinstance(buffer, DeviceArray):
+        raise TypeError(f"{type(buffer).__name__} lies on another device and was given to a GPU")
+    return buffer
+
+
 def _packed(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     strides = []
     for size in reversed(shape):
@@ -117,7 +133,7 @@ def _packed(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _spelled_out(key: Any, ndim: int) -> list[Any]:
+def _spelled_out(key: Index, ndim: int) -> list[Place]:
     """The parts of an index, full slices in place of an Ellipsis."""
     parts = list(key) if isinstance(key, tuple) else [key]
     for part in parts:
@@ -128,7 +144,7 @@ def _spelled_out(key: Any, ndim: int) -> list[Any]:
     named = sum(part is not None and part is not Ellipsis for part in parts)
     if named > ndim:
         raise IndexError(f"{named} indices for {ndim} axes")
-    spelled: list[Any] = []
+    spelled: list[Place] = []
     for part in parts:
         spelled.extend([slice(None)] * (ndim - named) if part is Ellipsis else [part])
     return spelled

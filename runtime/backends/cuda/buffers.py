@@ -14,15 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike
 
 from framefusion.errors import BackendError
-from framefusion.runtime.backends.cuda.array import DeviceArray
+from framefusion.runtime.backends.buffer import Array, Buffer
+from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
 from framefusion.runtime.backends.cuda.driver import EXTRA, Cuda
 from framefusion.runtime.backends.cuda.graph import Captured
 from framefusion.runtime.backends.cuda.memory import RING, DeviceMemory, PinnedMemory, Ring
-
-Array = NDArray[Any]
 
 
 class CudaBuffers:
@@ -79,14 +78,15 @@ class CudaBuffers:
 
     # --- Memory and copies ------------------------------------------------------------------------------------------
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> DeviceArray:
         """See `Device.empty`."""
         array = DeviceArray(0, shape, dtype)
-        array.owner = self._memory.allocate(array.nbytes)
-        array.address = array.owner.address
+        allocation = self._memory.allocate(array.nbytes)
+        array.owner = allocation
+        array.address = allocation.address
         return array
 
-    def zeros(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+    def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> DeviceArray:
         """See `Device.zeros`."""
         array = self.empty(shape, dtype)
         self._clear(array)
@@ -96,7 +96,7 @@ class CudaBuffers:
         if array.nbytes:
             self.cuda.call("cuMemsetD8Async", array.address, 0, array.nbytes, self._stream)
 
-    def mirror(self, shape: Sequence[int], dtype: Any) -> CudaMirror:
+    def mirror(self, shape: Sequence[int], dtype: DTypeLike) -> CudaMirror:
         """See `Device.mirror`."""
         return CudaMirror(self, self.zeros(shape, dtype))
 
@@ -120,7 +120,7 @@ class CudaBuffers:
         if not small:
             self.cuda.call("cuStreamSynchronize", self._stream)
 
-    def download(self, buffer: DeviceArray) -> Array:
+    def download(self, buffer: Buffer) -> Array:
         """See `Device.download`."""
         packed = self.contiguous(buffer)
         array = np.empty(packed.shape, packed.dtype)
@@ -129,16 +129,19 @@ class CudaBuffers:
             self.cuda.call("cuStreamSynchronize", self._stream)
         return array
 
-    def contiguous(self, buffer: DeviceArray) -> DeviceArray:
+    def contiguous(self, buffer: Buffer) -> DeviceArray:
         """See `Device.contiguous`."""
+        buffer = device_array(buffer)
         if buffer.contiguous:
             return buffer
         packed = self.empty(buffer.shape, buffer.dtype)
         self.copy(packed, buffer)
         return packed
 
-    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+    def copy(self, target: Buffer, source: Buffer) -> None:
         """See `Device.copy`; both of one type."""
+        target = device_array(target)
+        source = device_array(source)
         if target.shape != source.shape:
             raise ValueError(f"{source!r} does not fit {target!r}")
         if not (target.contiguous and source.contiguous):

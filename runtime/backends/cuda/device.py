@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from framefusion.reduction import tracks
 from framefusion.reduction.plan import Plan
-from framefusion.runtime.backends.cuda.array import DeviceArray
+from framefusion.runtime.backends.buffer import Buffer
+from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
 from framefusion.runtime.backends.cuda.buffers import CudaBuffers, CudaMirror
 from framefusion.runtime.backends.cuda.kernels import (
     THREADS,
@@ -42,18 +43,19 @@ class CudaDevice(CudaBuffers):
         BackendError: there is no GPU, no driver, one too old, a missing package, or a GPU too old for the kernels.
     """
 
-    def __init__(self, row_type: Any = np.float16, ordinal: int = 0, kernels: Path | None = None) -> None:
+    def __init__(self, row_type: type[np.generic] = np.float16, ordinal: int = 0, kernels: Path | None = None) -> None:
         super().__init__(ordinal)
-        self.row_type: Any = row_type
+        self.row_type = row_type
         self._kernels = Kernels(self.cuda, self._stream, kernels)
         self._uploaded_plan: tuple[Plan, DeviceArray, DeviceArray] | None = None
 
-    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+    def copy(self, target: Buffer, source: Buffer) -> None:
         """See `Device.copy`; in the target's type."""
         super().copy(target, self.typed(source, target.dtype))
 
-    def typed(self, buffer: DeviceArray, dtype: Any) -> DeviceArray:
+    def typed(self, buffer: Buffer, dtype: DTypeLike) -> DeviceArray:
         """See `Device.typed`; to nearest, ties to even."""
+        buffer = device_array(buffer)
         if buffer.dtype == np.dtype(dtype):
             return buffer
         made = self.empty(buffer.shape, dtype)
@@ -76,15 +78,18 @@ class CudaDevice(CudaBuffers):
             raise IndexError(f"indices {index.min()} .. {index.max()} into {below} rows")
         return self.upload(index.astype(np.int32))
 
-    def take(self, rows: DeviceArray, index: NDArray[np.int64]) -> DeviceArray:
+    def take(self, rows: Buffer, index: NDArray[np.int64]) -> DeviceArray:
         """See `Device.take`."""
+        rows = device_array(rows)
         of, elements = dimensions(rows)
         made = self._with_room(index.size, of, elements, rows.dtype)
         self._move("take", rows, self._indices(index, of), made, index.size)
         return made
 
-    def put(self, target: DeviceArray, index: NDArray[np.int64], rows: DeviceArray) -> None:
+    def put(self, target: Buffer, index: NDArray[np.int64], rows: Buffer) -> None:
         """See `Device.put`; no place may be named twice."""
+        target = device_array(target)
+        rows = device_array(rows)
         given, elements = dimensions(rows)
         into, own = dimensions(target)
         if elements != own or given < index.size:
@@ -102,8 +107,9 @@ class CudaDevice(CudaBuffers):
         arguments = rows, index, out, count(number), width(row // word)
         self._kernels.launch(f"{kernel}_{word}", row_geometry(number, row // word), *arguments)
 
-    def mix(self, rows: DeviceArray, index: NDArray[np.int64], weight: NDArray[np.float32]) -> DeviceArray:
+    def mix(self, rows: Buffer, index: NDArray[np.int64], weight: NDArray[np.float32]) -> DeviceArray:
         """See `Device.mix`; rounded once to the type of the rows."""
+        rows = device_array(rows)
         (number, terms) = index.shape
         (of, elements) = dimensions(rows)
         made = self.empty((number, elements), rows.dtype)
@@ -125,15 +131,16 @@ class CudaDevice(CudaBuffers):
         geometry = row_geometry(number, elements * itemsize // at_once, tables)
         self._kernels.launch(f"{name}_{rows.dtype.name}_{suffix}", geometry, *arguments)
 
-    def _with_room(self, number: int, room: int, elements: int, dtype: Any) -> DeviceArray:
+    def _with_room(self, number: int, room: int, elements: int, dtype: DTypeLike) -> DeviceArray:
         """[number, elements], with room behind it for padding up to `room` rows."""
         whole = self.empty((max(number, room), elements), dtype)
         rows = whole[:number]
         rows.room = len(whole) - number
         return rows
 
-    def padded(self, rows: DeviceArray, length: int, size: int) -> DeviceArray:
+    def padded(self, rows: Buffer, length: int, size: int) -> DeviceArray:
         """See `Device.padded`: in place where there is room, without a copy where there are rows enough."""
+        rows = device_array(rows)
         if rows.shape[-2] == size:
             return rows
         if rows.ndim == 2 and rows.contiguous and rows.shape[0] + rows.room >= size:
@@ -147,8 +154,9 @@ class CudaDevice(CudaBuffers):
             self._clear(table[length:])
         return made
 
-    def reduced(self, rows: DeviceArray, plan: Plan) -> DeviceArray:
+    def reduced(self, rows: Buffer, plan: Plan) -> DeviceArray:
         """See `Device.reduced`. Each row that is kept or merged is read once, by one launch for all tables."""
+        rows = device_array(rows)
         if rows.ndim not in (2, 3) or not rows.contiguous:
             raise ValueError(f"{rows!r} is neither [S, D] nor [K, S, D] without gaps")
         tables = 1 if rows.ndim == 2 else len(rows)
@@ -171,8 +179,9 @@ class CudaDevice(CudaBuffers):
             self._uploaded_plan = plan, self.upload(starts), self._indices(members, of)
         return self._uploaded_plan[1:]
 
-    def similarity(self, rows: DeviceArray, labels: NDArray[np.int64]) -> NDArray[np.float32]:
+    def similarity(self, rows: Buffer, labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Device.similarity`. Waits for the result."""
+        rows = device_array(rows)
         of, elements = dimensions(rows)
         if labels.size > of:
             raise ValueError(f"{labels.size} labels for {rows!r}")

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import importlib
 import threading
-from typing import Any
+from types import ModuleType
+from typing import Any, SupportsInt
 
 from framefusion.errors import BackendError
 from framefusion.runtime.machine.gpu import GPU, find_gpu
+
+Handle = SupportsInt
+"""What the driver gives for a stream, an event, a pool or a graph: an object of cuda-bindings over an address."""
 
 EXTRA = "pip install 'framefusion-aot[gpu]'"
 EXTRA_CUDA_12 = "pip install 'framefusion-aot[gpu-cuda12]'"
 
 
-def cuda_module(name: str) -> Any:
+def cuda_module(name: str) -> ModuleType:
     """A module of cuda-bindings: "driver" or "nvrtc".
 
     Raises:
@@ -60,7 +64,7 @@ class Cuda:
         self._device = self.call("cuDeviceGet", ordinal)
         self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
 
-    def call(self, name: str, *arguments: Any) -> Any:
+    def call(self, name: str, *arguments: object) -> Any:
         """Call a function of the driver: its one result, a tuple of them, or None."""
         if not self._thread.entered:
             self._enter()
@@ -77,7 +81,7 @@ class Cuda:
                 raise self._error("cuCtxSetCurrent", status)
             self._thread.entered = True
 
-    def _error(self, name: str, status: Any) -> BackendError:
+    def _error(self, name: str, status: object) -> BackendError:
         if status == self.api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             return OutOfMemoryError(f"{name} finds no memory on {self.gpu.name}")
         _, words = self.api.cuGetErrorString(status)
@@ -97,14 +101,16 @@ class Cuda:
         free, _ = self.call("cuMemGetInfo")
         return int(free)
 
-    def stream(self) -> Any:
+    def stream(self) -> Handle:
         """A new stream, which does not wait for the default one."""
-        return self.call("cuStreamCreate", int(self.api.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        stream: Handle = self.call("cuStreamCreate", int(self.api.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        return stream
 
-    def event(self, *, timed: bool = False) -> Any:
+    def event(self, *, timed: bool = False) -> Handle:
         """A new event."""
-        flags = self.api.CUevent_flags
-        return self.call("cuEventCreate", int(flags.CU_EVENT_DEFAULT if timed else flags.CU_EVENT_DISABLE_TIMING))
+        flags = self.api.CUevent_flags.CU_EVENT_DEFAULT if timed else self.api.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        event: Handle = self.call("cuEventCreate", int(flags))
+        return event
 
 
 def _require_gpu(ordinal: int) -> GPU:

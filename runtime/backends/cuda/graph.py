@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 from framefusion.errors import BackendError
-from framefusion.runtime.backends.cuda.driver import Cuda
+from framefusion.runtime.backends.cuda.driver import Cuda, Handle
 from framefusion.runtime.backends.cuda.memory import DeviceMemory
 
 
@@ -22,7 +21,7 @@ class Captured:
         BackendError: something in the sequence cannot be captured; the stream is usable all the same.
     """
 
-    def __init__(self, cuda: Cuda, stream: Any, memory: DeviceMemory, run: Callable[[], object]) -> None:
+    def __init__(self, cuda: Cuda, stream: Handle, memory: DeviceMemory, run: Callable[[], object]) -> None:
         self._cuda = cuda
         self._stream = stream
         graph = self._capture(memory, run)
@@ -30,7 +29,7 @@ class Captured:
         cuda.call("cuGraphDestroy", graph)
         weakref.finalize(self, cuda.call, "cuGraphExecDestroy", self._graph).atexit = False
 
-    def _capture(self, memory: DeviceMemory, run: Callable[[], object]) -> Any:
+    def _capture(self, memory: DeviceMemory, run: Callable[[], object]) -> Handle:
         mode = self._cuda.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         memory.hold_back()
         try:
@@ -40,7 +39,8 @@ class Captured:
             except BaseException:
                 self._abandon()
                 raise
-            return self._cuda.call("cuStreamEndCapture", self._stream)
+            graph: Handle = self._cuda.call("cuStreamEndCapture", self._stream)
+            return graph
         finally:
             memory.let_go()
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from framefusion.errors import BackendError
 from framefusion.runtime.backends.cuda.array import DeviceArray
-from framefusion.runtime.backends.cuda.driver import EXTRA, EXTRA_CUDA_12, Cuda, cuda_module
+from framefusion.runtime.backends.cuda.driver import EXTRA, EXTRA_CUDA_12, Cuda, Handle, cuda_module
 from framefusion.runtime.machine.gpu import GPU
 from framefusion.runtime.machine.user_cache import user_cache
 
@@ -74,7 +74,7 @@ class Kernels:
         BackendError: no compiler, a GPU that it does not know, or a source that it refuses.
     """
 
-    def __init__(self, cuda: Cuda, stream: Any, folder: Path | None = None) -> None:
+    def __init__(self, cuda: Cuda, stream: Handle, folder: Path | None = None) -> None:
         self._cuda = cuda
         self._stream = stream
         major, minor = map(int, cuda.gpu.capability.split("."))
@@ -86,7 +86,7 @@ class Kernels:
         _require_compiler(cuda.gpu)
         self._image = load_or_compile(major * 10 + minor, folder or cache_folder())
         self._module = cuda.call("cuModuleLoadData", self._image)
-        self._functions: dict[str, Any] = {}
+        self._functions: dict[str, Handle] = {}
 
     def launch(self, name: str, geometry: Geometry, *arguments: DeviceArray | Number) -> None:
         """Enqueue a kernel over arrays, which may be dropped afterwards."""
@@ -180,7 +180,7 @@ def compiled(source: bytes, target: str, *, binary: bool) -> bytes:
     return image
 
 
-def _nvrtc(name: str, *arguments: Any) -> Any:
+def _nvrtc(name: str, *arguments: object) -> Any:
     """Call the compiler."""
     nvrtc = cuda_module("nvrtc")
     try:

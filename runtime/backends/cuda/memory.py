@@ -10,12 +10,12 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.runtime.backends.cuda.driver import Cuda, OutOfMemoryError
+from framefusion.runtime.backends.buffer import Array
+from framefusion.runtime.backends.cuda.driver import Cuda, Handle, OutOfMemoryError
 
 RING = 4 << 20  # bytes for what is uploaded: indices and small inputs; half of it is the most at a time
 SMALLEST_BLOCK = 4096
@@ -38,7 +38,7 @@ class DeviceMemory:
         copied: event that the stream of copies records behind each copy: what is freed may still be read by one.
     """
 
-    def __init__(self, cuda: Cuda, stream: Any, copied: Any) -> None:
+    def __init__(self, cuda: Cuda, stream: Handle, copied: Handle) -> None:
         self._cuda = cuda
         self._stream = stream
         self._copied = copied
@@ -46,13 +46,13 @@ class DeviceMemory:
         self._held_back: list[int] | None = None  # addresses to free behind a capture
         self._lock = threading.RLock()  # the collector may free while this thread holds it
 
-    def _make_pool(self) -> Any:
+    def _make_pool(self) -> Handle:
         api = self._cuda.api
-        wanted = api.CUmemPoolProps()
-        wanted.allocType = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        wanted.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        wanted.location.id = self._cuda.ordinal
-        pool = self._cuda.call("cuMemPoolCreate", wanted)
+        properties = api.CUmemPoolProps()
+        properties.allocType = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        properties.location.id = self._cuda.ordinal
+        pool: Handle = self._cuda.call("cuMemPoolCreate", properties)
         threshold = api.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
         self._cuda.call("cuMemPoolSetAttribute", pool, threshold, api.cuuint64_t(_KEEP_ALL))
         return pool
@@ -124,7 +124,7 @@ class DeviceMemory:
 class PinnedBlock:
     """Page-locked memory of the host, and the event that tells when the last copy into it is done."""
 
-    def __init__(self, address: int, size: int, ready: Any) -> None:
+    def __init__(self, address: int, size: int, ready: Handle) -> None:
         self.address = address
         self.size = size
         self.ready = ready
@@ -176,7 +176,7 @@ class Ring:
     One half is filled while the copies out of the other one run; on the way back into a half they are waited for.
     """
 
-    def __init__(self, cuda: Cuda, stream: Any, pinned: PinnedMemory) -> None:
+    def __init__(self, cuda: Cuda, stream: Handle, pinned: PinnedMemory) -> None:
         self._cuda = cuda
         self._stream = stream
         block, self._bytes = pinned.lend(RING)
@@ -185,7 +185,7 @@ class Ring:
         self._at = 0
         self._left = [cuda.event(), cuda.event()]  # recorded when a half was left
 
-    def place(self, array: NDArray[Any]) -> int:
+    def place(self, array: Array) -> int:
         """Copy a contiguous array of at most half the ring into it: the address, for a copy enqueued right after."""
         half = RING // 2
         if self._at + array.nbytes > half:

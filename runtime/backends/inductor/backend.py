@@ -17,15 +17,18 @@ import importlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from framefusion.errors import BackendError, BundleError
-from framefusion.runtime.backends.base import Array, empty_cache
+from framefusion.runtime.backends.base import empty_cache
+from framefusion.runtime.backends.buffer import Array, Buffer
 from framefusion.runtime.backends.fit import require_fit
 from framefusion.runtime.backends.host import HostBackend
-from framefusion.runtime.backends.inductor.device import TorchDevice, as_tensor, load_torch
+from framefusion.runtime.backends.inductor.device import TorchDevice, as_tensor, load_torch, tensor_of
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import place
@@ -58,7 +61,7 @@ class InductorBackend(HostBackend):
         require_vouched(bundle, KIND)
         require_fit(bundle.folder, bundle.manifest, KIND)
         self._bundle = bundle
-        self._on = device
+        self._device_name = device
         self._torch = load_torch()
         if device == _CPU:
             super().__init__()
@@ -85,15 +88,15 @@ class InductorBackend(HostBackend):
 
     def _load(self, record: EngineRecord) -> Engine:
         path = self._bundle.folder / record.file
-        if record.targets[0].split()[0] != self._on:
+        if record.targets[0].split()[0] != self._device_name:
             raise BackendError(
-                f"{record.file} was compiled for {record.targets[0]}, {self._on} was asked: run it there, or compile "
-                f"with --device {self._on}"
+                f"{record.file} was compiled for {record.targets[0]}, {self._device_name} was asked: run it "
+                f"there, or compile with --device {self._device_name}"
             )
         try:
             package = importlib.import_module("torch._inductor").aoti_load_package(str(path))
-            told = parse_json(package.get_metadata()[PLACES].encode())
-            tensors = self._tensors(self._weights_of(record.graph, told["file"]), told["tensors"], record.dtype)
+            places = parse_json(package.get_metadata()[PLACES].encode())
+            tensors = self._tensors(self._weights_of(record.graph, places["file"]), places["tensors"], record.dtype)
             package.load_constants(tensors, check_full_update=True, user_managed=True)
         except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -109,12 +112,12 @@ class InductorBackend(HostBackend):
             raise ValueError(f"its weights are in {beside!r:.80}, which the manifest does not list")
         return place(self._bundle.folder, beside)
 
-    def _tensors(self, path: Path, places: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    def _tensors(self, path: Path, places: Mapping[str, Any], dtype: str) -> dict[str, Buffer]:
         """Views of a file of weights: mapped on the CPU, which reads what is used; a copy on a GPU."""
         torch = self._torch
         if path not in self._weights:
             mapped = torch.from_numpy(np.memmap(path, mode="c", dtype=np.uint8))  # private pages: nothing is written
-            self._weights[path] = mapped if self._on == _CPU else mapped.to(self._on)
+            self._weights[path] = mapped if self._device_name == _CPU else mapped.to(self._device_name)
         flat = self._weights[path]
         kind = getattr(torch, dtype)
         sizes = {name: math.prod(shape) * kind.itemsize for name, (_, shape) in places.items()}
@@ -125,14 +128,15 @@ class InductorBackend(HostBackend):
             name: flat[offset : offset + sizes[name]].view(kind).view(shape) for name, (offset, shape) in places.items()
         }
 
-    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
-        """Caches of zeros, as large as asked, slot after slot."""
+    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
+        """Caches of zeros of these shapes, slot after slot in memory: [1, C, Hkv, hd] seen as [1, Hkv, C, hd]."""
         cache = empty_cache(self.device, [(1, slots, heads, hd) for _, heads, slots, hd in shapes], dtype)
-        keys, values = ([buffer.swapaxes(1, 2) for buffer in buffers] for buffers in (cache.keys, cache.values))
+        keys = [_swapped(buffer) for buffer in cache.keys]
+        values = [_swapped(buffer) for buffer in cache.values]
         return SegmentCache(keys, values, cache.lengths)
 
     def bind(
-        self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], cache: SegmentCache | None
+        self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
     ) -> InductorSegment:
         """See `Backend.bind`."""
         return InductorSegment(self.engine(graph), inputs, outputs, cache)
@@ -146,7 +150,7 @@ def open_backend(bundle: Bundle, name: str, device: str, threads: int) -> Induct
 class Engine:
     """A package with its weights, and what it is bound to by name."""
 
-    def __init__(self, torch: Any, record: EngineRecord, package: Any, tensors: Mapping[str, Any]) -> None:
+    def __init__(self, torch: ModuleType, record: EngineRecord, package: Any, tensors: Mapping[str, Buffer]) -> None:
         self.torch = torch
         self.record = record
         self._package = package
@@ -154,11 +158,12 @@ class Engine:
         self.inputs = [tensor for tensor in record.tensors if tensor.mode == "input"]
         self.outputs = [tensor.name for tensor in record.tensors if tensor.mode == "output"]
 
-    def tensor(self, buffer: Any) -> Any:
-        """A buffer of either device as torch has it."""
-        return as_tensor(self.torch, buffer) if isinstance(buffer, np.ndarray) else buffer
+    def tensor(self, buffer: Buffer) -> Buffer:
+        """A buffer of either device as a tensor over its memory."""
+        tensor: Buffer = as_tensor(self.torch, buffer) if isinstance(buffer, np.ndarray) else buffer
+        return tensor
 
-    def run(self, arguments: list[Any]) -> dict[str, Any]:
+    def run(self, arguments: list[Buffer]) -> dict[str, Buffer]:
         """Compute the outputs, by name; the caches among the arguments change in place."""
         try:
             return dict(zip(self.outputs, self._package.loader.run(arguments), strict=True))
@@ -172,7 +177,7 @@ class InductorSegment:
     """An engine and the buffers it reads and writes."""
 
     def __init__(
-        self, engine: Engine, inputs: Mapping[str, Any], outputs: Mapping[str, Any], cache: SegmentCache | None
+        self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
     ) -> None:
         self._engine = engine
         self.outputs = outputs
@@ -187,24 +192,32 @@ class InductorSegment:
 
     def _check(self) -> None:
         """An engine trusts its inputs: one of another type or size would be read beyond its end."""
-        for told in self._engine.inputs:
-            given = self._arguments[told.name]
-            dtype = str(given.dtype).removeprefix("torch.")
-            shape = tuple(given.shape)
-            fits = len(shape) == len(told.shape) and all(a in (-1, b) for a, b in zip(told.shape, shape, strict=True))
-            if dtype != told.dtype or not fits:
+        for record in self._engine.inputs:
+            tensor = self._arguments[record.name]
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            shape = tuple(tensor.shape)
+            has_rank = len(shape) == len(record.shape)
+            fits = has_rank and all(a in (-1, b) for a, b in zip(record.shape, shape, strict=True))
+            if dtype != record.dtype or not fits:
                 raise BackendError(
-                    f"{told.name} is {dtype} {shape}, {self._engine.record.file} takes {told.dtype} {told.shape}"
+                    f"{record.name} is {dtype} {shape}, {self._engine.record.file} takes {record.dtype} {record.shape}"
                 )
 
     def run(self) -> None:
         """See `BoundSegment.run`."""
-        results = self._engine.run([self._argument(told.name) for told in self._engine.inputs])
+        results = self._engine.run([self._argument(record.name) for record in self._engine.inputs])
         for name, target in self._targets.items():
-            target.copy_(results[name])
+            tensor_of(target).copy_(results[name])
 
-    def _argument(self, name: str) -> Any:
+    def _argument(self, name: str) -> Buffer:
+        """A buffer as a run reads it: of a cache on the CPU only the slots that are taken."""
         argument = self._arguments[name]
         if self._taken is None or not name.startswith("past_"):
             return argument
         return argument[:, :, : int(self._taken[int(name.rsplit("_", 1)[1])])]
+
+
+def _swapped(buffer: Buffer) -> Buffer:
+    """[1, C, Hkv, hd] as [1, Hkv, C, hd] over the same memory; arrays and tensors both can."""
+    swapped: Buffer = tensor_of(buffer).swapaxes(1, 2)
+    return swapped

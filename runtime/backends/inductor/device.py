@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from framefusion.errors import BackendError
 from framefusion.reduction import tracks
 from framefusion.reduction.plan import Plan
-from framefusion.runtime.backends.base import Array
+from framefusion.runtime.backends.buffer import Array, Buffer
 
 BFLOAT16 = "bfloat16"  # numpy has it from ml_dtypes, torch reads no array of it: both see 16-bit integers
 
 
-def load_torch() -> Any:
-    """The module.
+def load_torch() -> ModuleType:
+    """The module `torch`.
 
     Raises:
         BackendError: it is not installed.
@@ -35,48 +36,52 @@ def load_torch() -> Any:
         ) from None
 
 
-def as_tensor(torch: Any, array: Array) -> Any:
+def as_tensor(torch: ModuleType, array: Array) -> Any:
     """A tensor over the memory of an array."""
     if array.dtype.name == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
-def as_array(torch: Any, tensor: Any, dtype: np.dtype[Any]) -> Array:
+def as_array(torch: ModuleType, tensor: Buffer, dtype: np.dtype[Any]) -> Array:
     """An array of this type over the memory of a tensor of the host."""
     if dtype.name == BFLOAT16:
-        return np.asarray(tensor.view(torch.int16).numpy()).view(dtype)
-    return np.asarray(tensor.numpy())
+        return np.asarray(tensor_of(tensor).view(torch.int16).numpy()).view(dtype)
+    return np.asarray(tensor_of(tensor).numpy())
+
+
+def tensor_of(buffer: Buffer) -> Any:
+    """A buffer of this device as what it is, a tensor: torch's types are not known where torch need not be."""
+    return buffer
 
 
 class TorchMirror:
     """A tensor of the device and its pinned twin."""
 
-    def __init__(self, device: TorchDevice, shape: Sequence[int], dtype: Any) -> None:
+    def __init__(self, device: TorchDevice, shape: Sequence[int], dtype: DTypeLike) -> None:
         self._torch = device.torch
         self.there = device.zeros(shape, dtype)
-        on_host = self.there.device.type == "cpu"
-        twin = self.there if on_host else self._torch.zeros_like(self.there, device="cpu").pin_memory()
-        self.host = as_array(self._torch, twin, np.dtype(dtype))
-        self._twin = twin
-        self._same = on_host
-        self._arrival: Any = None
+        tensor = tensor_of(self.there)
+        self._is_host = tensor.device.type == "cpu"
+        self._twin = tensor if self._is_host else self._torch.zeros_like(tensor, device="cpu").pin_memory()
+        self.host = as_array(self._torch, self._twin, np.dtype(dtype))
+        self._arrival: Any = None  # event behind the last copy to the host
 
     def push(self) -> None:
         """See `Mirror.push`. The host must not write again before what reads it was waited for."""
-        if not self._same:
-            self.there.copy_(self._twin, non_blocking=True)
+        if not self._is_host:
+            tensor_of(self.there).copy_(self._twin, non_blocking=True)
 
     def request(self) -> None:
         """See `Mirror.request`."""
-        if not self._same:
+        if not self._is_host:
             self._twin.copy_(self.there, non_blocking=True)
             self._arrival = self._torch.cuda.Event()
             self._arrival.record()
 
     def pull(self) -> Array:
         """See `Mirror.pull`."""
-        if not self._same:
+        if not self._is_host:
             if self._arrival is None:
                 self.request()
             self._arrival.synchronize()
@@ -106,71 +111,81 @@ class TorchDevice:
             )
         self._device = self.torch.device(name)
 
-    def _dtype(self, dtype: Any) -> Any:
-        """torch's name of numpy's type; its own types stay."""
+    def _dtype(self, dtype: DTypeLike) -> Any:
+        """torch's type of numpy's; its own types, which its buffers have, stay."""
         return dtype if isinstance(dtype, self.torch.dtype) else getattr(self.torch, np.dtype(dtype).name)
 
     def _index(self, index: NDArray[np.int64]) -> Any:
+        """Indices of the host on the device."""
         return self.torch.from_numpy(np.ascontiguousarray(index)).to(self._device, non_blocking=True)
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         """See `Device.empty`."""
-        return self.torch.empty(tuple(shape), dtype=self._dtype(dtype), device=self._device)
+        buffer: Buffer = self.torch.empty(tuple(shape), dtype=self._dtype(dtype), device=self._device)
+        return buffer
 
-    def zeros(self, shape: Sequence[int], dtype: Any) -> Any:
+    def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         """See `Device.zeros`."""
-        return self.torch.zeros(tuple(shape), dtype=self._dtype(dtype), device=self._device)
+        buffer: Buffer = self.torch.zeros(tuple(shape), dtype=self._dtype(dtype), device=self._device)
+        return buffer
 
-    def mirror(self, shape: Sequence[int], dtype: Any) -> TorchMirror:
+    def mirror(self, shape: Sequence[int], dtype: DTypeLike) -> TorchMirror:
         """See `Device.mirror`."""
         return TorchMirror(self, shape, dtype)
 
-    def upload(self, array: Array) -> Any:
+    def upload(self, array: Array) -> Buffer:
         """See `Device.upload`."""
-        return as_tensor(self.torch, np.ascontiguousarray(array)).to(self._device)
+        uploaded: Buffer = as_tensor(self.torch, np.ascontiguousarray(array)).to(self._device)
+        return uploaded
 
-    def download(self, buffer: Any) -> Array:
+    def download(self, buffer: Buffer) -> Array:
         """See `Device.download`; bfloat16 comes as fp32, which holds it exactly."""
-        tensor = buffer.float() if buffer.dtype == self.torch.bfloat16 else buffer
+        tensor = tensor_of(buffer)
+        tensor = tensor.float() if tensor.dtype == self.torch.bfloat16 else tensor
         return np.asarray(tensor.cpu().numpy())
 
-    def typed(self, buffer: Any, dtype: Any) -> Any:
+    def typed(self, buffer: Buffer, dtype: DTypeLike) -> Buffer:
         """See `Device.typed`."""
-        return buffer.to(self._dtype(dtype))
+        typed: Buffer = tensor_of(buffer).to(self._dtype(dtype))
+        return typed
 
-    def contiguous(self, buffer: Any) -> Any:
+    def contiguous(self, buffer: Buffer) -> Buffer:
         """See `Device.contiguous`."""
-        return buffer.contiguous()
+        packed: Buffer = tensor_of(buffer).contiguous()
+        return packed
 
-    def copy(self, target: Any, source: Any) -> None:
+    def copy(self, target: Buffer, source: Buffer) -> None:
         """See `Device.copy`."""
-        target.copy_(source)
+        tensor_of(target).copy_(source)
 
-    def put(self, target: Any, index: NDArray[np.int64], rows: Any) -> None:
+    def put(self, target: Buffer, index: NDArray[np.int64], rows: Buffer) -> None:
         """See `Device.put`."""
-        target.index_copy_(0, self._index(index), rows)
+        tensor_of(target).index_copy_(0, self._index(index), rows)
 
-    def take(self, rows: Any, index: NDArray[np.int64]) -> Any:
+    def take(self, rows: Buffer, index: NDArray[np.int64]) -> Buffer:
         """See `Device.take`."""
-        return rows.index_select(0, self._index(index))
+        taken: Buffer = tensor_of(rows).index_select(0, self._index(index))
+        return taken
 
-    def mix(self, rows: Any, index: NDArray[np.int64], weight: NDArray[np.float32]) -> Any:
+    def mix(self, rows: Buffer, index: NDArray[np.int64], weight: NDArray[np.float32]) -> Buffer:
         """See `Device.mix`."""
         weights = self.torch.from_numpy(np.ascontiguousarray(weight)).to(self._device)
-        total = weights[:, :1] * self.take(rows, index[:, 0]).float()
+        total = weights[:, :1] * tensor_of(self.take(rows, index[:, 0])).float()
         for k in range(1, index.shape[1]):
-            total += weights[:, k : k + 1] * self.take(rows, index[:, k]).float()
-        return total.to(rows.dtype)
+            total += weights[:, k : k + 1] * tensor_of(self.take(rows, index[:, k])).float()
+        mixed: Buffer = total.to(rows.dtype)
+        return mixed
 
-    def padded(self, rows: Any, length: int, size: int) -> Any:
+    def padded(self, rows: Buffer, length: int, size: int) -> Buffer:
         """See `Device.padded`."""
         if rows.shape[-2] == size:
             return rows
-        return self.torch.nn.functional.pad(rows[..., :length, :], (0, 0, 0, size - length))
+        padded: Buffer = self.torch.nn.functional.pad(rows[..., :length, :], (0, 0, 0, size - length))
+        return padded
 
-    def reduced(self, rows: Any, plan: Plan) -> Any:
+    def reduced(self, rows: Buffer, plan: Plan) -> Buffer:
         """See `Device.reduced`: the order of the sums is plan.apply_plan's."""
-        stacked = rows if rows.ndim == 3 else rows[None]
+        stacked = tensor_of(rows if len(rows.shape) == 3 else rows[None])
         reduced = stacked.index_select(1, self._index(plan.kept))
         runs = plan.runs_longest_first()
         means = stacked.index_select(1, self._index(runs.heads)).float()
@@ -178,15 +193,16 @@ class TorchDevice:
             means[:, : members.size] += stacked.index_select(1, self._index(members)).float()
         means /= self.torch.from_numpy(runs.lengths.astype(np.float32)).to(self._device)[None, :, None]
         reduced.index_copy_(1, self._index(runs.slots), means.to(rows.dtype))
-        return reduced if rows.ndim == 3 else reduced[0]
+        result: Buffer = reduced if len(rows.shape) == 3 else reduced[0]
+        return result
 
-    def similarity(self, rows: Any, labels: NDArray[np.int64]) -> NDArray[np.float32]:
+    def similarity(self, rows: Buffer, labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Device.similarity`: tokens without a previous one, and pairs with a zero token, get DISSIMILAR."""
         previous = tracks.previous_in_track(labels)
-        hidden = rows[: labels.size].float()
+        hidden = tensor_of(rows[: labels.size]).float()
         before = hidden.index_select(0, self._index(np.maximum(previous, 0)))
         scale = hidden.norm(dim=-1) * before.norm(dim=-1)
         comparable = self._index((previous >= 0).astype(np.int64)).bool() & (scale > 0)
         cosine = (hidden * before).sum(-1) / scale.clamp(min=np.finfo(np.float32).tiny)
-        told = self.torch.where(comparable, cosine, self.torch.full_like(cosine, tracks.DISSIMILAR))
-        return np.asarray(told.cpu().numpy())
+        scores = self.torch.where(comparable, cosine, self.torch.full_like(cosine, tracks.DISSIMILAR))
+        return np.asarray(scores.cpu().numpy())

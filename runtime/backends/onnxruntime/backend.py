@@ -10,7 +10,7 @@ score or a logit is read. What has no CUDA kernel ONNX Runtime runs on the CPU b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ import numpy as np
 from framefusion.console.plain_text import printable
 from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends.base import Backend
+from framefusion.runtime.backends.buffer import Buffer
+from framefusion.runtime.backends.cuda.array import device_array
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
@@ -124,8 +126,8 @@ class OnnxRuntimeBackend(HostBackend):
     def bind(
         self,
         graph: str,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Any],
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
         cache: SegmentCache | None,
     ) -> OnnxRuntimeSegment:
         """See `Backend.bind`."""
@@ -201,8 +203,8 @@ class OnnxRuntimeSegment:
     def __init__(
         self,
         session: Any,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Any],
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
         cache: SegmentCache | None,
         place: tuple[str, int] = ("cpu", 0),
     ) -> None:
@@ -230,11 +232,16 @@ class OnnxRuntimeSegment:
             for name, buffer in cache.named("present").items():
                 self._bind(self._binding.bind_output, name, buffer)
 
-    def _bind(self, bind: Any, name: str, buffer: Any) -> None:
-        on_host = isinstance(buffer, np.ndarray)
-        if not (buffer.flags.c_contiguous if on_host else buffer.contiguous):
+    def _bind(self, bind: Callable[..., None], name: str, buffer: Buffer) -> None:
+        if isinstance(buffer, np.ndarray):
+            is_contiguous = buffer.flags.c_contiguous
+            address = buffer.ctypes.data
+        else:
+            on_gpu = device_array(buffer)
+            is_contiguous = on_gpu.contiguous
+            address = on_gpu.address
+        if not is_contiguous:
             raise ValueError(f"{name} is bound by address and must be contiguous")
-        address = buffer.ctypes.data if on_host else buffer.address
         element = BFLOAT16 if buffer.dtype.name == "bfloat16" else buffer.dtype.type
         bind(name, *self._place, element, buffer.shape, address)
 

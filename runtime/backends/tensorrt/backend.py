@@ -15,16 +15,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from framefusion.errors import BackendError
 from framefusion.runtime.backends.base import BoundSegment
-from framefusion.runtime.backends.cache_pool import CachePool
+from framefusion.runtime.backends.buffer import Buffer
+from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
 from framefusion.runtime.backends.cuda.device import CudaDevice
 from framefusion.runtime.backends.fit import require_fit
 from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.backends.tensorrt.cache_pool import CachePool
 from framefusion.runtime.backends.tensorrt.engine import Context, Engine, Loader, RunTarget, Tensor
 from framefusion.runtime.backends.tensorrt.library import LibraryKind, load_library
 from framefusion.runtime.backends.tensorrt.memory import engine_memory, require_room
@@ -74,7 +76,7 @@ class TensorRTBackend:
         self.loader = Loader(library, (kernels or kernel_folder()) / kernel_file(bundle, kind, gpu.name))
         self._engines: dict[str, Engine] = {}
         self._workspace = self.device.empty((0,), np.uint8)
-        self._on = RunTarget(self.device.stream, 0, 0)
+        self._run_target = RunTarget(self.device.stream, 0, 0)
         self._pool = CachePool(self.device, capacities(bundle, kind))
         self._graphs: OrderedDict[object, Callable[[], None]] = OrderedDict()
         self._captures = True
@@ -91,22 +93,22 @@ class TensorRTBackend:
 
     def _reserve(self, size: int) -> None:
         """One block for the activations of whichever engine runs."""
-        if size <= self._on.workspace_bytes:
+        if size <= self._run_target.workspace_bytes:
             return
         plan = replace(engine_memory(self.bundle.manifest, self._kind), weights=0, activations=size + ALIGNMENT)
         require_room(plan, self.device.free_memory(), self._gpu, self.bundle.manifest)
         self._workspace = self.device.empty((size + ALIGNMENT,), np.uint8)
-        self._on = RunTarget(self.device.stream, -(-self._workspace.address // ALIGNMENT) * ALIGNMENT, size)
+        self._run_target = RunTarget(self.device.stream, -(-self._workspace.address // ALIGNMENT) * ALIGNMENT, size)
         self.forget_graphs()  # they know the block before
         for engine in self._engines.values():
             engine.forget()
 
-    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
         """See `CachePool.take`."""
         return self._pool.take(record, shapes, dtype)
 
     def bind(
-        self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], cache: SegmentCache | None
+        self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
     ) -> TensorRTSegment:
         """See `Backend.bind`."""
         if graph not in self._engines:
@@ -123,9 +125,9 @@ class TensorRTBackend:
         self._graphs.clear()
 
     @property
-    def on(self) -> RunTarget:
-        """Where contexts run now."""
-        return self._on
+    def run_target(self) -> RunTarget:
+        """Where contexts run now; another one when the memory for activations has grown."""
+        return self._run_target
 
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
         """Run bound segments in turn: once as they are, then captured as one CUDA graph and replayed.
@@ -171,8 +173,8 @@ class TensorRTSegment:
     def __init__(
         self,
         engine: Engine,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Any],
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
         cache: SegmentCache | None,
         backend: TensorRTBackend,
     ) -> None:
@@ -184,21 +186,21 @@ class TensorRTSegment:
         missing = [tensor.name for tensor in wanted if tensor.name not in given]
         if missing:
             raise BackendError(f"{engine.record.file} wants {', '.join(missing)}: compile the bundle again")
-        self.inputs = {tensor.name: given[tensor.name] for tensor in wanted}
-        self._shapes = {name: tuple(map(int, buffer.shape)) for name, buffer in self.inputs.items()}
+        self.inputs = {tensor.name: device_array(given[tensor.name]) for tensor in wanted}
+        self._shapes = {name: buffer.shape for name, buffer in self.inputs.items()}
         self._profile = engine.profile_for(self._shapes)
         self._context: Context = engine.context(self._profile)
         self.outputs = outputs
-        made = dict(outputs) | cache_buffers("present", cache)
-        results = {tensor.name: tensor for tensor in engine.tensors if not tensor.is_input}
-        self._buffers = self.inputs | {name: made[name] for name in results if name in made}
+        written = dict(outputs) | cache_buffers("present", cache)
+        results = [tensor.name for tensor in engine.tensors if not tensor.is_input]
+        self._buffers = self.inputs | {name: device_array(written[name]) for name in results if name in written}
         for tensor in engine.tensors:
             if tensor.name in self._buffers:
                 _check(engine, tensor, self._buffers[tensor.name])
-        for name in results.keys() - self._buffers.keys():  # an engine writes every output, also what nobody wants
-            size = self._context.output_bytes(name, self._profile, self._shapes, backend.on)
+        for name in set(results) - self._buffers.keys():  # an engine writes every output, also what nobody wants
+            size = self._context.output_bytes(name, self._profile, self._shapes, backend.run_target)
             self._buffers[name] = backend.device.empty((size,), np.uint8)
-        self._addresses = {name: int(buffer.address) for name, buffer in sorted(self._buffers.items())}
+        self._addresses = {name: buffer.address for name, buffer in sorted(self._buffers.items())}
 
     @property
     def key(self) -> object:
@@ -208,11 +210,11 @@ class TensorRTSegment:
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can be captured of it."""
-        return self._context.capturable(self._backend.on.stream)
+        return self._context.capturable(self._backend.run_target.stream)
 
     def run(self) -> None:
         """Enqueue a run."""
-        self._context.run(self._token, self._profile, self._shapes, self._addresses, self._backend.on)
+        self._context.run(self._token, self._profile, self._shapes, self._addresses, self._backend.run_target)
 
 
 def capacities(bundle: Bundle, kind: LibraryKind) -> dict[str, tuple[int, ...]]:
@@ -224,10 +226,10 @@ def capacities(bundle: Bundle, kind: LibraryKind) -> dict[str, tuple[int, ...]]:
     slots: dict[str, tuple[int, ...]] = {}
     for segment in bundle.manifest.segments:
         engines = [bundle.engine(graph, kind) for graph in segment.graphs]
-        told = {engine.capacities for engine in engines if engine is not None}
-        if len(told) != 1:
+        distinct = {engine.capacities for engine in engines if engine is not None}
+        if len(distinct) != 1:
             raise BackendError(f"the {kind} engines of segment {segment.name} differ in their caches: compile it again")
-        slots[segment.name] = told.pop()
+        slots[segment.name] = distinct.pop()
     return slots
 
 
@@ -242,14 +244,14 @@ def kernel_file(bundle: Bundle, kind: LibraryKind, gpu: str) -> str:
     return hashlib.sha256("\n".join((gpu, *keys)).encode()).hexdigest()[:32] + ".kernels"
 
 
-def cache_buffers(prefix: str, cache: SegmentCache | None) -> dict[str, Any]:
+def cache_buffers(prefix: str, cache: SegmentCache | None) -> dict[str, Buffer]:
     """The buffers of a cache under the names of an engine's inputs ("past") or outputs ("present")."""
     return {} if cache is None else cache.named(prefix)
 
 
-def _check(engine: Engine, tensor: Tensor, buffer: Any) -> None:
+def _check(engine: Engine, tensor: Tensor, buffer: DeviceArray) -> None:
     """What is bound by address must be of the engine's type and size: nothing else would notice."""
-    alike = [size in (-1, own) for size, own in zip(tensor.shape, buffer.shape, strict=False)]
+    alike = [expected in (-1, size) for expected, size in zip(tensor.shape, buffer.shape, strict=False)]
     same = len(buffer.shape) == len(tensor.shape) and all(alike) and buffer.dtype.name == tensor.dtype
     if not same or not buffer.contiguous:
         raise BackendError(

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from framefusion.runtime.backends.cache_pool import CachePool
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeSegment
 from framefusion.runtime.backends.tensorrt.backend import cache_buffers, capacities
+from framefusion.runtime.backends.tensorrt.cache_pool import CachePool
 from framefusion.runtime.backends.tensorrt.library import LibraryKind
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from framefusion.errors import PromptError
-from framefusion.runtime.backends.cache_pool import CachePool
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from framefusion.runtime.backends.tensorrt.cache_pool import CachePool
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.generation.decode import Decoder

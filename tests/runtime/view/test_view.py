@@ -148,7 +148,7 @@ def test_numbers_are_those_of_the_answer(watched: Watched, told: dict[str, Any],
         assert own[field.name] == (list(plain) if isinstance(plain, tuple) else plain), field.name
     caches = pipeline.prefill(*pipeline_inputs(watched, pipeline), watched.request, Stopwatch()).caches
     used = sum(
-        length * (key.itemsize * 2 * model.num_kv_heads * model.head_dim)
+        length * (key.dtype.itemsize * 2 * model.num_kv_heads * model.head_dim)
         for cache in caches
         for length, key in zip(cache.lengths.tolist(), cache.keys, strict=True)
     )

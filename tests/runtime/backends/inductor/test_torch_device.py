@@ -18,7 +18,7 @@ from framefusion.errors import BackendError
 from framefusion.reduction.plan import Plan
 from framefusion.reduction.policy import Reduction, ReductionSettings
 from framefusion.runtime.backends.host import HOST
-from framefusion.runtime.backends.inductor.device import TorchDevice
+from framefusion.runtime.backends.inductor.device import TorchDevice, tensor_of
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 torch = pytest.importorskip("torch")
@@ -85,7 +85,7 @@ def test_a_mirror_is_seen_from_both_sides(device: TorchDevice, kind: str) -> Non
     mirror.host[0] = [1, 2, 3]
     mirror.push()
     same(device, mirror.there[0], np.array([1, 2, 3]))
-    mirror.there[1] = 4
+    tensor_of(mirror.there)[1] = 4
     mirror.request()
     np.testing.assert_array_equal(mirror.pull()[1].astype(np.float32), [4, 4, 4])
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from framefusion.errors import PromptError
 from framefusion.runtime.backends.base import Device, empty_cache
+from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import SegmentRecord
 
-Buffers = tuple[list[Any], list[Any]]
+Buffers = tuple[list[Buffer], list[Buffer]]
 
 
 class CachePool:
@@ -36,7 +37,7 @@ class CachePool:
         self._capacities = capacities
         self._free: dict[str, list[Buffers]] = {}
 
-    def take(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+    def take(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
         """Caches for a request that asks for `shapes`, each [1, Hkv, C, hd]; theirs may be longer.
 
         Raises:
@@ -50,12 +51,12 @@ class CachePool:
                     "tokens or frames, or build with a larger --max-kv-cache-capacity"
                 )
         free = self._free.setdefault(record.name, [])
-        keys, values = free.pop() if free else self._made(shapes, slots, dtype)
+        keys, values = free.pop() if free else self._allocate(shapes, slots, dtype)
         cache = SegmentCache(keys, values, np.zeros(len(slots), np.int64))
         weakref.finalize(cache, free.append, (keys, values)).atexit = False
         return cache
 
-    def _made(self, shapes: Sequence[tuple[int, ...]], slots: Sequence[int], dtype: Any) -> Buffers:
+    def _allocate(self, shapes: Sequence[tuple[int, ...]], slots: Sequence[int], dtype: DTypeLike) -> Buffers:
         full = [(*shape[:2], most, shape[3]) for shape, most in zip(shapes, slots, strict=True)]
-        made = empty_cache(self._device, full, dtype)
-        return made.keys, made.values
+        cache = empty_cache(self._device, full, dtype)
+        return cache.keys, cache.values
