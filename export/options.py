@@ -14,6 +14,9 @@ from framefusion.runtime.format.manifest import Mode
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "float16", "bfloat16"]
 DEFAULT_TEXT = 512
+DEFAULT_INPUT = 8192
+DEFAULT_NEW_TOKENS = 1024
+DEFAULT_DEPTH = 7  # merging of the published models ends within the first handful of layers
 LIVE = ("transformers", "eager")
 """What runs a checkpoint that is evaluated without a build: transformers' own model, or our graphs in eager torch."""
 CACHE_LIMIT = 64_000_000_000  # bytes of engines that stay in a cache

@@ -18,9 +18,7 @@ from framefusion.errors import CheckFailedError
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.commands.cli import ff_export
-from framefusion.export.options import BuildOptions
-from framefusion.export.plan.reduction import DEFAULT_DEPTH
-from framefusion.export.plan.sizes import DEFAULT_INPUT, DEFAULT_NEW_TOKENS
+from framefusion.export.options import DEFAULT_DEPTH, DEFAULT_INPUT, DEFAULT_NEW_TOKENS, BuildOptions
 from framefusion.export.report.inspection import PromptSize, padding, render, report
 from framefusion.runtime.commands.cli import ff_run
 from framefusion.runtime.commands.flags import visuals_in_order

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import click
 
-from framefusion.export.options import CACHE_LIMIT, LIVE, BuildOptions, Device, DType
+from framefusion.export.options import (
+    CACHE_LIMIT,
+    DEFAULT_DEPTH,
+    DEFAULT_INPUT,
+    DEFAULT_NEW_TOKENS,
+    LIVE,
+    BuildOptions,
+    Device,
+    DType,
+)
 from framefusion.runtime.backends.table import engine_kinds
 from framefusion.runtime.commands.flags import MOST_THREADS
 
@@ -112,13 +121,15 @@ BUILD_OPTIONS = (
     _field("cost", float, "Share of the computation over visual tokens that is kept, in (0, 1]."),
     _field("similarity_lower_bound", float, "Tokens at least this alike merge (adaptive).", OF_FAMILY),
     _field("ratio_lower_bound", float, "Merging ends when a smaller share merges (adaptive)."),
-    _field("depth", LAYER, "Deepest layer a reduction may follow (adaptive).", "7"),
+    _field("depth", LAYER, "Deepest layer a reduction may follow (adaptive).", str(DEFAULT_DEPTH)),
     _field("merge_shares", CommaList(float), "Share merged at calls 0, 1, ... (fixed)."),
     _field("prune_layer", LAYER, "Layer the prune follows (fixed)."),
     _field("dialect", str, "How the graphs say attention: gqa (ONNX Runtime) or portable.", "with --backend portable"),
     _field("buckets", CommaList(int), "Sizes of a prefill; the gqa dialect needs none."),
-    _field("max_input_len", COUNT, "Longest prompt in tokens.", "8192, or what the LLM was trained for"),
-    _field("max_kv_cache_capacity", COUNT, "Longest prompt and answer together.", "1024 beyond the prompt"),
+    _field("max_input_len", COUNT, "Longest prompt in tokens.", f"{DEFAULT_INPUT}, or what the LLM was trained for"),
+    _field(
+        "max_kv_cache_capacity", COUNT, "Longest prompt and answer together.", f"{DEFAULT_NEW_TOKENS} beyond the prompt"
+    ),
     _field("max_text_len", COUNT, "Longest text of a prompt (fixed)."),
     _field("dtype", click.Choice(get_args(DType)), "Of weights, activations and caches.", "with --backend float16"),
     _field("num_decoder_layer", COUNT, "Take only the first layers, for a smoke test.", "all"),

@@ -9,7 +9,7 @@ from framefusion.errors import BudgetError, ReducerError
 from framefusion.export.families.family import Family
 from framefusion.export.graphs.decoder import DecoderConfig
 from framefusion.export.graphs.segments import SegmentPlan, cut_after, whole_decoder
-from framefusion.export.options import BuildOptions
+from framefusion.export.options import DEFAULT_DEPTH, BuildOptions
 from framefusion.reducers import DEFAULT, load_reducer, reducer_names
 from framefusion.reduction.budget import (
     FixedSchedule,
@@ -20,8 +20,6 @@ from framefusion.reduction.budget import (
 )
 from framefusion.reduction.policy import ReductionSettings
 from framefusion.runtime.format.manifest import Mode, ReductionRecord
-
-DEFAULT_DEPTH = 7  # merging of the published models ends within the first handful of layers
 
 
 def reduction_record(family: Family, config: DecoderConfig, options: BuildOptions) -> ReductionRecord:

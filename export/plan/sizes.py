@@ -9,13 +9,11 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.families.reading import configs as reading
 from framefusion.export.families.reading import language
 from framefusion.export.graphs.tracing.dialects import Dialect
-from framefusion.export.options import BuildOptions
+from framefusion.export.options import DEFAULT_INPUT, DEFAULT_NEW_TOKENS, BuildOptions
 from framefusion.reducers import load_reducer
 from framefusion.reduction.budget import FixedSchedule, drop_counts, kept_by_prune
 from framefusion.runtime.format.manifest import FixedRecord, Limits, ReductionRecord
 
-DEFAULT_INPUT = 8192
-DEFAULT_NEW_TOKENS = 1024
 BUCKET_RATIO = 0.8  # of neighbouring buckets: at most a quarter of a bucket is padding, an eighth on average
 BUCKET_MULTIPLE = 16
 

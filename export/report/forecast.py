@@ -36,12 +36,15 @@ NEW_TOKENS = 128
 
 
 def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str, Any]:
-    """All facts as plain values.
+    """What a build would write and take, as plain values: sizes in bytes, times in seconds.
 
     Args:
         plan: of the build.
         output: where the bundle is to be.
         verify: whether the build will check it.
+
+    Raises:
+        CheckpointError, BudgetError: the build would be refused.
     """
     scope = scope_of(plan) if verify else None
     sizes = sizes_of(plan, scope)
@@ -71,7 +74,7 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
         "prompt": {"input_len": tokens, "visual_len": visual, "max_new_tokens": NEW_TOKENS},
         "memory": {
             "build": _build_memory(plan),
-            "run": {name: one.total for name, one in plans.items()},
+            "run": {name: memory.total for name, memory in plans.items()},
             "check": None if scope is None else scope.memory,
         },
         "check": None if scope is None else _check(scope, checked),
@@ -170,13 +173,14 @@ def _engine_lines(engines: Mapping[str, Any] | None) -> list[str]:
 def _check_line(check: Mapping[str, Any] | None, memory: int | None) -> str:
     if check is None or memory is None:
         return "check: left out, NOTHING will be compared"
-    streamed = "all of it, weights read from the disk as they are used"
-    told = check["why"] or {"streamed": streamed}.get(check["method"], "full")
+    scope = check["why"]
+    if not scope and check["method"] == "streamed":
+        scope = "all of it, weights read from the disk as they are used"
+    compared = "each layer built is compared with transformers' own class"
     why = check["transformers"].get("why")
-    compared = (
-        f"NOT compared with transformers: {why}" if why else "each layer built is compared with transformers' own class"
-    )
-    return f"check: {told}; memory about {in_bytes(memory)}; {compared}"
+    if why:
+        compared = f"NOT compared with transformers: {why}"
+    return f"check: {scope or 'full'}; memory about {in_bytes(memory)}; {compared}"
 
 
 def render(facts: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ def stream(module: nn.Module, read: Read, released: Callable[[str], object] = la
     Args:
         module: on any device, the meta device included; a tensor that two names share is read for each of them.
         read: see `Read`.
-        released: told the name of each parameter that a unit has let go.
+        released: called with the name of each parameter whose memory a unit has given back.
     """
     streamed: set[str] = set()
     for prefix, unit in units(module):
