@@ -53,7 +53,7 @@ def write_inputs(folder: Path) -> list[str]:
     from tests.families import CASES
     from tests.families.case import clip
     from tests.families.eager import eager_pipeline
-    from tests.families.test_families import OPTIONS, Asked, Subject
+    from tests.families.test_families import OPTIONS, Conversation, Subject
     from tests.families.test_live import live_logits
 
     cases = [case for case in CASES if case.family in FAMILIES]
@@ -71,12 +71,12 @@ def write_inputs(folder: Path) -> list[str]:
             visuals = pipeline.read_visuals(turns, [clip(seed=seed)], sampling, Stopwatch())
             prompt = pipeline.prompt(turns, visuals)
             videos = [as_video(clip(seed=seed), sampling)]
-            asked = Asked(turns, videos, visuals, prompt, [], None)  # type: ignore[arg-type]
+            conversation = Conversation(turns, videos, visuals, prompt, [], None)  # type: ignore[arg-type]
             inputs: dict[str, Any] = {}
             hook = model.register_forward_pre_hook(
                 lambda _, __, named, inputs=inputs: inputs.update(named), with_kwargs=True
             )
-            live_logits(subject, asked)
+            live_logits(subject, conversation)
             hook.remove()
             inputs.pop("position_ids", None)  # transformers' own rule
             prompts.append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})

@@ -18,8 +18,8 @@ from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 
 Array = NDArray[Any]
-Seen = Video | Array
-"""A video as it was sampled, or an image [H, W, 3]."""
+Media = Video | Array
+"""A video as it was sampled, or an image [H, W, 3]; several of them are `media`, too."""
 
 VIDEO, IMAGE = Visual.VIDEO, Visual.IMAGE
 
@@ -28,11 +28,11 @@ class Reference(ABC):
     """A model in fp32 made of transformers' classes, with the weights of a tiny checkpoint."""
 
     @abstractmethod
-    def features(self, seen: Sequence[Seen]) -> Array:
+    def features(self, media: Sequence[Media]) -> Array:
         """[n, D]: the rows that the prompt shows for these videos and images, learned separator rows left out."""
 
     @abstractmethod
-    def logits(self, prompt: Prompt, seen: Sequence[Seen], answer: Sequence[int]) -> Array:
+    def logits(self, prompt: Prompt, media: Sequence[Media], answer: Sequence[int]) -> Array:
         """[S + len(answer), V]: logits behind every token of the prompt and of an answer that follows it.
 
         Only ids and positions may be taken from `prompt`; ids below 0 are rows that no token stands for.
@@ -60,20 +60,20 @@ class FamilyCase(ABC):
         """The reference of a checkpoint that `write` left."""
 
     @abstractmethod
-    def pixels(self, folder: Path, seen: Seen) -> list[Array]:
+    def pixels(self, folder: Path, media: Media) -> list[Array]:
         """What the tower sees by the family's own processor or formula, laid out as `VisualInput.tiles`."""
 
-    def pixels_among(self, folder: Path, seen: Seen, among: Sequence[Seen]) -> list[Array]:
+    def pixels_among(self, folder: Path, media: Media, among: Sequence[Media]) -> list[Array]:
         """The same where it depends on what else the conversation shows."""
-        return self.pixels(folder, seen)
+        return self.pixels(folder, media)
 
     @abstractmethod
-    def prompt_ids(self, folder: Path, turns: Sequence[Turn], seen: Sequence[Seen]) -> list[int]:
+    def prompt_ids(self, folder: Path, turns: Sequence[Turn], media: Sequence[Media]) -> list[int]:
         """Token ids by the family's own processor, chat template or formula; -1 for rows of the tower without a token,
         -2 for learned rows."""
 
     @abstractmethod
-    def labels(self, folder: Path, ids: Sequence[int], seen: Sequence[Seen]) -> list[int]:
+    def labels(self, folder: Path, ids: Sequence[int], media: Sequence[Media]) -> list[int]:
         """patch_type of every token, as families.md describes the reference code's, by a formula of the test's own.
 
         Those of a later video or image start behind the largest of the one before.

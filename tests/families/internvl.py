@@ -16,7 +16,7 @@ from torch import Tensor
 
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
-from tests.families.case import Array, FamilyCase, Reference, Seen
+from tests.families.case import Array, FamilyCase, Media, Reference
 from tests.families.internvl_checkpoints import (
     KV_HEADS,
     MAX_TILES,
@@ -34,26 +34,26 @@ from tests.families.internvl_checkpoints import (
 ROWS = (TILE // PATCH // 2) ** 2
 
 
-def native_pictures(seen: Seen) -> Array:
+def native_pictures(media: Media) -> Array:
     """Tiles [N, 3, S, S] by transformers' image processor; frames are not cut."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     processor = GotOcr2ImageProcessorPil(
         size={"height": TILE, "width": TILE}, image_mean=MEAN, image_std=STD, min_patches=1, max_patches=MAX_TILES,
-        crop_to_patches=not isinstance(seen, Video),
+        crop_to_patches=not isinstance(media, Video),
     )  # fmt: skip
-    images = list(seen.frames) if isinstance(seen, Video) else [seen]
+    images = list(media.frames) if isinstance(media, Video) else [media]
     return np.asarray(processor(images=images, return_tensors="np")["pixel_values"])
 
 
-def chat_pictures(seen: Seen) -> Array:
+def chat_pictures(media: Media) -> Array:
     """Tiles [N, 3, S, S] by the authors' procedure, in Pillow's own terms."""
     from PIL import Image
 
-    if isinstance(seen, Video):
-        tiles = [Image.fromarray(frame).resize((TILE, TILE)) for frame in seen.frames]
+    if isinstance(media, Video):
+        tiles = [Image.fromarray(frame).resize((TILE, TILE)) for frame in media.frames]
     else:
-        image = Image.fromarray(seen)
+        image = Image.fromarray(media)
         columns, rows = chosen_grid(image.width, image.height)
         whole = image.resize((columns * TILE, rows * TILE))
         boxes = [(i % columns * TILE, i // columns * TILE) for i in range(rows * columns)]
@@ -85,18 +85,18 @@ class InternVLReference(Reference):
         self.model, self.pictures = model.float().eval(), pictures
 
     @torch.inference_mode()
-    def features(self, seen: Sequence[Seen]) -> Array:
-        pixels = torch.cat([torch.from_numpy(self.pictures(one)) for one in seen])
+    def features(self, media: Sequence[Media]) -> Array:
+        pixels = torch.cat([torch.from_numpy(self.pictures(item)) for item in media])
         features: Array = self.model.model.get_image_features(pixel_values=pixels).pooler_output.flatten(0, 1).numpy()
         return features
 
     @torch.inference_mode()
-    def logits(self, prompt: Prompt, seen: Sequence[Seen], answer: Sequence[int]) -> Array:
+    def logits(self, prompt: Prompt, media: Sequence[Media], answer: Sequence[int]) -> Array:
         ids = torch.from_numpy(prompt.token_ids)
         embeddings = self.model.get_input_embeddings()(torch.cat([ids, torch.tensor(list(answer), dtype=torch.long)]))
-        if seen:
+        if media:
             pads = torch.nonzero(ids == self.model.config.image_token_id)[:, 0]
-            embeddings[pads] = torch.from_numpy(self.features(seen))
+            embeddings[pads] = torch.from_numpy(self.features(media))
         logits: Array = self.model(inputs_embeds=embeddings[None]).logits[0].numpy()
         return logits
 
@@ -105,7 +105,7 @@ class InternVLCase(FamilyCase):
     """What both formats share."""
 
     @abstractmethod
-    def pictures(self, seen: Seen) -> Array:
+    def pictures(self, media: Media) -> Array:
         """Tiles [N, 3, S, S]."""
 
     @abstractmethod
@@ -115,8 +115,8 @@ class InternVLCase(FamilyCase):
     system = ""
     frame_label, image_label = "Frame-{}: ", "Image-{}: "  # the authors' README since InternVL 2.5
 
-    def pixels(self, folder: Path, seen: Seen) -> list[Array]:
-        pictures = self.pictures(seen)
+    def pixels(self, folder: Path, media: Media) -> list[Array]:
+        pictures = self.pictures(media)
         side = TILE // PATCH
         cut = [
             pictures[:, :, y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH].reshape(len(pictures), -1)
@@ -125,9 +125,9 @@ class InternVLCase(FamilyCase):
         ]
         return [np.stack(cut, axis=1)]
 
-    def prompt_ids(self, folder: Path, turns: Sequence[Turn], seen: Sequence[Seen]) -> list[int]:
-        rest, text = list(seen), self.system
-        images, shown = sum(not isinstance(one, Video) for one in seen), 0
+    def prompt_ids(self, folder: Path, turns: Sequence[Turn], media: Sequence[Media]) -> list[int]:
+        rest, text = list(media), self.system
+        images, shown = sum(not isinstance(item, Video) for item in media), 0
         for turn in turns:
             text += f"<|im_start|>{turn.role}\n"
             for part in turn.parts:
@@ -145,13 +145,13 @@ class InternVLCase(FamilyCase):
             text += "<|im_end|>\n"
         return self.text_ids(folder, text + "<|im_start|>assistant\n")
 
-    def labels(self, folder: Path, ids: Sequence[int], seen: Sequence[Seen]) -> list[int]:
+    def labels(self, folder: Path, ids: Sequence[int], media: Sequence[Media]) -> list[int]:
         """families.md 6.4: the place in the frame; what is written between frames is text."""
         (pad,) = self.text_ids(folder, "<IMG_CONTEXT>")[-1:]
         expected: list[int] = []
-        for one in seen:
-            first, tiles = max(expected, default=-1) + 1, len(self.pictures(one))
-            places = [*range(ROWS)] * tiles if isinstance(one, Video) else range(ROWS * tiles)
+        for item in media:
+            first, tiles = max(expected, default=-1) + 1, len(self.pictures(item))
+            places = [*range(ROWS)] * tiles if isinstance(item, Video) else range(ROWS * tiles)
             expected += [first + place for place in places]
         return [expected.pop(0) if index == pad else -1 for index in ids]
 
@@ -170,8 +170,8 @@ class ChatCase(InternVLCase):
     def reference(self, folder: Path) -> Reference:
         return InternVLReference(from_chat(folder, self.text_ids(folder, "<IMG_CONTEXT>")[-1]), self.pictures)
 
-    def pictures(self, seen: Seen) -> Array:
-        return chat_pictures(seen)
+    def pictures(self, media: Media) -> Array:
+        return chat_pictures(media)
 
     def text_ids(self, folder: Path, text: str) -> list[int]:
         return list(hub_tokenizer(folder)(text).input_ids)
@@ -228,8 +228,8 @@ class NativeCase(InternVLCase):
         model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         return InternVLReference(model, self.pictures)
 
-    def pictures(self, seen: Seen) -> Array:
-        return native_pictures(seen)
+    def pictures(self, media: Media) -> Array:
+        return native_pictures(media)
 
     def text_ids(self, folder: Path, text: str) -> list[int]:
         return list(hub_tokenizer(folder)(text).input_ids)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from framefusion.runtime.media.video.frames import Video
 from tests.families import llava_checkpoints as tiny
-from tests.families.case import Array, FamilyCase, Seen
+from tests.families.case import Array, FamilyCase, Media
 
 NEWLINE = 7.0  # marks the learned rows where transformers' code lays out ones
 
@@ -67,9 +67,9 @@ class LlavaCase(FamilyCase):
     def max_tiles(self, folder: Path) -> int:
         """Tiles whose number of patches an image is shrunk to."""
 
-    def images(self, seen: Sequence[Seen]) -> dict[str, Any]:
+    def images(self, media: Sequence[Media]) -> dict[str, Any]:
         """What transformers' image processor says of all images of a conversation; pictures [n, 3, H, W] of each."""
-        images = [one for one in seen if not isinstance(one, Video)]
+        images = [item for item in media if not isinstance(item, Video)]
         told = self.image_processor()(images if self.each else [images])
         single = not self.each and len(images) > 1
         counts = [1 if single else 1 + num_tiles(size, self.side) for size in told["image_sizes"]]
@@ -84,17 +84,17 @@ class LlavaCase(FamilyCase):
         """Pictures [N, 3, H, W]."""
         return self.normalised(np.stack([self.frame(frame) for frame in video.frames]))
 
-    def pixels(self, folder: Path, seen: Seen) -> list[Array]:
-        return self.pixels_among(folder, seen, [seen])
+    def pixels(self, folder: Path, media: Media) -> list[Array]:
+        return self.pixels_among(folder, media, [media])
 
-    def pixels_among(self, folder: Path, seen: Seen, among: Sequence[Seen]) -> list[Array]:
-        pictures = self.video(seen) if isinstance(seen, Video) else self.of_image(among, self.images(among), seen)
+    def pixels_among(self, folder: Path, media: Media, among: Sequence[Media]) -> list[Array]:
+        pictures = self.video(media) if isinstance(media, Video) else self.of_image(among, self.images(among), media)
         columns = nn.functional.unfold(pictures, tiny.PATCH, stride=tiny.PATCH)  # a convolution's patches
         return [columns.transpose(1, 2).numpy()]
 
-    def of_image(self, among: Sequence[Seen], told: dict[str, Any], seen: Seen) -> Tensor:
-        images = [one for one in among if not isinstance(one, Video)]
-        pictures: Tensor = told["pixel_values"][next(i for i, image in enumerate(images) if image is seen)]
+    def of_image(self, among: Sequence[Media], told: dict[str, Any], media: Media) -> Tensor:
+        images = [item for item in among if not isinstance(item, Video)]
+        pictures: Tensor = told["pixel_values"][next(i for i, image in enumerate(images) if image is media)]
         return pictures
 
     def packed(
@@ -112,16 +112,16 @@ class LlavaCase(FamilyCase):
         packed: list[Tensor] = pack(model, features, told["image_sizes"], newline, vision_aspect_ratio=aspect)[0]
         return packed
 
-    def layouts(self, folder: Path, seen: Sequence[Seen]) -> list[list[bool]]:
+    def layouts(self, folder: Path, media: Sequence[Media]) -> list[list[bool]]:
         """Of each visual: which of its rows are learned ones."""
-        told = self.images(seen) if any(not isinstance(one, Video) for one in seen) else {"pixel_values": []}
+        told = self.images(media) if any(not isinstance(item, Video) for item in media) else {"pixel_values": []}
         ones = [torch.ones(len(values), self.patches**2, 1) for values in told["pixel_values"]]
         images = iter(self.packed(folder, ones, told, torch.tensor([NEWLINE])) if ones else [])
         return [
-            self.video_layout(folder, len(one.frames))
-            if isinstance(one, Video)
+            self.video_layout(folder, len(item.frames))
+            if isinstance(item, Video)
             else (next(images)[:, 0] == NEWLINE).tolist()
-            for one in seen
+            for item in media
         ]
 
     def video_layout(self, folder: Path, frames: int) -> list[bool]:
@@ -132,25 +132,25 @@ class LlavaCase(FamilyCase):
             return ([False] * side**2 + [True]) * frames
         return [False] * side**2 * frames + [True] * (newlines == "one_token")
 
-    def labels(self, folder: Path, ids: Sequence[int], seen: Sequence[Seen]) -> list[int]:
+    def labels(self, folder: Path, ids: Sequence[int], media: Sequence[Media]) -> list[int]:
         labels, first = [-1] * len(ids), 0
-        for one, layout, start in zip(seen, *self.runs(folder, ids, seen), strict=True):
-            own = self.own_labels(folder, one, layout)
+        for item, layout, start in zip(media, *self.runs(folder, ids, media), strict=True):
+            own = self.own_labels(folder, item, layout)
             labels[start : start + len(own)] = [label + first if label >= 0 else -1 for label in own]
             first += max(own) + 1
         return labels
 
-    def own_labels(self, folder: Path, seen: Seen, layout: list[bool]) -> list[int]:
+    def own_labels(self, folder: Path, media: Media, layout: list[bool]) -> list[int]:
         """Places of a frame, the learned rows that every frame has among them; or the places of an image."""
-        if isinstance(seen, Video) and self.newlines(folder) in ("grid", "frame"):
-            return list(range(len(layout) // len(seen.frames))) * len(seen.frames)
-        places = self.pooled(folder) ** 2 if isinstance(seen, Video) else len(layout)
+        if isinstance(media, Video) and self.newlines(folder) in ("grid", "frame"):
+            return list(range(len(layout) // len(media.frames))) * len(media.frames)
+        places = self.pooled(folder) ** 2 if isinstance(media, Video) else len(layout)
         numbers = iter(i % places for i in range(len(layout)))
         return [-1 if newline else next(numbers) for newline in layout]
 
-    def runs(self, folder: Path, ids: Sequence[int], seen: Sequence[Seen]) -> tuple[list[list[bool]], list[int]]:
+    def runs(self, folder: Path, ids: Sequence[int], media: Sequence[Media]) -> tuple[list[list[bool]], list[int]]:
         """The layout of each visual, and where it begins."""
-        layouts, starts, at = self.layouts(folder, seen), [], 0
+        layouts, starts, at = self.layouts(folder, media), [], 0
         for layout in layouts:
             at = next(i for i in range(at, len(ids)) if self.is_row(folder, ids[i]))
             starts.append(at)

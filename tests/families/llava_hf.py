@@ -17,7 +17,7 @@ from transformers import ProcessorMixin
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.text.prompt import Prompt, Turn
 from tests.families import llava_checkpoints as tiny
-from tests.families.case import Array, Reference, Seen
+from tests.families.case import Array, Media, Reference
 from tests.families.llava import LlavaCase, config_of, resized, tokenizer_of
 
 CHATML = (
@@ -74,7 +74,7 @@ class HfCase(LlavaCase):
     def is_row(self, folder: Path, index: int) -> bool:
         return index in (config_of(folder)["image_token_index"], config_of(folder)["video_token_index"])
 
-    def prompt_ids(self, folder: Path, turns: Sequence[Turn], seen: Sequence[Seen]) -> list[int]:
+    def prompt_ids(self, folder: Path, turns: Sequence[Turn], media: Sequence[Media]) -> list[int]:
         """The chat template, the counts of tokens that the processor puts in, the tokenizer; learned rows marked."""
         messages, tokenizer, processor = [], tokenizer_of(folder), self.processor()
         for turn in turns:
@@ -84,31 +84,31 @@ class HfCase(LlavaCase):
         text = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-        images = self.images(seen) if any(not isinstance(one, Video) for one in seen) else {}
+        images = self.images(media) if any(not isinstance(item, Video) for item in media) else {}
         if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
             pytest.skip("this transformers has no method that counts the tokens of one image")
-        videos = {"pixel_values_videos": [self.video(one) for one in seen if isinstance(one, Video)]}
+        videos = {"pixel_values_videos": [self.video(item) for item in media if isinstance(item, Video)]}
         shown = [
             processor.replace_video_token(videos, place)
-            if isinstance(one, Video)
+            if isinstance(item, Video)
             else processor.replace_image_token(images, place)
-            for place, one in places(seen)
+            for place, item in places(media)
         ]
         waiting = iter(shown)
         text = re.sub("<image>|<video>", lambda _: next(waiting), text)
         ids: list[int] = tokenizer(text).input_ids
-        for layout, start in zip(*self.runs(folder, ids, seen), strict=True):
+        for layout, start in zip(*self.runs(folder, ids, media), strict=True):
             for place, newline in enumerate(layout):
                 assert self.is_row(folder, ids[start + place])
                 ids[start + place] = -2 if newline else ids[start + place]
-        assert ids.count(-2) + sum(self.is_row(folder, i) for i in ids) == sum(map(len, self.layouts(folder, seen)))
+        assert ids.count(-2) + sum(self.is_row(folder, i) for i in ids) == sum(map(len, self.layouts(folder, media)))
         return ids
 
 
-def places(seen: Sequence[Seen]) -> list[tuple[int, Seen]]:
+def places(media: Sequence[Media]) -> list[tuple[int, Media]]:
     """Each visual with its number among those of its kind."""
-    kinds = [isinstance(one, Video) for one in seen]
-    return [(kinds[:i].count(kinds[i]), one) for i, one in enumerate(seen)]
+    kinds = [isinstance(item, Video) for item in media]
+    return [(kinds[:i].count(kinds[i]), item) for i, item in enumerate(media)]
 
 
 class HfReference(Reference):
@@ -123,38 +123,38 @@ class HfReference(Reference):
         assert not {*told["missing_keys"], *told["unexpected_keys"]}
         self.model.eval()
 
-    def inputs(self, seen: Sequence[Seen]) -> dict[str, Any]:
+    def inputs(self, media: Sequence[Media]) -> dict[str, Any]:
         """Images of one conversation, as the class takes them."""
-        told = self.case.images(seen)
+        told = self.case.images(media)
         most = max(map(len, told["pixel_values"]))
         padded = [nn.functional.pad(values, (0, 0) * 3 + (0, most - len(values))) for values in told["pixel_values"]]
         inputs = {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor(told["image_sizes"])}
         return inputs if self.case.each else inputs | {"batch_num_images": torch.tensor(told["batch_num_images"])}
 
-    def rows(self, seen: Sequence[Seen]) -> list[Tensor]:
+    def rows(self, media: Sequence[Media]) -> list[Tensor]:
         """Rows of each visual, learned ones among them."""
-        shown = any(not isinstance(one, Video) for one in seen)
-        images = iter(self.model.get_image_features(**self.inputs(seen)).pooler_output if shown else [])
+        shown = any(not isinstance(item, Video) for item in media)
+        images = iter(self.model.get_image_features(**self.inputs(media)).pooler_output if shown else [])
         found = [
-            self.model.get_video_features(self.case.video(one)[None]).pooler_output[0]
-            if isinstance(one, Video)
+            self.model.get_video_features(self.case.video(item)[None]).pooler_output[0]
+            if isinstance(item, Video)
             else next(images)
-            for one in seen
+            for item in media
         ]
         return [rows.flatten(0, -2) for rows in found]  # before transformers 5.17 a video's rows lie by frame
 
-    def features(self, seen: Sequence[Seen]) -> Array:
+    def features(self, media: Sequence[Media]) -> Array:
         with torch.inference_mode():
-            both = zip(self.rows(seen), self.case.layouts(self.folder, seen), strict=True)
+            both = zip(self.rows(media), self.case.layouts(self.folder, media), strict=True)
             own = [rows[~torch.tensor(learned)] for rows, learned in both]
         features: Array = torch.cat(own).numpy()
         return features
 
-    def logits(self, prompt: Prompt, seen: Sequence[Seen], answer: Sequence[int]) -> Array:
+    def logits(self, prompt: Prompt, media: Sequence[Media], answer: Sequence[int]) -> Array:
         ids = torch.tensor([*prompt.token_ids, *answer])
         for place in torch.nonzero(ids < 0).flatten().tolist():  # a learned row follows a row of its visual
             ids[place] = ids[place - 1]
-        videos = [self.case.video(one) for one in seen if isinstance(one, Video)]
+        videos = [self.case.video(item) for item in media if isinstance(item, Video)]
         pads = [self.case.is_row(self.folder, i) for i in ids.tolist()]
         shown = prompt.token_ids.size
         with torch.inference_mode():
@@ -162,9 +162,9 @@ class HfReference(Reference):
                 # the class takes videos of one length, and counts pad tokens that an answer says
                 embedded = self.model.get_input_embeddings()(ids)
                 index = torch.tensor(pads[:shown] + [False] * len(answer))
-                embedded[index] = torch.cat(self.rows(seen))
+                embedded[index] = torch.cat(self.rows(media))
                 return self.model(inputs_embeds=embedded[None]).logits[0].numpy()  # type: ignore[no-any-return]
-            inputs = self.inputs(seen) if len(videos) < len(seen) else {}
+            inputs = self.inputs(media) if len(videos) < len(media) else {}
             if videos:
                 inputs["pixel_values_videos"] = torch.stack(videos)
             return self.model(input_ids=ids[None], **inputs).logits[0].numpy()  # type: ignore[no-any-return]

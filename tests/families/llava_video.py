@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.text.prompt import Prompt, Turn
 from tests.families import llava_checkpoints as tiny
-from tests.families.case import Array, Reference, Seen
+from tests.families.case import Array, Media, Reference
 from tests.families.llava import LlavaCase, config_of, resized, tokenizer_of
 
 
@@ -65,9 +65,9 @@ class LlavaVideoCase(LlavaCase):
     def is_row(self, folder: Path, index: int) -> bool:
         return index == -1
 
-    def prompt_ids(self, folder: Path, turns: Sequence[Turn], seen: Sequence[Seen]) -> list[int]:
+    def prompt_ids(self, folder: Path, turns: Sequence[Turn], media: Sequence[Media]) -> list[int]:
         """Text is cut at <image> and tokenized piece by piece, as LLaVA's tokenizer_image_token does."""
-        waiting = iter(seen)
+        waiting = iter(media)
         text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         for turn in turns:
             said = [part if isinstance(part, str) else self.shown(folder, next(waiting)) for part in turn.parts]
@@ -76,17 +76,17 @@ class LlavaVideoCase(LlavaCase):
             tokenizer_of(folder)(chunk).input_ids for chunk in (text + "<|im_start|>assistant\n").split("<image>")
         ]
         ids: list[int] = chunks[0]
-        for layout, chunk in zip(self.layouts(folder, seen), chunks[1:], strict=True):
+        for layout, chunk in zip(self.layouts(folder, media), chunks[1:], strict=True):
             ids = [*ids, *(-2 if newline else -1 for newline in layout), *chunk]
         return ids
 
-    def shown(self, folder: Path, seen: Seen) -> str:
-        if not isinstance(seen, Video) or not config_of(folder)["add_time_instruction"]:
+    def shown(self, folder: Path, media: Media) -> str:
+        if not isinstance(media, Video) or not config_of(folder)["add_time_instruction"]:
             return "<image>\n"
-        times = ",".join(f"{index / seen.fps:.2f}s" for index in seen.indices)
+        times = ",".join(f"{index / media.fps:.2f}s" for index in media.indices)
         return (
-            f"<image>\nThe video lasts for {seen.total_frames / seen.fps:.2f} seconds, and {len(seen.frames)} frames "
-            f"are uniformly sampled from it. These frames are located at {times}."
+            f"<image>\nThe video lasts for {media.total_frames / media.fps:.2f} seconds, and {len(media.frames)} "
+            f"frames are uniformly sampled from it. These frames are located at {times}."
             "Please answer the following questions related to this video.\n"
         )
 
@@ -129,11 +129,11 @@ class LlavaVideoReference(Reference):
         assert set(told.missing_keys) <= {"lm_head.weight"}
         self.llm.tie_weights()
 
-    def rows(self, seen: Sequence[Seen]) -> list[Tensor]:
-        told = self.case.images(seen) if any(not isinstance(one, Video) for one in seen) else {"pixel_values": []}
+    def rows(self, media: Sequence[Media]) -> list[Tensor]:
+        told = self.case.images(media) if any(not isinstance(item, Video) for item in media) else {"pixel_values": []}
         features = [self.encoded(pictures) for pictures in told["pixel_values"]]
         images = iter(self.case.packed(self.folder, features, told, None) if features else [])
-        return [self.video(one) if isinstance(one, Video) else next(images) for one in seen]
+        return [self.video(item) if isinstance(item, Video) else next(images) for item in media]
 
     def encoded(self, pictures: Tensor) -> Tensor:
         hidden: Tensor = self.tower(pictures, output_hidden_states=True).hidden_states[-2]
@@ -149,16 +149,16 @@ class LlavaVideoReference(Reference):
         pooled = nn.functional.interpolate(grid, size=size, mode="bilinear")
         return pooled.flatten(2).transpose(1, 2).flatten(0, 1)
 
-    def features(self, seen: Sequence[Seen]) -> Array:
+    def features(self, media: Sequence[Media]) -> Array:
         with torch.inference_mode():
-            features: Array = torch.cat(self.rows(seen)).numpy()
+            features: Array = torch.cat(self.rows(media)).numpy()
         return features
 
-    def logits(self, prompt: Prompt, seen: Sequence[Seen], answer: Sequence[int]) -> Array:
+    def logits(self, prompt: Prompt, media: Sequence[Media], answer: Sequence[int]) -> Array:
         ids = torch.tensor([*prompt.token_ids, *answer])
         with torch.inference_mode():
             embedded = self.llm.get_input_embeddings()(ids.clamp(0))
-            embedded[ids == -1] = torch.cat([embedded[:0], *self.rows(seen)])
+            embedded[ids == -1] = torch.cat([embedded[:0], *self.rows(media)])
             embedded[ids == -2] = self.newline
             logits: Array = self.llm(inputs_embeds=embedded[None]).logits[0].numpy()
         return logits

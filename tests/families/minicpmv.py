@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
-from tests.families.case import Array, FamilyCase, Reference, Seen
+from tests.families.case import Array, FamilyCase, Media, Reference
 from tests.families.llava_checkpoints import write_json, write_tensors, write_tokenizer
 
 PATCH, SCALE, QUERIES, SIDE = 14, 84, 4, 70
@@ -150,22 +150,22 @@ def configs(vocab: int, tied: bool) -> dict[str, dict[str, Any]]:
     return {"config": config, "preprocessor_config": processor}
 
 
-def frames_of(seen: Seen) -> NDArray[np.uint8]:
+def frames_of(media: Media) -> NDArray[np.uint8]:
     """[N, H, W, 3]; an image is one frame."""
-    return seen.frames if isinstance(seen, Video) else seen[None]
+    return media.frames if isinstance(media, Video) else media[None]
 
 
-def layout(seen: Seen, frame_slices: int = FRAME_SLICES) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+def layout(media: Media, frame_slices: int = FRAME_SLICES) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Patches of the overview, slices, patches of a slice: rows and columns."""
-    height, width = frames_of(seen).shape[1:3]
-    return LAYOUTS[width, height, frame_slices if isinstance(seen, Video) else IMAGE_SLICES]
+    height, width = frames_of(media).shape[1:3]
+    return LAYOUTS[width, height, frame_slices if isinstance(media, Video) else IMAGE_SLICES]
 
 
-def pictures(seen: Seen) -> list[list[Image.Image]]:
+def pictures(media: Media) -> list[list[Image.Image]]:
     """Of each frame: the overview, then the slices row by row."""
-    overview, (rows, columns), (tall, wide) = layout(seen)
+    overview, (rows, columns), (tall, wide) = layout(media)
     shown = []
-    for frame in map(Image.fromarray, frames_of(seen)):
+    for frame in map(Image.fromarray, frames_of(media)):
         tiles = [frame.resize((overview[1] * PATCH, overview[0] * PATCH), Image.Resampling.BICUBIC)]
         if rows:
             w, h = wide * PATCH, tall * PATCH
@@ -211,19 +211,19 @@ class MiniCpmVReference(Reference):
         self.unknown = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<unk>")
 
     @torch.inference_mode()
-    def features(self, seen: Sequence[Seen]) -> Array:
+    def features(self, media: Sequence[Media]) -> Array:
         rows = []
-        for picture in (picture for one in seen for tiles in pictures(one) for picture in tiles):
+        for picture in (picture for item in media for tiles in pictures(item) for picture in tiles):
             hidden = self.vpm(normalised(picture)).last_hidden_state[0]
             rows.append(self.resampler(hidden, picture.height // PATCH, picture.width // PATCH))
         return torch.cat(rows).numpy()
 
     @torch.inference_mode()
-    def logits(self, prompt: Prompt, seen: Sequence[Seen], answer: Sequence[int]) -> Array:
+    def logits(self, prompt: Prompt, media: Sequence[Media], answer: Sequence[int]) -> Array:
         ids = torch.tensor([*prompt.token_ids.tolist(), *answer])
         embeddings = self.llm.model.embed_tokens(ids)
-        if seen:
-            embeddings[ids == self.unknown] = torch.from_numpy(self.features(seen))
+        if media:
+            embeddings[ids == self.unknown] = torch.from_numpy(self.features(media))
         logits: Array = self.llm(inputs_embeds=embeddings[None]).logits[0].numpy()
         return logits
 
@@ -247,16 +247,16 @@ class MiniCpmVCase(FamilyCase):
     def reference(self, folder: Path) -> Reference:
         return MiniCpmVReference(folder)
 
-    def pixels(self, folder: Path, seen: Seen) -> list[Array]:
-        shown = pictures(seen)
+    def pixels(self, folder: Path, media: Media) -> list[Array]:
+        shown = pictures(media)
         groups = [[tiles[0] for tiles in shown], [slice_ for tiles in shown for slice_ in tiles[1:]]]
         return [patches(group) for group in groups if group]
 
-    def prompt_ids(self, folder: Path, turns: Sequence[Turn], seen: Sequence[Seen]) -> list[int]:
+    def prompt_ids(self, folder: Path, turns: Sequence[Turn], media: Sequence[Media]) -> list[int]:
         """The released chat(): parts of a turn joined by line feeds, the checkpoint's chat template, one string."""
         from transformers import PreTrainedTokenizerFast
 
-        rest, number, messages = list(seen), 0, []
+        rest, number, messages = list(media), 0, []
         for turn in turns:
             lines: list[str] = []
             for part in turn.parts:
@@ -274,7 +274,7 @@ class MiniCpmVCase(FamilyCase):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer.encode(text, add_special_tokens=False))
 
-    def labels(self, folder: Path, ids: Sequence[int], seen: Sequence[Seen]) -> list[int]:
+    def labels(self, folder: Path, ids: Sequence[int], media: Sequence[Media]) -> list[int]:
         """families.md 4.4 for videos; where the reference fails (images, one frame), rows are places of their own."""
         from tokenizers import Tokenizer
 
@@ -283,8 +283,8 @@ class MiniCpmVCase(FamilyCase):
         starts = 1 + np.flatnonzero((tokens == known("<image>")) | (tokens == known("<slice>")))
         ends = np.flatnonzero((tokens == known("</image>")) | (tokens == known("</slice>")))
         bounds, labels = np.stack([starts, ends], 1), np.full(tokens.size, -1)
-        for one in seen:
-            count, in_frame = len(frames_of(one)), 1 + layout(one)[1][0] * layout(one)[1][1]
+        for item in media:
+            count, in_frame = len(frames_of(item)), 1 + layout(item)[1][0] * layout(item)[1][1]
             own, bounds = bounds[: count * in_frame], bounds[count * in_frame :]
             first = labels.max() + 1
             if count > 1:
@@ -297,14 +297,14 @@ class MiniCpmVCase(FamilyCase):
 
     def indices(self, total_frames: int, fps: float) -> list[int]:
         """The released example's encode_video."""
-        seen = list(range(0, total_frames, round(fps)))
-        if len(seen) <= 64:
-            return seen
-        gap = len(seen) / 64
-        return [seen[int(i * gap + gap / 2)] for i in range(64)]
+        indices = list(range(0, total_frames, round(fps)))
+        if len(indices) <= 64:
+            return indices
+        gap = len(indices) / 64
+        return [indices[int(i * gap + gap / 2)] for i in range(64)]
 
 
-def placeholder(seen: Seen) -> str:
+def placeholder(media: Media) -> str:
     """What stands for one frame."""
-    (rows, columns), unknown = layout(seen)[1], "<unk>" * QUERIES
+    (rows, columns), unknown = layout(media)[1], "<unk>" * QUERIES
     return f"<image>{unknown}</image>" + "\n".join([f"<slice>{unknown}</slice>" * columns] * rows)

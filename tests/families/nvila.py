@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.text.prompt import Prompt, Turn
-from tests.families.case import Array, FamilyCase, Reference, Seen
+from tests.families.case import Array, FamilyCase, Media, Reference
 from tests.families.llava_checkpoints import HIDDEN, randomize, text_config, write_json, write_tensors, write_tokenizer
 
 SIZE, PATCH, SIDE, WIDTH = 70, 14, 5, 24  # 5 x 5 patches: no whole number of blocks
@@ -78,25 +78,25 @@ class NvilaCase(FamilyCase):
     def reference(self, folder: Path) -> Reference:
         return NvilaReference(folder)
 
-    def pixels(self, folder: Path, seen: Seen) -> list[Array]:
-        config, is_video = read_config(folder), isinstance(seen, Video)
-        pictures = [Image.fromarray(frame) for frame in (seen.frames if isinstance(seen, Video) else seen[None])]
+    def pixels(self, folder: Path, media: Media) -> list[Array]:
+        config, is_video = read_config(folder), isinstance(media, Video)
+        pictures = [Image.fromarray(frame) for frame in (media.frames if isinstance(media, Video) else media[None])]
         patches = nn.functional.unfold(processed(folder, pictures), PATCH, stride=PATCH).transpose(1, 2)
         groups = len(pictures) // (pool_sizes(config)[0] if is_video else 1)
         return [patches.reshape(groups, -1, patches.shape[2]).numpy()]
 
-    def prompt_ids(self, folder: Path, turns: Sequence[Turn], seen: Sequence[Seen]) -> list[int]:
+    def prompt_ids(self, folder: Path, turns: Sequence[Turn], media: Sequence[Media]) -> list[int]:
         tokenizer, config = load_tokenizer(folder), read_config(folder)
-        waiting, said = iter(pictures_of(config, seen)), []
+        waiting, said = iter(pictures_of(config, media)), []
         for turn in turns:
             parts = [part if isinstance(part, str) else next(waiting).text for part in turn.parts]
             said.append({"role": turn.role, "content": "".join(parts).strip()})
         text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         image, video = tokenizer.convert_tokens_to_ids(list(MEDIA))
         (line_feed,) = tokenizer("\n").input_ids
-        shown = pictures_of(config, seen)
-        images = iter([one for one in shown if MEDIA[0] in one.text for _ in range(one.times)])
-        videos = iter([one for one in shown if MEDIA[1] in one.text])
+        shown = pictures_of(config, media)
+        images = iter([item for item in shown if MEDIA[0] in item.text for _ in range(item.times)])
+        videos = iter([item for item in shown if MEDIA[1] in item.text])
         ids: list[int] = []
         for token in tokenizer(text).input_ids:
             if token == video:
@@ -106,16 +106,16 @@ class NvilaCase(FamilyCase):
                 ids += [*[-1] * next(images).rows, line_feed] if token == image else [token]
         return ids
 
-    def labels(self, folder: Path, ids: Sequence[int], seen: Sequence[Seen]) -> list[int]:
+    def labels(self, folder: Path, ids: Sequence[int], media: Sequence[Media]) -> list[int]:
         """A video's rows count within the frame, its line feed is the place after them; an image's never repeat."""
         labels, at, first = [-1] * len(ids), 0, 0
-        for one, (rows, times, _) in zip(seen, pictures_of(read_config(folder), seen), strict=True):
+        for item, (rows, times, _) in zip(media, pictures_of(read_config(folder), media), strict=True):
             for time in range(times):
                 at = list(ids).index(-1, at)
-                place = first if isinstance(one, Video) else first + time * (rows + 1)
+                place = first if isinstance(item, Video) else first + time * (rows + 1)
                 labels[at : at + rows + 1] = range(place, place + rows + 1)
                 at += rows + 1
-            first += (rows + 1) * (1 if isinstance(one, Video) else times)
+            first += (rows + 1) * (1 if isinstance(item, Video) else times)
         return labels
 
     def indices(self, total_frames: int, fps: float) -> list[int]:
@@ -139,20 +139,20 @@ class NvilaReference(Reference):
             module.eval()
 
     @torch.inference_mode()
-    def features(self, seen: Sequence[Seen]) -> Array:
-        single = sum(not isinstance(one, Video) for one in seen) == 1
+    def features(self, media: Sequence[Media]) -> Array:
+        single = sum(not isinstance(item, Video) for item in media) == 1
         aspect = self.config["image_aspect_ratio"] if single else "resize"
         rows = [np.zeros((0, HIDDEN), np.float32)]
-        for one in seen:
-            if isinstance(one, Video):
-                projected = self.projected([Image.fromarray(frame) for frame in one.frames])
+        for item in media:
+            if isinstance(item, Video):
+                projected = self.projected([Image.fromarray(frame) for frame in item.frames])
                 for axis, size in enumerate(pool_sizes(self.config)):
                     shape = projected.shape
                     projected = projected.reshape(*shape[:axis], -1, size, *shape[axis + 1 :]).mean(axis + 1)
             elif aspect == "dynamic_s2":
-                projected = self.scaled(one)
+                projected = self.scaled(item)
             else:
-                projected = self.projected(cut(one) if aspect == "dynamic" else [Image.fromarray(one)])
+                projected = self.projected(cut(item) if aspect == "dynamic" else [Image.fromarray(item)])
             rows.append(projected.flatten(0, 2).numpy())
         return np.concatenate(rows)
 
@@ -187,11 +187,11 @@ class NvilaReference(Reference):
         return out.reshape(len(grid), blocks, blocks, -1)
 
     @torch.inference_mode()
-    def logits(self, prompt: Prompt, seen: Sequence[Seen], answer: Sequence[int]) -> Array:
+    def logits(self, prompt: Prompt, media: Sequence[Media], answer: Sequence[int]) -> Array:
         llm: Any = self.parts["llm"]
         ids = torch.tensor([*prompt.token_ids.tolist(), *answer])
         embedded = llm.model.embed_tokens(ids.clamp(0))
-        embedded[ids == -1] = torch.from_numpy(self.features(seen))
+        embedded[ids == -1] = torch.from_numpy(self.features(media))
         logits: Array = llm(inputs_embeds=embedded[None]).logits[0].numpy()
         return logits
 
@@ -370,18 +370,18 @@ class Pictures(NamedTuple):
     text: str  # VILA's media tokens
 
 
-def pictures_of(config: Mapping[str, Any], seen: Sequence[Seen]) -> list[Pictures]:
+def pictures_of(config: Mapping[str, Any], media: Sequence[Media]) -> list[Pictures]:
     """For each video and image of a conversation."""
     frames, tall, wide = pool_sizes(config)
-    rows, images = blocks_of(config) ** 2, [one for one in seen if not isinstance(one, Video)]
+    rows, images = blocks_of(config) ** 2, [item for item in media if not isinstance(item, Video)]
     shown = []
-    for one in seen:
-        if isinstance(one, Video):
-            shown.append(Pictures(rows // (tall * wide), len(one.frames) // frames, MEDIA[1]))
+    for item in media:
+        if isinstance(item, Video):
+            shown.append(Pictures(rows // (tall * wide), len(item.frames) // frames, MEDIA[1]))
         elif len(images) == 1 and config["image_aspect_ratio"] == "dynamic":
-            shown.append(Pictures(rows, len(cut(one)), f"{MEDIA[0]}\n" * len(cut(one))))
+            shown.append(Pictures(rows, len(cut(item)), f"{MEDIA[0]}\n" * len(cut(item))))
         elif len(images) == 1 and config["image_aspect_ratio"] == "dynamic_s2":
-            columns, lines = shape_of(one, 9)
+            columns, lines = shape_of(item, 9)
             shown.append(Pictures(rows * columns * lines, 1, MEDIA[0]))
         else:
             shown.append(Pictures(rows, 1, MEDIA[0]))

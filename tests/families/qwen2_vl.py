@@ -13,7 +13,7 @@ import torch
 
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
-from tests.families.case import Array, FamilyCase, Reference, Seen
+from tests.families.case import Array, FamilyCase, Media, Reference
 from tests.random_checkpoint import random_checkpoint
 
 MERGE = 2
@@ -40,24 +40,24 @@ def processed(frames: Array, **settings: Any) -> Processed:
 class QwenVLReference(Reference):
     """transformers' model; positions of the rule that the checkpoints were trained with are passed explicitly."""
 
-    def __init__(self, folder: Path, name: str, process: Callable[[Seen], Processed]) -> None:
+    def __init__(self, folder: Path, name: str, process: Callable[[Media], Processed]) -> None:
         import transformers
 
         self.model: Any = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
         self.process = process
 
     @torch.inference_mode()
-    def features(self, seen: Sequence[Seen]) -> Array:
-        return torch.cat([self.tower(one).pooler_output for one in seen]).numpy()
+    def features(self, media: Sequence[Media]) -> Array:
+        return torch.cat([self.tower(item).pooler_output for item in media]).numpy()
 
     @torch.inference_mode()
-    def tower(self, one: Seen) -> Any:
+    def tower(self, item: Media) -> Any:
         """What transformers' vision model gives."""
-        values, grid = self.process(one)
+        values, grid = self.process(item)
         return self.model.model.visual(torch.from_numpy(values), torch.tensor([grid]), return_dict=True)
 
     @torch.inference_mode()
-    def logits(self, prompt: Prompt, seen: Sequence[Seen], answer: Sequence[int]) -> Array:
+    def logits(self, prompt: Prompt, media: Sequence[Media], answer: Sequence[int]) -> Array:
         ids = torch.tensor([[*prompt.token_ids.tolist(), *answer]])
         after = prompt.token_ids.size + prompt.rope_delta + np.arange(len(answer))
         places = np.concatenate([prompt.positions, np.broadcast_to(after, (3, len(answer)))], axis=1)
@@ -66,7 +66,7 @@ class QwenVLReference(Reference):
             ("pixel_values_videos", "video_grid_thw", True),
             ("pixel_values", "image_grid_thw", False),
         ):
-            shown = [self.process(one) for one in seen if isinstance(one, Video) == film]
+            shown = [self.process(item) for item in media if isinstance(item, Video) == film]
             if shown:
                 given[values] = torch.from_numpy(np.concatenate([patches for patches, _ in shown]))
                 given[grids] = torch.tensor([grid for _, grid in shown])
@@ -92,20 +92,20 @@ class Qwen2VLCase(FamilyCase):
     def reference(self, folder: Path) -> QwenVLReference:
         return QwenVLReference(folder, self.model, self.processed)
 
-    def processed(self, seen: Seen) -> Processed:
+    def processed(self, media: Media) -> Processed:
         """A video or an image by transformers' processor."""
-        frames = seen.frames if isinstance(seen, Video) else np.stack([seen, seen])
+        frames = media.frames if isinstance(media, Video) else np.stack([media, media])
         return processed(frames, min_pixels=self.pixel_limit, max_pixels=self.pixel_limit)
 
-    def pixels(self, folder: Path, seen: Seen) -> list[Array]:
-        values, (grids, height, width) = self.processed(seen)
+    def pixels(self, folder: Path, media: Media) -> list[Array]:
+        values, (grids, height, width) = self.processed(media)
         return [values.reshape(grids, height * width, -1)]
 
-    def prompt_ids(self, folder: Path, turns: Sequence[Turn], seen: Sequence[Seen]) -> list[int]:
+    def prompt_ids(self, folder: Path, turns: Sequence[Turn], media: Sequence[Media]) -> list[int]:
         """The chat template of the published checkpoints, written out."""
         import tokenizers
 
-        rest, text = list(seen), ""
+        rest, text = list(media), ""
         for turn in [Turn("system", (self.system,)), *turns] if self.system else turns:
             text += f"<|im_start|>{turn.role}\n"
             for part in turn.parts:
@@ -117,18 +117,18 @@ class Qwen2VLCase(FamilyCase):
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         return list(tokenizer.encode(text + "<|im_start|>assistant\n").ids)
 
-    def shown(self, kind: str, one: Seen) -> str:
+    def shown(self, kind: str, item: Media) -> str:
         """What stands for a video or an image."""
-        grid = self.processed(one)[1]
+        grid = self.processed(item)[1]
         return "<|vision_start|>" + f"<|{kind}_pad|>" * (math.prod(grid) // MERGE**2) + "<|vision_end|>"
 
-    def labels(self, folder: Path, ids: Sequence[int], seen: Sequence[Seen]) -> list[int]:
+    def labels(self, folder: Path, ids: Sequence[int], media: Sequence[Media]) -> list[int]:
         """families.md 5.4: a place of the merged grid, again for each temporal grid."""
         config = json.loads((folder / "config.json").read_text())
         pads, first = (config["video_token_id"], config["image_token_id"]), 0
         expected: list[int] = []
-        for one in seen:
-            grids, height, width = self.processed(one)[1]
+        for item in media:
+            grids, height, width = self.processed(item)[1]
             places = height * width // MERGE**2
             expected += [first + place for _ in range(grids) for place in range(places)]
             first += places

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from framefusion.runtime.media.video.frames import Video
-from tests.families.case import Seen
+from tests.families.case import Media
 from tests.families.qwen2_5_vl import TEXT, VISION, end_tokens, save_random, visual_ids, write_processors
 from tests.families.qwen2_vl import MERGE, Processed, Qwen2VLCase, processed
 from tests.random_checkpoint import write_tokenizer
@@ -61,28 +61,28 @@ class Qwen3VLCase(Qwen2VLCase):
         image = {"size": {"shortest_edge": IMAGE_PIXELS, "longest_edge": IMAGE_PIXELS}}
         write_processors(folder, common | video, common | image, variant)
 
-    def processed(self, seen: Seen) -> Processed:
+    def processed(self, media: Media) -> Processed:
         """An image by transformers' processor; a video resized to the size that transformers' formula gives."""
         common = {"patch_size": 16, "image_mean": HALF, "image_std": HALF}
-        if not isinstance(seen, Video):
+        if not isinstance(media, Video):
             size = {"shortest_edge": IMAGE_PIXELS, "longest_edge": IMAGE_PIXELS}
-            return processed(np.stack([seen, seen]), size=size, **common)
-        frames = seen.frames if len(seen.frames) % 2 == 0 else np.concatenate([seen.frames, seen.frames[-1:]])
+            return processed(np.stack([media, media]), size=size, **common)
+        frames = media.frames if len(media.frames) % 2 == 0 else np.concatenate([media.frames, media.frames[-1:]])
         height, width = video_processing().smart_resize(
-            len(seen.frames), *seen.frames.shape[1:3], 2, 32, VIDEO_PIXELS // 2, VIDEO_PIXELS
+            len(media.frames), *media.frames.shape[1:3], 2, 32, VIDEO_PIXELS // 2, VIDEO_PIXELS
         )
         resized = [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC)) for f in frames]
         return processed(np.stack(resized), do_resize=False, **common)
 
-    def shown(self, kind: str, one: Seen) -> str:
+    def shown(self, kind: str, item: Media) -> str:
         """A time before each temporal grid of a video, by transformers' own formula."""
-        if not isinstance(one, Video):
-            return super().shown(kind, one)
+        if not isinstance(item, Video):
+            return super().shown(kind, item)
         from transformers import Qwen3VLProcessor
 
-        grids, *size = self.processed(one)[1]
+        grids, *size = self.processed(item)[1]
         nobody: Any = None  # the method reads nothing of its processor
-        times = Qwen3VLProcessor._calculate_timestamps(nobody, one.indices.tolist(), one.fps, 2)
+        times = Qwen3VLProcessor._calculate_timestamps(nobody, item.indices.tolist(), item.fps, 2)
         pads = "<|video_pad|>" * (math.prod(size) // MERGE**2)
         assert len(times) == grids
         return "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)

@@ -32,7 +32,7 @@ from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families import CASES
-from tests.families.case import CONVERSATIONS, FamilyCase, Reference, Seen, relative_error
+from tests.families.case import CONVERSATIONS, FamilyCase, Media, Reference, relative_error
 from tests.films import write_film
 
 NEW = 16
@@ -52,11 +52,11 @@ class Subject:
 
 
 @dataclass
-class Asked:
+class Conversation:
     """A conversation as the runtime reads it."""
 
     turns: Sequence[Turn]
-    seen: list[Seen]
+    media: list[Media]
     visuals: list[VisualInput]
     prompt: Prompt
     features: list[NDArray[np.float32]]
@@ -83,18 +83,18 @@ def eager(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Subject(case, folder, pipeline, case.reference(folder))
 
 
-def ask(subject: Subject, name: str) -> Asked:
+def read_conversation(subject: Subject, name: str) -> Conversation:
     turns, shown = CONVERSATIONS[name]
     pipeline, sampling = subject.pipeline, subject.pipeline.manifest.sampling
     kinds = [part for turn in turns for part in turn.parts if isinstance(part, Visual)]
-    seen: list[Seen] = [
+    media: list[Media] = [
         as_video(pixels, sampling) if kind is Visual.VIDEO else as_image(pixels)
         for kind, pixels in zip(kinds, shown, strict=True)
     ]
     visuals = pipeline.read_visuals(turns, shown, sampling, Stopwatch())
     prompt = pipeline.prompt(turns, visuals)
     features = [pipeline.encode_visual(visual) for visual in visuals]
-    return Asked(turns, seen, visuals, prompt, features, pipeline.embed(prompt, features))
+    return Conversation(turns, media, visuals, prompt, features, pipeline.embed(prompt, features))
 
 
 def test_every_row_has_a_case() -> None:
@@ -103,19 +103,19 @@ def test_every_row_has_a_case() -> None:
 
 @pytest.mark.parametrize("name", ["video", "mixed"])
 def test_torch_graphs(eager: Subject, name: str) -> None:
-    asked = ask(eager, name)
-    compare_prompt(eager, asked)
-    compare_pixels(eager, asked)
-    compare_features(eager, asked)
-    compare_answers(eager, asked)
-    compare_reduced(eager, asked)
+    conversation = read_conversation(eager, name)
+    compare_prompt(eager, conversation)
+    compare_pixels(eager, conversation)
+    compare_features(eager, conversation)
+    compare_answers(eager, conversation)
+    compare_reduced(eager, conversation)
 
 
 @pytest.mark.parametrize("name", [name for name in CONVERSATIONS if name not in ("video", "mixed")])
 def test_prompts(eager: Subject, name: str) -> None:
-    asked = ask(eager, name)
-    compare_prompt(eager, asked)
-    compare_pixels(eager, asked)
+    conversation = read_conversation(eager, name)
+    compare_prompt(eager, conversation)
+    compare_pixels(eager, conversation)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -146,46 +146,46 @@ def test_bundles(case: FamilyCase, variant: str, tmp_path: Path) -> None:
     assert built.manifest.check["passed"]
     subject = Subject(case, folder, Pipeline(Bundle(built.folder), threads=1), case.reference(folder))
     for name in CONVERSATIONS if variant in (case.variants[0], *case.thorough) else ("video",):
-        asked = ask(subject, name)
-        compare_prompt(subject, asked)
-        compare_features(subject, asked)
-        compare_answers(subject, asked)
-        compare_reduced(subject, asked)
+        conversation = read_conversation(subject, name)
+        compare_prompt(subject, conversation)
+        compare_features(subject, conversation)
+        compare_answers(subject, conversation)
+        compare_reduced(subject, conversation)
 
 
-def compare_prompt(subject: Subject, asked: Asked) -> None:
+def compare_prompt(subject: Subject, conversation: Conversation) -> None:
     """Ids and labels, token by token."""
-    ids = np.maximum(asked.prompt.token_ids, -2).tolist()
-    assert ids == subject.case.prompt_ids(subject.folder, asked.turns, asked.seen)
-    assert asked.prompt.labels.tolist() == subject.case.labels(subject.folder, ids, asked.seen)
+    ids = np.maximum(conversation.prompt.token_ids, -2).tolist()
+    assert ids == subject.case.prompt_ids(subject.folder, conversation.turns, conversation.media)
+    assert conversation.prompt.labels.tolist() == subject.case.labels(subject.folder, ids, conversation.media)
     rule = subject.pipeline.manifest.preprocessing
-    for one, visual in zip(asked.seen, asked.visuals, strict=True):
-        room = rule.video_tokens(len(one.frames)) if isinstance(one, Video) else 0
+    for item, visual in zip(conversation.media, conversation.visuals, strict=True):
+        room = rule.video_tokens(len(item.frames)) if isinstance(item, Video) else 0
         placed = sum(piece.labels.size if isinstance(piece, Rows) else 1 for piece in visual.pieces)
         assert room == 0 or room >= placed, "a video of the sampling's own length would not fit --max-input-len"
-    shown = sum(visual.num_rows for visual in asked.visuals)
-    assert shown == asked.prompt.row_places.size == sum(rows.shape[1] for rows in asked.features)
+    shown = sum(visual.num_rows for visual in conversation.visuals)
+    assert shown == conversation.prompt.row_places.size == sum(rows.shape[1] for rows in conversation.features)
 
 
-def compare_pixels(subject: Subject, asked: Asked) -> None:
+def compare_pixels(subject: Subject, conversation: Conversation) -> None:
     """What the tower sees, to one rounding of fp32."""
-    for seen, visual in zip(asked.seen, asked.visuals, strict=True):
-        expected = subject.case.pixels_among(subject.folder, seen, asked.seen)
+    for media, visual in zip(conversation.media, conversation.visuals, strict=True):
+        expected = subject.case.pixels_among(subject.folder, media, conversation.media)
         assert [tiles.values.shape for tiles in visual.tiles] == [values.shape for values in expected]
         for tiles, values in zip(visual.tiles, expected, strict=True):
             np.testing.assert_allclose(tiles.values, values, rtol=0, atol=1e-6)
 
 
-def compare_features(subject: Subject, asked: Asked) -> None:
-    if asked.seen:
-        ours = np.concatenate([rows[0] for rows in asked.features])
-        assert relative_error(ours, subject.reference.features(asked.seen)) < subject.case.limit
+def compare_features(subject: Subject, conversation: Conversation) -> None:
+    if conversation.media:
+        ours = np.concatenate([rows[0] for rows in conversation.features])
+        assert relative_error(ours, subject.reference.features(conversation.media)) < subject.case.limit
 
 
-def compare_answers(subject: Subject, asked: Asked) -> None:
+def compare_answers(subject: Subject, conversation: Conversation) -> None:
     """Dense: sixteen tokens, and the logits that each of them was chosen by."""
-    pipeline, prompt = subject.pipeline, asked.prompt
-    prefilled = prefill(pipeline.segments, asked.rows, None, NEW, Stopwatch())
+    pipeline, prompt = subject.pipeline, conversation.prompt
+    prefilled = prefill(pipeline.segments, conversation.rows, None, NEW, Stopwatch())
     decoder = Decoder(pipeline.segments, prefilled.caches)
     places = prompt.token_ids.size + prompt.rope_delta + np.arange(NEW)
     cos, sin = pipeline.rope(np.broadcast_to(places, (3, NEW)))
@@ -195,21 +195,21 @@ def compare_answers(subject: Subject, asked: Asked) -> None:
         answer.append(int(logits[-1].argmax()))
         row = pipeline.embedding(np.array(answer[-1:]))[0]
         logits.append(decoder.step(row, cos[step], sin[step])[:limit].copy())
-    expected = subject.reference.logits(prompt, asked.seen, answer)[-NEW - 1 :, :limit]
+    expected = subject.reference.logits(prompt, conversation.media, answer)[-NEW - 1 :, :limit]
     assert relative_error(np.stack(logits), expected) < subject.case.limit
     assert answer == expected[:NEW].argmax(-1).tolist()
 
 
-def compare_reduced(subject: Subject, asked: Asked) -> None:
+def compare_reduced(subject: Subject, conversation: Conversation) -> None:
     """Reduced: the cost is met, text is never dropped, and an answer comes."""
-    pipeline, prompt = subject.pipeline, asked.prompt
-    answer = pipeline.answer(prompt, asked.rows, Request(max_new_tokens=2))
+    pipeline, prompt = subject.pipeline, conversation.prompt
+    answer = pipeline.answer(prompt, conversation.rows, Request(max_new_tokens=2))
     assert len(answer.token_ids) in (1, 2)
     if not prompt.num_visual:
         assert set(answer.kv_lengths) == {prompt.token_ids.size}
         return
     assert answer.cost == pytest.approx(COST, abs=0.01 + 1 / prompt.num_visual)
     reduction = pipeline.reduction(prompt, Request())
-    kept = prefill(pipeline.segments, asked.rows, reduction, 1, Stopwatch()).kept[-1]
+    kept = prefill(pipeline.segments, conversation.rows, reduction, 1, Stopwatch()).kept[-1]
     assert set(np.flatnonzero(prompt.labels == tracks.TEXT)) <= set(kept.tolist())
     assert len(kept) < prompt.token_ids.size

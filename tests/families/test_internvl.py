@@ -29,7 +29,7 @@ from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.visual_input import Rows
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import TurnLayout
-from tests.families.case import CONVERSATIONS, FamilyCase, Seen, picture, relative_error
+from tests.families.case import CONVERSATIONS, FamilyCase, Media, picture, relative_error
 from tests.families.eager import eager_pipeline
 from tests.families.internvl import ChatCase, InternLM2Case, NativeCase, chosen_grid
 from tests.families.internvl_checkpoints import CHAT_TEMPLATE, MAX_TILES, TILE, write_chat, write_native
@@ -285,7 +285,7 @@ def test_logits_behind_every_token(case: FamilyCase, tmp_path: Path) -> None:
     for end in range(1, prompt.token_ids.size + 1):
         prefix = TokenRows(rows.hidden[:end], rows.cos[:end], rows.sin[:end], rows.origin[:end])
         ours.append(prefill(pipeline.segments, prefix, None, 1, Stopwatch()).logits.copy())
-    seen: list[Seen] = [as_video(clip, pipeline.manifest.sampling), as_image(image)]
-    expected = case.reference(folder).logits(prompt, seen, [])
+    media: list[Media] = [as_video(clip, pipeline.manifest.sampling), as_image(image)]
+    expected = case.reference(folder).logits(prompt, media, [])
     assert relative_error(np.stack(ours), expected) < case.limit
     assert (np.stack(ours).argmax(-1) == expected.argmax(-1)).all()

@@ -29,7 +29,7 @@ from tests.families import CASES
 from tests.families.case import CONVERSATIONS, FamilyCase, clip, picture, relative_error
 from tests.families.eager import eager_pipeline
 from tests.families.internvl import InternVLReference
-from tests.families.test_families import OPTIONS, Asked, Subject, ask
+from tests.families.test_families import OPTIONS, Conversation, Subject, read_conversation
 
 ROWS = [family for family in FAMILIES if family.name in LIVE]
 LIVE_CASES = [case for case in CASES if case.family in LIVE]
@@ -47,33 +47,35 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @torch.inference_mode()
-def live_logits(subject: Subject, asked: Asked) -> Any:
+def live_logits(subject: Subject, conversation: Conversation) -> Any:
     """[S, V] of the live model."""
     reference: Any = subject.reference
     if isinstance(reference, InternVLReference):
-        given = {"input_ids": torch.from_numpy(asked.prompt.token_ids)[None]}
-        if asked.seen:
-            given["pixel_values"] = torch.cat([torch.from_numpy(reference.pictures(one)) for one in asked.seen])
+        given = {"input_ids": torch.from_numpy(conversation.prompt.token_ids)[None]}
+        if conversation.media:
+            given["pixel_values"] = torch.cat(
+                [torch.from_numpy(reference.pictures(item)) for item in conversation.media]
+            )
         return reference.model(**given).logits[0].numpy()
-    return reference.logits(asked.prompt, asked.seen, [])
+    return reference.logits(conversation.prompt, conversation.media, [])
 
 
 def compare(subject: Subject, name: str, attention: str = "sdpa") -> None:
-    asked, pipeline = ask(subject, name), subject.pipeline
-    reduction = pipeline.reduction(asked.prompt, Request())
+    conversation, pipeline = read_conversation(subject, name), subject.pipeline
+    reduction = pipeline.reduction(conversation.prompt, Request())
     assert isinstance(reduction, Reduction)
     settings, model = reduction.settings, subject.reference.model  # type: ignore[attr-defined]
-    prefilled = prefill(pipeline.segments, asked.rows, reduction, 1, Stopwatch())
+    prefilled = prefill(pipeline.segments, conversation.rows, reduction, 1, Stopwatch())
     model.set_attn_implementation(attention)
     handle = apply_framefusion(model, settings.cost, None, settings.ratio_lower_bound, depth=settings.depth)
     try:
         assert handle.settings == settings
-        frames = {len(one.frames) for one in asked.seen if hasattr(one, "frames")}
+        frames = {len(item.frames) for item in conversation.media if hasattr(item, "frames")}
         if subject.case.family.startswith("llava") and len(frames) > 1:  # the class takes videos of one length only
-            with handle.labels(asked.prompt.labels):
-                logits = live_logits(subject, asked)
+            with handle.labels(conversation.prompt.labels):
+                logits = live_logits(subject, conversation)
         else:
-            logits = live_logits(subject, asked)
+            logits = live_logits(subject, conversation)
     finally:
         remove_framefusion(model)
     (record,) = handle.last
@@ -81,7 +83,7 @@ def compare(subject: Subject, name: str, attention: str = "sdpa") -> None:
     assert len(record.kept) == len(expected)
     for ours, theirs in zip(record.kept, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    if asked.seen:
+    if conversation.media:
         assert record.calls == tuple(prefilled.history)
         assert record.visual_after < record.visual_before
     assert relative_error(logits[-1], prefilled.logits[: logits.shape[-1]]) < subject.case.limit
@@ -97,7 +99,7 @@ def test_a_static_cache_holds_the_same(subject: Subject) -> None:
     """Logits of the prompt and of tokens behind it, the static cache slipped in beside what the reference gives."""
     from transformers import DynamicCache, StaticCache
 
-    asked, model = ask(subject, "mixed"), subject.reference.model  # type: ignore[attr-defined]
+    conversation, model = read_conversation(subject, "mixed"), subject.reference.model  # type: ignore[attr-defined]
     model.set_attn_implementation("sdpa")
     config, text, heard, told = model.config.get_text_config(), np.zeros(0, np.int64), [], []
     caches: list[Any] = [DynamicCache(config=config), StaticCache(config=config, max_cache_len=2000)]
@@ -108,7 +110,7 @@ def test_a_static_cache_holds_the_same(subject: Subject) -> None:
             lambda _, args, named, given=given: (args, named | given), with_kwargs=True
         )
         try:
-            heard.append([live_logits(subject, asked)])
+            heard.append([live_logits(subject, conversation)])
             told.append(handle.last[0].tokens_per_layer)
             text = heard[0][0][-3:].argmax(-1)
             heard[-1] += [model(input_ids=torch.tensor([[token]])).logits[0].numpy() for token in text]
@@ -150,7 +152,7 @@ def test_equals_the_pipeline_with_eager_attention(subject: Subject) -> None:
 @torch.inference_mode()
 def test_hidden_states_are_the_models_own_where_nothing_is_dropped(subject: Subject) -> None:
     """Before and behind every layer, those that DeepStack adds to among them."""
-    asked, model = ask(subject, "mixed"), subject.reference.model  # type: ignore[attr-defined]
+    conversation, model = read_conversation(subject, "mixed"), subject.reference.model  # type: ignore[attr-defined]
     model.set_attn_implementation("sdpa")
     states: list[Any] = []
     hooks = [
@@ -158,9 +160,9 @@ def test_hidden_states_are_the_models_own_where_nothing_is_dropped(subject: Subj
         model.register_forward_hook(lambda _, __, output: states.append(output.hidden_states)),
     ]
     try:
-        live_logits(subject, asked)
+        live_logits(subject, conversation)
         apply_framefusion(model, 1.0, 1.0)
-        live_logits(subject, asked)
+        live_logits(subject, conversation)
     finally:
         remove_framefusion(model)
         for hook in hooks:
@@ -183,12 +185,12 @@ def test_features_of_deepstack_under_another_name_are_refused(tmp_path: Path) ->
     model = subject.reference.model  # type: ignore[attr-defined]
 
     def renamed(_: Any, args: Any, given: dict[str, Any]) -> Any:
-        return args, {"stacked" if name == DEEPSTACK_ARGUMENTS[1] else name: one for name, one in given.items()}
+        return args, {"stacked" if name == DEEPSTACK_ARGUMENTS[1] else name: item for name, item in given.items()}
 
     model.get_decoder().register_forward_pre_hook(renamed, with_kwargs=True)
     apply_framefusion(model, 0.3)
     with pytest.raises(BackendError, match=r"no deepstack_visual_embeds .* newest version known to work"):
-        live_logits(subject, ask(subject, "video"))
+        live_logits(subject, read_conversation(subject, "video"))
 
 
 def test_presets_are_the_rows_of_the_table() -> None:

@@ -25,7 +25,7 @@ from tests.families.case import FamilyCase
 from tests.families.eager import eager_pipeline
 from tests.families.internvl import ChatCase, InternLM2Case
 from tests.families.qwen3_vl import Qwen3VLCase
-from tests.families.test_families import Subject, ask, compare_answers, compare_features
+from tests.families.test_families import Subject, compare_answers, compare_features, read_conversation
 from tests.random_checkpoint import random_checkpoint
 
 BY_NAME = {case.family: case for case in CASES}
@@ -60,9 +60,9 @@ def plan(folder: Path, **options: Any) -> BuildPlan:
 def agrees(case: FamilyCase, folder: Path, bundle: Path) -> None:
     """Features of the tower and logits of a whole answer, against the family's reference."""
     subject = Subject(case, folder, eager_pipeline(folder, bundle, BuildOptions(cost=0.5)), case.reference(folder))
-    asked = ask(subject, "video")
-    compare_features(subject, asked)
-    compare_answers(subject, asked)
+    conversation = read_conversation(subject, "video")
+    compare_features(subject, conversation)
+    compare_answers(subject, conversation)
 
 
 # --- What the classes of transformers fill in -------------------------------------------------------------------------

@@ -38,18 +38,18 @@ class Case:
     pipeline: Pipeline
     rule: Preprocessing
 
-    def visual(self, seen: Media) -> VisualInput:
-        return self.pipeline.preprocess([seen], Stopwatch())[0]
+    def visual(self, media: Media) -> VisualInput:
+        return self.pipeline.preprocess([media], Stopwatch())[0]
 
-    def features(self, seen: Media) -> NDArray[np.float32]:
-        rows: NDArray[np.float32] = self.pipeline.encode_visual(self.visual(seen))[0]
+    def features(self, media: Media) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = self.pipeline.encode_visual(self.visual(media))[0]
         return rows
 
-    def panels(self, seen: Media) -> list[Panel]:
-        if isinstance(seen, Video):
-            count, height, width, _ = seen.frames.shape
+    def panels(self, media: Media) -> list[Panel]:
+        if isinstance(media, Video):
+            count, height, width, _ = media.frames.shape
             return self.rule.panels(height, width, count)
-        height, width, _ = seen.shape
+        height, width, _ = media.shape
         return self.rule.panels(height, width)
 
 
@@ -79,18 +79,18 @@ def shown(case: Case) -> dict[str, Media]:
     sampling = case.pipeline.manifest.sampling
     films = {"film": clip(8), "tall film": clip(8, 112, 84, seed=5)}
     images = {"image": picture(), "tall image": picture(126, 70, seed=6), "large image": picture(112, 140, seed=7)}
-    seen: dict[str, Media] = {name: as_video(pixels, sampling) for name, pixels in films.items()}
-    return seen | {name: as_image(pixels) for name, pixels in images.items()}
+    media: dict[str, Media] = {name: as_video(pixels, sampling) for name, pixels in films.items()}
+    return media | {name: as_image(pixels) for name, pixels in images.items()}
 
 
 def test_each_row_has_a_box(case: Case) -> None:
-    for name, seen in shown(case).items():
-        assert sum(len(panel.boxes) for panel in case.panels(seen)) == case.visual(seen).num_rows, name
+    for name, media in shown(case).items():
+        assert sum(len(panel.boxes) for panel in case.panels(media)) == case.visual(media).num_rows, name
 
 
 def test_boxes_cover_the_picture_and_do_not_overlap(case: Case) -> None:
-    for name, seen in shown(case).items():
-        for panel in case.panels(seen):
+    for name, media in shown(case).items():
+        for panel in case.panels(media):
             boxes = np.unique(with_area(panel.boxes), axis=0)
             left, top, right, bottom = hull = (*boxes[:, :2].min(0), *boxes[:, 2:].max(0))
             across, down = (np.linspace(*side, POINTS + 2)[1:-1] for side in ((left, right), (top, bottom)))
@@ -104,29 +104,29 @@ def test_boxes_cover_the_picture_and_do_not_overlap(case: Case) -> None:
 
 
 def test_frames_of_a_film_are_each_in_a_panel(case: Case) -> None:
-    seen = shown(case)["film"]
-    assert isinstance(seen, Video)
-    assert {frame for panel in case.panels(seen) for frame in panel.frames} == set(range(len(seen.frames)))
+    media = shown(case)["film"]
+    assert isinstance(media, Video)
+    assert {frame for panel in case.panels(media) for frame in panel.frames} == set(range(len(media.frames)))
 
 
 @pytest.mark.parametrize(
     "name", ["large image", *(pytest.param(name, marks=pytest.mark.slow) for name in ("film", "tall image"))]
 )
 def test_a_change_in_a_box_is_seen_by_its_rows(case: Case, name: str) -> None:
-    seen = shown(case)[name]
-    before, panels = case.features(seen), case.panels(seen)
+    media = shown(case)[name]
+    before, panels = case.features(media), case.panels(media)
     ends = np.cumsum([len(panel.boxes) for panel in panels])
     random = np.random.default_rng(0)
-    tried = {0, len(panels) // 2, len(panels) - 1} if isinstance(seen, Video) else set(range(len(panels)))
+    tried = {0, len(panels) // 2, len(panels) - 1} if isinstance(media, Video) else set(range(len(panels)))
     for index in sorted(tried):
         panel, rows = panels[index], slice(ends[index] - len(panels[index].boxes), ends[index])
         places = random.permutation(np.unique(with_area(panel.boxes), axis=0))[:TRIED]
         moved = np.empty((len(places), len(places)))  # by a change at the first place, at the second one
         for i, place in enumerate(places):
-            drawn = [case.features(changed(seen, panel.frames, place, by)) - before for by in CHANGES]
+            drawn = [case.features(changed(media, panel.frames, place, by)) - before for by in CHANGES]
             change = np.linalg.norm(drawn, axis=-1).mean(0)
             moved[i] = [change[rows][(panel.boxes == other).all(1)].sum() for other in places]
-            if isinstance(seen, Video):
+            if isinstance(media, Video):
                 others = np.concatenate([np.full(len(p.boxes), p.frames != panel.frames) for p in panels])
                 assert change[others].max() <= change[rows].max(), (panel.name, place)
         moved /= moved.sum(0)  # some rows are more easily moved than others, wherever the change is
@@ -140,9 +140,9 @@ def with_area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return area
 
 
-def changed(seen: Media, frames: Sequence[int], place: NDArray[np.float64], by: int) -> Media:
+def changed(media: Media, frames: Sequence[int], place: NDArray[np.float64], by: int) -> Media:
     """The same with the middle of one place drawn anew."""
-    pixels = (seen.frames if isinstance(seen, Video) else seen[None]).copy()
+    pixels = (media.frames if isinstance(media, Video) else media[None]).copy()
     height, width = pixels.shape[1:3]
     middle, half = (place[:2] + place[2:]) / 2, (place[2:] - place[:2]) * 0.4
     (left, top), (right, bottom) = middle - half, middle + half
@@ -150,4 +150,4 @@ def changed(seen: Media, frames: Sequence[int], place: NDArray[np.float64], by: 
     columns = slice(int(left * width), max(round(right * width), int(left * width) + 1))
     for frame in frames:
         pixels[frame, lines, columns] += np.uint8(by)  # modulo 256
-    return replace(seen, frames=pixels) if isinstance(seen, Video) else pixels[0]
+    return replace(media, frames=pixels) if isinstance(media, Video) else pixels[0]

@@ -152,7 +152,7 @@ def test_positions_equal_transformers(subject: Subject) -> None:
     ids = torch.from_numpy(subject.prompt.token_ids)[None]
     config = json.loads((subject.folder / "config.json").read_text())
     kinds = torch.where(ids == config["video_token_id"], 2, torch.where(ids == config["image_token_id"], 1, 0))
-    image, video = (torch.tensor([CASE.processed(one)[1]]) for one in seen(subject))
+    image, video = (torch.tensor([CASE.processed(item)[1]]) for item in media_of(subject))
     positions, delta = subject.reference.model.model.get_rope_index(
         ids, kinds, image_grid_thw=image, video_grid_thw=video
     )
@@ -160,14 +160,14 @@ def test_positions_equal_transformers(subject: Subject) -> None:
     assert subject.prompt.rope_delta == int(delta)
 
 
-def seen(subject: Subject) -> list[Any]:
+def media_of(subject: Subject) -> list[Any]:
     return [as_image(SHOWN[0]), as_video(SHOWN[1], subject.pipeline.manifest.sampling)]
 
 
 def reference_features(subject: Subject) -> NDArray[np.float32]:
     """transformers' DeepStack features at their places in the prompt, zeros for text.  [K, S, D]"""
     added = np.zeros((3, *subject.rows.hidden.shape), np.float32)
-    shown = [torch.stack(list(subject.reference.tower(one).deepstack_features)) for one in seen(subject)]
+    shown = [torch.stack(list(subject.reference.tower(item).deepstack_features)) for item in media_of(subject)]
     added[:, subject.prompt.row_places] = torch.cat(shown, 1).numpy()
     return added
 
@@ -257,7 +257,7 @@ def test_a_truncated_decoder_takes_the_features_it_has_layers_for(subject: Subje
     layers = model.model.language_model.layers
     model.model.language_model.layers = layers[:2]
     try:
-        expected = subject.reference.logits(subject.prompt, seen(subject), [])[-1]
+        expected = subject.reference.logits(subject.prompt, media_of(subject), [])[-1]
     finally:
         model.model.language_model.layers = layers
     found = prefill(pipeline.segments, subject.rows, None, 4, Stopwatch()).logits
