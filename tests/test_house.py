@@ -20,7 +20,14 @@ from framefusion import errors
 from framefusion.export.commands.cli import ff_export
 from framefusion.runtime.commands.cli import ff_run
 from tests.wheel import FLOORS, ROOT, build_wheel
-from tools.syntax import TOPS, arrows, circles, import_graph
+from tools.syntax import (
+    TOPS,
+    Module,
+    arrows,
+    circles,
+    graph_of,
+    read_modules,
+)
 
 LINKS = ("export", "runtime")
 # What of framefusion/ needs torch; the runtime and the policy must do without it.
@@ -68,9 +75,20 @@ def imports_of(path: Path) -> set[str]:
 
 
 @cache
+def modules() -> tuple[Module, ...]:
+    """Those of the package, parsed once."""
+    return read_modules(ROOT)
+
+
+@cache
+def modules_and_tools() -> tuple[Module, ...]:
+    return (*modules(), *read_modules(ROOT, {"tools": "tools"}))
+
+
+@cache
 def graph() -> dict[str, set[str]]:
     """Module -> the modules that it imports."""
-    return import_graph(ROOT)
+    return graph_of(modules())
 
 
 def within(name: str, packages: set[str] | tuple[str, ...]) -> bool:
@@ -90,7 +108,9 @@ def loaded(names: set[str]) -> str:
 
 RUNTIME = [module_name(path) for path in files_of("runtime")]
 NUMPY_MODULES = [name for path in files_of("framefusion") if not within(name := module_name(path), TORCH_PACKAGES)]
-MOST_MODULES = 7
+MOST_MODULES = 7  # in a folder
+SAYS_NOTHING = {*("manager", "managers", "helper", "helpers", "util", "utils"), *("data", "info")}
+"""Parts of names that could stand in any module's or class's."""
 LIBRARY = [path for floor in FLOORS for path in files_of(floor)]
 
 
@@ -222,6 +242,21 @@ def code_files() -> Iterator[Path]:
 
 def test_every_module_opens_with_a_docstring() -> None:
     assert [str(path.relative_to(ROOT)) for path in code_files() if not ast.get_docstring(tree_of(path))] == []
+
+
+def names_of(module: Module) -> Iterator[str]:
+    """The module's name and those of its classes, in whatever folder or class they are."""
+    yield module.name.rpartition(".")[2]
+    yield from (node.name for node in module.nodes if isinstance(node, ast.ClassDef))
+
+
+def test_modules_and_classes_are_named_after_what_they_are() -> None:
+    offenders = []
+    for module in modules_and_tools():
+        for name in names_of(module):
+            parts = {part.lower() for part in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)}
+            offenders += [f"{module.path} {name}"] if parts & SAYS_NOTHING else []
+    assert offenders == []
 
 
 def test_only_the_commands_print() -> None:

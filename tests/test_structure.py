@@ -21,6 +21,7 @@ from tools.syntax import (
     function_lines,
     graph_of,
     import_graph,
+    is_swap,
     is_tuple_assignment,
     merged,
     read_modules,
@@ -191,6 +192,7 @@ def test_tuples_on_both_sides_of_an_assignment_are_counted(module: Callable[[str
     others = "a, b = f()\na = x, y\na = b = 1\n[a, b] = rows\nd: int = 1\nd += 1\nfor a, b in x, y: pass\n"
     nodes = assignments(module(text + others))
     assert [node.lineno for node in nodes if is_tuple_assignment(node)] == [1, 2, 3]
+    assert [node.lineno for node in nodes if is_swap(node)] == [2]
     assert len(nodes) == 7
 
 

@@ -27,7 +27,7 @@ TOPS: Mapping[str, str] = MappingProxyType(
 BANNED_NAMES = frozenset(
     {
         *("told", "asked", "seen", "settled", "words", "made", "own", "wishes", "one"),
-        *("Told", "Asked", "Seen", "Fed", "On", "Found", "Marked", "Question"),
+        *("Told", "Asked", "Seen", "Fed", "On", "Found", "Marked"),
     }
 )
 """Identifiers of a private language, for which the field has terms."""
@@ -74,10 +74,15 @@ class Module:
         return "\n".join({name for _, name in identifiers(self)} | imported | self.constants)
 
 
-def read_modules(root: Path) -> tuple[Module, ...]:
-    """Every module below the three top-level folders of a checkout, sorted by name. Links are not followed."""
+def read_modules(root: Path, tops: Mapping[str, str] = TOPS) -> tuple[Module, ...]:
+    """Every module below some top-level folders of a checkout, sorted by name. Links are not followed.
+
+    Args:
+        root: of the checkout.
+        tops: folder -> the package that its modules are imported from.
+    """
     modules = []
-    for top, package in TOPS.items():
+    for top, package in tops.items():
         for folder, _, files in os.walk(root / top):
             for path in (Path(folder, file) for file in files if file.endswith(".py")):
                 parts = path.relative_to(root / top).with_suffix("").parts
@@ -185,6 +190,16 @@ def assignments(module: Module) -> list[ast.Assign]:
 def is_tuple_assignment(node: ast.Assign) -> bool:
     """Whether it reads `a, b = x, y`: a tuple on both sides. A swap is one, unpacking the result of a call is none."""
     return isinstance(node.value, ast.Tuple) and any(isinstance(target, ast.Tuple) for target in node.targets)
+
+
+def is_swap(node: ast.Assign) -> bool:
+    """Whether it puts the values of some places into the same places in another order: `a, b = b, a`."""
+    if not is_tuple_assignment(node):
+        return False
+    values = sorted(map(ast.unparse, node.value.elts))  # type: ignore[attr-defined]  # a tuple
+    return all(
+        isinstance(target, ast.Tuple) and sorted(map(ast.unparse, target.elts)) == values for target in node.targets
+    )
 
 
 def identifiers(module: Module) -> Iterator[tuple[int, str]]:
