@@ -20,7 +20,7 @@ from framefusion.reduction.policy import ReductionSettings
 
 
 def apply_framefusion(
-    model: Any,
+    model: nn.Module,
     cost: float = 0.3,
     similarity_lower_bound: float | None = None,
     ratio_lower_bound: float = 0.1,
@@ -55,24 +55,23 @@ def apply_framefusion(
             does not do what FrameFusion leans on; the message names the versions known to work.
     """
     # 1. the model of transformers itself, with layers that have a place for a call
-    outermost: nn.Module = model
-    model = unwrapped(outermost)
-    num_layers = _count_layers(model)
+    inner = unwrapped(model)
+    num_layers = _count_layers(inner)
     # 2. the family's numbers, where no others are given
-    labels, preset = FAMILIES.get(model.config.model_type, (None, Preset(0.6, 1)))
+    labels, preset = FAMILIES.get(inner.config.model_type, (None, Preset(0.6, 1)))
     bound = preset.similarity_lower_bound if similarity_lower_bound is None else similarity_lower_bound
     rows = preset.importance_rows if importance_rows is None else importance_rows
     deepest = num_layers - 2 if depth is None else depth
     settings = ReductionSettings(cost, bound, ratio_lower_bound, num_layers, deepest)
     method = load_reducer(reducer)
     # 3. nothing can fail any more: the new hooks in place of the old ones
-    remove_framefusion(model)
-    handle = FrameFusion(model, labels, Preset(bound, rows), settings, method, seed)
+    remove_framefusion(inner)
+    handle = FrameFusion(inner, labels, Preset(bound, rows), settings, method, seed)
     handle.install()
-    model.framefusion = handle
-    if outermost is not model:
-        outermost.__dict__["framefusion"] = handle
-        handle.when_removed(partial(outermost.__dict__.pop, "framefusion", None))
+    inner.framefusion = handle
+    if inner is not model:
+        model.__dict__["framefusion"] = handle
+        handle.when_removed(partial(model.__dict__.pop, "framefusion", None))
     return handle
 
 
@@ -94,7 +93,7 @@ def _count_layers(model: Any) -> int:
     return len(layers)
 
 
-def remove_framefusion(model: Any) -> None:
+def remove_framefusion(model: nn.Module) -> None:
     """Restore a model, or the one within a wrapper, exactly as it was; nothing happens to one that was never changed.
 
     Raises:

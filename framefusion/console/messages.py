@@ -35,6 +35,7 @@ _NO_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}  # of files that a user has given
 _interrupts: list[int] = []  # Ctrl-C since the command line began
 _UNITS = ("B", "kB", "MB", "GB")
 Command = TypeVar("Command", bound=Callable[..., Any])
+Report = TypeVar("Report")
 
 
 class CommandGroup(click.Group):
@@ -66,7 +67,7 @@ class CommandGroup(click.Group):
                 _leave_with(StorageError(_unwritable_output(error)))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command named."""
+        """Run the command, and end with the message and the exit code of an error that a user can mend."""
         texts: list[str] = ctx.meta.setdefault(_WARNED, [])
         try:
             with warnings.catch_warnings():
@@ -95,7 +96,7 @@ class CommandGroup(click.Group):
 def _shown_by(texts: list[str], others: Callable[..., None]) -> Callable[..., None]:
     """What shows a warning: a line on stderr for those about films and pictures, kept in `texts`; others as before."""
 
-    def show_warning(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
+    def show_warning(message: Warning | str, category: type[Warning], *place: object, **named: object) -> None:
         if not issubclass(category, MediaWarning):
             others(message, category, *place, **named)
             return
@@ -141,21 +142,22 @@ def wants_json(ctx: click.Context | None = None) -> bool:
     return bool((ctx or click.get_current_context()).meta.get(_JSON))
 
 
-def show(report: Any, render: Callable[[Any], str]) -> None:
+def show(report: Report, render: Callable[[Report], str]) -> None:
     """Print a report: as one JSON object, or as `render` lays it out."""
     write(json.dumps(report) if wants_json() else render(report))
 
 
 def log(message: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr; harmful characters are spelled out."""
     click.echo(printable(message), err=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns as wide as their widest cell; those of numbers stand to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    right = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(head))]
+    columns = list(zip(*rows, strict=True)) if rows else [("",)] * len(head)
+    right = [all(isinstance(value, (int, float)) for value in column) for column in columns]
 
     def line(row: Sequence[str]) -> str:
         parts = []

@@ -6,9 +6,9 @@ whose rows shrink each on their own. Knows no module and no hook: framefusion/li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 import numpy as np
@@ -27,6 +27,8 @@ from framefusion.reduction import budget
 from framefusion.reduction.plan import Plan, keep_all
 from framefusion.reduction.policy import CallRecord, ReductionState
 from framefusion.reduction.tracks import IntArray
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class RequestRecord:
 class ModelContext:
     """What a call needs to know of its model."""
 
-    owner: Any  # whose hooks serve this call
+    owner: object  # whose hooks serve this call
     importance_rows: int
     device: torch.device  # of the hidden states that the decoder is given
     flash: bool  # masks have two dimensions
@@ -94,7 +96,7 @@ class Call:
     """
 
     def __init__(
-        self, context: ModelContext, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: Any, proof: Proof
+        self, context: ModelContext, rows: Sequence[Row], shape: tuple[int, int], past: int, mask: object, proof: Proof
     ) -> None:
         self.proof = proof
         self.context = context
@@ -113,7 +115,8 @@ class Call:
         self.attention: nn.Module | None = None  # of the layer that is running
         self.residual: ref[Tensor] | None = None  # of the layer that is running, once it is reduced
         self.states: list[tuple[Tensor | None, Tensor | None]] = []  # index and valid of each state that is captured
-        self._memo: dict[Any, Any] = {}  # by object: layers with the same tokens share masks, tables and slots
+        # by object: layers with the same tokens share masks, tables and slots
+        self._memo: dict[tuple[object, ...], tuple[object, Any]] = {}
 
     @property
     def present(self) -> int:
@@ -263,16 +266,14 @@ class Call:
 
     def _extended_slots(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Slots [B, T] and validity of what a layer attends to, which its cache, if there is one, will hold."""
-        new: Tensor = self._once("new", self.index, lambda: self.past + self._places())
+        new = self._once("new", self.index, lambda: self.past + self._places())
         self.layer = None
         if self.cache is None:
             return new, self.valid
         layer = adopt(self.cache, index, self._once("dense", None, self._dense))
         old, old_valid = self._once("old", (layer.slots, layer.valid), lambda: self._earlier(layer))
-        slots: Tensor = self._once("slots", old, lambda: torch.cat([old.to(new.device), new], dim=1))
-        valid: Tensor | None = self._once(
-            "valid", (old, old_valid), lambda: joined_valid(old, old_valid, new, self.valid)
-        )
+        slots = self._once("slots", old, lambda: torch.cat([old.to(new.device), new], dim=1))
+        valid = self._once("valid", (old, old_valid), lambda: joined_valid(old, old_valid, new, self.valid))
         layer.extend(slots, valid, self.past + self.shape[1])
         self.layer = layer
         return slots, valid
@@ -294,7 +295,7 @@ class Call:
 
     def _earlier(self, layer: CacheLayer) -> tuple[Tensor, Tensor | None]:
         """Slots and validity of what a layer holds; those of nothing are the same for all layers."""
-        dense: tuple[Tensor, Tensor | None] = self._once("dense", None, self._dense)
+        dense = self._once("dense", None, self._dense)
         return caught_up(layer, self.past) if self.past else dense
 
     def _places(self) -> Tensor:
@@ -302,13 +303,14 @@ class Call:
             return self.index
         return torch.arange(self.shape[1], device=self.context.device).expand(self.shape)
 
-    def _once(self, name: str, key: Any, make: Any) -> Any:
+    def _once(self, name: str, key: object, make: Callable[[], Value]) -> Value:
         """Make once for the same objects; they are kept alive, so that no other object gets the id of one of them."""
         keys = key if isinstance(key, tuple) else (key,)
         entry = (name, *map(id, keys))
         if entry not in self._memo:
             self._memo[entry] = (keys, make())
-        return self._memo[entry][1]
+        result: Value = self._memo[entry][1]
+        return result
 
     def watch(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
         """Importance of each row's tokens.  query [B, H, K, hd] and key [B, Hkv, T, hd], earlier slots in front.
@@ -342,7 +344,7 @@ class Call:
         """Say that a hidden state was given out, of the tokens present now."""
         self.states.append((self.index, self.valid))
 
-    def restored_states(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
+    def restored_states(self, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """What a decoder captured before, between and behind its layers, each at its tokens' places.
 
         The last one may be the decoder's own output.  L + 1 of [B, K, D], None where not requested  -> of [B, S, D]
@@ -389,5 +391,5 @@ class Call:
         return whole
 
 
-def _is_states(value: Any) -> bool:
+def _is_states(value: object) -> bool:
     return isinstance(value, tuple) and any(isinstance(item, Tensor) and item.ndim == 3 for item in value)

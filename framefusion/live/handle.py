@@ -144,7 +144,7 @@ class FrameFusion:
             named = arguments_of(module, "input_ids", args, given)
             INPUTS.set(MultimodalInputs(named.get("input_ids"), named))
 
-    def _forget_inputs(self, *_: Any) -> None:
+    def _forget_inputs(self, *_: object) -> None:
         if not torch.compiler.is_compiling():
             INPUTS.set(None)
 
@@ -157,7 +157,7 @@ class FrameFusion:
         BEGUN.set(False if tokens is not None and tokens.shape[1] > 1 else None)
         CALL.set(None)
 
-    def _check_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _check_decoder(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Whether the decoder that has the hooks began and ended.
 
         Raises:
@@ -189,7 +189,8 @@ class FrameFusion:
         compiling = torch.compiler.is_compiling()
         named = given if compiling else arguments_of(module, "input_ids", args, given)
         tokens = named.get("inputs_embeds")
-        tokens = (args[0] if args else given["input_ids"]) if tokens is None else tokens
+        if tokens is None:
+            tokens = args[0] if args else given["input_ids"]
         shape = (tokens.shape[0], tokens.shape[1])
         if compiling:
             return refuse_to_compile() if shape[1] > 1 else None
@@ -222,7 +223,7 @@ class FrameFusion:
         CALL.set(call)
         return ((), call.take_deepstack(named)) if visual else None
 
-    def _rows(self, labels: IntArray, mask: Any, past: int) -> list[Row]:
+    def _rows(self, labels: IntArray, mask: object, past: int) -> list[Row]:
         """The requests of a batch, each begun with the labels of its tokens but for the padding."""
         known = valid_tokens(mask, past, past + labels.shape[1], len(labels))
         valid = np.ones(labels.shape, np.bool_) if known is None else known.cpu().numpy()
@@ -306,7 +307,7 @@ class FrameFusion:
         call.watch_attention(module.get_submodule("self_attn"), last)
         return (hidden,), arguments
 
-    def _before_attention(self, index: int, *_: Any) -> None:
+    def _before_attention(self, index: int, *_: object) -> None:
         """Whether the layer has the arguments of the tokens that are left, before its attention fails on others."""
         call = current_call_of(self)
         if call is not None:
@@ -331,7 +332,7 @@ class FrameFusion:
             hidden.set_(reduced)
             call.residual = ref(hidden)
 
-    def _before_mlp(self, index: int, *_: Any) -> None:
+    def _before_mlp(self, index: int, *_: object) -> None:
         """Whether the layer still holds the tensor that was reduced in place: without gradients, nobody else does.
 
         Raises:
@@ -345,14 +346,14 @@ class FrameFusion:
         if residual is None:
             raise broken(f"the residual of decoder layer {index} is not the tensor that its norm takes")
 
-    def _leave_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _leave_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], output: object) -> Tensor | None:
         call = current_call_of(self)
         if call is None:
             return None
-        call.proof.leave(index, output, call.present, call.layer, call.cache)
+        hidden = call.proof.leave(index, output, call.present, call.layer, call.cache)
         call.note_state()
         if call.features and index == len(self.decoder.layers) - 1:
-            return call.add_features(output)
+            return call.add_features(hidden)
         return None
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> Any:

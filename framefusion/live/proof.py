@@ -63,7 +63,7 @@ class Proof:
         self.entered(index)
         self.place = "between"
 
-    def leave(self, index: int, output: Any, present: int, stored: CacheLayer | None, cache: Cache | None) -> None:
+    def leave(self, index: int, output: object, present: int, stored: CacheLayer | None, cache: Cache | None) -> Tensor:
         """Behind a layer.
 
         Args:
@@ -75,6 +75,9 @@ class Proof:
 
         Raises:
             BackendError: nothing ran between attention and MLP, the cache was not used, the length is another.
+
+        Returns:
+            The output, which is hidden states.  [B, present, D]
         """
         if (self.layer, self.place) != (index, "between"):
             raise broken(f"nothing ran between attention and MLP of decoder layer {index}")
@@ -88,8 +91,9 @@ class Proof:
                 raise broken(f"the cache counts {stored.get_seq_length()} tokens for a prompt of {self.total}")
         self.cache = cache
         self.place = "left"
+        return output
 
-    def end(self, output: Any, use_cache: Any) -> None:
+    def end(self, output: Any, use_cache: object) -> None:
         """Behind the decoder.
 
         Args:

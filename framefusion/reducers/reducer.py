@@ -151,7 +151,7 @@ class Selection(Reducer):
         return 0
 
     def count(self, request: ReductionRequest) -> int:
-        """Visual tokens to keep."""
+        """Visual tokens to keep of a prompt: by default what the cost pays for."""
         return request.kept_at(self.call(request.settings))
 
     @abstractmethod

@@ -128,7 +128,7 @@ class ReductionState(ABC):
 
     @property
     def num_visual(self) -> int:
-        """Visual tokens present."""
+        """How many of the tokens present are visual."""
         return tracks.count_visual(self.labels)
 
     @property

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, NoReturn
 
 MOST_BYTES = 1 << 26
 MOST_DEPTH = 64
@@ -69,7 +69,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _constant(name: str) -> Any:
+def _constant(name: str) -> NoReturn:
     raise JsonError(f"{name} is no number of JSON")
 
 

@@ -181,10 +181,10 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Identity of one file."""
+    """What one file of the bundle must be."""
 
-    size: int
-    sha256: str
+    size: int  # bytes
+    sha256: str  # 64 hexadecimal digits
 
 
 @dataclass(frozen=True)

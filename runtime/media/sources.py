@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,7 +33,7 @@ Source: TypeAlias = "Image | Video | Sequence[Image]"
 
 
 def as_video(
-    source: Any, sampling: FrameSampling, limits: MediaLimits | None = None, shrink: Shrink | None = None
+    source: Source, sampling: FrameSampling, limits: MediaLimits | None = None, shrink: Shrink | None = None
 ) -> Video:
     """A file's sampled frames. Frames in memory are all taken; they stand at the sampling's rate.
 
@@ -50,7 +50,11 @@ def as_video(
 
 
 def video_of_frames(
-    frames: Any, fps: float | None = None, limits: MediaLimits | None = None, *, times: ArrayLike | None = None
+    frames: Source,
+    fps: float | None = None,
+    limits: MediaLimits | None = None,
+    *,
+    times: ArrayLike | None = None,
 ) -> Video:
     """A film of frames in memory, all of which are shown.
 
@@ -103,7 +107,7 @@ def _at_times(pixels: NDArray[np.uint8], times: ArrayLike) -> Video:
     return Video(pixels, numbers, rate, count, duration, seconds=0.0, sampled=Sampled(numbers, begin, begin))
 
 
-def _frames(frames: Any, limits: MediaLimits | None) -> NDArray[np.uint8]:
+def _frames(frames: object, limits: MediaLimits | None) -> NDArray[np.uint8]:
     """RGB [T, H, W, 3] of what shows a film.
 
     Raises:
@@ -122,7 +126,7 @@ def _frames(frames: Any, limits: MediaLimits | None) -> NDArray[np.uint8]:
     return _rgb(array, "the video", dimensions=4)
 
 
-def as_image(source: Any, limits: MediaLimits | None = None) -> NDArray[np.uint8]:
+def as_image(source: Source, limits: MediaLimits | None = None) -> NDArray[np.uint8]:
     """RGB [H, W, 3] of one picture, upright; what is transparent becomes white.
 
     Raises:
@@ -140,7 +144,7 @@ def as_image(source: Any, limits: MediaLimits | None = None) -> NDArray[np.uint8
     return _rgb(array, "the image", dimensions=3)
 
 
-def _is_picture(source: Any) -> bool:
+def _is_picture(source: object) -> TypeGuard[PilImage]:
     """Whether it is PIL's, without importing PIL."""
     return any(kind.__module__ == "PIL.Image" and kind.__name__ == "Image" for kind in type(source).__mro__)
 
@@ -175,7 +179,7 @@ def _stacked(frames: Sequence[Any], limits: MediaLimits | None) -> NDArray[np.ui
     return pixels
 
 
-def _array(source: Any, name: str) -> NDArray[Any]:
+def _array(source: object, name: str) -> NDArray[Any]:
     """The array that an object holds or makes.
 
     Raises:

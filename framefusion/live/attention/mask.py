@@ -6,15 +6,13 @@ cache, no layer and no policy.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from framefusion.errors import BackendError
 
 
-def valid_tokens(mask: Any, start: int, end: int, batch: int) -> Tensor | None:
+def valid_tokens(mask: object, start: int, end: int, batch: int) -> Tensor | None:
     """Which of the tokens start .. end - 1 are no padding: those that some token attends to.  -> bool [B, end - start]
 
     Args:
@@ -39,7 +37,7 @@ def valid_tokens(mask: Any, start: int, end: int, batch: int) -> Tensor | None:
 
 
 def reduced_mask(
-    mask: Any, places: Tensor, slots: Tensor, valid: Tensor | None, past: int, flash: bool
+    mask: object, places: Tensor, slots: Tensor, valid: Tensor | None, past: int, flash: bool
 ) -> Tensor | None:
     """The mask of the tokens present over those stored.
 
@@ -59,22 +57,29 @@ def reduced_mask(
     """
     if mask is None and valid is None:
         return None
+    if not (mask is None or isinstance(mask, Tensor)):
+        raise _unknown_form(mask)
     rows = torch.arange(len(slots), device=slots.device)
-    if flash or (isinstance(mask, Tensor) and mask.ndim == 2):
+    if flash or (mask is not None and mask.ndim == 2):
         padding_mask = torch.ones_like(slots) if mask is None else mask.to(slots.device)[rows[:, None], slots]
         return padding_mask if valid is None else padding_mask * valid
     places = places.to(slots.device)
     if mask is None:
         chosen = slots[:, None] <= past + places[:, :, None]  # [B, K, T]
-    elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1:
+    elif mask.ndim == 4 and mask.shape[1] == 1:
         whole = mask.to(slots.device).expand(len(slots), -1, -1, -1)[:, 0]
         chosen = whole[rows[:, None, None], places[:, :, None], slots[:, None]]
     else:
-        raise BackendError(
-            f"an attention mask of type {type(mask).__name__} cannot follow reduced tokens: "
-            "use attn_implementation sdpa, eager or flash_attention_2"
-        )
+        raise _unknown_form(mask)
     return _hidden_where(chosen, ~valid[:, None] if valid is not None else None)[:, None]
+
+
+def _unknown_form(mask: object) -> BackendError:
+    kind = f"{type(mask).__name__} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    return BackendError(
+        f"an attention mask of type {kind} cannot follow reduced tokens: "
+        "use attn_implementation sdpa, eager or flash_attention_2"
+    )
 
 
 def buffer_mask(mask: Tensor | None, places: Tensor) -> Tensor:
