@@ -29,13 +29,13 @@ def inspect_command(bundle: Path, **prompt_size: Any) -> None:
 @console.json_option
 def families_command() -> None:
     """List the model families, and what each was verified against."""
-    from framefusion.export.families import FAMILIES
+    from framefusion.export.families import FAMILIES, installed_families
 
     names = (
         *("name", "architectures", "llm_architectures", "model_types"),
         *("checkpoints", "verified", "reference", "stand_in"),
     )
-    rows = [{name: getattr(family, name) for name in names} for family in FAMILIES]
+    rows = [{name: getattr(family, name) for name in names} for family in (*FAMILIES, *installed_families())]
     console.show({"families": rows}, _render_families)
 
 

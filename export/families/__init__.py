@@ -2,7 +2,8 @@
 
 A family says which checkpoint keys feed which slot of the generic decoder, which tower sees the frames, how frames
 become tokens and how a prompt is laid out. Facts that a checkpoint tells (sizes, biases, tied heads, pixel limits, chat
-template) are read from it, not repeated here. Each row is in a module of its own beside its readers.
+template) are read from it, not repeated here. Each row is in a folder of its own beside its readers.
+Another package adds a row by an entry point; a name or an architecture of this table cannot be taken.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from framefusion.export.families.qwen2_5_vl import row as qwen2_5_vl
 from framefusion.export.families.qwen2_vl import row as qwen2_vl
 from framefusion.export.families.qwen3_vl import row as qwen3_vl
 from framefusion.export.families.reading.formats import llm_config, register
+from framefusion.storage.entry_points import load_named, names, origin
+
+GROUP = "framefusion.families"
+WHAT = "family"
 
 FAMILIES: tuple[Family, ...] = (
     qwen2_vl.ROW,
@@ -41,31 +46,72 @@ FAMILIES: tuple[Family, ...] = (
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that declares a config.json, by its architecture where it names one, else by its model_type.
 
+    Rows of installed packages are asked after the table.
+
     Raises:
-        UnknownFamilyError: none does; the message lists the known ones.
+        UnknownFamilyError: none does; the message lists the known ones. Or a package's row cannot be loaded.
     """
+    family = _declaring(config, FAMILIES)
+    if family is not None:
+        return family
+    families = (*FAMILIES, *installed_families())
+    family = _declaring(config, families)
+    if family is not None:
+        return family
     architectures = config.get("architectures") or []
-    llm = (llm_config(config) or {}).get("architectures") or []
-    candidates = [row for row in FAMILIES if not row.llm_architectures or set(llm) & set(row.llm_architectures)]
-    for family in candidates:
-        if set(architectures) & set(family.architectures):
-            return family
-    model_type = config.get("model_type")
-    for family in () if architectures else candidates:  # a reward model has the model_type of a chat model
-        if model_type in family.model_types:
-            return family
     of_llm = sorted(
-        {name for row in FAMILIES if set(architectures) & set(row.architectures) for name in row.llm_architectures}
+        {name for row in families if set(architectures) & set(row.architectures) for name in row.llm_architectures}
     )
     if of_llm:
         raise UnknownFamilyError(
-            f"{', '.join(architectures)} with an LLM of architectures {llm} is unknown; known for its LLM are "
-            f"{', '.join(of_llm)}"
+            f"{', '.join(architectures)} with an LLM of architectures {_llm_architectures(config)} is unknown; known "
+            f"for its LLM are {', '.join(of_llm)}"
         )
-    known = sorted({name for family in FAMILIES for name in family.architectures})
+    known = sorted({name for family in families for name in family.architectures})
     raise UnknownFamilyError(
-        f"model_type {model_type!r} with architectures {architectures} is unknown; known are {', '.join(known)}"
+        f"model_type {config.get('model_type')!r} with architectures {architectures} is unknown; known are "
+        f"{', '.join(known)}"
     )
+
+
+def _declaring(config: Mapping[str, Any], families: tuple[Family, ...]) -> Family | None:
+    architectures = config.get("architectures") or []
+    llm = set(_llm_architectures(config))
+    candidates = [row for row in families if not row.llm_architectures or llm & set(row.llm_architectures)]
+    for family in candidates:
+        if set(architectures) & set(family.architectures):
+            return family
+    for family in () if architectures else candidates:  # a reward model has the model_type of a chat model
+        if config.get("model_type") in family.model_types:
+            return family
+    return None
+
+
+def _llm_architectures(config: Mapping[str, Any]) -> list[str]:
+    return (llm_config(config) or {}).get("architectures") or []
+
+
+def installed_families() -> tuple[Family, ...]:
+    """Rows of installed packages, by name: entry points of the group `framefusion.families`, name = "module:ROW".
+
+    Raises:
+        UnknownFamilyError: a row cannot be loaded, or claims what another one has.
+    """
+    rows = []
+    for name in sorted(set(names(GROUP)) - {family.name for family in FAMILIES}):
+        row = load_named(GROUP, name, WHAT, UnknownFamilyError)
+        if not isinstance(row, Family) or row.name != name:
+            raise UnknownFamilyError(
+                f"{origin(GROUP, name, WHAT)} is {row!r:.60}: name a {Family.__module__}.Family that is called {name!r}"
+            )
+        rows.append(row)
+    try:
+        _validate((*FAMILIES, *rows))
+    except ValueError as error:
+        raise UnknownFamilyError(f"an installed family is impossible ({error}): uninstall its package") from None
+    for row in rows:
+        register((*row.architectures, *row.model_types), row.config)
+    return tuple(rows)
 
 
 def _validate(families: tuple[Family, ...]) -> None:
@@ -75,7 +121,7 @@ def _validate(families: tuple[Family, ...]) -> None:
         names = (*family.architectures, *family.model_types)
         for claim in itertools.product(names, family.llm_architectures or ("",)):
             if claim in claimed:
-                raise ValueError(f"{' '.join(claim)} is claimed by {claimed[claim]} and {family.name}")
+                raise ValueError(f"{' '.join(filter(None, claim))} is claimed by {claimed[claim]} and {family.name}")
             claimed[claim] = family.name
         missing = set(QWEN2_NAMES) - set(family.llm.names)
         if missing:

@@ -9,7 +9,6 @@ of them known: nothing else in the runtime names a family. Another package adds 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
 
 from framefusion.errors import BundleError
 from framefusion.runtime.families.internvl import InternVLPreprocessing
@@ -20,8 +19,10 @@ from framefusion.runtime.families.qwen2_5_vl import Qwen25VLPreprocessing
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.storage.entry_points import load_named, origin
 
 GROUP = "framefusion.preprocessing"
+WHAT = "preprocessing rule"
 
 FAMILIES: tuple[type[Preprocessing], ...] = (
     QwenVLPreprocessing,
@@ -44,29 +45,16 @@ def load_preprocessing(rule: str) -> type[Preprocessing] | None:
     """
     if rule in RULES:
         return RULES[rule]
-    points = tuple(entry_points(group=GROUP, name=rule))
-    if not points:
+    loaded = load_named(GROUP, rule, WHAT, BundleError)
+    if loaded is None:
         return None
-    if len({point.value for point in points}) > 1:
-        claims = " and ".join(sorted(map(_distribution, points)))
-        raise BundleError(f"preprocessing rule {rule!r} is claimed by {claims}: uninstall all but one")
-    return _loaded(points[0])
-
-
-def _loaded(point: EntryPoint) -> type[Preprocessing]:
-    origin = f"preprocessing rule {point.name!r} of {_distribution(point)} ({point.value})"
-    try:
-        loaded = point.load()
-    except Exception as error:  # whatever another package's import may raise
-        raise BundleError(
-            f"{origin} cannot be loaded ({type(error).__name__}: {error}): repair or uninstall it"
-        ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, Preprocessing)):
-        raise BundleError(f"{origin} is {loaded!r:.60}: name a subclass of {Preprocessing.__module__}.Preprocessing")
-    if loaded.rule != point.name:
-        raise BundleError(f"{origin} calls itself {loaded.rule!r}: give class and entry point the same name")
+        raise BundleError(
+            f"{origin(GROUP, rule, WHAT)} is {loaded!r:.60}: name a subclass of "
+            f"{Preprocessing.__module__}.Preprocessing"
+        )
+    if loaded.rule != rule:
+        raise BundleError(
+            f"{origin(GROUP, rule, WHAT)} calls itself {loaded.rule!r}: give class and entry point the same name"
+        )
     return loaded
-
-
-def _distribution(point: EntryPoint) -> str:
-    return "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"

@@ -12,7 +12,7 @@ from framefusion.export.families.llava import row as llava
 from framefusion.export.families.llava.tower import LlavaTower
 from framefusion.export.families.llava.weights import original_tower
 from framefusion.export.families.reading.configs import text_config
-from framefusion.export.families.reference.composition import fill, last_logits, pixels, qwen2, siglip
+from framefusion.export.families.reference.composition import last_logits, pixels, qwen2, siglip, two_layers
 from framefusion.export.families.reference.transformers_call import TransformersCall
 from framefusion.runtime.media.visual_input import Tiles
 
@@ -64,10 +64,7 @@ def _original_parts(call: TransformersCall) -> tuple[nn.Module, nn.Module, nn.Mo
     assert isinstance(plan.module, LlavaTower)
     vit = plan.module.config.vit
     tower = siglip(call, llava.VISION_PREFIX, vit, told.image_size, told.patch_size)
-    projector = nn.Sequential(
-        nn.Linear(vit.width, plan.out_width), nn.GELU(), nn.Linear(plan.out_width, plan.out_width)
-    )
-    fill(projector, checkpoint, "model.mm_projector.")
+    projector = two_layers(checkpoint, "model.mm_projector.")
     return tower, projector, qwen2(call, text_config(checkpoint))
 
 

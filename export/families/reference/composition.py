@@ -52,6 +52,16 @@ def causal(call: TransformersCall, name: str, config: Mapping[str, Any], prefix:
     return model
 
 
+def two_layers(checkpoint: Checkpoint, prefix: str) -> nn.Module:
+    """A projector of two linear maps with GELU between them, `0` and `2` below the prefix."""
+    inner, width = checkpoint.shape(f"{prefix}0.weight")
+    projector = nn.Sequential(
+        nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, checkpoint.shape(f"{prefix}2.weight")[0])
+    )
+    fill(projector, checkpoint, prefix)
+    return projector
+
+
 def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, inner: str = "") -> None:
     """Give a module its tensors; what the checkpoint leaves out is tied to another, or not run."""
     found = {name: prefix + name.removeprefix(inner) for name in module.state_dict()}
