@@ -126,7 +126,7 @@ def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doin
     visuals = eager.read_visuals(turns, [draw_clip(effort.frames)], eager.manifest.sampling, Stopwatch())
     prompt = eager.prompt(turns, visuals)
     doing("torch, vision tower")
-    features = eager.encode_visual(visuals[0])
+    features = np.asarray(eager.encode_visual(visuals[0]))
     rows = eager.embed(prompt, [features])
     # 3. without a reduction: what transformers computes as well
     recorder.open = True

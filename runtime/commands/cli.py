@@ -40,10 +40,10 @@ def ff_run() -> None:
 @question_options
 @running_options
 @console.json_option
-def generate(bundle: Path, **asked: Any) -> None:
+def generate(bundle: Path, **options: Any) -> None:
     """Answer one prompt about videos and images with BUNDLE."""
-    running = running_flags(asked)
-    question = PromptOptions.from_flags(**asked)
+    running = running_flags(options)
+    question = PromptOptions.from_flags(**options)
     pipeline = open_pipeline(bundle, **running)
     request = question.request(pipeline.manifest)
     sampling = question.sampling(pipeline.manifest)
@@ -65,10 +65,10 @@ def generate(bundle: Path, **asked: Any) -> None:
 @question_options
 @running_options
 @console.json_option
-def view(bundle: Path, output: Path, compare: bool, **asked: Any) -> None:
+def view(bundle: Path, output: Path, compare: bool, **options: Any) -> None:
     """Answer as `generate` does, and draw what became of each token: one HTML page."""
-    running = running_flags(asked)
-    question = PromptOptions.from_flags(**asked)
+    running = running_flags(options)
+    question = PromptOptions.from_flags(**options)
     pipeline = open_pipeline(bundle, **running)
     show_page(pipeline, bundle.resolve().name, question, output, compare)
 
@@ -126,8 +126,8 @@ def show_page(pipeline: Pipeline, name: str, question: PromptOptions, output: Pa
     sampling = question.sampling(pipeline.manifest)
     watched = view.watch(pipeline, question.turns, question.files, request, sampling=sampling, compare=compare)
     size = write_page(view.facts(watched, pipeline, name), output)
-    told = {"page": str(output), "bytes": size} | report(pipeline, watched.answer, request.cost)
-    console.show(told, lambda facts: f"{facts['page']}: {console.in_bytes(size)}\n{facts['text']}\n{summary(facts)}")
+    page = {"page": str(output), "bytes": size} | report(pipeline, watched.answer, request.cost)
+    console.show(page, lambda facts: f"{facts['page']}: {console.in_bytes(size)}\n{facts['text']}\n{summary(facts)}")
 
 
 def _print_piece(text: str) -> None:
@@ -136,11 +136,11 @@ def _print_piece(text: str) -> None:
 
 def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[str, Any]:
     """The answer and how it came about, as plain values."""
-    asked = pipeline.manifest.reduction.cost if cost is None else cost
+    requested = pipeline.manifest.reduction.cost if cost is None else cost
     reached = answer.cost
     decoding = answer.seconds.get("decode", 0.0)
     return asdict(answer) | {
-        "cost": {"asked": asked, "reached": reached, "asked_text": describe_cost(asked)},
+        "cost": {"asked": requested, "reached": reached, "asked_text": describe_cost(requested)},
         "tokens_per_second": (len(answer.token_ids) - 1) / decoding if decoding else 0.0,
         "backend": None if pipeline.choice is None else pipeline.choice.facts | {"text": pipeline.choice.text},
         "warnings": console.warned(),

@@ -1,6 +1,6 @@
 """The flags of a question, as click takes them: what is shown, what is asked, and how it is answered.
 
-Shared by every command that answers. Builds the runtime's own objects of them; runs nothing.
+Shared by every command that answers. Builds the runtime's objects of them; runs nothing.
 """
 
 from __future__ import annotations
@@ -149,11 +149,11 @@ class PromptOptions:
 
     turns: Sequence[Turn]
     files: Sequence[Path]
-    wishes: Mapping[str, Any]  # the other flags, by name; None where one was not given
+    options: Mapping[str, Any]  # the other flags, by name; None where one was not given
 
     @classmethod
     def from_flags(
-        cls, videos: Sequence[Path], images: Sequence[Path], prompt: str, system: str | None, **wishes: Any
+        cls, videos: Sequence[Path], images: Sequence[Path], prompt: str, system: str | None, **options: Any
     ) -> PromptOptions:
         """The flags of the command that runs."""
         from framefusion.runtime.text.prompt import Turn, Visual
@@ -161,27 +161,33 @@ class PromptOptions:
         visuals = visuals_in_order(click.get_current_context().meta[_KINDS], videos, images)
         turns = [] if system is None else [Turn("system", (system,))]
         turns.append(Turn("user", (*(Visual(kind) for kind, _ in visuals), prompt)))
-        return cls(turns, [file for _, file in visuals], wishes)
+        return cls(turns, [file for _, file in visuals], options)
 
     def request(self, manifest: Manifest) -> Request:
-        """As asked, the rest as the bundle says."""
+        """What the flags say of an answer; the rest is as the bundle says."""
         from framefusion.runtime.pipeline import Request
 
-        own = self.wishes
+        options = self.options
+        generation = drawing(manifest.generation, options["temperature"], options["top_p"], options["top_k"])
         return Request(
-            own["max_new_tokens"], own["cost"], own["similarity_lower_bound"], own["ratio_lower_bound"],
-            drawing(manifest.generation, own["temperature"], own["top_p"], own["top_k"]), own["seed"], own["reducer"],
-        )  # fmt: skip
+            max_new_tokens=options["max_new_tokens"],
+            cost=options["cost"],
+            similarity_lower_bound=options["similarity_lower_bound"],
+            ratio_lower_bound=options["ratio_lower_bound"],
+            generation=generation,
+            seed=options["seed"],
+            reducer=options["reducer"],
+        )
 
     def sampling(self, manifest: Manifest) -> FrameSampling:
-        """Of frames: as asked, the rest as the bundle says."""
-        return manifest.sampling.overridden(self.wishes["fps"], self.wishes["max_frames"])
+        """Which frames of a film are looked at; what no flag says is as the bundle says."""
+        return manifest.sampling.overridden(self.options["fps"], self.options["max_frames"])
 
     def limits(self) -> MediaLimits:
-        """Of the files that are read: as asked, the rest as the package says."""
+        """What files may hold; what no flag says is `MediaLimits()`."""
         from framefusion.runtime.media.media_file import MediaLimits
 
-        given = {field: self.wishes[flag] for flag, field in LIMITS.items()}
+        given = {field: self.options[flag] for flag, field in LIMITS.items()}
         return MediaLimits(**{field: value for field, value in given.items() if value is not None})
 
 
@@ -196,7 +202,7 @@ def visuals_in_order(kinds: Sequence[str], videos: Sequence[Path], images: Seque
 def drawing(
     config: GenerationConfig, temperature: float | None, top_p: float | None, top_k: int | None
 ) -> GenerationConfig:
-    """The bundle's way of choosing tokens with what was asked; asking for any of it asks to draw."""
-    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    """The bundle's way of choosing tokens with what the flags say; any of them means to draw."""
+    requested = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given: dict[str, Any] = {name: value for name, value in requested.items() if value is not None}
     return replace(config, do_sample=True, **given) if given else config

@@ -121,7 +121,8 @@ class Decoder:
                 inputs["deepstack"] = device.zeros(shape, model.float_type)
             outputs = segments.outputs(record, self._width)
             bound.append(segments.backend.bind(record.decode, inputs, outputs.bound, cache))
-            common["hidden"] = outputs.hidden
+            if outputs.hidden is not None:
+                common["hidden"] = outputs.hidden
         self._logits = outputs.small["logits"]
         # 3. One call for all of them: a device may record the launches and replay them.
         self._run = segments.backend.chain(bound)

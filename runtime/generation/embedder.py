@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
 from framefusion.runtime.backends.base import Backend
+from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.format.bundle_files import place
 from framefusion.runtime.format.manifest import EmbeddingRecord, Manifest
@@ -41,9 +42,9 @@ class Embedding:
         shape = (record.rows + self._extra, record.width)
         expected = shape[0] * shape[1] * np.dtype(_STORED[record.dtype]).itemsize
         try:
-            found = place(folder, record.file).stat().st_size
-            if found != expected:
-                raise BundleError(f"it has {found} bytes, its rows are {expected}")
+            size = place(folder, record.file).stat().st_size
+            if size != expected:
+                raise BundleError(f"it has {size} bytes, its rows are {expected}")
             self._table: NDArray[Any] = np.memmap(path, _STORED[record.dtype], mode="r", shape=shape)
         except (OSError, ValueError, BundleError) as error:
             raise BundleError(f"{path} is missing or truncated ({error}): copy it again or rebuild") from None
@@ -74,7 +75,7 @@ class Embedder:
         self._table = table
         self._backend = backend
 
-    def encode_visual(self, visual: VisualInput) -> Any:
+    def encode_visual(self, visual: VisualInput) -> Buffer:
         """Rows [1+K, n, D] of one video or image: what the prompt shows, then what the first K layers add to it.
 
         Raises:
@@ -91,7 +92,7 @@ class Embedder:
             self._encode(call, tiles, rows, int(end - count))
         return rows if visual.rows is None else self._map_rows(rows, visual.rows)
 
-    def embed(self, prompt: Prompt, visual_rows: Sequence[Any]) -> TokenRows:
+    def embed(self, prompt: Prompt, visual_rows: Sequence[Buffer]) -> TokenRows:
         """Rows of all tokens of a prompt, and their rotary tables.
 
         Args:
@@ -106,7 +107,7 @@ class Embedder:
         places = prompt.row_places
         hidden = device.zeros((ids.size, self._manifest.model.hidden_size), device.row_type)
         added = visual_rows[0].shape[0] - 1 if visual_rows else 0
-        deepstack: Any = device.zeros((added, *hidden.shape), device.row_type) if added else None
+        deepstack: Buffer | None = device.zeros((added, *hidden.shape), device.row_type) if added else None
         given = sum(rows.shape[1] for rows in visual_rows)
         if given != places.size:
             raise BundleError(
@@ -118,8 +119,9 @@ class Embedder:
             targets = places[start : start + rows.shape[1]]
             start += targets.size
             device.put(hidden, targets, rows[0])
-            for k in range(added):
-                device.put(deepstack[k], targets, rows[1 + k])
+            if deepstack is not None:
+                for k in range(added):
+                    device.put(deepstack[k], targets, rows[1 + k])
         text = np.delete(np.arange(ids.size), places)
         device.put(hidden, text, device.upload(HOST.typed(self._table(ids[text]), device.row_type)))
         cos, sin = (device.upload(HOST.typed(table, device.row_type)) for table in self.rope(prompt.positions))
@@ -133,7 +135,7 @@ class Embedder:
         half = model.head_dim // 2
         return np.ascontiguousarray(cos[:, :half]), np.ascontiguousarray(sin[:, :half])
 
-    def _encode(self, call: TowerCall, tiles: Tiles, rows: Any, start_row: int) -> None:
+    def _encode(self, call: TowerCall, tiles: Tiles, rows: Buffer, start_row: int) -> None:
         """Write the rows of pictures of one size from `start_row` on, some pictures at once."""
         vision = self._manifest.vision
         model = self._manifest.model
@@ -152,12 +154,12 @@ class Embedder:
                 device.copy(rows[index][start_row : start_row + size], result[index])
             start_row += size
 
-    def _map_rows(self, rows: Any, mapping: RowMap) -> Any:
+    def _map_rows(self, rows: Buffer, mapping: RowMap) -> Buffer:
         """Rows of the prompt from rows of the tower, [1+K, m, D] -> [1+K, n, D]."""
         device = self._backend.device
         index = mapping.index
         weight = mapping.weight
-        mapped = device.empty((rows.shape[0], len(index), rows.shape[2]), device.row_type)
+        mapped: Buffer = device.empty((rows.shape[0], len(index), rows.shape[2]), device.row_type)
         for k in range(rows.shape[0]):
             layer = device.take(rows[k], index[:, 0]) if weight is None else device.mix(rows[k], index, weight)
             device.copy(mapped[k], layer[: len(index)])

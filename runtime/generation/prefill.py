@@ -49,8 +49,8 @@ def start_reduction(manifest: Manifest, labels: NDArray[np.int64], request: Requ
         request: cost, thresholds, reducer and seed; the rest is as the bundle says.
 
     Raises:
-        PromptError: another reduction is asked than the one that is built in.
-        ReducerError: the reducer asked is unknown, or acts where this bundle is not cut.
+        PromptError: the request wants another reduction than the one that is built in.
+        ReducerError: the reducer is unknown, or acts where this bundle is not cut.
     """
     record = manifest.reduction
     if record.mode != "adaptive":
@@ -96,7 +96,7 @@ def prefill(
         stopwatch: gets the stages "prefill" (segments) and "reduction" (scores of the embeddings, plans,
             compaction, binding).
         past: caches of an earlier prefill, whose tokens these attend to. They are continued, and grow where they are
-            too small; their own tokens stay where they are, whatever is dropped of the new ones.
+            too small; the tokens in them stay where they are, whatever is dropped of the new ones.
 
     Raises:
         PromptError: no bucket of a segment is large enough.
@@ -126,7 +126,7 @@ def prefill(
         caches.append(cache)
         kept.append(rows.origin)
         # 4. Decide, and compact the rows on the device: the next segment gets what stays.
-        if not record.head:
+        if outputs.hidden is not None:
             with stopwatch.stage("reduction"):
                 rows = _reduce(rows.after(outputs.hidden[0], record.deepstack), reduction, scores)
     assert outputs is not None  # a decoder has a segment

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from framefusion.errors import PromptError
 from framefusion.reduction.policy import ReductionState
 from framefusion.runtime.backends.base import Backend, Mirror
+from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import Manifest, SegmentRecord
 
@@ -71,11 +72,11 @@ class Segments:
 class Outputs:
     """What a segment gives: hidden states, which stay on the device, or what the host reads."""
 
-    hidden: Any  # [1, S, D], or None
+    hidden: Buffer | None  # [1, S, D]
     small: Mapping[str, Mirror]  # logits [1, V], or similarity and importance [S]
 
     @property
-    def bound(self) -> dict[str, Any]:
+    def bound(self) -> dict[str, Buffer]:
         """Buffers by the graph's names."""
         rows = {} if self.hidden is None else {"hidden_out": self.hidden}
         return rows | {name: mirror.there for name, mirror in self.small.items()}

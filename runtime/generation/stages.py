@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from framefusion.errors import BackendError, PromptError
 from framefusion.reduction.policy import Observer, ReductionState
 from framefusion.runtime.backends.base import Backend
+from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import place
@@ -178,11 +178,11 @@ class Stages:
         check_length(prompt, self.manifest.limits.max_input_len, remedy)
         return prompt
 
-    def encode_visual(self, visual: VisualInput) -> Any:
+    def encode_visual(self, visual: VisualInput) -> Buffer:
         """Rows [1+K, n, D] of one video or image: see `Embedder.encode_visual`."""
         return self.embedder.encode_visual(visual)
 
-    def embed(self, prompt: Prompt, visual_rows: Sequence[Any]) -> TokenRows:
+    def embed(self, prompt: Prompt, visual_rows: Sequence[Buffer]) -> TokenRows:
         """Rows of all S tokens of a prompt, with their rotary tables: see `Embedder.embed`."""
         return self.embedder.embed(prompt, visual_rows)
 
@@ -194,7 +194,7 @@ class Stages:
         """The reducer's state for a request; None where the bundle does not reduce between segments.
 
         Raises:
-            ReducerError: the reducer asked is unknown, or acts where this bundle is not cut.
+            ReducerError: the reducer is unknown, or acts where this bundle is not cut.
         """
         return start_reduction(self.manifest, prompt.labels, request)
 

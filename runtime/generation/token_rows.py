@@ -5,14 +5,15 @@ Knows no segment and no policy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.reduction.plan import Plan
 from framefusion.runtime.backends.base import Device
+from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.host import HOST
 
 
@@ -20,11 +21,11 @@ from framefusion.runtime.backends.host import HOST
 class TokenRows:
     """S tokens. Buffers may have more rows than that: what is behind them is padding, finite and without meaning."""
 
-    hidden: Any  # [S, D]
-    cos: Any  # [S, hd/2]
-    sin: Any
+    hidden: Buffer  # [S, D]
+    cos: Buffer  # [S, hd/2]
+    sin: Buffer
     origin: NDArray[np.int64]  # place of each token in the prompt; there are as many tokens as places
-    deepstack: Any = None  # [K, S, D] visual features that the next K layers add, zeros for text
+    deepstack: Buffer | None = None  # [K, S, D] visual features that the next K layers add, zeros for text
     device: Device = HOST
 
     @property
@@ -38,7 +39,7 @@ class TokenRows:
             return self
         if self.device is not HOST:
             raise ValueError("rows go from the host to a device, never between devices")
-        moved = self._each(lambda table: device.upload(HOST.typed(table, device.row_type)))
+        moved = self._each(lambda table: device.upload(np.asarray(table, device.row_type)))
         return replace(moved, device=device)
 
     def reduced(self, plan: Plan) -> TokenRows:
@@ -65,24 +66,24 @@ class TokenRows:
         """The rows with padding up to `size`."""
         return self._each(lambda table: self.device.padded(table, self.length, size))
 
-    def after(self, hidden: Any, added: int) -> TokenRows:
+    def after(self, hidden: Buffer, added: int) -> TokenRows:
         """The rows behind a segment that left `hidden` and added the first `added` of the features."""
         features = None if self.deepstack is None or self.deepstack.shape[0] <= added else self.deepstack[added:]
         return replace(self, hidden=hidden, deepstack=features)
 
-    def inputs(self, deepstack: int) -> dict[str, Any]:
+    def inputs(self, deepstack: int) -> dict[str, Buffer]:
         """As a segment takes them that adds the first `deepstack` of the features."""
         inputs = {"hidden": self.hidden[None], "cos": self.cos[None], "sin": self.sin[None]}
         if deepstack:
             inputs["deepstack"] = self._features(deepstack)
         return inputs
 
-    def _features(self, count: int) -> Any:
+    def _features(self, count: int) -> Buffer:
         if self.deepstack is not None and self.deepstack.shape[0] >= count:
             return self.deepstack[:count]
         shape = (count, *self.hidden.shape)  # generated tokens and prompts of text alone have nothing to add
         return self.device.zeros(shape, self.hidden.dtype)
 
-    def _each(self, change: Any) -> TokenRows:
+    def _each(self, change: Callable[[Buffer], Buffer]) -> TokenRows:
         features = None if self.deepstack is None else change(self.deepstack)
         return replace(self, hidden=change(self.hidden), cos=change(self.cos), sin=change(self.sin), deepstack=features)

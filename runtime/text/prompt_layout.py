@@ -1,6 +1,6 @@
 """A conversation laid out: turns to token ids, with the place of every visual token, its position and its label.
 
-Knows the layout of a prompt, never a pixel: how a video stands in it is told by the video's pieces (visual_input.py).
+Knows the layout of a prompt, never a pixel: how a video stands in it, the video's pieces say (visual_input.py).
 """
 
 from __future__ import annotations

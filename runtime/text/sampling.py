@@ -85,13 +85,13 @@ class GenerationConfig:
         for name in TOKEN_LISTS:
             object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
         if self.bad_words_ids is not None:
-            words = self.bad_words_ids
-            if not isinstance(words, (list, tuple)) or not all(isinstance(word, (list, tuple)) for word in words):
+            listed = self.bad_words_ids
+            if not isinstance(listed, (list, tuple)) or not all(isinstance(ids, (list, tuple)) for ids in listed):
                 raise PromptError(f"bad_words_ids is {self.bad_words_ids!r}: give a list of lists of token ids")
-            words = tuple(_token_ids("bad_words_ids", word) or () for word in self.bad_words_ids)
-            if not all(words):
+            sequences = tuple(_token_ids("bad_words_ids", ids) or () for ids in listed)
+            if not all(sequences):
                 raise PromptError(f"bad_words_ids is {self.bad_words_ids!r}: a sequence is empty, leave it out")
-            object.__setattr__(self, "bad_words_ids", words)
+            object.__setattr__(self, "bad_words_ids", sequences)
 
     @property
     def greedy(self) -> bool:
@@ -111,9 +111,9 @@ class GenerationConfig:
             BundleError: a value has another type or is out of range.
         """
         names = {field.name: field.name for field in fields(cls)} | {"eos_token_ids": "eos_token_id"}
-        told = {name: given[key] for name, key in names.items() if given.get(key) is not None}
+        values = {name: given[key] for name, key in names.items() if given.get(key) is not None}
         try:
-            return cls(**told).over(DEFAULTS)
+            return cls(**values).over(DEFAULTS)
         except PromptError as error:
             problem = str(error).replace("eos_token_ids", "eos_token_id")
             raise BundleError(
@@ -186,12 +186,12 @@ class Sampler:
         return int(candidates[min(int(drawn), candidates.size - 1)])
 
     def _penalised(self, logits: NDArray[np.floating[Any]], previous_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """A copy of the valid logits in fp32, tokens already seen made less likely."""
+        """A copy of the valid logits in fp32, tokens that are there already less likely."""
         scores = logits[: self._vocab_limit].astype(np.float32)
         penalty = np.float32(self._config.repetition_penalty or 1.0)
         if penalty != 1:
-            seen = previous_ids[(previous_ids >= 0) & (previous_ids < scores.size)]  # a video's rows have no id
-            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+            present = previous_ids[(previous_ids >= 0) & (previous_ids < scores.size)]  # a video's rows have no id
+            scores[present] = np.where(scores[present] < 0, scores[present] * penalty, scores[present] / penalty)
         return scores
 
     def _ban(self, scores: NDArray[np.float32], previous_ids: NDArray[np.int64]) -> None:
@@ -207,8 +207,8 @@ class Sampler:
         if said < (config.min_new_tokens or 0):
             banned += ends
         if config.bad_words_ids:  # an end token by itself is never a bad word
-            words = [word for word in config.bad_words_ids if len(word) > 1 or word[0] not in ends]
-            banned += banned_by_sequences(words, previous_ids)
+            sequences = [ids for ids in config.bad_words_ids if len(ids) > 1 or ids[0] not in ends]
+            banned += banned_by_sequences(sequences, previous_ids)
         if config.no_repeat_ngram_size:
             banned += banned_by_ngrams(config.no_repeat_ngram_size, previous_ids)
         if banned:

@@ -20,10 +20,10 @@ _LARGEST = 1 << 32  # bytes of a page
 
 def page(facts: Mapping[str, Any]) -> str:
     """The page as text; it loads nothing from elsewhere."""
-    told = json.dumps(facts, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    told = told.replace("<", "\\u003c")  # no text of a user or a model may end the script
+    payload = json.dumps(facts, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    payload = payload.replace("<", "\\u003c")  # no text of a user or a model may end the script
     template = TEMPLATE.read_text(encoding="utf-8").replace("{{name}}", html.escape(str(facts["name"])))
-    content = template.replace("{{facts}}", told)  # last: what users and models say stays as it is
+    content = template.replace("{{facts}}", payload)  # last: what users and models say stays as it is
     return content + _seal(content.encode("utf-8"))
 
 

@@ -82,7 +82,7 @@ def watch(
     """
     stopwatch = Stopwatch()
     request = request or Request()
-    if compare and asked_cost(pipeline.manifest, request) == 1.0:
+    if compare and requested_cost(pipeline.manifest, request) == 1.0:
         raise BudgetError("cost 1.0 keeps all tokens, so there is nothing to compare: ask a cost below 1")
     media = pipeline.decode_media(turns, files, sampling or pipeline.manifest.sampling, stopwatch)
     visuals = pipeline.preprocess(media, stopwatch)
@@ -106,7 +106,7 @@ def watch(
     return Watched(turns, media, prompt, request, prefilled.kept[-1], answer, decisions, dense)
 
 
-def asked_cost(manifest: Manifest, request: Request) -> float:
+def requested_cost(manifest: Manifest, request: Request) -> float:
     """The share of the computation over visual tokens that a request wants kept."""
     return manifest.reduction.cost if request.cost is None else request.cost
 
@@ -224,15 +224,15 @@ def _model(manifest: Manifest) -> dict[str, Any]:
 
 def _settings(manifest: Manifest, request: Request) -> dict[str, Any]:
     record = manifest.reduction
-    cost = asked_cost(manifest, request)
-    asked = {name: getattr(request, name) for name in ("similarity_lower_bound", "ratio_lower_bound")}
-    chosen = {name: getattr(record, name) if value is None else value for name, value in asked.items()}
+    cost = requested_cost(manifest, request)
+    requested = {name: getattr(request, name) for name in ("similarity_lower_bound", "ratio_lower_bound")}
+    thresholds = {name: getattr(record, name) if value is None else value for name, value in requested.items()}
     schedule = None if record.schedule is None else asdict(record.schedule)
     reducer = request.reducer or record.reducer
-    told = {"mode": record.mode, "reducer": reducer, "cost": cost, "cost_text": describe_cost(cost)}
+    settings = {"mode": record.mode, "reducer": reducer, "cost": cost, "cost_text": describe_cost(cost)}
     if record.mode != "adaptive":
-        return told | {"schedule": schedule}
-    return told | (chosen | {"depth": record.depth} if reducer == DEFAULT else {})  # thresholds are FrameFusion's
+        return settings | {"schedule": schedule}
+    return settings | (thresholds | {"depth": record.depth} if reducer == DEFAULT else {})  # they are FrameFusion's
 
 
 def _parts(turn: Turn) -> list[dict[str, str]]:
@@ -241,14 +241,15 @@ def _parts(turn: Turn) -> list[dict[str, str]]:
 
 def _visuals(media: Sequence[Media], rule: Preprocessing) -> tuple[list[list[list[float]]], list[dict[str, Any]]]:
     """What is drawn: sets of boxes, each once, and for each visual its pictures and panels."""
-    count = sum(len(one.frames) if isinstance(one, Video) else 1 for one in media)
+    count = sum(len(shown.frames) if isinstance(shown, Video) else 1 for shown in media)
     known: dict[bytes, int] = {}
     boxes: list[list[list[float]]] = []
     visuals = []
-    for one in media:
-        frames, times = (one.frames, one.times.tolist()) if isinstance(one, Video) else (one[None], [0.0])
+    for shown in media:
+        film = isinstance(shown, Video)
+        frames = shown.frames if isinstance(shown, Video) else shown[None]
+        times = shown.times.tolist() if isinstance(shown, Video) else [0.0]
         (height, width) = frames.shape[1:3]
-        film = isinstance(one, Video)
         panels = rule.panels(height, width, len(frames) if film else None)
         for panel in panels:
             if known.setdefault(panel.boxes.tobytes(), len(boxes)) == len(boxes):

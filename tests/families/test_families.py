@@ -93,7 +93,7 @@ def read_conversation(subject: Subject, name: str) -> Conversation:
     ]
     visuals = pipeline.read_visuals(turns, shown, sampling, Stopwatch())
     prompt = pipeline.prompt(turns, visuals)
-    features = [pipeline.encode_visual(visual) for visual in visuals]
+    features = [np.asarray(pipeline.encode_visual(visual)) for visual in visuals]
     return Conversation(turns, media, visuals, prompt, features, pipeline.embed(prompt, features))
 
 

@@ -42,8 +42,7 @@ class Case:
         return self.pipeline.preprocess([media], Stopwatch())[0]
 
     def features(self, media: Media) -> NDArray[np.float32]:
-        rows: NDArray[np.float32] = self.pipeline.encode_visual(self.visual(media))[0]
-        return rows
+        return np.asarray(self.pipeline.encode_visual(self.visual(media))[0])
 
     def panels(self, media: Media) -> list[Panel]:
         if isinstance(media, Video):

@@ -174,7 +174,7 @@ def reference_features(subject: Subject) -> NDArray[np.float32]:
 
 def test_features_equal_transformers(subject: Subject) -> None:
     assert subject.rows.deepstack is not None
-    assert relative_error(subject.rows.deepstack, reference_features(subject)) < LIMIT
+    assert relative_error(np.asarray(subject.rows.deepstack), reference_features(subject)) < LIMIT
 
 
 def test_reduced_run_equals_transformers_layers(subject: Subject) -> None:
@@ -199,7 +199,7 @@ def reduced_logits(subject: Subject, plans: list[Plan], follow: bool = True) -> 
     """`follow` False leaves the features of a merged token as they were."""
     model = subject.reference.model
     llm = model.model.language_model
-    hidden, features = torch.from_numpy(subject.rows.hidden.copy()), torch.from_numpy(reference_features(subject))
+    hidden, features = torch.from_numpy(np.array(subject.rows.hidden)), torch.from_numpy(reference_features(subject))
     cos, sin = llm.rotary_emb(hidden[None], torch.from_numpy(subject.prompt.positions)[:, None])
     state = [hidden[None], features, cos, sin]  # tokens are axis 1 of each
 
@@ -231,8 +231,9 @@ def test_features_of_merged_tokens_are_means() -> None:
     merged = rows.reduced(merge_plan(labels, np.array([0, 0, 0, 1, 0, 1, 0], bool)))
     assert merged.deepstack is not None
     np.testing.assert_array_equal(merged.origin, [0, 1, 2, 4, 6])
-    np.testing.assert_allclose(merged.deepstack[:, 1], draw[:, [1, 3, 5]].mean(1), rtol=1e-6)
-    np.testing.assert_array_equal(merged.deepstack[:, [0, 2, 3, 4]], draw[:, [0, 2, 4, 6]])
+    deepstack = np.asarray(merged.deepstack)
+    np.testing.assert_allclose(deepstack[:, 1], draw[:, [1, 3, 5]].mean(1), rtol=1e-6)
+    np.testing.assert_array_equal(deepstack[:, [0, 2, 3, 4]], draw[:, [0, 2, 4, 6]])
     pruned = rows.reduced(prune_plan(labels, np.arange(7.0), keep=2))
     assert pruned.deepstack is not None
     np.testing.assert_array_equal(pruned.deepstack, draw[:, [0, 4, 5, 6]])

@@ -137,7 +137,7 @@ def test_every_mode_in_every_dialect_in_float16(
 
     pipeline = Pipeline(Bundle(built.folder), threads=1)
     prompt, rows = pipeline.read(TURNS, [write_film(tmp_path / "film.mp4")])
-    before = rows.hidden.copy()
+    before = np.array(rows.hidden)
     whole = pipeline.prefill(prompt, rows, Request(4), Stopwatch())
     assert {buffer.dtype for cache in whole.caches for buffer in (*cache.keys, *cache.values)} == {np.dtype(np.float16)}
     assert whole.logits.dtype == np.float32

@@ -150,7 +150,7 @@ def pipelines(bundle: Bundle) -> tuple[Pipeline, Pipeline]:
 def assert_same(bundle: Bundle, *requests: Request) -> None:
     theirs, ours = pipelines(bundle)
     prompt, rows = theirs.read(TURNS, [draw_clip()])
-    assert relative_error(ours.read(TURNS, [draw_clip()])[1].hidden, rows.hidden) < 1e-4
+    assert relative_error(np.asarray(ours.read(TURNS, [draw_clip()])[1].hidden), np.asarray(rows.hidden)) < 1e-4
     for request in requests:
         expected = run(theirs, prompt, rows, request)
         found = run(ours, prompt, rows, request, tokens=expected.tokens)
