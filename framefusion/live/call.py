@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from framefusion.live.attention.cache import adopt
 from framefusion.live.attention.mask import reduced_mask, valid_tokens
 from framefusion.live.attention.slots import CacheLayer, caught_up, joined_valid
-from framefusion.live.plan import apply_plans, features_of, similarity
+from framefusion.live.plan import apply_plans, features_of, importance, similarity
 from framefusion.live.proof import Proof, check_arguments
 from framefusion.live.seams import DEEPSTACK_ARGUMENTS, Cache, broken, cache_of
-from framefusion.ops import kernels as ops
 from framefusion.reduction import budget
 from framefusion.reduction.plan import Plan, keep_all
 from framefusion.reduction.policy import CallRecord, ReductionState
@@ -68,7 +67,14 @@ class ModelContext:
 
 
 class Row:
-    """One request of a batch: the policy's state and the places of its tokens in the call."""
+    """One request of a batch.
+
+    Attributes:
+        reduction: the state of its method.
+        visual: visual tokens that it began with.
+        origin: places of the tokens present among the new tokens of the call, ascending.  [K]
+        kept: `origin` as it entered each layer so far.
+    """
 
     def __init__(self, reduction: ReductionState, origin: IntArray) -> None:
         self.reduction = reduction
@@ -103,7 +109,7 @@ class Call:
         self.rows = rows
         self.shape = shape
         self.past = past
-        self.real = valid_tokens(mask, 0, past, shape[0])
+        self.past_valid = valid_tokens(mask, 0, past, shape[0])  # which earlier tokens are no padding; None: all
         self.index: Tensor | None = None
         self.valid: Tensor | None = None
         self.features: list[Tensor] = []  # [B, K, D] for each of the next layers to add
@@ -290,8 +296,8 @@ class Call:
     def _dense(self) -> tuple[Tensor, Tensor | None]:
         """Slots [B, past] of a cache that holds all earlier tokens, and which of them are no padding."""
         slots = torch.arange(self.past, device=self.context.device).expand(self.shape[0], -1)
-        padded = self.real is not None and not bool(self.real.all())
-        return slots, self.real if padded else None
+        padded = self.past_valid is not None and not bool(self.past_valid.all())
+        return slots, self.past_valid if padded else None
 
     def _earlier(self, layer: CacheLayer) -> tuple[Tensor, Tensor | None]:
         """Slots and validity of what a layer holds; those of nothing are the same for all layers."""
@@ -328,26 +334,23 @@ class Call:
             )
         earlier = key.shape[2] - query.shape[2]
         stored = None if self.layer is None else self.layer.valid
-        factor = scaling * query.shape[-1] ** 0.5  # the op divides by the root of the head's width
         for i, row in enumerate(self.rows):
-            keep = torch.arange(earlier + row.origin.size, device=key.device)
+            present = row.origin.size
+            attended = torch.arange(earlier + present, device=key.device)
             if stored is not None:
-                keep = keep[stored[i, : keep.numel()].to(key.device)]
-            k = key[i].index_select(1, keep).transpose(0, 1).flatten(1)[None]
-            q = query[i, :, : row.origin.size].transpose(0, 1).flatten(1) * factor
-            q = nn.functional.pad(q, (0, 0, keep.numel() - row.origin.size, 0))[None]
-            last = torch.tensor([keep.numel() - 1], device=key.device)
-            scores = ops.importance(q, k, last, self.context.importance_rows, query.shape[1], key.shape[1])
-            self.importance.append(scores[-row.origin.size :])
+                attended = attended[stored[i, : attended.numel()].to(key.device)]
+            queries = query[i, :, :present]
+            keys = key[i].index_select(1, attended)
+            self.importance.append(importance(queries, keys, scaling, self.context.importance_rows))
 
     def note_state(self) -> None:
-        """Say that a hidden state was given out, of the tokens present now."""
+        """Note that the decoder may have captured a hidden state of the tokens present now."""
         self.states.append((self.index, self.valid))
 
     def restored_states(self, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """What a decoder captured before, between and behind its layers, each at its tokens' places.
 
-        The last one may be the decoder's own output.  L + 1 of [B, K, D], None where not requested  -> of [B, S, D]
+        The last state may be the decoder's output.  L + 1 of [B, K, D], None where not requested  -> of [B, S, D]
 
         Raises:
             BackendError: there are more or fewer of them than layers.

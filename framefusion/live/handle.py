@@ -14,7 +14,7 @@ context variable or in the KV cache that travels with the request, never on the 
     after each decoder layer          what the layer must have shown
     attention registry                importance from the layer's own queries and keys, where the policy wants it
 
-A cache layer stores the tokens that were kept, but tells transformers the length of the whole prompt: positions, masks
+A cache layer stores the tokens that were kept, but gives transformers the length of the whole prompt: positions, masks
 and the slicing of input_ids stay as they were, and each layer takes the columns of the mask that it stores.
 
 Knows the seams of transformers 5 and nothing of bundles. What it cannot serve it refuses by name. Decisions are
@@ -291,17 +291,20 @@ class FrameFusion:
         call = current_call_of(self)
         if call is None:
             return None
+        # 1. The layer's input, and whether the layer before it was left as it must be.
         named = arguments_of(module, "hidden_states", args, given)
         if "hidden_states" not in named:
             raise broken("no hidden_states are passed to the decoder layers")
         hidden = named.pop("hidden_states")
         call.proof.enter(index)
+        # 2. Call 0 before the first layer; before the others, DeepStack features of the tokens that are left.
         with torch.autocast(hidden.device.type, enabled=False):  # scores of halves would tie
             if index == 0:
                 hidden = call.begin(hidden, call.features) if call.rows else hidden
                 call.note_state()
             elif call.features:
                 hidden = call.add_features(hidden)
+        # 3. Its other arguments for those tokens; then its attention, watched where the policy wants the importance.
         arguments = call.enter(index, named)
         last = index > self.settings.depth + 1 or index >= len(self.decoder.layers) - 1
         call.watch_attention(module.get_submodule("self_attn"), last)
@@ -325,6 +328,7 @@ class FrameFusion:
             return
         if len(args) != 1:
             raise broken(f"the norm behind the attention of decoder layer {index} takes {len(args)} tensors")
+        # In place: whoever holds the residual of this layer must go on with the tokens that are left.
         (hidden,) = args
         with torch.autocast(hidden.device.type, enabled=False):
             reduced = call.reduce(hidden)

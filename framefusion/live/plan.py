@@ -1,7 +1,7 @@
-"""Similarity and plans on the hidden states of a live model: numpy's own code on the CPU, its torch twin elsewhere.
+"""Similarity, importance and plans on the hidden states of a live model.
 
-On the CPU the memory is shared and numpy's one pass is several times faster than torch's kernels for each step. Knows
-rows of tokens, no layer and no call.
+On the CPU similarity and plans are numpy's, as the memory is shared and numpy's one pass is several times faster than
+torch's kernels for each step; elsewhere their torch twins. Knows rows of tokens, no layer and no call.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from framefusion.ops import kernels as ops
 from framefusion.reduction import plan as host_plan
@@ -27,6 +27,29 @@ def similarity(hidden: Tensor, labels: IntArray) -> Tensor:
         return torch.from_numpy(tracks.track_similarity(_array(hidden[0]), labels))
     scores: Tensor = ops.similarity(hidden, torch.from_numpy(tracks.previous_in_track(labels)).to(hidden.device))
     return scores
+
+
+def importance(query: Tensor, key: Tensor, scaling: float, rows: int) -> Tensor:
+    """Attention that the last `rows` of K tokens pay to each of the K, in fp32, mean over heads and rows.
+
+    Args:
+        query: of the tokens present.  [H, K, hd]
+        key: of all tokens that they attend to, those present last.  [Hkv, T, hd]
+        scaling: of the scores, as the model has it.
+        rows: see the op.
+
+    Returns:
+        [K], of the tokens present.
+    """
+    heads, present, width = query.shape
+    kv_heads, attended, _ = key.shape
+    factor = scaling * width**0.5  # the op divides by the root of the head's width
+    q = query.transpose(0, 1).flatten(1) * factor
+    q = nn.functional.pad(q, (0, 0, attended - present, 0))[None]
+    k = key.transpose(0, 1).flatten(1)[None]
+    last = torch.tensor([attended - 1], device=key.device)
+    scores: Tensor = ops.importance(q, k, last, rows, heads, kv_heads)
+    return scores[-present:]
 
 
 def features_of(hidden: Tensor) -> FloatArray:

@@ -144,7 +144,7 @@ class Reading:
 class Selection(Reducer):
     """A method that decides once, at one call, and keeps an exact number of visual tokens."""
 
-    why_more: ClassVar[str] = ""  # in words, where `count` may exceed what the budget pays for
+    why_more: ClassVar[str] = ""  # a clause for people, where `count` may exceed what the budget pays for
 
     def call(self, settings: ReductionSettings) -> int:
         """The call at which it decides."""

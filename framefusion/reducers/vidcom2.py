@@ -32,7 +32,7 @@ class VidCom2(Selection):
     those of the highest u_frame + u_video.
 
     Three deviations. The shares of the paper are rounded frame by frame; here the whole tokens left over go to the
-    largest remainders, so that the sum is the count which the cost asks. A frame whose share would exceed its tokens
+    largest remainders, so that the sum is the count which the cost allows. A frame whose share would exceed its tokens
     passes the rest on. All visual tokens of a prompt are one video, separators with a label among them, and frames may
     differ in size. (The authors' released code ranks by Gaussian kernels on half of the channels instead of cosines;
     the paper's equations are followed.)
@@ -45,16 +45,19 @@ class VidCom2(Selection):
     def choose(self, reading: Reading) -> Mask:
         """The most unique tokens of each frame."""
         assert reading.features is not None
+        # 1. The visual tokens' rows, cut into frames.
         numbers = tracks.frame_numbers(reading.labels)
         visual = np.flatnonzero(numbers >= 0)
         rows = reading.features[visual]
         norms = np.linalg.norm(reading.features, axis=1)[visual]
         ends = np.cumsum(np.bincount(numbers[visual]))  # frames follow each other
         frames = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        # 2. How many tokens each frame keeps: more where it is unlike the mean of the video.
         of_video = -_alike(rows, norms, rows.mean(axis=0))
-        kept = np.zeros(visual.size, dtype=np.bool_)
         uniqueness = [float(of_video[frame].mean()) for frame in frames]
         quotas = frame_quotas(uniqueness, np.diff(ends, prepend=0), reading.keep)
+        # 3. In each frame those tokens that are least like the means of frame and video.
+        kept = np.zeros(visual.size, dtype=np.bool_)
         for frame, quota in zip(frames, quotas, strict=True):
             unique = of_video[frame] - _alike(rows[frame], norms[frame], rows[frame].mean(axis=0))
             kept[frame] = top(unique, int(quota), np.ones(unique.size, dtype=np.bool_), ROUNDING)

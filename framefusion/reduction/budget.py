@@ -1,4 +1,4 @@
-"""The budget: from the cost a user asks to the share of visual tokens each call drops, and back.
+"""The budget: from the cost a user sets to the share of visual tokens each call drops, and back.
 
 The cost is the mean over the L layers of (visual tokens entering the layer / visual tokens at the start). Call 0 comes
 before the attention of layer 0, call i >= 1 after the attention of layer i-1; what call i leaves enters layer i. So

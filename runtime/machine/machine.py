@@ -1,6 +1,6 @@
-"""What a choice of backend asks of a machine: its GPU, and which of a few libraries are installed.
+"""What a choice of backend depends on in a machine: its GPU, and which of a few libraries are installed.
 
-As far as it can be told without loading anything but ONNX Runtime, which is installed with this package.
+As far as it can be known without loading anything but ONNX Runtime, which is installed with this package.
 """
 
 from __future__ import annotations

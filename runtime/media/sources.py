@@ -118,7 +118,7 @@ def _frames(frames: object, limits: MediaLimits | None) -> NDArray[np.uint8]:
     if isinstance(frames, (list, tuple)):
         return _stacked(frames, limits)
     array = _array(frames, "the video")
-    if array.ndim == 3:  # which of its sides is time cannot be told
+    if array.ndim == 3:  # which of its sides is time cannot be known
         raise VideoError(
             f"the video has shape {array.shape}: give [frames, height, width, channels]; one picture is a film as "
             "array[None], and frames of grey are one as array[..., None]"
