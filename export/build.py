@@ -42,7 +42,7 @@ CARD = "card"  # the part of the model card
 
 @dataclass(frozen=True)
 class Built:
-    """A published bundle."""
+    """A published bundle: its place and its manifest."""
 
     folder: Path
     manifest: Manifest

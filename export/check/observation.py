@@ -39,7 +39,7 @@ Doing = Callable[[str], object]
 
 
 def ignore(_: str) -> None:
-    """Tell nobody."""
+    """A `Doing` for callers that show no progress."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class EagerBackend(HostBackend):
     def bind(
         self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
     ) -> EagerSegment:
-        """See `framefusion.runtime.backends.Backend.bind`."""
+        """A module with the arrays that it reads and writes; see `framefusion.runtime.backends.base.Backend.bind`."""
         if graph not in self._modules:
             self._modules[graph] = self._loaders[graph]()
         return EagerSegment(self._modules[graph], inputs, outputs, cache)
@@ -55,6 +56,11 @@ class EagerSegment:
     outputs: Mapping[str, Buffer]
     cache: SegmentCache | None
 
+    @cached_property
+    def signature(self) -> Signature:
+        """Of the module: its names in order."""
+        return self.module.signature()
+
     @torch.inference_mode()
     def run(self) -> None:
         """Call the module and copy its results to where a compiled segment would have written them."""
@@ -62,7 +68,7 @@ class EagerSegment:
         past = {} if self.cache is None else self.cache.named("past")
         present = {} if self.cache is None else self.cache.named("present")
         tensors |= {name: torch.from_numpy(host_array(buffer)) for name, buffer in past.items()}
-        results = call_by_name(self.module, self.module.signature(), tensors)
+        results = call_by_name(self.module, self.signature, tensors)
         for name, buffer in {**self.outputs, **present}.items():
             torch.from_numpy(host_array(buffer)).copy_(results[name])
 

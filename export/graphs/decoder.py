@@ -73,7 +73,7 @@ class Block:
 
 
 class AttentionBlock(nn.Module):
-    """Input norm, attention over the cache, residual."""
+    """Input norm, attention over the cache, residual: [B, S, D] -> the same shape."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class AttentionBlock(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Post-attention norm, SwiGLU, residual."""
+    """Post-attention norm, down(swish(gate) * up), residual: [B, S, D] -> the same shape."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class MlpBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and vocabulary projection."""
+    """Final norm and vocabulary projection of the last token's hidden state."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Segment(GraphModule):
         past: Sequence[tuple[Tensor, Tensor]],
         deepstack: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """See the module's table."""
+        """Hidden states, scores or logits, then the caches: inputs and outputs are in the module's table."""
         presents: list[Tensor] = []
         final = len(self.blocks) - 1
         added = 0

@@ -70,7 +70,7 @@ class FixedPrefill(GraphModule):
         past: Sequence[tuple[Tensor, Tensor]],
         deepstack: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """See the module's table."""
+        """Logits, origin and caches: inputs and outputs are in the module's table."""
         # 1. all that follows a token when it is merged or pruned, in one state
         origin = torch.arange(hidden.shape[1], device=hidden.device)
         features = None if deepstack is None else deepstack.transpose(0, 1).flatten(1)  # [T, n*D]

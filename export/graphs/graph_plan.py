@@ -65,7 +65,7 @@ class GraphModule(nn.Module):
 
     @abstractmethod
     def signature(self) -> Signature:
-        """How to trace it."""
+        """Example inputs, free sizes and names, as `forward` takes and returns them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class GraphPlan:
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers in each parameter."""
+        """How many numbers each parameter has, in the order of `shapes`."""
         return [math.prod(shape) for shape in self.shapes.values()]
 
     @property

@@ -66,7 +66,7 @@ def half_layers(num_layers: int, deepstack: int = 0) -> tuple[Block, ...]:
 
 
 def whole_decoder(num_layers: int, name: str = "decoder", deepstack: int = 0) -> tuple[SegmentPlan, ...]:
-    """One segment: nothing looks inside."""
+    """The decoder as one segment, for a reduction that is done before it or in its graph."""
     return (SegmentPlan(name, half_layers(num_layers, deepstack), scores=False, head=True),)
 
 

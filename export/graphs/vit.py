@@ -44,17 +44,17 @@ class VitConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels of one head."""
+        """Channels of a head."""
         return self.width // self.num_heads
 
 
 def make_norm(config: VitConfig) -> LayerNorm | RMSNorm:
-    """The norm of a block."""
+    """The norm before attention and MLP of a block, and behind the last one."""
     return (LayerNorm if config.norm == "layer" else RMSNorm)(config.width, config.norm_eps)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """[...] -> the same shape."""
+    """x * sigmoid(1.702 x), or GELU, exact or by tanh: [...] -> the same shape."""
     if activation == "quick_gelu":
         return torch.ops.framefusion.swish(x, QUICK_GELU)  # type: ignore[no-any-return]
     return nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

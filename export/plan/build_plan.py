@@ -98,7 +98,7 @@ class BuildPlan:
         return next(graph for graph in self.graphs if graph.name == name)
 
     def model_record(self) -> ModelRecord:
-        """The manifest's part on geometry."""
+        """The manifest's part on the LLM: its geometry, and the type of its weights."""
         names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
         names += ("vocab_size", "rope_theta", "mrope_section", "mrope_interleaved", "importance_rows")  # type: ignore[assignment]
         facts = {name: getattr(self.config, name) for name in names}

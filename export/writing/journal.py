@@ -96,7 +96,7 @@ class Journal:
 
     @property
     def files(self) -> dict[str, FileRecord]:
-        """Files of all parts."""
+        """Path of each file of all parts -> its size and hash."""
         return {name: record for named in self.parts.values() for name, record in named.items()}
 
     def open_scratch(self) -> Path:

@@ -142,7 +142,7 @@ class Staging:
 
     @property
     def files(self) -> dict[str, FileRecord]:
-        """Files of all complete parts."""
+        """Path of each file of all complete parts -> its size and hash."""
         return self._journal.files
 
     @property

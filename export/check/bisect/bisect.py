@@ -53,7 +53,7 @@ class Divergence:
     suspect: Suspect | None
 
     def describe(self) -> str:
-        """One paragraph."""
+        """A paragraph for a terminal: graph, output and error, then the node and what is wrong with it."""
         row = self.boundary
         suspect = self.suspect
         text = (

@@ -121,3 +121,12 @@ def test_an_impossible_schedule_is_refused(schedule: tuple[tuple[float, ...], in
 def test_a_prune_after_the_last_attention_is_refused() -> None:
     with pytest.raises(BudgetError, match="prune at layer 4 or earlier"):
         budget.schedule_for_cost(0.5, (), 5, 6)
+
+
+def test_lengths_of_layers_follow_the_calls_of_a_schedule() -> None:
+    """Call i precedes the attention of layer i; the prune behind layer p is call p + 1."""
+    schedule = budget.FixedSchedule((0.5, 0.2), 2, 0.5)
+    assert schedule.calls == (0, 1, 3)
+    assert schedule.lengths(100, [50, 10, 20], 5) == [50, 40, 40, 20, 20]
+    with pytest.raises(ValueError, match="zip"):
+        schedule.lengths(100, [50, 10], 5)
