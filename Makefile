@@ -35,11 +35,12 @@ ENGINES := engines-out
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo engines test slow test-latest test-oldest lock attack test-gpu test-authors bench-gpu lint clean
+.PHONY: help setup demo engines test test-runtime slow test-latest test-oldest lock attack test-gpu test-authors bench-gpu lint clean
 
 help:
 	@echo "make demo      build a bundle from the tiny checkpoint and ask it about videos, about $(DEMO_TIME)"
 	@echo "make test      fast tests, about $(TEST_TIME)"
+	@echo "make test-runtime  tests of the runtime without torch, in $(VENV)-runtime, about $(TEST_TIME)"
 	@echo "make engines   compile the tiny model for GPUs $(TARGET_SM), without one, about $(ENGINES_TIME)"
 	@echo "make slow      slow tests: the wheel, the large comparisons"
 	@echo "make test-latest  fast tests with the newest versions that pyproject.toml admits, in $(VENV)-latest"
@@ -94,6 +95,16 @@ engines:
 test:
 	$(call announce,$(TEST_TIME))
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+
+# On what `pip install .` brings and the tests need, nothing of the toolchain: .venv makes the bundles they open.
+test-runtime: setup
+	$(call virtualenv,$(VENV)-runtime)
+	@$(VENV)-runtime/bin/python -m pip install -qq -c $(LOCK) setuptools
+	@$(VENV)-runtime/bin/python -m pip install -qq -c $(LOCK) --no-build-isolation '.[gpu,signing]' \
+	  pytest pytest-xdist hypothesis scikit-video
+	@rm -rf build
+	@bundles=$$($(BIN)/python -m tests.bundles) && BUNDLES=$$bundles OMP_NUM_THREADS=1 \
+	  $(VENV)-runtime/bin/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu" tests/runtime
 
 slow: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow and not gpu"
@@ -153,5 +164,5 @@ lint: setup
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-latest $(VENV)-oldest $(AUTHORS_VENV) $(AUTHORS) demo-out $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VENV)-runtime $(VENV)-latest $(VENV)-oldest $(AUTHORS_VENV) $(AUTHORS) demo-out $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .bundles
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What many tests share: one tiny random checkpoint and an adaptive bundle of it, made once a session."""
+"""What many tests share: one tiny random checkpoint and an adaptive bundle of it, made once for all runs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline
+from tests.bundles import shared, unchanged
 from tests.films import write_film, write_picture
-from tests.random_checkpoint import random_checkpoint
-
-COST = 0.4  # what the bundle below is built for
-
 
 # torch tells its trace in thousands of debug lines, which pytest would format and keep.
 logging.getLogger("torch.__trace").propagate = False
@@ -53,19 +49,17 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(tmp_path_factory, "tiny-checkpoint", partial(random_checkpoint, pixels=112 * 112))
+def checkpoint() -> Iterator[Path]:
+    """Nobody may change it: copy it first."""
+    yield shared("checkpoint")
+    assert unchanged("checkpoint"), "a test changed the checkpoint that all share"
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle() -> Iterator[Path]:
     """Adaptive; nobody may change it: copy it first."""
-    from framefusion.export.build import build
-    from framefusion.export.checkpoints.checkpoint import Checkpoint
-    from framefusion.export.options import BuildOptions
-
-    options = BuildOptions(cost=COST, similarity_lower_bound=0.9, depth=1, max_input_len=512)
-    return made_once(tmp_path_factory, "tiny-bundle", lambda folder: build(Checkpoint(checkpoint), folder, options))
+    yield shared("bundle")
+    assert unchanged("bundle"), "a test changed the bundle that all share"
 
 
 @pytest.fixture(scope="session")

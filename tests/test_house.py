@@ -19,7 +19,7 @@ import pytest
 from framefusion import errors
 from framefusion.export.commands.cli import ff_export
 from framefusion.runtime.commands.cli import ff_run
-from tests.wheel import FLOORS, ROOT, build_wheel
+from tests.wheel import FLOORS, NEVER_AT_RUN_TIME, ROOT, build_wheel
 from tools.syntax import (
     TOPS,
     Module,
@@ -32,7 +32,6 @@ from tools.syntax import (
 LINKS = ("export", "runtime")
 # What of framefusion/ needs torch; the runtime and the policy must do without it.
 TORCH_PACKAGES = ("framefusion.interface", "framefusion.live", "framefusion.ops")
-NEVER_AT_RUN_TIME = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 LONGEST_README = 200  # lines: a door, not a manual
@@ -111,6 +110,7 @@ NUMPY_MODULES = [name for path in files_of("framefusion") if not within(name := 
 MOST_MODULES = 7  # in a folder
 SAYS_NOTHING = {*("manager", "managers", "helper", "helpers", "util", "utils"), *("data", "info")}
 """Parts of names that could stand in any module's or class's."""
+ACROSS = {".", "authors", "families", "gpu"}  # folders of tests
 LIBRARY = [path for floor in FLOORS for path in files_of(floor)]
 
 
@@ -183,6 +183,12 @@ def test_no_arrow_leads_from_the_runtime_to_the_toolchain() -> None:
 def test_a_folder_holds_at_most_seven_modules() -> None:
     folders = Counter(path.parent.relative_to(ROOT).as_posix() for path in LIBRARY if path.name != "__init__.py")
     assert {folder: count for folder, count in folders.items() if count > MOST_MODULES} == {}
+
+
+def test_tests_mirror_the_modules_they_are_about() -> None:
+    """A folder of tests has the name of a package folder, unless what it tests goes across all of them."""
+    folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert sorted(name for name in folders - ACROSS if not (ROOT / name / "__init__.py").is_file()) == []
 
 
 # --- What ships -----------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
-"""What older versions of a reference cannot tell: tests that compare with it skip there, and say why.
+"""What is not installed, or is older than what a test compares with: such tests skip there by name, and say why.
 
 The lower bounds of pyproject.toml hold for the project, not for every class of transformers that a test compares with:
-rules of its processors have changed since, and ours follow the newest.
+rules of its processors have changed since, and ours follow the newest. tests/runtime also runs without torch and the
+libraries of the toolchain (`make test-runtime`): a test there that takes one of them as its reference needs it by name.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from packaging.version import Version
@@ -15,10 +16,15 @@ from framefusion.runtime.backends.onnxruntime.fit import PORTABLE_SINCE
 
 
 def needs(package: str, least: str, reason: str) -> pytest.MarkDecorator:
-    """Skip where an older version of a package is installed."""
-    installed = version(package)
+    """Skip where a package is not installed, or an older version of it."""
+    try:
+        installed = version(package)
+    except PackageNotFoundError:
+        return pytest.mark.skipif(True, reason=f"{package} is not installed: {reason}")
     return pytest.mark.skipif(Version(installed) < Version(least), reason=f"{package} {installed} < {least}: {reason}")
 
 
 PORTABLE = ".".join(map(str, PORTABLE_SINCE["cpu"]))
 needs_portable = needs("onnxruntime", PORTABLE, "its attention of the portable dialect is wrong or lacking")
+needs_torch = needs("torch", "0", "the reference that this test compares with, or what it builds with")
+needs_transformers = needs("transformers", "0", "the reference that this test compares with")

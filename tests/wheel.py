@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("framefusion", "export", "runtime")
+# What only the toolchain needs.
+NEVER_AT_RUN_TIME = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy"}
 
 
 def build_wheel(folder: Path) -> Path:

@@ -10,25 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.llava_pictures import CLIP_SIDE as CLIP_SIDE
+from tests.llava_pictures import PATCH as PATCH
+from tests.llava_pictures import SIGLIP_SIDE as SIGLIP_SIDE
+
 HIDDEN, VISION = 32, 24
-# Of pictures, for the rules of tiling.
-TILE = 384
-TILINGS = tuple((tall * TILE, wide * TILE) for tall in range(1, 7) for wide in range(1, 7))
-SIZES = [
-    (100, 100),
-    (384, 384),
-    (768, 384),
-    (480, 640),
-    (333, 1777),
-    (1777, 333),
-    (899, 1024),
-    (2000, 2100),
-    (60, 2304),
-]
 CORPUS = ("What happens in this video?", "Say what you see.", "You are a helpful assistant. USER: ASSISTANT:") * 3
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 ROWS = 320  # of the embedding table: more than there are tokens, as in the released files
-SIGLIP_SIDE, CLIP_SIDE, PATCH = 72, 58, 14  # 5 and 4 patches, and two pixels that no patch covers
 SO400M = {
     "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 27,
     "num_attention_heads": 16, "image_size": 384, "patch_size": 14, "vision_use_head": False,

@@ -17,7 +17,8 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn
-from tests.conftest import COST, made_once
+from tests.bundles import COST
+from tests.conftest import made_once
 from tests.gpu.test_tensorrt import QUESTIONS, STEPS, apart, watched
 
 pytestmark = pytest.mark.gpu

@@ -30,7 +30,8 @@ from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import Turn, Visual
-from tests.conftest import COST, made_once
+from tests.bundles import COST
+from tests.conftest import made_once
 
 pytestmark = pytest.mark.gpu
 EMULATED = "EMULATED_TENSORRT" in os.environ

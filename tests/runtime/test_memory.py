@@ -16,6 +16,7 @@ from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.memory import expected_lengths, memory_plan
 from tests.films import write_film
 from tests.random_checkpoint import random_checkpoint
+from tests.versions import needs_torch
 
 PEAK = """
 import json, sys
@@ -61,6 +62,7 @@ def test_lengths_and_segments_must_pair(manifest: Manifest) -> None:
         memory_plan(manifest, 100, 0, lengths=(100, 100))
 
 
+@needs_torch
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from framefusion.export.machine import CHECKING_PROCESS
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reduction.budget import cost_of_shares
-from tests.conftest import COST
+from tests.bundles import COST
 from tests.random_checkpoint import random_checkpoint
 
 OPTIONS = BuildOptions(cost=COST, similarity_lower_bound=0.9, depth=1, max_input_len=512)  # of the fixture `bundle`

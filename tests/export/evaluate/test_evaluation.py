@@ -36,10 +36,9 @@ from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reducers import REDUCERS
 from framefusion.runtime.pipeline import Pipeline, Request
+from tests.bundles import COST
 from tests.commands import assert_refused, export
-from tests.conftest import COST
-from tests.test_house import NEVER_AT_RUN_TIME
-from tests.wheel import ROOT
+from tests.wheel import NEVER_AT_RUN_TIME, ROOT
 
 TRAINED = ROOT / "tests" / "models" / "tiny_qwen2_vl"
 UNDER = (Condition("framefusion", 1.0), Condition("framefusion", COST), Condition("random", COST))

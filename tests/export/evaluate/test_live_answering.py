@@ -23,8 +23,8 @@ from framefusion.export.evaluate.questions import Question
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.text.prompt import Visual
+from tests.bundles import COST
 from tests.commands import assert_refused, export
-from tests.conftest import COST
 from tests.wheel import ROOT
 
 TRAINED = ROOT / "tests" / "models" / "tiny_qwen2_vl"

@@ -18,7 +18,7 @@ from framefusion.runtime.backends.tensorrt.library import LibraryKind
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
-from tests.conftest import COST
+from tests.bundles import COST
 from tests.runtime.generation.test_wide_decode import StaticBackend
 
 KIND: LibraryKind = "tensorrt-rtx"

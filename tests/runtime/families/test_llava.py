@@ -17,13 +17,14 @@ from framefusion.runtime.media.tiles.anyres import best_tiling, rows_shown, unpa
 from framefusion.runtime.media.tiles.scales import tile_places
 from framefusion.runtime.media.video.frames import Video, read_video
 from framefusion.runtime.media.visual_input import Rows, Token
-from tests.families import llava_checkpoints as tiny
-from tests.families.llava_checkpoints import SIZES, TILE, TILINGS
 from tests.films import write_film
+from tests.llava_pictures import PATCH, SIGLIP_SIDE, SIZES, TILE, TILINGS
+from tests.versions import needs_transformers
 
-PIXELS = LlavaPreprocessing(image_size=tiny.SIGLIP_SIDE, patch_size=tiny.PATCH)
+PIXELS = LlavaPreprocessing(image_size=SIGLIP_SIDE, patch_size=PATCH)
 
 
+@needs_transformers
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_tilings_and_patches_shown_equal_transformers(height: int, width: int) -> None:
     """Counts and interpolated rows of every size equal `pack_image_features`, up to one rounding of fp32."""

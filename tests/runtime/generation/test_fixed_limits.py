@@ -1,6 +1,7 @@
 """What a static graph cannot take is refused on the host, before it runs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,16 +9,18 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BudgetError, PromptError
 from framefusion.reduction.budget import FixedSchedule
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import FixedRecord, Manifest, ReductionRecord
 from framefusion.runtime.generation.fixed_prefill import drops_of_prompt
-from tests.test_model_goldens import manifest_of
 
 
 @pytest.fixture
-def manifest() -> Manifest:
+def manifest(bundle: Path) -> Manifest:
     """Up to 64 tokens of text and 1000 visual ones: 700 merge, then 30 of the 300 left are pruned."""
     reduction = ReductionRecord("fixed", schedule=FixedSchedule((0.7,), 1, 0.1))
-    return replace(manifest_of("qwen2", "gqa"), reduction=reduction, fixed=FixedRecord(64, 1000, 16, (), (700, 30)))
+    return replace(
+        Bundle(bundle, verify=False).manifest, reduction=reduction, fixed=FixedRecord(64, 1000, 16, (), (700, 30))
+    )
 
 
 def prompt(frames: int, places: int, text: int = 8) -> NDArray[np.int64]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import Turn, Visual
-from tests.conftest import COST, made_once
+from tests.bundles import shared
 
 STEPS = 6
 SLOTS = 400
@@ -48,21 +47,9 @@ KINDS = ["gqa", pytest.param("portable", marks=SLOW), pytest.param("fixed", mark
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def static(
-    request: pytest.FixtureRequest, bundle: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+def static(request: pytest.FixtureRequest) -> Bundle:
     """The adaptive mode in both dialects, and the fixed mode in the one that engines are compiled from."""
-    if request.param == "gqa":
-        return Bundle(bundle, verify=False)
-    from framefusion.export.build import build
-    from framefusion.export.checkpoints.checkpoint import Checkpoint
-    from framefusion.export.options import BuildOptions
-
-    options = BuildOptions(cost=COST, similarity_lower_bound=0.9, depth=1, dialect="portable", max_input_len=192)
-    if request.param == "fixed":
-        options = replace(options, reduction="fixed", merge_shares=(0.3,), prune_layer=1, max_text_len=64)
-    make = lambda folder: build(Checkpoint(checkpoint), folder, options, verify=False)  # noqa: E731
-    return Bundle(made_once(tmp_path_factory, f"tiny-static-{request.param}", make))
+    return Bundle(shared({"gqa": "bundle"}.get(request.param, request.param)), verify=False)
 
 
 def prefilled(pipeline: Pipeline, film: Path, question: str = "What happens?") -> tuple[Any, Prefilled]:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 from framefusion.errors import BundleError, VideoError
-from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.families.qwen2_vl.reading import film_pixels
 from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of, patchify, smart_resize
 from framefusion.runtime.media.preprocess import BICUBIC, LARGE_PICTURE, Preprocessing, resize, resize_rounded_once
 from framefusion.runtime.media.visual_input import Grid
 from framefusion.storage.records import RecordError, from_json, to_json
+from tests.versions import needs_torch, needs_transformers
 
 ANY_RULE: Any = Preprocessing  # abstract: the value says which subclass it is
 
@@ -36,6 +32,7 @@ def reference(preprocessing: QwenVLPreprocessing, images: NDArray[np.uint8]) -> 
     return processor(images=list(images), return_tensors="np")
 
 
+@needs_transformers
 @pytest.mark.parametrize(("height", "width"), [(56, 84), (100, 150), (300, 200), (20, 500)])
 def test_images_equal_hugging_face(height: int, width: int) -> None:
     preprocessing = QwenVLPreprocessing(min_pixels=56 * 56, max_pixels=168 * 168)
@@ -46,6 +43,7 @@ def test_images_equal_hugging_face(height: int, width: int) -> None:
     np.testing.assert_array_equal(patches.values[0], expected["pixel_values"])
 
 
+@needs_transformers
 @pytest.mark.parametrize("count", [2, 5])
 def test_videos_equal_hugging_face(count: int) -> None:
     preprocessing = QwenVLPreprocessing(min_pixels=56 * 56, max_pixels=112 * 112)
@@ -60,6 +58,7 @@ def test_videos_equal_hugging_face(count: int) -> None:
     np.testing.assert_array_equal(patches.values, expected.reshape(patches.values.shape))
 
 
+@needs_transformers
 @given(st.integers(8, 3000), st.integers(8, 3000), st.sampled_from([56 * 56, 128 * 784]), st.sampled_from([14, 28]))
 def test_sizes_equal_hugging_face(height: int, width: int, min_pixels: int, factor: int) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as expected
@@ -91,28 +90,13 @@ def test_the_cap_never_falls_under_the_minimum() -> None:
     assert preprocessing.frame_max_pixels(10) == int(preprocessing.min_pixels * 1.05)
 
 
-@pytest.mark.parametrize(
-    ("told", "total"),
-    [
-        ({}, 0.9 * 128_000 * 28**2),  # qwen-vl-utils; what transformers announces as its default
-        ({"cap_pixels_per_frame": True}, 0.9 * 128_000 * 28**2),
-        ({"cap_pixels_per_frame": True, "max_video_tokens": 1000}, 0.9 * 1000 * 28**2),
-        ({"cap_pixels_per_frame": False}, None),
-    ],
-)
-def test_the_frames_of_a_film_share_its_pixels(tmp_path: Path, told: dict[str, Any], total: float | None) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(told))
-    assert film_pixels(Checkpoint(tmp_path), QwenVLPreprocessing()) == pytest.approx(total)
-    rule = QwenVLPreprocessing(total_pixels=total)
-    tokens = grid_of(768, 720, 1280, rule).merged(2)
-    assert (tokens.frames * tokens.height * tokens.width <= 0.9 * 128_000) == (total is not None)
-
-
+@needs_torch
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(180, 320, (112, 196)), (90, 70, (140, 112)), (333, 50, (56, 28))]
 )
 def test_rounded_once_as_torch_resizes(height: int, width: int, size: tuple[int, int]) -> None:
+    import torch
+
     frame = np.asarray(Image.fromarray(frames(1, 40, 40)[0]).resize((width, height)))
     planes = torch.from_numpy(frame.transpose(2, 0, 1).astype(np.float32))[None]
     wanted = torch.nn.functional.interpolate(planes, size=size, mode="bicubic", antialias=True)

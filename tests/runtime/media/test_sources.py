@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -15,6 +14,7 @@ from framefusion.errors import VideoError
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.sources import as_image, as_video, video_of_frames
+from tests.versions import needs_torch
 
 SAMPLING = FrameSampling("qwen2_vl")
 RGB = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
@@ -31,12 +31,10 @@ def clear() -> NDArray[np.uint8]:
         (RGB, RGB),
         (RGB[None], RGB),
         (Image.fromarray(RGB), RGB),
-        (torch.from_numpy(RGB.copy()), RGB),
         (RGB.astype(np.int64), RGB),
         (RGB.tolist(), RGB),
         (RGB.astype(np.float32) / 255, RGB),
         (RGB.astype(np.float64) / 255, RGB),
-        (torch.from_numpy(RGB.copy()).float() / 255, RGB),
         (RGB.astype(np.float16) / np.float16(255), RGB),
         (RGB[:, :, 0], RGB[:, :, [0, 0, 0]]),
         (RGB[:, :, :1], RGB[:, :, [0, 0, 0]]),
@@ -48,6 +46,28 @@ def clear() -> NDArray[np.uint8]:
 )
 def test_pictures(source: Any, expected: NDArray[Any]) -> None:
     np.testing.assert_array_equal(as_image(source), expected)
+
+
+@needs_torch
+def test_tensors_of_torch_are_shown_as_arrays_are() -> None:
+    import torch
+
+    pictures: list[Any] = [torch.from_numpy(RGB.copy()), torch.from_numpy(RGB.copy()).float() / 255]
+    for picture in pictures:
+        np.testing.assert_array_equal(as_image(picture), RGB)
+    mixed = [FILM[0], Image.fromarray(FILM[1]), torch.from_numpy(FILM[2].copy()), *FILM[3:]]
+    films: list[Any] = [torch.from_numpy(FILM.copy()), mixed]
+    for film in films:
+        assert_is_the_film(film)
+
+
+@needs_torch
+def test_tensors_that_make_no_array_are_refused() -> None:
+    import torch
+
+    for source in (torch.from_numpy(RGB.copy()).bfloat16(), torch.zeros(2, 2, 3, requires_grad=True)):
+        with pytest.raises(VideoError, match=r"makes no array|no array of pixels"):
+            as_image(source)
 
 
 def test_alpha_is_mixed_with_white_as_pillow_does() -> None:
@@ -75,8 +95,6 @@ def test_alpha_is_mixed_with_white_as_pillow_does() -> None:
         (RGB[:0], "has shape"),
         (3.5, "has shape"),
         (Image.new("RGB", (0, 0)), "is 0x0, it has no pixel"),
-        (torch.from_numpy(RGB.copy()).bfloat16(), "makes no array|no array of pixels"),
-        (torch.zeros(2, 2, 3, requires_grad=True), "makes no array"),
         (as_video(FILM, SAMPLING), "a film was given where an image is shown"),
     ],
 )
@@ -92,13 +110,16 @@ def test_what_is_no_picture(source: Any, words: str) -> None:
         list(FILM),
         tuple(FILM),
         [Image.fromarray(frame) for frame in FILM],
-        [FILM[0], Image.fromarray(FILM[1]), torch.from_numpy(FILM[2].copy()), *FILM[3:]],
-        torch.from_numpy(FILM.copy()),
+        [FILM[0], Image.fromarray(FILM[1]), *FILM[2:]],
         FILM.astype(np.float32) / 255,
         (FILM.astype(np.float32) / 255).tolist(),
     ],
 )
 def test_films(source: Any) -> None:
+    assert_is_the_film(source)
+
+
+def assert_is_the_film(source: Any) -> None:
     video = as_video(source, FrameSampling("qwen2_vl", fps=4.0))
     np.testing.assert_array_equal(video.frames, FILM)
     np.testing.assert_allclose(video.times, np.arange(5) / 4)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from framefusion.runtime.text.positions import (
     rope_tables,
     vision_rope_tables,
 )
-from tests.versions import needs
+from tests.versions import needs, needs_transformers
 from tests.wheel import ROOT
 
 GOLDENS = ROOT / "tests" / "goldens/qwen2_vl"
@@ -75,6 +74,7 @@ def test_a_grid_that_does_not_merge_is_a_bug() -> None:
 
 @needs("transformers", "5.17", "its class leaves the three axes apart")
 def test_mrope_tables_equal_the_modelling_code() -> None:
+    import torch
     from transformers import Qwen2VLTextConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
@@ -86,8 +86,10 @@ def test_mrope_tables_equal_the_modelling_code() -> None:
     compare_tables(found, (expected[0][0].numpy(), expected[1][0].numpy()))
 
 
+@needs_transformers
 @pytest.mark.parametrize(("width", "section"), [(256, [24, 20, 20]), (48, [6, 3, 3]), (32, [2, 3, 3])])
 def test_interleaved_tables_equal_the_modelling_code(width: int, section: list[int]) -> None:
+    import torch
     from transformers import Qwen3VLTextConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
@@ -99,7 +101,9 @@ def test_interleaved_tables_equal_the_modelling_code(width: int, section: list[i
     compare_tables(found, (expected[0][0].numpy(), expected[1][0].numpy()))
 
 
+@needs_transformers
 def test_rope_tables_equal_the_modelling_code() -> None:
+    import torch
     from transformers import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
@@ -112,6 +116,7 @@ def test_rope_tables_equal_the_modelling_code() -> None:
 
 @needs("transformers", "5.17", "its class takes no places")
 def test_vision_tables_equal_the_modelling_code() -> None:
+    import torch
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding
     from transformers.vision_utils import get_vision_position_ids

@@ -17,6 +17,7 @@ from framefusion.runtime.text.prompt import FIRST_EXTRA, ROW, PromptTemplate, Tu
 from framefusion.runtime.text.prompt_layout import build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
 from framefusion.storage.records import RecordError, from_json, to_json
+from tests.versions import needs
 from tests.wheel import ROOT
 
 MODEL = ROOT / "tests" / "models/tiny_qwen2_vl"
@@ -86,6 +87,7 @@ def rendered(turns: list[Turn], grids: list[Grid]) -> list[int]:
     return list(tokenizers.Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(text).ids)
 
 
+@needs("jinja2", "0", "the reference renders the checkpoint's own template")
 @pytest.mark.parametrize(("turns", "grids"), CONVERSATIONS)
 def test_ids_equal_the_checkpoints_template(
     template: PromptTemplate, tokenizer: Tokenizer, turns: list[Turn], grids: list[Grid]

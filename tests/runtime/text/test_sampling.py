@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from framefusion.errors import BackendError, BundleError, PromptError
 from framefusion.runtime.text.sampling import DEFAULTS, GenerationConfig, Sampler
 from framefusion.storage.records import from_json, to_json
+from tests.versions import needs_transformers
 
 
 def logits_of(seed: int, size: int = 300) -> NDArray[np.float32]:
@@ -20,7 +20,7 @@ def logits_of(seed: int, size: int = 300) -> NDArray[np.float32]:
 
 def reference(settings: GenerationConfig, logits: NDArray[np.float32], ids: list[int]) -> NDArray[np.float32]:
     """Probabilities of all tokens after Hugging Face's own chain."""
-    config: Any = settings.over(DEFAULTS)
+    import torch
     from transformers.generation.logits_process import (
         LogitsProcessorList,
         RepetitionPenaltyLogitsProcessor,
@@ -29,6 +29,7 @@ def reference(settings: GenerationConfig, logits: NDArray[np.float32], ids: list
         TopPLogitsWarper,
     )
 
+    config: Any = settings.over(DEFAULTS)
     chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(config.repetition_penalty)])
     if config.do_sample:
         chain.append(TemperatureLogitsWarper(config.temperature))
@@ -40,6 +41,7 @@ def reference(settings: GenerationConfig, logits: NDArray[np.float32], ids: list
     return np.asarray(scores.softmax(-1)[0].numpy(), np.float32)
 
 
+@needs_transformers
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "penalty"),
@@ -63,6 +65,7 @@ def test_probabilities_equal_hugging_face(
     np.testing.assert_allclose(found, reference(config, logits, ids), rtol=2e-5, atol=1e-9)
 
 
+@needs_transformers
 @pytest.mark.parametrize("seed", range(20))
 def test_greedy_obeys_the_repetition_penalty(seed: int) -> None:
     logits = logits_of(seed)
@@ -165,9 +168,11 @@ def test_settings_of_a_request_leave_the_rest_to_the_bundle() -> None:
     assert GenerationConfig(eos_token_ids=7).eos_token_ids == (7,)  # type: ignore[arg-type]
 
 
+@needs_transformers
 @pytest.mark.parametrize("seed", range(20))
 def test_bans_equal_hugging_face(seed: int) -> None:
     """Each against transformers' own processor, over an answer that grows: the same tokens stay possible."""
+    import torch
     from transformers.generation import logits_process as theirs
 
     random = np.random.default_rng(seed)
@@ -197,8 +202,10 @@ def test_bans_equal_hugging_face(seed: int) -> None:
         assert sampler.next_token(logits, ids) == expected.argmax()
 
 
+@needs_transformers
 @pytest.mark.parametrize("seed", range(5))
 def test_min_p_equals_hugging_face(seed: int) -> None:
+    import torch
     from transformers.generation.logits_process import MinPLogitsWarper
 
     logits = logits_of(seed)

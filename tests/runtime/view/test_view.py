@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 
 from framefusion.errors import BudgetError, CheckpointError, StorageError, VideoError
-from framefusion.export.options import BuildOptions
 from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
@@ -29,8 +28,8 @@ from framefusion.runtime.view import view
 from framefusion.runtime.view.page import page
 from framefusion.runtime.view.view import SIDES, Watched, facts, fates, stored_size, watch
 from tests.commands import assert_refused, export, run
-from tests.families.eager import eager_pipeline
 from tests.films import write_film
+from tests.versions import needs_torch
 
 REQUEST = Request(max_new_tokens=4, cost=0.4, similarity_lower_bound=0.97)
 QUESTION = "What happens? </script><b>&"
@@ -114,8 +113,12 @@ def test_fates_are_those_of_the_kept_tokens(watched: Watched) -> None:
         assert np.count_nonzero(visual & ((left < 0) | (left > number))) == record.visual_after == step["visual_after"]
 
 
+@needs_torch
 @pytest.mark.slow
 def test_the_static_graph_tells_what_is_left(checkpoint: Path, film: Path, tmp_path: Path) -> None:
+    from framefusion.export.options import BuildOptions
+    from tests.families.eager import eager_pipeline
+
     options = BuildOptions(reduction="fixed", cost=0.4, merge_shares=(0.3,), prune_layer=1, max_frames=8)
     fixed = eager_pipeline(checkpoint, tmp_path / "fixed", options)
     watched = watch(fixed, [Turn("user", (Visual.VIDEO, "What?"))], [film], Request(max_new_tokens=2), compare=True)
@@ -275,6 +278,7 @@ assert not {{"torch", "transformers", "onnx"}} & set(sys.modules)
     assert done.returncode == 0, done.stderr
 
 
+@needs_torch
 def test_a_checkpoint_is_viewed_as_its_bundle_is(checkpoint: Path, bundle: Path, film: Path, tmp_path: Path) -> None:
     pages: list[dict[str, Any]] = []
     for model in (checkpoint, bundle):
@@ -296,7 +300,13 @@ def test_bad_input_is_refused(bundle: Path, film: Path, tmp_path: Path) -> None:
     assert_refused(run("view", bundle, "--video", film, *asked, tmp_path), StorageError, str(tmp_path))
     gone = tmp_path / "gone.mp4"
     assert_refused(run("view", bundle, "--video", gone, *asked, tmp_path / "r.html"), VideoError, str(gone))
-    assert_refused(export("view", tmp_path, "--video", film, *asked, tmp_path / "r.html"), CheckpointError)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_torch
+def test_a_folder_without_a_model_is_refused(film: Path, tmp_path: Path) -> None:
+    result = export("view", tmp_path, "--video", film, "--prompt", "What?", "-o", tmp_path / "r.html")
+    assert_refused(result, CheckpointError)
     assert list(tmp_path.iterdir()) == []
 
 

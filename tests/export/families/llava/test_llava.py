@@ -25,8 +25,8 @@ from framefusion.runtime.text.tokenizer import Tokenizer
 from framefusion.storage.records import from_json, to_json
 from tests.families import llava_checkpoints as tiny
 from tests.families.llava import tokenizer_of
-from tests.families.llava_checkpoints import TILINGS
 from tests.families.llava_hf import MISTRAL, VICUNA
+from tests.llava_pictures import TILINGS
 
 PIXELS = LlavaPreprocessing(image_size=tiny.SIGLIP_SIDE, patch_size=tiny.PATCH)
 

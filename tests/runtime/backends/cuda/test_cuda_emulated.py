@@ -18,6 +18,7 @@ import pytest
 
 from framefusion.runtime.backends.cuda.kernels import SOURCE
 from tests.conftest import made_once
+from tests.versions import needs_torch
 from tests.wheel import ROOT
 
 pytestmark = pytest.mark.slow
@@ -83,6 +84,7 @@ def test_the_tests_for_a_gpu_pass(
     assert "skipped" not in printed
 
 
+@needs_torch
 def test_the_benchmark_of_the_kernels_runs(library: Path) -> None:
     """Its figures are those of the CPU and say nothing."""
     few = ("--frames", 3, "--places", 4, "--width", 16, "--rounds", 1)

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec
 from framefusion.runtime.backends.fit import installed_version
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.engine_record import EngineRecord
@@ -41,6 +40,8 @@ _kept: list[Any] = []  # what the driver may still call
 
 def compile_for_emulation(bundle: Bundle, folder: Path) -> Bundle:
     """A portable bundle with an emulated engine for each graph; the engines are written to `folder`."""
+    from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec
+
     manifest = bundle.manifest
     specs = {manifest.vision.graph: tower_spec(bundle.folder, manifest, KIND, (CAPABILITY,))}
     for segment in manifest.segments:

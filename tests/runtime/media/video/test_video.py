@@ -12,7 +12,6 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,6 +22,7 @@ from framefusion.runtime.media.video import frames as video_module
 from framefusion.runtime.media.video.decoding import Decoder
 from framefusion.runtime.media.video.frames import read_video
 from framefusion.storage.records import RecordError, from_json, to_json
+from tests.versions import needs_torch
 
 
 def bunny() -> Path:
@@ -68,8 +68,11 @@ def broken(path: Path, words: str) -> None:
 # ---- which frames
 
 
+@needs_torch
 @pytest.mark.parametrize("count", [2, 4, 6, 16, 32, 64, 100, 128, 256, 512, 768])
 def test_indices_equal_torch_linspace(count: int) -> None:
+    import torch
+
     for total in [*range(max(2, count), 1200, 7), 16763, 19871, 20648, 40073, 108000]:
         sampling = FrameSampling("qwen2_vl", fps=1e9, max_frames=count)
         expected = torch.linspace(0, total - 1, min(count, total // 2 * 2)).round().long().numpy()
