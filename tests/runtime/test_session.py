@@ -23,7 +23,7 @@ from framefusion.runtime.pipeline import Pipeline, Request, Step
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.session import Session
 from framefusion.runtime.text.prompt import Turn, Visual
-from tests.conftest import COST, made_once
+from tests.bundles import shared
 from tests.films import write_film
 from tests.versions import needs_portable
 
@@ -37,17 +37,6 @@ BUCKETS = (16, 48, 96, 192, 384)
 Said = tuple[str, Sequence[Visual]]
 
 
-@pytest.fixture(scope="module")
-def portable(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from framefusion.export.build import build
-    from framefusion.export.checkpoints.checkpoint import Checkpoint
-    from framefusion.export.options import BuildOptions
-
-    options = BuildOptions(cost=COST, similarity_lower_bound=0.9, depth=1, dialect="portable", max_input_len=512)
-    make = lambda folder: build(Checkpoint(checkpoint), folder, options, verify=False)  # noqa: E731
-    return made_once(tmp_path_factory, "tiny-portable", make)
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def subject(request: pytest.FixtureRequest, bundle: Path) -> Pipeline:
     """The adaptive mode in both dialects, with prefills padded or in chunks, and with steps of two tokens."""
@@ -58,7 +47,7 @@ def subject(request: pytest.FixtureRequest, bundle: Path) -> Pipeline:
         backend = OnnxRuntimeBackend(bundle, 1, decode_width=2, manifest=read.manifest)
         backend.chunk = 7
         return Pipeline(read, backend)
-    read = Bundle(request.getfixturevalue("portable"), verify=False)
+    read = Bundle(shared("portable-512"), verify=False)
     if request.param == "buckets":
         read = read.with_manifest(segments=tuple(replace(record, buckets=BUCKETS) for record in read.manifest.segments))
     return Pipeline(read, threads=1)
