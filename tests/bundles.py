@@ -29,7 +29,8 @@ MADE_OF = "made-of.txt"
 GENERATIONS = 4  # how many digests keep their bundles: of branches and versions that alternate
 COST = 0.4  # what the bundles are built for
 ADAPTIVE: dict[str, Any] = {"cost": COST, "similarity_lower_bound": 0.9, "depth": 1}
-PORTABLE = ADAPTIVE | {"dialect": "portable"}
+PORTABLE: dict[str, Any] = {"dialect": "portable"}
+FIXED: dict[str, Any] = {"cost": COST, "reduction": "fixed", "merge_shares": (0.3,), "prune_layer": 1}
 
 
 class BundlesError(Exception):
@@ -51,10 +52,11 @@ def _built(verify: bool = False, **options: Any) -> Callable[[Path], object]:
 RECIPES: dict[str, Callable[[Path], object]] = {
     "checkpoint": lambda folder: random_checkpoint(folder, pixels=112 * 112),
     "bundle": _built(verify=True, **ADAPTIVE, max_input_len=512),
-    "portable": _built(**PORTABLE, max_input_len=192),
-    "portable-512": _built(**PORTABLE, max_input_len=512),
-    "fixed": _built(**PORTABLE, max_input_len=192, reduction="fixed", merge_shares=(0.3,), prune_layer=1, max_text_len=64),
-}  # fmt: skip
+    "portable": _built(**PORTABLE, **ADAPTIVE, max_input_len=192),
+    "portable-512": _built(**PORTABLE, **ADAPTIVE, max_input_len=512),
+    "fixed": _built(**PORTABLE, **FIXED, similarity_lower_bound=0.9, depth=1, max_text_len=64, max_input_len=192),
+    "fixed-gqa": _built(**FIXED, max_text_len=96, max_input_len=192),
+}
 """By name; a bundle is built from the checkpoint beside it."""
 
 

@@ -23,7 +23,7 @@ from framefusion.runtime.pipeline import Pipeline, Request, Step
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.session import Session
 from framefusion.runtime.text.prompt import Turn, Visual
-from tests.bundles import shared
+from tests.bundles import COST, shared
 from tests.films import write_film
 from tests.versions import needs_portable
 
@@ -231,18 +231,8 @@ def test_a_backend_that_cannot_go_on_prefills_everything_and_says_so(
 
 
 @pytest.mark.slow
-def test_the_fixed_mode_prefills_everything_and_says_so(
-    checkpoint: Path, shown: Shown, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    from framefusion.export.build import build
-    from framefusion.export.checkpoints.checkpoint import Checkpoint
-    from framefusion.export.options import BuildOptions
-
-    options = BuildOptions(
-        cost=COST, reduction="fixed", merge_shares=(0.3,), prune_layer=1, max_text_len=96, max_input_len=192
-    )
-    make = lambda folder: build(Checkpoint(checkpoint), folder, options, verify=False)  # noqa: E731
-    pipeline = Pipeline(Bundle(made_once(tmp_path_factory, "tiny-fixed-session", make)), threads=1)
+def test_the_fixed_mode_prefills_everything_and_says_so(shown: Shown) -> None:
+    pipeline = Pipeline(Bundle(shared("fixed-gqa")), threads=1)
     session = pipeline.session()
     session.ask(*as_said(shown, DIALOGUE[0]), request_of(pipeline, 0, cost=None))
     turn = Turn("user", "And then?")

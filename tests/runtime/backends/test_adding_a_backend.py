@@ -20,6 +20,7 @@ from framefusion.runtime.backends import table
 from framefusion.runtime.backends.table import BACKENDS, BackendKind, EngineTraits
 from framefusion.runtime.format.manifest_file import read_manifest
 from tests.commands import assert_refused, export, run
+from tests.versions import needs_torch
 from tests.wheel import ROOT
 
 NAME = "single-file"
@@ -70,6 +71,7 @@ for command in (ff_export.commands["compile"], ff_run.commands["generate"]):
     assert [NAME in line for line in done.stdout.splitlines()] == [True, True]
 
 
+@needs_torch
 def test_a_manifest_may_hold_its_engines_and_no_row_no_engines(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = read_manifest(compiled).engines
     assert {(engine.kind, engine.library) for engine in engines} == {(NAME, "onnxruntime")}
@@ -78,6 +80,7 @@ def test_a_manifest_may_hold_its_engines_and_no_row_no_engines(compiled: Path, m
     assert_refused(export("inspect", compiled), BundleError, "expected one of tensorrt", f"found '{NAME}'")
 
 
+@needs_torch
 def test_inspection_says_what_it_needs(compiled: Path) -> None:
     result = export("inspect", compiled)
     assert result.exit_code == 0, result.output
@@ -87,6 +90,7 @@ def test_inspection_says_what_it_needs(compiled: Path) -> None:
     assert [engines["experimental"] for engines in facts["engines"]] == [True]
 
 
+@needs_torch
 def test_it_is_chosen_and_answers_as_onnxruntime_does(compiled: Path, bundle: Path) -> None:
     ours = json.loads(run("generate", compiled, *ASKED).stdout)
     theirs = json.loads(run("generate", compiled, *ASKED, "--backend", "onnxruntime").stdout)
@@ -97,6 +101,7 @@ def test_it_is_chosen_and_answers_as_onnxruntime_does(compiled: Path, bundle: Pa
     assert {"backend": NAME, "device": "cpu", "because": "no such engine in the bundle"} in without["passed_over"]
 
 
+@needs_torch
 def test_engines_of_another_release_are_passed_over(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from framefusion.runtime.backends.choice import choose
     from framefusion.runtime.bundle import Bundle
