@@ -42,6 +42,10 @@ class _NextTurn:
     restart: str | None
     videos: tuple[VideoFacts, ...]  # those of the new turns
 
+    def without_pixels(self) -> _NextTurn:
+        """What is needed to lay out the conversation again."""
+        return replace(self, visuals=tuple(replace(visual, tiles=(), rows=None) for visual in self.visuals))
+
 
 class Session:
     """One conversation over one bundle; not for several threads at once.
@@ -67,6 +71,7 @@ class Session:
         self._visuals: tuple[VisualInput, ...] = ()
         self._cached: Prompt | None = None  # the tokens that the caches stand for, dropped ones included
         self._caches: list[SegmentCache] = []
+        self._running = False
 
     @property
     def cache_bytes(self) -> int:
@@ -105,16 +110,29 @@ class Session:
             logits: give those of each token, too, a copy.
 
         Raises:
-            PromptError: the conversation is longer than the bundle takes, or needs more cache than `max_cache_bytes`.
+            PromptError: the conversation is longer than the bundle takes, or needs more cache than `max_cache_bytes`,
+                or the turn before is not over.
             VideoError, BudgetError: see `framefusion.errors`.
         """
+        if self._running:
+            raise PromptError("a turn of this session is not over: take its steps to the end, or close it")
+        self._running = True
+        try:
+            yield from self._take_turn(turns, files, request or Request(), logits)
+        finally:
+            self._running = False
+
+    def _take_turn(
+        self, turns: str | Turn | Sequence[Turn], files: Sequence[Source], request: Request, logits: bool
+    ) -> Generator[Step, None, None]:
+        """The steps of `stream`."""
         stages = self._stages
         stopwatch = Stopwatch()
         # 1. Lay out the whole conversation and find what of it is in the caches; refuse what does not fit.
         following = self._prepare(turns, files, stopwatch)
         prompt = following.prompt
         tail = prompt.tail(following.start)
-        request = stages.clamp_new_tokens(request or Request(), prompt)
+        request = stages.clamp_new_tokens(request, prompt)
         self._check_bytes(following.start, tail.token_ids.size, request.max_new_tokens)
         # 2. Embed what is new: films of earlier turns are in the caches and pass the tower no more.
         with stopwatch.stage("vision"):
@@ -122,6 +140,7 @@ class Session:
         with stopwatch.stage("embed"):
             rows = stages.embed(tail, visual_rows)
             rows = replace(rows, origin=rows.origin + following.start)
+        following = following.without_pixels()  # they are large, and spent
         del visual_rows
         # 3. Prefill it behind the caches, which end where both prompts part.
         self._cut_back(following.start)
@@ -234,7 +253,7 @@ class Session:
         self.turns = (*following.turns, Turn("assistant", text))
         self.files = following.files
         self.records.append(report)
-        self._visuals = tuple(replace(visual, tiles=(), rows=None) for visual in following.visuals)
+        self._visuals = following.visuals
         if self._stages.restart_reason is None:
             self._caches = prefilled.caches
             self._cached = following.prompt.followed_by(token_ids[:-1])  # the last one was not fed back

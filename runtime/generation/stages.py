@@ -34,10 +34,7 @@ from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.media.sources import Source, as_image, as_video
 from framefusion.runtime.media.video.frames import Video, VideoFacts
 from framefusion.runtime.media.visual_input import VisualInput
-from framefusion.runtime.request import Generation as Generation
-from framefusion.runtime.request import PrefillReport, Stopwatch
-from framefusion.runtime.request import Request as Request
-from framefusion.runtime.request import Step as Step
+from framefusion.runtime.request import PrefillReport, Request, Step, Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import (
     Prompt,
@@ -55,8 +52,6 @@ from framefusion.runtime.text.tokenizer import StoppableText, Tokenizer
 
 Media = Video | NDArray[np.uint8]
 """A video as it was sampled, or an image [H, W, 3]."""
-
-
 SAMPLE_LESS = "sample fewer frames, lower max_pixels"
 
 
@@ -84,7 +79,7 @@ class Stages:
     def read_visuals(
         self, turns: Sequence[Turn], files: Sequence[Source], sampling: FrameSampling, stopwatch: Stopwatch
     ) -> list[VisualInput]:
-        """What the turns show, in their order, preprocessed."""
+        """What the turns show, in their order, preprocessed: `decode_media`, then `preprocess`."""
         return self.preprocess(self.decode_media(turns, files, sampling, stopwatch, whole=False), stopwatch)
 
     def decode_media(

@@ -278,6 +278,16 @@ def test_a_turn_that_fails_is_not_part_of_the_conversation(pipeline: Pipeline, s
     assert assert_equal_to_fresh(pipeline, session, Turn("user", "And then?"), [], request_of(pipeline, 1)) > 0
 
 
+def test_a_turn_is_over_before_the_next_begins(pipeline: Pipeline) -> None:
+    session = pipeline.session()
+    stream = session.stream("Hello", (), request_of(pipeline, 0))
+    next(stream)
+    with pytest.raises(PromptError, match="a turn of this session is not over: take its steps to the end, or close"):
+        session.ask("Go on", (), request_of(pipeline, 1))
+    list(stream)
+    assert assert_equal_to_fresh(pipeline, session, Turn("user", "Go on"), [], request_of(pipeline, 1)) > 0
+
+
 def fill(session: Session, request: Request) -> None:
     """Talk until the bundle takes no more."""
     while True:
