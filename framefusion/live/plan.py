@@ -77,7 +77,10 @@ def apply_plans(hidden: Tensor, plans: Sequence[Plan], length: int) -> Tensor:
 
 
 def apply_plan_on_device(hidden: Tensor, plan: Plan) -> Tensor:
-    """The torch twin of reduction.plan.apply_plan: the same sums in the same order, one transfer of indices."""
+    """The torch twin of reduction.plan.apply_plan: the same sums in the same order, one transfer of indices.
+
+    hidden [>= S, D] -> [K, D]
+    """
     reduced = hidden[torch.from_numpy(plan.kept).to(hidden.device)]
     runs = plan.runs_longest_first()
     if not runs.heads.size:

@@ -41,7 +41,10 @@ def _declared(kernel: Callable[..., Any]) -> CustomOpDef:
 
 @_declared
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm over the last axis, the statistics in fp32."""
+    """Root mean square norm over the last axis, the statistics in fp32 (Zhang and Sennrich, arXiv 1910.07467).
+
+    x [B, S, D], weight [D] -> [B, S, D]
+    """
     scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     return (x.float() * scale).to(x.dtype) * weight
 
@@ -53,7 +56,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @_declared
 def swish(x: Tensor, alpha: float) -> Tensor:
-    """x * sigmoid(alpha * x)."""
+    """x * sigmoid(alpha * x), element by element: SiLU for alpha 1, quick GELU for 1.702.  [...] -> [...]"""
     return x * torch.sigmoid(alpha * x)
 
 
@@ -64,7 +67,10 @@ def _(x: Tensor, alpha: float) -> Tensor:
 
 @_declared
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """Rotary position embedding, rotate-half layout; the tables hold one value per pair of channels."""
+    """Rotary position embedding (Su et al., arXiv 2104.09864), rotate-half layout.
+
+    x [B, S, H*hd]; cos and sin [B, S, hd/2], a value for each pair of channels -> [B, S, H*hd]
+    """
     batch, length, width = x.shape
     first, second = x.view(batch, length, num_heads, width // num_heads).chunk(2, -1)
     cos = cos[:, :, None]
@@ -96,6 +102,9 @@ def cache_attention(
     """Causal attention of S new tokens over a cache that holds `kv_len` tokens once they are in it.
 
     The new tokens take the slots kv_len - S .. kv_len - 1; a compiled dialect writes them in place, this kernel copies.
+
+    query [B, S, H*hd], key and value [B, S, Hkv*hd], past_key and past_value [B, Hkv, C, hd], kv_len [1] int64 ->
+    output [B, S, H*hd] and both caches.
     """
     total = int(kv_len)
     length = query.shape[1]
@@ -127,7 +136,10 @@ def _(
 
 @_declared
 def full_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """Attention without a mask, as a vision tower uses it within one temporal grid."""
+    """Attention without a mask, as a vision tower uses it within one temporal grid.
+
+    query [B, S, H*hd], key and value [B, T, H*hd] -> [B, S, H*hd]
+    """
     out = torch.nn.functional.scaled_dot_product_attention(
         split_heads(query, num_heads), split_heads(key, num_heads), split_heads(value, num_heads)
     )
@@ -141,7 +153,10 @@ def _(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
 
 @_declared
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -> Tensor:
-    """Attention with an additive mask, as a vision tower with windows of unequal size uses it."""
+    """Attention with an additive mask, as a vision tower with windows of unequal size uses it.
+
+    query, key and value [B, S, H*hd], bias [1 or B, 1, S, S] -> [B, S, H*hd]
+    """
     out = torch.nn.functional.scaled_dot_product_attention(
         split_heads(query, num_heads),
         split_heads(key, num_heads),
@@ -158,7 +173,11 @@ def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -
 
 @_declared
 def similarity(hidden: Tensor, previous: Tensor) -> Tensor:
-    """Cosine of each token to the previous token of its track, in fp32 (fp16 products overflow); batch 1."""
+    """Cosine of each token to the previous token of its track, in fp32 (fp16 products overflow).
+
+    hidden [1, S, D], previous [S] int64, -1 for the first of a track -> [S] fp32, DISSIMILAR where there is no previous
+    token or one of the two is zero. The numpy twin is tracks.track_similarity (FrameFusion, arXiv 2501.01986).
+    """
     rows = hidden[0].float()
     before = rows[previous.clamp(min=0)]
     norms = rows.norm(dim=-1)
@@ -177,8 +196,10 @@ def _(hidden: Tensor, previous: Tensor) -> Tensor:
 def importance(query: Tensor, key: Tensor, last: Tensor, rows: int, num_heads: int, num_kv_heads: int) -> Tensor:
     """Attention that the last `rows` tokens pay to each token, mean over heads and rows; every row is causal.
 
-    `last` is the index of the last real token: what lies behind it is padding and gets 0. Rows before the first token
-    of a shorter chunk repeat token 0.
+    `last` [1] is the index of the last real token: what lies behind it is padding and gets 0. Rows before the first
+    token of a shorter chunk repeat token 0.
+
+    query [1, S, H*hd], key [1, S, Hkv*hd] -> [S] fp32
     """
     length = query.shape[1]
     head_dim = query.shape[2] // num_heads

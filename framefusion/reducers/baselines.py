@@ -71,5 +71,5 @@ def _spaced_frames(sizes: IntArray, keep: int) -> IntArray:
 
 
 def evenly(size: int, count: int) -> IntArray:
-    """Return `count` places among `size`, in the middles of as many equal parts."""
+    """Return `count` places among `size`, in the middles of as many equal parts.  [count]"""
     return (2 * np.arange(count) + 1) * size // max(2 * count, 1)

@@ -31,7 +31,7 @@ class EVS(Selection):
         return max(super().count(request), tracks.count_tracks(request.labels))
 
     def choose(self, reading: Reading) -> Mask:
-        """The first tokens of all tracks, whose similarity is lowest of all, and the least similar ones."""
+        """The first tokens of all tracks, whose similarity is lowest of all, and the least similar ones.  [S]"""
         assert reading.similarity is not None
         first = tracks.previous_in_track(reading.labels) < 0
         change = np.where(first, np.inf, 1 - reading.similarity)

@@ -33,6 +33,6 @@ class FastV(Selection):
         return min(LAYERS, settings.depth + 1) if affordable else 1
 
     def choose(self, reading: Reading) -> Mask:
-        """The tokens of highest attention."""
+        """The visual tokens of highest attention.  [S]"""
         assert reading.importance is not None
         return top(reading.importance, reading.keep, among=reading.labels != TEXT)

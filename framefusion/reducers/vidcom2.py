@@ -43,7 +43,7 @@ class VidCom2(Selection):
     inputs = frozenset({"features"})
 
     def choose(self, reading: Reading) -> Mask:
-        """The most unique tokens of each frame."""
+        """The most unique tokens of each frame.  [S]"""
         assert reading.features is not None
         # 1. The visual tokens' rows, cut into frames.
         numbers = tracks.frame_numbers(reading.labels)

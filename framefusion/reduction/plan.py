@@ -105,7 +105,7 @@ def top(scores: Scores, count: int, among: Mask, within: float = 0.0) -> Mask:
 
 
 def keep_all(labels: IntArray) -> Plan:
-    """Return the plan that changes nothing."""
+    """Return the plan that keeps every token.  labels [S]"""
     return Plan("none", np.arange(labels.size), _NOTHING, _NOTHING, _NOTHING)
 
 

@@ -60,17 +60,17 @@ def previous_in_track(labels: IntArray, order: IntArray | None = None) -> IntArr
 
 
 def count_visual(labels: IntArray) -> int:
-    """Return the number of visual tokens."""
+    """Return the number of visual tokens among labels [S]."""
     return int(np.count_nonzero(labels != TEXT))
 
 
 def count_tracks(labels: IntArray) -> int:
-    """Return the number of tracks: visual tokens that have none before them."""
+    """Return the number of tracks among labels [S]: visual tokens that have none before them."""
     return int(np.unique(labels[labels != TEXT]).size)
 
 
 def longest_track(labels: IntArray) -> int:
-    """Return the length of the longest track, 0 without visual tokens: no run is longer."""
+    """Return the length of the longest track of labels [S], 0 without visual tokens: no run is longer."""
     visual = labels[labels != TEXT]
     return int(np.unique(visual, return_counts=True)[1].max()) if visual.size else 0
 

@@ -161,6 +161,7 @@ def resize(frame: NDArray[np.uint8], height: int, width: int, resample: int) -> 
 def resize_rounded_once(frame: NDArray[np.uint8], height: int, width: int, resample: int) -> NDArray[np.uint8]:
     """`resize` in floats, rounded once at the end, as torchvision resizes tensors of bytes (qwen-vl-utils).
 
+    RGB [H, W, 3] -> [height, width, 3].
     Pillow rounds and clips twice: after the rows and after the columns. Levels differ by one here and there, by more
     beside hard edges.
     """

@@ -85,7 +85,11 @@ class _Reader:
         self._model = OnnxModel()
 
     def model(self) -> OnnxModel:
-        """The whole file as one ModelProto."""
+        """The whole file as one ModelProto.
+
+        Raises:
+            WireError: see `read_model`.
+        """
         graphs = 0
         for number, value in self._fields((0, len(self._content)), "model", {1, 2, 3, 4, 5, 6, 7, 8, 14}):
             if number == 7:  # graph

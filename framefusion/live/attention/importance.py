@@ -43,7 +43,13 @@ class WatchedConfig:
 
 
 def watched_attention(module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **named: Any) -> Any:
-    """What the model's own attention function does, and the importance beside it."""
+    """The result of the model's own attention function, with the importance noted in the call beside it.
+
+    query [B, H, K, hd], key [B, Hkv, T, hd]; the rest is passed on as it is.
+
+    Raises:
+        BackendError: as `Call.watch`.
+    """
     call = CALL.get()
     assert call is not None  # only a call that watches gets here
     scaling = named.get("scaling")

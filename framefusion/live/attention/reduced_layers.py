@@ -100,7 +100,7 @@ class ReducedStaticLayer(Slots, cache_layers().StaticLayer):  # type: ignore[mis
     filled: Tensor
 
     def extend(self, slots: Tensor, valid: Tensor | None, total: int) -> None:
-        """See `Slots.extend`.
+        """Say which tokens will be stored once the next update is done: `slots` and `valid` [B, K] of `total`.
 
         Raises:
             BackendError: the prompt is longer than the buffers may stand for.
@@ -154,7 +154,10 @@ class ReducedStaticLayer(Slots, cache_layers().StaticLayer):  # type: ignore[mis
         self.cumulative_length.fill_(self.total)
 
     def mask_of_compiled_step(self, mask: Tensor | None) -> Tensor:
-        """Note the place of the new token, and give the mask over the buffer for one over all tokens: `buffer_mask`."""
+        """Note the place of the new token, and give the mask over the buffer for one over all tokens.
+
+        Args and result are those of `buffer_mask`: [B, 1, 1, T] or [B, T] -> [B, 1, 1, C] or [B, C].
+        """
         assert self.places is not None  # a prefill came first
         self.places.index_copy_(1, self.filled[None], self.cumulative_length.expand(len(self.places), 1))
         return buffer_mask(mask, self.places)

@@ -20,7 +20,7 @@ class CacheLayer(Protocol):
     announced: bool
 
     def extend(self, slots: Tensor, valid: Tensor | None, total: int) -> None:
-        """See `Slots.extend`."""
+        """Say which tokens will be stored once the next update is done: `slots` and `valid` [B, K] of `total`."""
 
     def get_seq_length(self) -> int:
         """Length of the whole prompt, as positions and masks go on from it."""

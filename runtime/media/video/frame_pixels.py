@@ -106,7 +106,7 @@ def _nearest(a: int, b: int, c: int, d: int) -> tuple[int, int, int, int]:
 
 
 def turned(pixels: Pixels, matrix: tuple[int, int, int, int]) -> Pixels:
-    """A picture laid as a display matrix says; a view of it."""
+    """A view of a picture, laid as a display matrix says.  [H, W, 3] -> [H, W, 3] or [W, H, 3]"""
     a, b, c, d = matrix
     if b:  # x and y change places, then each may be mirrored
         pixels = pixels.swapaxes(0, 1)

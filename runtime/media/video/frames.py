@@ -283,7 +283,11 @@ class _FrameCollector:
         self.start(np.zeros(0, np.int64), 0, 0)
 
     def start(self, indices: NDArray[np.int64], height: int, width: int) -> None:
-        """Begin anew, with frames of this size.
+        """Begin anew.
+
+        Args:
+            indices: frames that the rule picks, ascending, as often as it picks them.  [N]
+            height, width: of the frames, in pixels.
 
         Raises:
             VideoError: frames that are kept as they are would take more memory than the limit.

@@ -131,7 +131,7 @@ class Timeline:
 
 
 def ascending(stamps: Sequence[int | None], usual: int) -> NDArray[np.int64]:
-    """Timestamps in the order frames are shown, each after the one before.
+    """Timestamps in the order frames are shown, in ticks, each after the one before.  [n]
 
     One that is missing stands `usual` ticks after the one before. One that repeats the one before, or lies before it by
     no more than `usual`, stands a tick after it, and those behind it stay where they are. Where time jumps back

@@ -205,7 +205,7 @@ class Listing:
 
     @cached_property
     def shown(self) -> NDArray[np.int64]:
-        """Timestamps of the frames in the order they are shown; as many as there are different ones."""
+        """Timestamps of the frames in the order they are shown, in ticks, each once.  [frames]"""
         stamps: NDArray[np.int64] = np.unique(self.pts[(self.flags & DISCARD == 0) & (self.pts != NO_STAMP)])
         return stamps
 
@@ -222,7 +222,7 @@ class Listing:
 
     @cached_property
     def decoding_times(self) -> NDArray[np.int64]:
-        """Timestamps of the packets in the order they are decoded, of those that are shown."""
+        """Decoding timestamps, in ticks and ascending, of the packets that are shown.  [packets]"""
         return np.sort(self.dts[(self.flags & DISCARD == 0) & (self.dts != NO_STAMP)])
 
     @cached_property
