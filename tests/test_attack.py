@@ -55,7 +55,7 @@ def test_killed_builds_end_in_the_same_bundle(world: World, tmp_path: Path) -> N
 @pytest.mark.usefixtures("instant_traces")
 def test_a_bundle_has_its_name_at_any_moment(checkpoint: Path, world: World, tmp_path: Path) -> None:
     """Killed at each of the last writes: at them the bundle is replaced."""
-    from framefusion.export.writing.journal import own_manifest
+    from framefusion.export.writing.journal import valid_manifest
     from tools.attack.command import call
 
     build = ["build", str(checkpoint), "-o", str(tmp_path / "o"), "--no-check", "--force"]
@@ -63,7 +63,7 @@ def test_a_bundle_has_its_name_at_any_moment(checkpoint: Path, world: World, tmp
     statuses = set()
     for at in range(WRITES - 20, WRITES + 20, 10):
         end = run_until(lambda: call("ff-export", build), Ending("kill", at))
-        assert own_manifest(tmp_path / "o") is not None
+        assert valid_manifest(tmp_path / "o") is not None
         statuses.add(end.status)
     assert run_until(lambda: call("ff-export", build), Ending("end")).result[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["o"]

@@ -16,7 +16,7 @@ from framefusion.export.engines.cache import EngineCache
 from framefusion.export.evaluate.answer_file import AnswerFile
 from framefusion.export.writing import journal
 from framefusion.export.writing.amendment import Amendment
-from framefusion.export.writing.journal import own_manifest
+from framefusion.export.writing.journal import valid_manifest
 from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.view.page import write_page
 from framefusion.storage import files
@@ -124,7 +124,7 @@ def test_a_build_killed_while_it_replaces(
     assert len(beside) == 2
     assert built.exists() == exchanged
     assert_refused(export(*build(checkpoint, built)), errors.StorageError, "exists")
-    assert own_manifest(built) is not None
+    assert valid_manifest(built) is not None
     left = [] if exchanged else ["built.partial"]  # complete: the same command with --force goes on
     assert [path.name for path in built.parent.iterdir() if path != built] == left
 
@@ -184,7 +184,7 @@ def test_an_amendment_is_whole_or_not_at_all(built: Path) -> None:
 def test_an_amendment_refuses_what_is_in_the_way(built: Path) -> None:
     mine = letter(built / "engines" / "one.engine")
     with Amendment(built) as amendment, pytest.raises(errors.StorageError, match=r"one\.engine is in the way"):
-        amendment.require_own(["engines/one.engine"])
+        amendment.refuse_foreign(["engines/one.engine"])
     assert mine.read_text() == "Dear"
 
 
@@ -259,10 +259,10 @@ def test_a_page_that_somebody_edited_is_theirs(tmp_path: Path) -> None:
 
 def test_a_manifest_that_names_no_file_of_its_own_folder_is_nobodys(built: Path) -> None:
     manifest = read_manifest(built)
-    assert own_manifest(built) is not None
+    assert valid_manifest(built) is not None
     (built / "manifest.json").unlink()
     (built / "manifest.json").symlink_to("elsewhere.json")
-    assert own_manifest(built) is None
+    assert valid_manifest(built) is None
     assert replace(manifest) == manifest
 
 

@@ -97,7 +97,7 @@ def compile_bundle(
         verify_files(folder, other_files(bundle.manifest))
         # 3. Compile into a scratch folder, so that an end at any point leaves the bundle as it was.
         compiled = compile_engines(
-            bundle, options, resources, progress, plan, into=amendment.scratch, check_names=amendment.require_own
+            bundle, options, resources, progress, plan, into=amendment.scratch, check_names=amendment.refuse_foreign
         )
         # 4. Say in a manifest what the bundle will hold, and in the checksums what that is.
         manifest = with_engines(bundle.manifest, compiled, options.kind)

@@ -61,7 +61,7 @@ class Amendment:
         return self
 
     def _begin(self) -> None:
-        manifest = journals.own_manifest(self._folder)
+        manifest = journals.valid_manifest(self._folder)
         if manifest is None:
             Bundle(self._folder, verify=False)  # says what is wrong
             raise StorageError(f"{self._folder} is made of links to files elsewhere: compile a copy (cp -rL)")
@@ -87,7 +87,7 @@ class Amendment:
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise self._unwritten(error) from None
 
-    def require_own(self, names: Iterable[str]) -> None:
+    def refuse_foreign(self, names: Iterable[str]) -> None:
         """Refuse what stands under these names and is not the bundle's own.
 
         Raises:
@@ -111,7 +111,7 @@ class Amendment:
         Raises:
             StorageError: a file that is not the bundle's own stands in the way, or the disk is full.
         """
-        self.require_own(moves)
+        self.refuse_foreign(moves)
         self._journal.moves = tuple(moves)
         self._journal.removes = tuple(removes)
         try:

@@ -135,7 +135,7 @@ def refuse_foreign(folder: Path, named: Collection[str], remedy: str) -> None:
         raise StorageError(f"{folder} holds what framefusion-aot did not write: {names}; {remedy}")
 
 
-def own_manifest(folder: Path) -> Manifest | None:
+def valid_manifest(folder: Path) -> Manifest | None:
     """The manifest of a bundle of ours; None where there is none that is valid, or that names anything elsewhere."""
     path = folder / MANIFEST
     if not files.is_real_folder(folder) or path.is_symlink() or not path.is_file():
@@ -216,7 +216,7 @@ def move_into_place(folder: Path, names: Collection[str]) -> None:
 
 def remove_bundle(folder: Path) -> None:
     """Remove a bundle: what its manifest names, the manifest last, and the folder if it is empty then."""
-    manifest = own_manifest(folder)
+    manifest = valid_manifest(folder)
     if manifest is not None:
         files.remove_named(folder, names_of(folder, manifest) - {MANIFEST})
         files.remove_file(folder / MANIFEST)
@@ -239,7 +239,7 @@ def tidy(output: Path) -> None:
         _remove_lock(output)
         return
     journal = Journal.read(output)
-    if journal is None or journal.inode != os.lstat(output).st_ino or own_manifest(output) is None:
+    if journal is None or journal.inode != os.lstat(output).st_ino or valid_manifest(output) is None:
         return
     try:
         lock = files.hold(output / LOCK)
@@ -257,7 +257,7 @@ def _remove_lock(output: Path) -> None:
     """Remove the lock of a bundle whose process was killed behind all else that it had to do."""
     if not os.path.lexists(output / LOCK):
         return
-    manifest = own_manifest(output)
+    manifest = valid_manifest(output)
     if manifest is None or not _is_lock(output / LOCK, manifest):
         return
     try:

@@ -68,7 +68,7 @@ def check_output(output: Path, *, force: bool, checkpoint: Path | None = None) -
     if not force:
         raise StorageError(f"{output} exists: choose another place or say --force to replace it")
     if not _is_empty_folder(place):
-        manifest = journals.own_manifest(place)
+        manifest = journals.valid_manifest(place)
         if manifest is None:
             raise StorageError(f"{output} is no bundle, --force does not remove it: choose another place")
         journals.refuse_foreign(place, journals.names_of(place, manifest), f"--force does not remove that: {_AWAY}")
@@ -110,7 +110,7 @@ class Staging:
             self._refuse_foreign_folder()
             self._lock = lock(self.folder / LOCK)
         except OSError as error:
-            self._remove_made()
+            self._remove_new_folders()
             raise StorageError(f"{self.folder} cannot be written ({error.strerror}): choose another place") from None
         self._inode = os.lstat(self.folder).st_ino
         try:
@@ -349,9 +349,9 @@ class Staging:
             return
         self._journal.close()
         files.remove_empty(self.folder)
-        self._remove_made()
+        self._remove_new_folders()
 
-    def _remove_made(self) -> None:
+    def _remove_new_folders(self) -> None:
         for folder in reversed(self._new_folders):
             files.remove_empty(folder)
 

@@ -47,7 +47,7 @@ def attack(rng: random.Random, world: World, folder: Path) -> Fault | None:
     """One command, or two, where things of other people's stand."""
     ours = plant(rng, world, folder)
     before = {path: state for path, state in snapshot(folder).items() if path not in ours}
-    was_bundle = journal.own_manifest(folder / "o") is not None
+    was_bundle = journal.valid_manifest(folder / "o") is not None
     history = []
     for _ in range(rng.choice((1, 2))):
         name, command = draw_command(rng, world, folder)
@@ -60,7 +60,7 @@ def attack(rng: random.Random, world: World, folder: Path) -> Fault | None:
             return Fault("lost", f"{' then '.join(history)}: {lost[:4]}; {end.result}")
         if fault is not None:
             return fault
-        if was_bundle and journal.own_manifest(folder / "o") is None:
+        if was_bundle and journal.valid_manifest(folder / "o") is None:
             return Fault("lost", f"{' then '.join(history)}: no bundle has the name")
     return None
 

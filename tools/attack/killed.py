@@ -31,7 +31,7 @@ def attack(rng: random.Random, world: World, folder: Path) -> Fault | None:
         fault = fault_of(end, history)
         if fault is not None:
             return fault
-        if replaces and journal.own_manifest(output) is None:
+        if replaces and journal.valid_manifest(output) is None:
             return Fault("lost", f"{history}: no bundle has the name")
         if not replaces and output.exists():
             break
