@@ -90,7 +90,7 @@ class BuildOptions:
         """Options of which None stands for the default; that of a build with engines is what they can be compiled from.
 
         Raises:
-            BudgetError: something was asked of engines, and no engines.
+            BudgetError: flags are about engines, and none are compiled.
         """
         given = {name: value for name, value in fields.items() if value is not None}
         if "backend" in given:

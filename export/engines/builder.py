@@ -117,7 +117,7 @@ class EngineBuilder(Protocol):
             spec: one of `specs`.
             target: the file; its folder exists.
             timing_cache: of an earlier build; left unused where the library has no such cache.
-            progress: told of the share that is done.
+            progress: called with the share that is done.
 
         Raises:
             BackendError: the library refuses the graph, or a compiler failed.

@@ -5,8 +5,8 @@
     building/KEY.lock    held while the engine of a key is compiled, read or evicted; KEY.new beside it is unfinished
     timing/NAME          timing caches, where the library has them
 
-KEY is a hash over named components; where no entry has it, the nearest entry tells which components differ. Knows no
-library and no bundle: it is told the components and calls a function that writes the file.
+KEY is a hash over named components; where no entry has it, the report names the components in which the nearest entry
+differs. Knows no library and no bundle: its callers give the components and a function that writes the file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OBJECTS = "objects"  # the lock of what several entries may name
 _POLL = 0.1  # seconds between two looks at a lock that another process holds
 _HASH = re.compile(r"[0-9a-f]{64}")
 _LARGEST_ENTRY = 1 << 26  # bytes
-_TOLD = 3  # components that differ, beyond which nothing is called near
+_MOST_DIFFERENCES = 3  # components that differ, beyond which nothing is called near
 
 Components = Mapping[str, Any]
 Compile = Callable[[Path], tuple[Mapping[str, Any], FileRecord | None]]
@@ -74,7 +74,7 @@ class EngineCache:
     """A cache in a folder.
 
     Args:
-        folder: made when something is first written.
+        folder: created with its parents.
         limit: bytes of engines that stay; the ones not used for longest go first.
 
     Raises:
@@ -84,7 +84,7 @@ class EngineCache:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder = folder
         self.limit = limit
-        self._used: set[str] = set()  # keys that this job has asked for: they stay
+        self._used: set[str] = set()  # keys that this job has used: they stay
         try:
             for name in ("entries", "objects", "building", "timing"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ class EngineCache:
         """What the nearest entry differs in."""
         wanted = to_json(components)
         others = [(_differing(entry.components, wanted), entry) for entry in self._entries()]
-        others = [(names, entry) for names, entry in others if len(names) <= _TOLD]
+        others = [(names, entry) for names, entry in others if len(names) <= _MOST_DIFFERENCES]
         if not others:
             return "nothing like it was compiled before"
         first = next(iter(wanted))  # says what it is an engine of: its own kind is nearer than another's

@@ -81,7 +81,7 @@ def compile_bundle(
         folder: the bundle.
         options: what to compile.
         resources: what that may take.
-        progress: told of each engine, in bytes of its graph's weights.
+        progress: follows the engines, in bytes of its graph's weights.
         plan: of the checkpoint that the bundle was built from; inductor traces it.
 
     Raises:
@@ -92,7 +92,7 @@ def compile_bundle(
     """
     # 1. Hold the bundle: another process would publish a manifest without these engines.
     with Amendment(folder) as amendment:
-        # 2. Compare the files that engines are made from: an engine's key speaks of their hashes.
+        # 2. Compare the files that engines are compiled from: an engine's key speaks of their hashes.
         bundle = Bundle(folder, verify=False)
         verify_files(folder, other_files(bundle.manifest))
         # 3. Compile into a scratch folder, so that an end at any point leaves the bundle as it was.
@@ -121,15 +121,13 @@ def compile_engines(
     into: Path,
     check_names: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> Compiled:
-    """Bring all engines of a kind, and the report, into a folder, under the names that they have in a bundle.
-
-    The manifest is left to the caller.
+    """Bring all engines of a kind, and the report, into a folder by their names in a bundle, whose manifest stays.
 
     Args:
         bundle: whose graphs are compiled; its files are the recorded ones.
         options: what to compile.
         resources: what that may take.
-        progress: told of each engine, in bytes of its graph's weights.
+        progress: follows the engines, in bytes of its graph's weights.
         plan: of the checkpoint that the bundle was built from; inductor traces it.
         into: the folder.
         check_names: called with all names before anything is compiled; may refuse them.
@@ -157,10 +155,9 @@ def compile_engines(
     # 4. Compile through the cache: an engine is complete there before it is in the folder.
     meter = Meter(progress, {job.label: job.weight_bytes for job in jobs})
     fetched = list(_fetch_all(into, jobs, cache, builder, threads, meter))
-    # 5. Vouch for what was compiled here, which may then run; what others share may hold what they compiled.
-    is_own_cache = cache.folder == default_folder()
-    remember_compiled(engine.entry.file.sha256 for engine in fetched if is_own_cache or not engine.hit)
-    # 6. Evict only now: nothing of this job goes, and the report tells what is left.
+    # 5. Vouch for what was compiled here, which may then run.
+    _vouch_for(fetched, cache)
+    # 6. Evict only now: nothing of this job goes, and the report says what is left.
     cache_bytes = cache.trim()
     # 7. Report beside the engines: what they were compiled from, what that took, what came from the cache.
     records = tuple(_record(job, engine) for job, engine in zip(jobs, fetched, strict=True))
@@ -174,6 +171,12 @@ def compile_engines(
     }
     files[report_name] = _write_report(into / report_name, report)
     return Compiled(records, files, report)
+
+
+def _vouch_for(fetched: Sequence[Fetched], cache: EngineCache) -> None:
+    """Remember the engines that this user compiled: of a cache that others share only those compiled just now."""
+    is_own_cache = cache.folder == default_folder()
+    remember_compiled(engine.entry.file.sha256 for engine in fetched if is_own_cache or not engine.hit)
 
 
 def _write_report(path: Path, report: Mapping[str, Any]) -> FileRecord:
@@ -211,7 +214,7 @@ def write_checksums(folder: Path, manifest: Manifest) -> None:
 def _fetch_all(
     folder: Path, jobs: Sequence[Job], cache: EngineCache, builder: EngineBuilder, threads: int, meter: Meter
 ) -> Iterator[Fetched]:
-    """All engines in order; builds run ahead in threads, the meter is told by this one alone."""
+    """All engines in order; builds run ahead in threads, the meter belongs to this one alone."""
     cancel = threading.Event()
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(_fetch, folder, job, cache, builder, cancel) for job in jobs]

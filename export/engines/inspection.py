@@ -93,7 +93,7 @@ def engine_block(facts: Mapping[str, Any]) -> str:
 
 
 def _profiles(profiles: Sequence[Mapping[str, Any]]) -> str:
-    """Sizes of the profiles in a few words."""
+    """Sizes of the profiles: "512, 1024, 2", "3 ranges", or "any"."""
     sizes = [str(profile["tokens"]) for profile in profiles if profile["tokens"] is not None]
     return ", ".join(sizes) or (f"{len(profiles)} ranges" if profiles else "any")
 

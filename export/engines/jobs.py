@@ -47,7 +47,7 @@ class Job:
     weight_bytes: int  # of the graph
     size: int  # of the engine, expected
     memory: int  # bytes at the peak of its build, estimated
-    share: float = 0.0  # of the build that is done, told by its thread
+    share: float = 0.0  # of the build that is done; its thread writes it
 
     @property
     def label(self) -> str:
@@ -71,9 +71,9 @@ def checked_builder(options: EngineOptions, dialect: str, dtype: str) -> EngineB
     traits = engine_traits(options.kind)
     needs = [("dialect", "dialect", dialect, traits.dialects), ("type", "dtype", dtype, traits.dtypes)]
     needs = [need for need in needs if need[-1]]
-    wrong = next((f"{word} {value}" for word, _, value, taken in needs if value not in taken), None)
+    wrong = next((f"{noun} {value}" for noun, _, value, taken in needs if value not in taken), None)
     if wrong is not None:
-        graphs = " and ".join(f"the {' or '.join(taken)} {word}" for word, _, _, taken in needs)
+        graphs = " and ".join(f"the {' or '.join(taken)} {noun}" for noun, _, _, taken in needs)
         flags = " ".join(f"--{flag} {taken[0]}" for _, flag, _, taken in needs)
         raise BundleError(
             f"{options.kind} engines are compiled from graphs of {graphs}, these have {wrong}: build with {flags}"

@@ -1,4 +1,4 @@
-"""Which backend runs a bundle here: the best of what the bundle holds and this machine can run, or the one asked for.
+"""Which backend runs a bundle here: the best of what the bundle holds and this machine can run, or what a user names.
 
 The candidates and their order are the table's. Each says by a function of its own what keeps it from a bundle: engines
 that do not fit, a library that is missing, graphs in a type that has no kernels. No library of engines is loaded to
@@ -96,8 +96,8 @@ def choose(
         machine: None takes this one.
 
     Raises:
-        BackendError: what was asked for, or everything, is impossible; with the reason and what mends it.
-        TrustError: engines were asked for that nobody vouches for.
+        BackendError: what a user named, or everything, is impossible; with the reason and what mends it.
+        TrustError: engines were named that nobody vouches for.
     """
     # 1. Whoever asks for engines by name hears that nobody vouches for them, and not that something else runs.
     kinds = table.engine_kinds()

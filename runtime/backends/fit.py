@@ -1,4 +1,4 @@
-"""Does a compiled engine fit this machine? Told from the manifest and, where there is a GPU, by the engine's library.
+"""Does a compiled engine fit this machine? By the manifest and, where there is a GPU, by the engine's library.
 
 Nothing is loaded: the file's size, the library's version, the targets, the driver and the memory are compared, then the
 library reads the engine's header. What agrees may still fail when it is loaded; what does not agree certainly would.
@@ -47,7 +47,7 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether nothing speaks against loading it; on a machine without a GPU only the manifest was asked."""
+        """Whether nothing speaks against loading it; on a machine without a GPU only the manifest was read."""
         return self.problem is None
 
     @property
@@ -217,7 +217,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def _processor(engine: EngineRecord, again: str) -> Iterator[Problem]:
-    """A CPU is told as "cpu", its architecture and a word of the compiler's; its instructions are in the options."""
+    """A CPU is "cpu", its architecture and the compiler's name of its instructions, which the options list."""
     machine = engine.targets[0].split()[1:2]
     wanted = set(engine.options.get("cpu_features", ()))
     if machine and machine[0] != platform.machine():
@@ -251,12 +251,12 @@ def runs_on(target: str, capability: str) -> bool:
 def _cuda_of(library: str) -> int | None:
     """Major version of CUDA that the installed build of a library was made for: its package ends in -cu13."""
     found = installed_version(library)
-    told = None if found is None else re.search(r"cu(\d+)$", found[0])
-    return None if told is None else int(told[1])
+    suffix = None if found is None else re.search(r"cu(\d+)$", found[0])
+    return None if suffix is None else int(suffix[1])
 
 
 def _header(folder: Path, engine: EngineRecord, again: str) -> Iterator[Problem]:
-    """What the library says of the engine's first bytes, where it can be asked."""
+    """What the library says of the engine's first bytes, where it can read them."""
     reference = table.engine_traits(engine.kind).header
     refusal = table.load(reference)(folder / engine.file, engine) if reference else None
     if refusal is not None:

@@ -30,7 +30,7 @@ class EngineTraits:
         dialects: of graphs that an engine can be compiled from, the usual one first; () takes any.
         dtypes: of these graphs, the usual one first; () takes any.
         header: function (file, record) -> why the library refuses an engine by its first bytes, and whether compiling
-            it again mends that, or None. "" where no library can be asked.
+            it again mends that, or None. "" where no library reads headers.
     """
 
     builder: str

@@ -45,4 +45,6 @@ class EngineRecord:
     tensors: tuple[TensorRecord, ...]
     capacities: tuple[int, ...]  # slots of each layer's KV cache, static
     weight_bytes: int  # of the graph; what the file has beyond them is the price of profiles and targets
-    options: Mapping[str, Any] = field(default_factory=dict)  # what else the builder was told
+    options: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what else decided its bytes: the compiler, a level of optimisation

@@ -200,12 +200,12 @@ def _compile(program: torch.export.ExportedProgram, target: Path, places: Mappin
         "aot_inductor.metadata": {PLACES: json.dumps(places)},
         "cpp.dynamic_threads": True,  # as many as the machine has that runs it, not this one
     }
-    with _told_by_the_compiler():
+    with _compiler_errors():
         torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=settings)
 
 
 @contextmanager
-def _told_by_the_compiler() -> Iterator[None]:
+def _compiler_errors() -> Iterator[None]:
     """Turn what inductor raises for a compiler that fails into an error of ours."""
     from torch._inductor import exc
 
@@ -228,18 +228,18 @@ def compiler() -> str:
     path = shutil.which(name)
     if path is None:
         raise BackendError(f"inductor needs a C++ compiler and {name} is not there: install it, or set CXX to yours")
-    told = subprocess.run((path, "--version"), capture_output=True, text=True, check=False)
-    return (told.stdout.splitlines() or [name])[0]
+    result = subprocess.run((path, "--version"), capture_output=True, text=True, check=False)
+    return (result.stdout.splitlines() or [name])[0]
 
 
 def _target(device: str) -> tuple[str, dict[str, Any]]:
-    """What engines are compiled for here, in words and by what decides their bytes."""
+    """What engines are compiled for here, and the options that decide their bytes: compiler and instructions."""
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is unknown to inductor engines; known are {', '.join(DEVICES)}")
     options: dict[str, Any] = {"compiler": compiler()}
     if device == "cpu":
-        words = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability().lower()}"
-        return words, options | {"cpu_features": sorted(cpu.features())}
+        target = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability().lower()}"
+        return target, options | {"cpu_features": sorted(cpu.features())}
     if not torch.cuda.is_available():
         raise BackendError(
             f"inductor compiles for the GPU of the machine it runs on, and torch {torch.__version__} finds none: "
@@ -250,16 +250,16 @@ def _target(device: str) -> tuple[str, dict[str, Any]]:
 
 
 def _records(signature: Signature, spec: InductorSpec) -> tuple[TensorRecord, ...]:
-    """Inputs and outputs in order; sizes that are free are -1, and those of outputs are told by rank alone."""
+    """Inputs and outputs in order; sizes that are free are -1, and outputs have their rank alone."""
     floats = spec.dtype
 
-    def told(argument: Tensor, axes: Any) -> tuple[str, tuple[int, ...]]:
+    def type_and_shape(argument: Tensor, axes: Any) -> tuple[str, tuple[int, ...]]:
         free = axes or {}
         shape = tuple(-1 if axis in free else size for axis, size in enumerate(argument.shape))
         return floats if argument.is_floating_point() else str(argument.dtype).removeprefix("torch."), shape
 
     inputs = [
-        TensorRecord(name, "input", *told(argument, axes))
+        TensorRecord(name, "input", *type_and_shape(argument, axes))
         for name, argument, axes in zip(signature.inputs, signature.arguments, signature.dynamic_shapes, strict=True)
     ]
     kinds = {"logits": "float32", "similarity": "float32", "importance": "float32", "origin": "int64"}

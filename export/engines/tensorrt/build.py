@@ -91,7 +91,7 @@ def build_engine(
         spec: what to build.
         target: the file; its folder exists. Replaced in one step, at the end.
         timing_cache: what an earlier build gave; left unused where the library has no such cache.
-        progress: told of the share that is done; what it raises ends the build and is raised again.
+        progress: called with the share that is done; what it raises ends the build and is raised again.
         library: of the spec's kind, whose messages are of this build alone; None loads it.
 
     Raises:
@@ -254,7 +254,7 @@ def _writer(library: Library, file: HashedFile) -> Any:
 
 
 def _monitor(library: Library, progress: Share) -> Any:
-    """What the library tells of its phases; it stops where `progress` raises, and keeps what was raised.
+    """Follows the library's phases; it stops where `progress` raises, and keeps what was raised.
 
     Nearly all time goes to one phase, which has the same number of steps for each profile.
     """
@@ -283,6 +283,6 @@ def _monitor(library: Library, progress: Share) -> Any:
             return self.error is None
 
         def phase_finish(self, name: str) -> None:
-            """Its last step was told."""
+            """Its last step was reported."""
 
     return Monitor()

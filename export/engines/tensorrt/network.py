@@ -1,7 +1,7 @@
 """From an ONNX graph of the portable dialect to a TensorRT network whose attentions know their caches.
 
     1. the cache axes are made static in the loaded proto; the weights stay in their file beside the graph
-    2. the parser makes a network, and with it two mistakes without a word: it drops `nonpad_kv_seqlen` and takes
+    2. the parser makes a network, and two silent mistakes with it: it drops `nonpad_kv_seqlen` and takes
        `is_causal` as aligned to the upper left, so that a decode would see the whole cache, unwritten slots included
     3. each attention over a cache gets back the valid length, and its causal mask is aligned to the lower right
 
@@ -30,7 +30,7 @@ from framefusion.export.engines.tensorrt.profiles import read_model
 from framefusion.runtime.backends.tensorrt.library import AMPERE, Library
 
 KV_LENGTHS = "kv_len"
-CAPACITY = "capacity"  # begins the words for cache axes in the graphs
+CAPACITY = "capacity"  # begins the names of cache axes in the graphs
 SMALLEST_HEAD = 16  # channels for which there are fused attention kernels; below them it is taken apart
 _CACHE = re.compile(r"past_(key|value)_(\d+)")
 _TRANSPARENT = ("ELEMENTWISE", "CAST", "IDENTITY", "SHUFFLE")  # what the parser puts between a cache and its attention
@@ -70,7 +70,7 @@ def parse_graph(
     network = builder.create_network(1 << int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = library.module.OnnxParser(network, library.messages)
     if not parser.parse(static_caches(graph, capacities), str(graph)):
-        errors = [_told(parser.get_error(i)) for i in range(parser.num_errors)]
+        errors = [_error_text(parser.get_error(i)) for i in range(parser.num_errors)]
         raise BackendError(f"{library.kind} {library.version} refuses {graph}: {'; '.join(errors) or library.reason()}")
     mask_attentions(library, network)
     if any(float(target) < AMPERE for target in targets):
@@ -101,10 +101,10 @@ def _check_weights(graph: Path, model: Any) -> None:
     """The parser would name a tensor, not the file that it misses."""
     ends: dict[str, int] = {}
     for tensor in model.graph.initializer:
-        told = {entry.key: entry.value for entry in tensor.external_data}
-        if told:
-            end = int(told.get("offset", 0)) + int(told["length"])
-            ends[told["location"]] = max(end, ends.get(told["location"], 0))
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place:
+            end = int(place.get("offset", 0)) + int(place["length"])
+            ends[place["location"]] = max(end, ends.get(place["location"], 0))
     for name, end in ends.items():
         path = graph.parent / name
         size = path.stat().st_size if path.is_file() else 0
@@ -169,7 +169,7 @@ def check_network(library: Library, network: Any, graph: Path, caches: int) -> N
     """
     try:
         found = [*_wrong_attentions(library.module, network, caches), *_wrong_updates(library.module, network, caches)]
-    except RuntimeError as error:  # the bindings' class for a shape that cannot be told
+    except RuntimeError as error:  # the bindings' class for a shape that does not follow
         found = [f"its shapes do not follow from one another ({library.reason() or error})"]
     found += [f"input {name} is unused" for name in _unused(network)]
     if found:
@@ -232,7 +232,8 @@ def _wrong_attentions(module: Any, network: Any, caches: int) -> Iterator[str]:
 
 
 def _wrong_updates(module: Any, network: Any, caches: int) -> Iterator[str]:
-    given, taken = ({tensor.name for tensor in told(network)} for told in (inputs_of, outputs_of))
+    given = {tensor.name for tensor in inputs_of(network)}
+    taken = {tensor.name for tensor in outputs_of(network)}
     updated: list[str] = []
     for layer in layers_of(network):
         if _kind(layer) != "KV_CACHE_UPDATE":
@@ -299,6 +300,6 @@ def _as(layer: Any, kind: Any) -> Any:
     return layer
 
 
-def _told(error: Any) -> str:
+def _error_text(error: Any) -> str:
     """A parser's error: the node, what it is, and why."""
     return f"node {error.node_name() or error.node()} ({error.node_operator() or 'no operator'}): {error.desc()}"

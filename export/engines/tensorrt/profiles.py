@@ -88,7 +88,7 @@ def cache_capacities(manifest: Manifest, record: SegmentRecord) -> tuple[int, ..
 
 
 def graph_axes(graph: Path) -> dict[str, tuple[int | str, ...]]:
-    """Inputs of a graph and their axes: numbers where static, words where free."""
+    """Inputs of a graph and their axes: numbers where static, names where free."""
     return {
         value.name: tuple(axis.dim_param or int(axis.dim_value) for axis in value.type.tensor_type.shape.dim)
         for value in read_model(graph).graph.input
@@ -109,17 +109,17 @@ def read_model(graph: Path) -> Any:
 
 def weight_bytes(graph: Path) -> int:
     """Bytes of the weights that a graph reads from its file."""
-    told = (entry for tensor in read_model(graph).graph.initializer for entry in tensor.external_data)
-    return sum(int(entry.value) for entry in told if entry.key == "length")
+    places = (entry for tensor in read_model(graph).graph.initializer for entry in tensor.external_data)
+    return sum(int(entry.value) for entry in places if entry.key == "length")
 
 
 def _segment_profile(
     name: str, tokens: int | None, axes: Mapping[str, Sequence[int | str]], capacities: Sequence[int]
 ) -> ProfileRecord:
     """One shape for each input; the fixed prefill has no free axis but the caches'."""
-    words = {f"capacity_{j}": size for j, size in enumerate(capacities)} | ({"tokens": tokens} if tokens else {})
+    sizes = {f"capacity_{j}": size for j, size in enumerate(capacities)} | ({"tokens": tokens} if tokens else {})
     shapes = {
-        value: (tuple(axis if isinstance(axis, int) else words[axis] for axis in shape),)
+        value: (tuple(axis if isinstance(axis, int) else sizes[axis] for axis in shape),)
         for value, shape in axes.items()
     }
     return ProfileRecord(name, tokens or shapes["hidden"][0][1], shapes)

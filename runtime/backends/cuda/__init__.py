@@ -1,6 +1,6 @@
 """One NVIDIA GPU as a device of the runtime: memory, copies, kernels of our own, and captured sequences of launches.
 
-    driver   the CUDA driver API, its errors in words     kernels  kernels.cu: compiled, kept, launched
+    driver   the CUDA driver API, its errors in text      kernels  kernels.cu: compiled, kept, launched
     memory   what is allocated and kept, on both sides    graph    launches captured once and replayed
     array    a buffer on the GPU and its views            buffers  allocation, copies and two streams
                                                           device   `backends.Device`: what is done to rows

@@ -58,9 +58,9 @@ class CudaDevice(CudaBuffers):
         buffer = device_array(buffer)
         if buffer.dtype == np.dtype(dtype):
             return buffer
-        made = self.empty(buffer.shape, dtype)
-        self._cast(made, self.contiguous(buffer))
-        return made
+        result = self.empty(buffer.shape, dtype)
+        self._cast(result, self.contiguous(buffer))
+        return result
 
     def _cast(self, target: DeviceArray, source: DeviceArray) -> None:
         pair = {target.dtype.name, source.dtype.name}
@@ -82,17 +82,17 @@ class CudaDevice(CudaBuffers):
         """See `Device.take`."""
         rows = device_array(rows)
         of, elements = dimensions(rows)
-        made = self._with_room(index.size, of, elements, rows.dtype)
-        self._move("take", rows, self._indices(index, of), made, index.size)
-        return made
+        result = self._with_room(index.size, of, elements, rows.dtype)
+        self._move("take", rows, self._indices(index, of), result, index.size)
+        return result
 
     def put(self, target: Buffer, index: NDArray[np.int64], rows: Buffer) -> None:
         """See `Device.put`; no place may be named twice."""
         target = device_array(target)
         rows = device_array(rows)
         given, elements = dimensions(rows)
-        into, own = dimensions(target)
-        if elements != own or given < index.size:
+        into, target_elements = dimensions(target)
+        if elements != target_elements or given < index.size:
             raise ValueError(f"{rows!r} has no {index.size} rows for {target!r}")
         self._move("put", self.typed(rows, target.dtype), self._indices(index, into), target, index.size)
 
@@ -112,12 +112,12 @@ class CudaDevice(CudaBuffers):
         rows = device_array(rows)
         (number, terms) = index.shape
         (of, elements) = dimensions(rows)
-        made = self.empty((number, elements), rows.dtype)
+        result = self.empty((number, elements), rows.dtype)
         places = self._indices(index, of)
         weights = self.upload(weight.astype(np.float32, copy=False))
-        arguments = rows, places, weights, made, count(number), count(terms)
-        self._launch("mix", elements, rows, made, number, 1, *arguments, width(elements))
-        return made
+        arguments = rows, places, weights, result, count(number), count(terms)
+        self._launch("mix", elements, rows, result, number, 1, *arguments, width(elements))
+        return result
 
     def _launch(
         self, name: str, elements: int, rows: DeviceArray, out: DeviceArray, number: int, tables: int, *arguments: Any
@@ -148,11 +148,11 @@ class CudaDevice(CudaBuffers):
             longer = DeviceArray(kept.address, (size, rows.shape[1]), rows.dtype, rows.owner)
             self._clear(longer[len(kept) :])
             return longer
-        made = self.empty((*rows.shape[:-2], size, rows.shape[-1]), rows.dtype)
-        for table, own in zip(_tables(made), _tables(rows), strict=True):
-            self.copy(table[:length], own[:length])
+        result = self.empty((*rows.shape[:-2], size, rows.shape[-1]), rows.dtype)
+        for table, source in zip(_tables(result), _tables(rows), strict=True):
+            self.copy(table[:length], source[:length])
             self._clear(table[length:])
-        return made
+        return result
 
     def reduced(self, rows: Buffer, plan: Plan) -> DeviceArray:
         """See `Device.reduced`. Each row that is kept or merged is read once, by one launch for all tables."""
@@ -164,13 +164,13 @@ class CudaDevice(CudaBuffers):
         starts, members = self._plan_there(plan, of)
         number = plan.kept.size
         if rows.ndim == 2:
-            made = self._with_room(number, of, elements, rows.dtype)
+            result = self._with_room(number, of, elements, rows.dtype)
         else:
-            made = self.empty((tables, number, elements), rows.dtype)
-        arrays = rows, starts, members, made
+            result = self.empty((tables, number, elements), rows.dtype)
+        arrays = rows, starts, members, result
         sizes = count(number), width(elements), width(of * elements), width(number * elements)
-        self._launch("reduce", elements, rows, made, number, tables, *arrays, *sizes)
-        return made
+        self._launch("reduce", elements, rows, result, number, tables, *arrays, *sizes)
+        return result
 
     def _plan_there(self, plan: Plan, of: int) -> tuple[DeviceArray, DeviceArray]:
         """A plan's `reading_order` on the GPU; the last one stays there, for the other tables of the same tokens."""

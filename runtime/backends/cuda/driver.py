@@ -1,4 +1,4 @@
-"""The CUDA driver API over one GPU: every call is checked, and what can fail says so in words.
+"""The CUDA driver API over one GPU: every call is checked, and what can fail says so in a sentence.
 
 cuda-bindings is the C API one to one, the same in its versions 12 and 13; docs/cuda.md says why it is not cuda.core.
 Knows no kernel and no tensor.
@@ -84,10 +84,10 @@ class Cuda:
     def _error(self, name: str, status: object) -> BackendError:
         if status == self.api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             return OutOfMemoryError(f"{name} finds no memory on {self.gpu.name}")
-        _, words = self.api.cuGetErrorString(status)
-        spelled = words.decode() if words else "no description"
+        _, description = self.api.cuGetErrorString(status)
+        reason = description.decode() if description else "no description"
         return BackendError(
-            f"{name} failed on {self.gpu.name}: {self.api.CUresult(status).name} ({spelled}). Start the process again; "
+            f"{name} failed on {self.gpu.name}: {self.api.CUresult(status).name} ({reason}). Start the process again; "
             "if it stays so, see nvidia-smi and update the driver"
         )
 

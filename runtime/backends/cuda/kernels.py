@@ -1,7 +1,7 @@
 """kernels.cu: compiled for the GPU at hand, kept on disk, and launched over rows.
 
-NVRTC needs no toolkit and no header. What it made is kept in the user's cache folder, by the hash of source, options
-and compiler; a file that was cut off or altered is compiled anew. Knows no plan and no policy.
+NVRTC needs no toolkit and no header. What it compiled is kept in the user's cache folder, by the hash of source,
+options and compiler; a file that was cut off or altered is compiled anew. Knows no plan and no policy.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def load_or_compile(capability: int, folder: Path) -> bytes:
     """
     source = SOURCE.read_bytes()
     (target, binary) = target_for(capability)
-    told = repr((source, OPTIONS, target, _nvrtc("nvrtcVersion"))).encode()
-    path = folder / f"{target}-{hashlib.sha256(told).hexdigest()[:32]}.bin"
+    identity = repr((source, OPTIONS, target, _nvrtc("nvrtcVersion"))).encode()
+    path = folder / f"{target}-{hashlib.sha256(identity).hexdigest()[:32]}.bin"
     image = _kept(path)
     if image is None:
         image = compiled(source, target, binary=binary)
@@ -162,7 +162,7 @@ def compiled(source: bytes, target: str, *, binary: bool) -> bytes:
     """Compile for "sm_87" (machine code where `binary`) or "compute_87" (PTX).
 
     Raises:
-        BackendError: with the compiler's own words.
+        BackendError: with the compiler's message.
     """
     program = _nvrtc("nvrtcCreateProgram", source, SOURCE.name.encode(), 0, [], [])
     options = [option.encode() for option in (*OPTIONS, f"--gpu-architecture={target}")]
@@ -171,8 +171,8 @@ def compiled(source: bytes, target: str, *, binary: bool) -> bytes:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _nvrtc("nvrtcGetProgramLogSize", program)
         _nvrtc("nvrtcGetProgramLog", program, log)
-        words = log.decode(errors="replace").strip("\0 \n")
-        raise BackendError(f"{SOURCE.name} does not compile for {target}: {EXTRA} --upgrade\n{words}")
+        message = log.decode(errors="replace").strip("\0 \n")
+        raise BackendError(f"{SOURCE.name} does not compile for {target}: {EXTRA} --upgrade\n{message}")
     what = "CUBIN" if binary else "PTX"
     image: bytes = b" " * _nvrtc(f"nvrtcGet{what}Size", program)
     _nvrtc(f"nvrtcGet{what}", program, image)
@@ -186,8 +186,8 @@ def _nvrtc(name: str, *arguments: object) -> Any:
     try:
         status, *values = getattr(nvrtc, name)(*arguments)
     except RuntimeError as error:  # its library is not there
-        words = " ".join(str(error).split())
-        raise BackendError(f"the compiler nvidia-cuda-nvrtc cannot be loaded ({words}): {EXTRA}") from None
+        reason = " ".join(str(error).split())
+        raise BackendError(f"the compiler nvidia-cuda-nvrtc cannot be loaded ({reason}): {EXTRA}") from None
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise BackendError(f"{name} failed with {nvrtc.nvrtcResult(status).name}: {EXTRA} --upgrade")
     return values[0] if len(values) == 1 else tuple(values)

@@ -61,7 +61,7 @@ class DeviceMemory:
         """Memory with any content.
 
         Raises:
-            OutOfMemoryError: with the bytes asked for and free.
+            OutOfMemoryError: with the bytes requested and free.
         """
         if self._held_back is not None:
             raise RuntimeError("nothing may be allocated while launches are captured: their addresses are to last")

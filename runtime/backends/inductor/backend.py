@@ -90,7 +90,7 @@ class InductorBackend(HostBackend):
         path = self._bundle.folder / record.file
         if record.targets[0].split()[0] != self._device_name:
             raise BackendError(
-                f"{record.file} was compiled for {record.targets[0]}, {self._device_name} was asked: run it "
+                f"{record.file} was compiled for {record.targets[0]}, {self._device_name} was requested: run it "
                 f"there, or compile with --device {self._device_name}"
             )
         try:
@@ -129,7 +129,7 @@ class InductorBackend(HostBackend):
         }
 
     def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
-        """Caches of zeros of these shapes, slot after slot in memory: [1, C, Hkv, hd] seen as [1, Hkv, C, hd]."""
+        """Caches of zeros of these shapes, slot after slot in memory: [1, C, Hkv, hd] as [1, Hkv, C, hd]."""
         cache = empty_cache(self.device, [(1, slots, heads, hd) for _, heads, slots, hd in shapes], dtype)
         keys = [_swapped(buffer) for buffer in cache.keys]
         values = [_swapped(buffer) for buffer in cache.values]

@@ -1,8 +1,8 @@
 """ONNX Runtime: every buffer is ours and bound by address, so a run copies nothing and grows no cache.
 
-On the CPU all sessions share one arena that grows by what is asked, not by powers of two, because segments run one
-after another: their activations may take the same memory. Memory patterns are off: they reserve a second block for each
-new length.
+On the CPU all sessions share one arena that grows by the bytes requested, not by powers of two, because segments run
+one after another: their activations may take the same memory. Memory patterns are off: they reserve a second block for
+each new length.
 
 On an NVIDIA GPU (onnxruntime-gpu) buffers lie there and sessions run on the device's stream, so nothing waits before a
 score or a logit is read. What has no CUDA kernel ONNX Runtime runs on the CPU by itself. No GPU has run this yet.
@@ -157,7 +157,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         if hasattr(ort, "preload_dlls"):  # CUDA's libraries as pip installs them
             ort.preload_dlls()
         session = super()._open(path)
-        if CUDA_PROVIDER not in session.get_providers():  # it falls back without a word where a library is missing
+        if CUDA_PROVIDER not in session.get_providers():  # it falls back silently where a library is missing
             raise BackendError(
                 f"{CUDA_PROVIDER} of onnxruntime {ort.__version__} does not start: install the CUDA and cuDNN "
                 "libraries it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'), or run with --device cpu"

@@ -128,15 +128,15 @@ class Engine:
         for index, profile in enumerate(self.profiles):
             if all(_within(shapes[name], *limits) for name, limits in profile.items() if name in shapes):
                 return index
-        told = ", ".join(profile.name for profile in self.record.profiles)
+        names = ", ".join(profile.name for profile in self.record.profiles)
         raise BackendError(
-            f"{self.record.file} has no profile for inputs of shapes {dict(shapes)} (its profiles: {told}): compile "
+            f"{self.record.file} has no profile for inputs of shapes {dict(shapes)} (its profiles: {names}): compile "
             "the bundle again, or run with --backend onnxruntime"
         )
 
     def context(self, profile: int) -> Context:
         """The context that a profile runs in."""
-        decodes = any(own.name == DECODE for own in self.record.profiles[profile : profile + 1])
+        decodes = any(record.name == DECODE for record in self.record.profiles[profile : profile + 1])
         if decodes not in self._contexts:
             self._contexts[decodes] = Context(self.loader.context(self.engine), self)
         return self._contexts[decodes]
@@ -158,61 +158,61 @@ class Engine:
         return Tensor(name, is_input, TYPE_NAMES.get(dtype, dtype), tuple(engine.get_tensor_shape(name)))
 
     def _shapes(self, name: str, profile: int) -> tuple[Shape, Shape]:
-        own = tuple(self.engine.get_tensor_shape(name))
-        if -1 not in own:
-            return own, own
+        shape = tuple(self.engine.get_tensor_shape(name))
+        if -1 not in shape:
+            return shape, shape
         least, _, most = self.engine.get_tensor_profile_shape(name, profile)
         return tuple(least), tuple(most)
 
 
 class Context:
-    """An execution context and what it was told last, so that a loop over the same buffers tells it nothing again."""
+    """An execution context and whose buffers it is set to, so that a loop over the same buffers sets nothing again."""
 
     def __init__(self, context: Any, engine: Engine) -> None:
         self.context = context
         self.engine = engine
-        self._told: object = None
+        self._caller: object = None
 
     def run(
-        self, told: object, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int], on: RunTarget
+        self, caller: object, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int], target: RunTarget
     ) -> None:
         """Enqueue a run.
 
         Args:
-            told: who asks; the rest is set only where it is another one than last time.
+            caller: for whom it runs; the rest is set only where that is another one than last time.
             profile: index of the engine's profile.
             shapes: of all inputs.
             addresses: of all inputs and outputs.
-            on: the stream and the memory for activations.
+            target: the stream and the memory for activations.
         """
-        if self._told is not told:
-            self._tell(profile, shapes, addresses, on)
-            self._told = told
-        if not self.context.execute_async_v3(on.stream):
-            self._told = None
+        if self._caller is not caller:
+            self._set(profile, shapes, addresses, target)
+            self._caller = caller
+        if not self.context.execute_async_v3(target.stream):
+            self._caller = None
             raise BackendError(f"{self.engine.record.file} did not run ({self.engine.loader.library.reason()})")
 
     def forget(self) -> None:
         """Have everything set again: the memory for activations has moved."""
-        self._told = None
+        self._caller = None
 
-    def output_bytes(self, name: str, profile: int, shapes: Mapping[str, Shape], on: RunTarget) -> int:
+    def output_bytes(self, name: str, profile: int, shapes: Mapping[str, Shape], target: RunTarget) -> int:
         """Bytes of an output for inputs of these shapes."""
         self.forget()
-        self._tell(profile, shapes, {}, on)
+        self._set(profile, shapes, {}, target)
         return int(self.context.get_max_output_size(name))
 
     def capturable(self, stream: int) -> bool:
-        """Whether a CUDA graph can be captured of it; TensorRT proper does not say and is taken at its word."""
+        """Whether a CUDA graph can be captured of it; TensorRT proper does not say: what it captures is tried."""
         asks = getattr(self.context, "is_stream_capturable", None)
         return asks is None or bool(asks(stream))
 
-    def _tell(self, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int], on: RunTarget) -> None:
+    def _set(self, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int], target: RunTarget) -> None:
         context = self.context
-        context.set_device_memory(on.workspace, on.workspace_bytes)
+        context.set_device_memory(target.workspace, target.workspace_bytes)
         done = [context.active_optimization_profile == profile]
         if not done[0]:
-            done = [context.set_optimization_profile_async(profile, on.stream)]
+            done = [context.set_optimization_profile_async(profile, target.stream)]
         done += [context.set_input_shape(name, shape) for name, shape in shapes.items()]
         done += [context.set_tensor_address(name, address) for name, address in addresses.items()]
         if not all(done):

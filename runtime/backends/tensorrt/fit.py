@@ -1,4 +1,4 @@
-"""What TensorRT-RTX says of an engine by its first bytes: the one thing of a fit that a library is asked."""
+"""What TensorRT-RTX says of an engine by its first bytes: the one part of a fit that a library decides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ CUDA_ERROR = "CUDA_ERROR"
 
 
 def header_problem(file: Path, engine: EngineRecord) -> tuple[str, bool] | None:
-    """Why the library refuses an engine, and whether compiling it again mends that; None where it can not be asked.
+    """Why the library refuses an engine, and whether compiling it again mends that.
+
+    None where it does not refuse it, reads no headers, or is not installed.
 
     Args:
         file: the engine; only its header is read.

@@ -55,7 +55,7 @@ class Library:
 
     @property
     def capabilities(self) -> Mapping[str, Any]:
-        """Compute capabilities that it can be told to build for, "8.6" -> its own name; none: the GPU at hand."""
+        """Targets that it can build for, "8.6" -> its member of the enum; none where it builds for the GPU at hand."""
         known = getattr(self.module, "ComputeCapability", None)
         members = {} if known is None else known.__members__
         return {
@@ -72,7 +72,7 @@ class Library:
     def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
         """Compute capabilities in one notation, ascending, each once: "86" and "8.6" -> "8.6".
 
-        None asked: all that have bf16 and fp32 products, because one engine for many targets is hardly larger.
+        Without any, all that have bf16 and fp32 products, because one engine for many targets is hardly larger.
 
         Raises:
             BackendError: one is unknown to the library, or this machine cannot build for it.
@@ -80,14 +80,14 @@ class Library:
         if not self.capabilities:
             return self._own_target(targets)
         known = sorted(self.capabilities, key=float)
-        asked = {dotted(target) for target in targets} or {target for target in known if float(target) >= AMPERE}
-        unknown = sorted(asked - set(known))
+        wanted = {dotted(target) for target in targets} or {target for target in known if float(target) >= AMPERE}
+        unknown = sorted(wanted - set(known))
         if unknown:
             raise BackendError(
                 f"--target-sm {','.join(unknown)}: {self.kind} {self.version} builds for no such GPU, only for "
                 f"{','.join(target.replace('.', '') for target in known)}"
             )
-        return tuple(sorted(asked, key=float))
+        return tuple(sorted(wanted, key=float))
 
     def _own_target(self, targets: Sequence[str]) -> tuple[str, ...]:
         """The GPU of this machine, which is all that `tensorrt` builds for."""
@@ -113,7 +113,7 @@ class Library:
         """A builder of engines.
 
         Raises:
-            BackendError: it could not be made, as where `tensorrt` finds no GPU.
+            BackendError: there is none, as where `tensorrt` finds no GPU.
         """
         self.messages.clear()
         try:
@@ -125,7 +125,7 @@ class Library:
         return builder
 
     def reason(self) -> str:
-        """The library's last errors, in its words."""
+        """The library's last two errors as it wrote them; "" where there was none."""
         return "; ".join(self.messages.errors[-2:])
 
 

@@ -4,7 +4,7 @@
     caches       keys and values at the engines' static lengths, allocated once
     activations  one block for all engines, which run one after another: the largest prefill's
                  tokens of its largest profile * (3 intermediate + 6 hidden) numbers; an estimate, until a loaded engine
-                 tells its own figure
+                 gives its own figure
     rows         hidden states of the longest prompt into a segment, out of it and compacted, with their rotary tables;
                  one more for each layer that adds visual features
 
