@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from framefusion.errors import BackendError
 from framefusion.runtime.backends.table import engine_traits, load
@@ -47,7 +47,7 @@ class EngineSpec:
     dtype: str
     capacities: tuple[int, ...] = ()
     profiles: tuple[ProfileRecord, ...] = ()
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

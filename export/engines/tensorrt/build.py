@@ -14,11 +14,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from framefusion.errors import BackendError, StorageError
 from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
 from framefusion.export.engines.builder import EngineFacts, EngineSpec, Share
+from framefusion.export.engines.tensorrt.api import (
+    Builder,
+    BuilderConfig,
+    KeepsError,
+    Network,
+    OptimizationProfile,
+    Tensor,
+    TimingCache,
+)
 from framefusion.export.engines.tensorrt.network import inputs_of, layer_kinds, outputs_of, parse_graph
 from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec, weight_bytes
 from framefusion.runtime.backends.tensorrt.library import AMPERE, TYPE_NAMES, Library, load_library
@@ -156,7 +165,9 @@ def estimate_memory(spec: EngineSpec) -> int:
     return BASE_MEMORY + PROFILE_MEMORY * len(spec.profiles) + round(MEMORY_PER_WEIGHT * weight_bytes(spec.graph))
 
 
-def _config(library: Library, builder: Any, network: Any, spec: EngineSpec, targets: tuple[str, ...]) -> Any:
+def _config(
+    library: Library, builder: Builder, network: Network, spec: EngineSpec, targets: tuple[str, ...]
+) -> BuilderConfig:
     """Targets and profiles, in the order of the specification."""
     config = builder.create_builder_config()
     if library.capabilities:
@@ -174,7 +185,7 @@ def _config(library: Library, builder: Any, network: Any, spec: EngineSpec, targ
     return config
 
 
-def _profile(builder: Any, record: ProfileRecord, free: list[Any]) -> Any:
+def _profile(builder: Builder, record: ProfileRecord, free: list[Tensor]) -> OptimizationProfile:
     profile = builder.create_optimization_profile()
     for tensor in free:
         shapes = record.shapes[tensor.name]
@@ -182,7 +193,7 @@ def _profile(builder: Any, record: ProfileRecord, free: list[Any]) -> Any:
     return profile
 
 
-def _tensors(network: Any) -> tuple[TensorRecord, ...]:
+def _tensors(network: Network) -> tuple[TensorRecord, ...]:
     return tuple(
         TensorRecord(
             tensor.name,
@@ -195,13 +206,14 @@ def _tensors(network: Any) -> tuple[TensorRecord, ...]:
     )
 
 
-def _attach_timing_cache(library: Library, config: Any, content: bytes | None) -> Any:
+def _attach_timing_cache(library: Library, config: BuilderConfig, content: bytes | None) -> TimingCache | None:
     """The cache that the build reads and extends; None where the library measures nothing."""
     if not library.measures:
         return None
     cache = config.create_timing_cache(content or b"")
     if cache is None or not config.set_timing_cache(cache, False):  # another GPU or version measured it
         cache = config.create_timing_cache(b"")
+        assert cache is not None  # of an empty one nothing can be wrong
         config.set_timing_cache(cache, False)
     return cache
 
@@ -222,7 +234,7 @@ def _new_file(target: Path) -> Iterator[HashedFile]:
         scratch.unlink(missing_ok=True)
 
 
-def _aside(work: Callable[[], Any], monitor: Any) -> Any:
+def _aside(work: Callable[[], bool], monitor: KeepsError) -> bool:
     """Run `work` beside the main thread: there Ctrl-C would be raised in whatever callback is on, the log's too."""
     if threading.current_thread() is not threading.main_thread():
         return work()
@@ -235,7 +247,7 @@ def _aside(work: Callable[[], Any], monitor: Any) -> Any:
             return future.result()
 
 
-def _writer(library: Library, file: HashedFile) -> Any:
+def _writer(library: Library, file: HashedFile) -> KeepsError:
     """What takes the plan piece by piece; an error of the file is kept and ends the build."""
 
     class Writer(library.module.IStreamWriter):  # type: ignore[misc, name-defined]
@@ -243,7 +255,7 @@ def _writer(library: Library, file: HashedFile) -> Any:
             library.module.IStreamWriter.__init__(self)
             self.error: OSError | None = None
 
-        def write(self, content: Any) -> int:
+        def write(self, content: memoryview) -> int:
             try:
                 return file.write(memoryview(content))
             except OSError as error:
@@ -253,7 +265,7 @@ def _writer(library: Library, file: HashedFile) -> Any:
     return Writer()
 
 
-def _monitor(library: Library, progress: Share) -> Any:
+def _monitor(library: Library, progress: Share) -> KeepsError:
     """Follows the library's phases; it stops where `progress` raises, and keeps what was raised.
 
     Nearly all time goes to one phase, which has the same number of steps for each profile.

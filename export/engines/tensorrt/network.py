@@ -21,11 +21,22 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 
 from framefusion.errors import BackendError, BundleError
+from framefusion.export.engines.tensorrt.api import (
+    Attention,
+    Builder,
+    Layer,
+    Network,
+    Parser,
+    ParserError,
+    Tensor,
+)
 from framefusion.export.engines.tensorrt.profiles import read_model
 from framefusion.runtime.backends.tensorrt.library import AMPERE, Library
 
@@ -39,20 +50,20 @@ _TRANSPARENT = ("ELEMENTWISE", "CAST", "IDENTITY", "SHUFFLE")  # what the parser
 class Parsed(NamedTuple):
     """A network, and the parser that owns the memory of its weights: keep both until the engine is built."""
 
-    network: Any
-    parser: Any
+    network: Network
+    parser: Parser
 
 
 class CachedAttention(NamedTuple):
     """An attention and the layer whose cache it reads; None where it reads none."""
 
-    attention: Any
+    attention: Attention
     name: str
     cache: int | None
 
 
 def parse_graph(
-    library: Library, builder: Any, graph: Path, capacities: Sequence[int], targets: Sequence[str] = ()
+    library: Library, builder: Builder, graph: Path, capacities: Sequence[int], targets: Sequence[str] = ()
 ) -> Parsed:
     """A network of a graph, complete and checked.
 
@@ -97,7 +108,7 @@ def static_caches(graph: Path, capacities: Sequence[int]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _check_weights(graph: Path, model: Any) -> None:
+def _check_weights(graph: Path, model: onnx.ModelProto) -> None:
     """The parser would name a tensor, not the file that it misses."""
     ends: dict[str, int] = {}
     for tensor in model.graph.initializer:
@@ -112,11 +123,11 @@ def _check_weights(graph: Path, model: Any) -> None:
             raise BundleError(f"{path} has {size} bytes, {graph.name} reads {end}: copy the bundle again or rebuild it")
 
 
-def mask_attentions(library: Library, network: Any) -> None:
+def mask_attentions(library: Library, network: Network) -> None:
     """Give every attention over a cache its valid length and its mask; leave the others alone."""
     module = library.module
     lengths = {tensor.name: tensor for tensor in inputs_of(network)}.get(KV_LENGTHS)
-    in_32_bits: Any = None
+    in_32_bits: Tensor | None = None
     for attention, name, cache in attentions_of(module, network):
         smallest = min(int(attention.get_input(i).shape[-1]) for i in range(2))
         attention.decomposable = smallest < SMALLEST_HEAD
@@ -130,7 +141,7 @@ def mask_attentions(library: Library, network: Any) -> None:
         attention.causal_kind = module.CausalMaskKind.LOWER_RIGHT
 
 
-def spell_out_products(library: Library, network: Any) -> None:
+def spell_out_products(library: Library, network: Network) -> None:
     """[..., m, k] x [..., k, n] in fp32 as a sum over k of [..., m, k, 1] * [..., 1, k, n]; the compiler fuses the two.
 
     Only the few query rows of the importance are multiplied in fp32.
@@ -140,8 +151,8 @@ def spell_out_products(library: Library, network: Any) -> None:
         out = layer.get_output(0)
         if _kind(layer) != "MATRIX_MULTIPLY" or out.dtype != module.float32:
             continue
-        left = layer.get_input(0)
-        right = layer.get_input(1)
+        left = _input(layer, 0)
+        right = _input(layer, 1)
         rank = len(left.shape)
         factors = (_unsqueezed(network, left, rank), _unsqueezed(network, right, rank - 2))
         products = network.add_elementwise(*factors, module.ElementWiseOperation.PROD).get_output(0)
@@ -153,12 +164,12 @@ def spell_out_products(library: Library, network: Any) -> None:
                     consumer.set_input(index, summed)
 
 
-def _unsqueezed(network: Any, tensor: Any, axis: int) -> Any:
+def _unsqueezed(network: Network, tensor: Tensor, axis: int) -> Tensor:
     place = network.add_constant((1,), np.array([axis], np.int64)).get_output(0)
     return network.add_unsqueeze(tensor, place).get_output(0)
 
 
-def check_network(library: Library, network: Any, graph: Path, caches: int) -> None:
+def check_network(library: Library, network: Network, graph: Path, caches: int) -> None:
     """Refuse a network that would compute something else than its graph, without an error at run time.
 
     1. every cache is updated in place and read by one attention, with its own valid length and LOWER_RIGHT
@@ -179,27 +190,27 @@ def check_network(library: Library, network: Any, graph: Path, caches: int) -> N
         )
 
 
-def inputs_of(network: Any) -> list[Any]:
+def inputs_of(network: Network) -> list[Tensor]:
     """Its input tensors."""
     return [network.get_input(i) for i in range(network.num_inputs)]
 
 
-def outputs_of(network: Any) -> list[Any]:
+def outputs_of(network: Network) -> list[Tensor]:
     """Its output tensors."""
     return [network.get_output(i) for i in range(network.num_outputs)]
 
 
-def layers_of(network: Any) -> list[Any]:
+def layers_of(network: Network) -> list[Layer]:
     """All layers."""
     return [network.get_layer(i) for i in range(network.num_layers)]
 
 
-def layer_kinds(network: Any) -> dict[str, int]:
+def layer_kinds(network: Network) -> dict[str, int]:
     """How many layers of each kind: KV_CACHE_UPDATE, MATRIX_MULTIPLY, ..."""
     return dict(sorted(Counter(_kind(layer) for layer in layers_of(network)).items()))
 
 
-def attentions_of(module: Any, network: Any) -> Iterator[CachedAttention]:
+def attentions_of(module: ModuleType, network: Network) -> Iterator[CachedAttention]:
     """All attentions, each with the index of the cache that its keys come from."""
     makers = _makers(network)
     for layer in layers_of(network):
@@ -208,7 +219,7 @@ def attentions_of(module: Any, network: Any) -> Iterator[CachedAttention]:
             yield CachedAttention(attention, layer.name, _cache_of(attention.get_input(1), makers, "key"))
 
 
-def _wrong_attentions(module: Any, network: Any, caches: int) -> Iterator[str]:
+def _wrong_attentions(module: ModuleType, network: Network, caches: int) -> Iterator[str]:
     makers = _makers(network)
     read = list[int]()
     for attention, name, cache in attentions_of(module, network):
@@ -231,14 +242,14 @@ def _wrong_attentions(module: Any, network: Any, caches: int) -> Iterator[str]:
         yield f"attentions read the caches {sorted(read)} of {caches}"
 
 
-def _wrong_updates(module: Any, network: Any, caches: int) -> Iterator[str]:
+def _wrong_updates(module: ModuleType, network: Network, caches: int) -> Iterator[str]:
     given = {tensor.name for tensor in inputs_of(network)}
     taken = {tensor.name for tensor in outputs_of(network)}
     updated: list[str] = []
     for layer in layers_of(network):
         if _kind(layer) != "KV_CACHE_UPDATE":
             continue
-        before = layer.get_input(0)
+        before = _input(layer, 0)
         after = layer.get_output(0)
         if before.name not in given or after.name not in taken or after.name != before.name.replace("past", "present"):
             yield f"cache update {layer.name} writes {before.name} to {after.name}, not in place"
@@ -250,18 +261,18 @@ def _wrong_updates(module: Any, network: Any, caches: int) -> Iterator[str]:
         yield f"the caches that are updated are {sorted(updated)}, not {expected}"
 
 
-def _unused(network: Any) -> list[str]:
+def _unused(network: Network) -> list[str]:
     used = {tensor.name for layer in layers_of(network) for tensor in _feeds(layer)}
     return [tensor.name for tensor in inputs_of(network) if tensor.name not in used]
 
 
-def _cache_of(tensor: Any, makers: Mapping[str, Any], part: str) -> int | None:
+def _cache_of(tensor: Tensor, makers: Mapping[str, Layer], part: str) -> int | None:
     """Index of the cache that a tensor is, up to a factor; None where it comes from elsewhere."""
     maker = makers.get(tensor.name)
     if maker is None:
         return None
     if _kind(maker) == "KV_CACHE_UPDATE":
-        match = _CACHE.fullmatch(maker.get_input(0).name)
+        match = _CACHE.fullmatch(_input(maker, 0).name)
         return int(match[2]) if match and match[1] == part else None
     if _kind(maker) not in _TRANSPARENT:
         return None
@@ -269,37 +280,44 @@ def _cache_of(tensor: Any, makers: Mapping[str, Any], part: str) -> int | None:
     return next((cache for cache in found if cache is not None), None)
 
 
-def _length_index(module: Any, lengths: Any, makers: Mapping[str, Any]) -> int | None:
+def _length_index(module: ModuleType, lengths: Tensor, makers: Mapping[str, Layer]) -> int | None:
     """j of int32(kv_len)[j : j + 1]; None for anything else."""
     cut = makers.get(lengths.name)
     if cut is None or _kind(cut) != "SLICE" or lengths.dtype != module.int32 or tuple(lengths.shape) != (1,):
         return None
-    cast = makers.get(cut.get_input(0).name)
-    if cast is None or _kind(cast) != "CAST" or cast.get_input(0).name != KV_LENGTHS:
+    cast = makers.get(_input(cut, 0).name)
+    if cast is None or _kind(cast) != "CAST" or _input(cast, 0).name != KV_LENGTHS:
         return None
     return int(_as(cut, module.ISliceLayer).start[0])
 
 
-def _makers(network: Any) -> dict[str, Any]:
+def _makers(network: Network) -> dict[str, Layer]:
     """Tensor -> the layer it comes out of."""
     return {layer.get_output(i).name: layer for layer in layers_of(network) for i in range(layer.num_outputs)}
 
 
-def _feeds(layer: Any) -> list[Any]:
+def _feeds(layer: Layer) -> list[Tensor]:
     """Tensors that go into a layer; optional ones that are not given are left out."""
     return [tensor for i in range(layer.num_inputs) if (tensor := layer.get_input(i)) is not None]
 
 
-def _kind(layer: Any) -> str:
+def _input(layer: Layer, index: int) -> Tensor:
+    """An input that every layer of its kind has."""
+    tensor = layer.get_input(index)
+    assert tensor is not None, f"{layer.name} has no input {index}"
+    return tensor
+
+
+def _kind(layer: Layer) -> str:
     return str(layer.type.name)
 
 
-def _as(layer: Any, kind: Any) -> Any:
+def _as(layer: Layer, kind: type) -> Any:
     """The layer as its own class: the bindings give all layers as the class they share."""
     layer.__class__ = kind
     return layer
 
 
-def _error_text(error: Any) -> str:
+def _error_text(error: ParserError) -> str:
     """A parser's error: the node, what it is, and why."""
     return f"node {error.node_name() or error.node()} ({error.node_operator() or 'no operator'}): {error.desc()}"

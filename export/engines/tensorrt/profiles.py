@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 
@@ -95,7 +94,7 @@ def graph_axes(graph: Path) -> dict[str, tuple[int | str, ...]]:
     }
 
 
-def read_model(graph: Path) -> Any:
+def read_model(graph: Path) -> onnx.ModelProto:
     """The proto of a graph without its weights.
 
     Raises:

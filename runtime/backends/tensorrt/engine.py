@@ -11,9 +11,10 @@ import mmap
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from framefusion.errors import BackendError, BundleError
+from framefusion.runtime.backends.tensorrt.api import CudaEngine, ExecutionContext, RuntimeCache, RuntimeConfig
 from framefusion.runtime.backends.tensorrt.library import TYPE_NAMES, Library
 from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.storage import files
@@ -46,7 +47,7 @@ class Loader:
         if self.runtime is None:
             raise BackendError(f"{library.kind} {library.version} does not start ({library.reason()})")
         self._path = kernels
-        self._kernels: Any = None
+        self._kernels: RuntimeCache | None = None
         self.save: Callable[[], object] = lambda: None  # keep compiled kernels now; else when the process ends
 
     def load(self, path: Path, record: EngineRecord) -> Engine:
@@ -68,7 +69,7 @@ class Loader:
             )
         return Engine(self, engine, record)
 
-    def context(self, engine: Any) -> Any:
+    def context(self, engine: CudaEngine) -> ExecutionContext:
         """An execution context without memory of its own."""
         strategy = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if not hasattr(self.module, "IRuntimeCache"):
@@ -85,7 +86,7 @@ class Loader:
             raise BackendError(f"{self.library.kind} gives no context ({self.library.reason()}): free GPU memory")
         return context
 
-    def _compiled(self, config: Any) -> Any:
+    def _compiled(self, config: RuntimeConfig) -> RuntimeCache:
         """The runtime cache that all contexts share; what another environment left is refused by the library."""
         if self._kernels is None:
             self._kernels = kernels = config.create_runtime_cache()
@@ -104,7 +105,7 @@ class Engine:
     A captured graph reads memory of the context it was captured from, so that context keeps its profile.
     """
 
-    def __init__(self, loader: Loader, engine: Any, record: EngineRecord) -> None:
+    def __init__(self, loader: Loader, engine: CudaEngine, record: EngineRecord) -> None:
         self.loader = loader
         self.engine = engine
         self.record = record
@@ -168,7 +169,7 @@ class Engine:
 class Context:
     """An execution context and whose buffers it is set to, so that a loop over the same buffers sets nothing again."""
 
-    def __init__(self, context: Any, engine: Engine) -> None:
+    def __init__(self, context: ExecutionContext, engine: Engine) -> None:
         self.context = context
         self.engine = engine
         self._caller: object = None
@@ -233,7 +234,7 @@ def _within(shape: Shape, least: Shape, most: Shape) -> bool:
     return len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
 
 
-def _save(kernels: Any, path: Path, before: bytes) -> None:
+def _save(kernels: RuntimeCache, path: Path, before: bytes) -> None:
     """Keep compiled kernels; whoever cannot write them compiles them again next time."""
     serialized = kernels.serialize()
     if serialized is None or bytes(serialized) == before:

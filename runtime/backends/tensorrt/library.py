@@ -13,9 +13,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 from framefusion.errors import BackendError
+from framefusion.runtime.backends.tensorrt.api import Messages
 from framefusion.runtime.machine.gpu import find_gpu
 
 LibraryKind = Literal["tensorrt-rtx", "tensorrt"]
@@ -49,12 +51,12 @@ class Library:
     """
 
     kind: LibraryKind
-    module: Any
+    module: ModuleType
     version: str
-    messages: Any
+    messages: Messages
 
     @property
-    def capabilities(self) -> Mapping[str, Any]:
+    def capabilities(self) -> Mapping[str, object]:
         """Targets that it can build for, "8.6" -> its member of the enum; none where it builds for the GPU at hand."""
         known = getattr(self.module, "ComputeCapability", None)
         members = {} if known is None else known.__members__
@@ -162,26 +164,26 @@ def dotted(target: str) -> str:
     return f"{digits[:-1]}.{digits[-1]}" if len(digits) >= 2 and digits.isdecimal() else target
 
 
-def _has(module: Any, path: str) -> bool:
-    place = module
+def _has(module: ModuleType, path: str) -> bool:
+    place: object = module
     for name in path.split("."):
         place = getattr(place, name, None)
     return place is not None
 
 
-def _listener(module: Any) -> Any:
+def _listener(module: ModuleType) -> Messages:
     """A logger of the library that keeps errors, for messages of ours, and shows nothing."""
 
-    class Messages(module.ILogger):  # type: ignore[misc]
+    class Listener(module.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.errors: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: object, message: str) -> None:
             if severity in (module.ILogger.Severity.INTERNAL_ERROR, module.ILogger.Severity.ERROR):
                 self.errors.append(message.strip())
 
         def clear(self) -> None:
             self.errors.clear()
 
-    return Messages()
+    return Listener()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -18,7 +18,7 @@ trt = pytest.importorskip("tensorrt_rtx")
 def without_targets(gpu: GPU | None, monkeypatch: pytest.MonkeyPatch) -> Library:
     """The library as `tensorrt` is: the very module, less the words for other GPUs than the one at hand."""
     monkeypatch.setattr(tensorrt_library, "find_gpu", lambda: gpu)
-    return Library("tensorrt", SimpleNamespace(), "11.4.0", None)
+    return Library("tensorrt", ModuleType("tensorrt"), "11.4.0", load_library("tensorrt-rtx").messages)
 
 
 @pytest.mark.parametrize("word", ["86", "8.6", "sm_86", "SM86", " 86 "])

@@ -65,6 +65,7 @@ def test_every_attention_gets_its_length_and_its_mask(network: Any) -> None:
     assert [cache for _, _, cache in found] == [0, 1]
     for attention, _, _ in found:
         assert attention.causal_kind == trt.CausalMaskKind.LOWER_RIGHT
+        assert attention.key_value_lengths is not None
         assert attention.key_value_lengths.dtype == trt.int32
         assert not attention.decomposable
     kinds = layer_kinds(network)
