@@ -34,7 +34,7 @@ from framefusion.reduction.policy import Reduction, ReductionSettings
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.host import host_array
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing
 from framefusion.runtime.format.manifest import (
     SCHEMA_VERSION,
     EmbeddingRecord,

@@ -46,7 +46,7 @@ FAMILIES: tuple[Family, ...] = (
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that declares a config.json, by its architecture where it names one, else by its model_type.
 
-    Rows of installed packages are asked after the table.
+    Rows of installed packages come after the table.
 
     Raises:
         UnknownFamilyError: none does; the message lists the known ones. Or a package's row cannot be loaded.

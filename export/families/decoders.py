@@ -123,14 +123,14 @@ def stored_depth(checkpoint: Checkpoint, family: Family) -> int:
     Raises:
         CheckpointError: they do not.
     """
-    told = int(required(text_config(checkpoint), "num_hidden_layers", checkpoint))
+    declared = int(required(text_config(checkpoint), "num_hidden_layers", checkpoint))
     stored = checkpoint.count_blocks(f"{llm_prefix(checkpoint, family)}layers.")
-    if told != stored:
+    if declared != stored:
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json says num_hidden_layers {told}, the weights are of {stored} layers: "
+            f"{checkpoint.folder}/config.json says num_hidden_layers {declared}, the weights are of {stored} layers: "
             "one of the two is of another model"
         )
-    return told
+    return declared
 
 
 def decoder_sources(checkpoint: Checkpoint, family: Family, plan: SegmentPlan) -> dict[str, AnySource]:

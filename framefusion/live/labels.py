@@ -59,7 +59,9 @@ def labels_behind(given: IntArray, shape: tuple[int, int], past: int) -> IntArra
     return np.repeat(whole[:, past:], shape[0] // len(whole), axis=0)  # beams of a prompt lie together
 
 
-def mrope_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any], *, timed: bool = False) -> IntArray | None:
+def mrope_labels(
+    model: Any, inputs: MultimodalInputs, given: dict[str, Any], *, timed: bool = False
+) -> IntArray | None:
     """Qwen's families: rotary positions tell the place in a frame, which grids that generate() encodes first do not.
 
     A run of visual tokens is a video or an image. With `timed`, text stands between the frames of one video, and its
@@ -70,8 +72,8 @@ def mrope_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any], *, t
     """
     config = model.config
     positions = given.get("position_ids")
-    assert seen.ids is not None  # the caller refuses embeddings alone
-    ids = seen.ids.cpu().numpy()
+    assert inputs.ids is not None  # the caller refuses embeddings alone
+    ids = inputs.ids.cpu().numpy()
     if not np.isin(ids, (config.video_token_id, config.image_token_id)).any():
         return None
     if positions is None or positions.ndim != 3:
@@ -85,9 +87,9 @@ def mrope_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any], *, t
             "tokens: transformers before 5.23 cuts them on the wrong axis with prefill_chunk_size; leave it out"
         )
     axes = np.broadcast_to(positions[-3:].cpu().numpy(), (3, *ids.shape))
-    tokens_of_videos = iter(_video_lengths(config, seen.given) if timed else ())
+    tokens_of_videos = iter(_video_lengths(config, inputs.given) if timed else ())
     labels = np.full(ids.shape, TEXT, np.int64)
-    for own, row, (time, y, x) in zip(labels, ids, axes.swapaxes(0, 1), strict=True):
+    for row_labels, row, (time, y, x) in zip(labels, ids, axes.swapaxes(0, 1), strict=True):
         number = 0
         left = 0
         keys = []
@@ -101,7 +103,8 @@ def mrope_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any], *, t
             keys.append(np.stack([np.full(run.size, number), y[run] - start, x[run] - start], axis=1))
             visual.append(run)
         if keys:
-            own[np.concatenate(visual)] = np.unique(np.concatenate(keys), axis=0, return_inverse=True)[1].reshape(-1)
+            places = np.unique(np.concatenate(keys), axis=0, return_inverse=True)[1]
+            row_labels[np.concatenate(visual)] = places.reshape(-1)
     return labels
 
 
@@ -114,11 +117,11 @@ def _video_lengths(config: Any, given: dict[str, Any]) -> list[int]:
     return [] if encoded is None else [len(rows) for rows in encoded.pooler_output]
 
 
-def run_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any]) -> IntArray | None:
+def run_labels(model: Any, inputs: MultimodalInputs, given: dict[str, Any]) -> IntArray | None:
     """LLaVA's families: a run of video tokens is a video; rows that equal the learned newline are structure."""
     config = model.config
-    assert seen.ids is not None
-    ids = seen.ids.cpu().numpy().copy()
+    assert inputs.ids is not None
+    ids = inputs.ids.cpu().numpy().copy()
     visual = np.isin(ids, (config.video_token_id, config.image_token_id))
     if not visual.any():
         return None
@@ -131,16 +134,16 @@ def run_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any]) -> Int
     stride = getattr(config, "spatial_pool_stride", None)
     places = math.ceil(side / 2) ** 2 if stride is None else (side // stride) ** 2
     labels = np.full(ids.shape, TEXT, np.int64)
-    for own, row in zip(labels, ids, strict=True):
+    for row_labels, row in zip(labels, ids, strict=True):
         first = 0
         for token, chosen in _runs(row, (config.video_token_id, config.image_token_id)):
             distinct = places if token == config.video_token_id else chosen.size
-            own[chosen] = first + np.arange(chosen.size) % distinct
+            row_labels[chosen] = first + np.arange(chosen.size) % distinct
             first += distinct
     return labels
 
 
-def tile_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any]) -> IntArray | None:
+def tile_labels(model: Any, inputs: MultimodalInputs, given: dict[str, Any]) -> IntArray | None:
     """InternVL: one token stands for frames and images; only the text between them tells frames of one video.
 
     A run of one tile behind another one's is the next frame where `_names_next_frame` says so. Other runs are pictures:
@@ -148,11 +151,11 @@ def tile_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any]) -> In
     """
     config = model.config
     vision = model.config.vision_config
-    assert seen.ids is not None
+    assert inputs.ids is not None
     sides = [int(n) // int(p) for n, p in zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True)]
     places = round(math.prod(sides) * config.downsample_ratio**2)
-    labels = np.full(seen.ids.shape, TEXT, np.int64)
-    for own, ids in zip(labels, seen.ids.cpu().numpy(), strict=True):
+    labels = np.full(inputs.ids.shape, TEXT, np.int64)
+    for row_labels, ids in zip(labels, inputs.ids.cpu().numpy(), strict=True):
         runs = [run for _, run in _runs(ids, (config.image_token_id,))]
         gaps = [
             ids[a[-1] + 1 : b[0]] if a.size == b.size == places else ids[:0] for a, b in itertools.pairwise(runs)
@@ -165,15 +168,15 @@ def tile_labels(model: Any, seen: MultimodalInputs, given: dict[str, Any]) -> In
             if gap.size and _names_next_frame(head, before, gap, gaps[i] if i < len(gaps) else ids[:0]):
                 before = gap
             else:
-                label = int(own.max()) + 1
+                label = int(row_labels.max()) + 1
                 head = ids[: run[0]]
                 before = ids[:0]
-            own[run] = label + np.arange(run.size)
+            row_labels[run] = label + np.arange(run.size)
     return labels if (labels != TEXT).any() else None
 
 
 def _names_next_frame(head: IntArray, before: IntArray, gap: IntArray, behind: IntArray) -> bool:
-    """Whether the text between two tiles is `</img>\\nFrame3: <img>`, whatever the tokens of these words are.
+    """Whether the text between two tiles is `</img>\\nFrame3: <img>`, whatever tokens these texts have.
 
     Args:
         head: all text before the video's first frame, which ends in `Frame1: <img>`.
@@ -193,12 +196,12 @@ def _names_next_frame(head: IntArray, before: IntArray, gap: IntArray, behind: I
     return ends_alike and gap.size <= FRAME_NAME and behind.size > 0 and _differ_by_number(gap, behind)
 
 
-def _differ_by_number(one: IntArray, other: IntArray, least: int = 3) -> bool:
+def _differ_by_number(text: IntArray, other: IntArray, least: int = 3) -> bool:
     """Whether texts are alike but for a number: `least` tokens before it, one to four of it, two or more behind it."""
-    shorter = min(one.size, other.size)
-    front = next((i for i in range(shorter) if one[i] != other[i]), shorter)
-    back = next((i for i in range(shorter - front) if one[-1 - i] != other[-1 - i]), shorter - front)
-    numbers = (one.size - front - back, other.size - front - back)
+    shorter = min(text.size, other.size)
+    front = next((i for i in range(shorter) if text[i] != other[i]), shorter)
+    back = next((i for i in range(shorter - front) if text[-1 - i] != other[-1 - i]), shorter - front)
+    numbers = (text.size - front - back, other.size - front - back)
     return front >= least and back >= 2 and all(1 <= length <= 4 for length in numbers)
 
 

@@ -16,8 +16,8 @@ from framefusion.runtime.families.llava import LlavaPreprocessing
 from framefusion.runtime.families.minicpmv import MiniCpmVPreprocessing
 from framefusion.runtime.families.nvila import NvilaPreprocessing
 from framefusion.runtime.families.qwen2_5_vl import Qwen25VLPreprocessing
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.storage.entry_points import load_named, origin
 

@@ -47,7 +47,7 @@ ROUNDED_RATE = 0.002
 
 TIME_TOKENS = 9
 SENTENCE_TOKENS = 64
-"""Room for a time such as "1234.56s," and for the words around the times: Qwen2's tokenizer splits every digit."""
+"""Room for a time such as "1234.56s," and for the sentence around the times: Qwen2's tokenizer splits every digit."""
 
 PoolMode = Literal["average", "bilinear"]
 NewlinePosition = Literal["grid", "frame", "one_token", "no_token"]
@@ -122,8 +122,8 @@ class LlavaPreprocessing(Preprocessing):
         """A place of the pooled grid is a track; rows that end a line or a frame are one too, as in the reference."""
         (pictures,) = self.pictures(video)
         pieces = self._video_pieces(len(pictures))
-        told = (f"\n{time_instruction(video, self.round_fps)}",) if self.time_instruction else ()
-        return VisualInput((self._tiles(pictures, self.mm_spatial_pool_mode),), (*pieces, *told))
+        sentence = (f"\n{time_instruction(video, self.round_fps)}",) if self.time_instruction else ()
+        return VisualInput((self._tiles(pictures, self.mm_spatial_pool_mode),), (*pieces, *sentence))
 
     def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
         """The square, squeezed or cut out."""
@@ -257,7 +257,7 @@ def time_instruction(video: Video, round_fps: bool) -> str:
     """The sentence that LLaVA-Video was trained to read on the line after a video.
 
     The authors count the frames of a film in whole seconds, as if 29.97 frames a second were 30. They are followed
-    where that is a matter of a thousandth, and frames stand evenly; other films are told the frames' true times.
+    where that is a matter of a thousandth, and frames stand evenly; of other films the true times are said.
     """
     step = max(round(video.fps), 1)
     rounded = round_fps and video.sampled is None and abs(video.fps - step) < ROUNDED_RATE * step

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing
 from framefusion.runtime.media.preprocess import MAX_ASPECT_RATIO
 from framefusion.runtime.media.tower_kinds import COUNT, Range, RopeSettings, TowerCall
 from framefusion.runtime.media.video.frames import Video

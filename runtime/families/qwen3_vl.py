@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BudgetError, VideoError
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling, Indices, frame_rule
 from framefusion.runtime.media.preprocess import HALF, PIXELS, check_shape
 from framefusion.runtime.media.tower_kinds import COUNT, RopeSettings, TowerCall

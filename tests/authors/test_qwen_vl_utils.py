@@ -16,7 +16,7 @@ pytest.importorskip("qwen_vl_utils", reason="qwen-vl-utils is not installed: run
 torch: Any = importlib.import_module("torch")
 vision_process: Any = importlib.import_module("qwen_vl_utils.vision_process")
 
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of  # noqa: E402
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing, grid_of  # noqa: E402
 from framefusion.runtime.media.frame_sampling import FrameSampling, sample_indices  # noqa: E402
 from framefusion.runtime.media.preprocess import BICUBIC, resize, resize_rounded_once  # noqa: E402
 from framefusion.runtime.media.video.frames import read_video  # noqa: E402

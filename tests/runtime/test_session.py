@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from framefusion.errors import BackendError, FrameFusionError, PromptError
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing
 from framefusion.runtime.pipeline import Pipeline, Request, Step
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.session import Session

@@ -101,10 +101,10 @@ def _config(call: TransformersCall, text: Mapping[str, Any]) -> Any:
     from transformers import InternVLConfig
 
     config = call.checkpoint.config
-    told = required(config, "vision_config", call.checkpoint)
-    vision = {ours: told[theirs] for ours, theirs in VISION_KEYS.items() if theirs in told}
-    size = config.get("force_image_size") or told["image_size"]
-    patch = told["patch_size"]
+    vision_config = required(config, "vision_config", call.checkpoint)
+    vision = {ours: vision_config[theirs] for ours, theirs in VISION_KEYS.items() if theirs in vision_config}
+    size = config.get("force_image_size") or vision_config["image_size"]
+    patch = vision_config["patch_size"]
     places = call.prompt.row_places
     return InternVLConfig(
         vision_config=vision | {"image_size": [size, size], "patch_size": [patch, patch]},

@@ -125,9 +125,9 @@ def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
         end=special_token(checkpoint, "end_image_token", "</img>"),
         **levels(checkpoint, InternVLPreprocessing(), image),
     )
-    for told in (image, video):  # one graph and one table of levels serve both
-        expect(checkpoint, told, {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,)})
-        found = told.get("size")
+    for file in (image, video):  # one graph and one table of levels serve both
+        expect(checkpoint, file, {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,)})
+        found = file.get("size")
         size = {"height": result.tile_size, "width": result.tile_size}
         if found and dict(found) != size:
             raise CheckpointError(f"{checkpoint.folder}: a processor has size {found}, supported is {size} here")
@@ -138,20 +138,20 @@ def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
 
 def native_sampling(checkpoint: Checkpoint) -> FrameSampling:
     """`num_frames` or `fps` of the video processor's file."""
-    told = processor(checkpoint, "video")
-    expect(checkpoint, told, {"initial_shift": (True,)})
+    video = processor(checkpoint, "video")
+    expect(checkpoint, video, {"initial_shift": (True,)})
     return FrameSampling(
         "internvl",
-        fps=float(told.get("fps") or 1.0),
+        fps=float(video.get("fps") or 1.0),
         min_frames=1,
-        max_frames=int(told.get("num_frames") or MAX_FRAMES),
+        max_frames=int(video.get("num_frames") or MAX_FRAMES),
         frame_factor=1,
-        force=bool(told.get("num_frames") or not told.get("fps")),
+        force=bool(video.get("num_frames") or not video.get("fps")),
     )
 
 
 def native_template(checkpoint: Checkpoint) -> PromptTemplate:
-    """The checkpoint's own, else ChatML without a system's words."""
+    """The checkpoint's own, else ChatML without a system turn's text."""
     pad = special_token(checkpoint, "context_image_token", "<IMG_CONTEXT>")
     fallback = replace(CHATML, default_system="", after_visual="\n")
     image = OLD_IMAGE if OLD_IMAGE in (find_template(checkpoint) or "") else pad
@@ -179,8 +179,8 @@ def special_token(checkpoint: Checkpoint, name: str, default: str) -> str:
     """The text of a token that tokenizer_config.json names, at the top or among the extra ones."""
     config = checkpoint.read_optional_json("tokenizer_config.json")
     extra = config.get("extra_special_tokens")
-    told = config.get(name) or (extra.get(name) if isinstance(extra, Mapping) else None) or default
-    return str(told["content"] if isinstance(told, Mapping) else told)
+    token = config.get(name) or (extra.get(name) if isinstance(extra, Mapping) else None) or default
+    return str(token["content"] if isinstance(token, Mapping) else token)
 
 
 TRANSLATED = "names of tensors and packed q, k and v (translated by this project)"

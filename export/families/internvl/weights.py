@@ -87,12 +87,12 @@ def chat_tower(checkpoint: Checkpoint) -> TowerPlan:
     config = checkpoint.config
     vision = vision_config(checkpoint)
     expect(checkpoint, {"ps_version": "v1"} | config, {"ps_version": ("v2",)})  # v1 turned the picture on its side
-    told = ConfigFacts(
+    facts = ConfigFacts(
         image_size=tile_size(checkpoint, vision),
         depth=_depth(vision, config.get("select_layer", -1), checkpoint),
         qk_norm_eps=float(given(vision, "layer_norm_eps", NORM_EPS)),
     )
-    vit = _vit(checkpoint, vision, CHAT_PREFIX, CHAT_NAMES, told)
+    vit = _vit(checkpoint, vision, CHAT_PREFIX, CHAT_NAMES, facts)
     plan = _plan(checkpoint, vit, CHAT_PREFIX, CHAT_NAMES, CHAT_PROJECTOR)
     return replace(plan, unused=_unused(checkpoint, vision, CHAT_PREFIX, CHAT_NAMES, vit))
 
@@ -105,15 +105,15 @@ def native_tower(checkpoint: Checkpoint) -> TowerPlan:
     layer = config.get("vision_feature_layer", -1)
     expect(checkpoint, config, {"vision_feature_select_strategy": ("default",), "projector_hidden_act": ("gelu",)})
     expect(checkpoint, vision, {"use_absolute_position_embeddings": (True,), "use_mask_token": (False,)})
-    told = ConfigFacts(
+    facts = ConfigFacts(
         image_size=square(vision, "image_size", checkpoint),
         depth=_depth(vision, layer, checkpoint),
         post_norm=layer == -1 and not vision.get("use_mean_pooling", True),  # before pooling, the class token's norm
     )
-    if told.post_norm:
+    if facts.post_norm:
         expect(checkpoint, vision, {"norm_type": ("layer_norm",)})
     place = f"{prefix}vision_tower."
-    vit = _vit(checkpoint, vision, place, NATIVE_NAMES, told)
+    vit = _vit(checkpoint, vision, place, NATIVE_NAMES, facts)
     plan = _plan(checkpoint, vit, place, NATIVE_NAMES, tuple(prefix + part for part in NATIVE_PROJECTOR))
     return replace(plan, unused=_unused(checkpoint, vision, place, NATIVE_NAMES, vit))
 
@@ -127,14 +127,14 @@ def _depth(vision: Mapping[str, Any], layer: Any, checkpoint: Checkpoint) -> int
 
 
 def _vit(
-    checkpoint: Checkpoint, vision: Mapping[str, Any], prefix: str, names: Mapping[str, str], told: ConfigFacts
+    checkpoint: Checkpoint, vision: Mapping[str, Any], prefix: str, names: Mapping[str, str], facts: ConfigFacts
 ) -> VitConfig:
     """Geometry from config.json; widths, biases and norms from the tensors themselves."""
     expect(checkpoint, vision, {"hidden_act": ("gelu",), "num_channels": (3,)})
     width, *patch = checkpoint.shape(f"{prefix}{names['patch_embed']}.weight")
     heads = int(required(vision, "num_attention_heads", checkpoint))
     positions = checkpoint.shape(prefix + names["positions"])[1]
-    side = told.image_size // patch[-1]
+    side = facts.image_size // patch[-1]
     if positions != side**2 + 1:
         raise CheckpointError(
             f"{prefix}{names['positions']} has {positions} positions, tiles of {side} x {side} patches need "
@@ -144,7 +144,7 @@ def _vit(
     first = f"{prefix}{names['blocks']}.0."
     stored = _stored_facts(checkpoint, vision, first, names)
     return VitConfig(
-        depth=told.depth,
+        depth=facts.depth,
         width=width,
         num_heads=heads,
         mlp_width=checkpoint.shape(f"{first}{names['fc1']}.weight")[0],
@@ -154,10 +154,10 @@ def _vit(
         activation="gelu",
         norm="layer" if stored["norm"] == "layer" else "rms",
         class_token=True,
-        post_norm=told.post_norm,
+        post_norm=facts.post_norm,
         qkv_bias=bool(stored["bias"]),
         qk_norm=bool(stored["qk_norm"]),
-        qk_norm_eps=told.qk_norm_eps,
+        qk_norm_eps=facts.qk_norm_eps,
         layer_scale=True,
     )
 

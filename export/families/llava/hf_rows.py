@@ -96,8 +96,8 @@ def _preprocessing(checkpoint: Checkpoint, default: tuple[tuple[int, ...], ...],
     size = reading.square(config, "image_size", checkpoint)
     require_processor(checkpoint)
     still, moving = (processor(checkpoint, kind) for kind in ("image", "video"))
-    for kind, told in (("image", still), ("video", moving)):
-        sides = set((told.get("size") or {}).values()) | set((told.get("crop_size") or {}).values())
+    for kind, file in (("image", still), ("video", moving)):
+        sides = set((file.get("size") or {}).values()) | set((file.get("crop_size") or {}).values())
         if sides != {size}:
             raise CheckpointError(
                 f"the {kind} processor makes pictures of {sorted(sides)}, the tower takes {size} pixels"
@@ -137,13 +137,13 @@ def _preprocessing(checkpoint: Checkpoint, default: tuple[tuple[int, ...], ...],
 
 def sampling(checkpoint: Checkpoint, max_frames: int) -> FrameSampling:
     """As many frames as the video processor says, else `max_frames`, evenly spread."""
-    told = processor(checkpoint, "video")
-    by_rate = told.get("num_frames") is None and told.get("fps") is not None
+    file = processor(checkpoint, "video")
+    by_rate = file.get("num_frames") is None and file.get("fps") is not None
     return FrameSampling(
         "uniform",
-        fps=float(told.get("fps") or 1.0),
+        fps=float(file.get("fps") or 1.0),
         min_frames=1,
-        max_frames=int(told.get("num_frames") or max_frames),
+        max_frames=int(file.get("num_frames") or max_frames),
         frame_factor=1,
         force=not by_rate,
     )

@@ -31,8 +31,8 @@ def hf_logits(call: TransformersCall) -> NDArray[Any]:
         pictures = pixels(tiles, size, patch)
         project = model.model.multi_modal_projector
         if tiles.pool == ("average" if pool_first else "bilinear"):  # as the class itself pools
-            own: Tensor = model.get_video_features(pictures[None]).pooler_output[0]
-            return own.flatten(0, -2)  # transformers 5.10 has an axis of frames
+            rows_of_class: Tensor = model.get_video_features(pictures[None]).pooler_output[0]
+            return rows_of_class.flatten(0, -2)  # transformers 5.10 has an axis of frames
         states = model.model.vision_tower(pictures, output_hidden_states=True).hidden_states
         hidden: Tensor = states[config.vision_feature_layer]
         hidden = hidden[:, 1:] if config.vision_feature_select_strategy == "default" else hidden
@@ -46,10 +46,10 @@ def hf_logits(call: TransformersCall) -> NDArray[Any]:
 def original_logits(call: TransformersCall) -> NDArray[Any]:
     """Logits [keep, V] of the last tokens, by SiglipVisionModel and Qwen2ForCausalLM with LLaVA's steps between."""
     tower, projector, model = _original_parts(call)
-    told = llava.preprocessing(call.checkpoint)
+    rule = llava.preprocessing(call.checkpoint)
 
     def rows(tiles: Tiles) -> Tensor:
-        hidden = tower(pixels(tiles, told.image_size, told.patch_size), output_hidden_states=True).hidden_states[-1]
+        hidden = tower(pixels(tiles, rule.image_size, rule.patch_size), output_hidden_states=True).hidden_states[-1]
         return _pooled(projector(hidden), tiles).flatten(0, 1)
 
     with torch.inference_mode():
@@ -59,11 +59,11 @@ def original_logits(call: TransformersCall) -> NDArray[Any]:
 def _original_parts(call: TransformersCall) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Vision tower, projector and LLM."""
     checkpoint = call.checkpoint
-    told = llava.preprocessing(checkpoint)
+    rule = llava.preprocessing(checkpoint)
     plan = original_tower(checkpoint)
     assert isinstance(plan.module, LlavaTower)
     vit = plan.module.config.vit
-    tower = siglip(call, llava.VISION_PREFIX, vit, told.image_size, told.patch_size)
+    tower = siglip(call, llava.VISION_PREFIX, vit, rule.image_size, rule.patch_size)
     projector = two_layers(checkpoint, "model.mm_projector.")
     return tower, projector, qwen2(call, text_config(checkpoint))
 

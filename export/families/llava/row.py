@@ -85,8 +85,8 @@ def vision_tower(checkpoint: Checkpoint) -> VisionTower:
 
 
 def _described(checkpoint: Checkpoint, name: str) -> VisionTower:
-    told = checkpoint.read_config(checkpoint.folder / name)
-    vision = completed(told.get("vision_config") or told)
+    content = checkpoint.read_config(checkpoint.folder / name)
+    vision = completed(content.get("vision_config") or content)
     expect(checkpoint, vision, {"hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)})
     return VisionTower(
         num_layers=int(required(vision, "num_hidden_layers", checkpoint)),

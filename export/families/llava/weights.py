@@ -23,10 +23,10 @@ PROJECTOR = "model.mm_projector."
 
 def original_tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower of a checkpoint in its authors' format: all layers but the last, no norm after them."""
-    told = llava.vision_tower(checkpoint)
+    facts = llava.vision_tower(checkpoint)
     prefix = llava.VISION_PREFIX
-    unused = vit_unused(checkpoint, prefix, told.num_layers, told.num_layers - 1)
-    vit = vit_config(checkpoint, prefix, told.num_layers - 1, told.num_heads, norm_eps=told.norm_eps)
+    unused = vit_unused(checkpoint, prefix, facts.num_layers, facts.num_layers - 1)
+    vit = vit_config(checkpoint, prefix, facts.num_layers - 1, facts.num_heads, norm_eps=facts.norm_eps)
     plan = _plan(checkpoint, prefix, vit, (f"{PROJECTOR}0", f"{PROJECTOR}2"), f"model.{NEWLINE}")
     return replace(plan, unused=unused)
 

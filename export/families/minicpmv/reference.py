@@ -71,11 +71,11 @@ def vision_tower(call: TransformersCall) -> nn.Module:
     from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
     vit = encoder_config(call.checkpoint)
-    told = call.checkpoint.config["vision_config"]
+    sizes = call.checkpoint.config["vision_config"]
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     config = Idefics2VisionConfig(
         hidden_size=vit.width, intermediate_size=vit.mlp_width, num_hidden_layers=vit.depth,
-        num_attention_heads=vit.num_heads, image_size=told["image_size"], patch_size=told["patch_size"],
+        num_attention_heads=vit.num_heads, image_size=sizes["image_size"], patch_size=sizes["patch_size"],
         layer_norm_eps=vit.norm_eps, hidden_act=names[vit.activation],
     )  # fmt: skip
     tower: nn.Module = call.module(Idefics2VisionTransformer, config=config, prefix=VISION)

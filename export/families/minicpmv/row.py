@@ -57,31 +57,31 @@ def preprocessing(checkpoint: Checkpoint) -> MiniCpmVPreprocessing:
         CheckpointError: a fact is absent, the two files contradict each other, or slice_mode is off.
     """
     check_version(checkpoint)
-    if not _told(checkpoint, "slice_mode", "slice_mode"):
+    if not _stated(checkpoint, "slice_mode", "slice_mode"):
         raise CheckpointError(f"{checkpoint.folder} has slice_mode false: pictures that are not scaled are unsupported")
     processor = checkpoint.read_optional_json(PROCESSOR)
     tags = {field: str(processor[key]) for field, key in TAGS.items() if key in processor}
     numbers = {field: tuple(map(float, processor[key])) for field, key in NORMALISATION.items() if key in processor}
     result = MiniCpmVPreprocessing(
-        patch_size=int(_told(checkpoint, "patch_size", "vision_config.patch_size", "slice_config.patch_size")),
-        query_num=int(_told(checkpoint, "image_feature_size", "query_num")),
-        scale_resolution=int(_told(checkpoint, "scale_resolution", "slice_config.scale_resolution")),
-        image_slices=int(_told(checkpoint, "max_slice_nums", "slice_config.max_slice_nums")),
-        use_image_id=bool(_told(checkpoint, "use_image_id", "use_image_id")),
+        patch_size=int(_stated(checkpoint, "patch_size", "vision_config.patch_size", "slice_config.patch_size")),
+        query_num=int(_stated(checkpoint, "image_feature_size", "query_num")),
+        scale_resolution=int(_stated(checkpoint, "scale_resolution", "slice_config.scale_resolution")),
+        image_slices=int(_stated(checkpoint, "max_slice_nums", "slice_config.max_slice_nums")),
+        use_image_id=bool(_stated(checkpoint, "use_image_id", "use_image_id")),
     )
     result = replace(result, **tags, **numbers)  # type: ignore[arg-type]
     check_tokens(checkpoint, [*(getattr(result, field) for field in TAGS), *TERMINATORS])
     return result
 
 
-def _told(checkpoint: Checkpoint, processor_key: str, *config_keys: str) -> Any:
+def _stated(checkpoint: Checkpoint, processor_key: str, *config_keys: str) -> Any:
     """What preprocessor_config.json and config.json say of one fact; a dot leads into a nested object."""
     places = [(PROCESSOR, checkpoint.read_optional_json(PROCESSOR), processor_key)]
     places += [("config.json", checkpoint.config, key) for key in config_keys]
-    told = {f"{file}: {key}": _nested(content, key) for file, content, key in places}
-    found = {place: value for place, value in told.items() if value is not None}
+    values = {f"{file}: {key}": _nested(content, key) for file, content, key in places}
+    found = {place: value for place, value in values.items() if value is not None}
     if not found:
-        raise CheckpointError(f"{checkpoint.folder} has none of {', '.join(told)}: the checkpoint is incomplete")
+        raise CheckpointError(f"{checkpoint.folder} has none of {', '.join(values)}: the checkpoint is incomplete")
     first = next(iter(found.values()))
     if isinstance(first, (list, dict)):
         raise CheckpointError(f"{checkpoint.folder}: {next(iter(found))} is {first!r:.60}, one number was expected")
@@ -106,7 +106,7 @@ ROW = Family(
     config=ConfigFormat(llm_key="", llm_type="qwen2", vision_type="siglip_vision_model"),
     tower="framefusion.export.families.minicpmv.weights:tower",
     preprocessing=preprocessing,
-    # every second of film is seen, or 64 of the seconds; max_frames is MAX_NUM_FRAMES of the released example
+    # every second of film is shown, or 64 of the seconds; max_frames is MAX_NUM_FRAMES of the released example
     sampling=lambda _: FrameSampling("minicpmv", fps=1.0, min_frames=1, max_frames=64, frame_factor=1),
     template=lambda checkpoint: read_template(checkpoint, replace(CHATML, part_separator="\n")),
     importance_rows=1,

@@ -104,9 +104,11 @@ def _depth(checkpoint: Checkpoint, vision: Mapping[str, Any]) -> int:
 def resampler_config(checkpoint: Checkpoint) -> ResamplerConfig:
     """Queries and width from the tensors, compared with config.json."""
     queries, width = checkpoint.shape(f"{RESAMPLER}query")
-    told = int(required(checkpoint.config, "query_num", checkpoint))
-    if told != queries:
-        raise CheckpointError(f"query_num is {told}, {RESAMPLER}query has {queries} rows: config.json is another one's")
+    declared = int(required(checkpoint.config, "query_num", checkpoint))
+    if declared != queries:
+        raise CheckpointError(
+            f"query_num is {declared}, {RESAMPLER}query has {queries} rows: config.json is another one's"
+        )
     if width % HEAD_WIDTH:
         raise CheckpointError(f"{RESAMPLER}query is {width} wide, which is no multiple of {HEAD_WIDTH}, one head")
     return ResamplerConfig(queries, width, width // HEAD_WIDTH)

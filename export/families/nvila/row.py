@@ -65,23 +65,23 @@ def vision_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     for key, values in EXPECTED.items():
         if checkpoint.config.get(key) not in values:
             raise _unexpected(checkpoint, key, " or ".join(map(repr, values)))
-    told = checkpoint.part_config("vision_tower") or required(checkpoint.config, "vision_config", checkpoint)
-    if not isinstance(told, dict):
+    vision = checkpoint.part_config("vision_tower") or required(checkpoint.config, "vision_config", checkpoint)
+    if not isinstance(vision, dict):
         raise _unexpected(checkpoint, "vision_config", "an object")
-    told = completed(told)
+    vision = completed(vision)
     resolution = checkpoint.config.get("vision_resolution") or -1
-    if resolution not in (-1, told.get("image_size")):
-        raise _unexpected(checkpoint, "vision_resolution", f"-1 or the tower's image_size {told.get('image_size')}")
-    return told
+    if resolution not in (-1, vision.get("image_size")):
+        raise _unexpected(checkpoint, "vision_resolution", f"-1 or the tower's image_size {vision.get('image_size')}")
+    return vision
 
 
 def merge_size(checkpoint: Checkpoint) -> int:
     """Side of the blocks of patches that the projector joins."""
     key = "mm_projector_type"
-    told = checkpoint.part_config("mm_projector").get(key) or required(checkpoint.config, key, checkpoint)
-    if told not in PROJECTORS:
-        raise CheckpointError(f"{checkpoint.folder} has {key} {told!r}, supported are {', '.join(PROJECTORS)}")
-    return PROJECTORS[told]
+    projector = checkpoint.part_config("mm_projector").get(key) or required(checkpoint.config, key, checkpoint)
+    if projector not in PROJECTORS:
+        raise CheckpointError(f"{checkpoint.folder} has {key} {projector!r}, supported are {', '.join(PROJECTORS)}")
+    return PROJECTORS[projector]
 
 
 def scales(checkpoint: Checkpoint, image_size: int) -> tuple[int, ...]:
@@ -91,8 +91,8 @@ def scales(checkpoint: Checkpoint, image_size: int) -> tuple[int, ...]:
     """
     if not checkpoint.config.get("dynamic_s2"):
         return (1,)
-    told = required(checkpoint.config, "s2_scales", checkpoint)
-    sizes = sorted(int(size) for size in (told.split(",") if isinstance(told, str) else told))
+    listed = required(checkpoint.config, "s2_scales", checkpoint)
+    sizes = sorted(int(size) for size in (listed.split(",") if isinstance(listed, str) else listed))
     if sizes[0] != image_size or any(size % image_size for size in sizes):
         raise _unexpected(checkpoint, "s2_scales", f"whole multiples of {image_size}, and that number itself")
     return tuple(size // image_size for size in sizes)
@@ -106,22 +106,24 @@ def encoder(checkpoint: Checkpoint, kind: str) -> Encoder:
     """
     key = f"{kind}_encoder"
     basic = f"Basic{kind.capitalize()}Encoder"  # the basic one is VILA's default
-    told = _object(checkpoint, key, checkpoint.config.get(key) or basic)
-    name = str(told.get("_target_")).rpartition(".")[2]
+    description = _object(checkpoint, key, checkpoint.config.get(key) or basic)
+    name = str(description.get("_target_")).rpartition(".")[2]
     known = (basic, "TSPVideoEncoder") if kind == "video" else (basic,)
     if name not in known:
         raise _unexpected(checkpoint, key, " or ".join(known))
     for other in ("start_tokens", "sep_tokens"):
-        if told.get(other) is not None:
+        if description.get(other) is not None:
             raise CheckpointError(f"{checkpoint.folder}/config.json has {key} with {other}, which is not supported")
-    sizes = told.get("pool_sizes", [[1, 1, 1]]) if name == basic else required(told, "pool_sizes", checkpoint)
+    sizes = (
+        description.get("pool_sizes", [[1, 1, 1]]) if name == basic else required(description, "pool_sizes", checkpoint)
+    )
     whole = isinstance(sizes, list) and len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) and len(sizes[0]) == 3
     if not whole or any(type(size) is not int or not 1 <= size <= MOST_POOLED for size in sizes[0]):
         raise CheckpointError(
             f"{checkpoint.folder}/config.json has {key} with pool_sizes {sizes!r:.60}, supported is one entry of 3 "
             f"numbers of 1 to {MOST_POOLED}"
         )
-    end = told.get("end_tokens", "\n") or ""
+    end = description.get("end_tokens", "\n") or ""
     if not isinstance(end, str):
         raise CheckpointError(
             f"{checkpoint.folder}/config.json has {key} with end_tokens {end!r:.60}, which is no text"
@@ -129,15 +131,15 @@ def encoder(checkpoint: Checkpoint, kind: str) -> Encoder:
     return Encoder(tuple(sizes[0]), end)
 
 
-def _object(checkpoint: Checkpoint, key: str, told: Any) -> Mapping[str, Any]:
-    if isinstance(told, str):
+def _object(checkpoint: Checkpoint, key: str, value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
         try:
-            told = json.loads(told) if told.lstrip().startswith("{") else {"_target_": told}
+            value = json.loads(value) if value.lstrip().startswith("{") else {"_target_": value}
         except ValueError as error:
-            raise CheckpointError(f"{checkpoint.folder}/config.json has {key} {told!r}, no JSON ({error})") from None
-    if not isinstance(told, dict):
+            raise CheckpointError(f"{checkpoint.folder}/config.json has {key} {value!r}, no JSON ({error})") from None
+    if not isinstance(value, dict):
         raise _unexpected(checkpoint, key, "an object, JSON text or the name of a class")
-    return told
+    return value
 
 
 def preprocessing(checkpoint: Checkpoint) -> NvilaPreprocessing:
@@ -146,8 +148,8 @@ def preprocessing(checkpoint: Checkpoint) -> NvilaPreprocessing:
     video = encoder(checkpoint, "video")
     image = encoder(checkpoint, "image")
     size, patch = (square(vision, key, checkpoint) for key in ("image_size", "patch_size"))
-    told = processor(checkpoint, "image")
-    for side in (told.get("size") or {}).values():
+    file = processor(checkpoint, "image")
+    for side in (file.get("size") or {}).values():
         if side != size:
             raise CheckpointError(
                 f"{checkpoint.folder}: preprocessor_config.json makes pictures of {side} pixels, the tower takes {size}"
@@ -170,7 +172,7 @@ def preprocessing(checkpoint: Checkpoint) -> NvilaPreprocessing:
         video_end=video.end,
         image_end=image.end,
         # "resize" leaves the resizing to Pillow's default, the others to the image processor
-        **(levels(checkpoint, default, told) | ({"resample": BICUBIC} if aspect == "resize" else {})),
+        **(levels(checkpoint, default, file) | ({"resample": BICUBIC} if aspect == "resize" else {})),
     )
 
 
@@ -178,8 +180,8 @@ def _check_scales(checkpoint: Checkpoint, video: Encoder) -> None:
     """Refuse what the tower for images of several scales does not do."""
     if not checkpoint.config.get("dynamic_s2"):
         raise _unexpected(checkpoint, "dynamic_s2", "true, as image_aspect_ratio is dynamic_s2")
-    told = len(required(checkpoint.config, "s2_scales", checkpoint).split(","))
-    if checkpoint.config.get("s2_resize_output_to_scale_idx") not in (-1, told - 1):
+    count = len(required(checkpoint.config, "s2_scales", checkpoint).split(","))
+    if checkpoint.config.get("s2_resize_output_to_scale_idx") not in (-1, count - 1):
         raise _unexpected(checkpoint, "s2_resize_output_to_scale_idx", "-1: the finest scale")
     if video.pool_sizes != (1, 1, 1):
         raise _unexpected(
@@ -196,8 +198,8 @@ def sampling(checkpoint: Checkpoint) -> FrameSampling:
     factor = encoder(checkpoint, "video").pool_sizes[0]
     if frames % factor:
         raise _unexpected(checkpoint, "num_video_frames", f"a multiple of {factor}, as the video_encoder pools")
-    told = FrameSampling("nvila", min_frames=factor, max_frames=frames, frame_factor=factor, force=True)
-    return told if fps <= 0 else replace(told, fps=float(fps), force=False)
+    sampled = FrameSampling("nvila", min_frames=factor, max_frames=frames, frame_factor=factor, force=True)
+    return sampled if fps <= 0 else replace(sampled, fps=float(fps), force=False)
 
 
 def template(checkpoint: Checkpoint) -> PromptTemplate:

@@ -41,21 +41,21 @@ VISION_PREFIXES = ("vision_tower.vision_tower.vision_model.", "vision_tower.visi
 
 def tower(checkpoint: Checkpoint) -> TowerPlan:
     """The tower on the meta device, and the sources of its parameters."""
-    told = nvila.preprocessing(checkpoint)
+    rule = nvila.preprocessing(checkpoint)
     vit = encoder_config(checkpoint)
-    maps = MAPS[told.merge_size]
-    if vit.num_positions != told.side**2:
+    maps = MAPS[rule.merge_size]
+    if vit.num_positions != rule.side**2:
         raise CheckpointError(
-            f"the vision tower has {vit.num_positions} positions, pictures of {told.image_size} pixels have "
-            f"{told.side**2} patches: is vision_tower/config.json of another model?"
+            f"the vision tower has {vit.num_positions} positions, pictures of {rule.image_size} pixels have "
+            f"{rule.side**2} patches: is vision_tower/config.json of another model?"
         )
     declared = int(required(nvila.vision_config(checkpoint), "num_hidden_layers", checkpoint))
     unused = vit_unused(checkpoint, vision_prefix(checkpoint), declared, vit.depth)
-    _check_projector(checkpoint, told, vit)
+    _check_projector(checkpoint, rule, vit)
     widths = tuple(checkpoint.shape(f"{PROJECTOR}{number}.weight")[0] for number in maps)
-    frames, tall, wide = told.pool_sizes
-    config = NvilaTowerConfig(vit, told.side, told.merge_size, widths, pools=tall * wide > 1)
-    settings = tower_settings(told)
+    frames, tall, wide = rule.pool_sizes
+    config = NvilaTowerConfig(vit, rule.side, rule.merge_size, widths, pools=tall * wide > 1)
+    settings = tower_settings(rule)
     tower_class: type[NvilaTower] = NvilaTower
     if isinstance(settings, ScalesSettings):
         config = replace(config, scales=len(settings.scales), taps=settings.most**2)
@@ -64,14 +64,14 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
         module = tower_class(config)
     return TowerPlan(
         module,
-        vit_sources("vit.", vision_prefix(checkpoint), vit) | projector_sources(checkpoint, config, len(told.scales)),
+        vit_sources("vit.", vision_prefix(checkpoint), vit) | projector_sources(checkpoint, config, len(rule.scales)),
         settings,
         patch_width=vit.patch_width,
         head_dim=vit.head_dim,
         embed_dim=vit.width,
         mlp_width=max(vit.mlp_width, config.block**2 * vit.width),
         out_width=widths[-1],
-        patches_per_token=frames * told.side**2 * tall * wide / config.blocks**2,
+        patches_per_token=frames * rule.side**2 * tall * wide / config.blocks**2,
         unused=unused,
     )
 
@@ -135,11 +135,11 @@ def projector_sources(checkpoint: Checkpoint, config: NvilaTowerConfig, scales: 
     return sources | norm_sources("norm", f"{PROJECTOR}4")
 
 
-def _check_projector(checkpoint: Checkpoint, told: NvilaPreprocessing, vit: VitConfig) -> None:
+def _check_projector(checkpoint: Checkpoint, rule: NvilaPreprocessing, vit: VitConfig) -> None:
     """Refuse a projector that takes other blocks than config.json says."""
     gain = f"{PROJECTOR}1.weight"
-    block = told.merge_size
-    scales = len(told.scales)
+    block = rule.merge_size
+    scales = len(rule.scales)
     width = scales * block**2 * vit.width
     if checkpoint.shape(gain) != (width,):
         raise CheckpointError(
@@ -168,29 +168,29 @@ def reference_logits(call: TransformersCall) -> NDArray[Any]:
     Of images at several scales only the tests have a reference.
     """
     checkpoint = call.checkpoint
-    told = nvila.preprocessing(checkpoint)
-    copies = len(told.scales)
-    vision = siglip(call, vision_prefix(checkpoint), encoder_config(checkpoint), told.image_size, told.patch_size)
-    projector = _projector(checkpoint, told.merge_size)
-    missing = told.blocks * told.merge_size - told.side
+    rule = nvila.preprocessing(checkpoint)
+    copies = len(rule.scales)
+    vision = siglip(call, vision_prefix(checkpoint), encoder_config(checkpoint), rule.image_size, rule.patch_size)
+    projector = _projector(checkpoint, rule.merge_size)
+    missing = rule.blocks * rule.merge_size - rule.side
 
     def rows(tiles: Tiles) -> Tensor:
-        frames = tiles.grid.height // told.side
-        alone = Grid(tiles.grid.frames * frames, told.side, told.side)
+        frames = tiles.grid.height // rule.side
+        alone = Grid(tiles.grid.frames * frames, rule.side, rule.side)
         pictures = pixels(
-            Tiles(tiles.values.reshape(alone.frames, told.side**2, -1), alone), told.image_size, told.patch_size
+            Tiles(tiles.values.reshape(alone.frames, rule.side**2, -1), alone), rule.image_size, rule.patch_size
         )
         hidden = vision(pictures, output_hidden_states=True).hidden_states[-1].repeat(1, 1, copies)
         padded = nn.functional.pad(
             hidden.transpose(1, 2).reshape(len(hidden), -1, *alone[1:]), (0, missing, 0, missing)
         )
-        blocks = nn.functional.unfold(padded, told.merge_size, stride=told.merge_size)  # channels first in a column
-        channels_last = blocks.reshape(*padded.shape[:2], told.merge_size**2, -1).permute(0, 3, 2, 1).flatten(2)
+        blocks = nn.functional.unfold(padded, rule.merge_size, stride=rule.merge_size)  # channels first in a column
+        channels_last = blocks.reshape(*padded.shape[:2], rule.merge_size**2, -1).permute(0, 3, 2, 1).flatten(2)
         projected: Tensor = projector(channels_last)
         projected = projected.reshape(-1, frames, *projected.shape[1:]).mean(1)
         if tiles.pool:
-            grid = projected.transpose(1, 2).reshape(len(projected), -1, told.blocks, told.blocks)
-            projected = nn.functional.avg_pool2d(grid, told.pool_sizes[1:]).flatten(2).transpose(1, 2)
+            grid = projected.transpose(1, 2).reshape(len(projected), -1, rule.blocks, rule.blocks)
+            projected = nn.functional.avg_pool2d(grid, rule.pool_sizes[1:]).flatten(2).transpose(1, 2)
         return projected.flatten(0, 1)
 
     with torch.inference_mode():

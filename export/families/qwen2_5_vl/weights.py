@@ -74,10 +74,12 @@ def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:
 
 def layer_list(vision: Mapping[str, object], key: str, depth: int, checkpoint: Checkpoint) -> tuple[int, ...]:
     """Indices of the tower's layers that config.json lists under a key."""
-    told = required(vision, key, checkpoint)
-    if not isinstance(told, (list, tuple)) or not all(isinstance(layer, int) and 0 <= layer < depth for layer in told):
-        raise CheckpointError(f"{checkpoint.folder}/config.json: {key} {told} are not layers 0 .. {depth - 1}")
-    return tuple(told)
+    layers = required(vision, key, checkpoint)
+    if not isinstance(layers, (list, tuple)) or not all(
+        isinstance(layer, int) and 0 <= layer < depth for layer in layers
+    ):
+        raise CheckpointError(f"{checkpoint.folder}/config.json: {key} {layers} are not layers 0 .. {depth - 1}")
+    return tuple(layers)
 
 
 def tower_sources(prefix: str, config: WindowTowerConfig) -> dict[str, AnySource]:

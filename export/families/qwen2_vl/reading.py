@@ -11,7 +11,7 @@ from framefusion.export.checkpoints.text.chat import read_template
 from framefusion.export.families.family import CHATML
 from framefusion.export.families.reading.configs import with_pads
 from framefusion.export.families.reading.processors import levels, processor, require_processor, video_processor
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.text.prompt import PromptTemplate
 

@@ -9,7 +9,7 @@ from framefusion.export.families.family import Family, LlmKeys
 from framefusion.export.families.qwen2_vl import reading
 from framefusion.export.families.reading.formats import ConfigFormat, LlmClass
 from framefusion.export.families.reading.language import ATTENTION
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling
 
 if TYPE_CHECKING:

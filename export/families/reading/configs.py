@@ -79,8 +79,8 @@ def expect(checkpoint: Checkpoint, config: Mapping[str, Any], known: Mapping[str
 
 def with_pads(checkpoint: Checkpoint, template: PromptTemplate, keys: Mapping[str, str]) -> PromptTemplate:
     """The template with the ids that config.json says the pad tokens have; `keys` is token -> key."""
-    told = {key: token_id(checkpoint.config, key) for key in keys.values()}
-    return replace(template, pads={token: int(required(told, key, checkpoint)) for token, key in keys.items()})
+    ids = {key: token_id(checkpoint.config, key) for key in keys.values()}
+    return replace(template, pads={token: int(required(ids, key, checkpoint)) for token, key in keys.items()})
 
 
 def tokenizer_begin(checkpoint: Checkpoint) -> str:
@@ -100,8 +100,8 @@ def with_begin(checkpoint: Checkpoint, layout: PromptTemplate) -> PromptTemplate
     begin = tokenizer_begin(checkpoint)
     if begin and layout.begin.startswith(begin):
         return layout
-    told = checkpoint.read_optional_json("tokenizer.json")
-    splitter = told.get("pre_tokenizer") or {}
+    tokenizer = checkpoint.read_optional_json("tokenizer.json")
+    splitter = tokenizer.get("pre_tokenizer") or {}
     controls = added_tokens(checkpoint)
     schemes = [part.get("prepend_scheme") for part in (splitter, *splitter.get("pretokenizers", ()))]
     opening = layout.begin or layout.turns["system" if layout.default_system else "user"].prefix
@@ -171,9 +171,9 @@ def check_pads(checkpoint: Checkpoint, template: PromptTemplate) -> None:
     """
     check_tokens(checkpoint, list(template.pads))
     known = added_tokens(checkpoint)
-    for token, told in template.pads.items():
-        if known[token] != told:
+    for token, index in template.pads.items():
+        if known[token] != index:
             raise CheckpointError(
-                f"{checkpoint.folder}/config.json says that {token} is id {told}, in the tokenizer it is "
+                f"{checkpoint.folder}/config.json says that {token} is id {index}, in the tokenizer it is "
                 f"{known[token]}: correct config.json, or take the tokenizer that belongs to it"
             )

@@ -121,7 +121,7 @@ def biased_slots(checkpoint: Checkpoint, stored: Callable[[str], bool]) -> froze
 
     Args:
         checkpoint: of the LLM.
-        stored: whether the first layer has a bias for a slot; asked where no key and no class says it.
+        stored: whether the first layer has a bias for a slot; called where no key and no class says it.
     """
     config = text_config(checkpoint)
     found = llm_class(checkpoint)

@@ -39,15 +39,15 @@ def processor(checkpoint: Checkpoint, kind: str) -> Mapping[str, Any]:
         CheckpointError: a value has another type than the key wants.
     """
     if kind == "video":
-        own = video_processor(checkpoint)
-        if own:
-            return own
-    return _one(checkpoint, "image_processor", IMAGE)
+        video = video_processor(checkpoint)
+        if video:
+            return video
+    return _content(checkpoint, "image_processor", IMAGE)
 
 
 def video_processor(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What the files say of the video processor's own; they are one file since transformers 5."""
-    return _one(checkpoint, "video_processor", VIDEO)
+    return _content(checkpoint, "video_processor", VIDEO)
 
 
 def require_processor(checkpoint: Checkpoint, *keys: str) -> None:
@@ -56,21 +56,21 @@ def require_processor(checkpoint: Checkpoint, *keys: str) -> None:
     Raises:
         CheckpointError: there is none, or it does not tell one of `keys`.
     """
-    told = processor(checkpoint, "image")
-    if not told:
+    file = processor(checkpoint, "image")
+    if not file:
         raise CheckpointError(
             f"{checkpoint.folder} has no image processor, neither {IMAGE} nor image_processor in {BOTH}: copy the "
             "file of the model that it was trained from, since sizes and levels of the pixels are nowhere else"
         )
-    missing = [key for key in keys if told.get(key) is None]
+    missing = [key for key in keys if file.get(key) is None]
     if missing:
         place = BOTH if checkpoint.read_optional_json(BOTH).get("image_processor") else IMAGE
         raise CheckpointError(f"{checkpoint.folder}/{place} has no {missing[0]}: the checkpoint is incomplete")
 
 
-def normalisation(told: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+def normalisation(file: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     """image_mean and image_std, where a processor's file tells them."""
-    return {name: _triple(told[name]) for name in ("image_mean", "image_std") if told.get(name)}
+    return {name: _triple(file[name]) for name in ("image_mean", "image_std") if file.get(name)}
 
 
 def levels(
@@ -87,10 +87,10 @@ def levels(
     Raises:
         CheckpointError: they differ, or do not resize.
     """
-    found = [_levels(checkpoint, told, default) for told in processors]
+    found = [_levels(checkpoint, file, default) for file in processors]
     names = [name for name in found[0] if name != "resample" or resample]
     for name in names:
-        values = [one[name] for one in found]
+        values = [fields[name] for fields in found]
         if any(value != values[0] for value in values):
             raise CheckpointError(
                 f"{checkpoint.folder}: the image and the video processor have different {name}, "
@@ -99,13 +99,13 @@ def levels(
     return {name: found[0][name] for name in names}
 
 
-def _levels(checkpoint: Checkpoint, told: Mapping[str, Any], default: Preprocessing) -> dict[str, Any]:
-    resized, rescaled, normalised = (bool(told.get(key, True)) for key in ("do_resize", "do_rescale", "do_normalize"))
+def _levels(checkpoint: Checkpoint, file: Mapping[str, Any], default: Preprocessing) -> dict[str, Any]:
+    resized, rescaled, normalised = (bool(file.get(key, True)) for key in ("do_resize", "do_rescale", "do_normalize"))
     if not resized:  # null is what transformers takes for false
         raise CheckpointError(f"{checkpoint.folder}: a processor has do_resize false, supported is true only")
-    rescale = default.rescale if told.get("rescale_factor") is None else float(told["rescale_factor"])
-    mean, std = (told.get(name) or getattr(default, name) for name in ("image_mean", "image_std"))
-    resample = told.get("resample")
+    rescale = default.rescale if file.get("rescale_factor") is None else float(file["rescale_factor"])
+    mean, std = (file.get(name) or getattr(default, name) for name in ("image_mean", "image_std"))
+    resample = file.get("resample")
     return {
         "rescale": rescale if rescaled else 1.0,
         "image_mean": _triple(mean) if normalised else (0.0, 0.0, 0.0),
@@ -114,27 +114,27 @@ def _levels(checkpoint: Checkpoint, told: Mapping[str, Any], default: Preprocess
     }
 
 
-def _one(checkpoint: Checkpoint, key: str, file: str) -> Mapping[str, Any]:
+def _content(checkpoint: Checkpoint, key: str, name: str) -> Mapping[str, Any]:
     """The part of the common file, else the file of its own."""
     place = f"{BOTH}: {key}"
-    told = checkpoint.read_optional_json(BOTH).get(key)
-    if not told:
-        place = file
-        told = checkpoint.read_optional_json(file)
-    if not isinstance(told, Mapping):
-        raise _wrong(checkpoint, place, "its content", told, "an object")
-    _check(checkpoint, place, told)
-    sides = {key: told.get(key) for key in SIZES}  # a bare number is how CLIP's first files say it
+    content = checkpoint.read_optional_json(BOTH).get(key)
+    if not content:
+        place = name
+        content = checkpoint.read_optional_json(name)
+    if not isinstance(content, Mapping):
+        raise _wrong(checkpoint, place, "its content", content, "an object")
+    _check(checkpoint, place, content)
+    sides = {key: content.get(key) for key in SIZES}  # a bare number is how CLIP's first files say it
     plain = {
         "size": {"shortest_edge": sides["size"]},
         "crop_size": dict.fromkeys(("height", "width"), sides["crop_size"]),
     }
-    return dict(told) | {key: plain[key] for key, side in sides.items() if isinstance(side, int)}
+    return dict(content) | {key: plain[key] for key, side in sides.items() if isinstance(side, int)}
 
 
-def _check(checkpoint: Checkpoint, place: str, told: Mapping[str, Any]) -> None:
+def _check(checkpoint: Checkpoint, place: str, content: Mapping[str, Any]) -> None:
     """Refuse values of a wrong type; null is as good as absent."""
-    for key, value in told.items():
+    for key, value in content.items():
         if value is None:
             continue
         if key in COUNTS and not _whole(value):

@@ -46,8 +46,8 @@ def causal(call: TransformersCall, name: str, config: Mapping[str, Any], prefix:
     """A causal LM of transformers by its class's name, for the configuration of an LLM within another format."""
     import transformers
 
-    told = {**config, "architectures": [name]}
-    read = getattr(transformers, name).config_class.from_dict(told)
+    fields = {**config, "architectures": [name]}
+    read = getattr(transformers, name).config_class.from_dict(fields)
     model: nn.Module = call.model(name, config=read, prefix=prefix, **how)
     return model
 

@@ -46,7 +46,7 @@ class TransformersCall:
         final: [D] that enters the last norm behind the prompt's last token.
         num_layers: the first layers of the LLM alone; None: all.
         keep: tokens at the end whose logits are wanted.
-        doing: told what runs now.
+        doing: called with what runs now.
         types: of the tensors that count, as safetensors names them; none: of all.
         errors: largest difference of each of `states` and of `final`, relative to transformers' largest magnitude.
         row_errors: the same of the rows that enter the first layer: those of text, and those of visuals.
@@ -100,7 +100,7 @@ class TransformersCall:
             supplied: values of parameters that are not stored as the class has them, by name.
 
         Raises:
-            CheckFailedError: the class cannot read the checkpoint; its words are in the message.
+            CheckFailedError: the class cannot read the checkpoint; its message is in this one's.
         """
         import transformers
 
@@ -112,13 +112,13 @@ class TransformersCall:
         with self._refused(model_class.__name__, "read"), _quiet():
             if config is None:
                 config = model_class.config_class.from_pretrained(folder, local_files_only=True)
-            model, told = model_class.from_pretrained(
+            model, loading = model_class.from_pretrained(
                 folder, config=self._shortened(config), dtype=self._stored(), attn_implementation="sdpa",
                 local_files_only=True, output_loading_info=True, key_mapping=mapping or None,
             )  # fmt: skip
         if whole and self.num_layers is None:  # a part leaves the others', the first layers the last
-            self.left += sorted(told["unexpected_keys"])
-        self._stream(model.eval(), set(told["missing_keys"]), supplied)
+            self.left += sorted(loading["unexpected_keys"])
+        self._stream(model.eval(), set(loading["missing_keys"]), supplied)
         return model
 
     def run(self, logits: Callable[[TransformersCall], Array]) -> Array:

@@ -1,4 +1,4 @@
-"""Where the rows of a prompt lie in what was seen: boxes over frames and images, for drawing.
+"""Where the rows of a prompt lie in what is shown: boxes over frames and images, for drawing.
 
 Coordinates are shares of the picture as it was read, from its left and top edge, so they hold at any size. Each family
 says its own in `Preprocessing.panels`. Knows neither pixels nor tokens.

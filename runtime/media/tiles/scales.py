@@ -1,4 +1,4 @@
-"""One image seen at several scales, each in tiles: which patches meet in each place of the finest one.
+"""One image at several scales, each in tiles: which patches meet in each place of the finest one.
 
 Scales are brought to the size of the finest as torch's area interpolation does it: each place is the mean of the places
 it covers. Knows tiles and places of patches, no pixel and no prompt.

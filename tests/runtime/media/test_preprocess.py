@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from framefusion.errors import BundleError, VideoError
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of, patchify, smart_resize
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing, grid_of, patchify, smart_resize
 from framefusion.runtime.media.preprocess import BICUBIC, LARGE_PICTURE, Preprocessing, resize, resize_rounded_once
 from framefusion.runtime.media.visual_input import Grid
 from framefusion.storage.records import RecordError, from_json, to_json

@@ -10,7 +10,7 @@ import pytest
 
 from framefusion.errors import BundleError, PromptError
 from framefusion.export.families.family import CHATML
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing
 from framefusion.runtime.media.visual_input import Grid, Rows, Tiles, Token, VisualInput
 from framefusion.runtime.text.positions import grid_places, mrope_positions
 from framefusion.runtime.text.prompt import FIRST_EXTRA, ROW, PromptTemplate, Turn, Visual, check_length

@@ -19,8 +19,8 @@ from framefusion.export.engines.tensorrt.profiles import cache_capacities, segme
 from framefusion.runtime.families.minicpmv import MiniCpmVPreprocessing, layout_of
 from framefusion.runtime.families.nvila import NvilaPreprocessing, ScalesSettings
 from framefusion.runtime.families.qwen2_5_vl import WindowSettings, windows_of
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing, grid_of
 from framefusion.runtime.families.qwen3_vl import Qwen3VLPreprocessing
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of
 from framefusion.runtime.format.manifest import FixedRecord, Limits, SegmentRecord
 from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
 from framefusion.runtime.media.tower_kinds import PlainSettings, PooledSettings, RopeSettings, TowerSettings

@@ -10,7 +10,7 @@ import pytest
 
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.families.qwen2_vl.reading import film_pixels
-from framefusion.runtime.families.qwen_vl import QwenVLPreprocessing, grid_of
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing, grid_of
 
 
 @pytest.mark.parametrize(

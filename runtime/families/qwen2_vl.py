@@ -118,8 +118,8 @@ class QwenVLPreprocessing(Preprocessing):
         """Within the limits of frames and images, less what whole tokens round off, more where one side is a token."""
         lows = (self.min_pixels, self.image_min_pixels)
         highs = (self.max_pixels, self.image_max_pixels)
-        low = min(one for one in lows if one is not None)
-        high = max(one for one in highs if one is not None)
+        low = min(limit for limit in lows if limit is not None)
+        high = max(limit for limit in highs if limit is not None)
         factor = self.factor
         ratio = math.sqrt(MAX_ASPECT_RATIO)
         rounded_up = (math.sqrt(low) / ratio + factor) * (math.sqrt(low) * ratio + factor)
