@@ -107,11 +107,13 @@ class InternVLPreprocessing(Preprocessing):
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
         """Nothing merges within an image: each of its rows is a track of its own."""
         check_frames(pixels[None])
+        # 1. Pixels to tiles, and the small view where there are several.
         rows, columns = self.tiling(*pixels.shape[:2])
         size = self.tile_size
         tiles = cut_tiles(resize(pixels, rows * size, columns * size, self.resample), size)
         if self.thumbnail and len(tiles) > 1:
             tiles = np.concatenate((tiles, self._squeezed(pixels)[None]))
+        # 2. One run of rows: nothing stands between tiles in the prompt.
         label = self.image_label.replace(NUMBER, str(index + 1))
         return VisualInput((self._tiles(tiles),), (label + self.start, self._rows(len(tiles)), self.end))
 

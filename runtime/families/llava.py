@@ -234,14 +234,16 @@ class LlavaPreprocessing(Preprocessing):
         size = self.image_size
         side = self.side
         (height, width, _) = pixels.shape
+        # 1. Pixels to pictures of the tower's size: the small view, then the tiles of the large one.
         tiling = best_tiling(height, width, self.tilings)
         small = self.side**2
         tiles = cut_tiles(fitted(pixels, tiling, self.resample), size)
         pictures = np.concatenate((resize(pixels, size, size, self.resample)[None], tiles))
-
+        # 2. The tower's rows, tile by tile, to lines across all tiles, without those of the padding.
         places = small + tile_places(tiling[0] // size, tiling[1] // size, side)
         places = unpadded(places, height, width, self.unpad_digits)
         lines, columns = self._shrunk(places.shape)
+        # 3. Lines to pieces of the prompt, a learned row behind each.
         pieces: list[Piece] = [Rows(np.arange(small), pad=self.image_pad)]
         for line in small + np.arange(lines * columns).reshape(lines, columns):
             pieces += [Rows(line, pad=self.image_pad), Token(NEWLINE, TEXT)]

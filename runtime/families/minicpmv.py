@@ -88,11 +88,14 @@ class MiniCpmVPreprocessing(Preprocessing):
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
         """Overviews of all frames, then slices of all frames; the prompt shows them frame by frame."""
+        # 1. Frames to tiles: all frames have one size, so they are cut alike.
         pictures = self.pictures(video)
         count, height, width, _ = video.frames.shape
         layout = layout_of(height, width, self.max_slice_nums, self)
         tiles = cut(pictures, layout, self)
+        # 2. The tower's rows, overviews first, to the prompt's, frame by frame.
         rows = self._row_map(layout, count)
+        # 3. Pieces: a place of the frame is a track, tags and line feeds among them.
         if count == 1:
             return VisualInput(tiles, self._picture(layout), rows)
         frame = self._frame(layout)

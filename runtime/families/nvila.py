@@ -191,12 +191,14 @@ class NvilaPreprocessing(Preprocessing):
         """All scales one after the other; only the finest has the image's shape, and only its places are rows."""
         size = self.image_size
         (height, width, _) = pixels.shape
+        # 1. Pixels to tiles of every scale, coarsest first; they are one picture of the tower.
         (*coarse, finest) = self.scales
         rows, columns = nearest_tiling(height, width, size, finest**2, self.max_tiles)
         tilings = [(count, count) for count in coarse] + [(rows, columns)]
         tiles = [cut_tiles(resize(pixels, tall * size, wide * size, BICUBIC), size) for tall, wide in tilings]
         patches = cut_patches(np.concatenate(tiles), self)
         grid = Grid(1, rows * self.side, columns * self.side)
+        # 2. The tower's rows, tile by tile of the finest scale, to lines across all tiles.
         order = tile_places(rows, columns, self.blocks).reshape(-1, 1)
         pieces = tuple(self._ended(order.size, 0, self.image_end))
         return VisualInput((Tiles(patches.reshape(1, -1, patches.shape[-1]), grid, SCALES),), pieces, RowMap(order))
@@ -255,17 +257,17 @@ class BlockPooledSettings(TowerSettings):
             raise BundleError(f"pool_sizes {self.pool_sizes} are not two: give lines and columns")
 
     def call(self, tiles: Tiles, head_dim: int) -> TowerCall:
-        """pool [Q, blocks^2]."""
+        """pool [Q, blocks^2]: what each row takes of each block."""
         (tall, wide) = self.pool_sizes
         matrix = block_matrix(self.blocks, (tall, wide) if tiles.pool else (1, 1))
         return TowerCall({"pool": matrix}, len(matrix))
 
     def whole_picture(self) -> int:
-        """The setting."""
+        """`patches`, or 0."""
         return self.patches or 0
 
     def ranges(self, low: int, high: int) -> Mapping[str, Range]:
-        """Of rows: an image keeps all blocks."""
+        """rows: an image keeps all blocks."""
         return {"rows": (1, self.blocks**2, self.blocks**2)}
 
 
@@ -306,7 +308,7 @@ class ScalesSettings(TowerSettings):
         return TowerCall({"taps": taps.patches, "shares": taps.shares}, tall * wide * self.rows)
 
     def patch_step(self) -> int:
-        """A tile."""
+        """Patches of a tile."""
         return self.side**2
 
     def rowless_patches(self) -> int:
@@ -314,7 +316,7 @@ class ScalesSettings(TowerSettings):
         return self.side**2 * sum(count**2 for count in self.scales[:-1])
 
     def ranges(self, low: int, high: int) -> Mapping[str, Range]:
-        """Of the places of the finest scale, at every scale."""
+        """places: those of the finest scale, at every scale."""
         count = len(self.scales)
         return {"places": (count * self.side**2, count * high, count * high)}
 

@@ -72,7 +72,7 @@ class WindowSettings(RopeSettings):
         return TowerCall({**inputs, "units": np.maximum(units, 0), "slots": slots, "mask": mask}, rows)
 
     def ranges(self, low: int, high: int) -> Mapping[str, Range]:
-        """Of windows, too: the most where a picture is as long and thin as pictures may be."""
+        """merge_blocks, and windows: the most where a picture is as long and thin as pictures may be."""
         blocks = super().ranges(low, high)
         fewest, _, most = blocks["merge_blocks"]
         side = self.window

@@ -205,12 +205,19 @@ def patchify(
 ) -> Tiles:
     """Cut frames [N, H, W, 3] (an image is N = 1) into normalised patches [T, h * w, 3 * depth * patch ** 2].
 
-    They are resized to `size`, height and width in pixels; None takes that of a video's frames.
-
     Frames stand `temporal_patch_size` to a patch, the last one repeated until they do. Patches stand in merge blocks:
     block row, block column, row in block, column in block; within a patch: channel, frame, row, column.
+
+    Args:
+        frames: RGB of one size.
+        preprocessing: patch geometry, limits and levels.
+        size: height and width in pixels that they are resized to; None takes that of a video's frames.
+
+    Raises:
+        VideoError: they are no RGB frames, or too long and thin.
     """
     check_frames(frames)
+    # 1. The grid, from sizes alone: room for all patches is taken once.
     num_frames, height, width, _ = frames.shape
     grid = _grid(num_frames, size or preprocessing.frame_size(num_frames, height, width), preprocessing)
     depth = preprocessing.temporal_patch_size
@@ -218,6 +225,7 @@ def patchify(
     merge = preprocessing.merge_size
     blocks = (grid.height // merge, grid.width // merge)
     values = np.empty((grid.frames, *blocks, merge, merge, 3, depth, patch, patch), np.float32)
+    # 2. Frame by frame, so that one resized frame is held at a time: pixels to levels, levels to their places.
     levels = normalised_levels(preprocessing)
     for i, frame in enumerate(frames):
         resized = preprocessing.resized(frame, grid.height * patch, grid.width * patch)
@@ -225,6 +233,7 @@ def patchify(
             plane = levels[channel].take(resized[:, :, channel])  # [h * patch, w * patch]
             plane = plane.reshape(blocks[0], merge, patch, blocks[1], merge, patch)
             values[i // depth, ..., channel, i % depth, :, :] = plane.transpose(0, 3, 1, 4, 2, 5)
+    # 3. The last frame again, where a patch lacks frames.
     last = (num_frames - 1) % depth
     values[-1, ..., last + 1 :, :, :] = values[-1, ..., last : last + 1, :, :]
     return Tiles(values.reshape(grid.frames, grid.height * grid.width, -1), grid)

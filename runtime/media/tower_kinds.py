@@ -110,11 +110,11 @@ class PlainSettings(TowerSettings):
     patches: int | None = None
 
     def call(self, tiles: Tiles, head_dim: int) -> TowerCall:
-        """No further input."""
+        """No input beside the patches."""
         return TowerCall({}, tiles.values.shape[1] if self.rows is None else self.rows)
 
     def whole_picture(self) -> int:
-        """The setting."""
+        """`patches`, or 0."""
         return self.patches or 0
 
 
@@ -140,15 +140,15 @@ class RopeSettings(TowerSettings):
         return TowerCall({"cos": cos, "sin": sin}, grid.height * grid.width // self.merge_size**2)
 
     def block_side(self) -> int:
-        """The merge blocks."""
+        """Patches along one side of a merge block."""
         return self.merge_size
 
     def patch_step(self) -> int:
-        """A merge block."""
+        """Patches of a merge block."""
         return self.merge_size**2
 
     def ranges(self, low: int, high: int) -> Mapping[str, Range]:
-        """Of merge blocks."""
+        """merge_blocks: those of the smallest and of the largest picture."""
         fewest = low // self.merge_size**2
         most = high // self.merge_size**2
         return {"merge_blocks": (fewest, most, most)}
@@ -171,5 +171,5 @@ class PooledSettings(TowerSettings):
         return TowerCall({"pool": matrix}, len(matrix))
 
     def ranges(self, low: int, high: int) -> Mapping[str, Range]:
-        """Of rows: a pool keeps all patches at most."""
+        """rows: a pool keeps all patches at most, and one at least."""
         return {"rows": (1, high, high)}

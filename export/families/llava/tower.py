@@ -32,7 +32,7 @@ class LlavaTowerConfig:
 
     @property
     def num_patches(self) -> int:
-        """Of a picture."""
+        """Patches of a picture, the class token not counted."""
         return self.vit.num_positions - self.vit.class_token
 
 

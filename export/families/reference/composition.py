@@ -38,7 +38,7 @@ def siglip(call: TransformersCall, prefix: str, vit: VitConfig, image_size: int,
 
 
 def qwen2(call: TransformersCall, config: Mapping[str, Any], prefix: str = "") -> nn.Module:
-    """Qwen2ForCausalLM."""
+    """Qwen2ForCausalLM with the weights below `prefix`, in fp32."""
     return causal(call, "Qwen2ForCausalLM", {**config, "model_type": "qwen2"}, prefix)
 
 
