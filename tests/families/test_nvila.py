@@ -16,8 +16,9 @@ from framefusion.errors import BundleError, CheckpointError, VideoError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import load_parameters
 from framefusion.export.families.nvila import row as nvila
+from framefusion.export.families.nvila.reference import reference_logits
 from framefusion.export.families.nvila.tower import NvilaTowerConfig
-from framefusion.export.families.nvila.weights import MAPS, encoder_config, projector_sources, reference_logits, tower
+from framefusion.export.families.nvila.weights import MAPS, encoder_config, projector_sources, tower
 from framefusion.export.families.reading import configs as reading
 from framefusion.export.families.reference.transformers_call import TransformersCall
 from framefusion.export.graphs.vit import VitConfig

@@ -268,6 +268,6 @@ ROW = Family(
     verified="transformers' SiglipVisionModel and Qwen2ForCausalLM, torch's layers between them, at tiny sizes",
     terminators=("<|im_end|>",),
     reference="SiglipVisionModel and Qwen2ForCausalLM",
-    reference_logits="framefusion.export.families.nvila.weights:reference_logits",
+    reference_logits="framefusion.export.families.nvila.reference:reference_logits",
     stand_in="projector and pooling (the authors' steps, written here)",
 )

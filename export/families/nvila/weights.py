@@ -1,24 +1,20 @@
-"""NVILA's vision tower: its geometry, where its weights are in a checkpoint, and what to check it against."""
+"""NVILA's vision tower: its geometry, and where its weights are in a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource, Computed
 from framefusion.export.families.nvila import row as nvila
-from framefusion.export.families.nvila.tower import NORM_EPS, NvilaScalesTower, NvilaTower, NvilaTowerConfig
-from framefusion.export.families.reading.configs import given, required, text_config
-from framefusion.export.families.reference.composition import fill, last_logits, pixels, qwen2, siglip
-from framefusion.export.families.reference.transformers_call import TransformersCall
+from framefusion.export.families.nvila.tower import NvilaScalesTower, NvilaTower, NvilaTowerConfig
+from framefusion.export.families.reading.configs import given, required
 from framefusion.export.families.towers import TowerPlan
 from framefusion.export.families.vit import (
     activation_of,
@@ -31,7 +27,6 @@ from framefusion.export.families.vit import (
 from framefusion.export.graphs.vit import VitConfig
 from framefusion.runtime.families.nvila import BlockPooledSettings, NvilaPreprocessing, ScalesSettings
 from framefusion.runtime.media.tower_kinds import PlainSettings, TowerSettings
-from framefusion.runtime.media.visual_input import Grid, Tiles
 
 PROJECTOR = "mm_projector.layers."
 MAPS: Mapping[int, tuple[int, ...]] = {2: (2, 4), 3: (2, 5, 7)}
@@ -160,50 +155,3 @@ def _folded(places: int, copies: int, weight: Tensor, gain: Tensor) -> Tensor:
 def _shifted(weight: Tensor, shift: Tensor, bias: Tensor) -> Tensor:
     """The bias of a map after a norm with this shift."""
     return bias.float() + weight.float() @ shift.float()
-
-
-def reference_logits(call: TransformersCall) -> NDArray[Any]:
-    """Logits [keep, V] of the last tokens, by SiglipVisionModel and Qwen2ForCausalLM with VILA's steps between them.
-
-    Of images at several scales only the tests have a reference.
-    """
-    checkpoint = call.checkpoint
-    rule = nvila.preprocessing(checkpoint)
-    copies = len(rule.scales)
-    vision = siglip(call, vision_prefix(checkpoint), encoder_config(checkpoint), rule.image_size, rule.patch_size)
-    projector = _projector(checkpoint, rule.merge_size)
-    missing = rule.blocks * rule.merge_size - rule.side
-
-    def rows(tiles: Tiles) -> Tensor:
-        frames = tiles.grid.height // rule.side
-        alone = Grid(tiles.grid.frames * frames, rule.side, rule.side)
-        pictures = pixels(
-            Tiles(tiles.values.reshape(alone.frames, rule.side**2, -1), alone), rule.image_size, rule.patch_size
-        )
-        hidden = vision(pictures, output_hidden_states=True).hidden_states[-1].repeat(1, 1, copies)
-        padded = nn.functional.pad(
-            hidden.transpose(1, 2).reshape(len(hidden), -1, *alone[1:]), (0, missing, 0, missing)
-        )
-        blocks = nn.functional.unfold(padded, rule.merge_size, stride=rule.merge_size)  # channels first in a column
-        channels_last = blocks.reshape(*padded.shape[:2], rule.merge_size**2, -1).permute(0, 3, 2, 1).flatten(2)
-        projected: Tensor = projector(channels_last)
-        projected = projected.reshape(-1, frames, *projected.shape[1:]).mean(1)
-        if tiles.pool:
-            grid = projected.transpose(1, 2).reshape(len(projected), -1, rule.blocks, rule.blocks)
-            projected = nn.functional.avg_pool2d(grid, rule.pool_sizes[1:]).flatten(2).transpose(1, 2)
-        return projected.flatten(0, 1)
-
-    with torch.inference_mode():
-        return last_logits(qwen2(call, text_config(checkpoint), "llm."), call, rows)
-
-
-def _projector(checkpoint: Checkpoint, block: int) -> nn.Module:
-    """The projector as VILA has it, its first layer left out, which joins blocks."""
-    shapes = [checkpoint.shape(f"{PROJECTOR}{number}.weight") for number in MAPS[block]]
-    layers: list[nn.Module] = [nn.Identity(), nn.LayerNorm(shapes[0][1], NORM_EPS)]
-    for index, (out, width) in enumerate(shapes):
-        layers += [nn.LayerNorm(width, NORM_EPS)] if index == 1 and len(shapes) == 3 else []
-        layers += [nn.Linear(width, out), nn.GELU()]
-    projector = nn.Sequential(*layers[:-1])
-    fill(projector, checkpoint, PROJECTOR)
-    return projector.eval()

@@ -51,5 +51,5 @@ ROW = Family(
     similarity_lower_bound=0.5,
     verified="transformers' Qwen2_5_VLForConditionalGeneration at tiny sizes",
     reference="Qwen2_5_VLForConditionalGeneration",
-    reference_logits="framefusion.export.families.qwen2_5_vl.weights:reference_logits",
+    reference_logits="framefusion.export.families.qwen2_5_vl.reference:reference_logits",
 )

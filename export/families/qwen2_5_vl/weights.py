@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -15,7 +14,6 @@ from framefusion.export.families.qwen2_vl.weights import (
     check_vision,
     find_prefix,
     plan_of,
-    transformers_logits,
 )
 from framefusion.export.families.reading.configs import required, vision_config
 from framefusion.export.families.towers import TowerPlan, head_width, run_of
@@ -28,8 +26,6 @@ LINEARS: Mapping[str, str] = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-
-reference_logits = partial(transformers_logits, "Qwen2_5_VLForConditionalGeneration")
 
 
 def tower(checkpoint: Checkpoint) -> TowerPlan:

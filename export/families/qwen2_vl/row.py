@@ -49,5 +49,5 @@ ROW = Family(
     similarity_lower_bound=0.5,
     verified="transformers' Qwen2VLForConditionalGeneration at tiny sizes; the reference code's recordings",
     reference="Qwen2VLForConditionalGeneration",
-    reference_logits="framefusion.export.families.qwen2_vl.weights:reference_logits",
+    reference_logits="framefusion.export.families.qwen2_vl.reference:reference_logits",
 )

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource, Source
 from framefusion.export.families.qwen2_vl.tower import Qwen2VLTower, TowerConfig
 from framefusion.export.families.reading.configs import required, vision_config
-from framefusion.export.families.reference.transformers_call import TransformersCall
 from framefusion.export.families.towers import TowerPlan, head_width, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources
 from framefusion.export.graphs.tower import Tower
@@ -57,30 +53,6 @@ def plan_of(
         patches_per_token=config.merge_size**2,
         deepstack=deepstack,
     )
-
-
-def transformers_logits(name: str, call: TransformersCall) -> NDArray[np.float32]:
-    """Logits [keep, V] of the last tokens after videos, by the class of transformers that has this name.
-
-    Positions are passed explicitly: transformers 5 places text after a video by another rule (see positions.py).
-    """
-    prompt = call.prompt
-    model = call.model(name)
-    tiles = [tiles for visual in call.visuals for tiles in visual.tiles]
-    with torch.inference_mode():
-        result = model(
-            input_ids=torch.from_numpy(prompt.token_ids)[None],
-            position_ids=torch.from_numpy(prompt.positions)[:, None],
-            pixel_values_videos=torch.cat([torch.from_numpy(t.values).flatten(0, 1) for t in tiles]),
-            video_grid_thw=torch.tensor([list(t.grid) for t in tiles]),
-            mm_token_type_ids=torch.where(torch.from_numpy(prompt.labels >= 0), 2, 0)[None].int(),
-            logits_to_keep=call.keep,
-        )
-    logits: NDArray[np.float32] = result.logits[0].numpy()
-    return logits
-
-
-reference_logits = partial(transformers_logits, "Qwen2VLForConditionalGeneration")
 
 
 def tower_config(checkpoint: Checkpoint) -> TowerConfig:

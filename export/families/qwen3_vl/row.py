@@ -59,5 +59,5 @@ ROW = Family(
     similarity_lower_bound=0.5,
     verified="transformers' Qwen3VLForConditionalGeneration at tiny sizes",
     reference="Qwen3VLForConditionalGeneration",
-    reference_logits="framefusion.export.families.qwen3_vl.weights:reference_logits",
+    reference_logits="framefusion.export.families.qwen3_vl.reference:reference_logits",
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -15,7 +14,6 @@ from framefusion.export.families.qwen2_vl.weights import (
     check_vision,
     find_prefix,
     plan_of,
-    transformers_logits,
 )
 from framefusion.export.families.qwen3_vl.tower import DeepstackTowerConfig, Qwen3VLTower
 from framefusion.export.families.reading.configs import required, vision_config
@@ -24,8 +22,6 @@ from framefusion.export.families.vit import linear_sources, norm_sources
 from framefusion.runtime.families.qwen3_vl import TableSettings
 
 LINEARS: Mapping[str, str] = {"proj": "attn.proj", "fc1": "mlp.linear_fc1", "fc2": "mlp.linear_fc2"}
-
-reference_logits = partial(transformers_logits, "Qwen3VLForConditionalGeneration")
 
 
 def tower(checkpoint: Checkpoint) -> TowerPlan:
