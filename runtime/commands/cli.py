@@ -5,6 +5,7 @@ Text goes to stdout as it comes, the summary to stderr.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from framefusion.runtime.commands.flags import (
     OUTPUT,
     PromptOptions,
     VisualCommand,
+    conversation_options,
     question_options,
     running_flags,
     running_options,
@@ -71,6 +73,36 @@ def view(bundle: Path, output: Path, compare: bool, **options: Any) -> None:
     question = PromptOptions.from_flags(**options)
     pipeline = open_pipeline(bundle, **running)
     show_page(pipeline, bundle.resolve().name, question, output, compare)
+
+
+@ff_run.command(cls=VisualCommand)
+@click.argument("bundle", type=FILE)
+@conversation_options
+@running_options
+def chat(bundle: Path, system: str | None, **flags: Any) -> None:
+    """Talk with BUNDLE about films and pictures: each is read and encoded once, and stays in the caches.
+
+    A line is a message, /help lists the commands. Works piped: answers go to stdout, all else to stderr.
+    """
+    from framefusion.runtime.commands import chat as conversation
+
+    running = running_flags(flags)
+    options = PromptOptions.from_flags(**flags, prompt="", system=system)
+    pipeline = open_pipeline(bundle, **running)
+    pipeline.limits = options.limits()
+    talk = conversation.Chat(
+        pipeline,
+        options.request(pipeline.manifest),
+        options.sampling(pipeline.manifest),
+        system,
+        options.visuals(),
+        interactive=sys.stdin.isatty(),
+    )
+    if pipeline.choice is not None:
+        console.log(pipeline.choice.text)
+    if talk.interactive:
+        console.log("/help lists the commands")
+    talk.run(conversation.typed_lines() if talk.interactive else conversation.piped_lines())
 
 
 def open_pipeline(

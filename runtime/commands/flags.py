@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from framefusion.runtime.media.frame_sampling import FrameSampling
     from framefusion.runtime.media.media_file import MediaLimits
     from framefusion.runtime.pipeline import Request
-    from framefusion.runtime.text.prompt import Turn
+    from framefusion.runtime.text.prompt import Turn, Visual
     from framefusion.runtime.text.sampling import GenerationConfig
 
 FILE = click.Path(path_type=Path)
@@ -66,10 +66,12 @@ PILLOW_PIXELS = 178_956_970
 _KINDS = "framefusion.kinds"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+PROMPT = click.option("--prompt", required=True, help="What is asked, after videos and images.")
+
 QUESTION_OPTIONS = (
     click.option("--video", "videos", multiple=True, type=FILE, help="Film to show; repeatable, shown in order."),
     click.option("--image", "images", multiple=True, type=FILE, help="Picture to show; repeatable, shown in order."),
-    click.option("--prompt", required=True, help="What is asked, after videos and images."),
+    PROMPT,
     click.option("--system", help="System prompt; default: the family's."),
     click.option("--max-new-tokens", type=COUNT, default=128, show_default=True, help="Of the answer."),
     click.option("--cost", type=float, help="Share of the computation over visual tokens that is kept, in (0, 1]."),
@@ -121,6 +123,13 @@ def question_options(command: Command) -> Command:
     return command
 
 
+def conversation_options(command: Command) -> Command:
+    """Add the flags of a question but --prompt to a `VisualCommand`: messages come later."""
+    for option in reversed([option for option in QUESTION_OPTIONS if option is not PROMPT]):
+        command = option(command)
+    return command
+
+
 def running_options(command: Command) -> Command:
     """Add the flags of how a bundle is run; `open_pipeline` of the command line reads them."""
     for option in reversed(RUNNING_OPTIONS):
@@ -162,6 +171,13 @@ class PromptOptions:
         turns = [] if system is None else [Turn("system", (system,))]
         turns.append(Turn("user", (*(Visual(kind) for kind, _ in visuals), prompt)))
         return cls(turns, [file for _, file in visuals], options)
+
+    def visuals(self) -> list[tuple[Visual, Path]]:
+        """Kind and file of what is shown, in order."""
+        from framefusion.runtime.text.prompt import Visual
+
+        kinds = [part for turn in self.turns for part in turn.parts if isinstance(part, Visual)]
+        return list(zip(kinds, self.files, strict=True))
 
     def request(self, manifest: Manifest) -> Request:
         """What the flags say of an answer; the rest is as the bundle says."""
