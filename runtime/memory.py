@@ -64,7 +64,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Bytes at the peak: while generating, or while the tower runs."""
         generating = self.process + self.weights + self.embedding + self.activations + self.rows + self.caches
         return max(generating, self.vision_peak)
 
@@ -132,24 +132,29 @@ def expected_lengths(manifest: Manifest, tokens: int, visual: int, cost: float |
 
 
 def _weight_bytes(manifest: Manifest) -> int:
+    """Bytes of all weights, each graph's by itself, in fp32."""
     return sum(manifest.graphs.values()) * FLOAT // FLOAT_BYTES[manifest.model.dtype]
 
 
 def _is_half(manifest: Manifest) -> bool:
+    """Whether rows and caches are in a type of two bytes."""
     return FLOAT_BYTES[manifest.model.dtype] < FLOAT
 
 
 def _activations(manifest: Manifest, numbers: int) -> int:
+    """Bytes of so many numbers in the arena."""
     return round(numbers * FLOAT * (WITH_CAST if _is_half(manifest) else 1))
 
 
 def _embedding_bytes(manifest: Manifest, touched: int) -> int:
+    """Bytes of the mapped table that `touched` tokens bring into memory."""
     record = manifest.embedding
     row = record.width * (FLOAT if record.dtype == "float32" else 2)
     return min(record.rows * row, touched * max(row, PAGE))
 
 
 def _tower_bytes(manifest: Manifest, visual: int) -> int:
+    """Bytes of the tower's activations for `visual` tokens."""
     vision = manifest.vision
     at_once = max(PATCHES_AT_ONCE, vision.settings.whole_picture())  # never less than one picture
     patches = min(round(visual * vision.patches_per_token), at_once)
@@ -163,6 +168,7 @@ def _video_bytes(manifest: Manifest, visual: int) -> int:
 
 
 def _segment_bytes(manifest: Manifest, record: SegmentRecord, length: int) -> int:
+    """Bytes of a segment's activations for `length` tokens."""
     model = manifest.model
     fixed = manifest.fixed
     attention = 6 * model.hidden_size
@@ -172,8 +178,9 @@ def _segment_bytes(manifest: Manifest, record: SegmentRecord, length: int) -> in
         return _activations(manifest, max(fixed.lengths) * widest) + scores * max(fixed.lengths) ** 2
     size = bucket_for(record, length)
     longest = max(end - start for start, end in chunks_of(record, size, CHUNK))
-    mlp, attends = (_activations(manifest, longest * width) for width in (widest, attention))
-    return max(mlp, attends + scores * longest * size)
+    through_mlp = _activations(manifest, longest * widest)
+    through_attention = _activations(manifest, longest * attention) + scores * longest * size
+    return max(through_mlp, through_attention)
 
 
 def cache_bytes(manifest: Manifest, index: int, length: int, max_new_tokens: int) -> int:

@@ -126,7 +126,7 @@ class Generation:
 
 
 class Stopwatch:
-    """Seconds by stage."""
+    """Seconds of a request by stage: video, preprocess, vision, embed, reduction, prefill, decode."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -121,7 +121,8 @@ def open_pipeline(
     from framefusion.runtime.trust.origin import Trust
 
     bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
-    name, place = (None if flag == "auto" else flag for flag in (backend, device))
+    name = None if backend == "auto" else backend
+    place = None if device == "auto" else device
     return Pipeline(bundle, threads=threads, choice=choose(bundle, name, place))
 
 
@@ -135,6 +136,7 @@ def reducers() -> None:
 
 
 def _render_reducers(report: dict[str, Any]) -> str:
+    """The table of `ff-run reducers`."""
     names = ("reducer", "reads", "counts", "tokens", "choice", "from", "paper")
     rows = [
         (
@@ -163,6 +165,7 @@ def show_page(pipeline: Pipeline, name: str, question: PromptOptions, output: Pa
 
 
 def _print_piece(text: str) -> None:
+    """Text as it comes, on stdout."""
     console.write(text, newline=False)
 
 

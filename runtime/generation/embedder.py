@@ -32,7 +32,15 @@ _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16} 
 
 
 class Embedding:
-    """Token ids to rows."""
+    """The embedding table of a bundle: raw rows in a mapped file, of which memory holds the pages that are read.
+
+    Args:
+        folder: the bundle.
+        record: of the table.
+
+    Raises:
+        BundleError: the file is missing or has another size.
+    """
 
     def __init__(self, folder: Path, record: EmbeddingRecord) -> None:
         self._bfloat16 = record.dtype == "bfloat16"
@@ -124,8 +132,10 @@ class Embedder:
                     device.put(deepstack[k], targets, rows[1 + k])
         text = np.delete(np.arange(ids.size), places)
         device.put(hidden, text, device.upload(HOST.typed(self._table(ids[text]), device.row_type)))
-        cos, sin = (device.upload(HOST.typed(table, device.row_type)) for table in self.rope(prompt.positions))
-        return TokenRows(hidden, cos, sin, np.arange(ids.size), deepstack, device)
+        cos, sin = self.rope(prompt.positions)
+        cos_rows = device.upload(HOST.typed(cos, device.row_type))
+        sin_rows = device.upload(HOST.typed(sin, device.row_type))
+        return TokenRows(hidden, cos_rows, sin_rows, np.arange(ids.size), deepstack, device)
 
     def rope(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """cos and sin [S, hd/2] of positions [3, S]."""

@@ -194,5 +194,9 @@ def _reduce(
     """A call behind a segment: the rows that enter the next one; scores may be of padding, too."""
     if reduction is None or reduction.finished:
         return rows
-    similarity, importance = (None if vector is None else vector[: rows.length] for vector in scores)
-    return rows.reduced(reduction.step(similarity, importance))
+    similarity, importance = scores
+    length = rows.length
+    plan = reduction.step(
+        None if similarity is None else similarity[:length], None if importance is None else importance[:length]
+    )
+    return rows.reduced(plan)

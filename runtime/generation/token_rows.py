@@ -30,11 +30,11 @@ class TokenRows:
 
     @property
     def length(self) -> int:
-        """S."""
+        """S, the tokens; buffers may have more rows."""
         return int(self.origin.size)
 
     def on(self, device: Device) -> TokenRows:
-        """The rows on a device; themselves where they are on it."""
+        """The rows on a device, in its type of rows; themselves where they are on it."""
         if device is self.device:
             return self
         if self.device is not HOST:
@@ -49,15 +49,17 @@ class TokenRows:
         device = self.device
         kept = plan.kept
         features = None if self.deepstack is None else device.reduced(self.deepstack, plan)
-        cos, sin = (device.take(table, kept) for table in (self.cos, self.sin))
-        return TokenRows(device.reduced(self.hidden, plan), cos, sin, self.origin[kept], features, device)
+        hidden = device.reduced(self.hidden, plan)
+        cos = device.take(self.cos, kept)
+        sin = device.take(self.sin, kept)
+        return TokenRows(hidden, cos, sin, self.origin[kept], features, device)
 
     def typed(self, float_type: type[np.generic]) -> TokenRows:
         """The rows in another type; themselves where they have it."""
         return self._each(lambda table: self.device.typed(table, float_type))
 
     def part(self, start: int, end: int) -> TokenRows:
-        """Some of the rows."""
+        """The rows of tokens `start` .. `end` - 1, contiguous as graphs are bound to them."""
         tokens = slice(start, end)
         part = self._each(lambda table: self.device.contiguous(table[..., tokens, :]))
         return replace(part, origin=self.origin[tokens])
@@ -72,18 +74,20 @@ class TokenRows:
         return replace(self, hidden=hidden, deepstack=features)
 
     def inputs(self, deepstack: int) -> dict[str, Buffer]:
-        """As a segment takes them that adds the first `deepstack` of the features."""
+        """As a segment takes them: [1, S, D], [1, S, hd/2], and the first features that it adds, [deepstack, S, D]."""
         inputs = {"hidden": self.hidden[None], "cos": self.cos[None], "sin": self.sin[None]}
         if deepstack:
             inputs["deepstack"] = self._features(deepstack)
         return inputs
 
     def _features(self, count: int) -> Buffer:
+        """Visual features for the next `count` layers, [count, S, D]."""
         if self.deepstack is not None and self.deepstack.shape[0] >= count:
             return self.deepstack[:count]
         shape = (count, *self.hidden.shape)  # generated tokens and prompts of text alone have nothing to add
         return self.device.zeros(shape, self.hidden.dtype)
 
     def _each(self, change: Callable[[Buffer], Buffer]) -> TokenRows:
+        """All tables changed in the same way."""
         features = None if self.deepstack is None else change(self.deepstack)
         return replace(self, hidden=change(self.hidden), cos=change(self.cos), sin=change(self.sin), deepstack=features)

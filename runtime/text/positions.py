@@ -99,11 +99,13 @@ def sincos_table(height: int, width: int, dim: int, theta: float = 10000.0) -> N
     for count in (width, height):
         angles = np.arange(count, dtype=np.float32)[:, None] * frequencies
         axes.append(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1))  # [count, dim / 2]
-    columns, rows = (np.broadcast_to(table, (height, width, dim // 2)) for table in (axes[0][None], axes[1][:, None]))
+    columns = np.broadcast_to(axes[0][None], (height, width, dim // 2))
+    rows = np.broadcast_to(axes[1][:, None], (height, width, dim // 2))
     return np.concatenate([columns, rows], axis=-1).reshape(height * width, dim)
 
 
 def _inverse_frequencies(dim: int, theta: float) -> NDArray[np.float32]:
+    """Angles a position turns each pair of channels by, [dim / 2]."""
     # Rounded to fp32 between power and division, as torch does: one ulp here is a visible angle at position 30000.
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return np.float32(1) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)

@@ -137,7 +137,7 @@ class _Writer:
         self._joint = self._pending_label = tracks.TEXT  # of the token behind a visual; of the first pending token
 
     def template(self, text: str) -> None:
-        """Text of the layout."""
+        """Write text of the layout, in which control tokens count."""
         if text:
             self._joint = tracks.TEXT
         self._pending += self._tokenizer.split_template(text)
@@ -149,7 +149,7 @@ class _Writer:
         self.template(text)
 
     def said(self, text: str) -> None:
-        """Text of a user."""
+        """Write text of a user, in which they do not."""
         self._pending.append(text)
 
     def begin_turn(self) -> None:
@@ -186,11 +186,13 @@ class _Writer:
         self._first_label = top
 
     def prompt(self) -> Prompt:
-        """All of it."""
+        """The prompt of all that was written."""
         self._flush()
         empty = np.zeros(0, np.int64)
         given = [places for _, places in sorted(self._rows, key=itemgetter(0))]
-        ids, labels, rows = (np.concatenate([empty, *parts]) for parts in (self._ids, self._labels, given))
+        ids = np.concatenate([empty, *self._ids])
+        labels = np.concatenate([empty, *self._labels])
+        rows = np.concatenate([empty, *given])
         return Prompt(ids, labels, *mrope_positions(self._spans), rows)
 
     def _read(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
@@ -202,6 +204,7 @@ class _Writer:
         return np.array([self._id_of(piece.text)]), np.array([piece.label]), None
 
     def _id_of(self, text: str) -> int:
+        """The id of a learned row or of a text that is one token."""
         if text in self._extra:
             return self._extra[text]
         ids = self._tokenizer.encode(self._tokenizer.split_template(text))
@@ -210,6 +213,7 @@ class _Writer:
         return ids[0]
 
     def _flush(self) -> None:
+        """Tokenize what is pending, as one text."""
         ids = np.array(self._tokenizer.encode(self._pending), np.int64)
         labels = np.full(ids.size, tracks.TEXT)
         labels[:1] = self._pending_label

@@ -146,7 +146,7 @@ class Tokenizer:
         return str(self._backend.decode(said, skip_special_tokens=False))
 
     def stream(self) -> TextStream:
-        """A fresh incremental decoder."""
+        """Ids to text one by one, for one answer."""
         decoder = json.loads(self._backend.decoder.__getstate__()) if self._backend.decoder else {}
         return _ByteStream(self) if decoder.get("type") == "ByteLevel" else _WindowStream(self)
 
@@ -232,6 +232,7 @@ class _ByteStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, index: int) -> str:
+        """See `TextStream.push`."""
         piece = self._tokenizer.piece(index)
         try:
             spelled = bytes(BYTE_OF_LETTER[letter] for letter in piece)
@@ -240,6 +241,7 @@ class _ByteStream:
         return self._decoder.decode(spelled)
 
     def flush(self) -> str:
+        """See `TextStream.flush`."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -252,6 +254,7 @@ class _WindowStream:
         self._printed = 0  # ids of the window whose text is out; kept since decoders treat the first id differently
 
     def push(self, index: int) -> str:
+        """See `TextStream.push`."""
         piece = self._tokenizer.piece(index)
         if not piece or index in self._tokenizer.special_ids:
             return ""  # not in the text; the bytes on both sides of it are neighbours
@@ -267,12 +270,14 @@ class _WindowStream:
         return text
 
     def flush(self) -> str:
+        """See `TextStream.flush`."""
         text = self._new_text()
         self._window = []
         self._printed = 0
         return text
 
     def _new_text(self) -> str:
+        """What the window says beyond what is out."""
         before = self._tokenizer.decode(self._window[: self._printed])
         return self._tokenizer.decode(self._window)[len(before) :]
 

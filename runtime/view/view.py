@@ -20,7 +20,7 @@ from framefusion.errors import BudgetError
 from framefusion.reducers import DEFAULT
 from framefusion.reduction import tracks
 from framefusion.reduction.budget import describe_cost
-from framefusion.reduction.policy import Decision
+from framefusion.reduction.policy import CallRecord, Decision
 from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest
 from framefusion.runtime.generation.stages import Media, prefill_report
 from framefusion.runtime.media.frame_sampling import FrameSampling
@@ -185,7 +185,8 @@ def fates(watched: Watched) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
     return left, steps
 
 
-def _step(kind: str, records: Sequence[Any]) -> dict[str, Any]:
+def _step(kind: str, records: Sequence[CallRecord]) -> dict[str, Any]:
+    """Calls that are one step of the page: tokens before the first and after the last."""
     first = records[0]
     last = records[-1]
     return {
@@ -218,11 +219,13 @@ def _histograms(watched: Watched) -> list[dict[str, Any]]:
 
 
 def _model(manifest: Manifest) -> dict[str, Any]:
+    """Geometry of the LLM."""
     names = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "dtype", "model_type")
     return {name: getattr(manifest.model, name) for name in names}
 
 
 def _settings(manifest: Manifest, request: Request) -> dict[str, Any]:
+    """What the reduction was asked for, the bundle's values where the request has none."""
     record = manifest.reduction
     cost = requested_cost(manifest, request)
     requested = {name: getattr(request, name) for name in ("similarity_lower_bound", "ratio_lower_bound")}
@@ -236,6 +239,7 @@ def _settings(manifest: Manifest, request: Request) -> dict[str, Any]:
 
 
 def _parts(turn: Turn) -> list[dict[str, str]]:
+    """Texts and kinds of visuals of a turn, in order."""
     return [{"shown": p.value} if isinstance(p, Visual) else {"text": p} for p in turn.parts]
 
 
@@ -269,6 +273,7 @@ def _visuals(media: Sequence[Media], rule: Preprocessing) -> tuple[list[list[lis
 
 
 def _panel(panel: Panel, known: dict[bytes, int]) -> dict[str, Any]:
+    """A panel with the number of its set of boxes."""
     return {"frames": list(panel.frames), "boxes": known[panel.boxes.tobytes()], "name": panel.name}
 
 
