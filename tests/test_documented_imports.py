@@ -43,6 +43,8 @@ def test_a_documented_import_works(module: str, name: str) -> None:
         ("framefusion.tracks", "frame_numbers"),
         ("framefusion.reducers.reducer", "Reducer"),
         ("framefusion.runtime.sources", "video_of_frames"),
+        ("framefusion.runtime.sources", "as_image"),
+        ("framefusion.runtime.sources", "as_video"),
         ("framefusion.runtime.trust", "Trust"),
     ],
 )
