@@ -172,14 +172,14 @@ class BuildPlan:
                 f"the vision tower gives rows of {given}, hidden_size is {width}: config.json is another one's"
             )
         patch = self.preprocessing.patch_size
-        frames = getattr(self.preprocessing, "temporal_patch_size", 1)
+        frames = self.preprocessing.frames_per_patch()
         numbers = 3 * frames * patch**2
         if numbers != self.tower.patch_width:
             raise CheckpointError(
                 f"patches of {frames} frame(s) and {patch} x {patch} pixels are {numbers} numbers, the vision tower "
                 f"takes {self.tower.patch_width}: patch_size or temporal_patch_size is of another model"
             )
-        ordered = getattr(self.preprocessing, "merge_size", 1)
+        ordered = self.preprocessing.block_side()
         merged = self.tower.settings.block_side()
         if merged not in (None, ordered):
             raise CheckpointError(

@@ -135,6 +135,14 @@ class InternVLPreprocessing(Preprocessing):
         """Rows of each frame, and the text between two."""
         return max_frames * (self.rows_per_tile + SEPARATOR_TOKENS + len(self.frame_label.replace(NUMBER, "")))
 
+    def block_side(self) -> int:
+        """That of the blocks which the tower joins."""
+        return self.merge_size
+
+    def most_pixels(self) -> int:
+        """All tiles, and the small view."""
+        return self.tile_size**2 * (self.max_tiles + 1)
+
     def tiling(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tiles for an image."""
         return nearest_tiling(height, width, self.tile_size, self.min_tiles, self.max_tiles)

@@ -96,6 +96,8 @@ class LlavaPreprocessing(Preprocessing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if any(len(tiling) != 2 for tiling in self.tilings):
+            raise BundleError(f"tilings {self.tilings} are no pairs of height and width")
         if self.image_size < self.patch_size or any(
             side % self.image_size or side < 1 for side in sum(self.tilings, ())
         ):
@@ -169,6 +171,11 @@ class LlavaPreprocessing(Preprocessing):
         """The pieces' own, and the sentence that tells the times of the frames."""
         shown = sum(piece.labels.size if isinstance(piece, Rows) else 1 for piece in self._video_pieces(max_frames))
         return shown + (TIME_TOKENS * max_frames + SENTENCE_TOKENS) * self.time_instruction
+
+    def most_pixels(self) -> int:
+        """The largest tiling, or all tiles and the small view."""
+        tiles = self.image_size**2 * (max(1, self.max_tiles) + 1)
+        return max(tiles, *(tall * wide for tall, wide in self.tilings), 0)
 
     def _tiles(self, pictures: NDArray[np.uint8], pool: str = "") -> Tiles:
         grid = Grid(len(pictures), self.side, self.side)

@@ -136,6 +136,10 @@ class MiniCpmVPreprocessing(Preprocessing):
         pictures = 1 if self.max_slice_nums == 1 else 1 + self.max_slice_nums
         return max_frames * pictures * (self.query_num + 3)
 
+    def most_pixels(self) -> int:
+        """All slices of an image or a frame, and the overview."""
+        return self.scale_resolution**2 * (max(self.image_slices, self.max_slice_nums) + 1)
+
     def picture_patches(self) -> tuple[int, int]:
         """About those of the square: its area is kept, and each side rounded to a patch."""
         side = self.scale_resolution / self.patch_size

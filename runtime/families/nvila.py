@@ -173,6 +173,15 @@ class NvilaPreprocessing(Preprocessing):
         rows = self.blocks**2 // (self.pool_sizes[1] * self.pool_sizes[2])
         return self.longest_track(max_frames) * (rows + 1)
 
+    def block_side(self) -> int:
+        """That of the blocks which the tower joins."""
+        return self.merge_size
+
+    def most_pixels(self) -> int:
+        """All tiles that an image may be cut into, of the finest scale too, and the small view."""
+        tiles = max(self.min_tiles, self.max_tiles, *(scale**2 for scale in self.scales))
+        return self.image_size**2 * (tiles + 1)
+
     def picture_patches(self) -> tuple[int, int]:
         """One tile, up to a group of frames or all tiles of all scales."""
         coarse = sum(count**2 for count in self.scales[:-1])

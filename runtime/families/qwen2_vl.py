@@ -114,6 +114,18 @@ class QwenVLPreprocessing(Preprocessing):
         low = self.min_pixels if self.image_min_pixels is None else self.image_min_pixels
         return smart_resize(height, width, self.factor, low, self.image_max_pixels)
 
+    def frames_per_patch(self) -> int:
+        """Those of a temporal grid."""
+        return self.temporal_patch_size
+
+    def block_side(self) -> int:
+        """A merge block's."""
+        return self.merge_size
+
+    def most_pixels(self) -> int:
+        """The lower limits, up to which small pictures are enlarged."""
+        return max(self.min_pixels, self.image_min_pixels or 0)
+
     def picture_patches(self) -> tuple[int, int]:
         """Within the limits of frames and images, less what whole tokens round off, more where one side is a token."""
         lows = (self.min_pixels, self.image_min_pixels)

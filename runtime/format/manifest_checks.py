@@ -6,7 +6,6 @@ the middle of one later. Reads no file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
@@ -167,31 +166,21 @@ def _prompt(manifest: Manifest) -> Iterator[Problem]:
 def _vision(manifest: Manifest) -> Iterator[Problem]:
     vision = manifest.vision
     preprocessing = manifest.preprocessing
-    depth = getattr(preprocessing, "temporal_patch_size", 1)
+    depth = preprocessing.frames_per_patch()
     side = preprocessing.patch_size
     if vision.patch_width != 3 * depth * side**2:
         yield "vision.patch_width", f"{vision.patch_width} is not 3 * {depth} * {side} * {side}, a patch's numbers"
     blocks = vision.settings.block_side()
-    expected = getattr(preprocessing, "merge_size", None)
+    expected = preprocessing.block_side()
     if blocks is not None and blocks != expected:
         yield "vision.settings.merge_size", f"{blocks} is not the preprocessing's {expected}"
 
 
 def _pictures(manifest: Manifest) -> Iterator[Problem]:
     """However small a picture is, it may become as large as this says: that much memory is taken before one is read."""
-    rule = vars(manifest.preprocessing)
-    side = max(rule.get(name) or 0 for name in ("tile_size", "image_size", "scale_resolution"))
-    tiles = max(
-        1,
-        *(rule.get(name) or 0 for name in ("min_tiles", "max_tiles", "image_slices", "max_slice_nums")),
-        *(scale**2 for scale in rule.get("scales", ())),
-    )
-    areas = [side**2 * (tiles + 1), *(rule.get(name) or 0 for name in ("min_pixels", "image_min_pixels"))]
-    areas += [math.prod(tiling) for tiling in rule.get("tilings", ())]
-    if max(areas) > MOST_PIXELS:
-        yield "preprocessing", f"pictures of {max(areas)} pixels, the limit is {MOST_PIXELS}"
-    if any(len(tiling) != 2 for tiling in rule.get("tilings", ())):
-        yield "preprocessing.tilings", "expected pairs of height and width"
+    pixels = manifest.preprocessing.most_pixels()
+    if pixels > MOST_PIXELS:
+        yield "preprocessing", f"pictures of {pixels} pixels, the limit is {MOST_PIXELS}"
 
 
 def _report(manifest: Manifest) -> Iterator[Problem]:

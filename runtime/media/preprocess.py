@@ -107,6 +107,18 @@ class Preprocessing:
         """Most tokens of a prompt that a video of `max_frames` takes; 0 where the size of its frames decides."""
         return 0
 
+    def frames_per_patch(self) -> int:
+        """Frames that one patch holds."""
+        return 1
+
+    def block_side(self) -> int:
+        """Patches along one side of the blocks by which they are ordered."""
+        return 1
+
+    @abstractmethod
+    def most_pixels(self) -> int:
+        """Pixels that a picture may become, however small it is: that much memory is taken before one is read."""
+
     def picture_patches(self) -> tuple[int, int]:
         """Bounds of the patches of one picture, for towers that take several sizes; not all within them occur."""
         raise NotImplementedError(f"pictures of {self.rule} have one size, which the graph says")
