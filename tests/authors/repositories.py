@@ -68,5 +68,5 @@ VILA = Repository("NVlabs", "VILA", "b760c34b9487fd736b4075f5111fbef3d80a37e9")
 REPOSITORIES = (INTERNVL, LLAVA, MINICPM, VILA)
 
 if __name__ == "__main__":  # for the Makefile: owner, name and commit of each
-    for one in REPOSITORIES:
-        print(*one)
+    for repository in REPOSITORIES:
+        print(*repository)

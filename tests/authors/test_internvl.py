@@ -56,16 +56,16 @@ def test_the_same_labels() -> None:
     assert "".join(piece for piece in pieces if isinstance(piece, str)) + "\n" == expected
     training = INTERNVL.file("internvl_chat/internvl/train/internvl_chat_finetune.py").read_text()
     assert "'Frame-{}: <image>'.format(i + 1)" in training
-    asked = re.search(r"question = '(Image-1: <image>\\nImage-2: <image>\\n)", readme)
-    assert asked is not None
+    layout = re.search(r"question = '(Image-1: <image>\\nImage-2: <image>\\n)", readme)
+    assert layout is not None
     shown = [RULE.for_images(2).image(frames[0], index).pieces for index in (0, 1)]
     text = ["".join(piece for piece in pieces if isinstance(piece, str)) + "\\n" for pieces in shown]
-    assert "".join(text).replace("<img></img>", "<image>") == asked[1]
+    assert "".join(text).replace("<img></img>", "<image>") == layout[1]
 
 
 def test_the_same_system_prompt() -> None:
-    told = INTERNVL.file("internvl_chat/internvl/conversation.py").read_text()
+    source = INTERNVL.file("internvl_chat/internvl/conversation.py").read_text()
     for name, (system, suffix) in internvl.CONVERSATIONS.items():
-        block = told[told.index(f"name='{name}'") :].split("register_conv_template")[0]
+        block = source[source.index(f"name='{name}'") :].split("register_conv_template")[0]
         assert f"system_message='{system}'" in block
         assert f"sep={suffix!r}" in block

@@ -69,12 +69,12 @@ def test_the_same_frames_and_words_about_them(total: int, rate: float, force: bo
     needed = {"VideoReader": lambda *_, **__: film, "cpu": lambda _: None, "np": np}
     code = LLAVA.functions("llava/utils.py", ("process_video_with_decord",), needed)
 
-    class Asked:
+    class DataArguments:
         video_fps = 1
         frames_upbound = 64
         force_sample = force
 
-    _, video_time, frame_time, count = code["process_video_with_decord"]("film.mp4", Asked)
+    _, video_time, frame_time, count = code["process_video_with_decord"]("film.mp4", DataArguments)
     sampling = FrameSampling("llava", fps=1.0, min_frames=1, max_frames=64, frame_factor=1, force=force)
     indices = sample_indices(total, rate, sampling)
     assert indices.tolist() == film.taken

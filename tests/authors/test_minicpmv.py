@@ -42,5 +42,5 @@ def test_the_same_slices(size: tuple[int, int], slices: int) -> None:
 
 def test_no_token_is_masked_in_their_training() -> None:
     """The hub's processor masks id 0, `!`, as if it were padding; here it is a token like any other, as in training."""
-    told = MINICPM.file("finetune/dataset.py").read_text()
-    assert 'attention_mask=torch.ones_like(ret["input_ids"], dtype=torch.bool)' in told
+    source = MINICPM.file("finetune/dataset.py").read_text()
+    assert 'attention_mask=torch.ones_like(ret["input_ids"], dtype=torch.bool)' in source

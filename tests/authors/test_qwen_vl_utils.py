@@ -53,10 +53,10 @@ def test_the_same_frames(total: int, rate: float) -> None:
 @pytest.mark.parametrize("count", [2, 4, 64, 300, 302, 500, 768])
 def test_the_same_sizes_of_frames(size: tuple[int, int], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = np.broadcast_to(np.zeros((1, 1, 1, 1), np.uint8), (count, *size, 3))
-    asked: list[Any] = []
+    sizes: list[Any] = []
 
     def note(video: Any, size: Any, **_: Any) -> Any:
-        asked.append(tuple(size))
+        sizes.append(tuple(size))
         return video[:1]
 
     monkeypatch.setattr(vision_process.transforms.functional, "resize", note)
@@ -64,7 +64,7 @@ def test_the_same_sizes_of_frames(size: tuple[int, int], count: int, monkeypatch
     monkeypatch.setattr(vision_process, "VIDEO_READER_BACKENDS", readers)
     vision_process.fetch_video({"video": "film.mp4"})
     grid = grid_of(count, *size, RULE)
-    assert asked == [(grid.height * 14, grid.width * 14)]
+    assert sizes == [(grid.height * 14, grid.width * 14)]
 
 
 class _Shape:

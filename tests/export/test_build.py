@@ -101,17 +101,17 @@ def test_weights_of_the_manifest_are_the_weights_on_disk(checkpoint: Path, tmp_p
 
 @pytest.mark.usefixtures("instant_traces")
 def test_progress_goes_forward_to_all_bytes(checkpoint: Path, tmp_path: Path) -> None:
-    told: list[Step] = []
+    reported: list[Step] = []
     options = BuildOptions(depth=0)
-    build(Checkpoint(checkpoint), tmp_path / "bundle", options, verify=False, progress=told.append)
-    assert list(dict.fromkeys(step.part for step in told)) == [
+    build(Checkpoint(checkpoint), tmp_path / "bundle", options, verify=False, progress=reported.append)
+    assert list(dict.fromkeys(step.part for step in reported)) == [
         "tokenizer", "embedding", "vision", "segments/layer00", "segments/rest", "manifest",
     ]  # fmt: skip
-    written = [step.written for step in told]
+    written = [step.written for step in reported]
     assert written == sorted(written)
-    assert written[-1] == told[-1].total
+    assert written[-1] == reported[-1].total
     for part in ("vision", "segments/rest"):
-        steps = [step for step in told if step.part == part]
+        steps = [step for step in reported if step.part == part]
         assert list(dict.fromkeys(step.doing for step in steps)) == ["", "weights.bin", "tracing"]
         assert 0 <= steps[-1].size - steps[-1].done < 4096  # the last tensor of a file is not followed by padding
 

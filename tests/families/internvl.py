@@ -294,7 +294,7 @@ def from_chat(folder: Path, pad: int) -> Any:
         text |= {"model_type": "llama", "attention_bias": text.pop("bias", False)}
     text["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": text.pop("rope_theta")}
     del text["rope_scaling"], text["architectures"]
-    made = native_config(
+    config = native_config(
         text, config["vision_config"], pad, tie_word_embeddings=False, vision_feature_layer=config["select_layer"]
     )
     state: dict[str, Tensor] = {}
@@ -304,6 +304,6 @@ def from_chat(folder: Path, pad: int) -> Any:
                 for pattern, replacement in NATIVE_NAMES:
                     key = re.sub(pattern, replacement, key)
                 state[key] = part
-    model = InternVLForConditionalGeneration(made)
+    model = InternVLForConditionalGeneration(config)
     model.load_state_dict(state, strict=True)
     return model

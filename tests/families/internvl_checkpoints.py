@@ -193,7 +193,7 @@ def train_sentencepiece(**options: Any) -> bytes:
     """A SentencePiece model trained with the options of InternLM2's kind, which `options` replaces."""
     from sentencepiece import SentencePieceTrainer
 
-    told: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "model_type": "bpe", "vocab_size": 900, "byte_fallback": True, "split_digits": True, "character_coverage": 0.98,
         "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False,
         "allow_whitespace_only_pieces": True, "hard_vocab_limit": False, "minloglevel": 2,
@@ -206,7 +206,7 @@ def train_sentencepiece(**options: Any) -> bytes:
         "Frame1: Frame2: system user assistant",
     ]
     model = io.BytesIO()
-    SentencePieceTrainer.train(sentence_iterator=iter(texts * 4), model_writer=model, **(told | options))
+    SentencePieceTrainer.train(sentence_iterator=iter(texts * 4), model_writer=model, **(defaults | options))
     return model.getvalue()
 
 
@@ -235,10 +235,10 @@ def write_sentencepiece(folder: Path, **options: Any) -> dict[str, int]:
 
 def write_vocabulary_files(folder: Path) -> None:
     """tokenizer.json taken apart into the files that Qwen2's older repositories have."""
-    told = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").unlink()
-    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in told["model"]["merges"])
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"])
     (folder / "merges.txt").write_text("\n".join(pairs))
-    decoder = {str(token.pop("id")): token for token in told["added_tokens"]}
+    decoder = {str(token.pop("id")): token for token in tokenizer["added_tokens"]}
     config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder, "pad_token": "<|endoftext|>"}
-    write_json(folder, vocab=told["model"]["vocab"], tokenizer_config=config)
+    write_json(folder, vocab=tokenizer["model"]["vocab"], tokenizer_config=config)

@@ -70,13 +70,13 @@ class LlavaCase(FamilyCase):
     def images(self, media: Sequence[Media]) -> dict[str, Any]:
         """What transformers' image processor says of all images of a conversation; pictures [n, 3, H, W] of each."""
         images = [item for item in media if not isinstance(item, Video)]
-        told = self.image_processor()(images if self.each else [images])
+        inputs = self.image_processor()(images if self.each else [images])
         single = not self.each and len(images) > 1
-        counts = [1 if single else 1 + num_tiles(size, self.side) for size in told["image_sizes"]]
-        pictures = [torch.as_tensor(np.asarray(v)) for v in told["pixel_values"]]
+        counts = [1 if single else 1 + num_tiles(size, self.side) for size in inputs["image_sizes"]]
+        pictures = [torch.as_tensor(np.asarray(v)) for v in inputs["pixel_values"]]
         return {
             "pixel_values": [values[:count] for values, count in zip(pictures, counts, strict=True)],
-            "image_sizes": [tuple(map(int, size)) for size in told["image_sizes"]],
+            "image_sizes": [tuple(map(int, size)) for size in inputs["image_sizes"]],
             "batch_num_images": [1] * len(images) if self.each else [len(images)],
         }
 
@@ -92,13 +92,13 @@ class LlavaCase(FamilyCase):
         columns = nn.functional.unfold(pictures, tiny.PATCH, stride=tiny.PATCH)  # a convolution's patches
         return [columns.transpose(1, 2).numpy()]
 
-    def of_image(self, among: Sequence[Media], told: dict[str, Any], media: Media) -> Tensor:
+    def of_image(self, among: Sequence[Media], inputs: dict[str, Any], media: Media) -> Tensor:
         images = [item for item in among if not isinstance(item, Video)]
-        pictures: Tensor = told["pixel_values"][next(i for i, image in enumerate(images) if image is media)]
+        pictures: Tensor = inputs["pixel_values"][next(i for i, image in enumerate(images) if image is media)]
         return pictures
 
     def packed(
-        self, folder: Path, features: Sequence[Tensor], told: dict[str, Any], newline: Tensor | None
+        self, folder: Path, features: Sequence[Tensor], inputs: dict[str, Any], newline: Tensor | None
     ) -> list[Tensor]:
         """Rows of each image by transformers' own layout of features [n, P, D], `newline` [D] at the ends of lines."""
         from transformers import LlavaOnevisionModel
@@ -109,14 +109,14 @@ class LlavaCase(FamilyCase):
         )
         pack: Any = LlavaOnevisionModel.pack_image_features
         aspect = f"anyres_max_{self.max_tiles(folder)}"
-        packed: list[Tensor] = pack(model, features, told["image_sizes"], newline, vision_aspect_ratio=aspect)[0]
+        packed: list[Tensor] = pack(model, features, inputs["image_sizes"], newline, vision_aspect_ratio=aspect)[0]
         return packed
 
     def layouts(self, folder: Path, media: Sequence[Media]) -> list[list[bool]]:
         """Of each visual: which of its rows are learned ones."""
-        told = self.images(media) if any(not isinstance(item, Video) for item in media) else {"pixel_values": []}
-        ones = [torch.ones(len(values), self.patches**2, 1) for values in told["pixel_values"]]
-        images = iter(self.packed(folder, ones, told, torch.tensor([NEWLINE])) if ones else [])
+        inputs = self.images(media) if any(not isinstance(item, Video) for item in media) else {"pixel_values": []}
+        ones = [torch.ones(len(values), self.patches**2, 1) for values in inputs["pixel_values"]]
+        images = iter(self.packed(folder, ones, inputs, torch.tensor([NEWLINE])) if ones else [])
         return [
             self.video_layout(folder, len(item.frames))
             if isinstance(item, Video)
@@ -135,9 +135,9 @@ class LlavaCase(FamilyCase):
     def labels(self, folder: Path, ids: Sequence[int], media: Sequence[Media]) -> list[int]:
         labels, first = [-1] * len(ids), 0
         for item, layout, start in zip(media, *self.runs(folder, ids, media), strict=True):
-            own = self.own_labels(folder, item, layout)
-            labels[start : start + len(own)] = [label + first if label >= 0 else -1 for label in own]
-            first += max(own) + 1
+            item_labels = self.own_labels(folder, item, layout)
+            labels[start : start + len(item_labels)] = [label + first if label >= 0 else -1 for label in item_labels]
+            first += max(item_labels) + 1
         return labels
 
     def own_labels(self, folder: Path, media: Media, layout: list[bool]) -> list[int]:

@@ -64,7 +64,7 @@ class HfCase(LlavaCase):
         return HfReference(self, folder)
 
     def normalised(self, pixels: Array) -> Tensor:
-        mean, std = (torch.tensor(told)[:, None, None] for told in (tiny.MEAN, tiny.STD))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (tiny.MEAN, tiny.STD))
         return (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255.0 - mean) / std
 
     @abstractmethod
@@ -119,17 +119,17 @@ class HfReference(Reference):
 
         self.case, self.folder = case, folder
         load = getattr(transformers, case.model).from_pretrained
-        self.model, told = load(folder, dtype=torch.float32, output_loading_info=True)
-        assert not {*told["missing_keys"], *told["unexpected_keys"]}
+        self.model, loading = load(folder, dtype=torch.float32, output_loading_info=True)
+        assert not {*loading["missing_keys"], *loading["unexpected_keys"]}
         self.model.eval()
 
     def inputs(self, media: Sequence[Media]) -> dict[str, Any]:
         """Images of one conversation, as the class takes them."""
-        told = self.case.images(media)
-        most = max(map(len, told["pixel_values"]))
-        padded = [nn.functional.pad(values, (0, 0) * 3 + (0, most - len(values))) for values in told["pixel_values"]]
-        inputs = {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor(told["image_sizes"])}
-        return inputs if self.case.each else inputs | {"batch_num_images": torch.tensor(told["batch_num_images"])}
+        images = self.case.images(media)
+        most = max(map(len, images["pixel_values"]))
+        padded = [nn.functional.pad(values, (0, 0) * 3 + (0, most - len(values))) for values in images["pixel_values"]]
+        inputs = {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor(images["image_sizes"])}
+        return inputs if self.case.each else inputs | {"batch_num_images": torch.tensor(images["batch_num_images"])}
 
     def rows(self, media: Sequence[Media]) -> list[Tensor]:
         """Rows of each visual, learned ones among them."""
@@ -146,8 +146,8 @@ class HfReference(Reference):
     def features(self, media: Sequence[Media]) -> Array:
         with torch.inference_mode():
             both = zip(self.rows(media), self.case.layouts(self.folder, media), strict=True)
-            own = [rows[~torch.tensor(learned)] for rows, learned in both]
-        features: Array = torch.cat(own).numpy()
+            kept = [rows[~torch.tensor(learned)] for rows, learned in both]
+        features: Array = torch.cat(kept).numpy()
         return features
 
     def logits(self, prompt: Prompt, media: Sequence[Media], answer: Sequence[int]) -> Array:
@@ -179,14 +179,14 @@ class LlavaOnevisionCase(HfCase):
     variants = ("as_saved", "infix_fp16_spaced", "module_names_bf16_shards", "tied")
 
     def write(self, folder: Path, variant: str) -> None:
-        told: dict[str, dict[str, Any]] = {
+        variants: dict[str, dict[str, Any]] = {
             "as_saved": {},
             "infix_fp16_spaced": {"names": "infix", "dtype": "float16", "template": SPACED},
             "module_names_bf16_shards": {"names": "model", "dtype": "bfloat16", "shards": 2},
             "tied": {"tied": True, "vision_feature_layer": -2},
         }
-        template = told[variant].pop("template", CHATML)
-        tiny.write_hf(folder, "LlavaOnevision", template, vision_aspect_ratio="anyres_max_2", **told[variant])
+        template = variants[variant].pop("template", CHATML)
+        tiny.write_hf(folder, "LlavaOnevision", template, vision_aspect_ratio="anyres_max_2", **variants[variant])
 
     def image_processor(self) -> Any:
         from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
@@ -233,7 +233,7 @@ class LlavaNextVideoCase(HfCase):
     variants = ("vicuna", "mistral_infix_fp16", "module_names_bf16_shards", "tied")
 
     def write(self, folder: Path, variant: str) -> None:
-        told: dict[str, dict[str, Any]] = {
+        variants: dict[str, dict[str, Any]] = {
             "vicuna": {"text": "llama", "begin": "<|endoftext|>", "words": "first"},
             "mistral_infix_fp16": {
                 "text": "mistral",
@@ -245,8 +245,8 @@ class LlavaNextVideoCase(HfCase):
             "module_names_bf16_shards": {"text": "llama", "names": "model", "dtype": "bfloat16", "shards": 2},
             "tied": {"text": "llama", "tied": True, "template": CHATML},
         }
-        template = told[variant].pop("template", VICUNA)
-        tiny.write_hf(folder, "LlavaNextVideo", template, **told[variant])
+        template = variants[variant].pop("template", VICUNA)
+        tiny.write_hf(folder, "LlavaNextVideo", template, **variants[variant])
 
     def image_processor(self) -> Any:
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil

@@ -26,14 +26,14 @@ class LlavaVideoCase(LlavaCase):
     variants = ("grid", "average_bf16_shards", "frame_fp16", "one_token_tied", "no_token_spare_layer")
 
     def write(self, folder: Path, variant: str) -> None:
-        told: dict[str, dict[str, Any]] = {
+        variants: dict[str, dict[str, Any]] = {
             "grid": {},
             "average_bf16_shards": {"mm_spatial_pool_mode": "average", "dtype": "bfloat16", "shards": 3},
             "frame_fp16": {"mm_newline_position": "frame", "dtype": "float16", "image_aspect_ratio": "anyres"},
             "one_token_tied": {"mm_newline_position": "one_token", "tied": True, "add_time_instruction": None},
             "no_token_spare_layer": {"mm_newline_position": "no_token", "spare": True, "force_sample": False},
         }
-        tiny.write_original(folder, **told[variant])
+        tiny.write_original(folder, **variants[variant])
 
     def reference(self, folder: Path) -> Reference:
         return LlavaVideoReference(self, folder)
@@ -124,15 +124,15 @@ class LlavaVideoReference(Reference):
             missing = module.load_state_dict(found, strict=False).missing_keys
             assert all("layers.2." in name for name in missing)  # the last layer, which is not run
         self.newline = tensors.pop("model.image_newline")
-        told = self.llm.load_state_dict(tensors, strict=False)
-        assert not told.unexpected_keys
-        assert set(told.missing_keys) <= {"lm_head.weight"}
+        loading = self.llm.load_state_dict(tensors, strict=False)
+        assert not loading.unexpected_keys
+        assert set(loading.missing_keys) <= {"lm_head.weight"}
         self.llm.tie_weights()
 
     def rows(self, media: Sequence[Media]) -> list[Tensor]:
-        told = self.case.images(media) if any(not isinstance(item, Video) for item in media) else {"pixel_values": []}
-        features = [self.encoded(pictures) for pictures in told["pixel_values"]]
-        images = iter(self.case.packed(self.folder, features, told, None) if features else [])
+        inputs = self.case.images(media) if any(not isinstance(item, Video) for item in media) else {"pixel_values": []}
+        features = [self.encoded(pictures) for pictures in inputs["pixel_values"]]
+        images = iter(self.case.packed(self.folder, features, inputs, None) if features else [])
         return [self.video(item) if isinstance(item, Video) else next(images) for item in media]
 
     def encoded(self, pictures: Tensor) -> Tensor:

@@ -201,10 +201,10 @@ class MiniCpmVReference(Reference):
         stored = 1 + max(int(name.split(".")[3]) for name in tensors if name.startswith("vpm.encoder.layers."))
         parts = modules(stored, config["vocab_size"], config["tie_word_embeddings"])
         for prefix, module in parts.items():
-            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             if config["tie_word_embeddings"] and prefix == "llm.":
-                own["lm_head.weight"] = own["model.embed_tokens.weight"]
-            module.load_state_dict(own)  # strict: every key of the checkpoint is one of these parts' own
+                part["lm_head.weight"] = part["model.embed_tokens.weight"]
+            module.load_state_dict(part)  # strict: every key of the checkpoint is one of these parts' own
             module.float().eval()
         self.llm: Any = parts["llm."]
         self.vpm, self.resampler = parts["vpm."], parts["resampler."]
@@ -285,13 +285,13 @@ class MiniCpmVCase(FamilyCase):
         bounds, labels = np.stack([starts, ends], 1), np.full(tokens.size, -1)
         for item in media:
             count, in_frame = len(frames_of(item)), 1 + layout(item)[1][0] * layout(item)[1][1]
-            own, bounds = bounds[: count * in_frame], bounds[count * in_frame :]
+            pairs, bounds = bounds[: count * in_frame], bounds[count * in_frame :]
             first = labels.max() + 1
             if count > 1:
-                places = np.arange(own[-1, 1] + 2 - own[0, 0]) % (own[in_frame, 0] - own[0, 0])
-                labels[own[0, 0] : own[-1, 1] + 2] = first + places
+                places = np.arange(pairs[-1, 1] + 2 - pairs[0, 0]) % (pairs[in_frame, 0] - pairs[0, 0])
+                labels[pairs[0, 0] : pairs[-1, 1] + 2] = first + places
             else:
-                shown = np.concatenate([np.arange(*bound) for bound in own])
+                shown = np.concatenate([np.arange(*bound) for bound in pairs])
                 labels[shown] = first + np.arange(shown.size)
         return labels.tolist()
 

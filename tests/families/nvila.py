@@ -132,10 +132,10 @@ class NvilaReference(Reference):
         tensors = dict(read_tensors(folder))
         self.parts = parts_of(self.config, Qwen2Config.from_dict(self.config["llm_cfg"]))
         for name, module in self.parts.items():
-            own = {key: tensors.get(f"{name}.{key}") for key in module.state_dict()}
-            if name == "llm" and own["lm_head.weight"] is None:
-                own["lm_head.weight"] = own["model.embed_tokens.weight"]
-            module.load_state_dict({key: tensor.float() for key, tensor in own.items() if tensor is not None})
+            state = {key: tensors.get(f"{name}.{key}") for key in module.state_dict()}
+            if name == "llm" and state["lm_head.weight"] is None:
+                state["lm_head.weight"] = state["model.embed_tokens.weight"]
+            module.load_state_dict({key: tensor.float() for key, tensor in state.items() if tensor is not None})
             module.eval()
 
     @torch.inference_mode()
@@ -230,7 +230,7 @@ def parts_of(config: Mapping[str, Any], llm_config: Any) -> dict[str, nn.Module]
 
 def write_checkpoint(
     folder: Path,
-    told: Mapping[str, Any],
+    settings: Mapping[str, Any],
     *,
     dtype: str = "float32",
     tied: bool = False,
@@ -267,8 +267,8 @@ def write_checkpoint(
             "patch_size": PATCH, "vision_use_head": False, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
         },
         "llm_cfg": text_config("qwen2", ids, tied) | {"architectures": ["Qwen2ForCausalLM"], "vocab_size": rows},
-        "mm_projector_cfg": {"model_type": "v2l_projector", "mm_projector_type": told["mm_projector_type"]},
-        **told,
+        "mm_projector_cfg": {"model_type": "v2l_projector", "mm_projector_type": settings["mm_projector_type"]},
+        **settings,
     }  # fmt: skip
     parts = parts_of(config, Qwen2Config.from_dict(config["llm_cfg"]))
     tensors = {name: dict(randomize(part, seed).named_parameters()) for seed, (name, part) in enumerate(parts.items())}
@@ -282,13 +282,15 @@ def write_checkpoint(
     write_json(llm, generation_config={"eos_token_id": ids["<|im_end|>"]})
     if single:
         names = {"llm": "llm.", "vision_tower": "vision_tower.vision_tower.", "mm_projector": "mm_projector."}
-        stored = {names[part] + key: tensor for part, own in tensors.items() for key, tensor in own.items()}
+        stored = {
+            names[part] + key: tensor for part, part_tensors in tensors.items() for key, tensor in part_tensors.items()
+        }
         write_tensors(folder, stored, dtype, shards)
         write_json(folder, preprocessor_config=processor)
     else:
-        for part, own in tensors.items():
+        for part, part_tensors in tensors.items():
             (folder / part).mkdir(exist_ok=True)
-            write_tensors(folder / part, own, dtype, shards if part == "llm" else 1)
+            write_tensors(folder / part, part_tensors, dtype, shards if part == "llm" else 1)
             write_json(folder / part, config=config[f"{part}_cfg"])
         write_json(folder / "vision_tower", preprocessor_config=processor)
     write_json(folder, config=config)
@@ -316,16 +318,16 @@ def load_tokenizer(folder: Path) -> Any:
 
     path = next(folder.rglob("tokenizer.json"))
     template = json.loads((path.parent / "tokenizer_config.json").read_text())["chat_template"]
-    made: Any = PreTrainedTokenizerFast
-    return made(tokenizer_file=str(path), chat_template=template)
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_file=str(path), chat_template=template)
 
 
 def processed(folder: Path, pictures: Sequence[Image.Image]) -> Tensor:
     """[n, 3, size, size] by the checkpoint's image processor."""
     from transformers import SiglipImageProcessorPil
 
-    told = next(folder.rglob("preprocessor_config.json"))
-    processor = SiglipImageProcessorPil.from_pretrained(told.parent)
+    path = next(folder.rglob("preprocessor_config.json"))
+    processor = SiglipImageProcessorPil.from_pretrained(path.parent)
     values: Tensor = processor(list(pictures), return_tensors="pt")["pixel_values"]
     return values
 
@@ -390,10 +392,10 @@ def pictures_of(config: Mapping[str, Any], media: Sequence[Media]) -> list[Pictu
 
 def pool_sizes(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Frames, lines and columns to one."""
-    told = config.get("video_encoder") or {}
-    if isinstance(told, str):
-        told = json.loads(told) if told.startswith("{") else {}
-    return tuple(told.get("pool_sizes", [[1, 1, 1]])[0])
+    encoder = config.get("video_encoder") or {}
+    if isinstance(encoder, str):
+        encoder = json.loads(encoder) if encoder.startswith("{") else {}
+    return tuple(encoder.get("pool_sizes", [[1, 1, 1]])[0])
 
 
 def blocks_of(config: Mapping[str, Any]) -> int:

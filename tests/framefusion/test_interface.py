@@ -59,10 +59,10 @@ def relative(ours: torch.Tensor, theirs: NDArray[Any]) -> float:
 def test_equals_the_recording(name: str, setting: str, variant: str) -> None:
     """Kept sets, the caches of the first and the last layer, logits of the prefill and of eight decoded tokens."""
     model = golden_model(name)
-    told, golden = recording(name, setting, variant)
+    recorded, golden = recording(name, setting, variant)
     given = recording(name, setting, "input")[1]
     dense = recording(name, setting, "dense")[1]
-    handle = apply_framefusion(model, told["cost"], told["sim"], told["ratio"], depth=DEPTH)
+    handle = apply_framefusion(model, recorded["cost"], recorded["sim"], recorded["ratio"], depth=DEPTH)
     handle.settings = replace(handle.settings, num_layers=LAYERS[variant])
     inputs: dict[str, Any]
     if name == "qwen2_vl":
@@ -83,7 +83,7 @@ def test_equals_the_recording(name: str, setting: str, variant: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in inputs.items())
 
     (record,) = handle.last
-    assert list(record.tokens_per_layer) == told[variant]["kv_len_per_layer_after_prefill"]
+    assert list(record.tokens_per_layer) == recorded[variant]["kv_len_per_layer_after_prefill"]
     for layer, places in enumerate(record.kept):
         if f"kv_kept_layer{layer}" in golden:
             np.testing.assert_array_equal(places, golden[f"kv_kept_layer{layer}"])
@@ -99,10 +99,10 @@ def test_equals_the_recording(name: str, setting: str, variant: str) -> None:
     for step, expected in enumerate(golden["decode_logits"]):
         assert relative(output.logits[0, -1], expected) < TOLERANCE, f"step {step}"
         tokens.append(int(output.logits[0, -1].argmax()))
-        place = torch.tensor([[length + told[variant].get("rope_delta", 0) + step]])
+        place = torch.tensor([[length + recorded[variant].get("rope_delta", 0) + step]])
         place = place.expand(3, 1, 1) if name == "qwen2_vl" else place
         output = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=past, position_ids=place)
-    assert tokens == told[variant]["decode_tokens"]
+    assert tokens == recorded[variant]["decode_tokens"]
     remove_framefusion(model)
 
 
@@ -158,8 +158,8 @@ def live() -> Iterator[tuple[Any, Any]]:
 
 
 def greedy(model: Any, ids: torch.Tensor, **named: Any) -> torch.Tensor:
-    told = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0} | named
-    answer: torch.Tensor = model.generate(ids, **told)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0} | named
+    answer: torch.Tensor = model.generate(ids, **settings)
     return answer[:, ids.shape[1] :]
 
 
@@ -224,10 +224,10 @@ def test_a_batch_of_any_reducer_is_its_rows(live: tuple[Any, Any], reducer: str)
             model(ids)
         alone.append([places.tolist() for places in handle.last[0].kept])
     ids, labels = (padded([prompt[i] for prompt in prompts], "left", fill) for i, fill in enumerate((0, -1)))
-    mask = padded([torch.ones_like(own) for own, _ in prompts], "left", 0)
+    mask = padded([torch.ones_like(prompt_ids) for prompt_ids, _ in prompts], "left", 0)
     with handle.labels(labels):
         model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-    starts = [ids.shape[1] - own.shape[1] for own, _ in prompts]
+    starts = [ids.shape[1] - prompt_ids.shape[1] for prompt_ids, _ in prompts]
     batch = [[(places - start).tolist() for places in row.kept] for row, start in zip(handle.last, starts, strict=True)]
     assert batch == alone
     assert all(row.visual_after < row.visual_before for row in handle.last)
@@ -279,15 +279,15 @@ def test_every_way_to_generate_from_reduced_tokens(live: tuple[Any, Any], way: s
         if way == "prompt lookup":
             assert torch.equal(greedy(model, ids, **WAYS[way]), greedy(model, ids))
             return
-        told = model.generate(
+        generated = model.generate(
             ids, num_beams=3, max_new_tokens=6, do_sample=False, pad_token_id=0, length_penalty=0.0,
             output_scores=True, return_dict_in_generate=True,
         )  # fmt: skip
         output, score = model(ids), 0.0
-        for token in told.sequences[0, ids.shape[1] :]:
+        for token in generated.sequences[0, ids.shape[1] :]:
             score += float(output.logits[0, -1].log_softmax(-1)[token])
             output = model(token[None, None], past_key_values=output.past_key_values)
-    assert score == pytest.approx(float(told.sequences_scores[0]), rel=1e-4)
+    assert score == pytest.approx(float(generated.sequences_scores[0]), rel=1e-4)
 
 
 @torch.inference_mode()
@@ -309,8 +309,8 @@ def test_turns_go_on_over_the_reduced_cache(live: tuple[Any, Any]) -> None:
     assert second.visual_before == 96
     assert second.cost == pytest.approx(0.4, abs=0.02)
     lengths = [layer.keys.shape[2] for layer in whole.layers]
-    told = zip(first.tokens_per_layer, second.tokens_per_layer, strict=True)
-    assert lengths == [before + question.shape[1] + after for before, after in told]
+    pairs = zip(first.tokens_per_layer, second.tokens_per_layer, strict=True)
+    assert lengths == [before + question.shape[1] + after for before, after in pairs]
     assert {layer.get_seq_length() for layer in whole.layers} == {ids.shape[1] + question.shape[1] + film.shape[1]}
 
 
@@ -426,11 +426,11 @@ def test_a_plan_is_applied_as_in_numpy() -> None:
 def test_importance_is_the_attention_of_the_last_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the policy gets at the prune, against the weights that the eager model gives."""
     model, (ids, labels) = llama(), film_prompt()
-    seen: list[Any] = []
+    vectors: list[Any] = []
     step = policy.Reduction.step
 
     def noted(self: policy.Reduction, similarity: Any, importance: Any, features: Any = None) -> host_plan.Plan:
-        seen.append(importance)
+        vectors.append(importance)
         return step(self, similarity, importance, features)
 
     monkeypatch.setattr(policy.Reduction, "step", noted)
@@ -443,7 +443,7 @@ def test_importance_is_the_attention_of_the_last_rows(monkeypatch: pytest.Monkey
         model(ids)
     remove_framefusion(model)
     assert [record.kind for record in handle.last[0].calls] == ["none", "prune"]
-    np.testing.assert_allclose(seen[-1], expected.numpy(), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(vectors[-1], expected.numpy(), rtol=1e-4, atol=1e-7)
 
 
 # --- Models that see ------------------------------------------------------------------------------------------------
@@ -474,32 +474,32 @@ def seen_prompt(model: Any, grids: list[tuple[str, int, int, int]], seed: int) -
         question = torch.randint(1, 200, (4 + seed,), generator=random)
         ids = torch.cat([ids, torch.tensor([[*run, config.vision_end_token_id]]), question[None]], dim=1)
     kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-    told = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
     for kind, name in (("video", "pixel_values_videos"), ("image", "pixel_values")):
         if pixels[kind]:
-            told[name] = torch.cat([rows for rows, _ in pixels[kind]])
-            told[f"{kind}_grid_thw"] = torch.tensor([grid for _, grid in pixels[kind]])
-    return told
+            inputs[name] = torch.cat([rows for rows, _ in pixels[kind]])
+            inputs[f"{kind}_grid_thw"] = torch.tensor([grid for _, grid in pixels[kind]])
+    return inputs
 
 
 FILM, PICTURE = ("video", 6, 8, 8), ("image", 1, 4, 6)
 SHOWN = ([FILM], [PICTURE, ("video", 5, 4, 8)], [FILM, ("video", 4, 4, 4), PICTURE], [PICTURE])
 
 
-def answer_of(model: Any, told: dict[str, torch.Tensor], **named: Any) -> list[list[int]]:
-    new = model.generate(**told, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **named)
-    answers: list[list[int]] = new[:, told["input_ids"].shape[1] :].tolist()
+def answer_of(model: Any, inputs: dict[str, torch.Tensor], **named: Any) -> list[list[int]]:
+    new = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **named)
+    answers: list[list[int]] = new[:, inputs["input_ids"].shape[1] :].tolist()
     return answers
 
 
 def together(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A batch, padded on the left."""
-    told: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
     for name in dict.fromkeys(name for prompt in prompts for name in prompt):
-        own = [prompt[name] for prompt in prompts if name in prompt]
+        rows_of_prompts = [prompt[name] for prompt in prompts if name in prompt]
         rows = name in ("input_ids", "attention_mask", "mm_token_type_ids")
-        told[name] = padded(own, "left", 0) if rows else torch.cat(own)
-    return told
+        inputs[name] = padded(rows_of_prompts, "left", 0) if rows else torch.cat(rows_of_prompts)
+    return inputs
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -594,13 +594,13 @@ def test_a_second_film_in_a_second_turn(seeing: Any) -> None:
 @torch.inference_mode()
 def test_prompts_whose_labels_cannot_be_read_are_refused(seeing: Any) -> None:
     handle = apply_framefusion(seeing, 0.4)
-    told = seen_prompt(seeing, [FILM], 0)
+    inputs = seen_prompt(seeing, [FILM], 0)
     with pytest.raises(PromptError, match=r"framefusion\.labels"):
         seeing(inputs_embeds=torch.randn(1, 20, 32))
     with handle.labels(np.full(20, -1)):
         assert seeing(inputs_embeds=torch.randn(1, 20, 32)).logits.isfinite().all()
     with pytest.raises(PromptError, match="position_ids"):
-        seeing(**told, position_ids=torch.arange(told["input_ids"].shape[1])[None])
+        seeing(**inputs, position_ids=torch.arange(inputs["input_ids"].shape[1])[None])
     remove_framefusion(seeing)
 
 

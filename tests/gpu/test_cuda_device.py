@@ -160,14 +160,14 @@ def test_a_mirror_starts_with_zeros_on_both_sides(device: CudaDevice) -> None:
 
 
 def test_what_is_pushed_is_what_was_there_at_that_time(device: CudaDevice) -> None:
-    mirror, seen = device.mirror((2000,), np.float32), []
+    mirror, copies = device.mirror((2000,), np.float32), []
     for number in range(5):
         mirror.host[:] = number
         mirror.push()
-        seen.append(device.empty(mirror.there.shape, np.float32))
-        device.copy(seen[-1], mirror.there)
+        copies.append(device.empty(mirror.there.shape, np.float32))
+        device.copy(copies[-1], mirror.there)
         mirror.host[:] = -1
-    assert [float(device.download(copy)[-1]) for copy in seen] == [0, 1, 2, 3, 4]
+    assert [float(device.download(copy)[-1]) for copy in copies] == [0, 1, 2, 3, 4]
 
 
 def test_two_vectors_are_requested_and_arrive(device: CudaDevice) -> None:
@@ -439,14 +439,14 @@ class Ferried:
     def __init__(self, device: CudaDevice, inputs: Mapping[str, Any], outputs: Mapping[str, Any], bind: Any) -> None:
         self._device, self.inputs, self.outputs = device, inputs, outputs
         self._here = {name: np.empty(buffer.shape, buffer.dtype) for name, buffer in inputs.items()}
-        self._made = {name: np.empty(buffer.shape, buffer.dtype) for name, buffer in outputs.items()}
-        self._bound = bind(self._here, self._made)
+        self._results = {name: np.empty(buffer.shape, buffer.dtype) for name, buffer in outputs.items()}
+        self._bound = bind(self._here, self._results)
 
     def run(self) -> None:
         for name, array in self._here.items():
             array[...] = self._device.download(self.inputs[name])
         self._bound.run()
-        for name, array in self._made.items():
+        for name, array in self._results.items():
             self._device.send(array, self.outputs[name])
 
 
@@ -461,8 +461,8 @@ class FerryingBackend(OnnxRuntimeBackend):
         return empty_cache(HOST, shapes, dtype)
 
     def bind(self, graph: str, inputs: Any, outputs: Any, cache: SegmentCache | None) -> Any:
-        return Ferried(self.device, inputs, outputs, lambda here, made: super(FerryingBackend, self).bind(
-            graph, here, made, cache))  # fmt: skip
+        return Ferried(self.device, inputs, outputs, lambda here, results: super(FerryingBackend, self).bind(
+            graph, here, results, cache))  # fmt: skip
 
 
 def test_a_film_is_answered_as_on_the_cpu(bundle: Path, film: Path) -> None:

@@ -64,9 +64,9 @@ def test_without_reduction_nothing_is_dropped(pipeline: Pipeline, film: Path) ->
 
 def test_two_films(pipeline: Pipeline, film: Path, tmp_path: Path) -> None:
     other = write_film(tmp_path / "other.mp4", frames=8, seed=1)
-    one, two = ask(pipeline, (VIDEO, film)), ask(pipeline, (VIDEO, film), (VIDEO, other))
-    assert two.visual_tokens == one.visual_tokens + 32
-    assert two.cost == pytest.approx(0.4, abs=1 / 64)
+    single, both = ask(pipeline, (VIDEO, film)), ask(pipeline, (VIDEO, film), (VIDEO, other))
+    assert both.visual_tokens == single.visual_tokens + 32
+    assert both.cost == pytest.approx(0.4, abs=1 / 64)
 
 
 def test_a_picture_and_a_film(pipeline: Pipeline, film: Path, picture: Path) -> None:

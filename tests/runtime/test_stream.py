@@ -39,9 +39,9 @@ def caches(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[weakref.
     make = pipeline.backend.cache
 
     def cache(*arguments: Any) -> Any:
-        made = make(*arguments)
-        given_out.extend(weakref.ref(kept) for kept in (made, *made.keys, *made.values))
-        return made
+        built = make(*arguments)
+        given_out.extend(weakref.ref(kept) for kept in (built, *built.keys, *built.values))
+        return built
 
     monkeypatch.setattr(pipeline.backend, "cache", cache)
     return given_out
@@ -194,18 +194,18 @@ def test_text_is_cut_at_the_first_stop_string_however_it_comes(texts: list[str],
     said = ""
     for index in range(len(texts)):
         said += text.push(index)
-        assert not any(one in said for one in stop)
+        assert not any(string in said for string in stop)
         if text.stopped:
             break
     said += text.flush()
     whole = "".join(texts)
-    ends = [end for one in stop for end in range(len(whole) + 1) if whole[:end].endswith(one)]
+    ends = [end for string in stop for end in range(len(whole) + 1) if whole[:end].endswith(string)]
     if not ends:
         assert (said, text.stopped) == (whole, False)
         return
     assert text.stopped
     first = "".join(texts[: index + 1])
-    assert said == first[: min(place for one in stop if (place := first.find(one)) >= 0)]
+    assert said == first[: min(place for string in stop if (place := first.find(string)) >= 0)]
 
 
 def test_requests_can_take_turns(pipeline: Pipeline, film: Path) -> None:

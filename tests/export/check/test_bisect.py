@@ -69,7 +69,7 @@ def set_attribute(operator: str, name: str, value: Any, skip: int = 0) -> Callab
         left[0] -= 1
         if left[0] >= 0:
             return False
-        (attribute,) = (one for one in node.attribute if one.name == name)
+        (attribute,) = (item for item in node.attribute if item.name == name)
         attribute.CopyFrom(onnx.helper.make_attribute(name, value))
         return True
 
@@ -91,10 +91,10 @@ def test_a_sound_bundle_says_so(bundle: Path, checkpoint: Path) -> None:
     assert report["passed"]
     assert report["ways"] == ["onnxruntime"]
     assert report["words"] == ["onnxruntime: every graph agrees with eager torch"]
-    seen = {(row["graph"], row["kind"], row["output"]) for row in report["boundaries"]}
-    assert ("vision/graph.onnx", "vision", "tokens") in seen
+    compared = {(row["graph"], row["kind"], row["output"]) for row in report["boundaries"]}
+    assert ("vision/graph.onnx", "vision", "tokens") in compared
     for kind in ("prefill", "decode"):
-        outputs = {output for graph, call, output in seen if (graph, call) == ("segments/layer01/graph.onnx", kind)}
+        outputs = {output for graph, call, output in compared if (graph, call) == ("segments/layer01/graph.onnx", kind)}
         assert outputs == {"hidden_out", "similarity", "importance", "present_key_0", "present_value_0"}
     assert "every graph agrees" in bisect.render(report)
 
@@ -168,5 +168,5 @@ def test_the_command_tells_and_fails(faulty: Path, checkpoint: Path) -> None:
     assert result.exit_code == CheckFailedError.exit_code
     assert "layer 2 attention" in result.output
     assert "blocks.1.o.weight is not the checkpoint's" in result.output
-    told = json.loads(export("check", faulty, "--checkpoint", checkpoint, "--bisect", "--json").stdout)
-    assert told["comparison"]["found"][0]["place"] == "segment rest, layer 2 attention"
+    report = json.loads(export("check", faulty, "--checkpoint", checkpoint, "--bisect", "--json").stdout)
+    assert report["comparison"]["found"][0]["place"] == "segment rest, layer 2 attention"

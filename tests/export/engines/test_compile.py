@@ -62,8 +62,8 @@ def files_of(folder: Path) -> dict[str, int]:
 
 
 def test_a_bundle_of_another_dialect(bundle: Path) -> None:
-    words = ("gqa", "portable dialect", "--dialect portable --dtype float16")
-    assert_refused(export("compile", bundle, *KIND), errors.BundleError, *words)
+    phrases = ("gqa", "portable dialect", "--dialect portable --dtype float16")
+    assert_refused(export("compile", bundle, *KIND), errors.BundleError, *phrases)
 
 
 def test_float32(checkpoint: Path, tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_a_target_that_no_gpu_has(command: str, checkpoint: Path, graphless: Pat
 def test_a_library_that_is_not_installed(kind: str, graphless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = kind.replace("-", "_")
     monkeypatch.setitem(sys.modules, module, None)
-    words = (f"{module} is not installed", f"pip install 'framefusion-aot[{kind}]'")
-    assert_refused(export("compile", graphless, "--backend", kind), errors.BackendError, *words)
+    phrases = (f"{module} is not installed", f"pip install 'framefusion-aot[{kind}]'")
+    assert_refused(export("compile", graphless, "--backend", kind), errors.BackendError, *phrases)
 
 
 @pytest.mark.parametrize("flags", [(), ("--target-sm", "86")])
@@ -234,7 +234,7 @@ def copy(portable: Path, tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
-def told(*command: object) -> dict[str, Any]:
+def report_of(*command: object) -> dict[str, Any]:
     result = export(*command, "--json")
     assert result.exit_code == 0, result.output
     report: dict[str, Any] = json.loads(result.stdout)
@@ -250,7 +250,7 @@ def checksums(folder: Path) -> Iterator[tuple[str, bool]]:
 @pytest.mark.slow
 def test_engines_for_three_targets(copy: Path, shared_cache: Path) -> None:
     command = ("compile", copy, *KIND, *TARGETS, "--engine-cache", shared_cache)
-    report = told(*command)
+    report = report_of(*command)
     manifest = read_manifest(copy)
     assert len(manifest.engines) == ENGINES == len(report["engines"])
     for engine, row in zip(manifest.engines, report["engines"], strict=True):
@@ -270,20 +270,20 @@ def test_engines_for_three_targets(copy: Path, shared_cache: Path) -> None:
     assert all(sums.values())
     assert set(sums) == {*manifest.files, "manifest.json"}
     # again: everything is there
-    again = told(*command)
+    again = report_of(*command)
     assert [row["cache"] for row in again["engines"]] == ["hit"] * ENGINES
     assert read_manifest(copy).engines == manifest.engines
     # one target fewer: the nearest is named
-    fewer = told("compile", copy, *KIND, "--target-sm", "86,89", "--engine-cache", shared_cache)
+    fewer = report_of("compile", copy, *KIND, "--target-sm", "86,89", "--engine-cache", shared_cache)
     assert {row["cache"] for row in fewer["engines"]} == {"miss: targets 8.6,8.9,12.0 -> 8.6,8.9"}
 
 
 @pytest.mark.slow
 def test_check_and_inspect_tell_of_the_engines(copy: Path, shared_cache: Path) -> None:
-    told("compile", copy, *KIND, *TARGETS, "--engine-cache", shared_cache)
-    checked = told("check", copy)
+    report_of("compile", copy, *KIND, *TARGETS, "--engine-cache", shared_cache)
+    checked = report_of("check", copy)
     assert all(row["fits"] and row["text"].startswith("fits") for row in checked["engines"])
-    (facts,) = told("inspect", copy)["engines"]
+    (facts,) = report_of("inspect", copy)["engines"]
     assert facts["bytes"] - facts["weight_bytes"] == facts["beyond_weights"] > 0
     assert facts["one_token_profile_bytes"] < facts["weight_bytes"]
     assert "experimental" in export("inspect", copy).output
@@ -296,7 +296,7 @@ def test_check_and_inspect_tell_of_the_engines(copy: Path, shared_cache: Path) -
     assert f"truncated, {len(content) - 1} of {len(content)} bytes; with: ff-export compile {copy}" in result.stdout
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "sha256 is not the manifest's" in export("check", copy).stdout
-    mended = told("compile", copy, *KIND, *TARGETS, "--engine-cache", shared_cache)
+    mended = report_of("compile", copy, *KIND, *TARGETS, "--engine-cache", shared_cache)
     assert mended["cache"]["hits"] == ENGINES
     assert export("check", copy).exit_code == 0
     manifest = read_manifest(copy)
@@ -313,14 +313,14 @@ def test_the_library_itself_reads_the_header(copy: Path, shared_cache: Path) -> 
         pytest.skip(f"tensorrt_rtx knows {', '.join(known)}, not this GPU")
     other = next(target for target in known if target != gpu.capability)
     for target, fits in ((gpu.capability, True), (other, False)):
-        told("compile", copy, *KIND, "--target-sm", target, "--engine-cache", shared_cache)
+        report_of("compile", copy, *KIND, "--target-sm", target, "--engine-cache", shared_cache)
         found = examine(copy, read_manifest(copy), gpu=gpu)
         assert {fit.fits for fit in found} == {fits}, found[0].text
 
 
 @pytest.mark.slow
 def test_engines_only(copy: Path, checkpoint: Path, shared_cache: Path) -> None:
-    told("compile", copy, *KIND, *TARGETS, "--engine-cache", shared_cache, "--engines-only")
+    report_of("compile", copy, *KIND, *TARGETS, "--engine-cache", shared_cache, "--engines-only")
     assert not list(copy.rglob("*.onnx"))
     assert not list(copy.rglob("weights.bin"))
     assert export("check", copy).exit_code == 0
@@ -330,7 +330,7 @@ def test_engines_only(copy: Path, checkpoint: Path, shared_cache: Path) -> None:
     assert_refused(export("check", copy, "--checkpoint", checkpoint), errors.BundleError, *named)
     built = copy.parent / "built"
     flags = (*KIND, *TARGETS, "--engine-cache", shared_cache, *PORTABLE, "--engines-only", "--no-check")
-    told("build", checkpoint, "-o", built, *flags)
+    report_of("build", checkpoint, "-o", built, *flags)
     assert set(dict(checksums(built))) == {*read_manifest(built).files, "manifest.json"}
     assert not [path for path in built.rglob("*") if path.suffix == ".onnx" or path.name == "weights.bin"]
     assert export("check", built).exit_code == 0
@@ -340,7 +340,7 @@ def test_engines_only(copy: Path, checkpoint: Path, shared_cache: Path) -> None:
 def test_a_build_compiles_before_it_publishes(checkpoint: Path, tmp_path: Path, shared_cache: Path) -> None:
     out = tmp_path / "b"
     command = ("build", checkpoint, "-o", out, *KIND, *TARGETS, "--engine-cache", shared_cache, *PORTABLE)
-    report = told(*command)
+    report = report_of(*command)
     manifest = read_manifest(out)
     assert report["check"]["passed"]
     assert len(manifest.engines) == ENGINES
@@ -377,8 +377,10 @@ def test_two_compilations_share_one_cache(portable: Path, tmp_path: Path) -> Non
     reports = [json.loads(process.communicate(timeout=300)[0]) for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum(report["cache"]["hits"] for report in reports) == ENGINES  # each was compiled by one of the two
-    one, two = (read_manifest(folder) for folder in folders)
-    assert [one.files[engine.file] for engine in one.engines] == [two.files[engine.file] for engine in two.engines]
+    first, second = (read_manifest(folder) for folder in folders)
+    assert [first.files[engine.file] for engine in first.engines] == [
+        second.files[engine.file] for engine in second.engines
+    ]
     assert [export("check", folder).exit_code for folder in folders] == [0, 0]
 
 

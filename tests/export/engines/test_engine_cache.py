@@ -60,7 +60,7 @@ def test_what_was_compiled_once_is_not_compiled_again(cache: EngineCache, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reason"),
     [
         ({"version": "1.7.1"}, "miss: version 1.7.0 -> 1.7.1"),
         ({"targets": ["12.0"]}, "miss: targets 8.6,8.9 -> 12.0"),
@@ -69,13 +69,13 @@ def test_what_was_compiled_once_is_not_compiled_again(cache: EngineCache, tmp_pa
     ],
 )
 def test_a_miss_says_what_differs_from_the_nearest(
-    cache: EngineCache, tmp_path: Path, changes: dict[str, Any], told: str
+    cache: EngineCache, tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
     cache.fetch(COMPONENTS, tmp_path / "one", writer(b"engine"))
     far = {name: f"far {name}" for name in COMPONENTS}
     cache.fetch(far, tmp_path / "far", writer(b"far"))
     fetched = cache.fetch({**COMPONENTS, **changes}, tmp_path / "two", writer(b"another"))
-    assert (fetched.hit, fetched.reason) == (False, told)
+    assert (fetched.hit, fetched.reason) == (False, reason)
     assert (tmp_path / "two").read_bytes() == b"another"
 
 
@@ -83,8 +83,8 @@ def test_its_own_past_is_nearer_than_another_engine(cache: EngineCache, tmp_path
     """The first component says what it is an engine of."""
     cache.fetch({**COMPONENTS, "version": "1.6", "dtype": "bfloat16"}, tmp_path / "own", writer(b"own"))
     cache.fetch({**COMPONENTS, "graph": "b" * 64}, tmp_path / "other", writer(b"other"))
-    told = cache.fetch(COMPONENTS, tmp_path / "new", writer(b"new")).reason
-    assert told == "miss: version 1.6 -> 1.7.0, dtype bfloat16 -> float16"
+    reason = cache.fetch(COMPONENTS, tmp_path / "new", writer(b"new")).reason
+    assert reason == "miss: version 1.6 -> 1.7.0, dtype bfloat16 -> float16"
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -94,15 +94,15 @@ def test_every_component_is_in_the_key(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damaged", "told"), [(b"eng", "its file is gone or truncated"), (b"enginf", "the cached file is altered")]
+    ("damaged", "reason"), [(b"eng", "its file is gone or truncated"), (b"enginf", "the cached file is altered")]
 )
-def test_a_damaged_engine_is_compiled_again(cache: EngineCache, tmp_path: Path, damaged: bytes, told: str) -> None:
+def test_a_damaged_engine_is_compiled_again(cache: EngineCache, tmp_path: Path, damaged: bytes, reason: str) -> None:
     entry = cache.fetch(COMPONENTS, tmp_path / "one", writer(b"engine")).entry
     stored = cache.folder / "objects" / entry.file.sha256
     stored.unlink()  # a link to what the bundle has
     stored.write_bytes(damaged)
     fetched = cache.fetch(COMPONENTS, tmp_path / "two", writer(b"engine"))
-    assert (fetched.hit, fetched.reason) == (False, f"miss: {told}")
+    assert (fetched.hit, fetched.reason) == (False, f"miss: {reason}")
     assert (tmp_path / "two").read_bytes() == b"engine"
     assert cache.fetch(COMPONENTS, tmp_path / "three", never).hit
 
@@ -210,8 +210,8 @@ def wait_for(happened: Callable[[], bool]) -> None:
 
 def test_two_processes_compile_one_engine_once(tmp_path: Path) -> None:
     both = [start(tmp_path, name, 0.3) for name in ("one", "two")]
-    told = sorted(process.communicate(timeout=60)[0].strip() for process in both)
-    assert told == ["hit", "miss: nothing like it was compiled before"]
+    reason = sorted(process.communicate(timeout=60)[0].strip() for process in both)
+    assert reason == ["hit", "miss: nothing like it was compiled before"]
     assert compiled(tmp_path) == 1
     assert {(tmp_path / name).read_bytes() for name in ("one", "two")} == {b"half whole"}
 

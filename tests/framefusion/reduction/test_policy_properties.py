@@ -127,39 +127,39 @@ def mean_entering(reduction: ReductionState, layers: int) -> float:
 
 @modest
 @given(requests(), adaptive_settings())
-def test_adaptive_keeps_order_and_text_and_meets_the_budget(request: Request, asked: ReductionSettings) -> None:
-    reduction = Reduction(asked, request.labels)
+def test_adaptive_keeps_order_and_text_and_meets_the_budget(request: Request, settings: ReductionSettings) -> None:
+    reduction = Reduction(settings, request.labels)
     start = reduction.num_visual
-    plans = run(reduction, request, asked.num_layers)
+    plans = run(reduction, request, settings.num_layers)
     check_plans(plans, request.labels)
     check_history(reduction, plans, request.labels)
     assert reduction.finished
-    assert all(plan.kind == "none" for plan in plans[asked.depth + 2 :])
-    assert abs(mean_entering(reduction, asked.num_layers) - asked.cost * start) <= 1
+    assert all(plan.kind == "none" for plan in plans[settings.depth + 2 :])
+    assert abs(mean_entering(reduction, settings.num_layers) - settings.cost * start) <= 1
 
 
 @modest
 @given(requests(), adaptive_settings(), st.integers(0, 10))
-def test_adaptive_never_reads_the_future(request: Request, asked: ReductionSettings, now: int) -> None:
+def test_adaptive_never_reads_the_future(request: Request, settings: ReductionSettings, now: int) -> None:
     other = [np.flip(scores) for scores in request.similarity], [1 - scores for scores in request.importance]
     changed = Request(
         request.labels,
         [*request.similarity[:now], *other[0][now:]],
         [*request.importance[:now], *other[1][now:]],
     )
-    calls = min(now, asked.num_layers)
-    first = run(Reduction(asked, request.labels), request, calls)
-    second = run(Reduction(asked, request.labels), changed, calls)
+    calls = min(now, settings.num_layers)
+    first = run(Reduction(settings, request.labels), request, calls)
+    second = run(Reduction(settings, request.labels), changed, calls)
     assert [plan.kept.tolist() for plan in first] == [plan.kept.tolist() for plan in second]
     assert [plan.members.tolist() for plan in first] == [plan.members.tolist() for plan in second]
 
 
 @modest
 @given(requests(), adaptive_settings())
-def test_vectors_that_are_not_wanted_change_nothing(request: Request, asked: ReductionSettings) -> None:
-    sparing, generous = Reduction(asked, request.labels), Reduction(asked, request.labels)
+def test_vectors_that_are_not_wanted_change_nothing(request: Request, settings: ReductionSettings) -> None:
+    sparing, generous = Reduction(settings, request.labels), Reduction(settings, request.labels)
     present = np.arange(request.labels.size)
-    for plan in run(sparing, request, asked.num_layers):
+    for plan in run(sparing, request, settings.num_layers):
         given_anyway = generous.step(
             request.similarity[generous.call][present], request.importance[generous.call][present]
         )
@@ -169,14 +169,14 @@ def test_vectors_that_are_not_wanted_change_nothing(request: Request, asked: Red
 
 @modest
 @given(requests(), adaptive_settings(), st.integers(0, 9))
-def test_random_meets_the_same_budget_at_call_0(request: Request, asked: ReductionSettings, seed: int) -> None:
-    given = ReductionRequest(asked, request.labels, seed)
+def test_random_meets_the_same_budget_at_call_0(request: Request, settings: ReductionSettings, seed: int) -> None:
+    given = ReductionRequest(settings, request.labels, seed)
     reduction, again = (load_reducer("random").start(given) for _ in range(2))
     start = reduction.num_visual
-    plans = run(reduction, request, asked.num_layers)
+    plans = run(reduction, request, settings.num_layers)
     check_plans(plans, request.labels)
     check_history(reduction, plans, request.labels)
-    assert abs(mean_entering(reduction, asked.num_layers) - asked.cost * start) <= 1
+    assert abs(mean_entering(reduction, settings.num_layers) - settings.cost * start) <= 1
     assert run(again, request, 1)[0].kept.tolist() == plans[0].kept.tolist()
 
 
@@ -251,8 +251,8 @@ def test_settings_out_of_range_are_refused(values: tuple[float, float, float, in
 
 @pytest.mark.parametrize("layers", [3, 7, 28, 49])
 def test_the_smallest_cost_itself_is_reached(layers: int) -> None:
-    asked = ReductionSettings(1 / layers, 0.9, 0.1, layers, 1)
-    reduction = Reduction(asked, np.r_[np.tile(np.arange(9), 5), TEXT])
+    settings = ReductionSettings(1 / layers, 0.9, 0.1, layers, 1)
+    reduction = Reduction(settings, np.r_[np.tile(np.arange(9), 5), TEXT])
     reduction.step(np.zeros(46), None)
     assert reduction.wants_importance
     reduction.step(np.zeros(46), np.ones(46))

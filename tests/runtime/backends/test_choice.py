@@ -41,7 +41,7 @@ def opened(bundle: Path) -> Bundle:
     return Bundle(bundle, verify=False)
 
 
-def seen(bundle: Bundle, **model: Any) -> Bundle:
+def with_model(bundle: Bundle, **model: Any) -> Bundle:
     return bundle.with_manifest(model=replace(bundle.manifest.model, **model))
 
 
@@ -74,7 +74,7 @@ def test_a_machine_without_gpu_takes_the_cpu_and_says_why_nothing_better(bundle:
 
 
 def test_the_cuda_provider_is_taken_where_it_is_listed(bundle: Bundle) -> None:
-    half = seen(bundle, dtype="float16")
+    half = with_model(bundle, dtype="float16")
     chosen = choose(half, machine=WITH_GPU)
     assert (chosen.option.device, chosen.experimental) == ("cuda", True)
     assert chosen.text.startswith("backend: onnxruntime on cuda (experimental); not tensorrt or tensorrt-rtx: ")
@@ -139,7 +139,7 @@ def test_inductor_engines_for_the_cpu_need_no_gpu(bundle: Bundle, tmp_path: Path
 
 
 def test_bfloat16_runs_on_no_cpu(bundle: Bundle) -> None:
-    brain = seen(bundle, dtype="bfloat16")
+    brain = with_model(bundle, dtype="bfloat16")
     assert choose(brain, machine=WITH_GPU).option == Option("onnxruntime", "cuda")
     with pytest.raises(BackendError, match=r"nothing can run this bundle here\. .*the bundle is in bfloat16"):
         choose(brain, machine=CPU_ONLY)
@@ -173,18 +173,18 @@ def proven() -> dict[tuple[str, str], str]:
 
 def test_what_is_called_proven_has_a_result_with_a_device() -> None:
     for (name, place), file in proven().items():
-        told = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-        own = told.get("backend", {"name": "onnxruntime", "device": "cpu"})
-        assert (own["name"], own["device"]) == (name, place)
-        assert told["machine"]["gpu" if place == "cuda" else "cpu"], file
+        result = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+        backend = result.get("backend", {"name": "onnxruntime", "device": "cpu"})
+        assert (backend["name"], backend["device"]) == (name, place)
+        assert result["machine"]["gpu" if place == "cuda" else "cpu"], file
 
 
 def test_every_committed_result_of_a_backend_is_named() -> None:
     shown = set()
     for path in RESULTS.glob("*.json"):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if "backend" in told:
-            shown.add((told["backend"]["name"], told["backend"]["device"]))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "backend" in result:
+            shown.add((result["backend"]["name"], result["backend"]["device"]))
     assert shown <= set(proven()), "name the result in its row of the table: it is no longer experimental"
 
 
@@ -198,11 +198,13 @@ def test_the_pipeline_opens_the_choice(bundle: Bundle) -> None:
 
 
 def test_the_command_prints_the_choice_and_refuses_the_impossible(bundle: Bundle) -> None:
-    asked = ["generate", bundle.folder, "--prompt", "What?", "--max-new-tokens", 1, "--no-verify"]
-    facts = json.loads(run(*asked, "--json").stdout)
+    arguments = ["generate", bundle.folder, "--prompt", "What?", "--max-new-tokens", 1, "--no-verify"]
+    facts = json.loads(run(*arguments, "--json").stdout)
     assert facts["backend"]["name"] == "onnxruntime"
-    assert facts["backend"]["text"] in run(*asked).stderr.splitlines()
-    assert_refused(run(*asked, "--backend", "tensorrt-rtx"), BackendError, "no such engine in the bundle", "ff-export")
+    assert facts["backend"]["text"] in run(*arguments).stderr.splitlines()
+    assert_refused(
+        run(*arguments, "--backend", "tensorrt-rtx"), BackendError, "no such engine in the bundle", "ff-export"
+    )
 
 
 def test_reasons_of_several_are_said_once() -> None:

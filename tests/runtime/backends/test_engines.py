@@ -79,7 +79,7 @@ def test_what_fits(folder: Path) -> None:
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
-    ("gpu", "changes", "words"),
+    ("gpu", "changes", "phrases"),
     [
         (RTX, {"targets": ("8.9",)}, ("built for 8.9 and NVIDIA GeForce RTX 3060 is 8.6", "--target-sm 89,86")),
         (RTX, {"version": "1.7.0.2"}, ("1.7.0.2", VERSION, "--target-sm 86,89", "'tensorrt_rtx_cu13==1.7.0.2'")),
@@ -92,10 +92,10 @@ def test_what_fits(folder: Path) -> None:
     ],
     ids=["target", "release", "driver", "memory", "no-gpu", "library", "engines-only", "processor"],
 )
-def test_what_does_not_fit(folder: Path, gpu: GPU | None, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_what_does_not_fit(folder: Path, gpu: GPU | None, changes: dict[str, Any], phrases: tuple[str, ...]) -> None:
     text = said(folder, gpu=gpu, **changes)
     assert text.startswith("rebuild because ")
-    assert [word for word in words if word not in text] == []
+    assert [word for word in phrases if word not in text] == []
 
 
 @pytest.mark.usefixtures("installed")
@@ -113,7 +113,7 @@ def test_a_cpu_without_what_the_compiler_took_for_granted(folder: Path) -> None:
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
-    ("content", "hashes", "words"),
+    ("content", "hashes", "phrases"),
     [
         (b"eng", False, "truncated, 3 of 6 bytes"),
         (b"engines", False, "altered, 7 of 6 bytes"),
@@ -122,13 +122,13 @@ def test_a_cpu_without_what_the_compiler_took_for_granted(folder: Path) -> None:
     ],
     ids=["truncated", "longer", "altered", "missing"],
 )
-def test_a_damaged_file(folder: Path, content: bytes | None, hashes: bool, words: str) -> None:
+def test_a_damaged_file(folder: Path, content: bytes | None, hashes: bool, phrases: str) -> None:
     path = folder / record().file
     path.unlink()
     if content is not None:
         path.write_bytes(content)
     text = said(folder, hashes=hashes)
-    assert words in text
+    assert phrases in text
     assert f"ff-export compile {folder} --backend tensorrt-rtx --target-sm 86,89" in text
 
 
@@ -170,7 +170,7 @@ def test_a_bundle_finds_its_engines_and_misses_its_graphs(folder: Path) -> None:
     assert whole.engine(GRAPH, "tensorrt-rtx") == record()
     assert whole.engine(GRAPH, "tensorrt") is None
     whole.require_graphs()
-    files = {name: told for name, told in whole.manifest.files.items() if name != GRAPH}
+    files = {name: entry for name, entry in whole.manifest.files.items() if name != GRAPH}
     write_manifest(folder, replace(whole.manifest, files=files))
     with pytest.raises(BundleError, match=rf"{GRAPH} was left out \(--engines-only\)"):
         Bundle(folder, verify=False).require_graphs()

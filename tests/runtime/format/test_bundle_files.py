@@ -69,11 +69,11 @@ def test_hashes_are_computed_once_and_kept_outside_the_bundle(folder: Path, cach
 
 def flip(path: Path) -> None:
     """One bit, in place, with the times as they were."""
-    told = path.stat()
+    status = path.stat()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def flip_in_a_copy(path: Path) -> None:
@@ -111,8 +111,8 @@ def test_stamps_that_a_bundle_brings_count_for_nothing(bundle: Path, tmp_path: P
     weights = other / "segments/rest/weights.bin"
     flip(weights)
     stamp = weights.stat().st_mtime_ns
-    told = Bundle(bundle).manifest.files["segments/rest/weights.bin"]
-    (other / ".verified.json").write_text(f'{{"segments/rest/weights.bin": [{stamp}, "{told.sha256}"]}}')
+    record = Bundle(bundle).manifest.files["segments/rest/weights.bin"]
+    (other / ".verified.json").write_text(f'{{"segments/rest/weights.bin": [{stamp}, "{record.sha256}"]}}')
     assert_refused(run("generate", other, "--prompt", "What?"), BundleError, "weights.bin is altered")
 
 

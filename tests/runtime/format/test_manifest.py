@@ -24,16 +24,16 @@ from tests.commands import assert_refused, export, run
 from tests.runtime.bundle_edits import Edit, copied, edited, in_old_layout
 
 
-def records(kind: type, seen: set[type]) -> Iterator[type]:
+def records(kind: type, visited: set[type]) -> Iterator[type]:
     """Every dataclass that a manifest is made of."""
-    if kind in seen:
+    if kind in visited:
         return
-    seen.add(kind)
+    visited.add(kind)
     yield kind
     for hint in typing.get_type_hints(kind).values():
         for inner in within(hint):
-            for one in [inner, *subclasses(inner)]:
-                yield from records(one, seen)
+            for item in [inner, *subclasses(inner)]:
+                yield from records(item, visited)
 
 
 def within(hint: Any) -> Iterator[type]:
@@ -45,7 +45,7 @@ def within(hint: Any) -> Iterator[type]:
 
 def subclasses(kind: type) -> list[type]:
     found: list[type] = kind.__subclasses__()
-    return found + [deeper for one in found for deeper in subclasses(one)]
+    return found + [deeper for item in found for deeper in subclasses(item)]
 
 
 def holds_numbers(hint: Any) -> bool:
@@ -66,7 +66,7 @@ def test_every_number_of_a_manifest_has_a_range() -> None:
     for kind in kinds:
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            rules = [rules_of(one)[field.name] for one in kind.__mro__ if field.name in rules_of(one)]
+            rules = [rules_of(item)[field.name] for item in kind.__mro__ if field.name in rules_of(item)]
             if holds_numbers(hints[field.name]) and not any(abs(rule.most) < 2**60 for rule in rules):
                 without.append(f"{kind.__name__}.{field.name}")
     assert without == []
@@ -95,8 +95,8 @@ def test_a_manifest_of_an_older_package_opens_and_inspect_says_so(bundle: Path, 
     assert not opened.sealed
     assert dataclasses.replace(opened.manifest, schema_version=3) == read_manifest(bundle)
     assert "of an older package" in export("inspect", old).stdout
-    told = json.loads(export("inspect", bundle, "--json").stdout)["integrity"]
-    assert told == {"digest": read_manifest_file(bundle).digest, "sealed": True, "signatures": []}
+    integrity = json.loads(export("inspect", bundle, "--json").stdout)["integrity"]
+    assert integrity == {"digest": read_manifest_file(bundle).digest, "sealed": True, "signatures": []}
 
 
 @pytest.mark.parametrize("key", ["rope_theta", "vocab_size", "family", "num_layers"])
@@ -200,17 +200,17 @@ EDITS: dict[str, tuple[Edit, str]] = {
 
 @pytest.mark.parametrize("name", EDITS)
 def test_what_no_build_writes_is_refused_though_the_digest_agrees(bundle: Path, tmp_path: Path, name: str) -> None:
-    edit, words = EDITS[name]
+    edit, phrase = EDITS[name]
     (tmp_path / MANIFEST).write_bytes((bundle / MANIFEST).read_bytes())
     edited(tmp_path, edit)
     with pytest.raises(BundleError) as refused:
         read_manifest(tmp_path)
-    assert words in str(refused.value)
+    assert phrase in str(refused.value)
     assert str(refused.value).isprintable()
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "phrase"),
     [
         (b'{"schema_version": NaN}', "NaN"),
         (b'{"schema_version": 3, "schema_version": 2}', "stands twice"),
@@ -240,9 +240,9 @@ def test_what_no_build_writes_is_refused_though_the_digest_agrees(bundle: Path, 
         "many",
     ],
 )
-def test_json_that_is_none_of_ours(tmp_path: Path, content: bytes, words: str) -> None:
+def test_json_that_is_none_of_ours(tmp_path: Path, content: bytes, phrase: str) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
-    with pytest.raises(BundleError, match=words):
+    with pytest.raises(BundleError, match=phrase):
         read_manifest(tmp_path)
 
 

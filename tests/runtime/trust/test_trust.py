@@ -71,20 +71,20 @@ def test_a_fleet_runs_what_its_key_signed_and_nothing_else(
 ) -> None:
     private, public = make(tmp_path)
     signed = copied(bundle, tmp_path / "signed")
-    asked = ("--prompt", "What?", "--max-new-tokens", 2, "--trusted-keys", public)
-    assert_refused(run("generate", signed, *asked), TrustError, "is not signed by a trusted key", "ff-export sign")
-    told = json.loads(export("sign", signed, "--key", private, "--json").stdout)
-    assert told["digest"] == Bundle(signed).digest
-    assert told["key"] == fingerprint(*read_keys(public))
-    answer = run("generate", signed, *asked)
+    arguments = ("--prompt", "What?", "--max-new-tokens", 2, "--trusted-keys", public)
+    assert_refused(run("generate", signed, *arguments), TrustError, "is not signed by a trusted key", "ff-export sign")
+    report = json.loads(export("sign", signed, "--key", private, "--json").stdout)
+    assert report["digest"] == Bundle(signed).digest
+    assert report["key"] == fingerprint(*read_keys(public))
+    answer = run("generate", signed, *arguments)
     assert answer.exit_code == 0, answer.output
-    assert answer.stdout == run("generate", bundle, *asked[:4]).stdout
+    assert answer.stdout == run("generate", bundle, *arguments[:4]).stdout
     (row,) = json.loads(export("check", signed, "--trusted-keys", public, "--json").stdout)["integrity"]["signatures"]
-    assert row == {"key": told["key"], "state": "valid", "trusted": True}
-    assert f"signature: {told['key']}, valid" in export("inspect", signed).stdout
+    assert row == {"key": report["key"], "state": "valid", "trusted": True}
+    assert f"signature: {report['key']}, valid" in export("inspect", signed).stdout
 
     edited(signed, lambda plain: plain["model"].update(rope_theta=9.0))  # and the digest with it
-    assert_refused(run("generate", signed, *asked), TrustError, "is not signed")
+    assert_refused(run("generate", signed, *arguments), TrustError, "is not signed")
     assert "of another manifest" in export("inspect", signed).stdout
 
 
@@ -112,10 +112,10 @@ def test_signatures_that_are_none(bundle: Path, tmp_path: Path) -> None:
     trust = Trust.of(ours[1])
     with pytest.raises(TrustError, match="not signed"):
         Bundle(signed, trust=trust)
-    told: dict[str, Any] = json.loads((signed / SIGNATURES).read_text())
+    stored: dict[str, Any] = json.loads((signed / SIGNATURES).read_text())
     key = json.loads(export("sign", copied(bundle, tmp_path / "second"), "--key", ours[0], "--json").stdout)
     second: dict[str, Any] = json.loads((tmp_path / "second" / SIGNATURES).read_text())
-    forged = told["signatures"][0] | {"key": second["signatures"][0]["key"]}  # our key over their signature
+    forged = stored["signatures"][0] | {"key": second["signatures"][0]["key"]}  # our key over their signature
     (signed / SIGNATURES).write_text(json.dumps({"signatures": [forged]}))
     with pytest.raises(TrustError, match="not signed"):
         Bundle(signed, trust=trust)
@@ -129,7 +129,7 @@ def test_signatures_that_are_none(bundle: Path, tmp_path: Path) -> None:
 def test_files_that_are_no_keys(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     rsa = "-----BEGIN RSA PRIVATE KEY-----\nAAAA\n-----END RSA PRIVATE KEY-----\n"
-    for content, words in (
+    for content, phrase in (
         (None, "no file of public keys"),
         ("", "holds no key"),
         ("# nothing\n", "holds no key"),
@@ -140,7 +140,7 @@ def test_files_that_are_no_keys(bundle: Path, tmp_path: Path) -> None:
     ):
         if content is not None:
             path.write_text(content)
-        assert_refused(run("generate", bundle, "--prompt", "?", "--trusted-keys", path), TrustError, words)
+        assert_refused(run("generate", bundle, "--prompt", "?", "--trusted-keys", path), TrustError, phrase)
 
 
 def test_a_folder_of_keys_and_a_file_that_windows_wrote(tmp_path: Path) -> None:
@@ -220,16 +220,16 @@ def test_a_voucher_is_for_the_bytes_and_not_for_the_record(foreign: Path) -> Non
 
 
 def test_only_this_user_says_what_was_compiled_here() -> None:
-    one, other = "1" * 64, "2" * 64
-    remember_compiled([one])
-    assert is_compiled_here(one)
+    first, other = "1" * 64, "2" * 64
+    remember_compiled([first])
+    assert is_compiled_here(first)
     assert not is_compiled_here(other)
-    assert not is_compiled_here("../" + one)
-    (user_cache(COMPILED) / one).rename(user_cache(COMPILED) / other)  # as whoever may write the folder could
+    assert not is_compiled_here("../" + first)
+    (user_cache(COMPILED) / first).rename(user_cache(COMPILED) / other)  # as whoever may write the folder could
     assert not is_compiled_here(other)
-    (user_cache(COMPILED) / one).write_text(one)
-    (user_cache(COMPILED) / one).chmod(0o666)
-    assert not is_compiled_here(one)
+    (user_cache(COMPILED) / first).write_text(first)
+    (user_cache(COMPILED) / first).chmod(0o666)
+    assert not is_compiled_here(first)
 
 
 # --- Servers ----------------------------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ def test_a_refused_request_leaves_a_pipeline_as_it_was(pipeline: Pipeline, film:
         (turns, [film], replace(request, max_new_tokens=0)),
         ([Turn("user", ("word " * 2000,))], [], request),
     ]
-    for asked in refused:
+    for arguments in refused:
         with pytest.raises(FrameFusionError) as error:
-            pipeline.generate(*asked)
+            pipeline.generate(*arguments)
         assert error.value.sender_fault, error.value
         assert pipeline.generate(turns, [film], request).token_ids == answer

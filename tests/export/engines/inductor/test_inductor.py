@@ -187,7 +187,7 @@ def test_an_adaptive_bundle_runs_on_its_engines_as_in_onnxruntime(
     (fit,) = examine(bundle.folder, dataclasses.replace(bundle.manifest, engines=(other,)))
     assert "avx1024" in str(fit.problem)
     segment = backend.engine("segments/layer01/graph.onnx")
-    wrong = {told.name: np.zeros((1, 3, 5), np.float32) for told in segment.inputs}
+    wrong = {value.name: np.zeros((1, 3, 5), np.float32) for value in segment.inputs}
     with pytest.raises(BackendError, match=r"hidden is float32 \(1, 3, 5\), .* takes float32 \(1, -1, 32\)"):
         backend.bind("segments/layer01/graph.onnx", wrong, {}, None)
 
@@ -233,7 +233,7 @@ def fixed_prefill(checkpoint: Path) -> tuple[torch.nn.Module, tuple[Any, ...]]:
     size, config = record.max_text + record.max_visual, plan.config
     label = torch.arange(size) % 16
     label[-record.max_text :] = -1
-    order = torch.cat([torch.nonzero(label == one).flatten() for one in [*range(16), -1]])
+    order = torch.cat([torch.nonzero(label == place).flatten() for place in [*range(16), -1]])
     past = [tuple(torch.zeros(1, config.num_kv_heads, size, config.head_dim) for _ in range(2)) for _ in record.lengths]
     half = config.head_dim // 2
     rows: list[Tensor] = [draw(1, size, config.hidden_size), draw(1, size, half), draw(1, size, half)]
@@ -243,10 +243,10 @@ def fixed_prefill(checkpoint: Path) -> tuple[torch.nn.Module, tuple[Any, ...]]:
 
 def test_the_fixed_ratio_model_has_no_graph_break(checkpoint: Path) -> None:
     module, arguments = fixed_prefill(checkpoint)
-    told = torch._dynamo.explain(module)(*arguments)
-    assert told.graph_break_count == 0, told.break_reasons
-    assert told.graph_count == 1
-    ours = {str(op.target) for op in told.graphs[0].graph.nodes if "framefusion" in str(op.target)}
+    explained = torch._dynamo.explain(module)(*arguments)
+    assert explained.graph_break_count == 0, explained.break_reasons
+    assert explained.graph_count == 1
+    ours = {str(op.target) for op in explained.graphs[0].graph.nodes if "framefusion" in str(op.target)}
     assert {"framefusion.merge_by_rank", "framefusion.prune_by_rank", "framefusion.cache_attention"} <= {
         name.removesuffix(".default") for name in ours
     }

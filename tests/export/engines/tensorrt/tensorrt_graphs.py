@@ -68,8 +68,8 @@ def renamed(graph: Path, target: Path, names: dict[str, str]) -> Path:
     for value in values:
         value.name = names.get(value.name, value.name)
     for node in model.graph.node:
-        for told in (node.input, node.output):
-            told[:] = [names.get(name, name) for name in told]
+        for tensors in (node.input, node.output):
+            tensors[:] = [names.get(name, name) for name in tensors]
     onnx.save(model, str(target))
     return target
 

@@ -44,11 +44,11 @@ def spec_of(
     capacities: tuple[int, ...] = (CAPACITY, CAPACITY),
 ) -> EngineSpec:
     """Static profiles of these sizes."""
-    words = {f"capacity_{j}": size for j, size in enumerate(capacities)}
+    axis_sizes = {f"capacity_{j}": size for j, size in enumerate(capacities)}
     profiles = []
     for size in sizes:
         shapes = {
-            name: (tuple(axis if isinstance(axis, int) else (words | {"tokens": size})[axis] for axis in shape),)
+            name: (tuple(axis if isinstance(axis, int) else (axis_sizes | {"tokens": size})[axis] for axis in shape),)
             for name, shape in graph_axes(graph).items()
         }
         profiles.append(ProfileRecord(f"{size}", size, shapes))
@@ -68,11 +68,13 @@ def test_an_engine_and_what_it_says_of_itself(graph: Path, tmp_path: Path) -> No
     assert (facts.size, facts.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     assert facts.targets == ("8.6", "8.9", "12.0")
     assert [path.name for path in tmp_path.iterdir()] == ["rest.engine"]
-    told = {(tensor.name, tensor.mode): (tensor.dtype, tensor.shape) for tensor in facts.tensors}
-    assert told[("hidden", "input")] == ("float16", (1, -1, 32))
-    assert told[("kv_len", "input")] == ("int64", (2,))
-    assert told[("logits", "output")] == ("float32", (1, TINY.vocab_size))
-    assert told[("past_key_1", "input")] == told[("present_key_1", "output")] == ("float16", (1, 1, CAPACITY, 16))
+    bindings = {(tensor.name, tensor.mode): (tensor.dtype, tensor.shape) for tensor in facts.tensors}
+    assert bindings[("hidden", "input")] == ("float16", (1, -1, 32))
+    assert bindings[("kv_len", "input")] == ("int64", (2,))
+    assert bindings[("logits", "output")] == ("float32", (1, TINY.vocab_size))
+    assert (
+        bindings[("past_key_1", "input")] == bindings[("present_key_1", "output")] == ("float16", (1, 1, CAPACITY, 16))
+    )
     assert facts.layer_kinds["KV_CACHE_UPDATE"] == 4
     assert facts.timing_cache is None
     assert shares == sorted(shares)
@@ -157,8 +159,8 @@ def test_profiles_share_the_weights_and_targets_cost_nothing(dtype: str, tmp_pat
     def size(sizes: tuple[int, ...], targets: tuple[str, ...] = ("8.6",)) -> int:
         return build_engine(replace(spec_of(graph, sizes, targets, (CAPACITY,)), dtype=dtype), tmp_path / "e").size
 
-    one, built, single = size((48,)), size((48, 32, 2)), size((48, 32, 1))
-    assert weights < one < built < weights + 3 * 2 * CODE_BYTES
+    single_profile, built, single = size((48,)), size((48, 32, 2)), size((48, 32, 1))
+    assert weights < single_profile < built < weights + 3 * 2 * CODE_BYTES
     assert abs(single - built - weights) < 2 * CODE_BYTES
     assert abs(size((48, 32, 2), ("8.6", "8.9", "12.0")) - built) < built / 100
 

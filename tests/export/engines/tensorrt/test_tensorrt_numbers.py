@@ -50,22 +50,22 @@ class Graph:
 
     def run(self, rows: Array, table: Array, kv_len: int, last: int, previous: Array) -> dict[str, Array]:
         """Outputs of the graph; what it left in the caches stays."""
-        told = {
+        inputs = {
             "hidden": rows, "cos": np.cos(table), "sin": np.sin(table), "kv_len": np.full(self.layers, kv_len),
             "last": np.array([last]), "previous": previous, **self.caches,
         }  # fmt: skip
         names = [value.name for value in self.session.get_outputs()]
-        found = dict(zip(names, self.session.run(names, {v.name: told[v.name] for v in self.session.get_inputs()}),
+        found = dict(zip(names, self.session.run(names, {v.name: inputs[v.name] for v in self.session.get_inputs()}),
                          strict=True))  # fmt: skip
         self.caches = {name: found.pop(name.replace("past", "present")) for name in self.caches}
         return found
 
     def exact(self, rows: Array, table: Array, kv_len: int, last: int, previous: Array) -> list[Tensor]:
         """Outputs of the module for rows without padding; its caches go on, too."""
-        told = torch.from_numpy(table)
+        angles = torch.from_numpy(table)
         with torch.inference_mode():
             out = self.module(
-                torch.from_numpy(rows), told.cos(), told.sin(), torch.full((self.layers,), kv_len),
+                torch.from_numpy(rows), angles.cos(), angles.sin(), torch.full((self.layers,), kv_len),
                 torch.from_numpy(previous) if self.plan.scores else None, torch.tensor([last]), self.reference,
             )  # fmt: skip
         first = len(out) - 2 * self.layers
@@ -108,8 +108,8 @@ def prefill(graph: Graph, bucket: int) -> None:
     """A prompt in a bucket: kv_len is the bucket's, `last` the prompt's."""
     graph.empty()
     rows, table, previous = drawn(LENGTH)
-    told = padded(rows, bucket), padded(table, bucket), bucket, LENGTH - 1, padded(previous, bucket, 0, -1)
-    assert_same(graph.run(*told), graph.exact(rows, table, LENGTH, LENGTH - 1, previous), LENGTH)
+    arguments = padded(rows, bucket), padded(table, bucket), bucket, LENGTH - 1, padded(previous, bucket, 0, -1)
+    assert_same(graph.run(*arguments), graph.exact(rows, table, LENGTH, LENGTH - 1, previous), LENGTH)
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -130,8 +130,8 @@ def test_a_prompt_in_chunks(graph: Graph) -> None:
     rows, table, _ = drawn(LENGTH)
     for start, end in ((0, 8), (8, 16), (16, LENGTH)):
         part, none = slice(start, end), np.full(end - start, -1)
-        told = rows[:, part], table[:, part], end, end - start - 1, none
-        assert_same(graph.run(*told), graph.exact(*told), end - start)
+        arguments = rows[:, part], table[:, part], end, end - start - 1, none
+        assert_same(graph.run(*arguments), graph.exact(*arguments), end - start)
 
 
 def test_the_valid_length_is_what_decides(graph: Graph) -> None:

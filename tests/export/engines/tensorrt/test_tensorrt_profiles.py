@@ -74,9 +74,9 @@ def test_caches_have_room_for_the_padding_of_a_decode_and_of_the_largest_bucket(
 
 def test_the_fixed_mode_has_caches_as_long_as_its_reductions_leave_them(axes: None) -> None:
     fixed = FixedRecord(32, 64, 8, (96, 70, 60, 40), (26, 10, 20))
-    told, record = manifest(fixed=fixed), segment(buckets=None, decode_graph="d.onnx")
-    assert cache_capacities(told, record) == (96, 80)  # 60 + 24 + 1, 40 + 24 + 1
-    decode = segment_spec(Path("b"), told, record, "d.onnx", "tensorrt-rtx", ())
+    fixed_manifest, record = manifest(fixed=fixed), segment(buckets=None, decode_graph="d.onnx")
+    assert cache_capacities(fixed_manifest, record) == (96, 80)  # 60 + 24 + 1, 40 + 24 + 1
+    decode = segment_spec(Path("b"), fixed_manifest, record, "d.onnx", "tensorrt-rtx", ())
     assert [(profile.name, profile.tokens) for profile in decode.profiles] == [("decode", 2)]
 
 
@@ -87,8 +87,8 @@ def test_a_bundle_without_static_sizes_is_refused(axes: None) -> None:
 
 def tower(preprocessing: Any, kind: TowerSettings, axes: dict[str, Any], longest: int = 8192) -> Any:
     vision = SimpleNamespace(settings=kind, patches_per_token=4.0)
-    told = manifest(preprocessing=preprocessing, vision=vision, limits=Limits(longest, longest + 64))
-    return tower_profiles(told, axes)
+    fixed_manifest = manifest(preprocessing=preprocessing, vision=vision, limits=Limits(longest, longest + 64))
+    return tower_profiles(fixed_manifest, axes)
 
 
 GRIDS = {"patches": ("grids", "patches", 1176), "cos": (1, "patches", 40), "slots": ("merge_blocks",),

@@ -45,9 +45,9 @@ def test_pixels_of_qwen2_vl_are_transformers(settings: dict[str, Any], layout: s
     """fp32 against fp32: the levels are rounded once here and after each step there, 1e-6 of the largest apart."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    told = LIMITS | settings
-    files = {"own files": {"image": told, "video": told}, "image only": {"image": told}}
-    files["one file"] = {"both": {"image_processor": told, "video_processor": told}}
+    config = LIMITS | settings
+    files = {"own files": {"image": config, "video": config}, "image only": {"image": config}}
+    files["one file"] = {"both": {"image_processor": config, "video_processor": config}}
     rule = qwen2_vl.preprocessing(checkpoint(tmp_path, **files[layout]))
     shown = picture()
     ours = rule.image(shown).tiles[0].values
@@ -62,8 +62,8 @@ def test_pixels_of_square_pictures_are_transformers(settings: dict[str, Any], tm
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     size, shown = {"height": 56, "width": 56}, picture()
-    told = processor(checkpoint(tmp_path, {"size": 56} | settings), "image")
-    rule = LlavaPreprocessing(image_size=56, **levels(checkpoint(tmp_path), LlavaPreprocessing(image_size=56), told))
+    config = processor(checkpoint(tmp_path, {"size": 56} | settings), "image")
+    rule = LlavaPreprocessing(image_size=56, **levels(checkpoint(tmp_path), LlavaPreprocessing(image_size=56), config))
     theirs = SiglipImageProcessorPil(size=size, **({"resample": 3} | settings))(shown, return_tensors="np")
     square = resize(shown, 56, 56, rule.resample)
     ours = cut_patches(square[None], rule).reshape(4, 4, 3, 14, 14).transpose(2, 0, 3, 1, 4).reshape(3, 56, 56)
@@ -116,26 +116,28 @@ def test_a_processor_that_is_no_object_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["patch_size", "merge_size", "temporal_patch_size"])
 def test_sizes_that_two_processors_tell_differently_are_refused(key: str, tmp_path: Path) -> None:
     """One tower serves both, so one of the files is of another model; transformers fails on the shapes."""
-    told = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
-    files = checkpoint(tmp_path, image=LIMITS | told | {key: 4}, video=LIMITS | told)
+    config = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    files = checkpoint(tmp_path, image=LIMITS | config | {key: 4}, video=LIMITS | config)
     with pytest.raises(CheckpointError, match=f"image and the video processor have different {key}, 4 and"):
         qwen2_vl.preprocessing(files)
 
 
 @needs("transformers", "5.23", "its class has other limits of pixels where some are left out")
-@pytest.mark.parametrize("told", [{}, {"min_pixels": 784}, {"max_pixels": 7840}, {"size": {"shortest_edge": 784}}])
+@pytest.mark.parametrize("config", [{}, {"min_pixels": 784}, {"max_pixels": 7840}, {"size": {"shortest_edge": 784}}])
 @pytest.mark.parametrize("null", [(), ("do_normalize",), ("do_rescale", "do_normalize")])
 def test_what_an_image_processor_leaves_out_is_as_in_its_class(
-    told: dict[str, Any], null: tuple[str, ...], tmp_path: Path
+    config: dict[str, Any], null: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Limits of pixels from the class, and null for false; tolerance as above."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     flags: dict[str, Any] = dict.fromkeys(null)
     default = {"size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}}
-    complete = told if "size" not in told else {"size": default["size"] | told["size"]}  # there it has to be complete
+    complete = (
+        config if "size" not in config else {"size": default["size"] | config["size"]}
+    )  # there it has to be complete
     shown = picture(140, 196)
     theirs = Qwen2VLImageProcessorPil(**complete, **flags)(shown, return_tensors="np")["pixel_values"]
-    rule = qwen2_vl.preprocessing(checkpoint(tmp_path, image={"patch_size": 14} | told | flags))
+    rule = qwen2_vl.preprocessing(checkpoint(tmp_path, image={"patch_size": 14} | config | flags))
     ours = rule.image(shown).tiles[0].values
     np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())

@@ -18,7 +18,7 @@ def over(array: np.ndarray[Any, Any]) -> DeviceArray:
     return DeviceArray(array.ctypes.data, array.shape, array.dtype, array)
 
 
-def seen(view: DeviceArray) -> np.ndarray[Any, Any]:
+def as_numpy(view: DeviceArray) -> np.ndarray[Any, Any]:
     """The elements at the view's addresses."""
     first = (view.address - ARRAY.ctypes.data) // ARRAY.itemsize
     return np.lib.stride_tricks.as_strided(ARRAY.reshape(-1)[first:], view.shape, view.strides)
@@ -47,7 +47,7 @@ def test_views_are_those_of_numpy(key: Any) -> None:
     assert view.owner is ARRAY
     assert view.contiguous == bool(wanted.flags.c_contiguous)
     if wanted.size:
-        np.testing.assert_array_equal(seen(view), wanted)
+        np.testing.assert_array_equal(as_numpy(view), wanted)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_what_is_no_view_is_refused(key: Any, error: type[Exception]) -> None:
 
 
 def test_reshape_keeps_the_elements_and_refuses_gaps() -> None:
-    np.testing.assert_array_equal(seen(over(ARRAY)[1].reshape(10, 2)), ARRAY[1].reshape(10, 2))
+    np.testing.assert_array_equal(as_numpy(over(ARRAY)[1].reshape(10, 2)), ARRAY[1].reshape(10, 2))
     for view, shape in ((over(ARRAY)[:, 1:3], (30,)), (over(ARRAY), (7,))):
         with pytest.raises(ValueError, match="cannot be seen as"):
             view.reshape(*shape)

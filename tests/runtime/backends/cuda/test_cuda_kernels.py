@@ -142,8 +142,8 @@ def test_the_twin_of_similarity_is_that_of_tracks(marks: list[int], width: int, 
     (blocks, _), (threads, _) = geometry = span_geometry(order.size, width // at_once)
     assert threads % WARP == 0
     token = np.where(entries < 0, ~entries, entries)
-    own = row_writes(Geometry((1, 1), geometry.block), 1, width, at_once)  # a block's threads along a row
-    assert_covers(own, 1, 1, width, at_once)
+    block_writes = row_writes(Geometry((1, 1), geometry.block), 1, width, at_once)  # a block's threads along a row
+    assert_covers(block_writes, 1, 1, width, at_once)
     places = np.arange(blocks)[:, None] * SPAN + np.arange(-1, SPAN)  # row[0] is the one before the block's first
     places[:, 0] += entries[places[:, 1]] < 0  # unless that one is the first of its track
     read = rows[token[np.minimum(places, order.size - 1)]]
@@ -158,16 +158,16 @@ def test_the_twin_of_similarity_is_that_of_tracks(marks: list[int], width: int, 
 
 
 @pytest.mark.parametrize(
-    "capability", [pytest.param(one, marks=() if one == 87 else pytest.mark.slow) for one in CAPABILITIES]
+    "capability", [pytest.param(kind, marks=() if kind == 87 else pytest.mark.slow) for kind in CAPABILITIES]
 )
 def test_the_kernels_compile_for_each_gpu(capability: int) -> None:
     assert target_for(capability) == (f"sm_{capability}", True)
     listing = compiled(kernels.SOURCE.read_bytes(), f"compute_{capability}", binary=False).decode()
     names = {line.split("(")[0].split()[-1] for line in listing.splitlines() if line.startswith(".visible .entry")}
     types, reaches = ("float32", "float16", "bfloat16"), ("wide", "single")
-    wanted = {f"{kernel}_{one}_{v}" for kernel in ("reduce", "mix", "similarity") for one in types for v in reaches}
+    wanted = {f"{kernel}_{kind}_{v}" for kernel in ("reduce", "mix", "similarity") for kind in types for v in reaches}
     wanted |= {f"{kernel}_{size}" for kernel in ("take", "put") for size in kernels.WORDS}
-    assert names == wanted | {f"cast_{one}_{other}" for one in types for other in types if one != other}
+    assert names == wanted | {f"cast_{kind}_{other}" for kind in types for other in types if kind != other}
     for kernel in ("reduce", "similarity"):
         entry = listing.split(f".entry {kernel}_bfloat16_wide(")[1].split(".entry ")[0]
         loads = set(re.findall(r"ld\.global\S*", entry))

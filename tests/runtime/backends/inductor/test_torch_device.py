@@ -47,9 +47,9 @@ def rows(kind: str) -> NDArray[Any]:
 
 
 def labels() -> NDArray[np.int64]:
-    told = np.arange(LENGTH) % 4
-    told[:4] = told[-3:] = -1
-    return told
+    places = np.arange(LENGTH) % 4
+    places[:4] = places[-3:] = -1
+    return places
 
 
 def plans() -> Iterator[Plan]:

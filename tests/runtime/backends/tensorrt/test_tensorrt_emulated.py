@@ -46,8 +46,8 @@ def test_the_tests_for_a_gpu_pass(
     """In fp32 numbers agree to its last bits; in fp16 the tolerances are those for a GPU."""
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "emulated")  # so that it finds the checkpoint that is there
     monkeypatch.setenv("EMULATED_TENSORRT", dtype)
-    own = bundle.parent / f"emulated-tensorrt-{dtype}"
-    options = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", own)
+    scratch = bundle.parent / f"emulated-tensorrt-{dtype}"
+    options = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", scratch)
     printed = run(library, "-m", "pytest", *options, "tests/gpu/test_tensorrt.py")
     assert "passed" in printed
     assert "skipped" not in printed
@@ -69,8 +69,8 @@ def test_every_call_of_the_backend_is_emulated() -> None:
     source = (ROOT / "runtime/backends/tensorrt/engine.py").read_text(encoding="utf-8")
     called = set(re.findall(r"\b(?:runtime|engine|config|context|kernels)\.([a-z_0-9]+)\(", source))
     known = {name for ours in PAIRS for name in vars(ours)}
-    own = {"context", "forget"}  # of our own classes of these names
-    assert called - known - own == set()
+    not_theirs = {"context", "forget"}  # of our own classes of these names
+    assert called - known - not_theirs == set()
     assert len(called & known) > 15
 
 

@@ -39,8 +39,8 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def refused(file: bytes, words: str, limits: MediaLimits = LIMITS) -> None:
-    with pytest.raises(VideoError, match=words):
+def refused(file: bytes, message: str, limits: MediaLimits = LIMITS) -> None:
+    with pytest.raises(VideoError, match=message):
         decode_image(file, "a.png", limits)
 
 
@@ -159,7 +159,7 @@ def test_odd_metadata_do_not_cost_the_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "segments",
     [
         b"\xff\xe0\0\x08JFIF\0\0",  # too short: Pillow ends in struct.error
         b"\xff\xee\0\x08Adobe\0",
@@ -169,10 +169,10 @@ def test_odd_metadata_do_not_cost_the_picture() -> None:
         b"\xff\xff\xff\xfe\0\x02",
     ],
 )
-def test_broken_words_in_a_jpeg_are_passed_over(words: bytes) -> None:
+def test_broken_words_in_a_jpeg_are_passed_over(segments: bytes) -> None:
     for mode in ("RGB", "CMYK", "L"):
         file = saved(Image.fromarray(picture()).convert(mode), "JPEG")
-        odd = decode_image(file[:2] + words + file[2:], "a", LIMITS)
+        odd = decode_image(file[:2] + segments + file[2:], "a", LIMITS)
         np.testing.assert_array_equal(odd, decode_image(file, "a", LIMITS))
 
 
@@ -189,8 +189,8 @@ def test_a_png_says_behind_its_pixels_which_side_is_up() -> None:
 
 def test_a_chunk_of_words_with_a_wrong_checksum_is_passed_over_one_of_pixels_is_not() -> None:
     file = saved(Image.fromarray(picture()), "PNG")
-    words = (5).to_bytes(4, "big") + b"tEXtabcde" + b"\0\0\0\0"
-    np.testing.assert_array_equal(decode_image(file[:33] + words + file[33:], "a", LIMITS), picture())
+    chunk = (5).to_bytes(4, "big") + b"tEXtabcde" + b"\0\0\0\0"
+    np.testing.assert_array_equal(decode_image(file[:33] + chunk + file[33:], "a", LIMITS), picture())
     damaged = bytearray(file)
     damaged[len(file) // 2] ^= 1
     refused(bytes(damaged), "its chunk IDAT at byte .* does not match its checksum")
@@ -278,8 +278,8 @@ def test_names_that_are_no_file_are_refused_in_one_line(tmp_path: Path) -> None:
         "no:thing.png": "no:thing.png cannot be opened .No such file",
         "a\0b": "cannot be opened",
     }
-    for name, words in names.items():
-        with pytest.raises(VideoError, match=words) as raised:
+    for name, chunk in names.items():
+        with pytest.raises(VideoError, match=chunk) as raised:
             read_image(name)
         assert len(str(raised.value)) < 400
         assert "\n" not in str(raised.value)
@@ -294,8 +294,8 @@ def test_a_name_with_colons_is_a_name(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_picture_above_the_limit_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
-    words = "is 64x96, 6144 pixels, the limit is 6143: .* raise --max-image-pixels"
-    refused(saved_without_loading(), words, MediaLimits(image_pixels=6143))
+    chunk = "is 64x96, 6144 pixels, the limit is 6143: .* raise --max-image-pixels"
+    refused(saved_without_loading(), chunk, MediaLimits(image_pixels=6143))
     bomb = bytearray((MEDIA / "g8.png").read_bytes())
     bomb[16:24] = (60000).to_bytes(4, "big") * 2
     bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
@@ -319,8 +319,8 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
 
 
 def test_a_bomb_in_the_words_of_a_png_costs_nothing() -> None:
-    words = zlib.compress(bytes(50_000_000), 9)
-    content = b"Comment\0\0" + words
+    compressed = zlib.compress(bytes(50_000_000), 9)
+    content = b"Comment\0\0" + compressed
     chunk = len(content).to_bytes(4, "big") + b"zTXt" + content + zlib.crc32(b"zTXt" + content).to_bytes(4, "big")
     file = saved(Image.fromarray(picture()), "PNG")
     np.testing.assert_array_equal(decode_image(file[:33] + chunk + file[33:], "a", LIMITS), picture())

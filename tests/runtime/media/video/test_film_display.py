@@ -31,9 +31,9 @@ def with_matrix(target: Path, matrix: Matrix) -> Path:
     """x.mp4, its display matrix replaced: (x, y) is shown at (a x + c y, b x + d y)."""
     file = bytearray((FILMS / "x.mp4").read_bytes())
     at = file.index(b"tkhd") + 4 + 4 + 20 + 16  # behind version, times, layer and volume
-    one = 1 << 16
-    assert struct.unpack_from(">9i", file, at) == (one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
-    a, b, c, d = (one * number for number in matrix)
+    unit = 1 << 16
+    assert struct.unpack_from(">9i", file, at) == (unit, 0, 0, 0, unit, 0, 0, 0, 1 << 30)
+    a, b, c, d = (unit * number for number in matrix)
     struct.pack_into(">9i", file, at, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     target.write_bytes(file)
     return target
@@ -94,7 +94,7 @@ def test_a_transparent_film_equals_its_pictures(tmp_path: Path) -> None:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
         container.mux(stream.encode(None))
     white = Image.new("RGBA", (24, 16), "white")
-    expected = [np.asarray(Image.alpha_composite(white, Image.fromarray(one)).convert("RGB")) for one in frames]
+    expected = [np.asarray(Image.alpha_composite(white, Image.fromarray(frame)).convert("RGB")) for frame in frames]
     np.testing.assert_array_equal(shown(tmp_path / "a.mov"), expected)
 
 

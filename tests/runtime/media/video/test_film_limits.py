@@ -31,8 +31,8 @@ SAMPLING = FrameSampling("qwen2_vl", min_frames=1, frame_factor=1)
 def animation(path: Path, frames: int, side: int) -> Path:
     """A GIF of few bytes: every frame changes one pixel of a large canvas."""
     header = b"GIF89a" + struct.pack("<HHBBB", side, side, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
-    one = b"!\xf9\4\0\1\0\0\0" + b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0"
-    path.write_bytes(header + one * frames + b";")
+    picture = b"!\xf9\4\0\1\0\0\0" + b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0"
+    path.write_bytes(header + picture * frames + b";")
     return path
 
 

@@ -100,13 +100,13 @@ def test_a_film_of_varying_rate_is_sampled_like_the_same_one_at_a_constant_rate(
     for fps, most in ((1.0, 64), (2.0, 8), (7.0, 32)):
         for force in (False, True):
             sampling = FrameSampling(rule, fps=fps, max_frames=most, min_frames=2, frame_factor=2, force=force)
-            own, other = varying.sample(sampling), constant.sample(sampling)
-            assert own.indices.tolist() == repeated[other.indices].tolist()
-            late = other.moments - own.moments
+            sampled, other = varying.sample(sampling), constant.sample(sampling)
+            assert sampled.indices.tolist() == repeated[other.indices].tolist()
+            late = other.moments - sampled.moments
             assert np.all(late > -0.01 - 1e-9)  # told no later than half a frame after the moment
-            again = np.diff(own.indices, prepend=-1) == 0
+            again = np.diff(sampled.indices, prepend=-1) == 0
             assert np.abs(late[again]).max(initial=0) < 1e-9
-            np.testing.assert_allclose(own.timestamps, times[own.indices], atol=1e-9)
+            np.testing.assert_allclose(sampled.timestamps, times[sampled.indices], atol=1e-9)
 
 
 @pytest.mark.parametrize("rate", [25.0, 30000 / 1001, 24000 / 1001, 0.2])
@@ -165,8 +165,8 @@ def test_b_frames_of_an_avi_stand_at_the_rate_of_its_chunks(tmp_path: Path, coun
 
 
 def sentence_times(sentence: str) -> NDArray[np.float64]:
-    told = sentence.split("located at ")[1].split(".Please")[0]
-    return np.array([float(one.removesuffix("s")) for one in told.split(",")])
+    times_text = sentence.split("located at ")[1].split(".Please")[0]
+    return np.array([float(item.removesuffix("s")) for item in times_text.split(",")])
 
 
 @pytest.mark.parametrize("name", ["vfr_phone.mp4", "slide_concat.mkv", "slide_recipe.mkv", "drop_mpeg4.avi", "n.mp4"])
@@ -175,20 +175,20 @@ def test_llava_video_is_told_the_true_times_and_length(name: str, round_fps: boo
     video = shown(name, FrameSampling("llava", fps=1.0, max_frames=64, min_frames=1, frame_factor=1))
     sentence = time_instruction(video, round_fps)
     expected = np.array(TIMES[name])
-    told = sentence_times(sentence)
-    assert np.abs(told - video.moments).max() <= 0.005 + 1e-9
+    times_said = sentence_times(sentence)
+    assert np.abs(times_said - video.moments).max() <= 0.005 + 1e-9
     ends = np.append(expected[1:], video.duration)
     half = np.min(np.diff(expected)) / 2
-    assert np.all(told >= expected[video.indices] - half)  # the frame is on the screen at the time told
-    assert np.all(told < ends[video.indices] + half)
-    assert f"lasts for {video.duration:.2f} seconds, and {len(told)} frames" in sentence
+    assert np.all(times_said >= expected[video.indices] - half)  # the frame is on the screen at the time told
+    assert np.all(times_said < ends[video.indices] + half)
+    assert f"lasts for {video.duration:.2f} seconds, and {len(times_said)} frames" in sentence
 
 
 def test_qwen3_vl_writes_the_true_times() -> None:
     video = shown("slide_recipe.mkv", FrameSampling("qwen3_vl", min_frames=4, frame_factor=2))
     pieces = Qwen3VLPreprocessing().video(video).pieces
-    told = [piece for piece in pieces if isinstance(piece, str) and "seconds" in piece]
-    assert [piece.split("<|vision_start|>")[0] for piece in told] == [
+    labels = [piece for piece in pieces if isinstance(piece, str) and "seconds" in piece]
+    assert [piece.split("<|vision_start|>")[0] for piece in labels] == [
         "<2.5 seconds>", "<12.5 seconds>", "<22.5 seconds>",
     ]  # fmt: skip
 
@@ -197,15 +197,15 @@ def test_qwen3_vl_writes_the_true_times() -> None:
 def test_the_remedy_of_nvila_works(fps: float, frames: int) -> None:
     """F17: with --fps 0.1 it was told to give --max-frames 2, which changed nothing."""
     rule = NvilaPreprocessing(pool_sizes=(4, 1, 1), image_size=56, patch_size=14)
-    told = FrameSampling("nvila", fps=1.0, min_frames=1, max_frames=8, frame_factor=1, force=True)
-    video = shown("n.mp4", told.overridden(fps, None))
+    sampling = FrameSampling("nvila", fps=1.0, min_frames=1, max_frames=8, frame_factor=1, force=True)
+    video = shown("n.mp4", sampling.overridden(fps, None))
     assert len(video.indices) == frames
     with pytest.raises(VideoError, match="averages 4 to one") as caught:
         rule.video(video)
     flags = str(caught.value).split("such as ")[1].split()
     given = dict(zip(flags[::2], flags[1::2], strict=True))
-    asked = float(given["--fps"]) if "--fps" in given else fps
-    visual = rule.video(shown("n.mp4", told.overridden(asked, int(given["--max-frames"]))))
+    rate = float(given["--fps"]) if "--fps" in given else fps
+    visual = rule.video(shown("n.mp4", sampling.overridden(rate, int(given["--max-frames"]))))
     assert visual.num_rows
 
 
@@ -215,9 +215,9 @@ def test_the_remedy_of_nvila_works(fps: float, frames: int) -> None:
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("fps", [math.nan, math.inf, -math.inf, 1e12, 1e-300, 0.0, -1.0])
 def test_an_impossible_rate_is_refused_in_a_line(rule: str, fps: float) -> None:
-    told = FrameSampling(rule)
+    sampling = FrameSampling(rule)
     with pytest.raises(VideoError, match=r"cannot be sampled at \S+ a second: give fps from"):
-        replace(told, fps=fps)
+        replace(sampling, fps=fps)
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
@@ -243,9 +243,9 @@ def test_the_authors_whole_seconds_hold_for_29_97_and_not_for_12_5() -> None:
         video = Video(
             np.zeros((len(picked.indices), 4, 4, 3), np.uint8), picked.indices, rate, count, count / rate, 0.0
         )
-        told = sentence_times(time_instruction(video, round_fps=True))
+        times_said = sentence_times(time_instruction(video, round_fps=True))
         expected = picked.indices / (step or rate)
-        assert np.abs(told - expected).max() <= 0.005 + 1e-9
+        assert np.abs(times_said - expected).max() <= 0.005 + 1e-9
 
 
 def test_a_sampling_of_llava_keeps_its_squeezed_frames() -> None:
