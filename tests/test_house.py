@@ -24,8 +24,13 @@ from tools.syntax import (
     TOPS,
     Module,
     arrows,
+    assignments,
+    banned_identifiers,
     circles,
+    function_lines,
     graph_of,
+    is_swap,
+    is_tuple_assignment,
     read_modules,
 )
 
@@ -108,6 +113,8 @@ def loaded(names: set[str]) -> str:
 RUNTIME = [module_name(path) for path in files_of("runtime")]
 NUMPY_MODULES = [name for path in files_of("framefusion") if not within(name := module_name(path), TORCH_PACKAGES)]
 MOST_MODULES = 7  # in a folder
+MOST_LINES = 400
+LONGEST_FUNCTION = 60  # lines
 SAYS_NOTHING = {*("manager", "managers", "helper", "helpers", "util", "utils"), *("data", "info")}
 """Parts of names that could stand in any module's or class's."""
 ACROSS = {".", "authors", "families", "gpu"}  # folders of tests
@@ -250,6 +257,14 @@ def test_every_module_opens_with_a_docstring() -> None:
     assert [str(path.relative_to(ROOT)) for path in code_files() if not ast.get_docstring(tree_of(path))] == []
 
 
+def test_no_identifier_is_of_a_private_language() -> None:
+    """The words, and what to say instead: "Names" in CONTRIBUTING.md."""
+    offenders = [
+        (module.path, line, name) for module in modules_and_tools() for line, name in banned_identifiers(module)
+    ]
+    assert [f"{path}:{line} {name}" for path, line, name in offenders] == []
+
+
 def names_of(module: Module) -> Iterator[str]:
     """The module's name and those of its classes, in whatever folder or class they are."""
     yield module.name.rpartition(".")[2]
@@ -263,6 +278,19 @@ def test_modules_and_classes_are_named_after_what_they_are() -> None:
             parts = {part.lower() for part in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)}
             offenders += [f"{module.path} {name}"] if parts & SAYS_NOTHING else []
     assert offenders == []
+
+
+def test_an_assignment_is_one_value_or_a_swap() -> None:
+    """Unpacking what one call or one name gives is neither: it stays."""
+    nodes = [(module.path, node) for module in modules_and_tools() for node in assignments(module)]
+    packed = [(path, node.lineno) for path, node in nodes if is_tuple_assignment(node) and not is_swap(node)]
+    assert [f"{path}:{line}" for path, line in packed] == []
+
+
+def test_files_and_functions_stay_readable_in_one_sitting() -> None:
+    assert {module.path: module.lines for module in modules_and_tools() if module.lines > MOST_LINES} == {}
+    functions = [function for module in modules_and_tools() for function in function_lines(module)]
+    assert {place: lines for place, lines in functions if lines > LONGEST_FUNCTION} == {}
 
 
 def test_only_the_commands_print() -> None:

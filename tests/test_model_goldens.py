@@ -203,9 +203,9 @@ def test_equals_the_recording(
     prefilled = prefill(segments, rows, reduction, 8, Stopwatch())
     np.testing.assert_array_equal(hidden, before, err_msg="the caller's embeddings were changed")
 
-    recorded = setting[variant]
+    stated = setting[variant]
     kept = [origin for origin, cache in zip(prefilled.kept, prefilled.caches, strict=True) for _ in cache.keys]
-    assert [len(places) for places in kept] == recorded["kv_len_per_layer_after_prefill"]
+    assert [len(places) for places in kept] == stated["kv_len_per_layer_after_prefill"]
     for layer, places in enumerate(kept):
         if f"kv_kept_layer{layer}" in golden:
             np.testing.assert_array_equal(places, golden[f"kv_kept_layer{layer}"])
@@ -219,7 +219,7 @@ def test_equals_the_recording(
 
     decoder, logits, tokens = Decoder(segments, prefilled.caches), prefilled.logits, []
     table = Checkpoint(GOLDENS / model).tensor("model.embed_tokens.weight").float().numpy()
-    start = len(hidden) + recorded.get("rope_delta", 0)
+    start = len(hidden) + stated.get("rope_delta", 0)
     for step, expected in enumerate(golden["decode_logits"]):
         assert relative(logits, expected) < TOLERANCE, f"step {step}"
         tokens.append(int(logits.argmax()))
@@ -227,7 +227,7 @@ def test_equals_the_recording(
         cos, sin = tables(place)
         if step < 7:
             logits = decoder.step(table[tokens[-1]], cos[0], sin[0])
-    assert tokens == recorded["decode_tokens"]
+    assert tokens == stated["decode_tokens"]
 
 
 @pytest.mark.parametrize("variant", ["dense", "layers_true_6"])

@@ -92,7 +92,8 @@ class Kernels:
         """Enqueue a kernel over arrays, which may be dropped afterwards."""
         if name not in self._functions:
             self._functions[name] = self._cuda.call("cuModuleGetFunction", self._module, name.encode())
-        values, types = [], []
+        values = []
+        types = []
         for argument in arguments:
             number = (argument.address, ctypes.c_void_p) if isinstance(argument, DeviceArray) else argument
             values.append(number[0])
