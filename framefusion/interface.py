@@ -18,6 +18,9 @@ from framefusion.live.seams import FOREIGN_PART, LAYER_PARTS, unwrapped
 from framefusion.reducers import DEFAULT, load_reducer
 from framefusion.reduction.policy import ReductionSettings
 
+OTHER_FAMILIES = Preset(similarity_lower_bound=0.6, importance_rows=1)
+"""Numbers for a decoder whose family has no row in FAMILIES; its labels are the user's."""
+
 
 def apply_framefusion(
     model: nn.Module,
@@ -58,7 +61,7 @@ def apply_framefusion(
     inner = unwrapped(model)
     num_layers = _count_layers(inner)
     # 2. the family's numbers, where no others are given
-    labels, preset = FAMILIES.get(inner.config.model_type, (None, Preset(0.6, 1)))
+    labels, preset = FAMILIES.get(inner.config.model_type, (None, OTHER_FAMILIES))
     bound = preset.similarity_lower_bound if similarity_lower_bound is None else similarity_lower_bound
     rows = preset.importance_rows if importance_rows is None else importance_rows
     deepest = num_layers - 2 if depth is None else depth

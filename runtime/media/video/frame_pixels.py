@@ -35,7 +35,7 @@ def as_shown(
     fits = (frame.height, frame.width) == (height, wide)
     colours = _colours(frame)
     if has_alpha(frame):
-        shown = on_white(_array(frame, "rgba", **colours))
+        shown = composed_on_white(_array(frame, "rgba", **colours))
         if not fits:  # only now: colours under what is transparent must not bleed
             from PIL import Image
 
@@ -71,8 +71,8 @@ def has_alpha(frame: VideoFrame) -> bool:
     return layout.name == "pal8" or any(component.is_alpha for component in layout.components)
 
 
-def on_white(rgba: Pixels) -> Pixels:
-    """RGB [H, W, 3] of RGBA [H, W, 4], as pictures are: what is transparent becomes white."""
+def composed_on_white(rgba: Pixels) -> Pixels:
+    """RGB [H, W, 3] of RGBA [H, W, 4], as Pillow composes pictures: what is transparent becomes white."""
     if (rgba[:, :, 3] == 255).all():
         return np.ascontiguousarray(rgba[:, :, :3])
     from PIL import Image

@@ -30,7 +30,7 @@ from framefusion.runtime.media.video.container.ending import Ending
 from framefusion.runtime.media.video.container.listing import DRAWN_OVER, FRAME_PER_PACKET, WITHOUT_PTS, Listing
 from framefusion.runtime.media.video.container.opening import open_video
 from framefusion.runtime.media.video.decoding import Budget, Decoder, in_order
-from framefusion.runtime.media.video.frame_pixels import on_white
+from framefusion.runtime.media.video.frame_pixels import composed_on_white
 from framefusion.runtime.media.video.timeline import Sampled, Timeline, ascending, disorder
 
 Pixels = NDArray[np.uint8]
@@ -255,7 +255,7 @@ def _read_animation(
     for number, (_, _, pixels) in enumerate(film.frames()):
         budget.spend(pixels.nbytes)
         if number in chosen:
-            keep.add(on_white(pixels))
+            keep.add(composed_on_white(pixels))
     return timeline, sampled
 
 

@@ -81,31 +81,34 @@ UNCLOSED = Ending(False, reason="the mark of its end missing")
 
 
 def _mp4(file: BinaryIO, size: int) -> Ending:
-    at = 0
+    position = 0
     has_index = False
     open_end = False
     for _ in range(MAX_PARTS):
-        if at + 8 > size:
+        if position + 8 > size:
             break
-        file.seek(at)
+        file.seek(position)
         length, name, long = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
         has_index = has_index or name == b"moov"
         open_end = length == 0
-        length = long if length == 1 else length or size - at
-        at += max(length, 8)
+        if length == 1:
+            length = long
+        elif length == 0:
+            length = size - position
+        position += max(length, 8)
     else:
         return Ending(measure="frames")
-    lost = [f"the last {at - size} bytes"] if at > size else []
+    lost = [f"the last {position - size} bytes"] if position > size else []
     lost += [] if has_index else ["its index, the moov box"]
     reason = f"{' and '.join(lost)} missing" if lost else ""
     whole = None if open_end and not lost else not lost
-    return Ending(whole, min(size / at, 1.0) if at else 1.0, "frames", reason)
+    return Ending(whole, min(size / position, 1.0) if position else 1.0, "frames", reason)
 
 
 def _matroska(file: BinaryIO, size: int) -> Ending:
-    at = 0
+    position = 0
     for _ in range(2):  # the EBML header, then the segment
-        file.seek(at)
+        file.seek(position)
         head = file.read(12).ljust(12, b"\0")
         width = 9 - head[4].bit_length()  # bytes of the size; its first bit that is set says so
         if head[4] == 0:
@@ -113,24 +116,24 @@ def _matroska(file: BinaryIO, size: int) -> Ending:
         length = int.from_bytes(head[4 : 4 + width], "big") & ((1 << 7 * width) - 1)
         unknown = length == (1 << 7 * width) - 1
         if head[:4] == SEGMENT:
-            end = at + 4 + width + length
+            end = position + 4 + width + length
             return Ending() if unknown else _ended(size, end, "seconds")
-        at += 4 + width + length
+        position += 4 + width + length
     return Ending()
 
 
 def _riff(file: BinaryIO, size: int) -> Ending:
-    at = 0
+    position = 0
     for _ in range(MAX_PARTS):  # films above 1 GB are several
-        file.seek(at)
+        file.seek(position)
         head = file.read(8)
         if len(head) < 8 or head[:4] != b"RIFF":
             break
         length = struct.unpack("<I", head[4:])[0]
         if length in (0, 0xFFFFFFFF):  # a recording that was never closed
             return Ending()
-        at += 8 + length + length % 2
-    return _ended(size + size % 2, at, "bytes")
+        position += 8 + length + length % 2
+    return _ended(size + size % 2, position, "bytes")
 
 
 def _asf(file: BinaryIO, size: int) -> Ending:
@@ -147,11 +150,11 @@ def _asf(file: BinaryIO, size: int) -> Ending:
 def _ogg(file: BinaryIO, size: int) -> Ending:
     file.seek(max(size - 2 * TAIL, 0))
     tail = file.read(2 * TAIL)
-    at = 0
-    while (at := tail.find(b"OggS", at)) >= 0:
-        if len(tail) > at + 5 and tail[at + 5] & END_OF_STREAM:
+    position = 0
+    while (position := tail.find(b"OggS", position)) >= 0:
+        if len(tail) > position + 5 and tail[position + 5] & END_OF_STREAM:
             return Ending(whole=True)
-        at += 4
+        position += 4
     return UNCLOSED
 
 
