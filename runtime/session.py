@@ -199,9 +199,9 @@ class Session:
             return self._stages.restart_reason
         if self._cached is None:
             return "an earlier turn was given up while everything was prefilled afresh"
+        images = earlier.count(Visual.IMAGE)
         rule = self._stages.manifest.preprocessing
-        before = rule.for_images(earlier.count(Visual.IMAGE))
-        if earlier and before != rule.for_images([*earlier, *shown].count(Visual.IMAGE)):
+        if images and rule.for_images(images) != rule.for_images(images + shown.count(Visual.IMAGE)):
             return "this family shows images in another way once there are more of them"
         return None
 

@@ -7,7 +7,7 @@ every checkpoint variant and every kind of conversation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families import CASES
-from tests.families.case import CONVERSATIONS, FamilyCase, Media, Reference, relative_error
+from tests.families.case import CONVERSATIONS, FamilyCase, Media, Reference, clip, picture, relative_error
 from tests.films import write_film
 
 NEW = 16
@@ -109,6 +109,22 @@ def test_torch_graphs(eager: Subject, name: str) -> None:
     compare_features(eager, conversation)
     compare_answers(eager, conversation)
     compare_reduced(eager, conversation)
+
+
+def test_a_session_equals_one_request_for_the_whole_conversation(eager: Subject) -> None:
+    pipeline = eager.pipeline
+    session = pipeline.session()
+    request = Request(3, cost=1.0, generation=replace(pipeline.manifest.generation, eos_token_ids=(), do_sample=False))
+    for kinds, files in (((Visual.VIDEO,), [clip()]), ((), []), ((Visual.IMAGE,), [picture()]), ((), [])):
+        turn = Turn("user", (*kinds, "What happens?"))
+        turns, shown = [*session.turns, turn], [*session.files, *files]
+        steps = [step for step in session.stream([turn], files, request, logits=True) if step.kind == "token"]
+        whole = [step for step in pipeline.stream(turns, shown, request, logits=True) if step.kind == "token"]
+        assert [step.token_id for step in steps] == [step.token_id for step in whole]
+        logits, expected = (np.stack([np.asarray(step.logits) for step in steps]) for steps in (steps, whole))
+        assert relative_error(logits, expected) < 1e-4
+    assert [record.restart for record in session.records] == [None] * 4
+    assert all(record.reused_tokens > 0 for record in session.records[1:])
 
 
 @pytest.mark.parametrize("name", [name for name in CONVERSATIONS if name not in ("video", "mixed")])
