@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from framefusion.errors import CheckFailedError
-from framefusion.export.build import build
+from framefusion.export.build import build, sizes_of
 from framefusion.export.check import check
 from framefusion.export.check.observation import SPARING
 from framefusion.export.check.verify import (
@@ -39,6 +39,28 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def free_memory(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     monkeypatch.setattr(check, "available_memory", lambda: int(size))
+
+
+def planned_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers of each plan that is made from now on."""
+    layers: list[int] = []
+    plan = BuildPlan.__init__
+
+    def counted(self: BuildPlan, checkpoint: Checkpoint, options: BuildOptions) -> None:
+        plan(self, checkpoint, options)
+        layers.append(self.config.num_layers)
+
+    monkeypatch.setattr(BuildPlan, "__init__", counted)
+    return layers
+
+
+def test_a_check_plans_the_bundle_that_stands_for_another_one_once(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = BuildPlan(Checkpoint(deep), BuildOptions(dtype="bfloat16", max_input_len=512))
+    free_memory(monkeypatch, memory_of_check(plan) - 1)
+    planned = planned_layers(monkeypatch)
+    scope = scope_of(plan)
+    assert sizes_of(plan, scope)["check"] > 0
+    assert planned == [4]
 
 
 def test_memory_of_a_check_is_that_of_fp32_weights(deep: Path) -> None:
@@ -132,7 +154,9 @@ def test_a_build_that_does_not_fit_is_checked_by_its_first_layers(
     free_memory(monkeypatch, memory_of_check(BuildPlan(Checkpoint(deep), options)) - 1)
     told: list[str] = []
     progress = lambda step: told.append(f"{step.part} {step.doing}")  # noqa: E731
+    planned = planned_layers(monkeypatch)
     built = build(Checkpoint(deep), tmp_path / "bundle", options, progress=progress)
+    assert planned == [7, 4]  # each of the two bundles is planned once
     report = built.manifest.check
     assert report["passed"]
     assert report["method"] == "truncated"
