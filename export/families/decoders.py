@@ -17,7 +17,11 @@ from framefusion.export.graphs.segments import SegmentPlan
 
 
 def llm_prefix(checkpoint: Checkpoint, family: Family) -> str:
-    """The prefix of the LLM's keys in this checkpoint; names changed between releases of transformers."""
+    """The prefix of the LLM's keys in this checkpoint; names changed between releases of transformers.
+
+    Raises:
+        CheckpointError: there is no embedding table under any of the family's prefixes.
+    """
     name = f"{family.llm.names['embedding']}.weight"
     for prefix in family.llm.prefixes:
         if prefix + name in checkpoint:
@@ -32,7 +36,11 @@ def embedding_key(checkpoint: Checkpoint, family: Family) -> str:
 
 
 def head_key(checkpoint: Checkpoint, family: Family) -> str:
-    """The key of the vocabulary projection: the embedding table where the head is tied."""
+    """The key of the vocabulary projection: the embedding table where the head is tied.
+
+    Raises:
+        CheckpointError: there is no head, and config.json does not say that it is tied.
+    """
     for key in family.llm.head_keys:
         if key in checkpoint:
             return key
@@ -52,6 +60,9 @@ def decoder_config(checkpoint: Checkpoint, family: Family, num_layers: int | Non
         checkpoint: of this family.
         family: its row.
         num_layers: take only the first layers, for a smoke test; None takes all.
+
+    Raises:
+        CheckpointError: config.json and the tensors do not agree, or the decoder is another one.
     """
     depth = stored_depth(checkpoint, family)
     language.check_llm(checkpoint)

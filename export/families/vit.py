@@ -41,7 +41,11 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 
 
 def activation_of(vision: Mapping[str, Any], default: str) -> Activation:
-    """The activation that a vision tower's configuration names."""
+    """The activation that a vision tower's configuration names.
+
+    Raises:
+        CheckpointError: the activation is none that is computed here.
+    """
     name = vision.get("hidden_act", default)
     if name not in ACTIVATIONS:
         raise CheckpointError(f"vision_config.hidden_act {name!r} is not supported, {', '.join(ACTIVATIONS)} are")

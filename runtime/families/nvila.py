@@ -115,7 +115,11 @@ class NvilaPreprocessing(Preprocessing):
         return self if count == 1 else replace(self, image_aspect_ratio="resize")
 
     def video(self, video: Video, index: int = 0) -> VisualInput:
-        """A place of the pooled frame is a track, and the line feed behind each is one, too."""
+        """A place of the pooled frame is a track, and the line feed behind each is one, too.
+
+        Raises:
+            VideoError: the number of frames does not fill groups of those that are averaged.
+        """
         (pooled, tall, wide) = self.pool_sizes
         frames = len(video.indices)
         if frames % pooled:

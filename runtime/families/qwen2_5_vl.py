@@ -27,7 +27,7 @@ MASKED = np.float32(-65504)
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen25VLPreprocessing(QwenVLPreprocessing):
-    """Pixel limits are per frame."""
+    """Pixel limits are per frame; `tokens_per_second` temporal positions stand for a second of film."""
 
     rule: ClassVar[str] = "qwen2_5_vl"
     field_rules: ClassVar[Mapping[str, Rule]] = {"tokens_per_second": Rule(0, 1e4, above=True)}

@@ -35,7 +35,7 @@ from framefusion.storage.records import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class QwenVLPreprocessing(Preprocessing):
-    """Pixel limits are per frame."""
+    """Patch geometry and limits of pixels; those of a video are per frame."""
 
     rule: ClassVar[str] = "qwen_vl"
     field_rules: ClassVar[Mapping[str, Rule]] = {
@@ -115,11 +115,11 @@ class QwenVLPreprocessing(Preprocessing):
         return smart_resize(height, width, self.factor, low, self.image_max_pixels)
 
     def frames_per_patch(self) -> int:
-        """Those of a temporal grid."""
+        """Frames of a temporal grid."""
         return self.temporal_patch_size
 
     def block_side(self) -> int:
-        """A merge block's."""
+        """Patches along one side of a merge block."""
         return self.merge_size
 
     def most_pixels(self) -> int:
@@ -253,7 +253,11 @@ def patchify(
 
 @frame_rule("qwen2_vl")
 def qwen2_vl_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
-    """Evenly spread frames, first and last included; their number is a multiple of `frame_factor`."""
+    """Evenly spread frames, first and last included; their number is a multiple of `frame_factor`.
+
+    Raises:
+        VideoError: the film has fewer frames than the model needs.
+    """
     factor = sampling.frame_factor
     low = -(-sampling.min_frames // factor) * factor
     high = sampling.max_frames // factor * factor

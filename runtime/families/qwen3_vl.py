@@ -44,7 +44,11 @@ class Qwen3VLPreprocessing(QwenVLPreprocessing):
     max_frame_tokens: int | None = None  # further limit of each frame, in merge blocks; None has no such limit
 
     def with_options(self, **given: Any) -> Qwen3VLPreprocessing:
-        """As all Qwen-VL; there is no second limit of all frames together."""
+        """As all Qwen-VL; there is no second limit of all frames together.
+
+        Raises:
+            BudgetError: a limit of all frames is given, or another choice that this family has not.
+        """
         if given.get("total_pixels") is not None:
             raise BudgetError(
                 f"--total-pixels {given['total_pixels']} does not apply to this family ({self.rule}): its --max-pixels "
@@ -144,7 +148,11 @@ def _neighbours(size: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.flo
 
 @frame_rule("qwen3_vl")
 def qwen3_vl_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
-    """Evenly spread frames, first and last included; their number may be odd."""
+    """Evenly spread frames, first and last included; their number may be odd.
+
+    Raises:
+        VideoError: the film has fewer frames than the model needs.
+    """
     wanted = int(total_frames / video_fps * sampling.fps)
     count = min(max(wanted, sampling.min_frames), sampling.max_frames, total_frames)
     if count < sampling.frame_factor:

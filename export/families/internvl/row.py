@@ -97,7 +97,11 @@ def chat_sampling(checkpoint: Checkpoint) -> FrameSampling:
 
 
 def chat_template(checkpoint: Checkpoint) -> PromptTemplate:
-    """The layout that config.json names."""
+    """The layout that config.json names.
+
+    Raises:
+        CheckpointError: config.json names none, or one that is unknown.
+    """
     name = required(checkpoint.config, "template", checkpoint)
     if name not in CONVERSATIONS:
         raise CheckpointError(
@@ -109,7 +113,11 @@ def chat_template(checkpoint: Checkpoint) -> PromptTemplate:
 
 
 def native_preprocessing(checkpoint: Checkpoint) -> InternVLPreprocessing:
-    """Tiles as the image processor's file says; transformers' processor always cuts images."""
+    """Tiles as the image processor's file says; transformers' processor always cuts images.
+
+    Raises:
+        CheckpointError: a processor's file is missing, or does what the rule cannot.
+    """
     require_processor(checkpoint, "image_mean", "image_std")
     image = processor(checkpoint, "image")
     video = processor(checkpoint, "video")
@@ -166,7 +174,11 @@ def native_template(checkpoint: Checkpoint) -> PromptTemplate:
 
 
 def merge_size(checkpoint: Checkpoint) -> int:
-    """Side of the blocks of patches that become one row."""
+    """Side of the blocks of patches that become one row.
+
+    Raises:
+        CheckpointError: downsample_ratio is not one over a whole number.
+    """
     ratio = float(checkpoint.config.get("downsample_ratio") or 0.5)
     if ratio <= 0 or (1 / ratio) % 1:
         raise CheckpointError(

@@ -63,7 +63,11 @@ def vision(checkpoint: Checkpoint) -> Vision:
 
 
 def onevision_preprocessing(checkpoint: Checkpoint) -> LlavaPreprocessing:
-    """One newline ends a video; an image that is alone is cut into tiles, up to as many as config.json says."""
+    """One newline ends a video; an image that is alone is cut into tiles, up to as many as config.json says.
+
+    Raises:
+        CheckpointError: vision_aspect_ratio is of another form, or a processor's file does what the rule cannot.
+    """
     aspect = str(checkpoint.config.get("vision_aspect_ratio") or "anyres_max_9")
     number = aspect.removeprefix("anyres_max_")
     if not number.isdigit():
@@ -79,7 +83,11 @@ def onevision_preprocessing(checkpoint: Checkpoint) -> LlavaPreprocessing:
 
 
 def next_preprocessing(checkpoint: Checkpoint) -> LlavaPreprocessing:
-    """No newline in a video; every image is cut into tiles."""
+    """No newline in a video; every image is cut into tiles.
+
+    Raises:
+        CheckpointError: frames are pooled in another way, or a processor's file does what the rule cannot.
+    """
     config = checkpoint.config
     mode = config.get("spatial_pool_mode", "average")
     stride = config.get("spatial_pool_stride", 2)

@@ -58,7 +58,11 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
 
 
 def encoder_config(checkpoint: Checkpoint) -> VitConfig:
-    """Geometry from config.json; widths and the number of blocks from the tensors themselves."""
+    """Geometry from config.json; widths and the number of blocks from the tensors themselves.
+
+    Raises:
+        CheckpointError: config.json and the tensors do not agree.
+    """
     vision = required(checkpoint.config, "vision_config", checkpoint)
     positions = checkpoint.shape(f"{VISION}embeddings.position_embedding.weight")[0]
     size = square(vision, "patch_size", checkpoint)
@@ -102,7 +106,11 @@ def _depth(checkpoint: Checkpoint, vision: Mapping[str, Any]) -> int:
 
 
 def resampler_config(checkpoint: Checkpoint) -> ResamplerConfig:
-    """Queries and width from the tensors, compared with config.json."""
+    """Queries and width from the tensors, compared with config.json.
+
+    Raises:
+        CheckpointError: config.json and the tensors do not agree, or a head does not divide the width.
+    """
     queries, width = checkpoint.shape(f"{RESAMPLER}query")
     declared = int(required(checkpoint.config, "query_num", checkpoint))
     if declared != queries:

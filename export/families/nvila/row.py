@@ -76,7 +76,11 @@ def vision_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def merge_size(checkpoint: Checkpoint) -> int:
-    """Side of the blocks of patches that the projector joins."""
+    """Side of the blocks of patches that the projector joins.
+
+    Raises:
+        CheckpointError: mm_projector_type is absent or unknown.
+    """
     key = "mm_projector_type"
     projector = checkpoint.part_config("mm_projector").get(key) or required(checkpoint.config, key, checkpoint)
     if projector not in PROJECTORS:
@@ -88,6 +92,9 @@ def scales(checkpoint: Checkpoint, image_size: int) -> tuple[int, ...]:
     """Tiles along one side at each of the scales whose features the projector takes side by side, coarsest first.
 
     VILA's dynamic_s2 repeats the features of a picture that has one scale only. Without it there is one.
+
+    Raises:
+        CheckpointError: s2_scales are no multiples of the picture's side.
     """
     if not checkpoint.config.get("dynamic_s2"):
         return (1,)
@@ -143,7 +150,11 @@ def _object(checkpoint: Checkpoint, key: str, value: Any) -> Mapping[str, Any]:
 
 
 def preprocessing(checkpoint: Checkpoint) -> NvilaPreprocessing:
-    """Square pictures of the tower's size, blocks, pooling and tiles as the configuration says."""
+    """Square pictures of the tower's size, blocks, pooling and tiles as the configuration says.
+
+    Raises:
+        CheckpointError: a value is absent, or one that the graph and the rule are not made for.
+    """
     vision = vision_config(checkpoint)
     video = encoder(checkpoint, "video")
     image = encoder(checkpoint, "image")
@@ -192,7 +203,11 @@ def _check_scales(checkpoint: Checkpoint, video: Encoder) -> None:
 
 
 def sampling(checkpoint: Checkpoint) -> FrameSampling:
-    """`num_video_frames` evenly spread frames, or `fps` a second where config.json has a rate, at most as many."""
+    """`num_video_frames` evenly spread frames, or `fps` a second where config.json has a rate, at most as many.
+
+    Raises:
+        CheckpointError: num_video_frames is absent, or does not fill groups of frames.
+    """
     frames = int(required(checkpoint.config, "num_video_frames", checkpoint))
     fps = checkpoint.config.get("fps") or 0
     factor = encoder(checkpoint, "video").pool_sizes[0]
@@ -203,7 +218,11 @@ def sampling(checkpoint: Checkpoint) -> FrameSampling:
 
 
 def template(checkpoint: Checkpoint) -> PromptTemplate:
-    """The tokenizer's chat layout, or the one that config.json names: a file of the checkpoint, or VILA's qwen2."""
+    """The tokenizer's chat layout, or the one that config.json names: a file of the checkpoint, or VILA's qwen2.
+
+    Raises:
+        CheckpointError: the layout is known by neither name nor file, or the LLM is another one.
+    """
     check_time_tokens(checkpoint)
     llm = text_config(checkpoint).get("model_type", LLM)
     if llm != LLM:  # VILA knows the layouts of its earlier releases by name, no file tells them

@@ -35,7 +35,11 @@ VISION_PREFIXES = ("vision_tower.vision_tower.vision_model.", "vision_tower.visi
 
 
 def tower(checkpoint: Checkpoint) -> TowerPlan:
-    """The tower on the meta device, and the sources of its parameters."""
+    """The tower on the meta device, and the sources of its parameters.
+
+    Raises:
+        CheckpointError: config.json and the tensors do not agree.
+    """
     rule = nvila.preprocessing(checkpoint)
     vit = encoder_config(checkpoint)
     maps = MAPS[rule.merge_size]
@@ -85,7 +89,11 @@ def tower_settings(rule: NvilaPreprocessing) -> TowerSettings:
 
 
 def encoder_config(checkpoint: Checkpoint) -> VitConfig:
-    """The encoder as far as it is run: up to the layer that config.json selects, no norm after it."""
+    """The encoder as far as it is run: up to the layer that config.json selects, no norm after it.
+
+    Raises:
+        CheckpointError: the selected layer is none of the tower.
+    """
     vision = nvila.vision_config(checkpoint)
     key = "mm_vision_select_layer"
     layers = int(required(vision, "num_hidden_layers", checkpoint))
@@ -104,7 +112,11 @@ def encoder_config(checkpoint: Checkpoint) -> VitConfig:
 
 
 def vision_prefix(checkpoint: Checkpoint) -> str:
-    """What the keys of the vision tower begin with; it changed between releases of transformers."""
+    """What the keys of the vision tower begin with; it changed between releases of transformers.
+
+    Raises:
+        CheckpointError: there is no tower under any known name.
+    """
     for prefix in VISION_PREFIXES:
         if f"{prefix}embeddings.patch_embedding.weight" in checkpoint:
             return prefix

@@ -37,7 +37,11 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
 
 
 def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:
-    """Geometry from config.json; widths from the tensors themselves."""
+    """Geometry from config.json; widths from the tensors themselves.
+
+    Raises:
+        CheckpointError: a number is of another tower, or a window holds no merge block.
+    """
     vision = vision_config(checkpoint)
     prefix = find_prefix(checkpoint)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")
@@ -69,7 +73,11 @@ def tower_config(checkpoint: Checkpoint) -> WindowTowerConfig:
 
 
 def layer_list(vision: Mapping[str, object], key: str, depth: int, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Indices of the tower's layers that config.json lists under a key."""
+    """Indices of the tower's layers that config.json lists under a key.
+
+    Raises:
+        CheckpointError: the key has no list of layers of the tower.
+    """
     layers = required(vision, key, checkpoint)
     if not isinstance(layers, (list, tuple)) or not all(
         isinstance(layer, int) and 0 <= layer < depth for layer in layers

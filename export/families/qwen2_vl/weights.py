@@ -123,7 +123,11 @@ def block_sources(ours: str, theirs: str, width: int, linears: Mapping[str, str]
 
 
 def find_prefix(checkpoint: Checkpoint) -> str:
-    """The prefix of the tower's keys in this checkpoint."""
+    """The prefix of the tower's keys in this checkpoint.
+
+    Raises:
+        CheckpointError: there is no tower under any known name.
+    """
     for prefix in PREFIXES:
         if f"{prefix}patch_embed.proj.weight" in checkpoint:
             return prefix

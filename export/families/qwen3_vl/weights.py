@@ -35,7 +35,11 @@ def tower(checkpoint: Checkpoint) -> TowerPlan:
 
 
 def tower_config(checkpoint: Checkpoint) -> DeepstackTowerConfig:
-    """Geometry from config.json; widths from the tensors themselves."""
+    """Geometry from config.json; widths from the tensors themselves.
+
+    Raises:
+        CheckpointError: a number is of another tower, or the position table is no square.
+    """
     vision = vision_config(checkpoint)
     prefix = find_prefix(checkpoint)
     embed_dim, *patch = checkpoint.shape(f"{prefix}patch_embed.proj.weight")

@@ -37,6 +37,9 @@ def vision_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The vision tower's configuration within config.json, with what its class in transformers fills in.
 
     Some classes make a tower of their defaults where there is none at all; the others want to know which.
+
+    Raises:
+        CheckpointError: there is none, or it is no object.
     """
     config_format = format_of(checkpoint.config)
     absent = config_format.default_tower and checkpoint.config.get("vision_config") is None
@@ -47,7 +50,11 @@ def vision_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def required(config: Mapping[str, Any], key: str, checkpoint: Checkpoint) -> Any:
-    """A value of the configuration that has no default."""
+    """A value of the configuration that has no default.
+
+    Raises:
+        CheckpointError: the key is absent or null.
+    """
     if config.get(key) is None:
         raise CheckpointError(f"{checkpoint.folder}/config.json has no {key}: the checkpoint is incomplete")
     return config[key]
@@ -60,7 +67,11 @@ def given(config: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def square(config: Mapping[str, Any], key: str, checkpoint: Checkpoint) -> int:
-    """A side in pixels, which newer files write for both directions."""
+    """A side in pixels, which newer files write for both directions.
+
+    Raises:
+        CheckpointError: the key is absent, or names two different sides.
+    """
     value = required(config, key, checkpoint)
     sides = set(value) if isinstance(value, (list, tuple)) else {value}
     if len(sides) != 1:
@@ -69,7 +80,11 @@ def square(config: Mapping[str, Any], key: str, checkpoint: Checkpoint) -> int:
 
 
 def expect(checkpoint: Checkpoint, config: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse values that the graph and the rules are not made for; a key that is absent has the first one."""
+    """Refuse values that the graph and the rules are not made for; a key that is absent has the first one.
+
+    Raises:
+        CheckpointError: naming the key, its value and what is supported.
+    """
     for key, values in known.items():
         if config.get(key, values[0]) not in values:
             raise CheckpointError(
