@@ -1,4 +1,4 @@
-"""Backends: what executes a segment, and the device on which its buffers lie. Stitching and pipeline know only these.
+"""Backends: what executes a segment, and the device on which its buffers lie. Nobody above knows more than these.
 
 A `Backend` binds a segment to buffers for a number of tokens; the `BoundSegment` it returns runs them as often as
 wanted, in place. So a decode loop binds once and then only writes a token's row and runs. The few things that are done

@@ -1,4 +1,4 @@
-"""What engines ask of stitching, on the CPU: steps of two tokens, caches of one static length that requests share."""
+"""What engines ask of prefill and decode, on the CPU: steps of two tokens, caches of static length that are shared."""
 
 from __future__ import annotations
 
