@@ -149,7 +149,9 @@ def _slot(manifest: Manifest) -> int:
 
 def _build_memory(plan: BuildPlan) -> int:
     """Bytes at the peak: the largest tensor as it is stored, and the process."""
-    keys = {key for graph in plan.graphs for source in graph.sources.values() for key in source.keys}
+    keys: set[str] = set()
+    for graph in plan.graphs:
+        keys.update(*(source.keys for source in graph.sources.values()))
     return TRACING_PROCESS + max(plan.checkpoint.nbytes(key) for key in keys if key in plan.checkpoint)
 
 

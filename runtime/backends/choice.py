@@ -138,4 +138,5 @@ def _device(row: BackendKind, manifest: Manifest, machine: Machine) -> Device:
     if len(row.devices) == 1:
         return row.devices[0]
     engines = [engine for engine in manifest.engines if engine.kind == row.name]
-    return "cpu" if (all(map(is_cpu, engines)) if engines else machine.gpu is None) else "cuda"
+    on_cpu = all(map(is_cpu, engines)) if engines else machine.gpu is None
+    return "cpu" if on_cpu else "cuda"

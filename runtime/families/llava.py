@@ -188,7 +188,8 @@ class LlavaPreprocessing(Preprocessing):
         height, width, _ = frame.shape
         short = min(height, width)
         frame = resize(frame, int(size * height / short), int(size * width / short), self.resample)
-        top, left = ((side - size) // 2 for side in frame.shape[:2])
+        top = (frame.shape[0] - size) // 2
+        left = (frame.shape[1] - size) // 2
         return frame[top : top + size, left : left + size]
 
     def _uncropped(self, boxes: Boxes, height: int, width: int) -> Boxes:

@@ -216,8 +216,9 @@ def _scaled(height: int, width: int, preprocessing: MiniCpmVPreprocessing) -> tu
     """Rows and columns of patches of a picture scaled to the area of the square, its shape kept."""
     aspect = width / height
     scaled_height = int(preprocessing.scale_resolution / math.sqrt(aspect))
-    sides = (scaled_height, int(scaled_height * aspect))
-    rows, columns = (max(round(side / preprocessing.patch_size), 1) for side in sides)
+    scaled_width = int(scaled_height * aspect)
+    rows = max(round(scaled_height / preprocessing.patch_size), 1)
+    columns = max(round(scaled_width / preprocessing.patch_size), 1)
     return rows, columns
 
 
@@ -253,8 +254,9 @@ def _tiles(
     whole: NDArray[np.uint8], size: tuple[int, int], grid: tuple[int, int], preprocessing: MiniCpmVPreprocessing
 ) -> Tiles:
     """Pictures cut along a grid into tiles of this many patches."""
-    height, width = (side * preprocessing.patch_size for side in size)
-    (rows, columns) = grid
+    height = size[0] * preprocessing.patch_size
+    width = size[1] * preprocessing.patch_size
+    rows, columns = grid
     count = len(whole) * grid[0] * grid[1]
     pictures = whole.reshape(len(whole), rows, height, columns, width, 3).swapaxes(2, 3)
     values = cut_patches(pictures.reshape(count, height, width, 3), preprocessing)

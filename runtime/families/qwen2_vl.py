@@ -137,7 +137,8 @@ class QwenVLPreprocessing(Preprocessing):
         rounded_up = (math.sqrt(low) / ratio + factor) * (math.sqrt(low) * ratio + factor)
         most = max(high, rounded_up, math.sqrt(high) * ratio * factor)
         least = low / 4  # rounded down to whole tokens, a side loses less than half of itself
-        fewest, fullest = (max(1, int(area // factor**2)) * self.merge_size**2 for area in (least, most))
+        fewest = max(1, int(least // factor**2)) * self.merge_size**2
+        fullest = max(1, int(most // factor**2)) * self.merge_size**2
         return fewest, fullest
 
     def video(self, video: Video, index: int = 0) -> VisualInput:

@@ -92,7 +92,8 @@ class Qwen3VLPreprocessing(QwenVLPreprocessing):
             columns = max(factor, math.floor(width / scale / factor) * factor)
         elif pixels < self.min_pixels:
             scale = math.sqrt(self.min_pixels / (num_frames * height * width))
-            rows, columns = (math.ceil(size * scale / factor) * factor for size in (height, width))
+            rows = math.ceil(height * scale / factor) * factor
+            columns = math.ceil(width * scale / factor) * factor
         return rows, columns
 
     def picture_patches(self) -> tuple[int, int]:

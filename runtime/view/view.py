@@ -200,11 +200,11 @@ def _step(kind: str, records: Sequence[CallRecord]) -> dict[str, Any]:
 
 def _histograms(watched: Watched) -> list[dict[str, Any]]:
     """Similarity along the tracks at each call that read it, in the same bins; the first one holds all below, too."""
-    read = [
-        (call, scores[scores > tracks.DISSIMILAR])
-        for call, decision in enumerate(watched.decisions)
-        if (scores := decision.similarity) is not None
-    ]
+    read = []
+    for call, decision in enumerate(watched.decisions):
+        scores = decision.similarity
+        if scores is not None:
+            read.append((call, scores[scores > tracks.DISSIMILAR]))
     lowest = min((float(np.quantile(scores, RARE)) for _, scores in read if scores.size), default=1.0)
     edges = np.linspace(max(min(math.floor(lowest * 20) / 20, 0.95), -1.0), 1.0, BINS + 1)
     return [

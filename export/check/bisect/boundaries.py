@@ -97,7 +97,9 @@ class _Recorder(EagerBackend):
 
     def kind(self, graph: str) -> str:
         """What a graph is run for at present."""
-        return "vision" if graph == self._vision else "decode" if self.prefilled else "prefill"
+        if graph == self._vision:
+            return "vision"
+        return "decode" if self.prefilled else "prefill"
 
 
 @dataclass

@@ -103,7 +103,8 @@ def _preprocessing(checkpoint: Checkpoint, default: tuple[tuple[int, ...], ...],
     config = vision(checkpoint).config
     size = reading.square(config, "image_size", checkpoint)
     require_processor(checkpoint)
-    still, moving = (processor(checkpoint, kind) for kind in ("image", "video"))
+    still = processor(checkpoint, "image")
+    moving = processor(checkpoint, "video")
     for kind, file in (("image", still), ("video", moving)):
         sides = set((file.get("size") or {}).values()) | set((file.get("crop_size") or {}).values())
         if sides != {size}:

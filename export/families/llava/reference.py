@@ -25,7 +25,8 @@ def hf_logits(call: TransformersCall) -> NDArray[Any]:
     model = call.model(call.checkpoint.config["architectures"][0])
     config = model.config
     pool_first = hasattr(model.model, "vision_resampler")
-    size, patch = (getattr(config.vision_config, name) for name in ("image_size", "patch_size"))
+    size = config.vision_config.image_size
+    patch = config.vision_config.patch_size
 
     def rows(tiles: Tiles) -> Tensor:
         pictures = pixels(tiles, size, patch)

@@ -158,7 +158,8 @@ def preprocessing(checkpoint: Checkpoint) -> NvilaPreprocessing:
     vision = vision_config(checkpoint)
     video = encoder(checkpoint, "video")
     image = encoder(checkpoint, "image")
-    size, patch = (square(vision, key, checkpoint) for key in ("image_size", "patch_size"))
+    size = square(vision, "image_size", checkpoint)
+    patch = square(vision, "patch_size", checkpoint)
     file = processor(checkpoint, "image")
     for side in (file.get("size") or {}).values():
         if side != size:

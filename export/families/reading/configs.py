@@ -103,7 +103,8 @@ def tokenizer_begin(checkpoint: Checkpoint) -> str:
     if needed(checkpoint):
         return begin_token(checkpoint)
     backend = tokenizer_of(checkpoint)
-    with_begin, bare = (backend.encode("a", add_special_tokens=special) for special in (True, False))
+    with_begin = backend.encode("a", add_special_tokens=True)
+    bare = backend.encode("a", add_special_tokens=False)
     return "".join(with_begin.tokens[: with_begin.ids.index(bare.ids[0])]) if bare.ids else ""
 
 

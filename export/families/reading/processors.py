@@ -100,11 +100,14 @@ def levels(
 
 
 def _levels(checkpoint: Checkpoint, file: Mapping[str, Any], default: Preprocessing) -> dict[str, Any]:
-    resized, rescaled, normalised = (bool(file.get(key, True)) for key in ("do_resize", "do_rescale", "do_normalize"))
+    resized = bool(file.get("do_resize", True))
+    rescaled = bool(file.get("do_rescale", True))
+    normalised = bool(file.get("do_normalize", True))
     if not resized:  # null is what transformers takes for false
         raise CheckpointError(f"{checkpoint.folder}: a processor has do_resize false, supported is true only")
     rescale = default.rescale if file.get("rescale_factor") is None else float(file["rescale_factor"])
-    mean, std = (file.get(name) or getattr(default, name) for name in ("image_mean", "image_std"))
+    mean = file.get("image_mean") or default.image_mean
+    std = file.get("image_std") or default.image_std
     resample = file.get("resample")
     return {
         "rescale": rescale if rescaled else 1.0,

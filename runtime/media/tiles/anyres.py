@@ -118,10 +118,12 @@ def rows_shown(small: int, places: Places, size: tuple[int, ...]) -> RowMap:
     first = np.arange(small)[:, None]
     if places.shape == size:
         return RowMap(np.concatenate((first, places.reshape(-1, 1))))
-    (up, down, y), (left, right, x) = (bilinear_taps(*pair) for pair in zip(size, places.shape, strict=True))
+    up, down, y = bilinear_taps(size[0], places.shape[0])
+    left, right, x = bilinear_taps(size[1], places.shape[1])
     corners = [places[row][:, column] for row in (up, down) for column in (left, right)]
     shares = [np.outer(row, column) for row in (1 - y, y) for column in (1 - x, x)]
-    index, weight = (np.stack(four, -1).reshape(-1, 4) for four in (corners, shares))
+    index = np.stack(corners, -1).reshape(-1, 4)
+    weight = np.stack(shares, -1).reshape(-1, 4)
     as_it_is = np.broadcast_to(np.array([1.0, 0, 0, 0]), (small, 4))
     weights = np.concatenate((as_it_is, weight)).astype(np.float32)
     return RowMap(np.concatenate((np.broadcast_to(first, (small, 4)), index)), weights)

@@ -34,15 +34,16 @@ def scale_taps(tilings: Sequence[tuple[int, int]], side: int, most: int) -> Taps
         side: patches along one side of a tile.
         most: places along an axis that may meet in one; K is its square.
     """
-    rows, columns = (count * side for count in tilings[-1])
+    rows = tilings[-1][0] * side
+    columns = tilings[-1][1] * side
     order = np.argsort(tile_places(*tilings[-1], side), axis=None)  # raster places of the finest, tile by tile
     patches = []
     shares = []
     before = 0
     for tiling in tilings:
         places = before + tile_places(*tiling, side)
-        axes = zip((rows, columns), places.shape, strict=True)
-        (down, tall), (along, wide) = (_covered(*axis, most) for axis in axes)
+        down, tall = _covered(rows, places.shape[0], most)
+        along, wide = _covered(columns, places.shape[1], most)
         met = places[down[:, None, :, None], along[None, :, None, :]].reshape(-1, most**2)
         patches.append(met[order])
         shares.append((tall[:, None, :, None] * wide[None, :, None, :]).reshape(-1, most**2)[order])
