@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from framefusion.errors import ReducerError
 from framefusion.reducers.reducer import Reducer
+from framefusion.storage.entry_points import load_named, names, origin, package
 
 GROUP = "framefusion.reducers"
+WHAT = "reducer"
 DEFAULT = "framefusion"
 
 REDUCERS: Mapping[str, str] = {
@@ -31,7 +32,7 @@ REDUCERS: Mapping[str, str] = {
 
 def reducer_names() -> tuple[str, ...]:
     """Names of all reducers: the box's in the order of the table, then those of installed packages by name."""
-    return (*REDUCERS, *sorted({point.name for point in entry_points(group=GROUP)} - set(REDUCERS)))
+    return (*REDUCERS, *(name for name in names(GROUP) if name not in REDUCERS))
 
 
 def load_reducer(name: str) -> Reducer:
@@ -44,17 +45,13 @@ def load_reducer(name: str) -> Reducer:
         module, _, attribute = REDUCERS[name].partition(":")
         reducer: Reducer = getattr(import_module(module), attribute)()
         return reducer
-    points = tuple(entry_points(group=GROUP, name=name))
-    if not points:
+    loaded = load_named(GROUP, name, WHAT, ReducerError)
+    if loaded is None:
         raise ReducerError(
             f"reducer {name!r} is unknown; known are {', '.join(reducer_names())}: take one of them, or install the "
             "package that brings it"
         )
-    if len({point.value for point in points}) > 1:
-        raise ReducerError(
-            f"reducer {name!r} is claimed by {' and '.join(sorted(map(_distribution, points)))}: uninstall all but one"
-        )
-    return _loaded(points[0])
+    return _installed(name, loaded)
 
 
 def reducer_facts() -> list[dict[str, Any]]:
@@ -68,27 +65,24 @@ def reducer_facts() -> list[dict[str, Any]]:
     facts = []
     for name in reducer_names():
         reducer = load_reducer(name)
-        origin = "the box" if name in REDUCERS else _distribution(next(iter(entry_points(group=GROUP, name=name))))
+        source = "the box" if name in REDUCERS else package(GROUP, name)
         declared = {field: getattr(reducer, field) for field in ("name", "paper", "merges", "query_agnostic", "static")}
-        facts.append(declared | {"inputs": sorted(reducer.inputs), "origin": origin})
+        facts.append(declared | {"inputs": sorted(reducer.inputs), "origin": source})
     return facts
 
 
-def _loaded(point: EntryPoint) -> Reducer:
-    origin = f"reducer {point.name!r} of {_distribution(point)} ({point.value})"
+def _installed(name: str, reducer_class: Any) -> Reducer:
+    """The reducer of a package's class."""
+    where = origin(GROUP, name, WHAT)
     try:
-        reducer = point.load()()
-    except Exception as error:  # whatever another package's import may raise
+        reducer = reducer_class()
+    except Exception as error:  # whatever another package's code may raise
         raise ReducerError(
-            f"{origin} cannot be loaded ({type(error).__name__}: {error}): repair or uninstall it"
+            f"{where} cannot be loaded ({type(error).__name__}: {error}): repair or uninstall it"
         ) from error
     if not isinstance(reducer, Reducer):
         given = type(reducer).__name__
-        raise ReducerError(f"{origin} gives a {given}: name a subclass of {Reducer.__module__}.Reducer")
-    if reducer.name != point.name:
-        raise ReducerError(f"{origin} calls itself {reducer.name!r}: give class and entry point the same name")
+        raise ReducerError(f"{where} gives a {given}: name a subclass of {Reducer.__module__}.Reducer")
+    if reducer.name != name:
+        raise ReducerError(f"{where} calls itself {reducer.name!r}: give class and entry point the same name")
     return reducer
-
-
-def _distribution(point: EntryPoint) -> str:
-    return "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"

@@ -27,7 +27,7 @@ def load_named(group: str, name: str, what: str, error: type[FrameFusionError]) 
     if not points:
         return None
     if len({point.value for point in points}) > 1:
-        claims = " and ".join(sorted(map(distribution, points)))
+        claims = " and ".join(sorted(map(_distribution, points)))
         raise error(f"{what} {name!r} is claimed by {claims}: uninstall all but one")
     try:
         return points[0].load()
@@ -44,9 +44,13 @@ def names(group: str) -> tuple[str, ...]:
 def origin(group: str, name: str, what: str) -> str:
     """The thing with the package and the value that it comes from, for messages."""
     point = next(iter(entry_points(group=group, name=name)))
-    return f"{what} {name!r} of {distribution(point)} ({point.value})"
+    return f"{what} {name!r} of {_distribution(point)} ({point.value})"
 
 
-def distribution(point: EntryPoint) -> str:
-    """Name and version of the package of an entry point."""
+def package(group: str, name: str) -> str:
+    """Name and version of the package that has an entry point of this name."""
+    return _distribution(next(iter(entry_points(group=group, name=name))))
+
+
+def _distribution(point: EntryPoint) -> str:
     return "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"
