@@ -143,7 +143,7 @@ def builder_of(kind: EngineKind) -> EngineBuilder:
 def builder_folder(kind: EngineKind) -> Path:
     """The folder of a builder's module, which is not imported: what decides the bytes of its engines."""
     module, _, _ = engine_traits(kind).builder.partition(":")
-    found = importlib.util.find_spec(module)
-    assert found is not None, f"the table of backends names {module}, which is missing"
-    assert found.origin is not None, f"the table of backends names {module}, which is no file"
-    return Path(found.origin).parent
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"the table of backends names {module}, which is missing"
+    assert spec.origin is not None, f"the table of backends names {module}, which is no file"
+    return Path(spec.origin).parent

@@ -156,15 +156,17 @@ class EngineCache:
 
     def _compile(self, key: str, components: Components, compile_engine: Compile) -> CachedEngine:
         """Compile to a file of the lock's holder, then name it by its content, then write the entry."""
-        fresh = self.folder / "building" / f"{key}.new"
+        unfinished = self.folder / "building" / f"{key}.new"
         self._sweep(key)
         try:
-            facts, file = compile_engine(fresh)
-            with fresh.open("rb+") as written:
+            facts, file = compile_engine(unfinished)
+            with unfinished.open("rb+") as written:
                 os.fsync(written.fileno())  # the entry must not name what a power cut can take away
-            entry = CachedEngine(key, components, file or FileRecord(fresh.stat().st_size, sha256_of(fresh)), facts)
+            entry = CachedEngine(
+                key, components, file or FileRecord(unfinished.stat().st_size, sha256_of(unfinished)), facts
+            )
             with self._held(_OBJECTS):
-                os.replace(fresh, self._object(entry))
+                os.replace(unfinished, self._object(entry))
                 files.write_file(self._entry_file(key), json.dumps(to_json(entry)).encode())
         finally:
             self._sweep(key)
@@ -200,16 +202,18 @@ class EngineCache:
 
     def _why(self, components: Components) -> str:
         """What the nearest entry differs in."""
-        wanted = to_json(components)
-        others = [(_differing(entry.components, wanted), entry) for entry in self._entries()]
+        requested = to_json(components)
+        others = [(_differing(entry.components, requested), entry) for entry in self._entries()]
         others = [(names, entry) for names, entry in others if len(names) <= _MOST_DIFFERENCES]
         if not others:
             return "nothing like it was compiled before"
-        first = next(iter(wanted))  # says what it is an engine of: its own kind is nearer than another's
+        first = next(iter(requested))  # says what it is an engine of: its own kind is nearer than another's
         names, entry = min(others, key=lambda other: (first in other[0], len(other[0]), -self._used_at(other[1])))
         if not names:
             return "its file is gone or truncated"
-        return ", ".join(f"{name} {_short(entry.components.get(name))} -> {_short(wanted.get(name))}" for name in names)
+        return ", ".join(
+            f"{name} {_short(entry.components.get(name))} -> {_short(requested.get(name))}" for name in names
+        )
 
     def _evict(self, entry: CachedEngine) -> bool:
         try:
@@ -272,8 +276,8 @@ def _read(path: Path) -> CachedEngine | None:
     )
 
 
-def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    return [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    return [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from framefusion.console.messages import in_bytes
 from framefusion.errors import BackendError, BundleError, StorageError
@@ -38,7 +38,7 @@ _NO_WEIGHTS = 1 << 25  # bytes of an engine without any, at most
 
 @dataclass
 class Job:
-    """One engine to be."""
+    """One engine that is to be in the bundle, compiled now or taken from the cache."""
 
     graph: str
     file: str
@@ -56,6 +56,15 @@ class Job:
         return f"{path.parent} {path.stem}".removesuffix(" graph")
 
 
+class _Requirement(NamedTuple):
+    """What a kind of engines accepts of its graphs; none accepted is no requirement."""
+
+    noun: str
+    flag: str
+    value: str
+    accepted: tuple[str, ...]
+
+
 def checked_builder(options: EngineOptions, dialect: str, dtype: str) -> EngineBuilder:
     """The builder of a kind of engines, after what it cannot compile was refused; nothing is written by then.
 
@@ -69,14 +78,18 @@ def checked_builder(options: EngineOptions, dialect: str, dtype: str) -> EngineB
         BackendError: a package, a compiler or a GPU is missing, or a target is unknown.
     """
     traits = engine_traits(options.kind)
-    needs = [("dialect", "dialect", dialect, traits.dialects), ("type", "dtype", dtype, traits.dtypes)]
-    needs = [need for need in needs if need[-1]]
-    wrong = next((f"{noun} {value}" for noun, _, value, taken in needs if value not in taken), None)
-    if wrong is not None:
-        graphs = " and ".join(f"the {' or '.join(taken)} {noun}" for noun, _, _, taken in needs)
-        flags = " ".join(f"--{flag} {taken[0]}" for _, flag, _, taken in needs)
+    requirements = [
+        _Requirement("dialect", "--dialect", dialect, traits.dialects),
+        _Requirement("type", "--dtype", dtype, traits.dtypes),
+    ]
+    limits = [requirement for requirement in requirements if requirement.accepted]
+    unmet = next((limit for limit in limits if limit.value not in limit.accepted), None)
+    if unmet is not None:
+        graphs = " and ".join(f"the {' or '.join(limit.accepted)} {limit.noun}" for limit in limits)
+        flags = " ".join(f"{limit.flag} {limit.accepted[0]}" for limit in limits)
         raise BundleError(
-            f"{options.kind} engines are compiled from graphs of {graphs}, these have {wrong}: build with {flags}"
+            f"{options.kind} engines are compiled from graphs of {graphs}, these have {unmet.noun} {unmet.value}: "
+            f"build with {flags}"
         )
     builder = builder_of(options.kind)
     builder.check(options)
@@ -155,10 +168,10 @@ def components_of(manifest: Manifest, graph: str, spec: EngineSpec) -> dict[str,
 
 def library_version(library: str) -> str:
     """The installed version of what compiles."""
-    found = installed_version(library)
-    if found is None:
+    distribution = installed_version(library)
+    if distribution is None:
         raise BackendError(f"{library} is not installed: pip install 'framefusion-aot[export]'")
-    return found[1]
+    return distribution[1]
 
 
 def check_disk(folder: Path, cache: EngineCache, jobs: Sequence[Job], missing: Sequence[Job]) -> None:

@@ -27,7 +27,7 @@ class Mirror(Protocol):
         """The host's memory; read it after `pull`, write it before `push`."""
 
     @property
-    def there(self) -> Buffer:
+    def buffer(self) -> Buffer:
         """The device's memory, which graphs are bound to."""
 
     def push(self) -> None:

@@ -107,16 +107,16 @@ def choose(
     unvouched = [kind for kind in kinds if distrust(bundle, kind) is not None]
     candidates = list(options(bundle, machine or Machine.here(), unvouched))
     # 3. Flags leave candidates out, which are not among those passed over.
-    wanted = [o for o in candidates if backend in (None, o.backend) and device in (None, o.device)]
+    considered = [o for o in candidates if backend in (None, o.backend) and device in (None, o.device)]
     # 4. The table's order is the order of preference: the first that nothing speaks against.
-    for index, option in enumerate(wanted):
+    for index, option in enumerate(considered):
         if option.problem is None:
-            return Choice(option, tuple(wanted[:index]))
+            return Choice(option, tuple(considered[:index]))
     # 5. Nothing runs: every reason and remedy is said at once, so that one attempt tells what to mend.
     flags = " ".join(f"--{flag} {value}" for flag, value in (("backend", backend), ("device", device)) if value)
-    if not wanted:
+    if not considered:
         raise BackendError(f"{flags}: there is no such backend; leave out one of the two")
-    reasons = "; ".join(f"{option.text}: {option.problem} ({option.remedy})" for option in wanted)
+    reasons = "; ".join(f"{option.text}: {option.problem} ({option.remedy})" for option in considered)
     raise BackendError(f"{flags + ': ' if flags else ''}nothing can run this bundle here. {reasons}")
 
 

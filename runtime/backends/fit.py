@@ -159,19 +159,21 @@ def installed_version(library: str) -> tuple[str, str] | None:
 
 def _examine(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | None, hashes: bool) -> Fit:
     """The first thing that speaks against an engine; what is cheapest to ask comes first."""
-    again = _rebuild(folder, manifest, engine, gpu)
-    damage = next(_file(folder, manifest, engine, again, hashes), None)
-    problem, remedy = damage or next(_reasons(folder, manifest, engine, gpu, again), (None, None))
+    rebuild = _rebuild(folder, manifest, engine, gpu)
+    damage = next(_file(folder, manifest, engine, rebuild, hashes), None)
+    problem, remedy = damage or next(_reasons(folder, manifest, engine, gpu, rebuild), (None, None))
     return Fit(engine, problem, remedy, gpu, damaged=damage is not None)
 
 
-def _reasons(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | None, again: str) -> Iterator[Problem]:
-    yield from _library(engine, again)
+def _reasons(
+    folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | None, rebuild: str
+) -> Iterator[Problem]:
+    yield from _library(engine, rebuild)
     if is_cpu(engine):
-        yield from _processor(engine, again)
+        yield from _processor(engine, rebuild)
     elif gpu is not None:
-        yield from _device(manifest, engine, gpu, again)
-        yield from _header(folder, engine, again)
+        yield from _device(manifest, engine, gpu, rebuild)
+        yield from _header(folder, engine, rebuild)
 
 
 def _rebuild(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | None) -> str:
@@ -183,31 +185,33 @@ def _rebuild(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | 
     return f"with: {build_command(folder, engine.kind, targets)}"
 
 
-def _file(folder: Path, manifest: Manifest, engine: EngineRecord, again: str, hashes: bool) -> Iterator[Problem]:
+def _file(folder: Path, manifest: Manifest, engine: EngineRecord, rebuild: str, hashes: bool) -> Iterator[Problem]:
     path = folder / engine.file
     record = manifest.files.get(engine.file)
     if record is None or not path.is_file():
-        yield f"{engine.file} is missing", again
+        yield f"{engine.file} is missing", rebuild
         return
     size = path.stat().st_size
     if size != record.size:
-        how = "truncated" if size < record.size else "altered"
-        yield f"{engine.file} is {how}, {size} of {record.size} bytes", again
+        state = "truncated" if size < record.size else "altered"
+        yield f"{engine.file} is {state}, {size} of {record.size} bytes", rebuild
     elif hashes and sha256_of(path) != record.sha256:
-        yield f"{engine.file} is altered, its sha256 is not the manifest's", again
+        yield f"{engine.file} is altered, its sha256 is not the manifest's", rebuild
 
 
-def _library(engine: EngineRecord, again: str) -> Iterator[Problem]:
+def _library(engine: EngineRecord, rebuild: str) -> Iterator[Problem]:
     """Engines are promised to load in the release that wrote them and in no other."""
-    found = installed_version(engine.library)
-    if found is None:
+    installed = installed_version(engine.library)
+    if installed is None:
         extra = table.backend(engine.kind).extra
         install = f"pip install 'framefusion-aot[{extra}]'" if extra else f"install {engine.library} {engine.version}"
         yield f"{engine.library} {engine.version} that built it is not installed", install
-    elif release(found[1]) != release(engine.version):
+        return
+    package, version = installed
+    if release(version) != release(engine.version):
         yield (
-            f"it was built by {engine.library} {engine.version} and {found[1]} is installed, which loads only its own",
-            f"{again}; or pip install '{found[0]}=={engine.version}'",
+            f"it was built by {engine.library} {engine.version} and {version} is installed, which loads only its own",
+            f"{rebuild}; or pip install '{package}=={engine.version}'",
         )
 
 
@@ -216,24 +220,24 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:_RELEASE])
 
 
-def _processor(engine: EngineRecord, again: str) -> Iterator[Problem]:
+def _processor(engine: EngineRecord, rebuild: str) -> Iterator[Problem]:
     """A CPU is "cpu", its architecture and the compiler's name of its instructions, which the options list."""
     machine = engine.targets[0].split()[1:2]
-    wanted = set(engine.options.get("cpu_features", ()))
+    required = set(engine.options.get("cpu_features", ()))
     if machine and machine[0] != platform.machine():
-        yield f"it was built for {engine.targets[0]} and this CPU is {platform.machine()}", again
-    elif lacking := sorted(wanted - cpu.features()):
-        yield f"it was built for a CPU with {', '.join(lacking)} and this one has not", again
+        yield f"it was built for {engine.targets[0]} and this CPU is {platform.machine()}", rebuild
+    elif lacking := sorted(required - cpu.features()):
+        yield f"it was built for a CPU with {', '.join(lacking)} and this one has not", rebuild
 
 
-def _device(manifest: Manifest, engine: EngineRecord, gpu: GPU, again: str) -> Iterator[Problem]:
+def _device(manifest: Manifest, engine: EngineRecord, gpu: GPU, rebuild: str) -> Iterator[Problem]:
     if not any(runs_on(target, gpu.capability) for target in engine.targets):
-        yield f"it was built for {', '.join(engine.targets)} and {gpu.name} is {gpu.capability}", again
-    wanted = _cuda_of(engine.library)
-    if wanted is not None and gpu.cuda[0] < wanted:
+        yield f"it was built for {', '.join(engine.targets)} and {gpu.name} is {gpu.capability}", rebuild
+    required = _cuda_of(engine.library)
+    if required is not None and gpu.cuda[0] < required:
         yield (
-            f"the driver knows CUDA {gpu.cuda[0]}.{gpu.cuda[1]} and {engine.library} needs {wanted}",
-            f"update the NVIDIA driver; or {again}, where a {engine.library} for CUDA {gpu.cuda[0]} is installed",
+            f"the driver knows CUDA {gpu.cuda[0]}.{gpu.cuda[1]} and {engine.library} needs {required}",
+            f"update the NVIDIA driver; or {rebuild}, where a {engine.library} for CUDA {gpu.cuda[0]} is installed",
         )
     needed = gpu_memory(manifest, engine.kind)
     if needed > gpu.memory:
@@ -250,15 +254,15 @@ def runs_on(target: str, capability: str) -> bool:
 
 def _cuda_of(library: str) -> int | None:
     """Major version of CUDA that the installed build of a library was made for: its package ends in -cu13."""
-    found = installed_version(library)
-    suffix = None if found is None else re.search(r"cu(\d+)$", found[0])
+    distribution = installed_version(library)
+    suffix = None if distribution is None else re.search(r"cu(\d+)$", distribution[0])
     return None if suffix is None else int(suffix[1])
 
 
-def _header(folder: Path, engine: EngineRecord, again: str) -> Iterator[Problem]:
+def _header(folder: Path, engine: EngineRecord, rebuild: str) -> Iterator[Problem]:
     """What the library says of the engine's first bytes, where it can read them."""
     reference = table.engine_traits(engine.kind).header
     refusal = table.load(reference)(folder / engine.file, engine) if reference else None
     if refusal is not None:
         problem, is_mended_by_compiling = refusal
-        yield problem, again if is_mended_by_compiling else "mend the CUDA installation"
+        yield problem, rebuild if is_mended_by_compiling else "mend the CUDA installation"

@@ -27,7 +27,8 @@ class HostMirror:
     """A buffer that is its own mirror."""
 
     def __init__(self, array: Array) -> None:
-        self.host = self.there = array
+        self.host = array
+        self.buffer = array
 
     def push(self) -> None:
         """Nothing to do."""
@@ -83,8 +84,8 @@ class HostDevice:
 
     def take(self, rows: Buffer, index: NDArray[np.int64]) -> Array:
         """See `Device.take`."""
-        taken: Array = host_array(rows)[index]
-        return taken
+        picked: Array = host_array(rows)[index]
+        return picked
 
     def mix(self, rows: Buffer, index: NDArray[np.int64], weight: NDArray[np.float32]) -> Array:
         """See `Device.mix`."""

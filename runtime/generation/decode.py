@@ -108,14 +108,14 @@ class Decoder:
         self._caches = caches
         self._rows = {name: device.mirror((1, self._width, n), model.float_type) for name, n in widths.items()}
         self._kv_lens: list[Mirror] = []
-        common = {name: mirror.there for name, mirror in self._rows.items()}
+        common = {name: mirror.buffer for name, mirror in self._rows.items()}
         common["last"] = device.upload(np.zeros(1, np.int64))
         common["previous"] = device.upload(np.full(self._width, -1, np.int64))
         # 2. Bind each segment to the very buffer that the one before it writes: no copy lies between two.
         bound: list[BoundSegment] = []
         for record, cache in zip(segments.manifest.segments, caches, strict=True):
             self._kv_lens.append(device.mirror((len(record.attention_layers),), np.int64))
-            inputs = common | {"kv_len": self._kv_lens[-1].there}
+            inputs = common | {"kv_len": self._kv_lens[-1].buffer}
             if record.deepstack:  # generated tokens have no visual features
                 shape = (record.deepstack, self._width, model.hidden_size)
                 inputs["deepstack"] = device.zeros(shape, model.float_type)

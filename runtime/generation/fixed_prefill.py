@@ -66,7 +66,7 @@ def prefill_fixed(
         inputs |= {name: device.upload(vector) for name, vector in vectors.items()}
         logits = device.mirror((1, model.vocab_size), np.float32)
         origin = device.mirror((size - sum(fixed.drops),), np.int64)
-        outputs = {"logits": logits.there, "origin": origin.there}
+        outputs = {"logits": logits.buffer, "origin": origin.buffer}
         bound = segments.backend.bind(record.prefill, inputs, outputs, cache)
     # 3. Run it; the places of the tokens that are left come out beside the logits.
     with stopwatch.stage("prefill"):

@@ -79,7 +79,7 @@ class Outputs:
     def bound(self) -> dict[str, Buffer]:
         """Buffers by the graph's names."""
         rows = {} if self.hidden is None else {"hidden_out": self.hidden}
-        return rows | {name: mirror.there for name, mirror in self.small.items()}
+        return rows | {name: mirror.buffer for name, mirror in self.small.items()}
 
     def scores(self, reduction: ReductionState | None) -> tuple[Scores | None, Scores | None]:
         """Similarity and importance [S], as far as the next call reads them: what it does not, stays on the device."""

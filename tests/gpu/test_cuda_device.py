@@ -164,8 +164,8 @@ def test_what_is_pushed_is_what_was_there_at_that_time(device: CudaDevice) -> No
     for number in range(5):
         mirror.host[:] = number
         mirror.push()
-        copies.append(device.empty(mirror.there.shape, np.float32))
-        device.copy(copies[-1], mirror.there)
+        copies.append(device.empty(mirror.buffer.shape, np.float32))
+        device.copy(copies[-1], mirror.buffer)
         mirror.host[:] = -1
     assert [float(device.download(copy)[-1]) for copy in copies] == [0, 1, 2, 3, 4]
 
@@ -176,7 +176,7 @@ def test_two_vectors_are_requested_and_arrive(device: CudaDevice) -> None:
     for turn in range(3):
         for number, mirror in enumerate(mirrors):
             picked = device.take(there, np.arange(5) + turn + number)
-            device.copy(mirror.there[:5], picked[0][:5])
+            device.copy(mirror.buffer[:5], picked[0][:5])
             mirror.request()
         device.zeros((1 << 16,), np.float32)  # independent work
         for number, mirror in enumerate(mirrors):
@@ -187,7 +187,7 @@ def test_what_was_pulled_outlives_its_mirror(device: CudaDevice) -> None:
     pulled = []
     for number in range(8):
         mirror = device.mirror((100,), np.float32)
-        device.copy(mirror.there, device.upload(np.full(100, number, np.float32)))
+        device.copy(mirror.buffer, device.upload(np.full(100, number, np.float32)))
         pulled.append(mirror.pull())
         del mirror
     assert [int(array[0]) for array in pulled] == list(range(8))
@@ -196,7 +196,7 @@ def test_what_was_pulled_outlives_its_mirror(device: CudaDevice) -> None:
 def test_a_mirror_may_be_dropped_with_a_request_under_way(device: CudaDevice) -> None:
     for _ in range(4):
         dropped = device.mirror((100,), np.float32)
-        device.copy(dropped.there, device.upload(np.full(100, 5, np.float32)))
+        device.copy(dropped.buffer, device.upload(np.full(100, 5, np.float32)))
         dropped.request()
         del dropped
         after = device.mirror((100,), np.float32)
@@ -206,7 +206,7 @@ def test_a_mirror_may_be_dropped_with_a_request_under_way(device: CudaDevice) ->
 
 def test_what_is_requested_is_copied_before_its_memory_serves_again(device: CudaDevice) -> None:
     mirror = device.mirror((1000,), np.float32)
-    device.copy(mirror.there, device.upload(np.full(1000, 5, np.float32)))
+    device.copy(mirror.buffer, device.upload(np.full(1000, 5, np.float32)))
     mirror.request()
     host = mirror.host
     del mirror
@@ -377,8 +377,8 @@ def test_a_captured_sequence_reads_what_is_there_when_it_is_replayed(device: Cud
     between = device.zeros((4, 8), np.float32)
 
     def run() -> None:
-        device.copy(between, source.there)
-        device.copy(target.there, between)
+        device.copy(between, source.buffer)
+        device.copy(target.buffer, between)
 
     run()
     replay = device.capture(run)

@@ -140,12 +140,12 @@ def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFac
         places = give_weights(module, spec.graph, dtype, spec.device)
         program = export(module, dtype, spec.device)
         progress(0.2)
-        fresh = target.with_name(target.name + SUFFIX)  # torch wants the suffix
+        unfinished = target.with_name(target.name + SUFFIX)  # torch wants the suffix
         try:
-            _compile(program, fresh, places)
-            os.replace(fresh, target)
+            _compile(program, unfinished, places)
+            os.replace(unfinished, target)
         finally:
-            fresh.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
     progress(1.0)
     return EngineFacts(
         size=target.stat().st_size,
@@ -179,8 +179,8 @@ def give_weights(module: nn.Module, graph: Path, dtype: torch.dtype, device: str
         *path, last = name.split(".")
         owner = module.get_submodule(".".join(path))
         view = flat[begin:end].view(dtype).view(parameter.shape)
-        given = view if device == "cpu" else torch.empty_like(view, device=device)
-        setattr(owner, last, nn.Parameter(given, requires_grad=False))
+        values = view if device == "cpu" else torch.empty_like(view, device=device)
+        setattr(owner, last, nn.Parameter(values, requires_grad=False))
         places[f"module.{name}"] = [begin, list(parameter.shape)]
     return {"file": WEIGHTS, "tensors": places}
 

@@ -30,6 +30,7 @@ from framefusion.export.engines.tensorrt.api import (
 )
 from framefusion.export.engines.tensorrt.network import inputs_of, layer_kinds, outputs_of, parse_graph
 from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec, weight_bytes
+from framefusion.runtime.backends.table import engine_traits
 from framefusion.runtime.backends.tensorrt.library import AMPERE, TYPE_NAMES, Library, load_library
 from framefusion.runtime.format.engine_record import EngineKind, ProfileRecord, TensorRecord
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from framefusion.runtime.bundle import Bundle
 
 LONG_PHASE = "Computing profile costs"  # of the library
-DTYPES = ("float16", "bfloat16")  # fused attention exists in no other
 BASE_MEMORY = 300 << 20
 PROFILE_MEMORY = 20 << 20
 MEMORY_PER_WEIGHT = 2.0
@@ -144,9 +144,10 @@ def build_engine(
 
 def check_dtype(spec: EngineSpec, targets: tuple[str, ...]) -> None:
     """Refuse a type that the kernels of the targets do not have."""
-    if spec.dtype not in DTYPES:
+    dtypes = engine_traits(spec.kind).dtypes
+    if spec.dtype not in dtypes:
         raise BackendError(
-            f"{spec.kind} has no fused attention in {spec.dtype}: build the bundle with --dtype {' or '.join(DTYPES)}"
+            f"{spec.kind} has no fused attention in {spec.dtype}: build the bundle with --dtype {' or '.join(dtypes)}"
         )
     old = [target for target in targets if float(target) < AMPERE]
     if old and spec.dtype == "bfloat16":

@@ -93,16 +93,16 @@ def parse_graph(
 def static_caches(graph: Path, capacities: Sequence[int]) -> bytes:
     """The graph's proto with the cache axes as numbers; weights stay in their file."""
     model = read_model(graph)
-    found = 0
+    caches = 0
     for value in (*model.graph.input, *model.graph.output):
         for axis in value.type.tensor_type.shape.dim:
             if axis.dim_param.startswith(CAPACITY):
                 index = int(value.name.rsplit("_", 1)[1])
-                found = max(found, index + 1)
+                caches = max(caches, index + 1)
                 if index < len(capacities):
                     axis.dim_value = capacities[index]  # clears dim_param, which is of the same oneof
-    if found != len(capacities):
-        raise BundleError(f"{graph} has {found} caches, {len(capacities)} capacities are given: rebuild the bundle")
+    if caches != len(capacities):
+        raise BundleError(f"{graph} has {caches} caches, {len(capacities)} capacities are given: rebuild the bundle")
     _check_weights(graph, model)
     del model.graph.value_info[:]  # said with the symbols that are numbers now
     return bytes(model.SerializeToString())
@@ -179,13 +179,16 @@ def check_network(library: Library, network: Network, graph: Path, caches: int) 
         BackendError: names the layer.
     """
     try:
-        found = [*_wrong_attentions(library.module, network, caches), *_wrong_updates(library.module, network, caches)]
+        problems = [
+            *_wrong_attentions(library.module, network, caches),
+            *_wrong_updates(library.module, network, caches),
+        ]
     except RuntimeError as error:  # the bindings' class for a shape that does not follow
-        found = [f"its shapes do not follow from one another ({library.reason() or error})"]
-    found += [f"input {name} is unused" for name in _unused(network)]
-    if found:
+        problems = [f"its shapes do not follow from one another ({library.reason() or error})"]
+    problems += [f"input {name} is unused" for name in _unused(network)]
+    if problems:
         raise BackendError(
-            f"{library.kind} {library.version} reads {graph} as something else: {'; '.join(found)}. "
+            f"{library.kind} {library.version} reads {graph} as something else: {'; '.join(problems)}. "
             "No engine was built; upgrade framefusion-aot, or build with a version of the library that it knows"
         )
 
@@ -243,15 +246,19 @@ def _wrong_attentions(module: ModuleType, network: Network, caches: int) -> Iter
 
 
 def _wrong_updates(module: ModuleType, network: Network, caches: int) -> Iterator[str]:
-    given = {tensor.name for tensor in inputs_of(network)}
-    taken = {tensor.name for tensor in outputs_of(network)}
+    input_names = {tensor.name for tensor in inputs_of(network)}
+    output_names = {tensor.name for tensor in outputs_of(network)}
     updated: list[str] = []
     for layer in layers_of(network):
         if _kind(layer) != "KV_CACHE_UPDATE":
             continue
         before = _input(layer, 0)
         after = layer.get_output(0)
-        if before.name not in given or after.name not in taken or after.name != before.name.replace("past", "present"):
+        if (
+            before.name not in input_names
+            or after.name not in output_names
+            or after.name != before.name.replace("past", "present")
+        ):
             yield f"cache update {layer.name} writes {before.name} to {after.name}, not in place"
         if before.dtype != after.dtype or tuple(before.shape) != tuple(after.shape) or -1 in before.shape:
             yield f"cache update {layer.name} changes type or shape of {before.name}, or has no static one"
@@ -276,8 +283,8 @@ def _cache_of(tensor: Tensor, makers: Mapping[str, Layer], part: str) -> int | N
         return int(match[2]) if match and match[1] == part else None
     if _kind(maker) not in _TRANSPARENT:
         return None
-    found = (_cache_of(feed, makers, part) for feed in _feeds(maker))
-    return next((cache for cache in found if cache is not None), None)
+    caches = (_cache_of(feed, makers, part) for feed in _feeds(maker))
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def _length_index(module: ModuleType, lengths: Tensor, makers: Mapping[str, Layer]) -> int | None:

@@ -67,7 +67,7 @@ class DeviceArray:
     def contiguous(self) -> bool:
         """Whether the elements follow each other without a gap; axes of one element do not count."""
         packed = zip(self.shape, self.strides, _packed(self.shape, self.dtype.itemsize), strict=True)
-        return self.size == 0 or all(size == 1 or stride == wanted for size, stride, wanted in packed)
+        return self.size == 0 or all(size == 1 or stride == expected for size, stride, expected in packed)
 
     def __len__(self) -> int:
         if not self.shape:

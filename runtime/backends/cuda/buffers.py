@@ -159,16 +159,16 @@ class CudaMirror:
     Request again after each run that computes the twin; what is pulled is the state of the last request.
     """
 
-    def __init__(self, device: CudaBuffers, there: DeviceArray) -> None:
+    def __init__(self, device: CudaBuffers, buffer: DeviceArray) -> None:
         self._device = device
-        self.there = there
-        self._block, raw = device._pinned.lend(there.nbytes)
+        self.buffer = buffer
+        self._block, raw = device._pinned.lend(buffer.nbytes)
         raw[:] = 0
-        self.host: Array = raw.view(there.dtype).reshape(there.shape)
+        self.host: Array = raw.view(buffer.dtype).reshape(buffer.shape)
 
     def push(self) -> None:
         """See `Mirror.push`; the host may write again at once."""
-        self._device.send(self.host, self.there)
+        self._device.send(self.host, self.buffer)
 
     def request(self) -> None:
         """See `Mirror.request`: what is enqueued from here on runs beside the copy."""
@@ -177,7 +177,7 @@ class CudaMirror:
         call("cuEventRecord", device._computed, device._stream)
         call("cuStreamWaitEvent", device._copies, device._computed, 0)
         if self.host.nbytes:
-            call("cuMemcpyDtoHAsync", self._block.address, self.there.address, self.host.nbytes, device._copies)
+            call("cuMemcpyDtoHAsync", self._block.address, self.buffer.address, self.host.nbytes, device._copies)
         call("cuEventRecord", self._block.ready, device._copies)
         call("cuEventRecord", device._copied, device._copies)
         self._block.awaited = True

@@ -90,11 +90,11 @@ class CudaDevice(CudaBuffers):
         """See `Device.put`; no place may be named twice."""
         target = device_array(target)
         rows = device_array(rows)
-        given, elements = dimensions(rows)
-        into, target_elements = dimensions(target)
-        if elements != target_elements or given < index.size:
+        given_rows, elements = dimensions(rows)
+        target_rows, target_elements = dimensions(target)
+        if elements != target_elements or given_rows < index.size:
             raise ValueError(f"{rows!r} has no {index.size} rows for {target!r}")
-        self._move("put", self.typed(rows, target.dtype), self._indices(index, into), target, index.size)
+        self._move("put", self.typed(rows, target.dtype), self._indices(index, target_rows), target, index.size)
 
     def _move(self, kernel: str, rows: DeviceArray, index: DeviceArray, out: DeviceArray, number: int) -> None:
         row = rows.shape[1] * rows.dtype.itemsize
@@ -186,21 +186,21 @@ class CudaDevice(CudaBuffers):
         if labels.size > of:
             raise ValueError(f"{labels.size} labels for {rows!r}")
         order, entries = track_entries(labels)
-        found = np.full(labels.size, tracks.DISSIMILAR, np.float32)
+        scores = np.full(labels.size, tracks.DISSIMILAR, np.float32)
         if order.size and elements:
-            found[order] = self.track_cosines(rows, entries).pull()
-        return found
+            scores[order] = self.track_cosines(rows, entries).pull()
+        return scores
 
     def track_cosines(self, rows: DeviceArray, entries: NDArray[np.int32]) -> CudaMirror:
         """Enqueue the cosines of tokens in track order, `track_entries`, to the ones before them.  [V]"""
         elements = rows.shape[1]
         itemsize = rows.dtype.itemsize
         scores = CudaMirror(self, self.empty(entries.shape, np.float32))
-        there = self.upload(entries)
+        uploaded = self.upload(entries)
         at_once = reach(elements, itemsize, rows)
         name = f"similarity_{rows.dtype.name}_{'wide' if at_once == 16 else 'single'}"
         geometry = span_geometry(entries.size, elements * itemsize // at_once)
-        self._kernels.launch(name, geometry, rows, there, scores.there, count(entries.size), width(elements))
+        self._kernels.launch(name, geometry, rows, uploaded, scores.buffer, count(entries.size), width(elements))
         return scores
 
 

@@ -174,9 +174,9 @@ def compiled(source: bytes, target: str, *, binary: bool) -> bytes:
         _nvrtc("nvrtcGetProgramLog", program, log)
         message = log.decode(errors="replace").strip("\0 \n")
         raise BackendError(f"{SOURCE.name} does not compile for {target}: {EXTRA} --upgrade\n{message}")
-    what = "CUBIN" if binary else "PTX"
-    image: bytes = b" " * _nvrtc(f"nvrtcGet{what}Size", program)
-    _nvrtc(f"nvrtcGet{what}", program, image)
+    form = "CUBIN" if binary else "PTX"
+    image: bytes = b" " * _nvrtc(f"nvrtcGet{form}Size", program)
+    _nvrtc(f"nvrtcGet{form}", program, image)
     _nvrtc("nvrtcDestroyProgram", program)
     return image
 

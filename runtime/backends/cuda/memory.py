@@ -151,9 +151,9 @@ class PinnedMemory:
         size = max(SMALLEST_BLOCK, 1 << (max(nbytes, 1) - 1).bit_length())
         free = self._free.setdefault(size, [])
         block = free.pop() if free else self._make(size)
-        lent = _BorrowedBlock(block)
-        weakref.finalize(lent, self._back, block).atexit = False
-        return block, np.asarray(lent)[:nbytes]
+        borrowed = _BorrowedBlock(block)
+        weakref.finalize(borrowed, self._back, block).atexit = False
+        return block, np.asarray(borrowed)[:nbytes]
 
     def _make(self, size: int) -> PinnedBlock:
         try:

@@ -182,12 +182,12 @@ class InductorSegment:
         self._engine = engine
         self.outputs = outputs
         caches = {} if cache is None else cache.named("past")
-        wanted = {tensor.name for tensor in engine.inputs}
-        self.inputs = {name: buffer for name, buffer in inputs.items() if name in wanted}
+        names = {tensor.name for tensor in engine.inputs}
+        self.inputs = {name: buffer for name, buffer in inputs.items() if name in names}
         self._arguments = {name: engine.tensor(buffer) for name, buffer in {**self.inputs, **caches}.items()}
         self._targets = {name: engine.tensor(buffer) for name, buffer in outputs.items()}
         kv_len = self.inputs.get("kv_len")
-        self._taken: Array | None = kv_len if isinstance(kv_len, np.ndarray) and caches else None
+        self._kv_len: Array | None = kv_len if isinstance(kv_len, np.ndarray) and caches else None
         self._check()
 
     def _check(self) -> None:
@@ -212,9 +212,9 @@ class InductorSegment:
     def _argument(self, name: str) -> Buffer:
         """A buffer as a run reads it: of a cache on the CPU only the slots that are taken."""
         argument = self._arguments[name]
-        if self._taken is None or not name.startswith("past_"):
+        if self._kv_len is None or not name.startswith("past_"):
             return argument
-        return argument[:, :, : int(self._taken[int(name.rsplit("_", 1)[1])])]
+        return argument[:, :, : int(self._kv_len[int(name.rsplit("_", 1)[1])])]
 
 
 def _swapped(buffer: Buffer) -> Buffer:

@@ -60,8 +60,8 @@ class TorchMirror:
 
     def __init__(self, device: TorchDevice, shape: Sequence[int], dtype: DTypeLike) -> None:
         self._torch = device.torch
-        self.there = device.zeros(shape, dtype)
-        tensor = tensor_of(self.there)
+        self.buffer = device.zeros(shape, dtype)
+        tensor = tensor_of(self.buffer)
         self._is_host = tensor.device.type == "cpu"
         self._twin = tensor if self._is_host else self._torch.zeros_like(tensor, device="cpu").pin_memory()
         self.host = as_array(self._torch, self._twin, np.dtype(dtype))
@@ -70,12 +70,12 @@ class TorchMirror:
     def push(self) -> None:
         """See `Mirror.push`. The host must not write again before what reads it was waited for."""
         if not self._is_host:
-            tensor_of(self.there).copy_(self._twin, non_blocking=True)
+            tensor_of(self.buffer).copy_(self._twin, non_blocking=True)
 
     def request(self) -> None:
         """See `Mirror.request`."""
         if not self._is_host:
-            self._twin.copy_(self.there, non_blocking=True)
+            self._twin.copy_(self.buffer, non_blocking=True)
             self._arrival = self._torch.cuda.Event()
             self._arrival.record()
 
@@ -164,8 +164,8 @@ class TorchDevice:
 
     def take(self, rows: Buffer, index: NDArray[np.int64]) -> Buffer:
         """See `Device.take`."""
-        taken: Buffer = tensor_of(rows).index_select(0, self._index(index))
-        return taken
+        picked: Buffer = tensor_of(rows).index_select(0, self._index(index))
+        return picked
 
     def mix(self, rows: Buffer, index: NDArray[np.int64], weight: NDArray[np.float32]) -> Buffer:
         """See `Device.mix`."""

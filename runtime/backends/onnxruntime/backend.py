@@ -219,8 +219,8 @@ class OnnxRuntimeSegment:
         self._options.only_execute_path_to_fetches = True  # a chunk whose logits nobody wants has no head
         if place[0] != "cpu":  # what follows is on the same stream: nothing has to wait here
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        wanted = {value.name for value in session.get_inputs()}  # a graph drops inputs it has no use for
-        self.inputs = {name: array for name, array in inputs.items() if name in wanted}
+        names = {value.name for value in session.get_inputs()}  # a graph drops inputs it has no use for
+        self.inputs = {name: array for name, array in inputs.items() if name in names}
         self.outputs = outputs
         for name, array in self.inputs.items():
             self._bind(self._binding.bind_input, name, array)

@@ -83,13 +83,13 @@ class TensorRTBackend:
 
     def open(self, graphs: Sequence[str]) -> None:
         """See `Backend.open`."""
-        fresh = [graph for graph in graphs if graph not in self._engines]
-        for graph in fresh:
+        unloaded = [graph for graph in graphs if graph not in self._engines]
+        for graph in unloaded:
             record = self.bundle.engine(graph, self._kind)
             if record is None:
                 raise BackendError(f"the bundle has no {self._kind} engine of {graph}: compile it again")
             self._engines[graph] = self.loader.load(self.bundle.folder / record.file, record)
-        self._reserve(max((self._engines[graph].workspace for graph in fresh), default=0))
+        self._reserve(max((self._engines[graph].workspace for graph in unloaded), default=0))
 
     def _reserve(self, size: int) -> None:
         """One block for the activations of whichever engine runs."""
@@ -181,12 +181,12 @@ class TensorRTSegment:
         self._backend = backend
         self._cache = cache
         self._token = object()  # what the context remembers of this binding; it must not keep the buffers alive
-        given = dict(inputs) | cache_buffers("past", cache)
-        wanted = [tensor for tensor in engine.tensors if tensor.is_input]
-        missing = [tensor.name for tensor in wanted if tensor.name not in given]
+        available = dict(inputs) | cache_buffers("past", cache)
+        required = [tensor for tensor in engine.tensors if tensor.is_input]
+        missing = [tensor.name for tensor in required if tensor.name not in available]
         if missing:
             raise BackendError(f"{engine.record.file} wants {', '.join(missing)}: compile the bundle again")
-        self.inputs = {tensor.name: device_array(given[tensor.name]) for tensor in wanted}
+        self.inputs = {tensor.name: device_array(available[tensor.name]) for tensor in required}
         self._shapes = {name: buffer.shape for name, buffer in self.inputs.items()}
         self._profile = engine.profile_for(self._shapes)
         self._context: Context = engine.context(self._profile)

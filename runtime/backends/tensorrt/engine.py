@@ -205,8 +205,8 @@ class Context:
 
     def capturable(self, stream: int) -> bool:
         """Whether a CUDA graph can be captured of it; TensorRT proper does not say: what it captures is tried."""
-        asks = getattr(self.context, "is_stream_capturable", None)
-        return asks is None or bool(asks(stream))
+        query = getattr(self.context, "is_stream_capturable", None)
+        return query is None or bool(query(stream))
 
     def _set(self, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int], target: RunTarget) -> None:
         context = self.context

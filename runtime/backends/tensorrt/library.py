@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from framefusion.errors import BackendError
+from framefusion.runtime.backends.table import backend
 from framefusion.runtime.backends.tensorrt.api import Messages
 from framefusion.runtime.machine.gpu import find_gpu
 
@@ -30,7 +31,6 @@ TYPE_NAMES = {
     "INT32": "int32",
     "BOOL": "bool",
 }  # TensorRT's name of a type -> numpy's
-MODULES: Mapping[str, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _NEEDED = (  # of the module: what a decoder over caches cannot be built without
     "IAttentionInputLayer.attention",
     "IAttention.key_value_lengths",
@@ -80,18 +80,18 @@ class Library:
             BackendError: one is unknown to the library, or this machine cannot build for it.
         """
         if not self.capabilities:
-            return self._own_target(targets)
+            return self._gpu_target(targets)
         known = sorted(self.capabilities, key=float)
-        wanted = {dotted(target) for target in targets} or {target for target in known if float(target) >= AMPERE}
-        unknown = sorted(wanted - set(known))
+        selected = {dotted(target) for target in targets} or {target for target in known if float(target) >= AMPERE}
+        unknown = sorted(selected - set(known))
         if unknown:
             raise BackendError(
                 f"--target-sm {','.join(unknown)}: {self.kind} {self.version} builds for no such GPU, only for "
                 f"{','.join(target.replace('.', '') for target in known)}"
             )
-        return tuple(sorted(wanted, key=float))
+        return tuple(sorted(selected, key=float))
 
-    def _own_target(self, targets: Sequence[str]) -> tuple[str, ...]:
+    def _gpu_target(self, targets: Sequence[str]) -> tuple[str, ...]:
         """The GPU of this machine, which is all that `tensorrt` builds for."""
         gpu = find_gpu()
         if gpu is None:
@@ -137,9 +137,9 @@ def load_library(kind: str) -> Library:
     Raises:
         BackendError: it is not installed, does not load, or is too old.
     """
-    if kind not in MODULES:
+    if kind not in get_args(LibraryKind):
         raise BackendError(f"engine library {kind!r} is unknown, known are {', '.join(get_args(LibraryKind))}")
-    name = MODULES[kind]
+    name = backend(kind).library
     try:
         module = importlib.import_module(name)
     except ImportError as error:
@@ -165,10 +165,10 @@ def dotted(target: str) -> str:
 
 
 def _has(module: ModuleType, path: str) -> bool:
-    place: object = module
+    value: object = module
     for name in path.split("."):
-        place = getattr(place, name, None)
-    return place is not None
+        value = getattr(value, name, None)
+    return value is not None
 
 
 def _listener(module: ModuleType) -> Messages:

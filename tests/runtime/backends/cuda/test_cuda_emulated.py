@@ -100,7 +100,7 @@ def test_the_emulated_gpu_does_nothing_before_the_host_waits(library: Path) -> N
         library,
         "device = CudaDevice()\n"
         "mirror = device.mirror((4,), np.float32)\n"
-        "device.copy(mirror.there, device.upload(np.ones(4, np.float32)))\n"
+        "device.copy(mirror.buffer, device.upload(np.ones(4, np.float32)))\n"
         "mirror.request()\n"
         "early = mirror.host.copy()\n"
         "print(early.sum(), mirror.pull().sum())",

@@ -84,8 +84,8 @@ def test_a_mirror_is_seen_from_both_sides(device: TorchDevice, kind: str) -> Non
     mirror = device.mirror((2, 3), TYPES[kind])
     mirror.host[0] = [1, 2, 3]
     mirror.push()
-    same(device, mirror.there[0], np.array([1, 2, 3]))
-    tensor_of(mirror.there)[1] = 4
+    same(device, mirror.buffer[0], np.array([1, 2, 3]))
+    tensor_of(mirror.buffer)[1] = 4
     mirror.request()
     np.testing.assert_array_equal(mirror.pull()[1].astype(np.float32), [4, 4, 4])
 
