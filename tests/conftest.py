@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,15 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline
 from tests.bundles import shared, unchanged
 from tests.films import write_film, write_picture
+
+# Files whose tests trace graphs. What torch and onnxscript load for that takes five seconds, so one worker runs them.
+TRACES = (
+    "tests/export/engines/inductor/test_inductor.py",
+    "tests/export/engines/tensorrt/test_tensorrt_build.py",
+    "tests/export/engines/tensorrt/test_tensorrt_network.py",
+    "tests/export/graphs/tracing/test_dialects.py",
+    "tests/test_model_goldens.py",
+)
 
 # torch tells its trace in thousands of debug lines, which pytest would format and keep.
 logging.getLogger("torch.__trace").propagate = False
@@ -28,6 +38,20 @@ def pytest_configure() -> None:
     """A suite that a shell started in the background ignores Ctrl-C, and so would the builds that tests interrupt."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let `--dist loadfile` give the files of TRACES to one worker, as if they were one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadFilesThatTraceTogether(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "traces" if nodeid.startswith(TRACES) else super()._split_scope(nodeid)
+
+    return LoadFilesThatTraceTogether(config, log)
 
 
 def pytest_collection_finish() -> None:

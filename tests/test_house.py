@@ -19,6 +19,7 @@ import pytest
 from framefusion import errors
 from framefusion.export.commands.cli import ff_export
 from framefusion.runtime.commands.cli import ff_run
+from tests.conftest import TRACES
 from tests.wheel import FLOORS, NEVER_AT_RUN_TIME, ROOT, build_wheel
 from tools.syntax import (
     TOPS,
@@ -196,6 +197,7 @@ def test_tests_mirror_the_modules_they_are_about() -> None:
     """A folder of tests has the name of a package folder, unless what it tests goes across all of them."""
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
     assert sorted(name for name in folders - ACROSS if not (ROOT / name / "__init__.py").is_file()) == []
+    assert [name for name in TRACES if not (ROOT / name).is_file()] == []
 
 
 # --- What ships -----------------------------------------------------------------------------------------------------
