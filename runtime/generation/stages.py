@@ -261,18 +261,18 @@ class Stages:
             active = self.activate(prompt, request)
             decoder = Decoder(self.segments, prefilled.caches)
             last = prefilled.logits
+            text = active.accept(last)
         while True:
-            # 3. Choose a token and give it away before the next one is computed.
-            with stopwatch.stage("decode"):
-                text = active.accept(last)
+            # 3. Give a token away before the next one is computed.
             token_id = active.token_ids[-1]
             scores = last.copy() if logits else None  # the buffer is the next step's
             yield Step("token", text, token_id, scores, seconds=dict(stopwatch.seconds))
             if active.finish_reason is not None:
                 break
-            # 4. Feed it back.
+            # 4. Feed it back and choose the next one.
             with stopwatch.stage("decode"):
                 last = decoder.step(self.embedding(np.array([token_id]))[0], *active.rotary)
+                text = active.accept(last)
         # 5. Say what was held back: half a character, or what might have become a stop string.
         rest = active.flush()
         yield Step("end", rest, finish_reason=active.finish_reason, seconds=dict(stopwatch.seconds))
