@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import click
 
@@ -25,14 +25,8 @@ from framefusion.export.options import (
     DType,
 )
 from framefusion.runtime.backends.table import engine_kinds
-from framefusion.runtime.commands.flags import MOST_THREADS
+from framefusion.runtime.commands.flags import MOST_THREADS, CommaList
 
-if TYPE_CHECKING:
-    ParamType = click.ParamType[Any]
-else:
-    ParamType = click.ParamType  # generic only since click 8.2
-
-Item = TypeVar("Item", int, float, str)
 Command = TypeVar("Command", bound=Callable[..., Any])
 GIGA = 10**9
 FILE = click.Path(path_type=Path)
@@ -56,21 +50,6 @@ class _Finite(click.FloatRange):
 FINITE = _Finite(min=0, min_open=True)
 OF_FAMILY = "the family's"
 OF_CHECKPOINT = "the checkpoint's"
-
-
-class CommaList(ParamType, Generic[Item]):
-    """Numbers or texts with commas between them."""
-
-    def __init__(self, kind: type[Item]) -> None:
-        self.kind: type[Item] = kind
-        self.name = f"{kind.__name__},..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Item, ...]:
-        """Read "0.4,0.1"."""
-        try:
-            return value if isinstance(value, tuple) else tuple(map(self.kind, value.split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is no list of {self.kind.__name__} with commas between them", param, ctx)
 
 
 def _flag(name: str, kind: Any, text: str, default: str | None = None) -> Callable[[Command], Command]:

@@ -19,8 +19,10 @@ from framefusion.runtime.commands.flags import (
     COMPARE,
     FILE,
     OUTPUT,
+    CommaList,
     PromptOptions,
     VisualCommand,
+    comparing_options,
     conversation_options,
     question_options,
     running_flags,
@@ -103,6 +105,28 @@ def chat(bundle: Path, system: str | None, **flags: Any) -> None:
     if talk.interactive:
         console.log("/help lists the commands")
     talk.run(conversation.typed_lines() if talk.interactive else conversation.piped_lines())
+
+
+@ff_run.command(cls=VisualCommand)
+@click.argument("bundle", type=FILE)
+@click.option("--cost", "costs", type=CommaList(float), default=(), help="Costs to compare; default: 1,0.5,0.3.")
+@click.option(
+    "--rounds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Answers at each that count."
+)
+@comparing_options
+@running_options
+@console.json_option
+def bench(bundle: Path, costs: tuple[float, ...], rounds: int, **options: Any) -> None:
+    """Measure one question with BUNDLE at several costs, side by side: stages, first token, memory, answers."""
+    from framefusion.runtime.commands.bench import measure, render, ways_of
+
+    running = running_flags(options)
+    question = PromptOptions.from_flags(**options, cost=None)
+    pipeline = open_pipeline(bundle, **running)
+    pipeline.limits = question.limits()
+    ways = ways_of(pipeline, question.request(pipeline.manifest), costs)
+    sampling = question.sampling(pipeline.manifest)
+    console.show(measure(ways, question.turns, question.files, sampling, rounds), render)
 
 
 def open_pipeline(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from framefusion.runtime.pipeline import Request
     from framefusion.runtime.text.prompt import Turn, Visual
     from framefusion.runtime.text.sampling import GenerationConfig
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # generic only since click 8.2
 
 FILE = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -65,8 +70,11 @@ PILLOW_PIXELS = 178_956_970
 """Above this Pillow refuses a picture by itself."""
 _KINDS = "framefusion.kinds"
 Command = TypeVar("Command", bound=Callable[..., Any])
+Item = TypeVar("Item", int, float, str)
 
 PROMPT = click.option("--prompt", required=True, help="What is asked, after videos and images.")
+
+COST = click.option("--cost", type=float, help="Share of the computation over visual tokens that is kept, in (0, 1].")
 
 QUESTION_OPTIONS = (
     click.option("--video", "videos", multiple=True, type=FILE, help="Film to show; repeatable, shown in order."),
@@ -74,7 +82,7 @@ QUESTION_OPTIONS = (
     PROMPT,
     click.option("--system", help="System prompt; default: the family's."),
     click.option("--max-new-tokens", type=COUNT, default=128, show_default=True, help="Of the answer."),
-    click.option("--cost", type=float, help="Share of the computation over visual tokens that is kept, in (0, 1]."),
+    COST,
     click.option("--reducer", help="What drops tokens: a name that `ff-run reducers` lists; default: the bundle's."),
     click.option("--similarity-lower-bound", type=float, help="Tokens at least this alike merge."),
     click.option("--ratio-lower-bound", type=float, help="Merging ends when a smaller share merges."),
@@ -116,6 +124,21 @@ LIMITS = {
 """Flags, and the fields of MediaLimits that they set."""
 
 
+class CommaList(ParamType, Generic[Item]):
+    """Numbers or texts with commas between them."""
+
+    def __init__(self, kind: type[Item]) -> None:
+        self.kind: type[Item] = kind
+        self.name = f"{kind.__name__},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Item, ...]:
+        """Read "0.4,0.1"."""
+        try:
+            return value if isinstance(value, tuple) else tuple(map(self.kind, value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is no list of {self.kind.__name__} with commas between them", param, ctx)
+
+
 def question_options(command: Command) -> Command:
     """Add the flags of a question to a `VisualCommand`; `Question.from_flags` reads them."""
     for option in reversed(QUESTION_OPTIONS):
@@ -125,7 +148,17 @@ def question_options(command: Command) -> Command:
 
 def conversation_options(command: Command) -> Command:
     """Add the flags of a question but --prompt to a `VisualCommand`: messages come later."""
-    for option in reversed([option for option in QUESTION_OPTIONS if option is not PROMPT]):
+    return _with_options(command, PROMPT)
+
+
+def comparing_options(command: Command) -> Command:
+    """Add the flags of a question but --cost to a `VisualCommand`: it has several."""
+    return _with_options(command, COST)
+
+
+def _with_options(command: Command, left_out: Callable[[Command], Command]) -> Command:
+    """Add the flags of a question but one."""
+    for option in reversed([option for option in QUESTION_OPTIONS if option is not left_out]):
         command = option(command)
     return command
 

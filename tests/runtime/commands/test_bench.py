@@ -1,0 +1,86 @@
+"""`ff-run bench`: what it counts, what it compares with, and when a difference is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from framefusion.errors import BudgetError
+from framefusion.runtime.commands.bench import STAGES, faster, render
+from framefusion.runtime.commands.cli import ff_run
+from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.text.prompt import Turn, Visual
+
+QUESTION = "What happens?"
+NEW = 4
+
+
+def bench(bundle: Path, film: Path, *flags: object) -> str:
+    arguments = ["bench", bundle, "--video", film, "--prompt", QUESTION, "--max-new-tokens", NEW, *flags]
+    result = CliRunner().invoke(ff_run, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_figures_are_those_of_the_answers(bundle: Path, film: Path, pipeline: Pipeline) -> None:
+    facts = json.loads(bench(bundle, film, "--cost", "1,0.5,0.4", "--rounds", 2, "--json"))
+    assert facts["rounds"] == 2
+    assert [way["name"] for way in facts["ways"]] == ["cost 1", "cost 0.5", "cost 0.4"]
+    turn = Turn("user", (Visual.VIDEO, QUESTION))
+    for way, cost in zip(facts["ways"], (1.0, 0.5, 0.4), strict=True):
+        answer = pipeline.generate([turn], [film], Request(NEW, cost=cost))
+        assert way["text"] == answer.text
+        assert way["cost"] == answer.cost
+        assert way["visual_tokens_kept"] == answer.kv_lengths[-1] - (answer.prompt_tokens - answer.visual_tokens)
+        assert way["same_answer"] == (answer.text == facts["ways"][0]["text"])
+        first = way["first_token"]
+        assert first["min_s"] <= first["median_s"] <= first["max_s"]
+        waited = sum(way["stages"][stage]["min_s"] for stage in STAGES[:-1] if stage in way["stages"])
+        assert first["max_s"] >= waited > 0
+    kept = [way["visual_tokens_kept"] for way in facts["ways"]]
+    assert facts["visual_tokens"] == kept[0] > kept[1] > kept[2]
+    caches = [way["kv_bytes"] for way in facts["ways"]]
+    assert caches == sorted(caches, reverse=True)
+    assert facts["peak_resident_bytes"] > 10**7
+
+
+def test_the_table_fits_a_terminal(bundle: Path, film: Path) -> None:
+    shown = bench(bundle, film, "--rounds", 1).splitlines()
+    assert shown[0].split() == ["cost", "1", "cost", "0.5", "cost", "0.3"]
+    assert max(len(line) for line in shown[:-1]) <= 100
+    assert {line.split(",")[0].split("  ")[0] for line in shown} >= {"prefill", "decode", "KV cache", "tokens a second"}
+
+
+def test_costs_that_cannot_be_are_refused(bundle: Path, film: Path) -> None:
+    arguments = ["bench", bundle, "--video", film, "--prompt", QUESTION, "--cost", "1,0"]
+    result = CliRunner().invoke(ff_run, [str(argument) for argument in arguments])
+    assert result.exit_code == BudgetError.exit_code
+    assert "outside (0, 1]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "said"), [(0.10, 0.20, "2.00x"), (0.10, 0.31, "no difference"), (0.35, 0.39, "no difference")]
+)
+def test_a_difference_within_the_spread_is_none(least: float, most: float, said: str) -> None:
+    base = {"name": "cost 1", "first_token": {"min_s": 0.3, "median_s": 0.35, "max_s": 0.4}, "speed_up": 1.0}
+    way = {"name": "cost 0.3", "first_token": {"min_s": least, "median_s": 0.15, "max_s": most}, "speed_up": 2.0}
+    assert faster(way, base) == said
+    assert faster(base, base) == "1.00x"
+
+
+def test_a_stage_that_one_way_lacks_is_a_dash() -> None:
+    spread = {"median_s": 1.0, "min_s": 1.0, "max_s": 1.0}
+    way = {
+        "name": "cost 1", "visual_tokens_kept": 0, "stages": {"prefill": spread}, "first_token": spread,
+        "speed_up": 1.0, "tokens_per_second": None, "kv_bytes": 0, "same_answer": True,
+    }  # fmt: skip
+    other = way | {"name": "cost 0.3", "stages": {"prefill": spread, "reduction": spread}}
+    facts = {
+        "ways": [way, other], "rounds": 1, "prompt_tokens": 1, "visual_tokens": 0, "peak_resident_bytes": 1,
+        "backend": None,
+    }  # fmt: skip
+    row = next(line for line in render(facts).splitlines() if line.startswith("reduction"))
+    assert row.split() == ["reduction,", "s", "-", "1.000"]
