@@ -261,3 +261,15 @@ def test_the_fixed_ratio_model_compiled_whole_equals_eager(checkpoint: Path) -> 
     assert torch.equal(found[1], expected[1])  # the tokens that are left
     for ours, theirs in zip(found, expected, strict=True):
         assert relative_error(ours.numpy(), theirs.numpy()) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_session_goes_on_behind_its_caches(compiled: Callable[..., Bundle]) -> None:
+    theirs, ours = pipelines(compiled(cost=0.4, depth=1, max_input_len=512))
+    session = ours.session()
+    request = Request(4, cost=1.0, generation=dataclasses.replace(ours.manifest.generation, eos_token_ids=()))
+    for turn, files in ((TURNS[0], [draw_clip()]), (Turn("user", "And then?"), []), (TURNS[0], [draw_clip()])):
+        turns, shown = [*session.turns, turn], [*session.files, *files]
+        assert session.ask([turn], files, request).token_ids == theirs.generate(turns, shown, request).token_ids
+    assert [record.restart for record in session.records] == [None] * 3
+    assert all(record.reused_tokens > 0 for record in session.records[1:])
