@@ -1,6 +1,7 @@
 """Write held-out clips as video files with their questions: `python -m tools.tiny.make_clips --out FOLDER`.
 
-The folder gets `clip_000.mp4`, ... (8 fps, 16 s) and `questions.json`, a list of {file, question, answer, kind}.
+The folder gets `clip_000.mp4`, ... (8 fps, 16 s), `questions.json`, a list of {file, question, answer, kind}, and
+`questions.jsonl`, the same for `ff-export eval --questions`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ def make_clips(out: Path, count: int, first_seed: int = clips.HELD_OUT) -> list[
         clips.write_mp4(out / file, clips.scene_for(seed, clip.kind))
         rows.append({"file": file, "question": clip.question, "answer": clip.answer, "kind": clip.kind})
     (out / "questions.json").write_text(json.dumps(rows, indent=1) + "\n")
+    questions = [
+        {"video": row["file"], "question": row["question"], "answer": row["answer"], "type": row["kind"]}
+        for row in rows
+    ]
+    (out / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     return rows
 
 
