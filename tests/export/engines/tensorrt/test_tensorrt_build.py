@@ -19,8 +19,9 @@ from framefusion.export.engines.builder import EngineSpec
 from framefusion.export.engines.tensorrt.build import build_engine, estimate_memory
 from framefusion.export.engines.tensorrt.profiles import CODE_BYTES, graph_axes, weight_bytes
 from framefusion.export.graphs.tracing.trace import trace
-from framefusion.export.options import BuildOptions
+from framefusion.export.options import BuildOptions, EngineOptions
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.runtime.bundle import file_record
 from framefusion.runtime.format.engine_record import ProfileRecord
 from tests.export.engines.tensorrt.tensorrt_graphs import LOOKED_AT, TINY, tiny_segment, write_graph, write_segment
 from tests.wheel import ROOT
@@ -58,6 +59,18 @@ def spec_of(
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_segment(tmp_path_factory)
+
+
+def test_a_builder_loads_its_library_once(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from framefusion.export.engines.tensorrt import build
+
+    builder = build.TensorRTBuilder("tensorrt-rtx")
+    monkeypatch.setattr(build, "load_library", lambda kind: pytest.fail(f"{kind} is loaded again"))
+    builder.check(EngineOptions("tensorrt-rtx", ("86",)))
+    with pytest.raises(BackendError, match=r"--target-sm 3\.3"):
+        builder.check(EngineOptions("tensorrt-rtx", ("33",)))
+    facts = builder.build(spec_of(graph, (2,)), tmp_path / "e", None, lambda _: None)
+    assert facts.file == file_record(tmp_path / "e")
 
 
 def test_an_engine_and_what_it_says_of_itself(graph: Path, tmp_path: Path) -> None:
