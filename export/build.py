@@ -1,7 +1,7 @@
 """The main path of the toolchain: a checkpoint to a checked bundle.
 
     checkpoint -> plan -> [weights, graph] for each segment, vision, embedding, tokenizer (parts.py) -> manifest
-    -> check (verify.py) -> engines (compile.py) -> model card -> manifest -> rename
+    -> check (verify.py) -> golden (golden.py) -> engines (compile.py) -> model card -> manifest -> rename
 
 Each part is written, hashed and journaled before the next.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import framefusion
 from framefusion.console.progress import Meter, Progress
 from framefusion.errors import CheckFailedError, InterruptedBuildError, StorageError
+from framefusion.export.check.golden import golden_of, write_golden
 from framefusion.export.check.verify import Scope, report, scope_of
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.engines.compile import Compiled, compile_engines, with_engines, without_graphs, write_checksums
@@ -35,9 +36,11 @@ from framefusion.runtime.backends.table import engine_traits
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import SCHEMA_VERSION, FileRecord, Manifest
 from framefusion.runtime.format.manifest_file import MANIFEST, write_manifest
+from framefusion.runtime.proof.golden import GOLDEN
 from framefusion.storage import files
 
 CARD = "card"  # the part of the model card
+GOLDEN_PART = "golden"
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,12 @@ def build_planned(
     tolerance: float | None = None,
     progress: Progress | None = None,
     resources: Resources | None = None,
+    golden: bool = True,
 ) -> Built:
-    """Carry a plan out; arguments and errors are those of `build`."""
+    """Carry a plan out; arguments and errors are those of `build`.
+
+    `golden` is False for a bundle that nobody will run on another device.
+    """
     checkpoint = plan.checkpoint
     options = plan.options
     if options.engines is not None:
@@ -113,12 +120,18 @@ def build_planned(
             scratch = partial(scratch_bundle, staged.scratch, meter)
             checked = report(staged.folder, plan, scope, tolerance, scratch, meter.doing)
             manifest = replace(manifest, check=_passed(checked, staged.folder))
-        # 5. compile
+        # 5. golden: what the eager model makes of a canned request, so that every device can be compared with it
+        if golden:
+            meter.begin(GOLDEN_PART)
+            opened = Bundle(staged.folder, verify=False)
+            staged.write(GOLDEN_PART, lambda folder: write_golden(folder, golden_of(opened, plan, meter.doing)))
+            manifest = replace(manifest, files={**manifest.files, GOLDEN: staged.files[GOLDEN]})
+        # 6. compile
         if options.engines is not None:
             manifest = _compile(plan, manifest, staged, resources, meter)
-        # 6. describe: the card says what was checked, the manifest has the card's hash
+        # 7. describe: the card says what was checked, the manifest has the card's hash
         manifest = _describe(manifest, checkpoint, staged)
-        # 7. publish: only now the output has its name
+        # 8. publish: only now the output has its name
         staged.publish()
     return Built(staged.output, manifest)
 
@@ -156,7 +169,7 @@ def scratch_bundle(place: Path, meter: Meter, plan: BuildPlan) -> Iterator[Path]
     except OSError as error:
         raise StorageError(f"{place} cannot be written ({error.strerror}): the check builds a bundle there") from None
     try:
-        yield build_planned(plan, folder / "bundle", verify=False, progress=meter.within).folder
+        yield build_planned(plan, folder / "bundle", verify=False, progress=meter.within, golden=False).folder
     except InterruptedBuildError:
         raise KeyboardInterrupt from None  # what it says is of the scratch bundle
     finally:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
 from framefusion.runtime.backends.base import Backend
-from framefusion.runtime.backends.choice import Choice, choose
+from framefusion.runtime.backends.choice import Choice
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import ReductionRecord
 from framefusion.runtime.generation.stages import Media as Media
@@ -21,6 +21,7 @@ from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.media.video.frames import facts_of_films
+from framefusion.runtime.proof.opening import open_proven
 from framefusion.runtime.request import Generation as Generation
 from framefusion.runtime.request import Request as Request
 from framefusion.runtime.request import Step as Step
@@ -40,7 +41,7 @@ class Pipeline(Stages):
         bundle: read and verified.
         backend: what executes the graphs; None opens what `choice` says.
         threads: of one operator on the CPU; 0 takes the physical cores.
-        choice: among the backends; None takes the best for this bundle and machine.
+        choice: among the backends; None takes the best that is right on this device: see runtime/proof.
         limits: of the files that are read; None takes `MediaLimits()`.
     """
 
@@ -52,10 +53,12 @@ class Pipeline(Stages):
         choice: Choice | None = None,
         limits: MediaLimits | None = None,
     ) -> None:
-        self.choice: Choice | None = None
-        if backend is None:
-            self.choice = choice or choose(bundle)
-            backend = self.choice.open(bundle, threads)
+        if backend is None and choice is None:
+            choice, backend = open_proven(bundle, threads=threads)
+        self.choice = choice
+        if backend is None and choice is not None:
+            backend = choice.open(bundle, threads)
+        assert backend is not None  # it was given, or there is a choice
         super().__init__(bundle, backend, limits or MediaLimits())
 
     def read(self, turns: Sequence[Turn], files: Sequence[Source] = ()) -> tuple[Prompt, TokenRows]:

@@ -7,14 +7,14 @@ decide, but for the header that TensorRT-RTX reads. Knows no segment and no back
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from framefusion.errors import BackendError
 from framefusion.runtime.backends import table
 from framefusion.runtime.backends.base import Backend
-from framefusion.runtime.backends.fit import is_cpu
+from framefusion.runtime.backends.fit import Problem, is_cpu
 from framefusion.runtime.backends.table import BackendKind, Device
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.engine_record import EngineKind
@@ -22,6 +22,8 @@ from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.machine.machine import Machine
 from framefusion.runtime.trust.engines import NOT_VOUCHED, TRUST_ENGINES, distrust, require_vouched
 
+Objection = Callable[["Option"], Problem | None]
+"""What speaks against a candidate that could run, and what mends it."""
 UNVOUCHED = (NOT_VOUCHED, f"say {TRUST_ENGINES} where you trust the bundle's source, or compile it here")
 
 
@@ -47,6 +49,7 @@ class Choice:
 
     option: Option
     passed_over: tuple[Option, ...] = ()  # better ones, with their problems
+    right_here: bool = False  # the bundle's golden was reproduced on this very device: framefusion.runtime.proof
 
     @property
     def experimental(self) -> bool:
@@ -54,12 +57,18 @@ class Choice:
         return self.option.device not in table.backend(self.option.backend, self.option.device).results
 
     @property
+    def proven(self) -> bool:
+        """Whether a committed result shows it on a device of its kind, and this device has shown it as well."""
+        return self.right_here and not self.experimental
+
+    @property
     def text(self) -> str:
         """One line."""
         reasons: dict[str, list[str]] = {}
         for option in self.passed_over:
             reasons.setdefault(option.problem or "", []).append(option.text)
-        line = f"backend: {self.option.text}" + (" (experimental)" if self.experimental else "")
+        known = ["experimental"] * self.experimental + ["right on this device"] * self.right_here
+        line = f"backend: {self.option.text}" + (f" ({', '.join(known)})" if known else "")
         return "; ".join([line, *(f"not {' or '.join(names)}: {problem}" for problem, names in reasons.items())])
 
     @property
@@ -67,6 +76,7 @@ class Choice:
         """The same as plain values."""
         passed = [{"backend": o.backend, "device": o.device, "because": o.problem} for o in self.passed_over]
         chosen = {"name": self.option.backend, "device": self.option.device, "experimental": self.experimental}
+        chosen |= {"right_here": self.right_here, "proven": self.proven}
         return chosen | {"passed_over": passed}
 
     def open(self, bundle: Bundle, threads: int = 0) -> Backend:
@@ -85,7 +95,11 @@ class Choice:
 
 
 def choose(
-    bundle: Bundle, backend: str | None = None, device: str | None = None, machine: Machine | None = None
+    bundle: Bundle,
+    backend: str | None = None,
+    device: str | None = None,
+    machine: Machine | None = None,
+    objection: Objection | None = None,
 ) -> Choice:
     """The best backend for a bundle.
 
@@ -94,6 +108,7 @@ def choose(
         backend: the one to take; None takes the best.
         device: where it is to run; None takes the best.
         machine: None takes this one.
+        objection: asked of each candidate that could run, the best first, until it has none.
 
     Raises:
         BackendError: what a user named, or everything, is impossible; with the reason and what mends it.
@@ -110,7 +125,10 @@ def choose(
     considered = [o for o in candidates if backend in (None, o.backend) and device in (None, o.device)]
     # 4. The table's order is the order of preference: the first that nothing speaks against.
     for index, option in enumerate(considered):
-        if option.problem is None:
+        if option.problem is None and objection is not None:
+            problem, remedy = objection(option) or (None, None)
+            considered[index] = replace(option, problem=problem, remedy=remedy)
+        if considered[index].problem is None:
             return Choice(option, tuple(considered[:index]))
     # 5. Nothing runs: every reason and remedy is said at once, so that one attempt tells what to mend.
     flags = " ".join(f"--{flag} {value}" for flag, value in (("backend", backend), ("device", device)) if value)

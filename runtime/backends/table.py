@@ -57,6 +57,8 @@ class BackendKind:
         engines: of its own; None where it runs the bundle's graphs themselves.
         results: device -> file of tools/bench/results that shows it on a device of that kind, with the device's name.
             Without one it is called experimental there.
+        wrong_once: device and version where it answered wrongly without an error. Such a backend is never taken by
+            itself on a device that has not reproduced the bundle's golden: framefusion.runtime.proof.
     """
 
     name: str
@@ -68,6 +70,7 @@ class BackendKind:
     cuda_buffers: bool = True
     engines: EngineTraits | None = None
     results: Mapping[Device, str] = field(default_factory=dict)
+    wrong_once: str = ""
 
 
 _BACKENDS = "framefusion.runtime.backends"
@@ -107,6 +110,7 @@ BACKENDS: tuple[BackendKind, ...] = (
         library="onnxruntime",
         open=f"{_BACKENDS}.onnxruntime.backend:open_backend",
         problem=f"{_BACKENDS}.onnxruntime.fit:cuda_problem",
+        wrong_once="compute capability 9.0 by onnxruntime-gpu 1.31.1",
     ),
     BackendKind(
         "inductor",

@@ -15,6 +15,7 @@ import click
 import framefusion
 from framefusion.console import messages as console
 from framefusion.reduction.budget import describe_cost
+from framefusion.runtime.commands.check import check
 from framefusion.runtime.commands.flags import (
     COMPARE,
     FILE,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 @click.version_option(framefusion.__version__)
 def ff_run() -> None:
     """Run an exported video LVLM."""
+
+
+ff_run.add_command(check)
 
 
 @ff_run.command(cls=VisualCommand)
@@ -137,17 +141,19 @@ def open_pipeline(
     no_verify: bool,
     trusted_keys: Path | None = None,
     trust_engines: bool = False,
+    no_check: bool = False,
 ) -> Pipeline:
-    """A bundle on the backend that the flags name."""
-    from framefusion.runtime.backends.choice import choose
+    """A bundle on the backend that the flags name, or on the best one that is right on this device."""
     from framefusion.runtime.bundle import Bundle
     from framefusion.runtime.pipeline import Pipeline
+    from framefusion.runtime.proof.opening import open_proven
     from framefusion.runtime.trust.origin import Trust
 
     bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
     name = None if backend == "auto" else backend
     place = None if device == "auto" else device
-    return Pipeline(bundle, threads=threads, choice=choose(bundle, name, place))
+    opened = open_proven(bundle, name, place, threads=threads, check=not no_check, say=console.log)
+    return Pipeline(bundle, opened.backend, choice=opened.choice)
 
 
 @ff_run.command()

@@ -60,8 +60,14 @@ TRUST_ENGINES = click.option(
     is_flag=True,
     help="Run the bundle's engines, which are code, though no trusted key signed it and they were not compiled here.",
 )
-RUNNING_OPTIONS = (THREADS, BACKEND, DEVICE, NO_VERIFY, TRUSTED_KEYS, TRUST_ENGINES)
-RUNNING = ("threads", "backend", "device", "no_verify", "trusted_keys", "trust_engines")
+NO_CHECK = click.option(
+    "--no-check",
+    is_flag=True,
+    help="Do not prove a backend that this device has not run the bundle's golden with: see `ff-run check`.",
+)
+BACKEND_OPTIONS = (THREADS, BACKEND, DEVICE, NO_VERIFY, TRUSTED_KEYS, TRUST_ENGINES)
+RUNNING_OPTIONS = (*BACKEND_OPTIONS, NO_CHECK)
+RUNNING = ("threads", "backend", "device", "no_verify", "trusted_keys", "trust_engines", "no_check")
 OUTPUT = click.option(
     "-o", "--output", required=True, type=FILE, help="The page; replaces an older page, nothing else."
 )
@@ -159,6 +165,13 @@ def comparing_options(command: Command) -> Command:
 def _with_options(command: Command, left_out: Callable[[Command], Command]) -> Command:
     """Add the flags of a question but one."""
     for option in reversed([option for option in QUESTION_OPTIONS if option is not left_out]):
+        command = option(command)
+    return command
+
+
+def backend_options(command: Command) -> Command:
+    """Add the flags of how a bundle is opened, and on what backend."""
+    for option in reversed(BACKEND_OPTIONS):
         command = option(command)
     return command
 

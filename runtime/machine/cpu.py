@@ -1,4 +1,4 @@
-"""Which vector instructions this processor has, as the kernel lists them. Knows no engine."""
+"""Which processor this is and which vector instructions it has, as the kernel lists them. Knows no engine."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ def features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
         return frozenset()
     flags = next((line for line in lines if line.split(":")[0].strip() in _LINES), ":")
     return frozenset(flag for flag in flags.split(":", 1)[1].split() if flag.startswith(_X86 + _ARM))
+
+
+@cache
+def model_name(cpuinfo: Path = _CPUINFO) -> str:
+    """As its maker calls it, such as "AMD EPYC 7B13"; "" where the system does not say."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return ""
+    names = ("model name", "Model", "CPU part")  # x86; boards with ARM; ARM alone
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return next((found[name] for name in names if found.get(name)), "")

@@ -105,7 +105,7 @@ def test_progress_goes_forward_to_all_bytes(checkpoint: Path, tmp_path: Path) ->
     options = BuildOptions(depth=0)
     build(Checkpoint(checkpoint), tmp_path / "bundle", options, verify=False, progress=reported.append)
     assert list(dict.fromkeys(step.part for step in reported)) == [
-        "tokenizer", "embedding", "vision", "segments/layer00", "segments/rest", "manifest",
+        "tokenizer", "embedding", "vision", "segments/layer00", "segments/rest", "manifest", "golden",
     ]  # fmt: skip
     written = [step.written for step in reported]
     assert written == sorted(written)

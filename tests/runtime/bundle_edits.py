@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from framefusion.runtime.bundle import file_record
 from framefusion.runtime.format.manifest_file import DIGEST, MANIFEST, digest_of
 
 Edit = Callable[[dict[str, Any]], object]
@@ -43,3 +44,9 @@ def in_old_layout(bundle: Path) -> Path:
     del plain[DIGEST]
     path.write_text(json.dumps(plain), encoding="utf-8")
     return bundle
+
+
+def resealed(folder: Path, name: str) -> Path:
+    """The manifest with the hash that a file has now: whoever changed the file made it agree."""
+    record = file_record(folder / name)
+    return edited(folder, lambda plain: plain["files"][name].update(size=record.size, sha256=record.sha256))

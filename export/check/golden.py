@@ -1,0 +1,207 @@
+"""The golden of a bundle: the canned request through the eager model in fp32, written down for whoever proves a device.
+
+The modules are those that the check compares with transformers' class (observation.py), so where the check passed the
+golden is transformers' as well. It is made without one, too: it needs no graph of the bundle. Seeds are tried until
+the decisions stand with noise of HEADROOM roundings of the bundle's type on the visual rows: no decision is near its
+threshold then, and devices that round otherwise keep the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from framefusion.errors import BudgetError, ReducerError
+from framefusion.export.check import check
+from framefusion.export.check.observation import Doing, ignore
+from framefusion.export.check.verify import memory_of_check, memory_of_streamed
+from framefusion.export.eager.backend import EagerBackend
+from framefusion.export.eager.pipeline import eager_loaders
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.reduction.policy import Decision
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.embedder import Embedding
+from framefusion.runtime.proof.canned import CannedPicture, CannedRequest, text_ids
+from framefusion.runtime.proof.golden import (
+    GOLDEN,
+    VERSION,
+    Golden,
+    GoldenCall,
+    GoldenLimits,
+    GoldenRun,
+    GoldenTower,
+    logit_places,
+    row_places,
+    short,
+    values_of,
+)
+from framefusion.runtime.proof.rehearsal import Answer, Rehearsal
+from framefusion.storage.records import to_json
+
+COSTS = (0.5, 0.3)  # beside dense and the bundle's own cost, as far as the model reaches them
+FRAMES = 6
+HEIGHT = 2
+WIDTH = 4
+TEXT_BEFORE = 7
+TEXT_BEHIND = 9
+ANSWER = 8
+SPARING_ANSWER = 2  # where each token reads all weights from the disk once more
+SEEDS = 4
+HEADROOM = 4  # roundings
+LEAST_NOISE = 1e-5  # as a share of a row's scale: a layer of fp32 adds more than one rounding
+PICTURE = (56, 84)  # pixels, before the family's preprocessing
+
+
+def golden_of(bundle: Bundle, plan: BuildPlan, doing: Doing = ignore) -> Golden:
+    """Run the eager model on the canned request; where that cannot be, a golden that says why.
+
+    Args:
+        bundle: its embedding table and manifest are read, none of its graphs.
+        plan: what the bundle is built from.
+        doing: told what runs now.
+    """
+    # 1. Memory: whole where the check would be, else weights stay on the disk and less is run.
+    free = check.available_memory()
+    streamed = memory_of_check(plan) > free
+    missing = _out_of_reach(plan, streamed, free)
+    request = _request(bundle, SPARING_ANSWER if streamed else ANSWER)
+    empty = Golden(VERSION, "", _limits(plan), request, (), None, missing)
+    missing = missing or _room(bundle, request)
+    if missing:
+        return replace(empty, missing=missing)
+    # 2. The eager model in fp32, behind the runtime's own code.
+    in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
+    backend = EagerBackend(eager_loaders(plan, streamed=streamed))
+    # 3. A seed whose decisions are far from their thresholds, then all runs with it.
+    costs = _costs(Rehearsal(in_fp32, backend, request), sparing=streamed)
+    request, stable = _steady(in_fp32, backend, request, costs, plan, 1 if streamed else SEEDS)
+    rehearsal = Rehearsal(in_fp32, backend, request)
+    runs = []
+    for name, cost in costs:
+        doing(f"golden, {name}")
+        runs.append(_run(rehearsal, name, cost, stable[name]))
+    doing("golden, vision tower")
+    reference = f"eager torch {torch.__version__} in fp32, {plan.config.num_layers} layers"
+    return replace(empty, reference=reference, request=request, runs=tuple(runs), tower=_tower(bundle, rehearsal))
+
+
+def write_golden(folder: Path, golden: Golden) -> list[str]:
+    """Write golden.json into a folder; the names of what was written."""
+    text = json.dumps(to_json(golden), separators=(",", ":"), allow_nan=False)
+    (folder / GOLDEN).write_text(text + "\n", encoding="utf-8")
+    return [GOLDEN]
+
+
+def _out_of_reach(plan: BuildPlan, streamed: bool, free: int) -> str:
+    """Why the eager model cannot be run; "" where it can."""
+    least = memory_of_streamed(plan)
+    if streamed and plan.fixed is not None:
+        return "the static graph computes its longest prompt, and the eager model does not fit the memory of the build"
+    if streamed and least > free:
+        return f"the eager model needs {least / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB were free"
+    return ""
+
+
+def _room(bundle: Bundle, request: CannedRequest) -> str:
+    limits = bundle.manifest.limits
+    slots = request.length + request.answer
+    if request.frames < 2 or request.length > limits.max_input_len or slots > limits.max_kv_cache_capacity:
+        return f"the canned request of {request.length} tokens does not fit an input of {limits.max_input_len}"
+    return ""
+
+
+def _request(bundle: Bundle, answer: int) -> CannedRequest:
+    """As many frames as the bundle takes, and rows as large as those of its embedding table."""
+    manifest = bundle.manifest
+    fixed = manifest.fixed
+    text = TEXT_BEFORE + TEXT_BEHIND
+    room = manifest.limits.max_input_len - text
+    frames = min(FRAMES, room // (HEIGHT * WIDTH))
+    if fixed is not None:
+        frames = min(frames, fixed.max_track, fixed.max_visual // (HEIGHT * WIDTH))
+    request = CannedRequest(0, TEXT_BEFORE, max(frames, 1), HEIGHT, WIDTH, TEXT_BEHIND, answer, 1.0)
+    ids = np.unique(np.linspace(0, text_ids(manifest) - 1, 64).astype(np.int64))
+    spread = float(np.sqrt(np.mean(np.square(Embedding(bundle.folder, manifest.embedding)(ids)))))
+    # uniform numbers in [-1, 1] have a root mean square of 1 / sqrt(3)
+    exponent = round(math.log2(spread * math.sqrt(3))) if spread > 0 else 0
+    return replace(request, scale=2.0 ** max(min(exponent, 16), -16))
+
+
+def _limits(plan: BuildPlan) -> GoldenLimits:
+    exact = plan.dtype == torch.float32
+    return GoldenLimits(min(check.default_tolerance(plan), 0.5), 0.0 if exact else check.MOST_SWAPPED)
+
+
+def _costs(rehearsal: Rehearsal, *, sparing: bool) -> list[tuple[str, float | None]]:
+    """Names and costs of all runs, the dense one first."""
+    record = rehearsal.manifest.reduction
+    if record.mode == "fixed":
+        return [(f"cost {record.cost:.3g}, fixed", None)]
+    costs: list[tuple[str, float | None]] = [("dense", None)]
+    if record.mode == "adaptive":
+        wanted = (record.cost,) if sparing else (record.cost, *COSTS)
+        descending = sorted(set(wanted), reverse=True)
+        costs += [(f"cost {cost:.3g}", cost) for cost in descending if _is_reachable(rehearsal, cost)]
+    return costs
+
+
+def _is_reachable(rehearsal: Rehearsal, cost: float) -> bool:
+    """Whether the model is long enough for a cost, and cut where the reducer acts at it."""
+    try:
+        return rehearsal.reduction(cost) is not None
+    except (BudgetError, ReducerError):
+        return False
+
+
+def _steady(
+    bundle: Bundle,
+    backend: EagerBackend,
+    request: CannedRequest,
+    costs: list[tuple[str, float | None]],
+    plan: BuildPlan,
+    seeds: int,
+) -> tuple[CannedRequest, dict[str, bool]]:
+    """The request of the first seed under which every run keeps the same tokens with noise on its rows, or the best."""
+    reduced = [(name, cost) for name, cost in costs if cost is not None or plan.fixed is not None]
+    noise = max(HEADROOM * torch.finfo(plan.dtype).eps / 2, LEAST_NOISE)
+    found: tuple[int, CannedRequest, dict[str, bool]] | None = None
+    for seed in range(seeds if reduced else 1):
+        tried = replace(request, seed=seed)
+        rehearsal = Rehearsal(bundle, backend, tried)
+        stable = {name: True for name, _ in costs}
+        for name, cost in reduced:
+            plain, *noisy = (rehearsal.answer(cost, noise=share, decode=False).kept for share in (0.0, noise, -noise))
+            stable[name] = all(np.array_equal(*pair) for other in noisy for pair in zip(plain, other, strict=True))
+        if found is None or sum(stable.values()) > found[0]:
+            found = sum(stable.values()), tried, stable
+        if all(stable.values()):
+            break
+    assert found is not None  # there is a seed
+    return found[1:]
+
+
+def _run(rehearsal: Rehearsal, name: str, cost: float | None, stable: bool) -> GoldenRun:
+    answer: Answer = rehearsal.answer(cost)
+    places = logit_places(rehearsal.request.seed, rehearsal.manifest)
+    kept = tuple(tuple(map(int, tokens)) for tokens in answer.kept)
+    calls = tuple(_call(number, decision) for number, decision in enumerate(answer.decisions))
+    return GoldenRun(name, cost, kept, calls, tuple(values_of(logits, places) for logits in answer.logits), stable)
+
+
+def _call(number: int, decision: Decision) -> GoldenCall:
+    scores = (decision.similarity, decision.importance)
+    return GoldenCall(number, *(() if vector is None else tuple(map(short, vector)) for vector in scores))
+
+
+def _tower(bundle: Bundle, rehearsal: Rehearsal) -> GoldenTower:
+    """One picture of the size that the family makes of a small one."""
+    pixels = np.zeros((*PICTURE, 3), np.uint8)
+    tiles = bundle.manifest.preprocessing.for_images(1).image(pixels, 0).tiles[0]
+    picture = CannedPicture(tiles.grid.height, tiles.grid.width, tiles.pool, tiles.values.shape[1])
+    rows = rehearsal.tower(picture)
+    return GoldenTower(picture, rows.shape, values_of(rows, row_places(rehearsal.request.seed, rows.size)))

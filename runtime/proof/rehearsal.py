@@ -1,0 +1,134 @@
+"""The canned request through a backend: tower, prefill, reduction, decode, by the code that answers users.
+
+The build runs it over torch modules and writes down what comes out; a proof runs it over the backend of a device and
+compares. Judges nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.reduction.policy import Decision, ReductionState
+from framefusion.runtime.backends.base import Backend
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.decode import Decoder
+from framefusion.runtime.generation.embedder import Embedder, Embedding
+from framefusion.runtime.generation.fixed_prefill import prefill_fixed
+from framefusion.runtime.generation.prefill import prefill, start_reduction
+from framefusion.runtime.generation.segments import Segments
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.proof.canned import CannedPicture, CannedRequest
+from framefusion.runtime.request import Request, Stopwatch
+from framefusion.runtime.text.positions import decode_positions
+
+Array = NDArray[Any]
+Following = Callable[[ReductionState], ReductionState]
+"""What a reduction's state is replaced with before it begins."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a backend made of the request under one cost."""
+
+    kept: list[NDArray[np.int64]]  # for each segment: places in the prompt of the tokens that entered it
+    decisions: list[Decision]  # of each call that decided; the static graph of the fixed mode shows none
+    logits: list[NDArray[np.float32]]  # [V] behind the prompt, then behind each token of the answer
+
+
+class Rehearsal:
+    """One bundle, one backend and the canned request.
+
+    Args:
+        bundle: whose manifest says what is run.
+        backend: that runs it.
+        request: canned.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, request: CannedRequest) -> None:
+        self.manifest = bundle.manifest
+        self.request = request
+        self.prompt = request.prompt(self.manifest)
+        self._backend = backend
+        self._table = Embedding(bundle.folder, self.manifest.embedding)
+        self._embedder = Embedder(self.manifest, self._table, backend)
+
+    def tower(self, picture: CannedPicture) -> Array:
+        """Rows of the vision tower.  [1+K, n, D]"""
+        visual = picture.visual(self.request.seed, self.manifest.vision.patch_width)
+        rows = self._backend.device.download(self._embedder.encode_visual(visual))
+        return rows.astype(np.float32)
+
+    def rows(self, noise: float = 0.0) -> TokenRows:
+        """Rows of the prompt, the visual ones with noise of this share."""
+        device = self._backend.device
+        layers = self.manifest.vision.deepstack
+        visual = self.request.visual_rows(layers, self.manifest.model.hidden_size, noise)
+        return self._embedder.embed(self.prompt, [device.upload(visual.astype(device.row_type))])
+
+    def reduction(self, cost: float | None) -> ReductionState | None:
+        """The state that the bundle's reducer begins with; None for the dense run and where a graph reduces.
+
+        Raises:
+            BudgetError: the reducer cannot reach the cost.
+        """
+        if cost is None or self.manifest.reduction.mode != "adaptive":
+            return None
+        return start_reduction(self.manifest, self.prompt.labels, Request(cost=cost))
+
+    def answer(
+        self,
+        cost: float | None,
+        *,
+        chunk: int | None = None,
+        noise: float = 0.0,
+        following: Following | None = None,
+        decode: bool = True,
+    ) -> Answer:
+        """Prefill and decode.
+
+        Args:
+            cost: of an adaptive bundle; None keeps all. A fixed bundle does what it was built for.
+            chunk: most tokens at a time in the last segment's prefill, in place of the backend's own number.
+            noise: see `rows`.
+            following: what the reduction's state is replaced with.
+            decode: run the answer, too.
+
+        Raises:
+            BackendError: the backend refuses or fails.
+            BundleError: the request does not fit the bundle.
+        """
+        backend = self._backend
+        if chunk is not None:
+            backend = copy.copy(backend)  # graphs and device are shared
+            backend.chunk = chunk
+        segments = Segments(self.manifest, backend)
+        decisions: list[Decision] = []
+        # 1. Prefill, reduced as a request of this cost would be.
+        rows = self.rows(noise)
+        new = self.request.answer
+        if self.manifest.reduction.mode == "fixed":
+            done = prefill_fixed(segments, rows, self.prompt.labels, new, Stopwatch())
+        else:
+            reduction = self.reduction(cost)
+            if reduction is not None:
+                reduction.observer = decisions.append
+                reduction = reduction if following is None else following(reduction)
+            done = prefill(segments, rows, reduction, new, Stopwatch())
+        logits = [done.logits.astype(np.float32)]
+        kept = [np.asarray(places).copy() for places in done.kept]
+        if not decode:
+            return Answer(kept, decisions, logits)
+        # 2. Decode over the caches that it left, of another length in each segment.
+        places = decode_positions(self.prompt.token_ids.size, self.prompt.rope_delta, new)
+        cos, sin = self._embedder.rope(places)
+        hidden = self._table(self.request.answer_ids(self.manifest))
+        decoder = Decoder(segments, done.caches)
+        steps = (decoder.step(hidden[step], cos[step], sin[step]) for step in range(new))
+        logits += [row.astype(np.float32) for row in steps]  # copied: a step overwrites what the last one gave
+        return Answer(kept, decisions, logits)
