@@ -96,6 +96,12 @@ class EvaluationError(FrameFusionError):
     exit_code = 21
 
 
+class ClosedError(FrameFusionError):
+    """A pipeline that was closed, and had freed what a request needs."""
+
+    exit_code = 22
+
+
 class InterruptedBuildError(FrameFusionError):
     """Ctrl-C during a build: what is complete stays and the next build resumes from it."""
 

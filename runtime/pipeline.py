@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
+from framefusion.errors import ClosedError
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.choice import Choice
 from framefusion.runtime.bundle import Bundle
@@ -27,18 +31,20 @@ from framefusion.runtime.request import Request as Request
 from framefusion.runtime.request import Step as Step
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.session import Session
-from framefusion.runtime.text.prompt import (
-    Prompt,
-    Turn,
-    as_turns,
-)
+from framefusion.runtime.text.messages import Conversation, read_conversation
+from framefusion.runtime.text.prompt import Prompt
+
+_HELD = ("backend", "embedder", "embedding", "segments", "tokenizer")
+"""What a pipeline frees when it is closed: graphs with their weights, buffers, tables."""
 
 
 class Pipeline(Stages):
     """One bundle, ready to answer. Holds no state of a request, so one object serves many.
 
+    `with Pipeline("bundle") as pipeline:` closes it at the end, which frees its graphs and the memory of its device.
+
     Args:
-        bundle: read and verified.
+        bundle: read and verified, or its folder, which is opened as `Bundle` does.
         backend: what executes the graphs; None opens what `choice` says.
         threads: of one operator on the CPU; 0 takes the physical cores.
         choice: among the backends; None takes the best that is right on this device: see runtime/proof.
@@ -47,12 +53,14 @@ class Pipeline(Stages):
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: Bundle | Path | str,
         backend: Backend | None = None,
         threads: int = 0,
         choice: Choice | None = None,
         limits: MediaLimits | None = None,
     ) -> None:
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle(bundle)
         if backend is None and choice is None:
             choice, backend = open_proven(bundle, threads=threads)
         self.choice = choice
@@ -61,16 +69,40 @@ class Pipeline(Stages):
         assert backend is not None  # it was given, or there is a choice
         super().__init__(bundle, backend, limits or MediaLimits())
 
-    def read(self, turns: Sequence[Turn], files: Sequence[Source] = ()) -> tuple[Prompt, TokenRows]:
+    def close(self) -> None:
+        """Free what was opened for the bundle. A backend that the caller gave lives as long as others hold it.
+
+        Whoever uses the pipeline or one of its sessions afterwards gets a `ClosedError`; closing again does nothing.
+        The keys and values of a session are freed with the session.
+        """
+        for name in _HELD:
+            vars(self).pop(name, None)
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    if not TYPE_CHECKING:  # else every attribute would be known to a type checker
+
+        def __getattr__(self, name: str) -> object:
+            if name in _HELD:
+                raise ClosedError(f"the pipeline of {self.bundle.folder} was closed: open another one to answer more")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def read(self, turns: Conversation, files: Sequence[Source] = ()) -> tuple[Prompt, TokenRows]:
         """A conversation up to the prefill: for asking the same thing in several ways."""
-        turns = as_turns(turns)
+        turns, files = read_conversation(turns, files)
         visuals = self.read_visuals(turns, files, self.manifest.sampling, Stopwatch())
         prompt = self.prompt(turns, visuals)
         return prompt, self.embed(prompt, [self.encode_visual(visual) for visual in visuals])
 
     def stream(
         self,
-        turns: Sequence[Turn],
+        turns: Conversation,
         files: Sequence[Source] = (),
         request: Request | None = None,
         *,
@@ -83,8 +115,9 @@ class Pipeline(Stages):
         caches are freed, and the pipeline is as before.
 
         Args:
-            turns: what was said, the last one the user's.
-            files: the videos and images that the turns show, in order: see `framefusion.runtime.media.sources`.
+            turns: what was said, the last one the user's: a text, turns, or messages as Hugging Face's chat templates
+                take them; see `framefusion.runtime.text.messages`.
+            files: the videos and images that are shown, in order: see `framefusion.runtime.media.sources`.
             request: limits, reduction and sampling of tokens.
             sampling: of frames; None takes the bundle's.
             logits: give those of each token, too, a copy.
@@ -94,7 +127,7 @@ class Pipeline(Stages):
         """
         stopwatch = Stopwatch()
         request = request or Request()
-        turns = as_turns(turns)
+        turns, files = read_conversation(turns, files)
         # 1. Files to frames, no larger than the family shows them: a film's own pixels would fill the memory.
         media = self.decode_media(turns, files, sampling or self.manifest.sampling, stopwatch, whole=False)
         videos = facts_of_films(media)
@@ -120,7 +153,7 @@ class Pipeline(Stages):
 
     def generate(
         self,
-        turns: Sequence[Turn],
+        turns: Conversation,
         files: Sequence[Source] = (),
         request: Request | None = None,
         *,
@@ -130,8 +163,9 @@ class Pipeline(Stages):
         """Answer a conversation: `stream`, run to its end.
 
         Args:
-            turns: what was said, the last one the user's.
-            files: the videos and images that the turns show, in order: see `framefusion.runtime.media.sources`.
+            turns: what was said, the last one the user's: a text, turns, or messages as Hugging Face's chat templates
+                take them; see `framefusion.runtime.text.messages`.
+            files: the videos and images that are shown, in order: see `framefusion.runtime.media.sources`.
             request: limits, reduction and sampling of tokens.
             sampling: of frames; None takes the bundle's.
             on_text: called with each new piece of text.

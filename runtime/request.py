@@ -8,15 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from framefusion.errors import PromptError
 from framefusion.reduction.policy import CallRecord
 from framefusion.runtime.media.video.frames import VideoFacts
-from framefusion.runtime.text.sampling import GenerationConfig
+from framefusion.runtime.text.sampling import DRAWING, GenerationConfig
 
 MAX_NEW_TOKENS = 128
 FinishReason = Literal["stop", "length"]
@@ -26,7 +27,12 @@ FinishReason = Literal["stop", "length"]
 class Request:
     """What may differ from one generation to the next; None takes the bundle's own value.
 
-    `generation` as well: what it leaves None, such as the tokens that end an answer, is as the bundle says.
+    `generation` as well: what it leaves None, such as the tokens that end an answer, is as the bundle says. Giving a
+    temperature, top_p or top_k asks for tokens to be drawn, as the flags of the commands do; a repetition penalty acts
+    on the best tokens, too. Each is said here or in `generation`.
+
+    Raises:
+        PromptError: a value has another type or is out of range, or `generation` says another.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -37,6 +43,29 @@ class Request:
     seed: int | None = None
     reducer: str | None = None  # a name of framefusion.reducers
     stop: tuple[str, ...] = ()  # texts that end an answer before they are said
+    temperature: float | None = None  # 0 takes the best token
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        requested = GenerationConfig().drawing(**self._given)
+        for name, value in asdict(requested).items():
+            other = getattr(self.generation, name, None)
+            if value is not None and other is not None and other != value:
+                cause = name if name in self._given else next(iter(self._given))
+                raise PromptError(f"{cause} asks for {name}={value}, generation says {other}: leave one of them out")
+
+    @property
+    def _given(self) -> dict[str, float | None]:
+        """Settings of tokens that are given here, by name."""
+        names = (*DRAWING, "repetition_penalty")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def generation_over(self, base: GenerationConfig) -> GenerationConfig:
+        """How tokens are chosen: as the request says, the rest as `base`, the bundle's, does."""
+        config = base if self.generation is None else self.generation.over(base)
+        return config.drawing(**self._given)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from framefusion.runtime.media.video.frames import VideoFacts, facts_of_films
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.memory import cache_bytes, slot_bytes
 from framefusion.runtime.request import Generation, PrefillReport, Request, Step, Stopwatch
-from framefusion.runtime.text.prompt import Prompt, Turn, Visual, as_turns, visuals_of
+from framefusion.runtime.text.messages import Conversation, read_conversation
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual, visuals_of
 
 TOO_LONG = "begin a new session, sample fewer frames"
 
@@ -80,7 +81,7 @@ class Session:
 
     def ask(
         self,
-        turns: str | Turn | Sequence[Turn],
+        turns: Conversation,
         files: Sequence[Source] = (),
         request: Request | None = None,
         *,
@@ -95,7 +96,7 @@ class Session:
 
     def stream(
         self,
-        turns: str | Turn | Sequence[Turn],
+        turns: Conversation,
         files: Sequence[Source] = (),
         request: Request | None = None,
         *,
@@ -104,8 +105,8 @@ class Session:
         """Say something and get the answer step by step, as `Pipeline.stream` gives it.
 
         Args:
-            turns: what is new: a text of the user, or turns with what they show.
-            files: the videos and images that the new turns show, in order.
+            turns: what is new: a text of the user, turns or messages, as `Pipeline.stream` takes them.
+            files: the videos and images that are new, in order.
             request: limits, reduction and sampling of tokens for this turn.
             logits: give those of each token, too, a copy.
 
@@ -123,7 +124,7 @@ class Session:
             self._running = False
 
     def _take_turn(
-        self, turns: str | Turn | Sequence[Turn], files: Sequence[Source], request: Request, logits: bool
+        self, turns: Conversation, files: Sequence[Source], request: Request, logits: bool
     ) -> Generator[Step, None, None]:
         """The steps of `stream`."""
         stages = self._stages
@@ -167,10 +168,11 @@ class Session:
                 for cache, before in zip(self._caches, lengths, strict=True):
                     cache.lengths[:] = before
 
-    def _prepare(self, turns: str | Turn | Sequence[Turn], files: Sequence[Source], stopwatch: Stopwatch) -> _NextTurn:
+    def _prepare(self, turns: Conversation, files: Sequence[Source], stopwatch: Stopwatch) -> _NextTurn:
         """Media, prompt and what of it can be reused."""
         stages = self._stages
-        added = (Turn("user", turns),) if isinstance(turns, str) else tuple(as_turns(turns))
+        said, files = read_conversation(turns, files)
+        added = tuple(said)
         conversation = (*self.turns, *added)
         earlier = visuals_of(self.turns)
         shown = visuals_of(added)

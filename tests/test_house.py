@@ -242,6 +242,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     assert inside == expected | {"optimum/commands/register/register_framefusion.py"}  # read by optimum-cli alone
     assert {
         "framefusion/py.typed",
+        "framefusion/__init__.pyi",
         "framefusion/runtime/view/page.html",
         "framefusion/runtime/backends/cuda/kernels.cu",
     } <= set(names)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from framefusion.runtime.media.media_file import MediaLimits
     from framefusion.runtime.pipeline import Request
     from framefusion.runtime.text.prompt import Turn, Visual
-    from framefusion.runtime.text.sampling import GenerationConfig
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
@@ -230,15 +229,16 @@ class PromptOptions:
         from framefusion.runtime.pipeline import Request
 
         options = self.options
-        generation = drawing(manifest.generation, options["temperature"], options["top_p"], options["top_k"])
         return Request(
             max_new_tokens=options["max_new_tokens"],
             cost=options["cost"],
             similarity_lower_bound=options["similarity_lower_bound"],
             ratio_lower_bound=options["ratio_lower_bound"],
-            generation=generation,
             seed=options["seed"],
             reducer=options["reducer"],
+            temperature=options["temperature"],
+            top_p=options["top_p"],
+            top_k=options["top_k"],
         )
 
     def sampling(self, manifest: Manifest) -> FrameSampling:
@@ -259,12 +259,3 @@ def visuals_in_order(kinds: Sequence[str], videos: Sequence[Path], images: Seque
         kinds = ["video"] * len(videos) + ["image"] * len(images)
     files = {"video": iter(videos), "image": iter(images)}
     return [(kind, next(files[kind])) for kind in kinds]
-
-
-def drawing(
-    config: GenerationConfig, temperature: float | None, top_p: float | None, top_k: int | None
-) -> GenerationConfig:
-    """The bundle's way of choosing tokens with what the flags say; any of them means to draw."""
-    requested = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    given: dict[str, Any] = {name: value for name, value in requested.items() if value is not None}
-    return replace(config, do_sample=True, **given) if given else config

@@ -283,11 +283,7 @@ class Stages:
         Raises:
             PromptError: a stop string is empty.
         """
-        config = (
-            self.manifest.generation
-            if request.generation is None
-            else request.generation.over(self.manifest.generation)
-        )
+        config = request.generation_over(self.manifest.generation)
         # a table may have more rows than the tokenizer has tokens: nothing was ever trained to say those
         limit = min(self.manifest.model.vocab_size, self.tokenizer.vocab_size)
         length = prompt.token_ids.size

@@ -113,7 +113,7 @@ def _frames(frames: object, limits: MediaLimits | None) -> NDArray[np.uint8]:
     Raises:
         VideoError: it is one picture, or nothing that holds frames.
     """
-    if _is_picture(frames):
+    if is_pil_image(frames):
         raise VideoError("one picture was given where a video is shown: give a list of frames, or show it as an image")
     if isinstance(frames, (list, tuple)):
         return _stacked(frames, limits)
@@ -134,7 +134,7 @@ def as_image(source: Source, limits: MediaLimits | None = None) -> NDArray[np.ui
     """
     if isinstance(source, (str, Path)):
         return read_image(source, limits)
-    if _is_picture(source):
+    if is_pil_image(source):
         return _loaded(source, limits or MediaLimits())
     if isinstance(source, Video):
         raise VideoError("a film was given where an image is shown: show it as a video, or give one of its frames")
@@ -144,7 +144,7 @@ def as_image(source: Source, limits: MediaLimits | None = None) -> NDArray[np.ui
     return _rgb(array, "the image", dimensions=3)
 
 
-def _is_picture(source: object) -> TypeGuard[PilImage]:
+def is_pil_image(source: object) -> TypeGuard[PilImage]:
     """Whether it is PIL's, without importing PIL."""
     return any(kind.__module__ == "PIL.Image" and kind.__name__ == "Image" for kind in type(source).__mro__)
 

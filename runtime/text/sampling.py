@@ -29,6 +29,9 @@ NUMBERS: Mapping[str, tuple[float, float, str]] = {
 COUNTS = ("top_k", "no_repeat_ngram_size", "min_new_tokens")
 TOKEN_LISTS = ("eos_token_ids", "suppress_tokens", "begin_suppress_tokens")
 
+DRAWING = ("temperature", "top_p", "top_k")
+"""Fields that ask for a token to be drawn where a caller gives one of them."""
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -102,6 +105,20 @@ class GenerationConfig:
         """These settings, with those of `base` where this one says nothing."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(base, **{name: value for name, value in given.items() if value is not None})
+
+    def drawing(self, **given: float | None) -> GenerationConfig:
+        """These settings with those that a caller gives; one of `DRAWING` among them means to draw.
+
+        Args:
+            given: fields by name, None where nothing is given.
+
+        Raises:
+            PromptError: a value has another type or is out of range.
+        """
+        values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if any(name in values for name in DRAWING):
+            values["do_sample"] = True
+        return replace(self, **values)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> GenerationConfig:

@@ -133,7 +133,7 @@ def facts(watched: Watched, pipeline: Pipeline, name: str) -> dict[str, Any]:
         "backend": pipeline.backend.name,
         "settings": _settings(manifest, watched.request),
         "turns": [{"role": turn.role, "parts": _parts(turn)} for turn in watched.turns],
-        "drawn": (watched.request.generation or manifest.generation).do_sample,
+        "drawn": watched.request.generation_over(manifest.generation).do_sample,
         "reduced": run_facts(answer, manifest),
         "dense": None if watched.dense is None else run_facts(watched.dense, manifest),
         "steps": steps,

@@ -228,10 +228,11 @@ def test_settings_of_a_request_keep_the_end_of_the_bundle(bundle: Path, pipeline
 def test_a_turn_may_be_one_text_and_a_conversation_one_turn(pipeline: Pipeline) -> None:
     request = Request(max_new_tokens=2)
     expected = pipeline.generate([Turn("user", (QUESTION,))], request=request)
-    assert pipeline.generate(Turn("user", QUESTION), request=request).token_ids == expected.token_ids  # type: ignore[arg-type]
+    assert pipeline.generate(Turn("user", QUESTION), request=request).token_ids == expected.token_ids
     assert Turn("user", QUESTION) == Turn("user", [QUESTION]) == Turn("user", (QUESTION,))
-    with pytest.raises(PromptError, match="the conversation is 'What"):
-        pipeline.generate(QUESTION, request=request)  # type: ignore[arg-type]
+    assert pipeline.generate(QUESTION, request=request).token_ids == expected.token_ids
+    with pytest.raises(PromptError, match="the conversation is 5"):
+        pipeline.generate(5, request=request)  # type: ignore[arg-type]
     for parts in (5, [b"What"], [None]):
         with pytest.raises(PromptError, match=r"parts are 5|is neither a text nor"):
             Turn("user", parts)  # type: ignore[arg-type]

@@ -1,0 +1,217 @@
+"""The library as a program uses it: the name of a folder, a text, files, messages of another library."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import framefusion
+from framefusion import Pipeline, Request, Turn, Visual
+from framefusion.errors import BundleError, ClosedError, PromptError, VideoError
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.media.source_kind import source_kind
+from framefusion.runtime.media.sources import Source
+from framefusion.runtime.text.messages import Conversation, read_conversation
+from framefusion.runtime.text.sampling import GenerationConfig
+
+NEW = 4
+FEW = Request(max_new_tokens=NEW)
+WHAT = "What happens?"
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What is freed, is freed because nothing refers to it any more."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+# --- Names ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_front_door_has_what_its_types_say() -> None:
+    stub = Path(framefusion.__file__).with_name("__init__.pyi").read_text(encoding="utf-8")
+    typed = {line.rpartition(" as ")[2] for line in stub.splitlines() if line.startswith("from ")}
+    assert typed == set(framefusion.__all__) <= set(dir(framefusion))
+    assert [name for name in framefusion.__all__ if not isinstance(getattr(framefusion, name), type)] == []
+    assert framefusion.Bundle is Bundle
+    with pytest.raises(AttributeError, match="'framefusion' has no attribute 'Pipelines'"):
+        framefusion.Pipelines  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_importing_the_package_loads_nothing_heavy_until_a_name_is_used() -> None:
+    code = (
+        "import sys, framefusion; heavy = {'numpy', 'onnxruntime', 'av', 'PIL', 'tokenizers', 'torch'}\n"
+        "dir(framefusion); assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "from framefusion import Pipeline; assert 'torch' not in sys.modules; print(Pipeline.__module__)"
+    )
+    done = subprocess.run((sys.executable, "-c", code), capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("framefusion.runtime.pipeline", "")
+
+
+# --- Opening and closing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_pipeline_opens_a_folder_and_frees_it(
+    bundle: Path, film: Path, pipeline: Pipeline, kind: type, no_collector: None
+) -> None:
+    with Pipeline(kind(bundle), threads=1) as opened:
+        assert opened.bundle.verified
+        answer = opened.generate(WHAT, [film], FEW)
+        backend = weakref.ref(opened.backend)
+        session = opened.session()
+        steps = opened.stream(WHAT, request=FEW)
+        next(steps)
+    assert answer.token_ids == pipeline.generate(WHAT, [film], FEW).token_ids
+    with pytest.raises(ClosedError, match="was closed: open another"):
+        opened.generate(WHAT, request=FEW)
+    with pytest.raises(ClosedError):
+        session.ask(WHAT)
+    with pytest.raises(ClosedError):
+        list(steps)
+    del steps
+    opened.close()
+    assert backend() is None
+    with pytest.raises(AttributeError, match="no attribute 'backends'"):
+        opened.backends  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_folder_is_verified_as_a_bundle_is(tmp_path: Path) -> None:
+    with pytest.raises(BundleError):
+        Pipeline(tmp_path)
+
+
+def test_a_backend_of_the_caller_outlives_the_pipeline(bundle: Path, pipeline: Pipeline) -> None:
+    with Pipeline(Bundle(bundle, verify=False), pipeline.backend) as other:
+        other.generate(WHAT, request=FEW)
+    assert pipeline.generate(WHAT, request=FEW).token_ids
+
+
+# --- How tokens are chosen ------------------------------------------------------------------------------------------
+
+
+def test_settings_of_tokens_are_those_of_a_generation_config(pipeline: Pipeline) -> None:
+    base = pipeline.manifest.generation
+    request = Request(12, seed=5, temperature=2.0, top_p=0.9, top_k=0, repetition_penalty=1.3)
+    config = replace(base, do_sample=True, temperature=2.0, top_p=0.9, top_k=0, repetition_penalty=1.3)
+    assert request.generation_over(base) == config
+    expected = pipeline.generate(WHAT, request=Request(12, seed=5, generation=config)).token_ids
+    assert pipeline.generate(WHAT, request=request).token_ids == expected
+    assert pipeline.generate(WHAT, request=replace(request, seed=6)).token_ids != expected
+
+
+def test_a_repetition_penalty_alone_draws_nothing(pipeline: Pipeline) -> None:
+    base = pipeline.manifest.generation
+    assert Request(repetition_penalty=1.5).generation_over(base) == replace(base, repetition_penalty=1.5)
+    assert Request().generation_over(base) == base
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": 1.5}, "top_k is 1.5: give a whole number"),
+        (
+            {"temperature": 1.0, "generation": GenerationConfig(temperature=2.0)},
+            "temperature asks for temperature=1.0, generation says 2.0",
+        ),
+        ({"top_p": 0.5, "generation": GenerationConfig(do_sample=False)}, "top_p asks for do_sample=True, generation"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        Request(**fields)
+
+
+# --- What is said and shown -----------------------------------------------------------------------------------------
+
+
+def messages(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def test_a_text_shows_the_files_before_it_in_order(pipeline: Pipeline, film: Path, picture: Path) -> None:
+    turn = Turn("user", (Visual.IMAGE, Visual.VIDEO, WHAT))
+    expected = pipeline.generate([turn], [picture, film], FEW)
+    assert expected.visual_tokens > 64
+    shown: list[tuple[Conversation, list[Source]]] = [
+        (WHAT, [picture, str(film)]),
+        (messages({"type": "image"}, {"type": "video"}, {"type": "text", "text": WHAT}), [picture, film]),
+        (messages({"type": "image", "image": picture}, {"type": "video", "path": str(film)}, WHAT), []),
+        (messages({"type": "image", "image": Image.open(picture)}, {"type": "video"}, WHAT), [film]),
+    ]
+    for conversation, files in shown:
+        answer = pipeline.generate(conversation, files, FEW)
+        assert (answer.token_ids, answer.kv_lengths) == (expected.token_ids, expected.kv_lengths)
+
+
+def test_messages_are_turns(pipeline: Pipeline) -> None:
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": WHAT}]
+    turns = [Turn("system", "Be brief."), Turn("user", WHAT)]
+    assert pipeline.generate(said, request=FEW).token_ids == pipeline.generate(turns, request=FEW).token_ids
+    assert pipeline.generate(said[1], request=FEW).token_ids == pipeline.generate(WHAT, request=FEW).token_ids
+
+
+@pytest.mark.parametrize(
+    ("said", "files", "message"),
+    [
+        (messages({"type": "audio", "audio": "a.wav"}), [], "part 0 of message 0 is of type 'audio': use text, video"),
+        (messages({"type": "video", "video": "a", "fps": 2}), [], "unknown key 'fps', known are path, type, video"),
+        (messages({"type": "image", "url": "http://x"}), [], "names a url, only what is on this machine"),
+        (messages({"type": "image", "image": "a", "path": "a"}), [], "both image and path"),
+        (messages({"type": "text"}), [], "has no 'text'"),
+        (messages({"type": "text", "text": 5}), [], "is 5: give a str"),
+        (messages(5), [], "part 0 of message 0 is 5: give a mapping"),
+        (messages({"type": "video"}), [], "message 0 shows a video or an image that is nowhere given"),
+        (messages({"type": "video", "video": "a"}), ["b"], "1 more were given"),
+        ([{"role": "user", "content": "a", "name": "b"}], [], "message 0 has the unknown key 'name'"),
+        ([{"role": "user", "content": 5}], [], "the content of message 0 is 5"),
+        ([{"role": "tool", "content": "a"}], [], "role 'tool' is unknown"),
+        ([{"content": "a"}], [], "message 0 has no 'role'"),
+        ([Turn("user", "a"), {"role": "user", "content": "a"}], [], "message 0 is Turn"),
+        (WHAT, "clip.mp4", "files is one name"),
+    ],
+)
+def test_messages_are_refused_by_name(said: Any, files: Sequence[Any], message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        read_conversation(said, files)
+
+
+def test_the_kind_of_a_source_is_what_it_holds(film: Path, picture: Path, tmp_path: Path) -> None:
+    gray = np.zeros((8, 8), np.uint8)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    for name in ("a.bmp", "a.ppm", "a.webp", "a.tiff", "a.jpg"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        assert source_kind(tmp_path / name) == "image"
+    for name in ("b.webp", "b.gif", "b.png"):
+        frames = [Image.fromarray(pixels + 60 * level) for level in range(3)]
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert source_kind(tmp_path / name) == "video"
+    disguised = tmp_path / "film.png"
+    disguised.write_bytes(film.read_bytes())
+    assert [source_kind(source) for source in (picture, gray, pixels, Image.open(picture))] == ["image"] * 4
+    assert [source_kind(source) for source in (disguised, [pixels], pixels[None])] == ["video"] * 3
+
+
+def test_what_is_neither_film_nor_picture_is_refused_by_name(pipeline: Pipeline, tmp_path: Path) -> None:
+    note = tmp_path / "note.pdf"
+    note.write_bytes(b"%PDF-1.7 and more")
+    with pytest.raises(VideoError, match=r"note.pdf is neither a film nor a picture that is read \(it is a PDF\)"):
+        pipeline.generate(WHAT, [note], FEW)
+    with pytest.raises(VideoError, match="cannot be opened"):
+        pipeline.generate(WHAT, [tmp_path / "none.mp4"], FEW)
+    with pytest.raises(VideoError, match="a source of type dict is neither a film nor a picture"):
+        pipeline.generate(WHAT, [{"video": "a"}], FEW)  # type: ignore[list-item]
