@@ -15,6 +15,9 @@ from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.backends.onnxruntime.backend import CUDA_PROVIDER, OnnxRuntimeBackend, OnnxRuntimeCudaBackend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.proof.golden import require_golden
+from framefusion.runtime.proof.opening import open_proven
+from framefusion.runtime.proof.prove import prove
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn
 from tests.bundles import COST
@@ -71,3 +74,11 @@ def test_text_alone(pair: tuple[Pipeline, Pipeline]) -> None:
         prompt, rows = pipeline.read([Turn("user", ("What do you see?",))])
         logits.append(pipeline.prefill(prompt, rows, Request(STEPS), Stopwatch()).logits.copy())
     assert apart(*logits) < NEAR
+
+
+def test_a_gpu_that_does_not_reproduce_the_golden_is_never_taken(pair: tuple[Pipeline, Pipeline]) -> None:
+    bundle = pair[0].bundle
+    right = prove(bundle, pair[0].backend, require_golden(bundle)).right
+    taken = open_proven(bundle).choice.option
+    assert (taken.backend, taken.device) == ("onnxruntime", "cuda" if right else "cpu")
+    assert right, "this GPU answers wrongly with this onnxruntime: the proof found it, and the CPU was taken"

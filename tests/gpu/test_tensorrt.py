@@ -27,6 +27,8 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.generation.decode import Decoder
 from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.proof.golden import require_golden
+from framefusion.runtime.proof.prove import prove
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import Turn, Visual
@@ -132,6 +134,12 @@ def watched(pipeline: Pipeline, question: str, film: Path) -> dict[str, Any]:
 def apart(found: Any, expected: Any) -> float:
     """The largest difference, of the largest magnitude expected."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def test_the_golden_is_reproduced(ours: Pipeline, bundle: Bundle) -> None:
+    proof = prove(bundle, ours.backend, require_golden(bundle))
+    assert proof.right, proof.stages
+    assert any("decoded logits" in stage.what for stage in proof.stages)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
