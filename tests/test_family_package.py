@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = Path(__file__).parent / "family_package"
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<frame>", "</frame>")
 MOST_LINES = 60
+IMPORT = r"\s*(from|import) |if TYPE_CHECKING:"
 LIMIT = 1e-4  # fp32 sums in another order differ by about 1e-6 a layer
 
 
@@ -164,13 +165,20 @@ def code_lines(file: Path) -> int:
         if token.type not in skipped and not is_docstring:
             lines |= set(range(token.start[0], token.end[0] + 1))
         previous = token.type
-    return len([number for number in lines if not re.match(r"(from|import) ", text.splitlines()[number - 1])])
+    return len([number for number in lines if not re.match(IMPORT, text.splitlines()[number - 1])])
 
 
 def test_a_family_of_a_known_kind_is_few_lines() -> None:
     counts = {file.name: code_lines(file) for file in PACKAGE.glob("glowworm/*.py")}
     assert counts.keys() == {"__init__.py", "preprocessing.py", "row.py", "tower.py"}
     assert 20 < sum(counts.values()) < MOST_LINES, counts
+
+
+def test_a_row_is_read_without_torch() -> None:
+    code = "import glowworm.row, sys; print({'torch', 'transformers', 'onnx'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), str(ROOT)])}
+    done = subprocess.run((sys.executable, "-c", code), env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"  # `ff-export families` lists every row and has to be quick
 
 
 def expected_logits(checkpoint: Path, frames: Array, prompt: Prompt) -> Array:

@@ -1,12 +1,18 @@
 """What a build must know: whose checkpoints these are, and what they say. No torch."""
 
-from framefusion.export.checkpoints.checkpoint import Checkpoint
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from framefusion.export.checkpoints.text.chat import read_template
 from framefusion.export.families.family import CHATML, Family, LlmKeys
 from framefusion.export.families.reading.configs import square, vision_config
 from framefusion.runtime.media.frame_sampling import FrameSampling
 
 from .preprocessing import GlowwormPreprocessing
+
+if TYPE_CHECKING:
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
 
 
 def preprocessing(checkpoint: Checkpoint) -> GlowwormPreprocessing:
