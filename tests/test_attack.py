@@ -19,12 +19,15 @@ from tools.attack import foreign, killed
 from tools.attack.endings import Ending, run_until
 from tools.attack.harness import Fault, World, attack, in_child
 from tools.attack.kinds import KINDS
+from tools.attack.world import import_everything
 
 WRITES = 120  # of a build of the tiny checkpoint, about
 
 
 @pytest.fixture
 def world(checkpoint: Path, instant_traces: None, tmp_path_factory: pytest.TempPathFactory) -> World:
+    import_everything()  # the processes forked from this one have seconds
+
     def build(folder: Path) -> None:
         result = export("build", checkpoint, "-o", folder, "--no-check")
         assert result.exit_code == 0, result.output

@@ -35,6 +35,15 @@ def world_in(folder: Path) -> World:
 
 def load_everything() -> None:
     """Import what commands import, and skip the tracing: the attacks are on what happens around the graphs."""
+    import_everything()
+    from framefusion.export.writing import parts
+
+    setattr(parts, "trace_graph", lambda *_: None)  # noqa: B010
+    setattr(parts, "save_graph", lambda _graph, path, *_: path.write_bytes(b"graph"))  # noqa: B010
+
+
+def import_everything() -> None:
+    """Import what commands import, so that no trial spends its seconds on it in a process of its own."""
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
@@ -43,13 +52,11 @@ def load_everything() -> None:
     import framefusion.export.evaluate.answering
     import framefusion.export.evaluate.evaluation
     import framefusion.export.report.card
+    import framefusion.export.report.integrity
     import framefusion.runtime.pipeline  # noqa: F401
-    from framefusion.export.writing import parts
 
     if find_spec("tensorrt_rtx") is not None:
         import_module("tensorrt_rtx")
-    setattr(parts, "trace_graph", lambda *_: None)  # noqa: B010
-    setattr(parts, "save_graph", lambda _graph, path, *_: path.write_bytes(b"graph"))  # noqa: B010
 
 
 def _counted_build(checkpoint: Path, target: Path) -> int:
