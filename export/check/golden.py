@@ -52,6 +52,7 @@ TEXT_BEHIND = 9
 ANSWER = 8
 SPARING_ANSWER = 2  # where each token reads all weights from the disk once more
 SEEDS = 4
+ALIKE = 0.99  # what repeats, and nothing else
 HEADROOM = 4  # roundings
 LEAST_NOISE = 1e-5  # as a share of a row's scale: a layer of fp32 adds more than one rounding
 PICTURE = (56, 84)  # pixels, before the family's preprocessing
@@ -85,6 +86,8 @@ def golden_of(bundle: Bundle, plan: BuildPlan, doing: Doing = ignore) -> Golden:
     for name, cost in costs:
         doing(f"golden, {name}")
         runs.append(_run(rehearsal, name, cost, stable[name]))
+    if not any(call.importance for run in runs for call in run.calls) and costs[-1][1] is not None:
+        runs.append(_pruned(rehearsal, costs[-1][1]))
     doing("golden, vision tower")
     reference = f"eager torch {torch.__version__} in fp32, {plan.config.num_layers} layers"
     return replace(empty, reference=reference, request=request, runs=tuple(runs), tower=_tower(bundle, rehearsal))
@@ -185,12 +188,18 @@ def _steady(
     return found[1:]
 
 
-def _run(rehearsal: Rehearsal, name: str, cost: float | None, stable: bool) -> GoldenRun:
-    answer: Answer = rehearsal.answer(cost)
+def _pruned(rehearsal: Rehearsal, cost: float) -> GoldenRun:
+    """A run in which only what repeats merges: where merges alone meet all costs, nobody would look at importance."""
+    return _run(rehearsal, f"cost {cost:.3g}, pruned", cost, stable=False, bound=ALIKE)
+
+
+def _run(rehearsal: Rehearsal, name: str, cost: float | None, stable: bool, bound: float | None = None) -> GoldenRun:
+    answer: Answer = rehearsal.answer(cost, bound)
     places = logit_places(rehearsal.request.seed, rehearsal.manifest)
     kept = tuple(tuple(map(int, tokens)) for tokens in answer.kept)
     calls = tuple(_call(number, decision) for number, decision in enumerate(answer.decisions))
-    return GoldenRun(name, cost, kept, calls, tuple(values_of(logits, places) for logits in answer.logits), stable)
+    logits = tuple(values_of(row, places) for row in answer.logits)
+    return GoldenRun(name, cost, kept, calls, logits, stable, bound)
 
 
 def _call(number: int, decision: Decision) -> GoldenCall:

@@ -67,6 +67,7 @@ class GoldenRun:
     calls: tuple[GoldenCall, ...]
     logits: tuple[GoldenValues, ...]  # behind the prompt, then behind each token of the answer
     stable: bool  # whether the same tokens are kept with noise on the rows: no decision is near its threshold
+    similarity_lower_bound: float | None = None  # in place of the bundle's own
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ RULES: Rules = {
     GoldenLimits: {"numbers": Rule(0, 0.5, above=True), "swapped": Rule(0, 0.5)},
     GoldenRun: {
         "name": Rule(characters=40), "cost": Rule(0, 1, above=True), "kept": Rule(0, MOST_TOKENS - 1, items=MOST_KEPT),
-        "calls": Rule(items=256), "logits": Rule(items=MOST_ANSWER + 1),
+        "calls": Rule(items=256), "similarity_lower_bound": Rule(-1, 1), "logits": Rule(items=MOST_ANSWER + 1),
     },
     GoldenCall: {"call": Rule(0, 1023), "similarity": _SCORES, "importance": _SCORES},
     GoldenValues: {

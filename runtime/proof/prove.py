@@ -139,7 +139,7 @@ def _tower(rehearsal: Rehearsal, tower: GoldenTower, golden: Golden) -> Stage:
 def _run(rehearsal: Rehearsal, run: GoldenRun, golden: Golden) -> Iterator[Stage]:
     """Kept tokens, scores and logits of one run."""
     limits = golden.limits
-    answer = rehearsal.answer(run.cost)
+    answer = rehearsal.answer(run.cost, run.similarity_lower_bound)
     others = _differing(answer.kept, run.kept)
     kept = sum(map(len, run.kept))
     errors = _score_errors(answer.decisions, run.calls) if not others else {}
@@ -169,7 +169,7 @@ def _repeated(rehearsal: Rehearsal, run: GoldenRun) -> tuple[Answer, dict[str, f
         followed.append(Followed(reduction, run.calls))
         return followed[0]
 
-    answer = rehearsal.answer(run.cost, following=follow)
+    answer = rehearsal.answer(run.cost, run.similarity_lower_bound, following=follow)
     return answer, followed[0].errors
 
 

@@ -71,7 +71,7 @@ class Rehearsal:
         visual = self.request.visual_rows(layers, self.manifest.model.hidden_size, noise)
         return self._embedder.embed(self.prompt, [device.upload(visual.astype(device.row_type))])
 
-    def reduction(self, cost: float | None) -> ReductionState | None:
+    def reduction(self, cost: float | None, bound: float | None = None) -> ReductionState | None:
         """The state that the bundle's reducer begins with; None for the dense run and where a graph reduces.
 
         Raises:
@@ -79,11 +79,12 @@ class Rehearsal:
         """
         if cost is None or self.manifest.reduction.mode != "adaptive":
             return None
-        return start_reduction(self.manifest, self.prompt.labels, Request(cost=cost))
+        return start_reduction(self.manifest, self.prompt.labels, Request(cost=cost, similarity_lower_bound=bound))
 
     def answer(
         self,
         cost: float | None,
+        bound: float | None = None,
         *,
         chunk: int | None = None,
         noise: float = 0.0,
@@ -94,6 +95,7 @@ class Rehearsal:
 
         Args:
             cost: of an adaptive bundle; None keeps all. A fixed bundle does what it was built for.
+            bound: of similarities, from which on tokens merge; None takes the bundle's.
             chunk: most tokens at a time in the last segment's prefill, in place of the backend's own number.
             noise: see `rows`.
             following: what the reduction's state is replaced with.
@@ -115,7 +117,7 @@ class Rehearsal:
         if self.manifest.reduction.mode == "fixed":
             done = prefill_fixed(segments, rows, self.prompt.labels, new, Stopwatch())
         else:
-            reduction = self.reduction(cost)
+            reduction = self.reduction(cost, bound)
             if reduction is not None:
                 reduction.observer = decisions.append
                 reduction = reduction if following is None else following(reduction)

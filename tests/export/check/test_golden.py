@@ -26,7 +26,7 @@ from framefusion.runtime.proof.prove import Proof, prove
 from framefusion.storage.records import from_json
 from tests.commands import export, run
 from tests.runtime.bundle_edits import resealed
-from tests.runtime.proof.wrong_backends import Honest, RoundsSimilarity
+from tests.runtime.proof.wrong_backends import Honest, LosesImportance, RoundsSimilarity
 
 FIXED = {"merge_shares": (0.3,), "prune_layer": 1, "cost": 0.6, "max_input_len": 384, "max_text_len": 128}
 ADAPTIVE: dict[str, Any] = {"cost": 0.5, "depth": 1, "max_input_len": 512}
@@ -57,6 +57,19 @@ def test_tokens_merge_and_are_pruned_and_no_decision_is_near_its_threshold(bundl
             assert golden.request.length > kept[0] > kept[-1]  # merged before the first layer, pruned later
     assert any(call.importance for run in golden.runs for call in run.calls)
     assert (bundle / "golden.json").stat().st_size < 300_000
+
+
+def test_where_merges_alone_meet_every_cost_one_run_prunes_all_the_same(bundle: Path, checkpoint: Path) -> None:
+    opened = Bundle(bundle)
+    reduction = replace(opened.manifest.reduction, similarity_lower_bound=-0.9)
+    merging = opened.with_manifest(reduction=reduction)
+    golden = golden_of(merging, planned(opened, checkpoint))
+    *others, last = golden.runs
+    assert (last.name, last.similarity_lower_bound) == ("cost 0.3, pruned", 0.99)
+    assert any(call.importance for call in last.calls)
+    assert not any(call.importance for short in others for call in short.calls)
+    assert prove(merging, Honest(merging), golden).right
+    assert "cost 0.3, pruned: importance" in wrong_in(prove(merging, LosesImportance(merging), golden))
 
 
 def test_a_build_without_the_check_has_the_same_golden(bundle: Path, checkpoint: Path) -> None:
