@@ -64,6 +64,15 @@ class Bundle:
         if self.verified:
             verify_files(self.folder, self.manifest.files)
 
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        trusted = "signed, " if self.signed_by is not None else ""
+        return (
+            f"<Bundle {self.folder}: {manifest.model.family}, {manifest.model.num_layers} layers in "
+            f"{len(manifest.segments)} segments, reduction {manifest.reduction.mode}, "
+            f"cost {manifest.reduction.cost:g}, {trusted}{'verified' if self.verified else 'not verified'}>"
+        )
+
     def with_manifest(self, **changes: Any) -> Bundle:
         """The same files under a manifest with some entries replaced: the same weights in another way of running.
 

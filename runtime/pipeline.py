@@ -69,6 +69,10 @@ class Pipeline(Stages):
         assert backend is not None  # it was given, or there is a choice
         super().__init__(bundle, backend, limits or MediaLimits())
 
+    def __repr__(self) -> str:
+        state = f"on {self.backend.name}" if "backend" in vars(self) else "closed"
+        return f"<Pipeline {state}: {self.bundle!r}>"
+
     def close(self) -> None:
         """Free what was opened for the bundle. A backend that the caller gave lives as long as others hold it.
 
@@ -178,6 +182,27 @@ class Pipeline(Stages):
     def session(self, *, sampling: FrameSampling | None = None, max_cache_bytes: int | None = None) -> Session:
         """A conversation of several turns, whose caches stay: see `Session`."""
         return Session(self, sampling=sampling, max_cache_bytes=max_cache_bytes)
+
+    def chat(
+        self,
+        *files: Source,
+        request: Request | None = None,
+        system: str | None = None,
+        sampling: FrameSampling | None = None,
+        max_cache_bytes: int | None = None,
+    ) -> Session:
+        """A conversation about films and pictures: `pipeline.chat("clip.mp4").ask("What happens?")`.
+
+        Args:
+            files: shown with the first message, read and encoded once.
+            request: how every message is answered that brings no request along.
+            system: what the system says; None leaves it to the bundle.
+            sampling: of frames; None takes the bundle's.
+            max_cache_bytes: see `Session`.
+        """
+        return Session(
+            self, sampling=sampling, max_cache_bytes=max_cache_bytes, files=files, request=request, system=system
+        )
 
     def answer(
         self, prompt: Prompt, rows: TokenRows, request: Request, stopwatch: Stopwatch | None = None

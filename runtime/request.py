@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -79,6 +79,15 @@ class PrefillReport:
     videos: tuple[VideoFacts, ...] = ()  # the films shown, in order; in a session, those of this turn
     reused_tokens: int = 0  # of the prompt, those that a session had in its caches
     restart: str | None = None  # why a session reused none though there were earlier turns
+    layers: KeptTokens | None = field(default=None, compare=False, repr=False)  # which tokens each layer holds
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """Which tokens of a prompt every layer holds after its prefill; in a session, of the tokens of this turn."""
+
+    visual: tuple[int, ...]  # places in the prompt of the visual tokens
+    places: tuple[tuple[int, ...] | None, ...]  # by layer; None where the graph decides inside and does not say
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ class Generation:
     kv_lengths: tuple[int, ...]  # tokens in each layer's cache after the prefill
     seconds: dict[str, float]
     videos: tuple[VideoFacts, ...] = ()  # the films shown, in order
+    layers: KeptTokens | None = field(default=None, compare=False)  # see `kept`
 
     @classmethod
     def from_steps(cls, steps: Iterable[Step], on_text: Callable[[str], None] | None = None) -> Generation:
@@ -143,7 +153,7 @@ class Generation:
             raise ValueError(f"steps go from prefilled to end, these end with {step}")
         return cls(
             "".join(pieces), tuple(token_ids), step.finish_reason, report.prompt_tokens, report.visual_tokens,
-            report.reduction, report.kv_lengths, dict(step.seconds), report.videos,
+            report.reduction, report.kv_lengths, dict(step.seconds), report.videos, report.layers,
         )  # fmt: skip
 
     @property
@@ -152,6 +162,51 @@ class Generation:
         text = self.prompt_tokens - self.visual_tokens
         kept = sum(length - text for length in self.kv_lengths)
         return kept / (self.visual_tokens * len(self.kv_lengths)) if self.visual_tokens else 1.0
+
+    def kept(self, layer: int, *, visual: bool = False) -> NDArray[np.int64]:
+        """Which tokens a layer held after the prefill: [n] places in the prompt, ascending, 0 is its first token.
+
+        Args:
+            layer: from 0; -1 is the last one.
+            visual: of visual tokens alone, counted among them: 0 is the first token of the first film or picture.
+
+        Raises:
+            PromptError: there is no such layer, or the static graph of the fixed mode does not say what it holds.
+        """
+        layers = self.layers
+        count = len(self.kv_lengths)
+        if not -count <= layer < count:
+            raise PromptError(f"layer {layer} is none of {count}: give -{count} to {count - 1}")
+        places = None if layers is None else layers.places[layer]
+        if layers is None or places is None:
+            raise PromptError(
+                f"layer {layer} is inside a graph of the fixed mode, which says only what the last layer holds: give "
+                "-1, or build with --reduction adaptive"
+            )
+        return np.flatnonzero(np.isin(layers.visual, places)) if visual else np.array(places, np.int64)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer and how it came about, as values that JSON takes: what `ff-run generate --json` prints of it.
+
+        That command adds what the answer does not know: the cost that was asked, the backend and the warnings.
+        """
+        facts = asdict(replace(self, layers=None))
+        del facts["layers"]
+        decoding = self.seconds.get("decode", 0.0)
+        speed = (len(self.token_ids) - 1) / decoding if decoding else 0.0
+        return facts | {"cost": {"reached": self.cost}, "tokens_per_second": speed}
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{self.visual_tokens} visual, {self.cost:.1%} of their computation kept" if self.visual_tokens else "text"
+        )
+        return (
+            f"<Generation {self.text!r:.60}: {len(self.token_ids)} tokens, {self.finish_reason}; prompt of "
+            f"{self.prompt_tokens} tokens, {shown}>"
+        )
 
 
 class Stopwatch:

@@ -25,7 +25,7 @@ from framefusion.runtime.media.video.frames import VideoFacts, facts_of_films
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.memory import cache_bytes, slot_bytes
 from framefusion.runtime.request import Generation, PrefillReport, Request, Step, Stopwatch
-from framefusion.runtime.text.messages import Conversation, read_conversation
+from framefusion.runtime.text.messages import Conversation, listed_files, read_conversation
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual, visuals_of
 
 TOO_LONG = "begin a new session, sample fewer frames"
@@ -58,21 +58,42 @@ class Session:
         stages: of a pipeline.
         sampling: of frames of every film; None takes the bundle's.
         max_cache_bytes: most keys and values that a turn may need; None leaves the bundle's limits alone.
+        files: shown with the first message, before those that come with it.
+        request: how a message is answered that brings none along; None takes `Request()`.
+        system: what the system says; None leaves it to the first turns.
     """
 
     def __init__(
-        self, stages: Stages, *, sampling: FrameSampling | None = None, max_cache_bytes: int | None = None
+        self,
+        stages: Stages,
+        *,
+        sampling: FrameSampling | None = None,
+        max_cache_bytes: int | None = None,
+        files: Sequence[Source] = (),
+        request: Request | None = None,
+        system: str | None = None,
     ) -> None:
         self.turns: tuple[Turn, ...] = ()
         self.files: tuple[Source, ...] = ()
         self.records: list[PrefillReport] = []
         self.max_cache_bytes = max_cache_bytes
+        self.request = request or Request()
+        self._attached = tuple(files)
+        self._system = () if system is None else (Turn("system", system),)
         self._stages = stages
         self._sampling = sampling or stages.manifest.sampling
         self._visuals: tuple[VisualInput, ...] = ()
         self._cached: Prompt | None = None  # the tokens that the caches stand for, dropped ones included
         self._caches: list[SegmentCache] = []
         self._running = False
+
+    def __repr__(self) -> str:
+        rounds = len(self.records)
+        cached = 0 if self._cached is None else self._cached.token_ids.size
+        return (
+            f"<Session of {rounds} message{'' if rounds == 1 else 's'} about {len(self.files)} film(s) and picture(s): "
+            f"{cached} tokens in {self.cache_bytes} bytes of caches>"
+        )
 
     @property
     def cache_bytes(self) -> int:
@@ -107,7 +128,7 @@ class Session:
         Args:
             turns: what is new: a text of the user, turns or messages, as `Pipeline.stream` takes them.
             files: the videos and images that are new, in order.
-            request: limits, reduction and sampling of tokens for this turn.
+            request: limits, reduction and sampling of tokens for this turn; None takes the session's.
             logits: give those of each token, too, a copy.
 
         Raises:
@@ -119,7 +140,7 @@ class Session:
             raise PromptError("a turn of this session is not over: take its steps to the end, or close it")
         self._running = True
         try:
-            yield from self._take_turn(turns, files, request or Request(), logits)
+            yield from self._take_turn(turns, files, request or self.request, logits)
         finally:
             self._running = False
 
@@ -171,8 +192,9 @@ class Session:
     def _prepare(self, turns: Conversation, files: Sequence[Source], stopwatch: Stopwatch) -> _NextTurn:
         """Media, prompt and what of it can be reused."""
         stages = self._stages
-        said, files = read_conversation(turns, files)
-        added = tuple(said)
+        first = not self.turns
+        new, files = read_conversation(turns, (*self._attached, *listed_files(files)) if first else files)
+        added = (*self._system, *new) if first else tuple(new)
         conversation = (*self.turns, *added)
         earlier = visuals_of(self.turns)
         shown = visuals_of(added)

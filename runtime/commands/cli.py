@@ -6,7 +6,6 @@ Text goes to stdout as it comes, the summary to stderr.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,11 +201,10 @@ def _print_piece(text: str) -> None:
 def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[str, Any]:
     """The answer and how it came about, as plain values."""
     requested = pipeline.manifest.reduction.cost if cost is None else cost
-    reached = answer.cost
-    decoding = answer.seconds.get("decode", 0.0)
-    return asdict(answer) | {
-        "cost": {"asked": requested, "reached": reached, "asked_text": describe_cost(requested)},
-        "tokens_per_second": (len(answer.token_ids) - 1) / decoding if decoding else 0.0,
+    facts = answer.to_dict()
+    cost_facts = {"asked": requested, "reached": facts["cost"]["reached"], "asked_text": describe_cost(requested)}
+    return facts | {
+        "cost": cost_facts,
         "backend": None if pipeline.choice is None else pipeline.choice.facts | {"text": pipeline.choice.text},
         "warnings": console.warned(),
     }

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BackendError, PromptError
+from framefusion.reduction import tracks
 from framefusion.reduction.policy import Observer, ReductionState
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.buffer import Buffer
@@ -34,7 +35,7 @@ from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.media.sources import Source, as_image, as_video
 from framefusion.runtime.media.video.frames import Video, VideoFacts
 from framefusion.runtime.media.visual_input import VisualInput
-from framefusion.runtime.request import PrefillReport, Request, Step, Stopwatch
+from framefusion.runtime.request import KeptTokens, PrefillReport, Request, Step, Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import (
     Prompt,
@@ -312,4 +313,13 @@ class Stages:
 def prefill_report(prompt: Prompt, prefilled: Prefilled, videos: tuple[VideoFacts, ...] = ()) -> PrefillReport:
     """What became of a prompt."""
     lengths = tuple(int(length) for cache in prefilled.caches for length in cache.lengths)
-    return PrefillReport(prompt.token_ids.size, prompt.num_visual, tuple(prefilled.history), lengths, videos)
+    kept = [tuple(places.tolist()) for places in prefilled.kept]  # by segment
+    places = tuple(
+        held if length == cache.lengths[-1] else None  # a static graph says what its last layer holds
+        for cache, held in zip(prefilled.caches, kept, strict=True)
+        for length in cache.lengths
+    )
+    layers = KeptTokens(tuple(np.flatnonzero(prompt.labels != tracks.TEXT).tolist()), places)
+    return PrefillReport(
+        prompt.token_ids.size, prompt.num_visual, tuple(prefilled.history), lengths, videos, layers=layers
+    )

@@ -42,7 +42,7 @@ def read_conversation(
         VideoError: a text's file is neither a film nor a picture.
     """
     if isinstance(conversation, str):
-        visuals = [Visual(source_kind(file)) for file in _listed(files)]
+        visuals = [Visual(source_kind(file)) for file in listed_files(files)]
         return (Turn("user", (*visuals, conversation)),), files
     if isinstance(conversation, Mapping):
         return _read_messages((conversation,), files)
@@ -51,12 +51,14 @@ def read_conversation(
     return as_turns(conversation), files  # type: ignore[arg-type]  # it refuses what is no turn
 
 
-def _listed(files: Sequence[Source]) -> Sequence[Source]:
+def listed_files(files: Sequence[Source]) -> Sequence[Source]:
     """The files, which are several.
 
     Raises:
-        PromptError: it is the name of one.
+        PromptError: it is one alone.
     """
+    if hasattr(files, "read"):
+        raise PromptError(f"files is one file, {files!r:.120}: give a list of what the turns show")
     if isinstance(files, (str, bytes, Path)):
         raise PromptError(f"files is one name, {str(files)[:120]!r}: give a list of what the turns show")
     return files
@@ -64,7 +66,7 @@ def _listed(files: Sequence[Source]) -> Sequence[Source]:
 
 def _read_messages(messages: Sequence[Any], files: Sequence[Source]) -> tuple[tuple[Turn, ...], tuple[Source, ...]]:
     """Turns and sources of messages; parts without a source take the next of the files."""
-    waiting = iter(_listed(files))
+    waiting = iter(listed_files(files))
     shown: list[Source] = []
     turns = []
     for number, message in enumerate(messages):

@@ -151,15 +151,13 @@ def run_facts(answer: Generation, manifest: Manifest) -> dict[str, Any]:
     lengths = answer.kv_lengths
     slot = 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
     full = prefill_flops(model, [answer.prompt_tokens] * len(lengths))
-    decoding = answer.seconds.get("decode", 0.0)
-    return asdict(answer) | {
+    return answer.to_dict() | {
         "cost": answer.cost,
         "cost_text": describe_cost(answer.cost),
         "kv_bytes": sum(lengths) * slot,
         "kv_slot_bytes": slot,
         "flops": prefill_flops(model, lengths),
         "flops_kept": prefill_flops(model, lengths) / full,
-        "tokens_per_second": (len(answer.token_ids) - 1) / decoding if decoding else 0.0,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
 import weakref
@@ -13,16 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 import framefusion
 from framefusion import Pipeline, Request, Turn, Visual
 from framefusion.errors import BundleError, ClosedError, PromptError, VideoError
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.commands.cli import ff_run
 from framefusion.runtime.media.source_kind import source_kind
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.text.messages import Conversation, read_conversation
 from framefusion.runtime.text.sampling import GenerationConfig
+from tests.bundles import shared
 
 NEW = 4
 FEW = Request(max_new_tokens=NEW)
@@ -215,3 +219,93 @@ def test_what_is_neither_film_nor_picture_is_refused_by_name(pipeline: Pipeline,
         pipeline.generate(WHAT, [tmp_path / "none.mp4"], FEW)
     with pytest.raises(VideoError, match="a source of type dict is neither a film nor a picture"):
         pipeline.generate(WHAT, [{"video": "a"}], FEW)  # type: ignore[list-item]
+
+
+# --- Talking --------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_shows_its_files_with_the_first_message_and_reads_them_once(pipeline: Pipeline, film: Path) -> None:
+    chat = pipeline.chat(film, request=FEW, system="Be brief.")
+    session = pipeline.session()
+    first = session.ask([Turn("system", "Be brief."), Turn("user", (Visual.VIDEO, WHAT))], [film], FEW)
+    second = session.ask("Who is it?", request=FEW)
+    assert chat.ask(WHAT).token_ids == first.token_ids
+    assert "".join(step.text for step in chat.stream("Who is it?")) == second.text
+    assert chat.turns == session.turns
+    assert chat.files == (film,)
+    assert (chat.records[1].videos, chat.records[1].restart) == ((), None)
+    assert chat.records[1].reused_tokens == session.records[1].reused_tokens > first.prompt_tokens
+    assert repr(chat).startswith("<Session of 2 messages about 1 film(s) and picture(s): ")
+
+
+def test_a_first_message_that_fails_may_be_put_again_with_the_files(pipeline: Pipeline, film: Path) -> None:
+    chat = pipeline.chat(film, request=FEW)
+    with pytest.raises(PromptError):
+        chat.ask("x " * 2000)
+    answer = chat.ask(WHAT)
+    assert answer.visual_tokens == 64
+    assert answer.token_ids == pipeline.generate(WHAT, [film], FEW).token_ids
+
+
+def test_files_join_those_of_the_chat(pipeline: Pipeline, film: Path, picture: Path) -> None:
+    chat = pipeline.chat(film, request=FEW)
+    assert chat.ask(WHAT, [picture]).token_ids == pipeline.generate(WHAT, [film, picture], FEW).token_ids
+    with pytest.raises(PromptError, match="files is one name"):
+        chat.ask(WHAT, str(picture))
+
+
+# --- Answers --------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_says_which_tokens_each_layer_holds(pipeline: Pipeline, film: Path) -> None:
+    answer = pipeline.generate(WHAT, [film], FEW)
+    labels = pipeline.read(WHAT, [film])[0].labels
+    shown = np.flatnonzero(labels != -1)
+    before = np.arange(answer.prompt_tokens)
+    for layer, length in enumerate(answer.kv_lengths):
+        kept = answer.kept(layer)
+        assert kept.size == length
+        assert np.isin(kept, before).all()
+        assert np.isin(np.flatnonzero(labels == -1), kept).all()  # text is never dropped
+        np.testing.assert_array_equal(shown[answer.kept(layer, visual=True)], kept[labels[kept] != -1])
+        before = kept
+    assert 0 < answer.kept(-1, visual=True).size < 64
+    with pytest.raises(PromptError, match="layer 99 is none of"):
+        answer.kept(99)
+
+
+def test_the_fixed_mode_says_what_its_last_layer_holds(film: Path) -> None:
+    with Pipeline(Bundle(shared("fixed-gqa"), verify=False), threads=1) as fixed:
+        answer = fixed.generate(WHAT, [film], FEW)
+    assert answer.kept(-1).size == answer.kv_lengths[-1] < answer.kv_lengths[0]
+    with pytest.raises(PromptError, match="layer 0 is inside a graph of the fixed mode"):
+        answer.kept(0)
+
+
+def test_an_answer_is_values_that_json_takes_and_that_the_command_prints(
+    pipeline: Pipeline, bundle: Path, film: Path
+) -> None:
+    answer = pipeline.generate(WHAT, [film], FEW)
+    facts = json.loads(json.dumps(answer.to_dict()))
+    arguments = ["generate", str(bundle), "--video", str(film), "--prompt", WHAT, "--json"]
+    arguments += ["--max-new-tokens", str(NEW)]
+    printed = json.loads(CliRunner().invoke(ff_run, arguments).stdout)
+    assert set(printed) - set(facts) == {"backend", "warnings"}
+    timed = {"seconds", "tokens_per_second", "cost"}
+    assert {key: facts[key] for key in facts if key not in timed} == {
+        key: printed[key] for key in facts if key not in timed
+    }
+    assert facts["cost"]["reached"] == printed["cost"]["reached"]
+
+
+def test_what_is_printed_of_an_object_is_one_line(pipeline: Pipeline, bundle: Path, film: Path) -> None:
+    answer = pipeline.generate(WHAT, [film], FEW)
+    assert str(answer) == answer.text
+    assert "64 visual" in repr(answer)
+    assert f"Bundle {bundle}: qwen2_vl" in repr(pipeline)
+    assert repr(pipeline).startswith(f"<Pipeline on {pipeline.backend.name}: ")
+    for subject in (answer, pipeline, pipeline.bundle, pipeline.session()):
+        assert "\n" not in repr(subject)
+    closed = Pipeline(pipeline.bundle, pipeline.backend)
+    closed.close()
+    assert repr(closed).startswith("<Pipeline closed: ")
