@@ -29,6 +29,8 @@ from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.video.frames import Video, read_video
 from framefusion.runtime.media.visual_input import Rows, VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.proof.golden import require_golden
+from framefusion.runtime.proof.prove import prove
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families import CASES
@@ -161,6 +163,8 @@ def test_bundles(case: FamilyCase, variant: str, tmp_path: Path) -> None:
     built = build(Checkpoint(folder), tmp_path / "bundle", OPTIONS)
     assert built.manifest.check["passed"]
     subject = Subject(case, folder, Pipeline(Bundle(built.folder), threads=1), case.reference(folder))
+    bundle = subject.pipeline.bundle
+    assert prove(bundle, subject.pipeline.backend, require_golden(bundle)).right
     for name in CONVERSATIONS if variant in (case.variants[0], *case.thorough) else ("video",):
         conversation = read_conversation(subject, name)
         compare_prompt(subject, conversation)
