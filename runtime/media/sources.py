@@ -1,7 +1,8 @@
 """What a caller shows to a model: a file, or pixels in memory of whatever kind Python programs hold them.
 
-    image   a path, a PIL image, an array [H, W], [H, W, C] or [1, H, W, C] with 1, 3 or 4 channels
-    video   a path, a `Video`, an array [T, H, W, C], or a sequence of images of one size, each as above
+    either  a path, the bytes of a file, a binary file that is open and can seek
+    image   a PIL image, an array [H, W], [H, W, C] or [1, H, W, C] with 1, 3 or 4 channels
+    video   a `Video`, an array [T, H, W, C], or a sequence of images of one size, each as above
 
 An array is what `numpy.asarray` makes one of (tensors of torch on the CPU, for one). Its numbers are uint8, other whole
 numbers in 0..255, booleans, or floats in [0, 1].
@@ -11,16 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from framefusion.errors import VideoError
+from framefusion.runtime.media.file_content import (
+    FileContent,
+    content_as_file,
+    content_bytes,
+    content_size,
+    is_file_content,
+)
 from framefusion.runtime.media.frame_sampling import FASTEST, SLOWEST, FrameSampling
-from framefusion.runtime.media.image.file import read_image
+from framefusion.runtime.media.image.file import check_file_size, decode_image, kind_of, read_image
 from framefusion.runtime.media.image.pixels import on_white, rgb_pixels, unit_shares
-from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.media_file import MediaLimits, existing_file
+from framefusion.runtime.media.video.animation import is_animated_webp, still_format
+from framefusion.runtime.media.video.container.opening import open_video
 from framefusion.runtime.media.video.frames import Shrink, Video, read_video
 from framefusion.runtime.media.video.timeline import Sampled
 
@@ -28,8 +38,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
 Image: TypeAlias = "Path | str | ArrayLike | PilImage"
-Source: TypeAlias = "Image | Video | Sequence[Image]"
+Source: TypeAlias = "Image | Video | Sequence[Image] | FileContent"
 """What may be shown; see this module's first lines."""
+SourceKind: TypeAlias = Literal["video", "image"]
+
+_HEAD = 64  # bytes
+_PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF")
 
 
 def as_video(
@@ -46,6 +60,9 @@ def as_video(
         return source
     if isinstance(source, (str, Path)):
         return read_video(source, sampling, limits=limits, shrink=shrink)
+    if is_file_content(source):
+        with content_as_file(source, "the video") as path:
+            return read_video(path, sampling, limits=limits, shrink=shrink)
     return video_of_frames(source, sampling.fps, limits)
 
 
@@ -126,6 +143,53 @@ def _frames(frames: object, limits: MediaLimits | None) -> NDArray[np.uint8]:
     return _rgb(array, "the video", dimensions=4)
 
 
+def source_kind(source: Source) -> SourceKind:
+    """Whether a source is a film or a picture, where the caller does not say: by what it holds, never by its name.
+
+    What moves is a film, animated PNG and WebP too, and so is every GIF and every list. Decodes nothing.
+
+    Raises:
+        VideoError: it is neither, or a file that cannot be opened.
+    """
+    if isinstance(source, (str, Path)):
+        return _file_kind(source)
+    if is_file_content(source):
+        with content_as_file(source, "the source") as path:
+            return _file_kind(path)
+    if isinstance(source, (Video, list, tuple)):
+        return "video"
+    if is_pil_image(source):
+        return "image"
+    dimensions = getattr(source, "ndim", None)
+    if dimensions in (2, 3):
+        return "image"
+    if dimensions == 4:
+        return "video"
+    raise VideoError(
+        f"a source of type {type(source).__name__} is neither a film nor a picture: give a path, bytes, a PIL image, "
+        "an array [height, width, channels] or [frames, height, width, channels], or a list of frames"
+    )
+
+
+def _file_kind(path: str | Path) -> SourceKind:
+    """What a file holds, by its first bytes; a film by opening it."""
+    source = existing_file(path)
+    with source.open("rb") as file:
+        head = file.read(_HEAD)
+    if still_format(source) or head.startswith(_PNM):
+        return "image"
+    if is_animated_webp(source):
+        return "video"
+    try:
+        with open_video(source):
+            return "video"
+    except VideoError as error:
+        raise VideoError(
+            f"{source} is neither a film nor a picture that is read ({kind_of(head)}): give an MP4, MKV, WebM or AVI "
+            "film, or a PNG, JPEG or WebP picture"
+        ) from error
+
+
 def as_image(source: Source, limits: MediaLimits | None = None) -> NDArray[np.uint8]:
     """RGB [H, W, 3] of one picture, upright; what is transparent becomes white.
 
@@ -134,6 +198,10 @@ def as_image(source: Source, limits: MediaLimits | None = None) -> NDArray[np.ui
     """
     if isinstance(source, (str, Path)):
         return read_image(source, limits)
+    if is_file_content(source):
+        limits = limits or MediaLimits()
+        check_file_size("the image", content_size(source, "the image"), limits)
+        return decode_image(content_bytes(source, "the image"), "the image", limits)
     if is_pil_image(source):
         return _loaded(source, limits or MediaLimits())
     if isinstance(source, Video):
@@ -185,7 +253,7 @@ def _array(source: object, name: str) -> NDArray[Any]:
     Raises:
         VideoError: it makes none, or one of other things than numbers.
     """
-    if source is None or isinstance(source, (bytes, bytearray, memoryview, dict, set)):
+    if source is None or isinstance(source, (dict, set)):
         raise VideoError(
             f"{name} is of type {type(source).__name__}: give a path, a PIL image, an array of pixels or a list of them"
         )

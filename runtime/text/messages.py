@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from framefusion.errors import PromptError
-from framefusion.runtime.media.source_kind import source_kind
-from framefusion.runtime.media.sources import Source
+from framefusion.runtime.media.sources import Source, source_kind
 from framefusion.runtime.text.prompt import Turn, Visual, as_turns
 
 Message: TypeAlias = Mapping[str, Any]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
+import os
+import re
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,11 +23,12 @@ from PIL import Image
 
 import framefusion
 from framefusion import Pipeline, Request, Turn, Visual
-from framefusion.errors import BundleError, ClosedError, PromptError, VideoError
+from framefusion.errors import BundleError, ClosedError, MediaWarning, PromptError, VideoError
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.commands.cli import ff_run
-from framefusion.runtime.media.source_kind import source_kind
-from framefusion.runtime.media.sources import Source
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.sources import Source, as_image, as_video, source_kind
 from framefusion.runtime.text.messages import Conversation, read_conversation
 from framefusion.runtime.text.sampling import GenerationConfig
 from tests.bundles import shared
@@ -309,3 +314,71 @@ def test_what_is_printed_of_an_object_is_one_line(pipeline: Pipeline, bundle: Pa
     closed = Pipeline(pipeline.bundle, pipeline.backend)
     closed.close()
     assert repr(closed).startswith("<Pipeline closed: ")
+
+
+# --- Bytes and open files -------------------------------------------------------------------------------------------
+
+
+def test_bytes_and_open_files_are_shown_as_the_file_is(pipeline: Pipeline, film: Path, picture: Path) -> None:
+    expected = pipeline.generate(WHAT, [film, picture], FEW)
+    with film.open("rb") as open_film, picture.open("rb") as open_picture:
+        open_film.read(100)  # it is read from its first byte wherever it stands
+        sources: list[list[Source]] = [
+            [film.read_bytes(), picture.read_bytes()],
+            [io.BytesIO(film.read_bytes()), bytearray(picture.read_bytes())],
+            [open_film, open_picture],
+            [open_film, memoryview(picture.read_bytes())],
+        ]
+        for shown in sources:
+            answer = pipeline.generate(WHAT, shown, FEW)
+            assert (answer.token_ids, answer.kv_lengths) == (expected.token_ids, expected.kv_lengths)
+        assert not open_film.closed
+    assert answer.videos == expected.videos
+
+
+def test_the_temporary_file_of_a_film_is_removed(film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    sampling = FrameSampling("qwen2_vl")
+    assert len(as_video(film.read_bytes(), sampling).frames)
+    with pytest.raises(VideoError, match=r"^the video is "):
+        as_video(film.read_bytes()[:-200], sampling)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_content_has_the_limits_of_files(picture: Path, film: Path) -> None:
+    content = picture.read_bytes()
+    with pytest.raises(VideoError, match=r"^the image has 16777221 bytes, a picture within the limits has 16777220"):
+        as_image(bytes(16777221), MediaLimits(image_pixels=1))
+    with pytest.raises(VideoError, match=r"^the image is .* the limit is 100"):
+        as_image(io.BytesIO(content), MediaLimits(image_pixels=100))
+    with pytest.raises(VideoError, match=r"^the video .*limit"):
+        as_video(film.read_bytes(), FrameSampling("qwen2_vl"), MediaLimits(frame_pixels=100))
+
+
+def test_content_that_cannot_be_shown_is_refused_by_name(film: Path, picture: Path, tmp_path: Path) -> None:
+    closed = io.BytesIO(b"a")
+    closed.close()
+    read, write = os.pipe()
+    os.close(write)
+    with picture.open(encoding="latin-1") as text, os.fdopen(read, "rb") as pipe:
+        refused: list[tuple[Any, str]] = [
+            (b"", "the image is empty"),
+            (io.BytesIO(), "the image is empty"),
+            (text, 'is open as text: open it with mode "rb"'),
+            (pipe, "is a pipe or a stream, which cannot be read twice"),
+            (closed, "of type BytesIO is no open binary file"),
+            (b"%PDF-1.7", "the image cannot be read as an image (it is a PDF)"),
+        ]
+        for source, message in refused:
+            with pytest.raises(VideoError, match=re.escape(message)):
+                as_image(source)
+        with pytest.raises(VideoError, match=r"the source is neither a film nor a picture .*it is a PDF"):
+            source_kind(b"%PDF-1.7 and more")
+        with pytest.raises(PromptError, match="files is one file"):
+            read_conversation(WHAT, text)  # type: ignore[arg-type]
+
+
+def test_a_damaged_film_in_memory_is_reported_under_its_name() -> None:
+    content = (Path(__file__).parents[1] / "media/films/bad_n.mp4").read_bytes()
+    with pytest.warns(MediaWarning, match=r"^the video is damaged: 10 of 100 frames are lost"):
+        as_video(content, FrameSampling("qwen2_vl"))

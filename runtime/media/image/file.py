@@ -81,15 +81,23 @@ def read_image(path: str | Path, limits: MediaLimits | None = None) -> NDArray[n
     limits = limits or MediaLimits()
     source = existing_file(path)
     # The bytes; `decode_image` takes the metadata out of a PNG or JPEG.
-    size = source.stat().st_size
-    most = BYTES_A_PIXEL * limits.image_pixels + (1 << 24)
-    if size > most:
-        raise VideoError(f"{source} has {size} bytes, a picture within the limits has {most} at most: scale it down")
+    check_file_size(str(source), source.stat().st_size, limits)
     try:
         file = source.read_bytes()
     except OSError as error:
         raise VideoError(f"{source} cannot be opened ({error.strerror}): check the path") from error
     return decode_image(file, str(source), limits)
+
+
+def check_file_size(name: str, size: int, limits: MediaLimits) -> None:
+    """Refuse a file that is too large to hold a picture within the limits.
+
+    Raises:
+        VideoError: it is; the message calls it `name`.
+    """
+    most = BYTES_A_PIXEL * limits.image_pixels + (1 << 24)
+    if size > most:
+        raise VideoError(f"{name} has {size} bytes, a picture within the limits has {most} at most: scale it down")
 
 
 def decode_image(file: bytes, name: str, limits: MediaLimits) -> NDArray[np.uint8]:

@@ -80,7 +80,7 @@ def test_alpha_is_mixed_with_white_as_pillow_does() -> None:
     ("source", "words"),
     [
         (None, "is of type NoneType: give a path"),
-        (b"\x89PNG", "is of type bytes"),
+        (b"\x89PNG", "the image cannot be read as an image"),
         ({"image": 1}, "is of type dict"),
         (object(), "is no array of pixels"),
         ([["a"]], "is no array of pixels"),
