@@ -26,7 +26,7 @@ from framefusion.runtime.media.file_content import (
     is_file_content,
 )
 from framefusion.runtime.media.frame_sampling import FASTEST, SLOWEST, FrameSampling
-from framefusion.runtime.media.image.file import check_file_size, decode_image, kind_of, read_image
+from framefusion.runtime.media.image.file import FILM, UNKNOWN, check_file_size, decode_image, kind_of, read_image
 from framefusion.runtime.media.image.pixels import on_white, rgb_pixels, unit_shares
 from framefusion.runtime.media.media_file import MediaLimits, existing_file
 from framefusion.runtime.media.video.animation import is_animated_webp, still_format
@@ -174,8 +174,11 @@ def source_kind(source: Source) -> SourceKind:
 def _file_kind(path: str | Path) -> SourceKind:
     """What a file holds, by its first bytes; a film by opening it."""
     source = existing_file(path)
-    with source.open("rb") as file:
-        head = file.read(_HEAD)
+    try:
+        with source.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        raise VideoError(f"{source} cannot be opened ({error.strerror}): check the path") from error
     if still_format(source) or head.startswith(_PNM):
         return "image"
     if is_animated_webp(source):
@@ -184,9 +187,12 @@ def _file_kind(path: str | Path) -> SourceKind:
         with open_video(source):
             return "video"
     except VideoError as error:
+        kind = kind_of(head)
+        if kind in (FILM, UNKNOWN):  # what FFmpeg says of it is more
+            kind = str(error).removeprefix(f"{source} ").partition(": ")[0]
         raise VideoError(
-            f"{source} is neither a film nor a picture that is read ({kind_of(head)}): give an MP4, MKV, WebM or AVI "
-            "film, or a PNG, JPEG or WebP picture"
+            f"{source} is neither a film nor a picture that is read ({kind}): give an MP4, MKV, WebM or AVI film, or a "
+            "PNG, JPEG or WebP picture"
         ) from error
 
 

@@ -215,13 +215,17 @@ def test_the_kind_of_a_source_is_what_it_holds(film: Path, picture: Path, tmp_pa
     assert [source_kind(source) for source in (disguised, [pixels], pixels[None])] == ["video"] * 3
 
 
-def test_what_is_neither_film_nor_picture_is_refused_by_name(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_what_is_neither_film_nor_picture_is_refused_by_name(pipeline: Pipeline, film: Path, tmp_path: Path) -> None:
     note = tmp_path / "note.pdf"
     note.write_bytes(b"%PDF-1.7 and more")
     with pytest.raises(VideoError, match=r"note.pdf is neither a film nor a picture that is read \(it is a PDF\)"):
         pipeline.generate(WHAT, [note], FEW)
     with pytest.raises(VideoError, match="cannot be opened"):
         pipeline.generate(WHAT, [tmp_path / "none.mp4"], FEW)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(film.read_bytes()[:300])
+    with pytest.raises(VideoError, match=r"broken.mp4 is neither a film nor .* is read \(is truncated"):
+        pipeline.generate(WHAT, [broken], FEW)
     with pytest.raises(VideoError, match="a source of type dict is neither a film nor a picture"):
         pipeline.generate(WHAT, [{"video": "a"}], FEW)  # type: ignore[list-item]
 

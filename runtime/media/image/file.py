@@ -63,6 +63,9 @@ OTHERS = {
     b"\0\0\0\x0c": "a JPEG 2000 or JPEG XL file",
 }
 
+FILM = "it is a film, which --video shows, or a picture that this build of Pillow does not read"
+UNKNOWN = "it is of no known kind"
+
 # What Pillow raises on files that are damaged; a decoder's own mistakes are among them.
 DECODER_ERRORS = (
     OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, OverflowError, EOFError,
@@ -199,8 +202,8 @@ def kind_of(file: bytes) -> str:
     if file[4:8] == b"ftyp" and file[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "it is a HEIC picture"
     if file[4:8] == b"ftyp":
-        return "it is a film, which --video shows, or a picture that this build of Pillow does not read"
-    return next((f"it is {kind}" for start, kind in OTHERS.items() if file.startswith(start)), "it is of no known kind")
+        return FILM
+    return next((f"it is {kind}" for start, kind in OTHERS.items() if file.startswith(start)), UNKNOWN)
 
 
 def _unreadable(name: str, error: Exception) -> str:
