@@ -34,10 +34,12 @@ def world_in(folder: Path) -> World:
 
 
 def load_everything() -> None:
-    """Import what commands import, and skip the tracing: the attacks are on what happens around the graphs."""
+    """Import what commands import, trace nothing and run no model: attacks are on what happens around the graphs."""
     import_everything()
+    from framefusion.export.check import golden
     from framefusion.export.writing import parts
 
+    setattr(golden, "_out_of_reach", lambda *_: "this build is about what happens around the graphs")  # noqa: B010
     setattr(parts, "trace_graph", lambda *_: None)  # noqa: B010
     setattr(parts, "save_graph", lambda _graph, path, *_: path.write_bytes(b"graph"))  # noqa: B010
 
