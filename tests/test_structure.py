@@ -89,6 +89,7 @@ def test_modules_are_called_as_imports_call_them_and_links_are_not_followed(writ
     ]
 
 
+@pytest.mark.slow
 def test_a_copy_with_real_folders_in_place_of_the_links_has_the_same_graph(
     tmp_path: Path, here: tuple[Module, ...]
 ) -> None:
@@ -384,6 +385,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         main(["--root", str(tmp_path)])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
 def test_a_commit_of_this_repository_can_be_measured() -> None:
     with checkout(ROOT, "HEAD") as root:

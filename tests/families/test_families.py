@@ -103,7 +103,7 @@ def test_every_row_has_a_case() -> None:
     assert sorted(case.family for case in CASES) == sorted(family.name for family in FAMILIES)
 
 
-@pytest.mark.parametrize("name", ["video", "mixed"])
+@pytest.mark.parametrize("name", ["mixed", pytest.param("video", marks=pytest.mark.slow)])
 def test_torch_graphs(eager: Subject, name: str) -> None:
     conversation = read_conversation(eager, name)
     compare_prompt(eager, conversation)
@@ -113,6 +113,7 @@ def test_torch_graphs(eager: Subject, name: str) -> None:
     compare_reduced(eager, conversation)
 
 
+@pytest.mark.slow
 def test_a_session_equals_one_request_for_the_whole_conversation(eager: Subject) -> None:
     pipeline = eager.pipeline
     session = pipeline.session()
@@ -136,6 +137,7 @@ def test_prompts(eager: Subject, name: str) -> None:
     compare_pixels(eager, conversation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_frames(case: FamilyCase, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"

@@ -82,6 +82,7 @@ def shown(case: Case) -> dict[str, Media]:
     return media | {name: as_image(pixels) for name, pixels in images.items()}
 
 
+@pytest.mark.slow
 def test_each_row_has_a_box(case: Case) -> None:
     for name, media in shown(case).items():
         assert sum(len(panel.boxes) for panel in case.panels(media)) == case.visual(media).num_rows, name

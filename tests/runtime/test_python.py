@@ -41,7 +41,6 @@ WHAT = "What happens?"
 @pytest.fixture
 def no_collector() -> Iterator[None]:
     """What is freed, is freed because nothing refers to it any more."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

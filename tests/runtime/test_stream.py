@@ -50,7 +50,6 @@ def caches(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[weakref.
 @pytest.fixture
 def no_collector() -> Iterator[None]:
     """What is freed, is freed because nothing refers to it any more."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

@@ -130,6 +130,7 @@ def test_where_memory_is_short_weights_stay_on_the_disk(
     assert prove(opened, Honest(opened), sparing).right
 
 
+@pytest.mark.slow
 def test_a_golden_that_cannot_be_made_says_why(
     checkpoint: Path, tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +161,7 @@ def test_every_mode_in_every_dialect_and_type(
     assert any("kept tokens" in stage.what for stage in proof.stages) == (mode != "none")
 
 
+@pytest.mark.slow
 def test_attention_without_its_mask(checkpoint: Path, tmp_path: Path) -> None:
     options = BuildOptions(dialect="portable", **ADAPTIVE)
     folder = build(Checkpoint(checkpoint), tmp_path / "bundle", options, verify=False).folder

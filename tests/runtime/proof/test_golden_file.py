@@ -38,6 +38,7 @@ def few_places(plain: dict[str, Any]) -> list[Any]:
     return [at for at in places(plain) if all(not isinstance(key, int) or key < 2 for key in at)]
 
 
+@pytest.mark.slow
 def test_mutations(folder: Path) -> None:
     opened = Bundle(folder, verify=False)
     backend = Honest(opened)

@@ -15,6 +15,7 @@ from framefusion.export.checkpoints.text.template_rendering import render
 from framefusion.export.families.family import CHATML
 from framefusion.export.families.qwen2_vl.reading import PLACEHOLDERS
 from framefusion.runtime.text.prompt import PromptTemplate
+from tests.tiers import in_tiers
 from tests.wheel import ROOT
 
 QWEN2_VL = (ROOT / "tests" / "models/tiny_qwen2_vl/chat_template.jinja").read_text()
@@ -139,7 +140,9 @@ FEATURES = (
 )
 
 
-@pytest.mark.parametrize("source", [QWEN2_VL, CHATML_TEXT, WITHOUT_SYSTEM, VISUALS_FIRST, QWEN3_VL, TRIMMED, FEATURES])
+@pytest.mark.parametrize(
+    "source", in_tiers([QWEN2_VL, FEATURES, CHATML_TEXT, WITHOUT_SYSTEM, VISUALS_FIRST, QWEN3_VL, TRIMMED], fast=2)
+)
 def test_the_process_renders_as_transformers_does(source: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -61,6 +61,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_segment(tmp_path_factory)
 
 
+@pytest.mark.slow
 def test_a_builder_loads_its_library_once(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from framefusion.export.engines.tensorrt import build
 

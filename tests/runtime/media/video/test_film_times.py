@@ -23,6 +23,7 @@ from framefusion.runtime.media.frame_sampling import RULES, FrameSampling, sampl
 from framefusion.runtime.media.video.frames import Video, read_video
 from framefusion.runtime.media.video.timeline import MAX_SECONDS, Timeline, ascending, disorder
 from tests.runtime.media.video.test_video import write_video
+from tests.tiers import in_tiers
 from tests.wheel import ROOT
 
 FILMS = ROOT / "tests" / "media" / "films"
@@ -43,7 +44,7 @@ def timeline(times: list[float], *rates: float, last: float = 0.0) -> Timeline:
     return Timeline.from_timestamps(ticks, 1e-3, rates, round(last * 1000))
 
 
-@pytest.mark.parametrize("name", sorted(set(TIMES) - {TALL}))
+@pytest.mark.parametrize("name", in_tiers(sorted(set(TIMES) - {TALL}), fast=5))
 @pytest.mark.filterwarnings("ignore::framefusion.errors.MediaWarning")
 def test_each_frame_has_the_time_that_ffmpeg_gives_it(name: str) -> None:
     expected = np.array(TIMES[name])

@@ -131,7 +131,7 @@ def test_bad_sampling_is_refused() -> None:
         ("a.mp4", "libx265"),
     ],
 )
-@pytest.mark.parametrize("count", [5, 90])
+@pytest.mark.parametrize("count", [5, pytest.param(90, marks=pytest.mark.slow)])
 def test_frames_equal_a_full_decode(tmp_path: Path, name: str, codec: str, count: int) -> None:
     path = write_video(tmp_path / name, count, codec)
     video = read_video(path, FrameSampling("qwen2_vl", max_frames=6))
