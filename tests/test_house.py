@@ -114,6 +114,7 @@ def loaded(names: set[str]) -> str:
 RUNTIME = [module_name(path) for path in files_of("runtime")]
 NUMPY_MODULES = [name for path in files_of("framefusion") if not within(name := module_name(path), TORCH_PACKAGES)]
 MOST_MODULES = 7  # in a folder
+ROWS = {"runtime/families", "framefusion/reducers"}  # folders that are a table: they grow by a module a row
 MOST_LINES = 400
 LONGEST_FUNCTION = 60  # lines
 SAYS_NOTHING = {*("manager", "managers", "helper", "helpers", "util", "utils"), *("data", "info")}
@@ -190,7 +191,7 @@ def test_no_arrow_leads_from_the_runtime_to_the_toolchain() -> None:
 
 def test_a_folder_holds_at_most_seven_modules() -> None:
     folders = Counter(path.parent.relative_to(ROOT).as_posix() for path in LIBRARY if path.name != "__init__.py")
-    assert {folder: count for folder, count in folders.items() if count > MOST_MODULES} == {}
+    assert {folder: count for folder, count in folders.items() if count > MOST_MODULES and folder not in ROWS} == {}
 
 
 def test_tests_mirror_the_modules_they_are_about() -> None:
