@@ -36,6 +36,7 @@ def world(checkpoint: Path, instant_traces: None, tmp_path_factory: pytest.TempP
     return World(checkpoint, reference, reference, WRITES, None, None, Path("/no/film"), Path("/no/picture"))
 
 
+@pytest.mark.slow
 @given(st.randoms(use_true_random=False))
 @settings(
     max_examples=8, deadline=None, database=None, derandomize=True,
@@ -48,6 +49,7 @@ def test_every_foreign_byte_stands(world: World, tmp_path: Path, rng: random.Ran
     assert foreign.attack(rng, world, folder) is None
 
 
+@pytest.mark.slow
 def test_killed_builds_end_in_the_same_bundle(world: World, tmp_path: Path) -> None:
     for trial in range(2):
         folder = tmp_path / str(trial)
@@ -55,6 +57,7 @@ def test_killed_builds_end_in_the_same_bundle(world: World, tmp_path: Path) -> N
         assert killed.attack(random.Random(trial), world, folder) is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("instant_traces")
 def test_a_bundle_has_its_name_at_any_moment(checkpoint: Path, world: World, tmp_path: Path) -> None:
     """Killed at each of the last writes: at them the bundle is replaced."""

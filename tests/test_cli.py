@@ -46,11 +46,12 @@ def answer(command: click.Command, *arguments: object) -> dict[str, Any]:
     [
         ("export", "ff_export", ["--help"]),
         ("export", "ff_export", ["build", "--help"]),
-        ("export", "ff_export", ["families"]),
         ("runtime", "ff_run", ["generate", "--help"]),
-        ("runtime", "ff_run", ["view", "--help"]),
-        ("export", "ff_export", ["view", "--help"]),
-        ("export", "ff_export", ["eval", "--help"]),
+        *(
+            pytest.param("export", "ff_export", arguments, marks=pytest.mark.slow)
+            for arguments in (["families"], ["view", "--help"], ["eval", "--help"])
+        ),
+        pytest.param("runtime", "ff_run", ["view", "--help"], marks=pytest.mark.slow),
     ],
 )
 def test_help_needs_no_heavy_package(module: str, command: str, arguments: list[str]) -> None:

@@ -30,6 +30,7 @@ from tests.families.case import CONVERSATIONS, FamilyCase, clip, picture, relati
 from tests.families.eager import eager_pipeline
 from tests.families.internvl import InternVLReference
 from tests.families.test_families import OPTIONS, Conversation, Subject, read_conversation
+from tests.tiers import in_tiers
 
 ROWS = [family for family in FAMILIES if family.name in LIVE]
 LIVE_CASES = [case for case in CASES if case.family in LIVE]
@@ -89,7 +90,7 @@ def compare(subject: Subject, name: str, attention: str = "sdpa") -> None:
     assert relative_error(logits[-1], prefilled.logits[: logits.shape[-1]]) < subject.case.limit
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", in_tiers(["mixed", "video"], fast=1))
 def test_equals_the_pipeline(subject: Subject, name: str) -> None:
     compare(subject, name)
 

@@ -39,6 +39,7 @@ from framefusion.storage.records import from_json, to_json
 from tests.families.case import clip, picture, relative_error
 from tests.families.minicpmv import QUERIES, SCALE, MiniCpmVCase, MiniCpmVReference, write_checkpoint
 from tests.films import write_film
+from tests.tiers import in_tiers
 
 RELEASED = MiniCpmVPreprocessing(query_num=64, scale_resolution=448, image_slices=9)
 TINY = MiniCpmVPreprocessing(query_num=QUERIES, scale_resolution=SCALE, image_slices=9)
@@ -262,7 +263,10 @@ def test_a_bundle_sees_exclamation_marks_and_slices(folder: Path, tmp_path: Path
 # ---- frames of a film
 
 
-@pytest.mark.parametrize(("frames", "rate"), [(1, 25), (24, 25), (26, 25), (64, 1), (65, 1), (200, 2), (130, 1)])
+SHOWN_FILMS = [(1, 25), (26, 25), (24, 25), (64, 1), (65, 1), (200, 2), (130, 1)]  # frames, and frames a second
+
+
+@pytest.mark.parametrize(("frames", "rate"), in_tiers(SHOWN_FILMS, fast=2, several=True))
 def test_frames_of_films(tmp_path: Path, frames: int, rate: int) -> None:
     film = write_film(tmp_path / "film.mp4", frames=frames, fps=rate, size=32)
     assert read_video(film, SAMPLING).indices.tolist() == MiniCpmVCase().indices(frames, rate)

@@ -25,6 +25,7 @@ from framefusion.runtime.proof.remembered import Verdict, combination_of, recall
 from tests.commands import assert_refused, run
 from tests.runtime.bundle_edits import copied, edited
 from tests.runtime.proof.wrong_backends import OPENED
+from tests.tiers import in_tiers
 
 WRONG = "tests.runtime.proof.wrong_backends:open_wrong"
 HONEST = "tests.runtime.proof.wrong_backends:open_honest"
@@ -167,7 +168,7 @@ def test_another_driver_or_gpu_is_another_combination(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{}", b"[1]", b"\xff", b'{"right": true, "text": "right"}', b"x" * 100_000],
+    in_tiers([b"", b"{}", b"[1]", b"\xff", b'{"right": true, "text": "right"}', b"x" * 100_000], fast=2),
     ids=["empty", "no entry", "a list", "no text", "of nothing", "too long"],
 )
 def test_what_cannot_be_believed_counts_as_absent(bundle: Path, cache: Path, content: bytes) -> None:

@@ -29,6 +29,7 @@ from framefusion.runtime.view.page import page
 from framefusion.runtime.view.view import SIDES, Watched, facts, fates, stored_size, watch
 from tests.commands import assert_refused, export, run
 from tests.films import write_film
+from tests.tiers import in_tiers
 from tests.versions import needs_torch
 
 REQUEST = Request(max_new_tokens=4, cost=0.4, similarity_lower_bound=0.97)
@@ -265,7 +266,9 @@ def test_a_bundle_is_viewed(command: Callable[..., Any], bundle: Path, film: Pat
     assert drawn["dense"]["prompt_tokens"] == drawn["reduced"]["prompt_tokens"]
 
 
-@pytest.mark.parametrize(("module", "command"), [("runtime", "ff_run"), ("export", "ff_export")])
+@pytest.mark.parametrize(
+    ("module", "command"), in_tiers([("runtime", "ff_run"), ("export", "ff_export")], fast=1, several=True)
+)
 def test_a_bundle_is_viewed_without_torch(module: str, command: str, bundle: Path, film: Path, tmp_path: Path) -> None:
     asked = ["view", str(bundle), "--video", str(film), "--prompt", "What?", "-o", str(tmp_path / "report.html")]
     code = f"""

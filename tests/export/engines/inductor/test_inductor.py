@@ -241,6 +241,7 @@ def fixed_prefill(checkpoint: Path) -> tuple[torch.nn.Module, tuple[Any, ...]]:
     return module, (*rows, *vectors, past)
 
 
+@pytest.mark.slow
 def test_the_fixed_ratio_model_has_no_graph_break(checkpoint: Path) -> None:
     module, arguments = fixed_prefill(checkpoint)
     explained = torch._dynamo.explain(module)(*arguments)

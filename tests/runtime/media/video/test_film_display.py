@@ -15,6 +15,7 @@ from PIL import Image
 
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.video.frames import read_video
+from tests.tiers import in_tiers
 from tests.wheel import ROOT
 
 MEDIA = ROOT / "tests" / "media"
@@ -42,7 +43,7 @@ def with_matrix(target: Path, matrix: Matrix) -> Path:
 WAYS = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
 
 
-@pytest.mark.parametrize("matrix", WAYS)
+@pytest.mark.parametrize("matrix", in_tiers(WAYS, fast=3))
 def test_all_eight_ways_to_lay_a_film(tmp_path: Path, matrix: Matrix) -> None:
     """By the definition of the matrix, pixel for pixel; ffmpeg -autorotate gave the same bytes for all eight."""
     plain, laid = shown(FILMS / "x.mp4")[7], shown(with_matrix(tmp_path / "m.mp4", matrix))[7]
@@ -148,7 +149,9 @@ def test_animated_pictures_are_films(tmp_path: Path, kind: str) -> None:
         assert np.abs(pixel.astype(int) - colour).max() <= (0 if kind in ("webp", "png") else 8)
 
 
-@pytest.mark.parametrize("name", ["a:b.mp4", "file:x.mp4", "http:x.mp4", "concat:a|b.mp4", "%d.mp4", "-i.mp4"])
+@pytest.mark.parametrize(
+    "name", in_tiers(["http:x.mp4", "concat:a|b.mp4", "a:b.mp4", "file:x.mp4", "%d.mp4", "-i.mp4"], fast=2)
+)
 def test_names_that_look_like_addresses_are_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """F7: the file of that name is read, not another one."""
     (tmp_path / name).write_bytes((FILMS / "x.mp4").read_bytes())
