@@ -112,6 +112,8 @@ def build_planned(
     key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
     with Staging(output, key, force=force, progress=progress, checkpoint=checkpoint.folder) as staged:
         staged.forget(CARD)
+        if verify:
+            staged.forget(GOLDEN_PART)  # a build without the check may have left it out
         meter = Meter(progress, sizes_of(plan, scope))
         # 3. write: each part is hashed and journaled before the next
         manifest = _write_parts(plan, staged, meter)
@@ -124,7 +126,8 @@ def build_planned(
         if golden:
             meter.begin(GOLDEN_PART)
             opened = Bundle(staged.folder, verify=False)
-            staged.write(GOLDEN_PART, lambda folder: write_golden(folder, golden_of(opened, plan, meter.doing)))
+            make = partial(golden_of, opened, plan, meter.doing, may_stream=verify)
+            staged.write(GOLDEN_PART, lambda folder: write_golden(folder, make()))
             manifest = replace(manifest, files={**manifest.files, GOLDEN: staged.files[GOLDEN]})
         # 6. compile
         if options.engines is not None:

@@ -137,9 +137,12 @@ def test_a_golden_that_cannot_be_made_says_why(
     with monkeypatch.context() as patch:
         patch.setattr(check, "available_memory", lambda: 1)
         build(Checkpoint(checkpoint), tmp_path / "bundle", BuildOptions(depth=0), verify=False)
+        opened = Bundle(tmp_path / "bundle", verify=False)
+        starved = golden_of(opened, planned(opened, checkpoint))
+    assert starved.missing == "the eager model needs 0.9 GB of memory, 0.0 GB were free"
     result = run("check", tmp_path / "bundle")
     assert result.exit_code == 13
-    assert "has no golden: the eager model needs 0.9 GB of memory, 0.0 GB were free" in result.stderr
+    assert "has no golden: the eager model is larger than the memory that was free, and --no-check" in result.stderr
     answered = run("generate", tmp_path / "bundle", "--image", picture, "--prompt", "What?", "--max-new-tokens", 1)
     assert answered.exit_code == 0, answered.output
     assert answered.stderr.startswith("backend: onnxruntime on cpu; not ")
