@@ -47,7 +47,7 @@ class Replayed(ReductionState):
         theirs = self._decisions[self.call]
         if theirs.similarity is not None:
             mine = self._scores("similarity", similarity)
-            comparable = mine > DISSIMILAR
+            comparable = theirs.similarity > DISSIMILAR
             self._note("similarity", mine[comparable], theirs.similarity[comparable], 1.0)
         if theirs.importance is not None:
             mine = self._scores("importance", importance)
@@ -56,5 +56,5 @@ class Replayed(ReductionState):
         return theirs.plan
 
     def _note(self, name: str, ours: Scores, theirs: Scores, scale: float) -> None:
-        error = float(np.abs(ours - theirs).max(initial=0)) / scale if scale else 0.0
-        self._errors[name] = max(self._errors.get(name, 0.0), error)
+        error = float(np.abs(ours - theirs).max(initial=0)) / (scale or 1.0)
+        self._errors[name] = float(np.maximum(self._errors.get(name, 0.0), error))  # of a NaN, NaN

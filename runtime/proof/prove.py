@@ -209,7 +209,7 @@ class Followed(ReductionState):
             similarity if self.wants_similarity else None, importance if self.wants_importance else None, _NO_PLAN
         )
         for name, error in _score_errors([read], [golden]).items():
-            self.errors[name] = max(self.errors.get(name, 0.0), error)
+            self.errors[name] = _largest(self.errors.get(name, 0.0), error)
         plan = self._inner.step(_vector(golden.similarity), _vector(golden.importance), features)
         self.finished = self._inner.finished
         return plan

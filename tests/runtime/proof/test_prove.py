@@ -20,6 +20,7 @@ from tests.runtime.proof.wrong_backends import (
     BlursTheTower,
     Honest,
     LosesImportance,
+    LosesNumbers,
     MisplacesSimilarity,
     ScalesACache,
 )
@@ -64,6 +65,7 @@ def test_weights_of_another_checkpoint_in_one_segment(bundle: Path, tmp_path: Pa
         (ScalesACache, {"dense: decoded logits", "cost 0.3: decoded logits"}, {"dense: logits", "cost 0.3: logits"}),
         (MisplacesSimilarity, {"cost 0.4: similarity", "cost 0.3: similarity"}, {"dense: logits"}),
         (LosesImportance, {"cost 0.3: kept tokens", "cost 0.3: importance"}, {"dense: logits"}),
+        (LosesNumbers, {"cost 0.3: kept tokens", "cost 0.3: importance"}, {"dense: logits"}),
         (AnswersNaN, {"dense: logits", "dense: decoded logits"}, {"rows of the vision tower"}),
         (BlursTheTower, {"rows of the vision tower"}, {"dense: logits", "cost 0.3: logits"}),
     ],

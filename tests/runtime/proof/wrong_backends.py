@@ -96,6 +96,16 @@ class LosesImportance(Rewrites):
         array[...] = 1.0
 
 
+class LosesNumbers(Rewrites):
+    """Importance is no number, as an overflow in the scores alone would leave it; logits are right."""
+
+    output = "importance"
+
+    def change(self, array: Any) -> None:
+        """Nothing but NaN."""
+        array[...] = np.nan
+
+
 class RoundsSimilarity(Rewrites):
     """Off by what rounding may do."""
 
