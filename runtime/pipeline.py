@@ -17,7 +17,7 @@ from framefusion.errors import ClosedError
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.choice import Choice
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.format.manifest import ReductionRecord
+from framefusion.runtime.format.manifest import Manifest, ReductionRecord
 from framefusion.runtime.generation.stages import Media as Media
 from framefusion.runtime.generation.stages import Stages, prefill_report
 from framefusion.runtime.generation.token_rows import TokenRows
@@ -221,4 +221,11 @@ def dense_pipeline(pipeline: Pipeline) -> Pipeline:
         return pipeline
     segments = tuple(replace(s, graph=s.decode, decode_graph=None) for s in manifest.segments)
     plain = pipeline.bundle.with_manifest(segments=segments, fixed=None, reduction=ReductionRecord("none"))
-    return Pipeline(plain, pipeline.backend)
+    return Pipeline(plain, pipeline.backend, choice=pipeline.choice, limits=pipeline.limits)
+
+
+def dense_request(manifest: Manifest, request: Request) -> Request:
+    """The request with nothing dropped, for `dense_pipeline`; what a bundle has built in must not be asked again."""
+    if manifest.reduction.mode == "adaptive":
+        return replace(request, cost=1.0)
+    return replace(request, cost=None, reducer=None)

@@ -163,6 +163,12 @@ class Generation:
         kept = sum(length - text for length in self.kv_lengths)
         return kept / (self.visual_tokens * len(self.kv_lengths)) if self.visual_tokens else 1.0
 
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens behind the first one, in a second of decoding; 0 where there was no decoding."""
+        decoding = self.seconds.get("decode", 0.0)
+        return (len(self.token_ids) - 1) / decoding if decoding else 0.0
+
     def kept(self, layer: int, *, visual: bool = False) -> NDArray[np.int64]:
         """Which tokens a layer held after the prefill: [n] places in the prompt, ascending, 0 is its first token.
 
@@ -192,9 +198,7 @@ class Generation:
         """
         facts = asdict(replace(self, layers=None))
         del facts["layers"]
-        decoding = self.seconds.get("decode", 0.0)
-        speed = (len(self.token_ids) - 1) / decoding if decoding else 0.0
-        return facts | {"cost": {"reached": self.cost}, "tokens_per_second": speed}
+        return facts | {"cost": {"reached": self.cost}, "tokens_per_second": self.tokens_per_second}
 
     def __str__(self) -> str:
         return self.text

@@ -34,7 +34,6 @@ from framefusion.export.check.observation import (
     EagerRun,
     Effort,
     Run,
-    dense_request,
     ignore,
     observe,
     run,
@@ -49,7 +48,7 @@ from framefusion.reduction.policy import ReductionState
 from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
+from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline, dense_request
 
 KEPT = "kept tokens"
 SWAPPED = "share of swapped tokens"  # what is compared has limits of its own
@@ -174,7 +173,7 @@ class Comparison:
     def errors(self) -> dict[str, float]:
         """Name of what is compared -> relative error, or tokens that differ; in the order of the computation."""
         found = {"vision features": relative_error(self._features(), self.theirs.features)}
-        request = dense_request(self.compiled.manifest, self.tokens)
+        request = dense_request(self.compiled.manifest, Request(self.tokens))
         ours = self._run(dense_pipeline(self.compiled), request, self.theirs.dense)
         self.dense_logits = ours.logits
         self.kept_tokens = len(ours.kept[-1])

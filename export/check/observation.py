@@ -18,12 +18,11 @@ from framefusion.export.graphs.graph_plan import GraphModule
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reduction.policy import Decision, ReductionState
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.generation.decode import Decoder
 from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.visual_input import VisualInput
-from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline
+from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline, dense_request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 
@@ -130,7 +129,9 @@ def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doin
     rows = eager.embed(prompt, [features])
     # 3. without a reduction: what transformers computes as well
     recorder.open = True
-    dense = run(dense_pipeline(eager), prompt, rows, dense_request(eager.manifest, effort.tokens), recorder=recorder)
+    dense = run(
+        dense_pipeline(eager), prompt, rows, dense_request(eager.manifest, Request(effort.tokens)), recorder=recorder
+    )
     # 4. with the bundle's reduction, and the scores that it decided by
     reduced = None
     decisions = list[Decision]()
@@ -231,11 +232,6 @@ def run(
         logits = decoder.step(row, cos[step], sin[step])
         decoded.append(logits.copy())
     return Run(first, prefilled.kept, chosen, decoded)
-
-
-def dense_request(manifest: Manifest, tokens: int = DECODED) -> Request:
-    """A request that keeps all tokens."""
-    return Request(tokens, cost=1.0 if manifest.reduction.mode == "adaptive" else None)
 
 
 def draw_clip(frames: int = FRAMES) -> NDArray[np.uint8]:

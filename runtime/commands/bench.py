@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from framefusion.console import messages as console
 from framefusion.errors import BudgetError
 from framefusion.runtime.memory import slot_bytes
-from framefusion.runtime.pipeline import Pipeline, dense_pipeline
+from framefusion.runtime.pipeline import Pipeline, dense_pipeline, dense_request
 from framefusion.runtime.request import Generation, Request
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def ways_of(pipeline: Pipeline, request: Request, costs: Sequence[float]) -> lis
     if costs:
         raise BudgetError(f"the cost of this bundle is built in (--reduction {mode}): leave --cost out")
     built = Way(f"cost {pipeline.manifest.reduction.cost:g}", pipeline, request)
-    return [Way("cost 1", dense_pipeline(pipeline), request), built] if mode == "fixed" else [built]
+    dense = dense_request(pipeline.manifest, request)
+    return [Way("cost 1", dense_pipeline(pipeline), dense), built] if mode == "fixed" else [built]
 
 
 def measure(
@@ -120,8 +121,7 @@ def facts_of(way: Way, timings: Sequence[Timing], first: Generation) -> dict[str
         for stage in STAGES
         if any(stage in timing.answer.seconds for timing in timings)
     }
-    decoding = [timing.answer.seconds.get("decode", 0.0) for timing in timings]
-    speeds = [(len(answer.token_ids) - 1) / seconds for seconds in decoding if seconds]
+    speeds = [speed for timing in timings if (speed := timing.answer.tokens_per_second)]
     text = answer.prompt_tokens - answer.visual_tokens
     return {
         "name": way.name,
@@ -130,7 +130,7 @@ def facts_of(way: Way, timings: Sequence[Timing], first: Generation) -> dict[str
         "kv_bytes": sum(answer.kv_lengths) * slot_bytes(way.pipeline.manifest),
         "first_token": spread([timing.first_token for timing in timings]),
         "stages": stages,
-        "tokens_per_second": statistics.median(speeds) if speeds and len(answer.token_ids) > 1 else None,
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
         "text": answer.text,
         "same_answer": answer.text == first.text,
     }

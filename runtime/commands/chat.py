@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from framefusion.console import messages as console
 from framefusion.errors import BudgetError, FrameFusionError, PromptError, VideoError
 from framefusion.reduction.budget import describe_cost
-from framefusion.runtime.pipeline import Pipeline, dense_pipeline
+from framefusion.runtime.pipeline import Pipeline, dense_pipeline, dense_request
 from framefusion.runtime.request import Generation, PrefillReport, Request, Step, Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 
@@ -168,10 +168,9 @@ class Chat:
         prompt = pipeline.prompt(turns, visuals)
         rows = pipeline.embed(prompt, [pipeline.encode_visual(visual) for visual in visuals])
         # 2. In turns, so that what else the machine does meets both; the faster of each says what it takes.
-        adaptive = pipeline.manifest.reduction.mode == "adaptive"
         ways = {
             "reduced": (pipeline, self.request),
-            "every token": (dense_pipeline(pipeline), replace(self.request, cost=1.0 if adaptive else None)),
+            "every token": (dense_pipeline(pipeline), dense_request(pipeline.manifest, self.request)),
         }
         answers: dict[str, list[Generation]] = {name: [] for name in ways}
         for _round in range(ROUNDS):

@@ -10,7 +10,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,15 @@ from framefusion.reducers import DEFAULT
 from framefusion.reduction import tracks
 from framefusion.reduction.budget import describe_cost
 from framefusion.reduction.policy import CallRecord, Decision
-from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest
+from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.generation.stages import Media, prefill_report
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing, resize
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.media.tiles.panels import Panel
 from framefusion.runtime.media.video.frames import Video, facts_of_films
-from framefusion.runtime.pipeline import Generation, Pipeline, Request, dense_pipeline
+from framefusion.runtime.memory import slot_bytes
+from framefusion.runtime.pipeline import Generation, Pipeline, Request, dense_pipeline, dense_request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from framefusion.runtime.view.flops import prefill_flops
@@ -96,7 +97,7 @@ def watch(
     if compare:
         pipeline.prefill(prompt, rows, request, Stopwatch())
         plain = dense_pipeline(pipeline)
-        whole = replace(request, cost=1.0 if pipeline.manifest.reduction.mode == "adaptive" else None)
+        whole = dense_request(pipeline.manifest, request)
         plain.prefill(prompt, rows, whole, Stopwatch())
         dense = plain.answer(prompt, rows, whole)
     decisions: list[Decision] = []
@@ -149,7 +150,7 @@ def run_facts(answer: Generation, manifest: Manifest) -> dict[str, Any]:
     """An answer with the memory and the operations it took."""
     model = manifest.model
     lengths = answer.kv_lengths
-    slot = 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
+    slot = slot_bytes(manifest)
     full = prefill_flops(model, [answer.prompt_tokens] * len(lengths))
     return answer.to_dict() | {
         "cost": answer.cost,

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from framefusion.errors import BudgetError
-from framefusion.runtime.commands.bench import STAGES, faster, render
+from framefusion.errors import BudgetError, VideoError
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.commands.bench import STAGES, faster, render, timed, ways_of
 from framefusion.runtime.commands.cli import ff_run
+from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
+from tests.bundles import shared
 
 QUESTION = "What happens?"
 NEW = 4
@@ -52,6 +55,22 @@ def test_the_table_fits_a_terminal(bundle: Path, film: Path) -> None:
     assert shown[0].split() == ["cost", "1", "cost", "0.5", "cost", "0.3"]
     assert max(len(line) for line in shown[:-1]) <= 100
     assert {line.split(",")[0].split("  ")[0] for line in shown} >= {"prefill", "decode", "KV cache", "tokens a second"}
+
+
+def test_a_built_in_cost_is_compared_with_every_token(film: Path) -> None:
+    flags = ("--rounds", 1, "--reducer", "framefusion", "--max-film-frames", 10**5)
+    facts = json.loads(bench(shared("fixed-gqa"), film, *flags, "--json"))
+    dense, built = facts["ways"]
+    assert facts["visual_tokens"] == dense["visual_tokens_kept"] > built["visual_tokens_kept"]
+    assert facts["backend"].startswith("backend: onnxruntime on ")
+
+
+def test_the_limits_of_files_hold_without_a_reduction(film: Path) -> None:
+    with Pipeline(Bundle(shared("fixed-gqa"), verify=False), threads=1) as fixed:
+        fixed.limits = MediaLimits(film_frames=2)
+        for way in ways_of(fixed, Request(NEW, reducer=fixed.manifest.reduction.reducer), ()):
+            with pytest.raises(VideoError, match="frames"):
+                timed(way, (Turn("user", (Visual.VIDEO, QUESTION)),), [film], fixed.manifest.sampling)
 
 
 def test_costs_that_cannot_be_are_refused(bundle: Path, film: Path) -> None:
