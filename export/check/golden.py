@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +70,11 @@ def golden_of(bundle: Bundle, plan: BuildPlan, doing: Doing = ignore, *, may_str
             long as a check does. Without it such a model has no golden.
     """
     # 1. Memory: whole where the check would be, else weights stay on the disk and less is run.
-    free = check.available_memory()
-    streamed = memory_of_check(plan) > free
-    missing = _out_of_reach(plan, streamed, free) if may_stream or not streamed else LEFT_OUT
+    effort = golden_effort(plan, may_stream=may_stream)
+    streamed = effort.streamed
     request = _request(bundle, SPARING_ANSWER if streamed else ANSWER)
-    empty = Golden(VERSION, "", _limits(plan), request, (), None, missing)
-    missing = missing or _room(bundle, request)
+    empty = Golden(VERSION, "", _limits(plan), request, (), None)
+    missing = effort.missing or _room(bundle, request)
     if missing:
         return replace(empty, missing=missing)
     # 2. The eager model in fp32, behind the runtime's own code.
@@ -94,6 +93,30 @@ def golden_of(bundle: Bundle, plan: BuildPlan, doing: Doing = ignore, *, may_str
     doing("golden, vision tower")
     reference = f"eager torch {torch.__version__} in fp32, {plan.config.num_layers} layers"
     return replace(empty, reference=reference, request=request, runs=tuple(runs), tower=_tower(bundle, rehearsal))
+
+
+@dataclass(frozen=True)
+class GoldenEffort:
+    """How a golden is made.
+
+    Attributes:
+        streamed: weights stay on the disk, and less is run.
+        memory: bytes at the peak.
+        missing: why it cannot be made; "" where it can.
+    """
+
+    streamed: bool
+    memory: int
+    missing: str = ""
+
+
+def golden_effort(plan: BuildPlan, *, may_stream: bool) -> GoldenEffort:
+    """Decide from the plan and the memory that is free now; arguments are those of `golden_of`."""
+    free = check.available_memory()
+    whole = memory_of_check(plan)
+    streamed = whole > free
+    missing = _out_of_reach(plan, streamed, free) if may_stream or not streamed else LEFT_OUT
+    return GoldenEffort(streamed, memory_of_streamed(plan) if streamed else whole, missing)
 
 
 def write_golden(folder: Path, golden: Golden) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from framefusion.console.messages import in_bytes, table
 from framefusion.console.progress import in_time
 from framefusion.export.build import sizes_of
+from framefusion.export.check.golden import GoldenEffort, golden_effort
 from framefusion.export.check.verify import Scope, scope_of
 from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.tensorrt.build import BASE_MEMORY, MEMORY_PER_WEIGHT, PROFILE_MEMORY
@@ -29,6 +30,7 @@ from framefusion.runtime.memory import expected_lengths, memory_plan
 
 CHECKED_A_SECOND = 40e6  # bytes of the checkpoint that a streamed check compares: 360 s of one core for a 7B
 COMPARED_A_SECOND = 80e6  # without the runs in ONNX Runtime
+GOLDEN_A_SECOND = 40e6  # bytes of the checkpoint that the golden's runs take: 17 s for 0.36 billion parameters in fp16
 BYTES_A_SECOND = 180e6  # read, converted, hashed, written and on the disk
 COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eight profiles, a 7B's
 TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
@@ -47,6 +49,7 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
         CheckpointError, BudgetError: the build would be refused.
     """
     scope = scope_of(plan) if verify else None
+    golden = golden_effort(plan, may_stream=verify)
     sizes = sizes_of(plan, scope)
     manifest = predicted(plan, sizes)
     checked = sizes.pop("check", 0)
@@ -76,10 +79,12 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
             "build": _build_memory(plan),
             "run": {name: memory.total for name, memory in plans.items()},
             "check": None if scope is None else scope.memory,
+            "golden": None if golden.missing else golden.memory,
         },
         "check": None if scope is None else _check(scope, checked),
+        "golden": {"streamed": golden.streamed, "missing": golden.missing},
         "engines": engines,
-        "seconds": _seconds(plan, total + checked) + (engines["seconds"] if engines else 0) + _checking(plan, scope),
+        "seconds": _seconds(plan, total + checked, scope, golden) + (engines["seconds"] if engines else 0),
         "disk": {"folder": str(output), "needed": total + checked + SPARE, "free": free,
                  "fits": total + checked + SPARE <= free},
     }  # fmt: skip
@@ -107,8 +112,11 @@ def _checking(plan: BuildPlan, scope: Scope | None) -> float:
     """Seconds of a check whose weights are read from the disk as they are used; of another one little."""
     if scope is None or not scope.effort.streamed or scope.uncompared:
         return 0.0
-    weights = sum(plan.checkpoint.nbytes(key) for key in plan.checkpoint.files)
-    return weights / (CHECKED_A_SECOND if scope.method == "streamed" else COMPARED_A_SECOND)
+    return _checkpoint_bytes(plan) / (CHECKED_A_SECOND if scope.method == "streamed" else COMPARED_A_SECOND)
+
+
+def _checkpoint_bytes(plan: BuildPlan) -> int:
+    return sum(plan.checkpoint.nbytes(key) for key in plan.checkpoint.files)
 
 
 def _engines(plan: BuildPlan, size: int) -> dict[str, Any] | None:
@@ -155,9 +163,11 @@ def _build_memory(plan: BuildPlan) -> int:
     return TRACING_PROCESS + max(plan.checkpoint.nbytes(key) for key in keys if key in plan.checkpoint)
 
 
-def _seconds(plan: BuildPlan, size: int) -> float:
+def _seconds(plan: BuildPlan, size: int, scope: Scope | None, golden: GoldenEffort) -> float:
+    """Of everything but engines: writing this many bytes, tracing, the check, the golden."""
     traced = {graph.structure: len(graph.sources) for graph in plan.graphs}
-    return size / BYTES_A_SECOND + TRACING * sum(traced.values())
+    canned = 0.0 if golden.missing else _checkpoint_bytes(plan) / GOLDEN_A_SECOND
+    return size / BYTES_A_SECOND + TRACING * sum(traced.values()) + _checking(plan, scope) + canned
 
 
 def _engine_lines(engines: Mapping[str, Any] | None) -> list[str]:
@@ -185,6 +195,13 @@ def _check_line(check: Mapping[str, Any] | None, memory: int | None) -> str:
     return f"check: {scope or 'full'}; memory about {in_bytes(memory)}; {compared}"
 
 
+def _golden_line(golden: Mapping[str, Any], memory: int | None) -> str:
+    if memory is None:
+        return f"golden: none, a device will not be compared with this bundle: {golden['missing']}"
+    read = ", weights read from the disk as they are used" if golden["streamed"] else ""
+    return f"golden: the eager model's answers for `ff-run check`; memory about {in_bytes(memory)}{read}"
+
+
 def render(facts: Mapping[str, Any]) -> str:
     """What `forecast` gives, as tables for people."""
     model = facts["model"]
@@ -209,6 +226,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"{in_bytes(memory['run']['expected'])} expected, {in_bytes(memory['run']['worst'])} at worst",
         *_engine_lines(facts["engines"]),
         _check_line(check, memory["check"]),
+        _golden_line(facts["golden"], memory["golden"]),
         f"time: about {in_time(facts['seconds'])} to write, at {BYTES_A_SECOND / 1e9:.2f} GB/s and "
         f"{TRACING:g} s of tracing for each parameter of a graph",
         f"disk at {disk['folder']}: {in_bytes(disk['needed'])} needed, {in_bytes(disk['free'])} free: "

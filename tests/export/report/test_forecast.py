@@ -10,11 +10,14 @@ import pytest
 
 from framefusion import errors
 from framefusion.export.build import build
-from framefusion.export.check.verify import memory_of_streamed
+from framefusion.export.check import check
+from framefusion.export.check.golden import LEFT_OUT, golden_of
+from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.report.forecast import forecast
+from framefusion.export.report.forecast import forecast, render
+from framefusion.runtime.bundle import Bundle
 from tests.commands import assert_refused, export
 from tools.bench.big_checkpoint import BIG_SHAPES, tensors_of, write_big_checkpoint
 
@@ -83,6 +86,33 @@ def test_files_are_as_large_as_was_said(checkpoint: Path, tmp_path: Path, option
         assert 0 <= size - (folder / name).stat().st_size < 4096  # the last tensor of a file is not followed by padding
     assert facts["check"] is None
     assert facts["disk"]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("whole", "verify", "streamed", "missing"),
+    [(True, True, False, ""), (True, False, False, ""), (False, True, True, ""), (False, False, True, LEFT_OUT)],
+)
+def test_the_golden_is_what_was_said(
+    bundle: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: bool,
+    verify: bool,
+    streamed: bool,
+    missing: str,
+) -> None:
+    plan = BuildPlan(Checkpoint(checkpoint), BuildOptions(depth=1, max_input_len=512))
+    needed = memory_of_check(plan) if whole else memory_of_streamed(plan)
+    monkeypatch.setattr(check, "available_memory", lambda: needed)
+    facts = forecast(plan, tmp_path / "bundle", verify=verify)
+    assert facts["golden"] == {"streamed": streamed, "missing": missing}
+    assert facts["memory"]["golden"] == (None if missing else needed)
+    (line,) = (line for line in render(facts).splitlines() if line.startswith("golden: "))
+    assert missing in line
+    assert ("read from the disk" in line) == (streamed and not missing)
+    if missing:  # what makes it agrees
+        assert golden_of(Bundle(bundle), plan, may_stream=False).missing == missing
 
 
 def test_the_command_says_it_in_tables(checkpoint: Path, tmp_path: Path) -> None:
