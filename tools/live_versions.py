@@ -11,9 +11,9 @@ the same in all versions.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -239,17 +239,22 @@ def write_table() -> None:
     DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{behind}", encoding="utf-8")
 
 
-def main(arguments: list[str]) -> None:
-    """See the module."""
-    if arguments[:1] == ["--answer"]:
-        Path(arguments[2]).write_text(json.dumps(answer(Path(arguments[1]), arguments[3:])), encoding="utf-8")
+def main(arguments: list[str] | None = None) -> None:
+    """See the module; `--answer` is what it runs in each interpreter."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pythons", metavar="PYTHON", nargs="*", help="an interpreter with a version of transformers")
+    parser.add_argument("--answer", nargs="+", help=argparse.SUPPRESS)
+    flags = parser.parse_args(arguments)
+    if flags.answer:
+        folder, output, *families = flags.answer
+        Path(output).write_text(json.dumps(answer(Path(folder), families)), encoding="utf-8")
         return
-    if arguments:
+    if flags.pythons:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             results = []
             families = write_inputs(folder)
-            for python in arguments:
+            for python in flags.pythons:
                 output = folder / "answers.json"
                 command = [python, "-m", "tools.live_versions", "--answer", str(folder), str(output), *families]
                 subprocess.run(command, cwd=ROOT, check=True)
@@ -261,4 +266,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
