@@ -21,6 +21,7 @@ from framefusion.export.commands.cli import ff_export
 from framefusion.runtime.commands.cli import ff_run
 from tests.conftest import TRACES
 from tests.wheel import FLOORS, NEVER_AT_RUN_TIME, ROOT, build_wheel
+from tools.structure import FULL_FOLDER, LONG_FILE, LONG_FUNCTION
 from tools.syntax import (
     TOPS,
     Module,
@@ -113,10 +114,7 @@ def loaded(names: set[str]) -> str:
 
 RUNTIME = [module_name(path) for path in files_of("runtime")]
 NUMPY_MODULES = [name for path in files_of("framefusion") if not within(name := module_name(path), TORCH_PACKAGES)]
-MOST_MODULES = 7  # in a folder
 ROWS = {"runtime/families", "framefusion/reducers"}  # folders that are a table: they grow by a module a row
-MOST_LINES = 400
-LONGEST_FUNCTION = 60  # lines
 SAYS_NOTHING = {*("manager", "managers", "helper", "helpers", "util", "utils"), *("data", "info")}
 """Parts of names that could stand in any module's or class's."""
 ACROSS = {".", "authors", "families", "gpu"}  # folders of tests
@@ -191,7 +189,7 @@ def test_no_arrow_leads_from_the_runtime_to_the_toolchain() -> None:
 
 def test_a_folder_holds_at_most_seven_modules() -> None:
     folders = Counter(path.parent.relative_to(ROOT).as_posix() for path in LIBRARY if path.name != "__init__.py")
-    assert {folder: count for folder, count in folders.items() if count > MOST_MODULES and folder not in ROWS} == {}
+    assert {folder: count for folder, count in folders.items() if count > FULL_FOLDER and folder not in ROWS} == {}
 
 
 def test_tests_mirror_the_modules_they_are_about() -> None:
@@ -292,9 +290,9 @@ def test_an_assignment_is_one_value_or_a_swap() -> None:
 
 
 def test_files_and_functions_stay_readable_in_one_sitting() -> None:
-    assert {module.path: module.lines for module in modules_and_tools() if module.lines > MOST_LINES} == {}
+    assert {module.path: module.lines for module in modules_and_tools() if module.lines > LONG_FILE} == {}
     functions = [function for module in modules_and_tools() for function in function_lines(module)]
-    assert {place: lines for place, lines in functions if lines > LONGEST_FUNCTION} == {}
+    assert {place: lines for place, lines in functions if lines > LONG_FUNCTION} == {}
 
 
 def test_only_the_commands_print() -> None:
