@@ -175,9 +175,7 @@ def completed(nested: Mapping[str, Any], kind: str = "", replaced: Collection[st
     if stated is None and not kind:
         architectures = nested.get("architectures")
         names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-        kind = next(
-            (_OF_ARCHITECTURE[name] for name in names if isinstance(name, str) and name in _OF_ARCHITECTURE), ""
-        )
+        kind = next((_OF_ARCHITECTURE[name] for name in names if name in _OF_ARCHITECTURE), "")
     model_type = kind if kind and (stated is None or stated in replaced) else stated
     filled = {**CLASS_DEFAULTS.get(str(model_type), {}), **nested}
     return filled if model_type is None else filled | {"model_type": model_type}

@@ -41,7 +41,6 @@ MODES = {
 }
 UNCHECKED = ("adaptive", "fixed")
 PART = re.compile(r"^(\S+): .* before it$")  # how a build says on a log that a part begins
-UNITS = {"status": 1024, "io": 1}  # files of /proc/PID and what they count in
 COMMAND = [sys.executable, "-c", "from framefusion.export.commands.cli import main; main()"]
 
 

@@ -16,7 +16,6 @@ MAX_PARTS = 20_000
 """Outermost boxes that are looked at; a fragmented MP4 has some each second."""
 
 TAIL = 1 << 16  # an Ogg page has this many bytes at most
-UNKNOWN_SIZE = (1 << 56) - 1  # of a Matroska element that was written to a pipe
 EBML = b"\x1a\x45\xdf\xa3"
 SEGMENT = b"\x18\x53\x80\x67"
 NUT = b"nut/multimedia container\0"
