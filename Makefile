@@ -21,8 +21,8 @@ BEYOND ?=
 SETUP_TIME := 2 minutes
 TEST_TIME := 1 minute
 DEMO_TIME := 1 minute
-ENGINES_TIME := 1 minute
-ATTACK_TIME := 40 minutes
+ENGINES_TIME := half a minute
+ATTACK_TIME := 15 minutes
 
 ATTACK_TRIALS ?= 10000
 ATTACK_SEED ?= 1
