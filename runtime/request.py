@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,14 @@ from framefusion.runtime.text.sampling import DRAWING, GenerationConfig
 
 MAX_NEW_TOKENS = 128
 FinishReason = Literal["stop", "length"]
+_NUMBERS: Mapping[str, type] = {
+    "max_new_tokens": Integral,
+    "cost": Real,
+    "similarity_lower_bound": Real,
+    "ratio_lower_bound": Real,
+    "seed": Integral,
+}
+"""Fields of `Request` that are numbers, beside those that `GenerationConfig` checks."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,16 @@ class Request:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in _NUMBERS.items():
+            value = getattr(self, name)
+            given = value is not None or name == "max_new_tokens"
+            if given and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise PromptError(f"{name} is {value!r:.80}: give a {'whole ' if kind is Integral else ''}number")
+        if self.seed is not None and self.seed < 0:
+            raise PromptError(f"seed is {self.seed}: give a whole number from 0 up")
+        stop: Any = self.stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
+            raise PromptError(f"stop is {stop!r:.80}: give texts that are not empty, such as ('\\n\\n',)")
         requested = GenerationConfig().drawing(**self._given)
         for name, value in asdict(requested).items():
             other = getattr(self.generation, name, None)

@@ -279,11 +279,7 @@ class Stages:
         yield Step("end", rest, finish_reason=active.finish_reason, seconds=dict(stopwatch.seconds))
 
     def activate(self, prompt: Prompt, request: Request) -> ActiveRequest:
-        """A request that was prefilled, ready to choose its first token.
-
-        Raises:
-            PromptError: a stop string is empty.
-        """
+        """A request that was prefilled, ready to choose its first token."""
         config = request.generation_over(self.manifest.generation)
         # a table may have more rows than the tokenizer has tokens: nothing was ever trained to say those
         limit = min(self.manifest.model.vocab_size, self.tokenizer.vocab_size)

@@ -180,15 +180,10 @@ class StoppableText:
 
     Args:
         stream: a fresh one.
-        stop: texts that end the answer.
-
-    Raises:
-        PromptError: one of them is no text, or empty.
+        stop: texts that end the answer, none of them empty.
     """
 
     def __init__(self, stream: TextStream, stop: Sequence[str] = ()) -> None:
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-            raise PromptError(f"stop is {stop!r:.80}: give texts that are not empty, such as ('\\n\\n',)")
         self.stopped = False
         self._stream = stream
         self._stop = tuple(stop)

@@ -174,6 +174,19 @@ def test_a_stop_that_is_no_text_is_refused(pipeline: Pipeline, stop: Any) -> Non
         pipeline.generate([Turn("user", "What?")], request=Request(2, stop=stop))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", "5"), ("max_new_tokens", 2.5), ("max_new_tokens", None), ("max_new_tokens", True),
+        ("seed", 1.5), ("seed", -1), ("cost", "0.3"), ("similarity_lower_bound", "high"), ("ratio_lower_bound", False),
+        ("stop", 3),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused_where_the_request_is_made(name: str, value: Any) -> None:
+    with pytest.raises(PromptError, match=f"{name} is {value!r}: give "):
+        Request(**{name: value})
+
+
 class Pieces:
     """A stream of texts that are there already."""
 
