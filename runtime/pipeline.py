@@ -214,6 +214,11 @@ class Pipeline(Stages):
         return Generation.from_steps(self.decode(prompt, prefilled, request, stopwatch))
 
 
+def requested_cost(manifest: Manifest, request: Request) -> float:
+    """The share of the computation over visual tokens that a request wants kept."""
+    return manifest.reduction.cost if request.cost is None else request.cost
+
+
 def dense_pipeline(pipeline: Pipeline) -> Pipeline:
     """In the fixed mode the decoding graphs, which take any length and reduce nothing; else the pipeline itself."""
     manifest = pipeline.manifest

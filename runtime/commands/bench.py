@@ -141,10 +141,12 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
 
 
-def peak_resident_bytes() -> int:
-    """The most memory that this process has had, everything counted."""
-    import resource  # not on every platform
-
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process has had, everything counted; None where Python cannot say it (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -162,10 +164,12 @@ def render(facts: Mapping[str, Any]) -> str:
     rows.append(["tokens a second", *("-" if speed is None else f"{speed:.1f}" for speed in speeds)])
     rows.append(["KV cache", *(console.in_bytes(way["kv_bytes"]) for way in ways)])
     rows.append([f"answer of {base['name']}", *("yes" if way["same_answer"] else "no" for way in ways)])
+    counts = f"{facts['prompt_tokens']} tokens of prompt, {facts['visual_tokens']} visual"
+    peak = facts["peak_resident_bytes"]
+    memory = "" if peak is None else f"; peak memory {console.in_bytes(peak)}"
     lines = [
         console.table(["", *(way["name"] for way in ways)], rows),
-        f"medians of {facts['rounds']}; {facts['prompt_tokens']} tokens of prompt, {facts['visual_tokens']} visual; "
-        f"peak memory {console.in_bytes(facts['peak_resident_bytes'])}",
+        f"medians of {facts['rounds']}; {counts}{memory}",
     ]
     if facts["backend"] is not None:
         lines.append(facts["backend"])

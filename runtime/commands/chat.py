@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from framefusion.console import messages as console
 from framefusion.errors import BudgetError, FrameFusionError, PromptError, VideoError
 from framefusion.reduction.budget import describe_cost
-from framefusion.runtime.pipeline import Pipeline, dense_pipeline, dense_request
+from framefusion.runtime.pipeline import Pipeline, dense_pipeline, dense_request, requested_cost
 from framefusion.runtime.request import Generation, PrefillReport, Request, Step, Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 
@@ -154,7 +154,7 @@ class Chat:
             if not 0 < cost <= 1:
                 raise BudgetError(f"/cost {share} is out of range: give a share in (0, 1], such as /cost 0.3")
             self.request = replace(self.request, cost=cost)
-        cost = self.pipeline.manifest.reduction.cost if self.request.cost is None else self.request.cost
+        cost = requested_cost(self.pipeline.manifest, self.request)
         console.log(f"{describe_cost(cost)} of the visual tokens of what is shown from now on")
 
     def _compare(self, _: str) -> None:
@@ -162,6 +162,8 @@ class Chat:
         turns = self.session.turns[:-1]
         if not turns:
             raise PromptError("/compare answers the last message again, and there is none: ask something first")
+        if requested_cost(self.pipeline.manifest, self.request) == 1.0:
+            raise BudgetError("/compare at cost 1 has nothing to compare, all tokens are kept: give a /cost below 1")
         # 1. What both need is done once: files, patches, tower, embedding.
         pipeline = self.pipeline
         visuals = pipeline.read_visuals(turns, self.session.files, self.sampling, Stopwatch())

@@ -29,7 +29,7 @@ from framefusion.runtime.media.sources import Source
 from framefusion.runtime.media.tiles.panels import Panel
 from framefusion.runtime.media.video.frames import Video, facts_of_films
 from framefusion.runtime.memory import slot_bytes
-from framefusion.runtime.pipeline import Generation, Pipeline, Request, dense_pipeline, dense_request
+from framefusion.runtime.pipeline import Generation, Pipeline, Request, dense_pipeline, dense_request, requested_cost
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from framefusion.runtime.view.flops import prefill_flops
@@ -105,11 +105,6 @@ def watch(
     report = prefill_report(prompt, prefilled, facts_of_films(media))
     answer = Generation.from_steps(pipeline.decode(prompt, prefilled, request, stopwatch, report=report))
     return Watched(turns, media, prompt, request, prefilled.kept[-1], answer, decisions, dense)
-
-
-def requested_cost(manifest: Manifest, request: Request) -> float:
-    """The share of the computation over visual tokens that a request wants kept."""
-    return manifest.reduction.cost if request.cost is None else request.cost
 
 
 def facts(watched: Watched, pipeline: Pipeline, name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_figures_are_those_of_the_answers(bundle: Path, film: Path, pipeline: Pi
     caches = [way["kv_bytes"] for way in facts["ways"]]
     assert caches == sorted(caches, reverse=True)
     assert facts["peak_resident_bytes"] > 10**7
+
+
+def test_a_platform_that_does_not_tell_its_memory_is_measured_all_the_same(
+    bundle: Path, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    flags = ("--cost", 1, "--rounds", 1)
+    assert json.loads(bench(bundle, film, *flags, "--json"))["peak_resident_bytes"] is None
+    assert "peak memory" not in bench(bundle, film, *flags)
 
 
 def test_the_table_fits_a_terminal(bundle: Path, film: Path) -> None:

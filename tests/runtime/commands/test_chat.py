@@ -104,6 +104,13 @@ def test_a_pipe_ends_with_the_exit_code_of_what_was_wrong(
     assert phrase in result.stderr
 
 
+def test_nothing_to_compare_is_refused(bundle: Path) -> None:
+    result = chat(bundle, "What happens?", "/compare", "This is never said.", flags=("--cost", 1))
+    assert result.exit_code == BudgetError.exit_code, result.output
+    assert len(answers(result)) == 1
+    assert "nothing to compare" in result.stderr
+
+
 def test_nothing_said_is_nothing_answered(bundle: Path) -> None:
     assert chat(bundle).stdout == ""
     assert chat(bundle, "", "   ", "/quit", "never").stdout == ""
