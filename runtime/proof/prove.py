@@ -150,13 +150,15 @@ def _run(rehearsal: Rehearsal, run: GoldenRun, golden: Golden) -> Iterator[Stage
         if not _differing(answer.kept, run.kept) and all(error <= limits.numbers for error in errors.values()):
             note = f"{others} of {kept} chosen otherwise, by scores that are within the limit"
             others = 0
-    if run.cost is not None or rehearsal.manifest.reduction.mode == "fixed":
-        share = others / 2 / kept
-        yield Stage(f"{run.name}: kept tokens", share, 0.0 if run.calls else limits.swapped, note)
+    in_graph = rehearsal.manifest.reduction.mode == "fixed"
+    if others and in_graph:
+        note = "logits of other tokens say nothing: not compared"
+    if others or in_graph or run.cost is not None:
+        yield Stage(f"{run.name}: kept tokens", others / 2 / kept, limits.swapped if in_graph else 0.0, note)
     for name, error in errors.items():
         yield Stage(f"{run.name}: {name}", error, limits.numbers)
-    if others and not run.calls:
-        return  # logits of other tokens say nothing
+    if others and in_graph:
+        return
     yield _logits(f"{run.name}: logits", answer.logits[:1], run.logits[:1], rehearsal, golden)
     yield _logits(f"{run.name}: decoded logits", answer.logits[1:], run.logits[1:], rehearsal, golden)
 
@@ -226,17 +228,17 @@ def _score_errors(decisions: Sequence[Decision], calls: Sequence[GoldenCall]) ->
     """Largest error of each kind of score: cosines as they are, importance as a share of the largest one."""
     errors: dict[str, float] = {}
     if len(decisions) != len(calls):
-        return {"scores": float("inf")} if calls or decisions else {}
+        return {"scores": float("inf")}
     for decision, call in zip(decisions, calls, strict=True):
         pairs = {
             "similarity": (decision.similarity, call.similarity),
             "importance": (decision.importance, call.importance),
         }
         for name, (ours, golden) in pairs.items():
-            if ours is None or not golden:
-                continue
             theirs = np.array(golden, np.float32)
-            errors[name] = _largest(errors.get(name, 0.0), _score_error(name, ours, theirs))
+            if ours is not None or golden:  # what only one of the two read is as wrong as can be
+                error = float("inf") if ours is None else _score_error(name, ours, theirs)
+                errors[name] = _largest(errors.get(name, 0.0), error)
     return errors
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +92,28 @@ def test_a_golden_whose_tokens_do_not_follow_from_its_scores_is_not_reproduced(b
     runs[index] = replace(runs[index], kept=tuple(kept))
     proof = prove(opened, Honest(opened), replace(golden, runs=tuple(runs)))
     assert "cost 0.3: kept tokens" in wrong_in(proof)
+
+
+def test_a_dense_run_that_keeps_other_tokens_is_not_left_out(bundle: Path) -> None:
+    opened = Bundle(bundle)
+    golden = require_golden(opened)
+    dense, *others = golden.runs
+    fewer = replace(dense, kept=tuple(tokens[1:] for tokens in dense.kept))
+    proof = prove(opened, Honest(opened), replace(golden, runs=(fewer, *others)))
+    assert wrong_in(proof) == {"dense: kept tokens"}
+    assert "dense: logits" in [stage.what for stage in proof.stages]
+
+
+@pytest.mark.parametrize("name", ["similarity", "importance"])
+def test_scores_that_only_one_of_the_two_read_are_wrong(bundle: Path, name: str) -> None:
+    opened = Bundle(bundle)
+    golden = require_golden(opened)
+    runs = list(golden.runs)
+    (index,) = (i for i, run in enumerate(runs) if run.cost == 0.3)
+    nothing: dict[str, Any] = {name: ()}
+    runs[index] = replace(runs[index], calls=tuple(replace(call, **nothing) for call in runs[index].calls))
+    proof = prove(opened, Honest(opened), replace(golden, runs=tuple(runs)))
+    assert wrong_in(proof) == {f"cost 0.3: {name}"}
 
 
 def test_a_bundle_of_an_older_build_has_none_and_says_so(bundle: Path, tmp_path: Path) -> None:
