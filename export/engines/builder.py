@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from framefusion.export.plan.build_plan import BuildPlan
     from framefusion.runtime.bundle import Bundle
 
+_KERNELS = "framefusion.ops"
+
 Share = Callable[[float], None]
 """Called with how much of a build is done, 0 to 1; what it raises ends the build and is raised again."""
 
@@ -140,10 +142,19 @@ def builder_of(kind: EngineKind) -> EngineBuilder:
     return builder
 
 
-def builder_folder(kind: EngineKind) -> Path:
-    """The folder of a builder's module, which is not imported: what decides the bytes of its engines."""
-    module, _, _ = engine_traits(kind).builder.partition(":")
+def code_folders(kind: EngineKind) -> tuple[Path, ...]:
+    """The folders of the code that decides the bytes of a kind's engines, beside what their graphs already show.
+
+    Engines that are traced from torch hold the kernels of our ops, which the graphs of a bundle only name.
+    """
+    traits = engine_traits(kind)
+    builder = _folder_of(traits.builder.partition(":")[0])
+    return (builder, _folder_of(_KERNELS)) if traits.traced else (builder,)
+
+
+def _folder_of(module: str) -> Path:
+    """Where a module lies; it is not imported."""
     spec = importlib.util.find_spec(module)
-    assert spec is not None, f"the table of backends names {module}, which is missing"
-    assert spec.origin is not None, f"the table of backends names {module}, which is no file"
+    assert spec is not None, f"{module} is missing"
+    assert spec.origin is not None, f"{module} is no file"
     return Path(spec.origin).parent

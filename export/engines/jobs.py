@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from framefusion.console.messages import in_bytes
 from framefusion.errors import BackendError, BundleError, StorageError
-from framefusion.export.engines.builder import EngineBuilder, EngineSpec, builder_folder, builder_of
+from framefusion.export.engines.builder import EngineBuilder, EngineSpec, builder_of, code_folders
 from framefusion.export.engines.cache import EngineCache
 from framefusion.export.machine import free_disk
 from framefusion.export.options import EngineOptions
@@ -220,6 +220,7 @@ def admitted(jobs: Sequence[Job], limit: int | None, free: int) -> tuple[int, st
 def _code_of(kind: EngineKind) -> str:
     """A hash of the code that makes the network: engines of an older one are not taken for those of a newer."""
     digest = hashlib.sha256()
-    for path in sorted(builder_folder(kind).glob("*.py")):
-        digest.update(path.read_bytes())
+    for folder in code_folders(kind):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()

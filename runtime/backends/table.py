@@ -25,7 +25,8 @@ class EngineTraits:
         builder: class of an `export.engines.builder.EngineBuilder`. All modules beside its own decide an engine's
             bytes: they are part of its key.
         needs: what has to be installed where the engines run, for `ff-export inspect`.
-        traced: compiled from torch's graphs, traced from the checkpoint's configuration; else from the bundle's.
+        traced: compiled from torch's graphs, traced from the checkpoint's configuration; else from the bundle's. Then
+            the code of our ops is part of the key, too.
         weights_inside: an engine holds its weights; else it is given the bundle's own files of weights.
         dialects: of graphs that an engine can be compiled from, the usual one first; () takes any.
         dtypes: of these graphs, the usual one first; () takes any.

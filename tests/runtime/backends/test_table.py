@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from framefusion.export.engines.builder import EngineBuilder, builder_folder, builder_of
+from framefusion.export.engines.builder import EngineBuilder, builder_of, code_folders
 from framefusion.runtime.backends import table
 from framefusion.runtime.backends.table import BACKENDS, BackendKind, backend, engine_traits
 from tests.versions import needs_torch
@@ -67,14 +67,16 @@ def test_builders_have_what_the_main_path_calls() -> None:
 def test_the_code_in_a_key_is_found_without_importing_it() -> None:
     code = (
         "import sys\n"
-        "from framefusion.export.engines.builder import builder_folder\n"
-        "print(builder_folder('inductor'), 'torch' in sys.modules)\n"
+        "from framefusion.export.engines.builder import code_folders\n"
+        "print(*code_folders('inductor'), 'torch' in sys.modules)\n"
     )
     done = subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True, check=True)
-    folder, loaded = done.stdout.split()
+    folder, kernels, loaded = done.stdout.split()
     assert folder.endswith("export/engines/inductor")
+    assert kernels.endswith("framefusion/ops")  # traced engines hold them; the graphs of a bundle only name the ops
     assert loaded == "False"
-    assert {path.name for path in builder_folder("tensorrt").glob("*.py")} >= {"build.py", "network.py", "profiles.py"}
+    (folder_of_tensorrt,) = code_folders("tensorrt")
+    assert {path.name for path in folder_of_tensorrt.glob("*.py")} >= {"build.py", "network.py", "profiles.py"}
 
 
 def test_the_table_imports_nothing_of_the_package() -> None:
