@@ -52,7 +52,7 @@ def generate(bundle: Path, **options: Any) -> None:
     running = running_flags(options)
     question = PromptOptions.from_flags(**options)
     pipeline = open_pipeline(bundle, **running)
-    request = question.request(pipeline.manifest)
+    request = question.request()
     sampling = question.sampling(pipeline.manifest)
     pipeline.limits = question.limits()
     on_text = None if console.wants_json() else _print_piece
@@ -97,7 +97,7 @@ def chat(bundle: Path, system: str | None, **flags: Any) -> None:
     pipeline.limits = options.limits()
     talk = conversation.Chat(
         pipeline,
-        options.request(pipeline.manifest),
+        options.request(),
         options.sampling(pipeline.manifest),
         system,
         options.visuals(),
@@ -127,7 +127,7 @@ def bench(bundle: Path, costs: tuple[float, ...], rounds: int, **options: Any) -
     question = PromptOptions.from_flags(**options, cost=None)
     pipeline = open_pipeline(bundle, **running)
     pipeline.limits = question.limits()
-    ways = ways_of(pipeline, question.request(pipeline.manifest), costs)
+    ways = ways_of(pipeline, question.request(), costs)
     sampling = question.sampling(pipeline.manifest)
     console.show(measure(ways, question.turns, question.files, sampling, rounds), render)
 
@@ -185,7 +185,7 @@ def show_page(pipeline: Pipeline, name: str, question: PromptOptions, output: Pa
 
     check_writable(output)
     pipeline.limits = question.limits()
-    request = question.request(pipeline.manifest)
+    request = question.request()
     sampling = question.sampling(pipeline.manifest)
     watched = view.watch(pipeline, question.turns, question.files, request, sampling=sampling, compare=compare)
     size = write_page(view.facts(watched, pipeline, name), output)

@@ -145,39 +145,33 @@ class CommaList(ParamType, Generic[Item]):
 
 
 def question_options(command: Command) -> Command:
-    """Add the flags of a question to a `VisualCommand`; `Question.from_flags` reads them."""
-    for option in reversed(QUESTION_OPTIONS):
-        command = option(command)
-    return command
+    """Add the flags of a question to a `VisualCommand`; `PromptOptions.from_flags` reads them."""
+    return _with_options(command, QUESTION_OPTIONS)
 
 
 def conversation_options(command: Command) -> Command:
     """Add the flags of a question but --prompt to a `VisualCommand`: messages come later."""
-    return _with_options(command, PROMPT)
+    return _with_options(command, [option for option in QUESTION_OPTIONS if option is not PROMPT])
 
 
 def comparing_options(command: Command) -> Command:
     """Add the flags of a question but --cost to a `VisualCommand`: it has several."""
-    return _with_options(command, COST)
-
-
-def _with_options(command: Command, left_out: Callable[[Command], Command]) -> Command:
-    """Add the flags of a question but one."""
-    for option in reversed([option for option in QUESTION_OPTIONS if option is not left_out]):
-        command = option(command)
-    return command
+    return _with_options(command, [option for option in QUESTION_OPTIONS if option is not COST])
 
 
 def backend_options(command: Command) -> Command:
     """Add the flags of how a bundle is opened, and on what backend."""
-    for option in reversed(BACKEND_OPTIONS):
-        command = option(command)
-    return command
+    return _with_options(command, BACKEND_OPTIONS)
 
 
 def running_options(command: Command) -> Command:
     """Add the flags of how a bundle is run; `open_pipeline` of the command line reads them."""
-    for option in reversed(RUNNING_OPTIONS):
+    return _with_options(command, RUNNING_OPTIONS)
+
+
+def _with_options(command: Command, options: Sequence[Callable[[Any], Any]]) -> Command:
+    """Add flags, the first one at the top of `--help`."""
+    for option in reversed(options):
         command = option(command)
     return command
 
@@ -224,7 +218,7 @@ class PromptOptions:
         kinds = [part for turn in self.turns for part in turn.parts if isinstance(part, Visual)]
         return list(zip(kinds, self.files, strict=True))
 
-    def request(self, manifest: Manifest) -> Request:
+    def request(self) -> Request:
         """What the flags say of an answer; the rest is as the bundle says."""
         from framefusion.runtime.pipeline import Request
 

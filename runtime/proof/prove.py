@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.errors import CheckFailedError
 from framefusion.reduction.plan import Plan, Scores
 from framefusion.reduction.policy import Decision, ReductionState
 from framefusion.reduction.tracks import DISSIMILAR, FloatArray
@@ -79,19 +78,6 @@ class Proof:
         if self.right:
             return f"right, largest error {worst.error:.1e} in {worst.what} (limit {worst.limit:.1e})"
         return f"wrong: {worst.what} are off by {worst.error:.3g}, the limit is {worst.limit:.3g}"
-
-    def require(self, backend: str) -> None:
-        """Refuse what is wrong.
-
-        Raises:
-            CheckFailedError: with stage, error and limit.
-        """
-        if not self.right:
-            worst = self.worst
-            raise CheckFailedError(
-                f"{backend} answers wrongly on this device: {worst.what} are off by {worst.error:.3g} of the bundle's "
-                f"golden, the limit is {worst.limit:.3g}: take another --backend, or another version of its library"
-            )
 
 
 def prove(bundle: Bundle, backend: Backend, golden: Golden) -> Proof:
