@@ -33,10 +33,11 @@ from framefusion.storage.bounded_json import JsonError, parse_json
 FOLDER = "proofs"  # of the user's cache
 MOST_ENTRIES = 512
 MOST_BYTES = 1 << 16
+NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 _ROOT = Path(__file__).parents[1]  # of the runtime
-_CODE = ("backends", "generation", "proof", "text")
+_CODE = ("backends", "families", "generation", "proof", "text")
 """Folders whose code computes a proof's numbers; scores become plans in framefusion/reduction and its reducers."""
 
 
@@ -48,7 +49,7 @@ class Combination:
     backend: str
     device: str  # GPU and compute capability, or CPU and instruction set
     driver: str
-    library: str  # and its version
+    library: str  # and its version; on a GPU with the compiler of this package's own kernels
     code: str  # hash of this package's own
 
     @property
@@ -133,12 +134,21 @@ def _graphics(machine: Machine) -> tuple[str, str]:
 
 
 def _library(option: Option) -> str:
-    """What computes, and its version."""
-    name = table.backend(option.backend, option.device).library
+    """What computes, and the versions of that."""
+    row = table.backend(option.backend, option.device)
+    name = row.library
     version = getattr(sys.modules.get(name), "__version__", None)
     if version is None:
         try:  # most distributions have their module's name; to search all of them takes a second
             version = version_of(name.replace("_", "-"))
         except PackageNotFoundError:
             version = " ".join(installed_version(name) or ("of", "unknown version"))
-    return f"{name} {version}"
+    return f"{name} {version}" + (_compiler() if row.cuda_buffers and option.device == "cuda" else "")
+
+
+def _compiler() -> str:
+    """NVRTC and its version, which compiles what is done to rows between segments; "" where no distribution has it."""
+    for name in NVRTC:
+        with suppress(PackageNotFoundError):
+            return f", {name} {version_of(name)}"
+    return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,27 @@ def test_another_driver_or_gpu_is_another_combination(
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159\nGCC version\n")
     monkeypatch.setattr(remembered, "NVIDIA_DRIVER", driver)
     assert combination_of(opened, option, machine).driver.endswith("Kernel Module  580.159")
+
+
+def test_another_compiler_of_our_kernels_is_another_combination(bundle: Path, tmp_path: Path) -> None:
+    opened = Bundle(bundle)
+    machine = replace(Machine.here(), gpu=GPU_9_0)
+    cpu_option = choose(opened).option
+    known = set()
+    for version in ("13.9.1", "13.9.2"):
+        site = tmp_path / version
+        metadata = site / "nvidia_cuda_nvrtc-99.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: nvidia-cuda-nvrtc\nVersion: {version}\n")
+        sys.path.insert(0, str(site))
+        try:
+            library = combination_of(opened, replace(cpu_option, device="cuda"), machine).library
+            assert library.endswith(f", nvidia-cuda-nvrtc {version}")
+            assert "nvrtc" not in combination_of(opened, cpu_option, machine).library
+            known.add(library)
+        finally:
+            sys.path.remove(str(site))
+    assert len(known) == 2
 
 
 @pytest.mark.parametrize(
