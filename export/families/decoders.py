@@ -11,7 +11,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource, Computed, Source
 from framefusion.export.families.family import Family
 from framefusion.export.families.reading import language
-from framefusion.export.families.reading.configs import required, text_config
+from framefusion.export.families.reading.configs import prefix_of, required, text_config
 from framefusion.export.graphs.decoder import DecoderConfig
 from framefusion.export.graphs.segments import SegmentPlan
 
@@ -22,12 +22,8 @@ def llm_prefix(checkpoint: Checkpoint, family: Family) -> str:
     Raises:
         CheckpointError: there is no embedding table under any of the family's prefixes.
     """
-    name = f"{family.llm.names['embedding']}.weight"
-    for prefix in family.llm.prefixes:
-        if prefix + name in checkpoint:
-            return prefix
-    tried = ", ".join(prefix + name for prefix in family.llm.prefixes)
-    raise CheckpointError(f"{checkpoint.folder} has no embedding table under any known name ({tried})")
+    key = f"{family.llm.names['embedding']}.weight"
+    return prefix_of(checkpoint, key, family.llm.prefixes, "embedding table")
 
 
 def embedding_key(checkpoint: Checkpoint, family: Family) -> str:

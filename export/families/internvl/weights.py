@@ -16,7 +16,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource, Computed, Source
 from framefusion.export.families.internvl.row import merge_size, tile_size
 from framefusion.export.families.internvl.tower import InternVLTower, InternVLTowerConfig
-from framefusion.export.families.reading.configs import expect, given, required, square, vision_config
+from framefusion.export.families.reading.configs import expect, given, prefix_of, required, square, vision_config
 from framefusion.export.families.towers import NORM_BEHIND, TowerPlan, head_width, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources, vit_sources
 from framefusion.export.graphs.vit import VitConfig
@@ -245,9 +245,4 @@ def encoder_sources(vit: VitConfig, prefix: str, names: Mapping[str, str]) -> di
 
 
 def _native_prefix(checkpoint: Checkpoint) -> str:
-    key = f"vision_tower.{NATIVE_NAMES['class_token']}"
-    for prefix in NATIVE_PREFIXES:
-        if prefix + key in checkpoint:
-            return prefix
-    tried = ", ".join(prefix + key for prefix in NATIVE_PREFIXES)
-    raise CheckpointError(f"{checkpoint.folder} has no vision tower under any known name ({tried})")
+    return prefix_of(checkpoint, f"vision_tower.{NATIVE_NAMES['class_token']}", NATIVE_PREFIXES)

@@ -9,7 +9,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.text import chat
 from framefusion.export.families.family import CHATML, Family, LlmKeys
 from framefusion.export.families.reading import configs as reading
-from framefusion.export.families.reading.configs import required
+from framefusion.export.families.reading.configs import prefix_of, required
 from framefusion.export.families.reading.formats import ConfigFormat
 from framefusion.export.families.reading.processors import levels, normalisation, processor, require_processor
 from framefusion.runtime.families.llava import LlavaPreprocessing
@@ -46,12 +46,7 @@ def vision(checkpoint: Checkpoint) -> Vision:
     Raises:
         CheckpointError: no tower under any known name, or features of another kind.
     """
-    for prefix in TOWER_PREFIXES:
-        if f"{prefix}embeddings.patch_embedding.weight" in checkpoint:
-            break
-    else:
-        tried = ", ".join(f"{prefix}embeddings.patch_embedding.weight" for prefix in TOWER_PREFIXES)
-        raise CheckpointError(f"{checkpoint.folder} has no vision tower under any known name ({tried})")
+    prefix = prefix_of(checkpoint, "embeddings.patch_embedding.weight", TOWER_PREFIXES)
     config = reading.vision_config(checkpoint)
     layer = checkpoint.config.get("vision_feature_layer")
     depth = int(required(config, "num_hidden_layers", checkpoint))

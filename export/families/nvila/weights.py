@@ -14,7 +14,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource, Computed
 from framefusion.export.families.nvila import row as nvila
 from framefusion.export.families.nvila.tower import NvilaScalesTower, NvilaTower, NvilaTowerConfig
-from framefusion.export.families.reading.configs import given, required
+from framefusion.export.families.reading.configs import given, prefix_of, required
 from framefusion.export.families.towers import TowerPlan
 from framefusion.export.families.vit import (
     activation_of,
@@ -117,11 +117,7 @@ def vision_prefix(checkpoint: Checkpoint) -> str:
     Raises:
         CheckpointError: there is no tower under any known name.
     """
-    for prefix in VISION_PREFIXES:
-        if f"{prefix}embeddings.patch_embedding.weight" in checkpoint:
-            return prefix
-    tried = ", ".join(f"{prefix}embeddings.patch_embedding.weight" for prefix in VISION_PREFIXES)
-    raise CheckpointError(f"{checkpoint.folder} has no vision tower under any known name ({tried})")
+    return prefix_of(checkpoint, "embeddings.patch_embedding.weight", VISION_PREFIXES)
 
 
 def projector_sources(checkpoint: Checkpoint, config: NvilaTowerConfig, scales: int) -> dict[str, AnySource]:

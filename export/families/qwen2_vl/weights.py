@@ -12,7 +12,7 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource, Source
 from framefusion.export.families.qwen2_vl.tower import Qwen2VLTower, TowerConfig
-from framefusion.export.families.reading.configs import required, vision_config
+from framefusion.export.families.reading.configs import prefix_of, required, vision_config
 from framefusion.export.families.towers import TowerPlan, head_width, run_of
 from framefusion.export.families.vit import linear_sources, norm_sources
 from framefusion.export.graphs.tower import Tower
@@ -128,8 +128,4 @@ def find_prefix(checkpoint: Checkpoint) -> str:
     Raises:
         CheckpointError: there is no tower under any known name.
     """
-    for prefix in PREFIXES:
-        if f"{prefix}patch_embed.proj.weight" in checkpoint:
-            return prefix
-    tried = ", ".join(f"{prefix}patch_embed.proj.weight" for prefix in PREFIXES)
-    raise CheckpointError(f"{checkpoint.folder} has no vision tower under any known name ({tried})")
+    return prefix_of(checkpoint, "patch_embed.proj.weight", PREFIXES)

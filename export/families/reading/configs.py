@@ -49,6 +49,25 @@ def vision_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return completed(nested, config_format.vision_type, whole_types())
 
 
+def prefix_of(checkpoint: Checkpoint, key: str, prefixes: Sequence[str], part: str = "vision tower") -> str:
+    """The first prefix under which a tensor is stored; names changed between releases of transformers.
+
+    Args:
+        checkpoint: where it is looked for.
+        key: of the tensor, behind the prefix.
+        prefixes: newest first.
+        part: of the model, for the message.
+
+    Raises:
+        CheckpointError: it is stored under none.
+    """
+    for prefix in prefixes:
+        if prefix + key in checkpoint:
+            return prefix
+    tried = ", ".join(prefix + key for prefix in prefixes)
+    raise CheckpointError(f"{checkpoint.folder} has no {part} under any known name ({tried})")
+
+
 def required(config: Mapping[str, Any], key: str, checkpoint: Checkpoint) -> Any:
     """A value of the configuration that has no default.
 
