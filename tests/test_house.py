@@ -345,6 +345,25 @@ def test_relative_links_resolve(document: str) -> None:
     assert [target for target in targets if not (folder / target).exists()] == []
 
 
+def anchors_of(page: Path) -> set[str]:
+    """What a link may name behind #: GitHub's names of the headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_anchors_of_relative_links_exist() -> None:
+    links = [
+        (page, target, anchor)
+        for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+        for target, anchor in re.findall(
+            r"\]\((?!https?:|mailto:)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")
+        )
+    ]
+    assert links
+    missing = [link for link in links if link[2] not in anchors_of(link[0].parent / link[1] if link[1] else link[0])]
+    assert [f"{page.name}: {target}#{anchor}" for page, target, anchor in missing] == []
+
+
 def test_paths_named_in_the_pages_exist() -> None:
     """X stands for the name of a family or a backend, NAME for any."""
     pages = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")} | DOCS
