@@ -54,13 +54,13 @@ def start_reduction(manifest: Manifest, labels: NDArray[np.int64], request: Requ
     """
     record = manifest.reduction
     if record.mode != "adaptive":
-        if request.cost not in (None, record.cost) or request.reducer not in (None, record.reducer):
-            value = request.reducer or request.cost
-            raise PromptError(
-                f"this bundle's reduction is {record.mode}, its reducer {record.reducer} and its cost "
-                f"{record.cost} are built in, {value} was asked: build with --reduction adaptive to choose at run "
-                "time"
-            )
+        for value, built_in in ((request.reducer, record.reducer), (request.cost, record.cost)):
+            if value not in (None, built_in):
+                raise PromptError(
+                    f"this bundle's reduction is {record.mode}, its reducer {record.reducer} and its cost "
+                    f"{record.cost} are built in, {value} was asked: build with --reduction adaptive to choose at run "
+                    "time"
+                )
         return None
     similarity = request.similarity_lower_bound
     ratio = request.ratio_lower_bound

@@ -282,6 +282,13 @@ def test_an_answer_says_which_tokens_each_layer_holds(pipeline: Pipeline, film: 
         answer.kept(99)
 
 
+def test_a_built_in_cost_is_refused_by_its_value_though_the_reducer_is_that_of_the_bundle(film: Path) -> None:
+    with Pipeline(Bundle(shared("fixed-gqa"), verify=False), threads=1) as fixed:
+        request = replace(FEW, reducer=fixed.manifest.reduction.reducer, cost=0.9)
+        with pytest.raises(PromptError, match=r"are built in, 0\.9 was asked"):
+            fixed.generate(WHAT, [film], request)
+
+
 def test_the_fixed_mode_says_what_its_last_layer_holds(film: Path) -> None:
     with Pipeline(Bundle(shared("fixed-gqa"), verify=False), threads=1) as fixed:
         answer = fixed.generate(WHAT, [film], FEW)
