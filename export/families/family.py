@@ -109,5 +109,5 @@ class Family:
 def load(name: str) -> Callable[..., Any]:
     """The function that "module:function" names; the module is imported now and not before."""
     module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded

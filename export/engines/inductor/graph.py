@@ -103,14 +103,14 @@ def export(module: GraphModule, dtype: torch.dtype, device: str) -> torch.export
 
 def kinds_of(program: torch.export.ExportedProgram) -> dict[str, int]:
     """How often each operator occurs: none is ours, or Python would have to run it."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for node in program.graph.nodes:
         if node.op == "call_function":
             name = str(node.target)
-            found[name] = found.get(name, 0) + 1
-    ours = sorted(name for name in found if name.startswith("framefusion"))
+            counts[name] = counts.get(name, 0) + 1
+    ours = sorted(name for name in counts if name.startswith("framefusion"))
     assert not ours, f"{', '.join(ours)} has no kernel in plain torch"
-    return dict(sorted(found.items()))
+    return dict(sorted(counts.items()))
 
 
 def _example(name: str, argument: Tensor, dtype: torch.dtype, device: str) -> Tensor:

@@ -89,10 +89,10 @@ def check_vision(vision: Mapping[str, Any], checkpoint: Checkpoint, activation: 
     }
     facts["rope_theta"] = (rope.get("rope_theta", ROPE_THETA), (ROPE_THETA,))
     facts["rope_type"] = (rope.get("rope_type", "axial"), ("axial", "default"))
-    for name, (found, values) in facts.items():
-        if found not in values:
+    for name, (value, values) in facts.items():
+        if value not in values:
             raise CheckpointError(
-                f"{checkpoint.folder}/config.json: {name} {found!r:.80} of vision_config is not supported, "
+                f"{checkpoint.folder}/config.json: {name} {value!r:.80} of vision_config is not supported, "
                 f"{values[0]!r} is"
             )
 

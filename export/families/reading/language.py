@@ -84,7 +84,7 @@ def check_llm(checkpoint: Checkpoint) -> None:
         CheckpointError: naming the key, its value and what is supported.
     """
     config = text_config(checkpoint)
-    found = llm_class(checkpoint)
+    decoder = llm_class(checkpoint)
     act = config.get("hidden_act")
     if act not in ACTIVATIONS:
         raise _unsupported(checkpoint, "hidden_act", act, "'silu' is what the decoder computes")
@@ -95,22 +95,22 @@ def check_llm(checkpoint: Checkpoint) -> None:
             raise _unsupported(
                 checkpoint, key, value, "which this decoder does not compute: take it out if the model does not read it"
             )
-    _check_layer_types(checkpoint, config, found)
+    _check_layer_types(checkpoint, config, decoder)
 
 
-def _check_layer_types(checkpoint: Checkpoint, config: Mapping[str, Any], found: LlmClass) -> None:
+def _check_layer_types(checkpoint: Checkpoint, config: Mapping[str, Any], decoder: LlmClass) -> None:
     """Layers of other kinds than full attention, or windows that nothing switches on."""
     types = config.get("layer_types")
     if types is None:
         return
-    known = ("full_attention", "sliding_attention") if found.window else ("full_attention",)
+    known = ("full_attention", "sliding_attention") if decoder.window else ("full_attention",)
     if not isinstance(types, list) or any(kind not in known for kind in types):
         raise _unsupported(checkpoint, "layer_types", types, f"{' or '.join(known)} for each layer is")
     if len(types) != config.get("num_hidden_layers"):
         raise _unsupported(
             checkpoint, "layer_types", types, f"one for each of {config.get('num_hidden_layers')} layers"
         )
-    if "sliding_attention" in types and not _sliding(config, found):
+    if "sliding_attention" in types and not _sliding(config, decoder):
         raise _unsupported(
             checkpoint, "layer_types", types, "'full_attention' is where use_sliding_window and sliding_window are off"
         )
@@ -124,9 +124,9 @@ def biased_slots(checkpoint: Checkpoint, stored: Callable[[str], bool]) -> froze
         stored: whether the first layer has a bias for a slot; called where no key and no class says it.
     """
     config = text_config(checkpoint)
-    found = llm_class(checkpoint)
-    slots = set(found.biased)
-    for key, switched in found.switches.items():
+    decoder = llm_class(checkpoint)
+    slots = set(decoder.biased)
+    for key, switched in decoder.switches.items():
         slots |= {slot for slot in switched if (stored(slot) if config.get(key) is None else config[key])}
     return frozenset(slots)
 
@@ -137,21 +137,21 @@ def attention_window(config: Mapping[str, Any]) -> int | None:
     Mistral has such a window unless its configuration says null; Qwen2 and Qwen3 have a switch, and layers below
     max_window_layers that see everything.
     """
-    found = llm_classes().get(str(config.get("model_type")), _QWEN2)
-    if not _sliding(config, found):
+    decoder = llm_classes().get(str(config.get("model_type")), _QWEN2)
+    if not _sliding(config, decoder):
         return None
     types = config.get("layer_types")
     layers = config.get("num_hidden_layers")
     if types is not None:
         slides = "sliding_attention" in types
     else:
-        slides = found.window == "always" or layers is None or config.get("max_window_layers", 0) < layers
+        slides = decoder.window == "always" or layers is None or config.get("max_window_layers", 0) < layers
     return int(config["sliding_window"]) if slides else None
 
 
-def _sliding(config: Mapping[str, Any], found: LlmClass) -> bool:
+def _sliding(config: Mapping[str, Any], decoder: LlmClass) -> bool:
     """Whether a window is switched on."""
-    used = found.window == "always" or (found.window and config.get(found.window))
+    used = decoder.window == "always" or (decoder.window and config.get(decoder.window))
     return bool(used and config.get("sliding_window"))
 
 
@@ -176,25 +176,25 @@ def rope(checkpoint: Checkpoint, head_dim: int) -> tuple[float, tuple[int, ...] 
         CheckpointError: another kind of RoPE, or sections that do not fit the heads.
     """
     config = text_config(checkpoint)
-    found = llm_class(checkpoint)
+    decoder = llm_class(checkpoint)
     scaling = rope_scaling(config)
     kind = rope_type(config)
     if kind not in ROPE_TYPES:
         raise CheckpointError(_other_rope(checkpoint, config, kind))
-    for key, values in (("partial_rotary_factor", (1, None)), ("mrope_interleaved", (found.interleaved, None))):
+    for key, values in (("partial_rotary_factor", (1, None)), ("mrope_interleaved", (decoder.interleaved, None))):
         if scaling.get(key) not in values:
             raise _unsupported(checkpoint, f"{key} of its RoPE", scaling[key], f"{values[0]!r} is")
     theta = float(scaling.get("rope_theta") or required(config, "rope_theta", checkpoint))
-    if found.mrope is None:
+    if decoder.mrope is None:
         return theta, None, False
-    section = tuple(scaling.get("mrope_section") or found.mrope)
+    section = tuple(scaling.get("mrope_section") or decoder.mrope)
     if len(section) != 3 or sum(section) != head_dim // 2:
         said = "" if scaling.get("mrope_section") else ", what transformers takes where config.json has none,"
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: mrope_section {list(section)}{said} must be 3 numbers whose sum is "
             f"{head_dim // 2}, half of a head of {head_dim}: write the mrope_section of the original model into it"
         )
-    return theta, section, found.interleaved
+    return theta, section, decoder.interleaved
 
 
 def _other_rope(checkpoint: Checkpoint, config: Mapping[str, Any], kind: str) -> str:
