@@ -17,7 +17,7 @@ from framefusion.export.build import sizes_of
 from framefusion.export.check.golden import GoldenEffort, golden_effort
 from framefusion.export.check.verify import Scope, scope_of
 from framefusion.export.engines.jobs import FOLDER as ENGINES
-from framefusion.export.engines.tensorrt.build import BASE_MEMORY, MEMORY_PER_WEIGHT, PROFILE_MEMORY
+from framefusion.export.engines.tensorrt.build import build_memory
 from framefusion.export.engines.tensorrt.profiles import CODE_BYTES
 from framefusion.export.machine import TRACING_PROCESS, free_disk
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
@@ -127,13 +127,12 @@ def _engines(plan: BuildPlan, size: int) -> dict[str, Any] | None:
     inside = engine_traits(options.kind).weights_inside
     heaviest = max(graph.weight_bytes for graph in plan.graphs)
     profiles = len(plan.buckets() or (0,)) + 1  # a fixed prefill has one
-    memory = BASE_MEMORY + PROFILE_MEMORY * profiles + round(MEMORY_PER_WEIGHT * heaviest)
     return {
         "kind": options.kind,
         "targets": list(options.targets),
         "bytes": size + CODE_BYTES * len(plan.segments) * profiles if inside else None,
         "seconds": size / COMPILED_A_SECOND if inside else None,
-        "memory": memory if inside else None,
+        "memory": build_memory(profiles, heaviest) if inside else None,
     }
 
 
