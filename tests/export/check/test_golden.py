@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from framefusion.export.build import build
 from framefusion.export.check import check
@@ -25,7 +27,7 @@ from framefusion.runtime.proof.golden import Golden, logit_places, require_golde
 from framefusion.runtime.proof.prove import Proof, prove
 from framefusion.storage.records import from_json
 from tests.commands import export, run
-from tests.runtime.bundle_edits import resealed
+from tests.runtime.bundle_edits import copied, resealed
 from tests.runtime.proof.wrong_backends import Honest, LosesImportance, RoundsSimilarity
 
 FIXED = {"merge_shares": (0.3,), "prune_layer": 1, "cost": 0.6, "max_input_len": 384, "max_text_len": 128}
@@ -178,6 +180,36 @@ def test_attention_without_its_mask(checkpoint: Path, tmp_path: Path) -> None:
         causal.i = 0
     onnx.save(model, folder / name)
     assert {"dense: logits", "dense, in parts: logits"} & wrong_in(proof_of(resealed(folder, name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_bias_of_one_layer_that_is_lost(checkpoint: Path, tmp_path: Path, dtype: Any) -> None:
+    biased = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, biased)
+    random = torch.Generator().manual_seed(0)
+    tensors = load_file(biased / "model.safetensors")
+    for name, tensor in tensors.items():  # where transformers begins with zeros, so nobody would miss them
+        if "self_attn" in name and name.endswith("proj.bias"):
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=random))
+    save_file(tensors, biased / "model.safetensors", {"format": "pt"})
+    options = BuildOptions(dtype=dtype, **ADAPTIVE)
+    folder = build(Checkpoint(biased), tmp_path / "bundle", options, verify=False).folder
+    assert proof_of(folder).right
+    graph = "segments/rest/graph.onnx"
+    initializers = onnx.load(folder / graph, load_external_data=False).graph.initializer
+    for kind in ("q", "k", "v"):
+        tensor = next(tensor for tensor in initializers if tensor.name.endswith(f".{kind}.bias"))
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        other = copied(folder, tmp_path / kind)
+        name = str(Path(graph).parent / place["location"])
+        content = bytearray((other / name).read_bytes())
+        begin = int(place["offset"])
+        end = begin + int(place["length"])
+        assert any(content[begin:end])
+        content[begin:end] = bytes(end - begin)
+        (other / name).write_bytes(content)
+        assert "dense: decoded logits" in wrong_in(proof_of(resealed(other, name))), kind
 
 
 def at_the_threshold(bundle: Path, checkpoint: Path) -> tuple[Bundle, Golden]:
