@@ -97,10 +97,12 @@ class Pipeline(Stages):
                 raise ClosedError(f"the pipeline of {self.bundle.folder} was closed: open another one to answer more")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def read(self, turns: Conversation, files: Sequence[Source] = ()) -> tuple[Prompt, TokenRows]:
+    def read(
+        self, turns: Conversation, files: Sequence[Source] = (), *, sampling: FrameSampling | None = None
+    ) -> tuple[Prompt, TokenRows]:
         """A conversation up to the prefill: for asking the same thing in several ways."""
         turns, files = read_conversation(turns, files)
-        visuals = self.read_visuals(turns, files, self.manifest.sampling, Stopwatch())
+        visuals = self.read_visuals(turns, files, sampling or self.manifest.sampling, Stopwatch())
         prompt = self.prompt(turns, visuals)
         return prompt, self.embed(prompt, [self.encode_visual(visual) for visual in visuals])
 

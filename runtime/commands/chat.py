@@ -16,7 +16,7 @@ from framefusion.console import messages as console
 from framefusion.errors import BudgetError, FrameFusionError, PromptError, VideoError
 from framefusion.reduction.budget import describe_cost
 from framefusion.runtime.pipeline import Pipeline, dense_pipeline, dense_request, requested_cost
-from framefusion.runtime.request import Generation, PrefillReport, Request, Step, Stopwatch
+from framefusion.runtime.request import Generation, PrefillReport, Request, Step
 from framefusion.runtime.text.prompt import Turn, Visual
 
 if TYPE_CHECKING:
@@ -153,6 +153,12 @@ class Chat:
                 raise BudgetError(f"/cost {share} is no number: give a share in (0, 1], such as /cost 0.3") from None
             if not 0 < cost <= 1:
                 raise BudgetError(f"/cost {share} is out of range: give a share in (0, 1], such as /cost 0.3")
+            reduction = self.pipeline.manifest.reduction
+            if reduction.mode != "adaptive" and cost != reduction.cost:
+                raise BudgetError(
+                    f"/cost {share}: the cost of this bundle, {reduction.cost:g}, is built in (--reduction "
+                    f"{reduction.mode}): leave it, or build with --reduction adaptive"
+                )
             self.request = replace(self.request, cost=cost)
         cost = requested_cost(self.pipeline.manifest, self.request)
         console.log(f"{describe_cost(cost)} of the visual tokens of what is shown from now on")
@@ -166,9 +172,7 @@ class Chat:
             raise BudgetError("/compare at cost 1 has nothing to compare, all tokens are kept: give a /cost below 1")
         # 1. What both need is done once: files, patches, tower, embedding.
         pipeline = self.pipeline
-        visuals = pipeline.read_visuals(turns, self.session.files, self.sampling, Stopwatch())
-        prompt = pipeline.prompt(turns, visuals)
-        rows = pipeline.embed(prompt, [pipeline.encode_visual(visual) for visual in visuals])
+        prompt, rows = pipeline.read(turns, self.session.files, sampling=self.sampling)
         # 2. In turns, so that what else the machine does meets both; the faster of each says what it takes.
         ways = {
             "reduced": (pipeline, self.request),

@@ -17,10 +17,12 @@ from click.testing import CliRunner, Result
 from framefusion.console import messages as console
 from framefusion.console.plain_text import printable
 from framefusion.errors import BudgetError, PromptError, VideoError
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.commands.chat import PROMPT, Chat
 from framefusion.runtime.commands.cli import ff_run
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
+from tests.bundles import shared
 from tests.wheel import ROOT
 
 NEW = 6
@@ -102,6 +104,20 @@ def test_a_pipe_ends_with_the_exit_code_of_what_was_wrong(
     assert result.exit_code == kind.exit_code, result.output
     assert result.stdout == ""
     assert phrase in result.stderr
+
+
+def test_a_built_in_cost_stays_what_it_is(film: Path) -> None:
+    fixed = shared("fixed-gqa")
+    refused = chat(fixed, "/cost 0.9", "This is never said.")
+    assert refused.exit_code == BudgetError.exit_code, refused.output
+    assert refused.stdout == ""
+    assert "is built in (--reduction fixed)" in refused.stderr
+    cost = Bundle(fixed, verify=False).manifest.reduction.cost
+    compared = chat(fixed, f"/cost {cost}", "What happens?", "/compare", flags=("--video", film))
+    assert compared.exit_code == 0, compared.output
+    table = re.search(r"^reduced +(\d+) .*\nevery token +(\d+) ", compared.stdout, re.MULTILINE)
+    assert table is not None, compared.stdout
+    assert int(table[1]) < int(table[2])
 
 
 def test_nothing_to_compare_is_refused(bundle: Path) -> None:
