@@ -27,7 +27,7 @@ from framefusion.export.families import decoders
 from framefusion.export.families.qwen2_vl import row as qwen2_vl
 from framefusion.export.families.qwen2_vl.weights import tower
 from framefusion.export.graphs.decoder import Segment
-from framefusion.export.graphs.segments import SegmentPlan, cut_after_attentions, segment_module
+from framefusion.export.graphs.segments import SegmentPlan, cut_after, segment_module
 from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.graphs.tracing.trace import save_graph, trace
 from framefusion.reduction.policy import Reduction, ReductionSettings
@@ -103,7 +103,7 @@ def parts(model: str) -> tuple[Checkpoint, Any, Any, tuple[SegmentPlan, ...]]:
     checkpoint = Checkpoint(GOLDENS / model)
     family = replace(qwen2_vl.ROW, importance_rows=4 if model == "qwen2_vl" else 1)
     config = decoders.decoder_config(checkpoint, family)
-    return checkpoint, family, config, cut_after_attentions(config.num_layers, DEPTH)
+    return checkpoint, family, config, cut_after(config.num_layers, range(DEPTH + 1))
 
 
 def manifest_of(model: str, dialect: str) -> Manifest:

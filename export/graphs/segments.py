@@ -70,11 +70,6 @@ def whole_decoder(num_layers: int, name: str = "decoder", deepstack: int = 0) ->
     return (SegmentPlan(name, half_layers(num_layers, deepstack), scores=False, head=True),)
 
 
-def cut_after_attentions(num_layers: int, depth: int, deepstack: int = 0) -> tuple[SegmentPlan, ...]:
-    """Cut after the attention of layers 0 .. depth (D above); depth <= num_layers - 2."""
-    return cut_after(num_layers, range(depth + 1), deepstack)
-
-
 def cut_after(num_layers: int, layers: Sequence[int], deepstack: int = 0) -> tuple[SegmentPlan, ...]:
     """Cut after the attention of these layers, ascending and one at least; a segment is named by its last one."""
     blocks = half_layers(num_layers, deepstack)

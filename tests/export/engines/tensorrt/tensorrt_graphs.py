@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from framefusion.export.graphs.decoder import DecoderConfig, Segment
-from framefusion.export.graphs.segments import SegmentPlan, cut_after_attentions, segment_module
+from framefusion.export.graphs.segments import SegmentPlan, cut_after, segment_module
 from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.graphs.tracing.trace import trace
 from tests.conftest import made_once
@@ -22,7 +22,7 @@ TINY = DecoderConfig(
     hidden_size=32, intermediate_size=64, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=40,
     rms_norm_eps=1e-6, rope_theta=1e4,
 )  # fmt: skip
-LOOKED_AT, REST = cut_after_attentions(TINY.num_layers, 1)[1:]  # MLP and attention with scores; MLPs, two layers, head
+LOOKED_AT, REST = cut_after(TINY.num_layers, range(2))[1:]  # MLP and attention with scores; MLPs, two layers, head
 
 
 def segment(config: DecoderConfig, plan: SegmentPlan) -> Segment:

@@ -18,7 +18,7 @@ import framefusion.ops.kernels  # noqa: F401
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.graphs.graph_plan import GraphModule, Signature
-from framefusion.export.graphs.segments import cut_after_attentions, segment_module, whole_decoder
+from framefusion.export.graphs.segments import cut_after, segment_module, whole_decoder
 from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.graphs.tracing.trace import trace, trace_graph
 from framefusion.export.plan.build_plan import BuildOptions, BuildPlan
@@ -203,7 +203,7 @@ def segment_by_segment(plan: BuildPlan, hidden: Tensor, table: Tensor, twin: Fix
     config, rows, origin = plan.config, hidden[0].numpy(), np.arange(hidden.shape[1])
     step = twin.step(tracks.track_similarity(rows, twin.labels), None)
     rows, table, origin = apply_plan(rows, step), table[:, step.kept], origin[step.kept]
-    for segment in cut_after_attentions(config.num_layers, depth=config.num_layers - 2)[:-1]:
+    for segment in cut_after(config.num_layers, range(config.num_layers - 1))[:-1]:
         module = load_parameters(segment_module(config, segment), plan.checkpoint, plan.sources(segment), torch.float32)
         length = len(rows)
         cache = [(torch.zeros(1, config.num_kv_heads, length, config.head_dim),) * 2]
@@ -242,7 +242,7 @@ def test_the_fixed_graph_stays_within_the_limits_of_engines(dialect: str) -> Non
 
 
 def test_schedules_of_equal_structure_share_a_graph() -> None:
-    assert len({segment.structure for segment in cut_after_attentions(28, 7)}) == 3
+    assert len({segment.structure for segment in cut_after(28, range(8))}) == 3
     (whole,) = whole_decoder(28)
     assert whole.attention_layers == tuple(range(28))
     assert schedule_for_cost(0.5, (0.3,), 1, 28).prune_share > 0
