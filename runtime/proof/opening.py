@@ -85,9 +85,10 @@ def check_backend(
     golden = require_golden(bundle)
     machine = Machine.here()
     option = choose(bundle, name, device, machine).option
+    combination = combination_of(bundle, option, machine)  # as `open_proven` looks it up, with no library loaded yet
     say(f"{option.text}: running the golden's request")
     proof = prove(bundle, Choice(option).open(bundle, threads), golden)
-    _keep(bundle, combination_of(bundle, option, machine), proof)
+    _keep(bundle, combination, proof)
     return option, proof
 
 

@@ -21,11 +21,11 @@ from framefusion.runtime.machine.gpu import GPU
 from framefusion.runtime.machine.machine import Machine
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.proof import remembered
-from framefusion.runtime.proof.opening import open_proven
+from framefusion.runtime.proof.opening import check_backend, open_proven
 from framefusion.runtime.proof.remembered import Verdict, combination_of, recall, remember
 from tests.commands import assert_refused, run
 from tests.runtime.bundle_edits import copied, edited
-from tests.runtime.proof.wrong_backends import OPENED
+from tests.runtime.proof.wrong_backends import OPENED, Honest
 from tests.tiers import in_tiers
 
 WRONG = "tests.runtime.proof.wrong_backends:open_wrong"
@@ -165,6 +165,23 @@ def test_another_driver_or_gpu_is_another_combination(
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159\nGCC version\n")
     monkeypatch.setattr(remembered, "NVIDIA_DRIVER", driver)
     assert combination_of(opened, option, machine).driver.endswith("Kernel Module  580.159")
+
+
+def opens_another_version(bundle: Bundle, *_: Any) -> Any:
+    """A library that, once it is loaded, gives its version with a suffix, as torch's "2.9.0+cpu"."""
+    setattr(onnxruntime, "__version__", f"{onnxruntime.__version__}+cpu")  # noqa: B010
+    return Honest(bundle)
+
+
+def test_what_a_check_finds_is_what_the_next_answer_looks_up(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "9.0.0")
+    monkeypatch.setattr(table, "BACKENDS", first("tests.runtime.proof.test_opening:opens_another_version"))
+    opened = Bundle(bundle)
+    machine = Machine.here()
+    before = combination_of(opened, choose(opened, NAME).option, machine)
+    check_backend(opened, NAME)
+    assert onnxruntime.__version__ == "9.0.0+cpu"
+    assert recall(before) is not None
 
 
 def test_another_compiler_of_our_kernels_is_another_combination(bundle: Path, tmp_path: Path) -> None:
