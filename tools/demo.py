@@ -7,6 +7,7 @@ for its numbers only: the tiny model has learned coloured shapes. Everything is 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -190,4 +191,5 @@ def show(widths: Iterable[int], cells: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # it takes none, but for --help
     sys.exit(main())

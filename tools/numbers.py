@@ -5,6 +5,7 @@ python -m tools.numbers            # writes them into README.md and the pages un
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -274,4 +275,5 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # it takes none, but for --help
     main()
