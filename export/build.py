@@ -20,6 +20,7 @@ import framefusion
 from framefusion.console.progress import Meter, Progress
 from framefusion.errors import CheckFailedError, InterruptedBuildError, StorageError
 from framefusion.export.check.golden import golden_of, write_golden
+from framefusion.export.check.observation import Doing, ignore
 from framefusion.export.check.verify import Scope, report, scope_of
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.engines.compile import Compiled, compile_engines, with_engines, without_graphs, write_checksums
@@ -240,8 +241,10 @@ def _passed(report: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     return report
 
 
-def check_again(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+def check_again(folder: Path, checkpoint: Checkpoint, doing: Doing = ignore) -> dict[str, Any]:
     """Repeat the comparison for a bundle that was published, from the options in its manifest.
+
+    `doing` is called with what runs now.
 
     Raises:
         BundleError: the manifest does not say how it was built.
@@ -251,4 +254,4 @@ def check_again(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     bundle.require_graphs()
     plan = replan(folder, bundle.manifest, checkpoint)
     scratch = partial(scratch_bundle, folder.absolute().parent, Meter())
-    return report(folder, plan, scope_of(plan), bundle.manifest.check.get("tolerance"), scratch)
+    return report(folder, plan, scope_of(plan), bundle.manifest.check.get("tolerance"), scratch, doing)

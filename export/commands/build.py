@@ -13,6 +13,7 @@ import click
 
 from framefusion.console import messages as console
 from framefusion.console.progress import in_time, progress_lines
+from framefusion.console.terminal import activity
 from framefusion.errors import BackendError, BudgetError
 from framefusion.export.commands.flags import (
     BACKEND,
@@ -26,6 +27,8 @@ from framefusion.export.commands.flags import (
     build_options,
     options_of,
 )
+
+LOADING = "loading torch"
 
 if TYPE_CHECKING:
     from framefusion.export.build import Built
@@ -160,7 +163,6 @@ def compile_command(bundle: Path, checkpoint: str | None, revision: str | None, 
     For TensorRT and TensorRT-RTX a bundle of the portable dialect, in float16 or bfloat16. Engines that were compiled
     before come from the cache. TensorRT-RTX compiles without a GPU, for all targets at once.
     """
-    from framefusion.export.engines.compile import compile_bundle
     from framefusion.export.options import BuildOptions
     from framefusion.runtime.backends.table import engine_kinds
 
@@ -169,8 +171,10 @@ def compile_command(bundle: Path, checkpoint: str | None, revision: str | None, 
     if options is None:
         *names, last = engine_kinds()
         raise click.UsageError(f"say which engines: --backend {', '.join(names)} or {last}")
+    with activity(LOADING):
+        from framefusion.export.engines.compile import compile_bundle
     plan = None if checkpoint is None else _plan(bundle, checkpoint, revision)
-    with progress_lines() as progress:
+    with progress_lines(first="reading the graphs") as progress:
         compiled = compile_bundle(bundle, options, _resources(**limits), progress, plan)
     console.show({"bundle": str(bundle)} | dict(compiled.report), _render_compiled)
 
@@ -227,8 +231,9 @@ def open_checkpoint(name: str, revision: str | None) -> Checkpoint:
         CheckpointError: see `Checkpoint.named`.
     """
     try:
-        import framefusion.export.build  # noqa: F401  what the callers need
-        from framefusion.export.checkpoints.checkpoint import Checkpoint
+        with activity(LOADING):
+            import framefusion.export.build  # noqa: F401  what the callers need
+            from framefusion.export.checkpoints.checkpoint import Checkpoint
     except ImportError as error:
         raise missing_package(error) from None
     return Checkpoint.named(name, revision)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from framefusion.console import messages as console
+from framefusion.console.terminal import PATIENCE, activity
 from framefusion.errors import BackendError, BundleError, CheckFailedError
 from framefusion.export.commands.build import open_checkpoint, source_revision
 from framefusion.export.commands.flags import BUNDLE_REVISION, FOLDER
@@ -53,9 +54,10 @@ def check_command(
     manifest = read_manifest(bundle)
     # 1. A damaged engine is one answer among others below; any other damaged file ends the command here.
     others = other_files(manifest)
-    verify_files(bundle, others, trust_stamps=False)
-    integrity = integrity_facts(bundle, trust.keys)
-    engines = _engine_fits(bundle, manifest)
+    with activity(f"hashing the files of {bundle}", after=PATIENCE):
+        verify_files(bundle, others, trust_stamps=False)
+        integrity = integrity_facts(bundle, trust.keys)
+        engines = _engine_fits(bundle, manifest)
     intact = [manifest.files[row["engine"]["file"]] for row in engines if not row["damaged"]] + list(others.values())
     files = {"count": len(intact), "bytes": sum(record.size for record in intact)}
     # 2. The comparison runs a model: only with --checkpoint.
@@ -80,10 +82,12 @@ def _compare(bundle: Path, checkpoint: str, revision: str | None, bisect: bool) 
     if bisect:
         from framefusion.export.check.bisect.bisect import bisect_bundle
 
-        return bisect_bundle(bundle, source)
+        with activity("comparing every graph with eager torch"):
+            return bisect_bundle(bundle, source)
     from framefusion.export.build import check_again
 
-    return check_again(bundle, source)
+    with activity("comparing with the eager model") as now:
+        return check_again(bundle, source, lambda what: now.say(f"comparing with the eager model: {what}"))
 
 
 def _render_check(report: dict[str, Any]) -> str:

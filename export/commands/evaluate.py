@@ -13,7 +13,8 @@ import click
 
 from framefusion.console import messages as console
 from framefusion.console.progress import CountLines
-from framefusion.export.commands.build import missing_package, open_checkpoint
+from framefusion.console.terminal import activity
+from framefusion.export.commands.build import LOADING, missing_package, open_checkpoint
 from framefusion.export.commands.flags import CHECKPOINT_REVISION, eval_options
 from framefusion.runtime.commands.flags import COMPARE, OUTPUT, THREADS, PromptOptions, VisualCommand, question_options
 
@@ -46,10 +47,11 @@ def evaluate_command(
     built. Decoding is greedy.
     """
     try:
-        from framefusion.export.evaluate.answering import Setup, default_condition
-        from framefusion.export.evaluate.evaluation import conditions, render
-        from framefusion.export.evaluate.evaluation import evaluate as run
-        from framefusion.export.evaluate.questions import read_questions
+        with activity(LOADING):
+            from framefusion.export.evaluate.answering import Setup, default_condition
+            from framefusion.export.evaluate.evaluation import conditions, render
+            from framefusion.export.evaluate.evaluation import evaluate as run
+            from framefusion.export.evaluate.questions import read_questions
     except ImportError as error:
         raise missing_package(error) from None
 
@@ -59,7 +61,8 @@ def evaluate_command(
         open_checkpoint(model, opened.revision)
     default = default_condition(opened)
     under = conditions(reducer or (default.reducer,), cost or (1.0, default.cost))
-    report = run(opened, question_list, under, output=output, jobs=jobs, on_progress=CountLines("questions"))
+    with CountLines("questions") as count:
+        report = run(opened, question_list, under, output=output, jobs=jobs, on_progress=count)
     console.show({"file": str(questions)} | report, render)
 
 

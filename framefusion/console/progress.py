@@ -1,25 +1,31 @@
 """How far a long job is: parts of known size, counted in bytes, and a line of progress for people. Knows no job.
 
 On a terminal each part has a line: while it is written with a bar, the file, bytes, and the time that all parts are
-going to take at the rate so far; when it is there with its size and the time that it took. Elsewhere one line a part.
+going to take at the rate so far; when it is there with its size and the time that it took. Where no bytes are written
+the bar runs to and fro beside the time that has passed. Elsewhere one line a part.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from framefusion.console.messages import in_bytes
+from framefusion.console.plain_text import printable
+from framefusion.console.terminal import Activity, MovingLine, is_interactive, spinner
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _LABEL = 27
+_FIGURES = 32  # "401 kB of 2.71 MB all 22%, 0:36 left"
 _BAR = 10  # characters
-_INTERVAL = 0.1  # seconds between two drawings
 _SELDOM = 10.0  # seconds between two lines of what is no terminal
 _RATE_AFTER = 2.0  # seconds before a rate is steady enough to be shown
+_STANDING = 1.0  # seconds without a byte, from which on the bar runs to and fro
 
 
 class Step(NamedTuple):
@@ -75,10 +81,10 @@ class Meter:
 
 
 @contextmanager
-def progress_lines(stream: TextIO | None = None) -> Iterator[Progress]:
-    """What draws the progress of one job: on stderr, unless another stream is given."""
+def progress_lines(stream: TextIO | None = None, *, first: str = "planning") -> Iterator[Progress]:
+    """What draws the progress of one job: on stderr, unless another stream is given; `first` runs before any part."""
     stream = stream or sys.stderr
-    lines = TerminalLines(stream) if stream.isatty() else LogLines(stream)
+    lines = TerminalLines(stream, first) if is_interactive(stream) else LogLines(stream)
     try:
         yield lines
     except BaseException:
@@ -106,16 +112,17 @@ class LogLines:
 
 
 class TerminalLines:
-    """A line that is drawn over while a part is written."""
+    """A line that moves while a part is written, and one that stays when it is there."""
 
-    def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, first: str = "", now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
+        self._first = first
         self._step: Step | None = None
         self._start = now()
         self._begun = self._start  # of the part
-        self._drawn = self._start
+        self._since = self._start  # the last byte, or the beginning of what runs now
         self._taken_over = 0  # bytes that were there before anything was written
+        self._line = MovingLine(self.draw, stream)
 
     def __call__(self, step: Step) -> None:
         """See `Progress`."""
@@ -126,20 +133,47 @@ class TerminalLines:
             self._begun = now
             if last is not None and last.done == 0:
                 self._taken_over += last.size
-        elif step.doing == last.doing and now - self._drawn < _INTERVAL:
-            self._step = step
-            return
+        if last is None or (step.part, step.doing, step.done) != (last.part, last.doing, last.done):
+            self._since = now
         self._step = step
-        self._drawn = now
-        self._draw(line_of(step, self._left(step, now)))
 
     def close(self, *, complete: bool = True) -> None:
-        """Leave the cursor on a line of its own; the last part is shown as done only if it is."""
+        """Take the line away; the last part is shown as done only if it is, else as far as it came."""
         if complete:
             self._finish()
         elif self._step is not None:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._line.print(f"{label_of(self._step)} {self._figures(self._step)}".rstrip())
+        self._line.close()
+
+    def draw(self) -> RenderableType:
+        """The line now; it runs in the thread that draws."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Column, Table
+
+        step = self._step
+        now = self._now()
+        waited = now - self._since
+        if step is not None and 0 < step.done < step.size and waited < _STANDING:
+            bar = ProgressBar(total=step.size, completed=step.done, width=_BAR)
+            figures = self._figures(step)
+        else:  # no bytes say how far it is
+            bar = ProgressBar(pulse=True, animation_time=now, width=_BAR)
+            figures = f"{in_time(waited)} {'' if step is None else share_of(step)}".rstrip()
+        grid = Table.grid(
+            Column(no_wrap=True),
+            Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            Column(width=_BAR),
+            Column(no_wrap=True, min_width=_FIGURES),
+            padding=(0, 1, 0, 0),
+            expand=True,
+        )
+        grid.add_row(spinner(self._now), self._first if step is None else label_of(step), bar, figures)
+        return grid
+
+    def _figures(self, step: Step) -> str:
+        left = self._left(step, self._now())
+        size = f"{in_bytes(step.done)} of {in_bytes(step.size)} " if step.size else ""
+        return size + share_of(step) + ("" if left is None else f", {in_time(left)} left")
 
     def _left(self, step: Step, now: float) -> float | None:
         """Seconds to go at the rate so far; None where nothing is known of it yet."""
@@ -156,19 +190,15 @@ class TerminalLines:
             spent = self._now() - self._begun
             took = f"in {in_time(spent)}" if step.done or not step.size else "was there"
             size = in_bytes(step.size) if step.size else ""
-            self._draw(f"{step.part:<{_LABEL}} {size:>8}  {took}")
-            self._stream.write("\n")
-            self._stream.flush()
+            self._line.print(f"  {printable(step.part):<{_LABEL}} {size:>8}  {took}")
             self._step = None
-
-    def _draw(self, line: str) -> None:
-        width = shutil.get_terminal_size().columns
-        self._stream.write("\r" + line[: width - 1] + "\x1b[K")  # the rest of a longer line is cleared
-        self._stream.flush()
 
 
 class CountLines:
-    """How many pieces of a job are done: a line that is drawn over on a terminal, elsewhere one now and then."""
+    """How many pieces of a job are done: on a terminal a line that moves from the beginning, elsewhere now and then.
+
+    A context manager: the line ends with it.
+    """
 
     def __init__(self, what: str, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self._what = what
@@ -177,36 +207,47 @@ class CountLines:
         self._start = now()
         self._drawn = self._start
         self._done_before: int | None = None  # pieces that were there before the first one was done
+        self._activity = Activity(f"{what}: opening the model", now)
+        self._line: MovingLine | None = None
+
+    def __enter__(self) -> CountLines:
+        if is_interactive(self._stream):
+            self._line = MovingLine(self._activity.draw, self._stream)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
 
     def __call__(self, done: int, total: int) -> None:
         """Say that `done` pieces of `total` are there now."""
         now = self._now()
-        terminal = self._stream.isatty()
         if self._done_before is None:
             self._done_before = done - 1
-        if done < total and now - self._drawn < (_INTERVAL if terminal else _SELDOM):
-            return
-        self._drawn = now
         spent = now - self._start
         line = f"{done} of {total} {self._what}"
         if spent >= _RATE_AFTER and done < total:
             seconds_each = spent / (done - self._done_before)
             line += f", {in_time(seconds_each * (total - done))} left"
-        end = "\n" if done == total or not terminal else ""
-        self._stream.write(f"\r{line}\x1b[K{end}" if terminal else f"{line}{end}")
-        self._stream.flush()
+        self._activity.say(line)
+        if done == total or (self._line is None and now - self._drawn >= _SELDOM):
+            self._drawn = now
+            if self._line is not None:
+                self._line.print(line)
+            else:
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
 
 
-def line_of(step: Step, left: float | None) -> str:
-    """The line of a part that is being written, at most 80 columns of what matters; `left` in seconds."""
-    share = min(step.done / step.size, 1.0) if step.size else 0.0
-    bar = ("#" * round(share * _BAR)).ljust(_BAR, "-")
-    parts = [f"{' '.join((step.part, step.doing)).rstrip():<{_LABEL}}"]
-    if step.size:
-        parts.append(f"[{bar}] {in_bytes(step.done)} of {in_bytes(step.size)}")
-    if step.total:
-        parts.append(f"all {step.written / step.total:.0%}" + ("" if left is None else f", {in_time(left)} left"))
-    return " ".join(parts).rstrip()
+def label_of(step: Step) -> str:
+    """What is written, and what of it."""
+    return printable(" ".join((step.part, step.doing)).rstrip())
+
+
+def share_of(step: Step) -> str:
+    """How much of everything is there; "" where all is."""
+    return f"all {step.written / step.total:.0%}" if step.written < step.total else ""
 
 
 def in_time(seconds: float) -> str:

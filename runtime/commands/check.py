@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from framefusion.console import messages as console
+from framefusion.console.terminal import PATIENCE, activity
 from framefusion.errors import CheckFailedError
 from framefusion.runtime.commands.flags import FILE, backend_options
 
@@ -37,9 +38,10 @@ def check(
     from framefusion.runtime.proof.prove import facts_of
     from framefusion.runtime.trust.origin import Trust
 
-    opened = Bundle(bundle, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
     name, place = (None if flag == "auto" else flag for flag in (backend, device))
-    option, proof = check_backend(opened, name, place, threads=threads)
+    with activity("running the golden's request", after=PATIENCE):
+        opened = Bundle(bundle, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
+        option, proof = check_backend(opened, name, place, threads=threads)
     report = {"bundle": str(bundle), "backend": option.backend, "device": option.device, "name": option.text}
     console.show(report | dict(facts_of(proof)), _render)
     if not proof.right:

@@ -13,6 +13,7 @@ import click
 
 import framefusion
 from framefusion.console import messages as console
+from framefusion.console.terminal import PATIENCE, activity
 from framefusion.reduction.budget import describe_cost
 from framefusion.runtime.commands.check import check
 from framefusion.runtime.commands.flags import (
@@ -55,10 +56,18 @@ def generate(bundle: Path, **options: Any) -> None:
     request = question.request()
     sampling = question.sampling(pipeline.manifest)
     pipeline.limits = question.limits()
-    on_text = None if console.wants_json() else _print_piece
-    answer = pipeline.generate(question.turns, question.files, request, sampling=sampling, on_text=on_text)
+    as_json = console.wants_json()
+    with activity("answering", after=PATIENCE) as waiting:
+
+        def print_piece(text: str) -> None:
+            """Text as it comes, on stdout."""
+            waiting.end()
+            console.write(text, newline=False)
+
+        on_text = None if as_json else print_piece
+        answer = pipeline.generate(question.turns, question.files, request, sampling=sampling, on_text=on_text)
     facts = report(pipeline, answer, request.cost)
-    if on_text is not None:
+    if not as_json:
         console.write("")
         console.log(summary(facts))
     else:
@@ -129,7 +138,9 @@ def bench(bundle: Path, costs: tuple[float, ...], rounds: int, **options: Any) -
     pipeline.limits = question.limits()
     ways = ways_of(pipeline, question.request(), costs)
     sampling = question.sampling(pipeline.manifest)
-    console.show(measure(ways, question.turns, question.files, sampling, rounds), render)
+    with activity(f"measuring {len(ways)} costs, {rounds} rounds and one to warm up"):
+        measured = measure(ways, question.turns, question.files, sampling, rounds)
+    console.show(measured, render)
 
 
 def open_pipeline(
@@ -148,10 +159,11 @@ def open_pipeline(
     from framefusion.runtime.proof.opening import open_proven
     from framefusion.runtime.trust.origin import Trust
 
-    bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
     name = None if backend == "auto" else backend
     place = None if device == "auto" else device
-    opened = open_proven(bundle, name, place, threads=threads, check=not no_check, say=console.log)
+    with activity(f"opening {folder}", after=PATIENCE):
+        bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
+        opened = open_proven(bundle, name, place, threads=threads, check=not no_check, say=console.log)
     return Pipeline(bundle, opened.backend, choice=opened.choice)
 
 
@@ -187,15 +199,11 @@ def show_page(pipeline: Pipeline, name: str, question: PromptOptions, output: Pa
     pipeline.limits = question.limits()
     request = question.request()
     sampling = question.sampling(pipeline.manifest)
-    watched = view.watch(pipeline, question.turns, question.files, request, sampling=sampling, compare=compare)
-    size = write_page(view.facts(watched, pipeline, name), output)
+    with activity("answering, and drawing the page", after=PATIENCE):
+        watched = view.watch(pipeline, question.turns, question.files, request, sampling=sampling, compare=compare)
+        size = write_page(view.facts(watched, pipeline, name), output)
     page = {"page": str(output), "bytes": size} | report(pipeline, watched.answer, request.cost)
     console.show(page, lambda facts: f"{facts['page']}: {console.in_bytes(size)}\n{facts['text']}\n{summary(facts)}")
-
-
-def _print_piece(text: str) -> None:
-    """Text as it comes, on stdout."""
-    console.write(text, newline=False)
 
 
 def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[str, Any]:

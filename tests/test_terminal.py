@@ -1,0 +1,41 @@
+"""The commands on a terminal: whoever waits sees that something moves, from the first second to the last."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.terminal import record
+from tests.wheel import ROOT
+
+if sys.platform == "win32":
+    pytest.skip("there are no pseudo-terminals", allow_module_level=True)
+
+CHECKPOINT = ROOT / "tests" / "models" / "tiny_qwen2_vl"
+# Without other load the longest is under a second. A busy machine starts Python and loads torch's libraries so slowly
+# that nothing of Python moves meanwhile.
+LONGEST = 3.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+DRAWN_OVER = "\x1b[2K"
+
+
+@pytest.mark.slow
+def test_a_build_and_an_evaluation_are_never_silent(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    built = record(["ff-export", "build", str(CHECKPOINT), "-o", str(bundle)])
+    assert built.exit_code == 0, built.text
+    assert built.silences()[0][0] < LONGEST, built.silences()[:3]
+    assert DRAWN_OVER in built.text
+    clips = ("-m", "tools.tiny.make_clips", "--out", str(tmp_path / "clips"), "--count", "2")
+    subprocess.run((sys.executable, *clips), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    questions = ["--questions", str(tmp_path / "clips" / "questions.jsonl"), "--cost", "0.3"]
+    for model in (bundle, CHECKPOINT):
+        evaluated = record(["ff-export", "eval", str(model), *questions])
+        assert evaluated.exit_code == 0, evaluated.text
+        assert evaluated.silences()[0][0] < LONGEST, (model, evaluated.silences()[:3])
+    plain = record(["ff-export", "check", str(bundle)], TERM="dumb")
+    assert plain.exit_code == 0, plain.text
+    assert "\x1b" not in plain.text
