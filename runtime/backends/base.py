@@ -62,6 +62,9 @@ class Device(Protocol):
     def upload(self, array: Array) -> Buffer:
         """A host array as a buffer; the array itself on the CPU."""
 
+    def upload_together(self, arrays: Mapping[str, Array]) -> dict[str, Buffer]:
+        """Small host arrays as buffers, in one journey; the arrays themselves on the CPU."""
+
     def download(self, buffer: Buffer) -> Array:
         """A buffer as a host array; waits for what computes it."""
 
@@ -88,6 +91,21 @@ class Device(Protocol):
 
     def reduced(self, rows: Buffer, plan: Plan) -> Buffer:
         """What policy.apply_plan does, or more rows than that, finite ones.  [..., S, D] -> [..., K or more, D]"""
+
+    def reduce_tokens(
+        self, hidden: Buffer, rotary: tuple[Buffer, Buffer], features: Buffer | None, plan: Plan
+    ) -> tuple[Buffer, tuple[Buffer, Buffer], Buffer | None]:
+        """All that travels with tokens, reduced together: one journey of the plan to the device.
+
+        Args:
+            hidden: reduced by means.  [S or more, D]
+            rotary: cos and sin, of which each kept token keeps its row.  [S or more, hd/2] each
+            features: reduced by means, table by table; None where there are none.  [K, S or more, D]
+            plan: of S tokens, of which K stay.
+
+        Returns:
+            The same for the tokens that stay, or more rows than that, finite ones.
+        """
 
     def similarity(self, rows: Buffer, labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """tracks.track_similarity of the first rows, on the host.  [S or more, D], [S] -> [S]"""

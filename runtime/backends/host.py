@@ -5,7 +5,7 @@ Knows no graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -62,6 +62,10 @@ class HostDevice:
         """The array itself."""
         return array
 
+    def upload_together(self, arrays: Mapping[str, Array]) -> dict[str, Buffer]:
+        """The arrays themselves."""
+        return dict(arrays)
+
     def download(self, buffer: Buffer) -> Array:
         """The array itself."""
         return host_array(buffer)
@@ -103,6 +107,14 @@ class HostDevice:
         """See `Device.reduced`."""
         array = host_array(rows)
         return apply_plan(array, plan) if array.ndim == 2 else np.stack([apply_plan(table, plan) for table in array])
+
+    def reduce_tokens(
+        self, hidden: Buffer, rotary: tuple[Buffer, Buffer], features: Buffer | None, plan: Plan
+    ) -> tuple[Buffer, tuple[Buffer, Buffer], Buffer | None]:
+        """See `Device.reduce_tokens`."""
+        (cos, sin) = rotary
+        kept = self.take(cos, plan.kept), self.take(sin, plan.kept)
+        return self.reduced(hidden, plan), kept, None if features is None else self.reduced(features, plan)
 
     def similarity(self, rows: Buffer, labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Device.similarity`."""

@@ -155,15 +155,20 @@ def _bind(
     device = segments.device
     size = bucket_for(record, length)
     rows = rows.padded(size)
-    previous = {"previous": device.upload(_previous(reduction, size))} if record.scores else {}
     outputs = segments.outputs(record, size)
-    chunks = []
     parts = chunks_of(record, size, segments.backend.chunk)
+    vectors = {"previous": _previous(reduction, size)} if record.scores else {}
+    for start, end in parts:
+        vectors[f"kv_len {start}"] = cache.lengths + end
+        vectors[f"last {start}"] = np.array([min(length, end) - start - 1], np.int64)
+    there = device.upload_together(vectors)
+    previous = {"previous": there["previous"]} if record.scores else {}
+    chunks = []
     for start, end in parts:
         part = rows if len(parts) == 1 else rows.part(start, end)
         inputs = part.inputs(record.deepstack) | previous
-        inputs["kv_len"] = device.upload(cache.lengths + end)
-        inputs["last"] = device.upload(np.array([min(length, end) - start - 1], np.int64))
+        inputs["kv_len"] = there[f"kv_len {start}"]
+        inputs["last"] = there[f"last {start}"]
         chunks.append(segments.backend.bind(record.prefill, inputs, outputs.bound if end == size else {}, cache))
     return chunks, outputs
 

@@ -46,13 +46,8 @@ class TokenRows:
         """The rows after a plan; kept tokens keep the tables of their original positions."""
         if plan.kind == "none":
             return self
-        device = self.device
-        kept = plan.kept
-        features = None if self.deepstack is None else device.reduced(self.deepstack, plan)
-        hidden = device.reduced(self.hidden, plan)
-        cos = device.take(self.cos, kept)
-        sin = device.take(self.sin, kept)
-        return TokenRows(hidden, cos, sin, self.origin[kept], features, device)
+        hidden, rotary, features = self.device.reduce_tokens(self.hidden, (self.cos, self.sin), self.deepstack, plan)
+        return TokenRows(hidden, *rotary, self.origin[plan.kept], features, self.device)
 
     def typed(self, float_type: type[np.generic]) -> TokenRows:
         """The rows in another type; themselves where they have it."""

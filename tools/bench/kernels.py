@@ -30,6 +30,7 @@ from tools.bench.setting import report, summary
 SHARES = (0.3, 0.5, 0.7)  # of the tokens that merge
 BUSY = 60  # copies in front of what is timed
 LAUNCHES = 20
+HALF = 64  # columns of a rotary table
 
 
 class Rows:
@@ -115,6 +116,10 @@ def main() -> None:
     for share in SHARES:
         plan = rows.plan(share)
         work[f"reduce, {share:.0%} merge"] = moved(rows.there, plan), partial(device.reduced, rows.there, plan)
+    rotary = device.zeros((len(rows.there), HALF), dtype), device.zeros((len(rows.there), HALF), dtype)
+    plan = rows.plan(0.5)
+    tables = moved(rows.there, plan) + 4 * plan.kept.size * HALF * rotary[0].dtype.itemsize
+    work["reduce with tables, 50% merge"] = tables, lambda: device.reduce_tokens(rows.there, rotary, None, plan)
     work["similarity"] = rows.there.nbytes, lambda: device.track_cosines(rows.there, entries)
     figures: dict[str, Any] = {"device": device.gpu.name, "tokens": len(rows.there), "width": arguments.width}
     figures |= {"dtype": arguments.dtype} | measured(rows, work, arguments.rounds)

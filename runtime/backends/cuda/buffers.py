@@ -10,7 +10,7 @@ Knows no kernel; `device` adds what is done to rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
 from framefusion.runtime.backends.cuda.driver import EXTRA, Cuda
 from framefusion.runtime.backends.cuda.graph import Captured
 from framefusion.runtime.backends.cuda.memory import RING, DeviceMemory, PinnedMemory, Ring
+
+ALIGNMENT = 256  # bytes: what TensorRT asks of the address of a tensor
 
 
 class CudaBuffers:
@@ -105,6 +107,18 @@ class CudaBuffers:
         buffer = self.empty(array.shape, array.dtype)
         self.send(array, buffer)
         return buffer
+
+    def upload_together(self, arrays: Mapping[str, Array]) -> dict[str, Buffer]:
+        """See `Device.upload_together`: views of one buffer, each at an address that every library binds."""
+        starts = np.cumsum([0, *(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values())])
+        packed = np.zeros(starts[-1], np.uint8)
+        for array, start in zip(arrays.values(), starts[:-1], strict=True):
+            packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        there = self.upload(packed)
+        return {
+            name: DeviceArray(there.address + int(start), array.shape, array.dtype, there.owner)
+            for (name, array), start in zip(arrays.items(), starts[:-1], strict=True)
+        }
 
     def send(self, array: Array, buffer: DeviceArray) -> None:
         """Copy an array of the host into a contiguous buffer of as many bytes, in stream order.

@@ -6,6 +6,7 @@ sums in another order than numpy and differs in the last bits of fp32. What is e
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
 from framefusion.runtime.backends.cuda.buffers import CudaBuffers, CudaMirror
 from framefusion.runtime.backends.cuda.kernels import (
+    NOTHING,
+    READS,
     THREADS,
     WORDS,
     Geometry,
@@ -47,7 +50,7 @@ class CudaDevice(CudaBuffers):
         super().__init__(ordinal)
         self.row_type = row_type
         self._kernels = Kernels(self.cuda, self._stream, kernels)
-        self._uploaded_plan: tuple[Plan, DeviceArray, DeviceArray] | None = None
+        self._uploaded_plan: tuple[Plan, DeviceArray] | None = None
 
     def copy(self, target: Buffer, source: Buffer) -> None:
         """See `Device.copy`; in the target's type."""
@@ -74,8 +77,7 @@ class CudaDevice(CudaBuffers):
 
     def _indices(self, index: NDArray[np.int64], below: int) -> DeviceArray:
         """Indices on the GPU, where nothing checks them any more."""
-        if index.size and not 0 <= index.min() <= index.max() < below:
-            raise IndexError(f"indices {index.min()} .. {index.max()} into {below} rows")
+        _require_below(index, below)
         return self.upload(index.astype(np.int32))
 
     def take(self, rows: Buffer, index: NDArray[np.int64]) -> DeviceArray:
@@ -157,27 +159,78 @@ class CudaDevice(CudaBuffers):
     def reduced(self, rows: Buffer, plan: Plan) -> DeviceArray:
         """See `Device.reduced`. Each row that is kept or merged is read once, by one launch for all tables."""
         rows = device_array(rows)
-        if rows.ndim not in (2, 3) or not rows.contiguous:
-            raise ValueError(f"{rows!r} is neither [S, D] nor [K, S, D] without gaps")
-        tables = 1 if rows.ndim == 2 else len(rows)
+        _require_tables(rows)
         (of, elements) = rows.shape[-2:]
-        starts, members = self._plan_there(plan, of)
-        number = plan.kept.size
         if rows.ndim == 2:
-            result = self._with_room(number, of, elements, rows.dtype)
+            result = self._with_room(plan.kept.size, of, elements, rows.dtype)
+            self._reduce(plan, (rows, result))
         else:
-            result = self.empty((tables, number, elements), rows.dtype)
-        arrays = rows, starts, members, result
-        sizes = count(number), width(elements), width(of * elements), width(number * elements)
-        self._launch("reduce", elements, rows, result, number, tables, *arrays, *sizes)
+            result = self.empty((len(rows), plan.kept.size, elements), rows.dtype)
+            if len(rows):
+                self._reduce(plan, (rows[0], result[0]), (rows[1:], result[1:]))
         return result
 
-    def _plan_there(self, plan: Plan, of: int) -> tuple[DeviceArray, DeviceArray]:
-        """A plan's `reading_order` on the GPU; the last one stays there, for the other tables of the same tokens."""
+    def reduce_tokens(
+        self, hidden: Buffer, rotary: tuple[Buffer, Buffer], features: Buffer | None, plan: Plan
+    ) -> tuple[Buffer, tuple[Buffer, Buffer], Buffer | None]:
+        """See `Device.reduce_tokens`: one upload and one launch for everything that travels with the tokens."""
+        tables = [device_array(table) for table in (hidden, *rotary)]
+        results = [self._with_room(plan.kept.size, *dimensions(table), table.dtype) for table in tables]
+        merged: tuple[DeviceArray, DeviceArray] | None = None
+        if features is not None:
+            features = device_array(features)
+            _require_tables(features)
+            merged = features, self.empty((len(features), plan.kept.size, features.shape[2]), features.dtype)
+        self._reduce(plan, (tables[0], results[0]), merged, (tables[1], results[1]), (tables[2], results[2]))
+        return results[0], (results[1], results[2]), None if merged is None else merged[1]
+
+    def _reduce(
+        self,
+        plan: Plan,
+        rows: tuple[DeviceArray, DeviceArray],
+        features: tuple[DeviceArray, DeviceArray] | None = None,
+        cos: tuple[DeviceArray, DeviceArray] | None = None,
+        sin: tuple[DeviceArray, DeviceArray] | None = None,
+    ) -> None:
+        """Launch `reduce` over tables and what they become: rows [S, D], features [K, S, D], cos and sin [S, hd/2]."""
+        given = [pair for pair in (rows, features, cos, sin) if pair is not None]
+        (source, result) = rows
+        width_of_rows = source.shape[1]
+        if any(table.dtype != source.dtype for table, _ in given):
+            raise TypeError(
+                f"tables of one kind of element are reduced together, not {[t.dtype.name for t, _ in given]}"
+            )
+        if features is not None and features[0].shape[2] != width_of_rows:
+            raise ValueError(f"{features[0]!r} has other rows than {source!r}")
+        packed = self._plan_there(plan, min(table.shape[-2] for table, _ in given))
+        number = plan.kept.size
+        tables = 1 + (0 if features is None else len(features[0]))
+        half = 0 if cos is None else cos[0].shape[1]
+        if not number or not max(width_of_rows, half):
+            return
+        itemsize = source.dtype.itemsize
+        strided = () if features is None else features
+        arrays = [table for pair in given for table in pair]
+        at_once = reach(math.gcd(width_of_rows, half), itemsize, *arrays)
+        geometry = row_geometry(number, width_of_rows * itemsize // at_once, tables, READS)
+        self._kernels.launch(
+            f"reduce_{source.dtype.name}_{'wide' if at_once == 16 else 'single'}",
+            geometry,
+            *(source, result, width(width_of_rows)),
+            *(features or (NOTHING, NOTHING)),
+            *(width(table.shape[1] * table.shape[2]) for table in strided or ()),
+            *(() if strided else (width(0), width(0))),
+            *((NOTHING,) * 4 if cos is None or sin is None else (cos[0], sin[0], cos[1], sin[1])),
+            *(width(half), packed, count(number)),
+        )
+
+    def _plan_there(self, plan: Plan, of: int) -> DeviceArray:
+        """A plan's `reading_order` on the GPU, in one array; the last one stays, for other tables of its tokens."""
         if self._uploaded_plan is None or self._uploaded_plan[0] is not plan:
-            starts, members = reading_order(plan)
-            self._uploaded_plan = plan, self.upload(starts), self._indices(members, of)
-        return self._uploaded_plan[1:]
+            self._uploaded_plan = plan, self.upload(np.concatenate(reading_order(plan)))
+        for index in (plan.kept, plan.members):
+            _require_below(index, of)
+        return self._uploaded_plan[1]
 
     def similarity(self, rows: Buffer, labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Device.similarity`. Waits for the result."""
@@ -199,12 +252,12 @@ class CudaDevice(CudaBuffers):
         uploaded = self.upload(entries)
         at_once = reach(elements, itemsize, rows)
         name = f"similarity_{rows.dtype.name}_{'wide' if at_once == 16 else 'single'}"
-        geometry = span_geometry(entries.size, elements * itemsize // at_once)
+        geometry = span_geometry(entries.size)
         self._kernels.launch(name, geometry, rows, uploaded, scores.buffer, count(entries.size), width(elements))
         return scores
 
 
-def reading_order(plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def reading_order(plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """The rows that make each row of the result: members[starts[i]:starts[i + 1]], in run order.  [K + 1], [M]"""
     lengths = plan.run_lengths
     heads = plan.head_slots
@@ -215,7 +268,7 @@ def reading_order(plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     members[starts[:-1]] = plan.kept
     place = np.arange(plan.members.size) - np.repeat(plan.run_starts, lengths)
     members[np.repeat(starts[heads], lengths) + place] = plan.members
-    return starts.astype(np.int32), members
+    return starts.astype(np.int32), members.astype(np.int32)
 
 
 def track_entries(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
@@ -224,6 +277,18 @@ def track_entries(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray
     visual = order[: tracks.count_visual(labels)]
     follows = tracks.previous_in_track(labels, order)[visual] >= 0
     return visual, np.where(follows, visual, ~visual).astype(np.int32)
+
+
+def _require_below(index: NDArray[np.int64], below: int) -> None:
+    """No index is checked again once it is on the GPU."""
+    if index.size and not 0 <= index.min() <= index.max() < below:
+        raise IndexError(f"indices {index.min()} .. {index.max()} into {below} rows")
+
+
+def _require_tables(rows: DeviceArray) -> None:
+    """What `reduce` reads lies without gaps."""
+    if rows.ndim not in (2, 3) or not rows.contiguous:
+        raise ValueError(f"{rows!r} is neither [S, D] nor [K, S, D] without gaps")
 
 
 def _tables(rows: DeviceArray) -> list[DeviceArray]:

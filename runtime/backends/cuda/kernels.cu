@@ -88,32 +88,55 @@ __device__ float Pack<float, 4>::get(int i) const { return __uint_as_float(word[
 template <>
 __device__ void Pack<float, 4>::set(int i, float value) { word[i] = __float_as_uint(value); }
 
-// out[i] = mean of rows[members[starts[i]]] ... rows[members[starts[i + 1] - 1]], summed in fp32 in that order; a single
-// row is copied as it is. Each row that is kept or merged is read once. blockIdx.y is one of several tables.
+// out = row, `width` elements. Eight reads are under way before the first is written.
 template <typename T, int V>
-__device__ void reduce(const T* __restrict__ rows, const int* __restrict__ starts, const int* __restrict__ members,
-                       T* __restrict__ out, int count, wide width, wide rows_stride, wide out_stride) {
+__device__ void copy_row(const T* __restrict__ row, T* __restrict__ out, wide width) {
+#pragma unroll 8
+  for (wide column = (wide)threadIdx.x * V; column < width; column += (wide)blockDim.x * V)
+    Pack<T, V>::load(row + column).store(out + column);
+}
+
+// out[i] = mean of rows[members[starts[i]]] ... rows[members[starts[i + 1] - 1]], summed in fp32 in that order; a single
+// row is copied as it is. Each row that is kept or merged is read once. `plan` is starts, count + 1 of them, and behind
+// them the members. blockIdx.y 0 are the hidden states, and beside them the rotary tables, of which the first member's
+// row is taken; blockIdx.y from 1 on are tables of features that follow a token by mean.
+template <typename T, int V>
+__device__ void reduce(const T* __restrict__ rows, T* __restrict__ out, wide width, const T* __restrict__ features,
+                       T* __restrict__ features_out, wide stride, wide stride_out, const T* __restrict__ cos,
+                       const T* __restrict__ sin, T* __restrict__ cos_out, T* __restrict__ sin_out, wide half,
+                       const int* __restrict__ plan, int count) {
   const int i = blockIdx.x * blockDim.y + threadIdx.y;
   if (i >= count) return;
-  rows += blockIdx.y * rows_stride;
-  out += blockIdx.y * out_stride + i * width;
-  const int start = starts[i], end = starts[i + 1];
+  const int start = plan[i], end = plan[i + 1];
+  const int* members = plan + count + 1;
+  const wide head = members[start];
+  if (blockIdx.y == 0 && half > 0) {
+    copy_row<T, V>(cos + head * half, cos_out + i * half, half);
+    copy_row<T, V>(sin + head * half, sin_out + i * half, half);
+  }
+  if (blockIdx.y > 0) {
+    rows = features + (blockIdx.y - 1) * stride;
+    out = features_out + (blockIdx.y - 1) * stride_out;
+  }
+  out += i * width;
+  if (end - start == 1) {
+    copy_row<T, V>(rows + head * width, out, width);
+    return;
+  }
   const float length = (float)(end - start);
   for (wide column = (wide)threadIdx.x * V; column < width; column += (wide)blockDim.x * V) {
-    Pack<T, V> pack = Pack<T, V>::load(rows + members[start] * width + column);
-    if (end - start > 1) {
-      float sum[V];
+    Pack<T, V> pack = Pack<T, V>::load(rows + head * width + column);
+    float sum[V];
 #pragma unroll
-      for (int v = 0; v < V; ++v) sum[v] = pack.get(v);
+    for (int v = 0; v < V; ++v) sum[v] = pack.get(v);
 #pragma unroll 4
-      for (int member = start + 1; member < end; ++member) {
-        pack = Pack<T, V>::load(rows + members[member] * width + column);
+    for (int member = start + 1; member < end; ++member) {
+      pack = Pack<T, V>::load(rows + members[member] * width + column);
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[v] += pack.get(v);
-      }
-#pragma unroll
-      for (int v = 0; v < V; ++v) pack.set(v, sum[v] / length);
+      for (int v = 0; v < V; ++v) sum[v] += pack.get(v);
     }
+#pragma unroll
+    for (int v = 0; v < V; ++v) pack.set(v, sum[v] / length);
     pack.store(out + column);
   }
 }
@@ -169,30 +192,26 @@ __device__ void cast(const From* __restrict__ in, To* __restrict__ out, wide cou
     narrow(widen(in[i]), out[i]);
 }
 
-const int SPAN = 8;      // tokens of a block, in track order: each row is read once and one row in SPAN twice
+const int SPAN = 8;  // tokens of a warp, in track order: each row is read once and one row in SPAN twice
 const int WARP = 32;
-const int MAX_WARPS = 4;
+const unsigned ALL = 0xffffffffu;
 const float DISSIMILAR = -2.0f;  // tracks.DISSIMILAR
 
 __device__ inline int token_of(int entry) { return entry < 0 ? ~entry : entry; }
 
-// Sum over the block, in thread 0. Every thread of whole warps takes part.
-__device__ inline float block_sum(float value, float* partial) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = value;
-  __syncthreads();
-  float sum = 0.0f;
-  if (threadIdx.x == 0)
-    for (int warp = 0; warp < blockDim.x / WARP; ++warp) sum += partial[warp];
-  return sum;
+// Sum over the warp, in its first thread.
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+  for (int offset = WARP / 2; offset > 0; offset /= 2) value += __shfl_down_sync(ALL, value, offset);
+  return value;
 }
 
 // out[p] = cosine of the p-th visual token in track order to the one before it. order[p] is the token, ~token for the
-// first of a track. A row's sums are the same in whatever block they are made, so identical rows have a cosine of 1.
+// first of a track. A block is one warp, so nothing waits for a barrier, and SPAN + 1 reads of each thread are under way
+// at a time. A row's sums are the same in whatever warp they are made, so identical rows have a cosine of 1.
 template <typename T, int V>
 __device__ void similarity(const T* __restrict__ rows, const int* __restrict__ order, float* __restrict__ out,
                            int count, wide width) {
-  __shared__ float partial[2 * SPAN + 1][MAX_WARPS];
   const int first = blockIdx.x * SPAN;
   const T* row[SPAN + 1];
   row[0] = rows + token_of(order[order[first] < 0 ? first : first - 1]) * width;
@@ -202,14 +221,16 @@ __device__ void similarity(const T* __restrict__ rows, const int* __restrict__ o
     row[t + 1] = rows + token_of(order[place]) * width;
   }
   float dot[SPAN] = {}, square[SPAN + 1] = {};
-  for (wide column = (wide)threadIdx.x * V; column < width; column += (wide)blockDim.x * V) {
+  for (wide column = (wide)threadIdx.x * V; column < width; column += WARP * V) {
+    Pack<T, V> pack[SPAN + 1];
+#pragma unroll
+    for (int t = 0; t <= SPAN; ++t) pack[t] = Pack<T, V>::load(row[t] + column);
     float before[V] = {};
 #pragma unroll
     for (int t = 0; t <= SPAN; ++t) {
-      const Pack<T, V> pack = Pack<T, V>::load(row[t] + column);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float now = pack.get(v);
+        const float now = pack[t].get(v);
         if (t > 0) dot[t - 1] = __fmaf_rn(before[v], now, dot[t - 1]);
         square[t] = __fmaf_rn(now, now, square[t]);
         before[v] = now;
@@ -218,8 +239,8 @@ __device__ void similarity(const T* __restrict__ rows, const int* __restrict__ o
   }
 #pragma unroll
   for (int t = 0; t <= SPAN; ++t) {
-    square[t] = block_sum(square[t], partial[2 * t]);
-    if (t > 0) dot[t - 1] = block_sum(dot[t - 1], partial[2 * t - 1]);
+    square[t] = warp_sum(square[t]);
+    if (t > 0) dot[t - 1] = warp_sum(dot[t - 1]);
   }
   if (threadIdx.x != 0) return;
 #pragma unroll
@@ -232,9 +253,10 @@ __device__ void similarity(const T* __restrict__ rows, const int* __restrict__ o
 
 #define FOR_TYPE(T, suffix, V)                                                                                       \
   KERNEL(reduce_##suffix,                                                                                            \
-         (const T* rows, const int* starts, const int* members, T* out, int count, wide width, wide rows_stride,     \
-          wide out_stride),                                                                                          \
-         (reduce<T, V>(rows, starts, members, out, count, width, rows_stride, out_stride)))                          \
+         (const T* rows, T* out, wide width, const T* features, T* features_out, wide stride, wide stride_out,       \
+          const T* cos, const T* sin, T* cos_out, T* sin_out, wide half, const int* plan, int count),                \
+         (reduce<T, V>(rows, out, width, features, features_out, stride, stride_out, cos, sin, cos_out, sin_out,     \
+                       half, plan, count)))                                                                          \
   KERNEL(mix_##suffix,                                                                                               \
          (const T* rows, const int* index, const float* weight, T* out, int count, int terms, wide width),           \
          (mix<T, V>(rows, index, weight, out, count, terms, width)))                                                 \

@@ -26,8 +26,8 @@ OLDEST = (7, 5)  # of the compilers of CUDA 13
 WORDS = (16, 4, 2)  # bytes that take and put move at a time, where rows and addresses allow
 THREADS = 256
 SPAN = 8
-WARP = 32
-MOST_WARPS = 4  # as in kernels.cu
+WARP = 32  # both as in kernels.cu
+READS = 8  # of a thread that copies a row: so many are under way at once
 _DIGEST = hashlib.sha256().digest_size
 
 Number = tuple[int, Any]
@@ -41,19 +41,17 @@ class Geometry(NamedTuple):
     block: tuple[int, int]
 
 
-def row_geometry(rows: int, steps: int, tables: int = 1) -> Geometry:
-    """Threads along rows of `steps` reads each, more than one row a block where rows are short."""
-    rounds = max(1, -(-steps // THREADS))
-    along = max(1, -(-steps // rounds))
+def row_geometry(rows: int, steps: int, tables: int = 1, reads: int = 1) -> Geometry:
+    """Threads along rows of `steps` reads each, of which a thread does about `reads`; several short rows a block."""
+    rounds = max(reads, -(-steps // THREADS))
+    along = max(1, min(steps, WARP * -(-steps // (rounds * WARP))))
     across = THREADS // along
     return Geometry((-(-rows // across), tables), (along, across))
 
 
-def span_geometry(tokens: int, steps: int) -> Geometry:
-    """Whole warps for the similarity of SPAN tokens a block."""
-    rounds = max(1, -(-steps // (WARP * MOST_WARPS)))
-    warps = max(1, -(-steps // (rounds * WARP)))
-    return Geometry((-(-tokens // SPAN), 1), (warps * WARP, 1))
+def span_geometry(tokens: int) -> Geometry:
+    """A warp for the similarity of SPAN tokens."""
+    return Geometry((-(-tokens // SPAN), 1), (WARP, 1))
 
 
 def reach(width: int, itemsize: int, *arrays: DeviceArray) -> int:
@@ -121,6 +119,10 @@ def count(value: int) -> Number:
 def width(value: int) -> Number:
     """A number of elements."""
     return value, ctypes.c_longlong
+
+
+NOTHING: Number = (0, ctypes.c_void_p)
+"""An array that a kernel is not given."""
 
 
 def cache_folder() -> Path:

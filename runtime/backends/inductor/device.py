@@ -7,9 +7,9 @@ same code is compared with HostDevice. No GPU has run it yet. Knows no graph.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -89,6 +89,16 @@ class TorchMirror:
         return self.host
 
 
+class _PlanThere(NamedTuple):
+    """A plan as tensors on the device: see `Plan` and `Runs`."""
+
+    kept: Any
+    heads: Any
+    slots: Any
+    lengths: Any
+    followers: Sequence[Any]
+
+
 class TorchDevice:
     """See `Device`. Rows have one type on their whole way; their sums are in fp32 and rounded each time.
 
@@ -138,6 +148,10 @@ class TorchDevice:
         uploaded: Buffer = as_tensor(self.torch, np.ascontiguousarray(array)).to(self._device)
         return uploaded
 
+    def upload_together(self, arrays: Mapping[str, Array]) -> dict[str, Buffer]:
+        """See `Device.upload_together`; each goes by itself."""
+        return {name: self.upload(array) for name, array in arrays.items()}
+
     def download(self, buffer: Buffer) -> Array:
         """See `Device.download`; bfloat16 comes as fp32, which holds it exactly."""
         tensor = tensor_of(buffer)
@@ -185,14 +199,32 @@ class TorchDevice:
 
     def reduced(self, rows: Buffer, plan: Plan) -> Buffer:
         """See `Device.reduced`: the order of the sums is plan.apply_plan's."""
-        stacked = tensor_of(rows if len(rows.shape) == 3 else rows[None])
-        reduced = stacked.index_select(1, self._index(plan.kept))
+        return self._reduced(rows, self._plan_there(plan))
+
+    def reduce_tokens(
+        self, hidden: Buffer, rotary: tuple[Buffer, Buffer], features: Buffer | None, plan: Plan
+    ) -> tuple[Buffer, tuple[Buffer, Buffer], Buffer | None]:
+        """See `Device.reduce_tokens`: one upload for all."""
+        there = self._plan_there(plan)
+        (cos, sin) = (tensor_of(table).index_select(0, there.kept) for table in rotary)
+        merged = None if features is None else self._reduced(features, there)
+        return self._reduced(hidden, there), (cos, sin), merged
+
+    def _plan_there(self, plan: Plan) -> _PlanThere:
+        """The indices of a plan on the device, in one upload."""
         runs = plan.runs_longest_first()
-        means = stacked.index_select(1, self._index(runs.heads)).float()
-        for members in runs.followers:
-            means[:, : members.size] += stacked.index_select(1, self._index(members)).float()
-        means /= self.torch.from_numpy(runs.lengths.astype(np.float32)).to(self._device)[None, :, None]
-        reduced.index_copy_(1, self._index(runs.slots), means.to(rows.dtype))
+        parts = (plan.kept, runs.heads, runs.slots, runs.lengths, *runs.followers)
+        (kept, heads, slots, lengths, *followers) = self._index(np.concatenate(parts)).split([p.size for p in parts])
+        return _PlanThere(kept, heads, slots, lengths, followers)
+
+    def _reduced(self, rows: Buffer, plan: _PlanThere) -> Buffer:
+        stacked = tensor_of(rows if len(rows.shape) == 3 else rows[None])
+        reduced = stacked.index_select(1, plan.kept)
+        means = stacked.index_select(1, plan.heads).float()
+        for members in plan.followers:
+            means[:, : members.numel()] += stacked.index_select(1, members).float()
+        means /= plan.lengths.float()[None, :, None]
+        reduced.index_copy_(1, plan.slots, means.to(rows.dtype))
         result: Buffer = reduced if len(rows.shape) == 3 else reduced[0]
         return result
 

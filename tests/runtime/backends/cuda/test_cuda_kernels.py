@@ -26,6 +26,7 @@ from framefusion.runtime.backends.cuda.array import DeviceArray
 from framefusion.runtime.backends.cuda.device import reading_order, track_entries
 from framefusion.runtime.backends.cuda.driver import cuda_module
 from framefusion.runtime.backends.cuda.kernels import (
+    READS,
     SPAN,
     THREADS,
     WARP,
@@ -78,11 +79,11 @@ def elements_at_once(width: int, itemsize: int) -> int:
     return reach(width, itemsize, DeviceArray(256, (1, width), np.dtype(f"V{itemsize}"))) // itemsize
 
 
-@given(lengths, widths, st.sampled_from([2, 4]), st.integers(1, 3))
+@given(lengths, widths, st.sampled_from([2, 4]), st.integers(1, 3), st.sampled_from([1, READS]))
 @modest
-def test_each_element_is_written_by_one_thread(rows: int, width: int, itemsize: int, tables: int) -> None:
+def test_each_element_is_written_by_one_thread(rows: int, width: int, itemsize: int, tables: int, reads: int) -> None:
     at_once = elements_at_once(width, itemsize)
-    geometry = row_geometry(rows, width // at_once, tables)
+    geometry = row_geometry(rows, width // at_once, tables, reads)
     assert np.prod(geometry.block) <= THREADS
     assert_covers(row_writes(geometry, rows, width, at_once), tables, rows, width, at_once)
 
@@ -109,7 +110,8 @@ def test_the_twin_of_reduce_is_apply_plan(marks: list[int], share: float, width:
     plan = merge_plan(labels, (random.random(labels.size) < share) & (tracks.previous_in_track(labels) >= 0))
     rows, (starts, members) = draw_rows(seed, labels.size, width), reading_order(plan)
     at_once = elements_at_once(width, 4)
-    written = row_writes(row_geometry(plan.kept.size, width // at_once), plan.kept.size, width, at_once)
+    geometry = row_geometry(plan.kept.size, width // at_once, reads=READS)
+    written = row_writes(geometry, plan.kept.size, width, at_once)
     columns = written.column[:, None] + np.arange(at_once)
     start, end = starts[written.row], starts[written.row + 1]
     value = rows[members[start][:, None], columns]
@@ -139,8 +141,8 @@ def test_the_twin_of_similarity_is_that_of_tracks(marks: list[int], width: int, 
     if not order.size:
         return
     rows, at_once = draw_rows(seed, labels.size, width).astype(np.float64), elements_at_once(width, itemsize)
-    (blocks, _), (threads, _) = geometry = span_geometry(order.size, width // at_once)
-    assert threads % WARP == 0
+    (blocks, _), threads = geometry = span_geometry(order.size)
+    assert threads == (WARP, 1)
     token = np.where(entries < 0, ~entries, entries)
     block_writes = row_writes(Geometry((1, 1), geometry.block), 1, width, at_once)  # a block's threads along a row
     assert_covers(block_writes, 1, 1, width, at_once)
