@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from framefusion.console import messages as console
+from framefusion.console.layout import WIDEST
 from framefusion.errors import CheckFailedError
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -170,6 +172,21 @@ def test_inspect_answers_for_a_prompt(bundle: Path) -> None:
     assert invoke(ff_export, "inspect", bundle, "--input-len", 9999).exit_code == 12
 
 
+@pytest.mark.slow
+def test_a_build_says_what_to_type_next_and_that_runs(
+    checkpoint: Path, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    built = invoke(ff_export, "build", checkpoint, "-o", "it's a bundle", "--no-check", "--depth", 0)
+    assert built.exit_code == 0, built.output
+    line = next(line for line in built.stderr.splitlines() if line.startswith("next: "))
+    program, *arguments = shlex.split(line.removeprefix("next: "))
+    assert program == "ff-run"
+    (tmp_path / "clip.mp4").symlink_to(film)
+    assert invoke(ff_run, *arguments).exit_code == 0
+    assert "next" not in invoke(ff_export, "build", checkpoint, "-o", "b", "--no-check", "--depth", 0, "--json").stderr
+
+
 def test_padding_of_buckets() -> None:
     rows = padding((8, 16))
     assert [(row["first"], row["last"]) for row in rows] == [(1, 8), (9, 16)]
@@ -182,7 +199,7 @@ def test_families_lists_the_table() -> None:
     assert "qwen2_vl" in [row["name"] for row in rows]
     assert all(row["architectures"] and row["checkpoints"] and row["verified"] for row in rows)
     text = invoke(ff_export, "families").stdout
-    assert max(map(len, text.splitlines())) <= console.WIDTH
+    assert max(map(len, text.splitlines())) <= WIDEST
     shown = {word.strip(",") for word in text.split()}
     assert {name for row in rows for name in (row["name"], *row["architectures"], *row["checkpoints"])} <= shown
     assert " ".join(rows[0]["verified"].split()) in " ".join(text.split())

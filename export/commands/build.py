@@ -5,6 +5,7 @@ Builds library objects of the flags and prints reports. torch is imported by wha
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,8 @@ def build_command(
         settings = {"force": force, "verify": not no_check, "tolerance": tolerance, "resources": limits}
         built = _build(source, output, options, clips, progress=progress, **settings)
     console.show(_built_report(built), _render_built)
+    if not console.wants_json():
+        console.log(_next_command(built))
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -118,9 +121,18 @@ def _render_built(report: dict[str, Any]) -> str:
     lines = [f"{report['bundle']}: {size}, reduction {report['reduction']['text']}"]
     from framefusion.export.report.inspection import comparison_summary, render_comparison
 
-    if check is None:
-        return "\n".join([*lines, f"{comparison_summary(None)} (--no-check)"])
-    return "\n".join([*lines, render_comparison(check)])
+    compared = f"{comparison_summary(None)} (--no-check)" if check is None else render_comparison(check)
+    return "\n".join([*lines, compared])
+
+
+def _next_command(built: Built) -> str:
+    """A line with what to type next, to be copied as it is; clip.mp4 stands for a film of the user."""
+    folder = str(built.folder)
+    safe = f"./{folder}" if folder.startswith("-") else folder
+    manifest = built.manifest
+    elsewhere = manifest.model.dtype == "bfloat16" or manifest.options.get("engines_only")
+    where = ", where its engines run" if elsewhere else ""
+    return f"next{where}: ff-run generate {shlex.quote(safe)} --video clip.mp4 --prompt 'What happens?'"
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------

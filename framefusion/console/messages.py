@@ -1,4 +1,4 @@
-"""What both commands share: errors to messages and exit codes, one JSON object on stdout, tables.
+"""What both commands share: errors to messages and exit codes, one JSON object on stdout, warnings.
 
 Knows click, no model. Control characters of answers and of other people's names are spelled out. In JSON mode stdout
 carries exactly one object, the result or the error; all else goes to stderr. A wrong flag is the parser's own business:
@@ -10,30 +10,32 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import sys
-import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import click
 
+from framefusion.console.layout import labelled as labelled
+from framefusion.console.layout import prose, terminal_width
+from framefusion.console.layout import table as table
 from framefusion.console.plain_text import printable
+from framefusion.console.terminal import painted
 from framefusion.errors import FrameFusionError, InterruptedBuildError, MediaWarning, StorageError
 from framefusion.storage.files import FULL
 
-WIDTH = 100
 _JSON = "framefusion.json"
 _WARNED = "framefusion.warned"
 _UNWRITABLE = FULL | {errno.EPIPE, errno.EBADF}  # EBADF: it was closed before the command began (start.py)
 _NO_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}  # of files that a user has given
 _interrupts: list[int] = []  # Ctrl-C since the command line began
 _UNITS = ("B", "kB", "MB", "GB")
+_STYLES = {"error: ": "bold red", "warning: ": "yellow", "next: ": "bold green"}
 Command = TypeVar("Command", bound=Callable[..., Any])
 Report = TypeVar("Report")
 
@@ -144,41 +146,22 @@ def wants_json(ctx: click.Context | None = None) -> bool:
 
 def show(report: Report, render: Callable[[Report], str]) -> None:
     """Print a report: as one JSON object, or as `render` lays it out."""
-    write(json.dumps(report) if wants_json() else render(report))
+    write(json.dumps(report) if wants_json() else prose(render(report), terminal_width()))
 
 
 def log(message: str) -> None:
-    """Print one line on stderr; harmful characters are spelled out."""
-    click.echo(printable(message), err=True)
+    """Print one message on stderr, in colours where it takes them; harmful characters are spelled out."""
+    text = printable(message)
+    kind, colon, rest = text.partition(": ")
+    style = _STYLES.get(kind + colon)
+    if style is not None:
+        text = painted(f"{kind}:", style, sys.stderr) + " " + rest
+    click.echo(text, err=True, color=_keeps_colours())
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as their widest cell; those of numbers stand to the right."""
-    cells = [list(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    columns = list(zip(*rows, strict=True)) if rows else [("",)] * len(head)
-    right = [all(isinstance(value, (int, float)) for value in column) for column in columns]
-
-    def line(row: Sequence[str]) -> str:
-        parts = []
-        for cell, width, to_right in zip(row, widths, right, strict=True):
-            parts.append(cell.rjust(width) if to_right else cell.ljust(width))
-        return "  ".join(parts).rstrip()
-
-    return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, cells)])
-
-
-def labelled(facts: Mapping[str, str]) -> str:
-    """A line for each fact, its label before it; wrapped to the terminal, at most WIDTH columns."""
-    indent = max(map(len, facts)) + 2
-    width = min(shutil.get_terminal_size().columns, WIDTH)
-    lines = [
-        textwrap.fill(
-            text, width, initial_indent=label.ljust(indent), subsequent_indent=" " * indent, break_on_hyphens=False
-        )
-        for label, text in facts.items()
-    ]
-    return "\n".join(lines)
+def _keeps_colours() -> bool | None:
+    """For click: True keeps what `painted` added to a stream that is no terminal, None leaves it to the stream."""
+    return True if os.environ.get("FORCE_COLOR") and not os.environ.get("NO_COLOR") else None
 
 
 def in_bytes(size: float) -> str:
@@ -211,7 +194,7 @@ def _leave_with(error: FrameFusionError) -> NoReturn:
 
 def _say(message: str) -> None:
     with suppress(OSError):
-        click.echo(f"error: {printable(message)}", err=True)
+        log(f"error: {message}")
     try:
         sys.stdout.flush()
     except OSError:
