@@ -28,6 +28,7 @@ from framefusion.export.commands.flags import (
     build_options,
     options_of,
 )
+from framefusion.installation import install_command
 
 LOADING = "loading torch"
 
@@ -253,4 +254,4 @@ def open_checkpoint(name: str, revision: str | None) -> Checkpoint:
 
 def missing_package(error: ImportError) -> BackendError:
     """The error for a package that the extra `export` brings."""
-    return BackendError(f"{error.name or error} is not installed: pip install 'framefusion-aot[export]'")
+    return BackendError(f"{error.name or error} is not installed: {install_command('export')}")

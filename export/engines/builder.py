@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from framefusion.errors import BackendError
+from framefusion.installation import install_command
 from framefusion.runtime.backends.table import engine_traits, load
 from framefusion.runtime.format.engine_record import EngineKind, ProfileRecord, TensorRecord
 from framefusion.runtime.format.manifest import FileRecord
@@ -137,7 +138,7 @@ def builder_of(kind: EngineKind) -> EngineBuilder:
     try:
         make = load(engine_traits(kind).builder)
     except ImportError as error:
-        raise BackendError(f"{error.name or error} is not installed: pip install 'framefusion-aot[export]'") from None
+        raise BackendError(f"{error.name or error} is not installed: {install_command('export')}") from None
     builder: EngineBuilder = make(kind)
     return builder
 

@@ -20,6 +20,7 @@ from framefusion.export.engines.cache import EngineCache
 from framefusion.export.machine import free_disk
 from framefusion.export.options import EngineOptions
 from framefusion.export.writing.staging import SPARE
+from framefusion.installation import install_command
 from framefusion.runtime.backends.fit import installed_version
 from framefusion.runtime.backends.table import backend, engine_traits
 from framefusion.runtime.bundle import Bundle
@@ -170,7 +171,7 @@ def library_version(library: str) -> str:
     """The installed version of what compiles."""
     distribution = installed_version(library)
     if distribution is None:
-        raise BackendError(f"{library} is not installed: pip install 'framefusion-aot[export]'")
+        raise BackendError(f"{library} is not installed: {install_command('export')}")
     return distribution[1]
 
 

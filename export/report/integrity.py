@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.errors import BackendError
+from framefusion.installation import install_command
 from framefusion.runtime.format.manifest_file import read_manifest_file
 from framefusion.runtime.trust.signatures import SIGNING, Signature, fingerprint, is_valid, read_signatures
 
@@ -34,7 +35,7 @@ def _state(signature: Signature, digest: str) -> str:
     try:
         return "valid" if is_valid(signature) else "invalid"
     except BackendError:
-        return f"not compared: {SIGNING}"
+        return f"not compared: {install_command(SIGNING)}"
 
 
 def render_integrity(facts: Mapping[str, Any]) -> list[str]:

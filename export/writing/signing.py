@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framefusion.errors import BackendError, BundleError, StorageError, TrustError
+from framefusion.installation import install_command
 from framefusion.runtime.format.bundle_files import read_small, verify_files
 from framefusion.runtime.format.manifest_file import read_manifest_file
 from framefusion.runtime.trust.signatures import (
@@ -63,7 +64,9 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
     except ImportError:
-        raise BackendError(f"bundles are signed by cryptography, which is not installed: {SIGNING}") from None
+        raise BackendError(
+            f"bundles are signed by cryptography, which is not installed: {install_command(SIGNING)}"
+        ) from None
     try:
         content = read_small(path, _KEY_BYTES)
         load = load_ssh_private_key if b"OPENSSH PRIVATE KEY" in content else load_pem_private_key

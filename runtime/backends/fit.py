@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +17,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 from framefusion.errors import BackendError
+from framefusion.installation import install_command
 from framefusion.runtime.backends import table
 from framefusion.runtime.backends.table import BackendKind
 from framefusion.runtime.bundle import Bundle
@@ -26,13 +28,18 @@ from framefusion.runtime.machine import cpu
 from framefusion.runtime.machine.gpu import GPU, find_gpu
 from framefusion.runtime.machine.machine import Machine
 
+_WITH = "with: "  # before the command that compiles engines again
 _RELEASE = 3  # numbers of a version that two builds of one release share
 
 Problem = tuple[str, str]
 """What is wrong, with its figures; and what mends it."""
 
 NO_GPU: Problem = ("there is no NVIDIA GPU here", "run on a machine with a GPU and its driver")
-NO_BINDINGS: Problem = ("cuda-bindings is not installed", "pip install 'framefusion-aot[gpu]'")
+
+
+def no_bindings() -> Problem:
+    """What buffers on a GPU need is missing."""
+    return "cuda-bindings is not installed", install_command("gpu")
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,10 @@ class Fit:
 
     @property
     def text(self) -> str:
-        """One line: "fits ..." or "rebuild because ..., with: ..."."""
+        """One line: "fits ...", "rebuild because ...; with: ...", or "does not run: ..." where compiling is no help."""
         if self.problem is not None:
-            return f"rebuild because {self.problem}; {self.remedy}"
+            is_mended_by_compiling = (self.remedy or "").startswith(_WITH)
+            return f"{'rebuild because' if is_mended_by_compiling else 'does not run:'} {self.problem}; {self.remedy}"
         targets = ", ".join(self.engine.targets)
         if self.gpu is None and not is_cpu(self.engine):
             return f"fits {targets}; there is no GPU here to ask"
@@ -82,13 +90,13 @@ def engine_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Proble
     """What keeps the engines of a backend from running a bundle: the first thing that speaks against one of them."""
     manifest = bundle.manifest
     engines = tuple(engine for engine in manifest.engines if engine.kind == row.name)
-    if not engines:
-        return "no such engine in the bundle", build_command(bundle.folder, row.name)
-    if not all(map(is_cpu, engines)):
+    if not all(map(is_cpu, engines)) or "cpu" not in row.devices:
         if machine.gpu is None:
             return NO_GPU
         if row.cuda_buffers and not machine.bindings:
-            return NO_BINDINGS
+            return no_bindings()
+    if not engines:
+        return "no such engine in the bundle", first_engines(bundle.folder, manifest, row.name)
     for fit in examine(bundle.folder, replace(manifest, engines=engines), gpu=machine.gpu):
         if fit.problem is not None:
             return fit.problem, fit.remedy or "compile it again"
@@ -104,12 +112,11 @@ def require_fit(folder: Path, manifest: Manifest, kind: EngineKind, gpu: GPU | N
     engines = [engine for engine in manifest.engines if engine.kind == kind]
     gpu = find_gpu() if gpu is None else gpu
     if not engines:
-        raise BackendError(f"{folder} holds no {kind} engine: {build_command(folder, kind)}")
+        raise BackendError(f"{folder} holds no {kind} engine: {first_engines(folder, manifest, kind)}")
     if gpu is None and not is_cpu(engines[0]):
-        raise BackendError(
-            f"{kind} engines need an NVIDIA GPU and its driver, this machine has none: run the bundle with "
-            "--backend onnxruntime"
-        )
+        graphs = all(segment.prefill in manifest.files for segment in manifest.segments)
+        remedy = "run the bundle with --backend onnxruntime" if graphs else NO_GPU[1]
+        raise BackendError(f"{kind} engines need an NVIDIA GPU and its driver, this machine has none: {remedy}")
     for engine in engines:
         fit = _examine(folder, manifest, engine, gpu, hashes=False)
         if not fit.fits:
@@ -122,11 +129,33 @@ def other_files(manifest: Manifest) -> dict[str, FileRecord]:
     return {name: record for name, record in manifest.files.items() if name not in compiled}
 
 
-def build_command(folder: Path, kind: EngineKind, targets: Sequence[str] = ()) -> str:
-    """The command that makes engines for some compute capabilities."""
+def compile_command(folder: Path, manifest: Manifest, kind: EngineKind, targets: Sequence[str] = ()) -> str:
+    """The command that makes engines for some compute capabilities; of none the library chooses."""
     numbers = ",".join(target.replace(".", "") for target in targets if re.fullmatch(r"\d+\.\d", target))
-    command = f"ff-export compile {folder} --backend {kind}" + (f" --target-sm {numbers}" if numbers else "")
-    return f"{command} --checkpoint CHECKPOINT" if table.engine_traits(kind).traced else command
+    command = f"ff-export compile {shlex.quote(str(folder))} --backend {kind}"
+    command += f" --target-sm {numbers}" if numbers else ""
+    return f"{command} --checkpoint {_checkpoint(manifest)}" if table.engine_traits(kind).traced else command
+
+
+def first_engines(folder: Path, manifest: Manifest, kind: EngineKind) -> str:
+    """How a bundle without engines of a kind comes to them: compiled of its graphs, where those are fit for it."""
+    traits = table.engine_traits(kind)
+    fits = (not traits.dialects or manifest.dialect in traits.dialects) and (
+        not traits.dtypes or manifest.model.dtype in traits.dtypes
+    )
+    if not fits:  # whatever else the build was given stands in the bundle's README.md
+        return (
+            f"its graphs have dialect {manifest.dialect} in {manifest.model.dtype}, {kind} takes "
+            f"{' or '.join(traits.dialects)} in {' or '.join(traits.dtypes)}: build another bundle, "
+            f"ff-export build {_checkpoint(manifest)} -o FOLDER --backend {kind}"
+        )
+    return compile_command(folder, manifest, kind)
+
+
+def _checkpoint(manifest: Manifest) -> str:
+    """What a command calls the checkpoint: its id; folders are another machine's."""
+    source = manifest.source
+    return "CHECKPOINT" if source is None or not source.on_hub else source.name
 
 
 def gpu_memory(manifest: Manifest, kind: EngineKind) -> int:
@@ -182,7 +211,7 @@ def _rebuild(folder: Path, manifest: Manifest, engine: EngineRecord, gpu: GPU | 
     targets = [*engine.targets]
     if gpu is not None and gpu.capability not in targets:
         targets.append(gpu.capability)
-    return f"with: {build_command(folder, engine.kind, targets)}"
+    return f"{_WITH}{compile_command(folder, manifest, engine.kind, targets)}"
 
 
 def _file(folder: Path, manifest: Manifest, engine: EngineRecord, rebuild: str, hashes: bool) -> Iterator[Problem]:
@@ -204,14 +233,14 @@ def _library(engine: EngineRecord, rebuild: str) -> Iterator[Problem]:
     installed = installed_version(engine.library)
     if installed is None:
         extra = table.backend(engine.kind).extra
-        install = f"pip install 'framefusion-aot[{extra}]'" if extra else f"install {engine.library} {engine.version}"
+        install = install_command(extra) if extra else f"install {engine.library} {engine.version}"
         yield f"{engine.library} {engine.version} that built it is not installed", install
         return
     package, version = installed
     if release(version) != release(engine.version):
         yield (
             f"it was built by {engine.library} {engine.version} and {version} is installed, which loads only its own",
-            f"{rebuild}; or pip install '{package}=={engine.version}'",
+            f"{rebuild}; or pip install '{package}=={engine.version.partition('+')[0]}'",
         )
 
 

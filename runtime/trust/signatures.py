@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.errors import BackendError, BundleError, TrustError
+from framefusion.installation import install_command
 from framefusion.runtime.format.bundle_files import place, read_small
 from framefusion.storage.bounded_json import JsonError, parse_json
 
 SIGNATURES = "signatures.json"
-SIGNING = "pip install 'framefusion-aot[signing]'"
+SIGNING = "signing"  # the extra of this package
 MOST_SIGNATURES = 64
 _MOST_BYTES = 1 << 16
 _KEY_BYTES = 32
@@ -171,7 +172,9 @@ def is_valid(signature: Signature) -> bool:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     except ImportError:
-        raise BackendError(f"signatures are compared by cryptography, which is not installed: {SIGNING}") from None
+        raise BackendError(
+            f"signatures are compared by cryptography, which is not installed: {install_command(SIGNING)}"
+        ) from None
     try:
         Ed25519PublicKey.from_public_bytes(signature.key).verify(signature.value, message(signature.digest))
     except (InvalidSignature, ValueError):

@@ -15,6 +15,7 @@ from pathlib import Path
 import framefusion
 from framefusion.errors import CheckpointError, FrameFusionError, StorageError
 from framefusion.export.checkpoints.files import inner_name, read_json_file
+from framefusion.installation import install_command
 
 # Configuration, weights, tokenizer and chat template, and what the model card needs; no other weight format, no code.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
@@ -96,7 +97,7 @@ def _download(name: str, revision: str) -> Origin:
     except ImportError:
         raise CheckpointError(
             f"no checkpoint folder at {name}, and an id on the hub needs huggingface_hub: "
-            "pip install 'framefusion-aot[export]', or give a folder"
+            f"{install_command('export')}, or give a folder"
         ) from None
     try:
         folder = snapshot_download(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from framefusion.errors import CheckpointError
+from framefusion.installation import install_command
 
 if TYPE_CHECKING:
     import tokenizers
@@ -129,9 +130,7 @@ def _load(path: Path) -> tuple[_Processor, _Model]:
         from sentencepiece import SentencePieceProcessor
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import
     except ImportError:
-        raise CheckpointError(
-            f"{path} needs the package sentencepiece: pip install 'framefusion-aot[export]'"
-        ) from None
+        raise CheckpointError(f"{path} needs the package sentencepiece: {install_command('export')}") from None
     try:
         data = path.read_bytes()
         model = ModelProto.FromString(data)

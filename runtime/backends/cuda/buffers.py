@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from framefusion.errors import BackendError
+from framefusion.installation import install_command
 from framefusion.runtime.backends.buffer import Array, Buffer
 from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
 from framefusion.runtime.backends.cuda.driver import EXTRA, Cuda
@@ -70,7 +71,7 @@ class CudaBuffers:
         try:
             import ml_dtypes
         except ImportError:
-            raise BackendError(f"bfloat16 needs the package ml-dtypes: {EXTRA}") from None
+            raise BackendError(f"bfloat16 needs the package ml-dtypes: {install_command(EXTRA)}") from None
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
 

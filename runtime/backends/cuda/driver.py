@@ -12,13 +12,14 @@ from types import ModuleType
 from typing import Any, SupportsInt
 
 from framefusion.errors import BackendError
+from framefusion.installation import install_command
 from framefusion.runtime.machine.gpu import GPU, find_gpu
 
 Handle = SupportsInt
 """What the driver gives for a stream, an event, a pool or a graph: an object of cuda-bindings over an address."""
 
-EXTRA = "pip install 'framefusion-aot[gpu]'"
-EXTRA_CUDA_12 = "pip install 'framefusion-aot[gpu-cuda12]'"
+EXTRA = "gpu"  # of this package: what a GPU needs, for the newest CUDA and for CUDA 12
+EXTRA_CUDA_12 = "gpu-cuda12"
 
 
 def cuda_module(name: str) -> ModuleType:
@@ -30,7 +31,9 @@ def cuda_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"cuda.bindings.{name}")
     except ImportError as error:
-        raise BackendError(f"the package cuda-bindings cannot be imported ({error}): {EXTRA}") from None
+        raise BackendError(
+            f"the package cuda-bindings cannot be imported ({error}): {install_command(EXTRA)}"
+        ) from None
 
 
 class OutOfMemoryError(BackendError):
@@ -128,5 +131,5 @@ def _require_driver(gpu: GPU) -> None:
     if gpu.cuda[0] < int(version.split(".")[0]):
         raise BackendError(
             f"the NVIDIA driver of {gpu.name} goes up to CUDA {gpu.cuda[0]}.{gpu.cuda[1]}, the installed cuda-bindings "
-            f"{version} needs a newer one: update the driver, or {EXTRA_CUDA_12}"
+            f"{version} needs a newer one: update the driver, or {install_command(EXTRA_CUDA_12)}"
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from framefusion.errors import BackendError
+from framefusion.installation import install_command
 from framefusion.runtime.backends.cuda.array import DeviceArray
 from framefusion.runtime.backends.cuda.driver import EXTRA, EXTRA_CUDA_12, Cuda, Handle, cuda_module
 from framefusion.runtime.machine.gpu import GPU
@@ -107,7 +108,8 @@ def _require_compiler(gpu: GPU) -> None:
     if major > gpu.cuda[0]:
         raise BackendError(
             f"the compiler nvidia-cuda-nvrtc {major}.{minor} is too new for the driver of {gpu.name}, which goes up to "
-            f"CUDA {gpu.cuda[0]}.{gpu.cuda[1]}: update it, or {EXTRA_CUDA_12} in an environment of its own"
+            f"CUDA {gpu.cuda[0]}.{gpu.cuda[1]}: update it, or in an environment of its own "
+            f"{install_command(EXTRA_CUDA_12)}"
         )
 
 
@@ -157,7 +159,9 @@ def target_for(capability: int) -> tuple[str, bool]:
         return f"sm_{capability}", True
     older = [number for number in known if number < capability]
     if not older:
-        raise BackendError(f"the compiler knows compute capabilities {known}, not {capability}: {EXTRA} --upgrade")
+        raise BackendError(
+            f"the compiler knows compute capabilities {known}, not {capability}: {install_command(EXTRA, upgrade=True)}"
+        )
     return f"compute_{max(older)}", False
 
 
@@ -175,7 +179,9 @@ def compiled(source: bytes, target: str, *, binary: bool) -> bytes:
         log = b" " * _nvrtc("nvrtcGetProgramLogSize", program)
         _nvrtc("nvrtcGetProgramLog", program, log)
         message = log.decode(errors="replace").strip("\0 \n")
-        raise BackendError(f"{SOURCE.name} does not compile for {target}: {EXTRA} --upgrade\n{message}")
+        raise BackendError(
+            f"{SOURCE.name} does not compile for {target}: {install_command(EXTRA, upgrade=True)}\n{message}"
+        )
     form = "CUBIN" if binary else "PTX"
     image: bytes = b" " * _nvrtc(f"nvrtcGet{form}Size", program)
     _nvrtc(f"nvrtcGet{form}", program, image)
@@ -190,9 +196,13 @@ def _nvrtc(name: str, *arguments: object) -> Any:
         status, *values = getattr(nvrtc, name)(*arguments)
     except RuntimeError as error:  # its library is not there
         reason = " ".join(str(error).split())
-        raise BackendError(f"the compiler nvidia-cuda-nvrtc cannot be loaded ({reason}): {EXTRA}") from None
+        raise BackendError(
+            f"the compiler nvidia-cuda-nvrtc cannot be loaded ({reason}): {install_command(EXTRA)}"
+        ) from None
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise BackendError(f"{name} failed with {nvrtc.nvrtcResult(status).name}: {EXTRA} --upgrade")
+        raise BackendError(
+            f"{name} failed with {nvrtc.nvrtcResult(status).name}: {install_command(EXTRA, upgrade=True)}"
+        )
     return values[0] if len(values) == 1 else tuple(values)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
-from framefusion.runtime.backends.fit import NO_BINDINGS, NO_GPU, Problem, release
+from framefusion.runtime.backends.fit import NO_GPU, Problem, no_bindings, release
 from framefusion.runtime.backends.onnxruntime.backend import CUDA_PROVIDER
 from framefusion.runtime.backends.table import BackendKind, Device
 from framefusion.runtime.bundle import Bundle
@@ -15,6 +16,8 @@ PORTABLE_SINCE: Mapping[Device, tuple[int, int]] = {"cpu": (1, 28), "cuda": (1, 
 """The first ONNX Runtime whose Attention over a cache masks lower right. On the CPU 1.24 has no TensorScatter, and 1.25
 to 1.27 answer a chunk behind a prefill wrongly without an error (test_dialects.py shows it); on CUDA since
 microsoft/onnxruntime#28958."""
+ORT_GOES_ON = (3, 11)
+"""The oldest Python that ONNX Runtime is still published for; for 3.10 it ended with 1.23."""
 
 
 def cuda_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Problem | None:
@@ -22,9 +25,12 @@ def cuda_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Problem 
     if machine.gpu is None:
         return NO_GPU
     if CUDA_PROVIDER not in machine.providers:
-        return f"the installed onnxruntime has no {CUDA_PROVIDER}", "pip install onnxruntime-gpu in its place"
+        return (
+            f"the installed onnxruntime has no {CUDA_PROVIDER}",
+            "pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
+        )
     if not machine.bindings:
-        return NO_BINDINGS
+        return no_bindings()
     return _graph_problem(bundle.manifest) or _kernel_problem(bundle.manifest, machine.onnxruntime or "0")
 
 
@@ -60,7 +66,10 @@ def _portable_problem(manifest: Manifest, version: str, device: Device) -> Probl
         return None
     package = "onnxruntime-gpu" if device == "cuda" else "onnxruntime"
     least = ".".join(map(str, PORTABLE_SINCE[device]))
+    newer = f"pip install '{package}>={least}'"
+    if sys.version_info < ORT_GOES_ON:  # pip would find none
+        newer = f"run it with Python {'.'.join(map(str, ORT_GOES_ON))} or newer, for which there is {package} {least}"
     return (
         f"{device.upper()} kernels of onnxruntime {version} lack portable attention or mask it wrongly",
-        f"pip install '{package}>={least}', or build with --dialect gqa",
+        f"{newer}, or build the bundle again with --dialect gqa",
     )

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from framefusion.errors import BackendError
+from framefusion.installation import install_command
 from framefusion.runtime.backends.table import backend
 from framefusion.runtime.backends.tensorrt.api import Messages
 from framefusion.runtime.machine.gpu import find_gpu
@@ -145,15 +146,15 @@ def load_library(kind: str) -> Library:
     except ImportError as error:
         absent = error.name in (name, None) or str(error.name).startswith(name)
         why = "is not installed" if absent and isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
-        raise BackendError(f"{name} {why}: pip install 'framefusion-aot[{kind}]'") from None
+        raise BackendError(f"{name} {why}: {install_command(kind)}") from None
     except (OSError, RuntimeError) as error:
-        raise BackendError(f"{name} does not load ({error}): pip install 'framefusion-aot[{kind}]' again") from None
+        raise BackendError(f"{name} does not load ({error}): {install_command(kind, upgrade=True)}") from None
     version = str(module.__version__)
     missing = [path for path in _NEEDED if not _has(module, path)]
     if missing:
         raise BackendError(
             f"{name} {version} has no {missing[0]}, without which attention over a KV cache is computed wrongly: "
-            f"pip install -U 'framefusion-aot[{kind}]'"
+            f"{install_command(kind, upgrade=True)}"
         )
     return Library(kind, module, version, _listener(module))  # type: ignore[arg-type]
 

@@ -24,6 +24,7 @@ from framefusion.export.engines import jobs
 from framefusion.export.engines.builder import EngineSpec
 from framefusion.export.engines.jobs import Job, admitted, components_of
 from framefusion.export.options import BuildOptions
+from framefusion.installation import install_command
 from framefusion.runtime.backends import table
 from framefusion.runtime.backends.fit import examine
 from framefusion.runtime.backends.tensorrt.library import load_library
@@ -86,7 +87,7 @@ def test_a_target_that_no_gpu_has(command: str, checkpoint: Path, graphless: Pat
 def test_a_library_that_is_not_installed(kind: str, graphless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = kind.replace("-", "_")
     monkeypatch.setitem(sys.modules, module, None)
-    phrases = (f"{module} is not installed", f"pip install 'framefusion-aot[{kind}]'")
+    phrases = (f"{module} is not installed", install_command(kind))
     assert_refused(export("compile", graphless, "--backend", kind), errors.BackendError, *phrases)
 
 

@@ -65,8 +65,8 @@ def test_a_machine_without_gpu_takes_the_cpu_and_says_why_nothing_better(bundle:
     chosen = choose(bundle, machine=CPU_ONLY)
     assert (chosen.option.backend, chosen.option.device, chosen.experimental) == ("onnxruntime", "cpu", False)
     assert chosen.text == (
-        "backend: onnxruntime on cpu; not tensorrt or tensorrt-rtx or inductor: no such engine in the bundle; "
-        "not onnxruntime on cuda: there is no NVIDIA GPU here"
+        "backend: onnxruntime on cpu; not tensorrt or tensorrt-rtx or onnxruntime on cuda: there is no NVIDIA GPU "
+        "here; not inductor: no such engine in the bundle"
     )
     assert [(each["backend"], each["device"]) for each in chosen.facts["passed_over"]] == [
         ("tensorrt", "cuda"), ("tensorrt-rtx", "cuda"), ("onnxruntime", "cuda"), ("inductor", "cpu"),
@@ -202,9 +202,15 @@ def test_the_command_prints_the_choice_and_refuses_the_impossible(bundle: Bundle
     facts = json.loads(run(*arguments, "--json").stdout)
     assert facts["backend"]["name"] == "onnxruntime"
     assert facts["backend"]["text"] in run(*arguments).stderr.splitlines()
-    assert_refused(
-        run(*arguments, "--backend", "tensorrt-rtx"), BackendError, "no such engine in the bundle", "ff-export"
-    )
+    assert_refused(run(*arguments, "--backend", "inductor"), BackendError, "no such engine in the bundle", "ff-export")
+
+
+def test_engines_that_the_graphs_are_not_fit_for_take_another_bundle(bundle: Bundle) -> None:
+    machine = replace(WITH_GPU, providers=())
+    with pytest.raises(BackendError, match=r"ff-export build CHECKPOINT -o FOLDER --backend tensorrt-rtx") as refused:
+        choose(bundle, "tensorrt-rtx", machine=machine)
+    assert "its graphs have dialect gqa in float32" in str(refused.value)
+    assert "ff-export compile" not in str(refused.value)
 
 
 def test_reasons_of_several_are_said_once() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from framefusion.errors import BackendError
+from framefusion.installation import install_command
 from framefusion.runtime.backends.tensorrt import library as tensorrt_library
 from framefusion.runtime.backends.tensorrt.library import Library, dotted, load_library
 from framefusion.runtime.machine.gpu import GPU
@@ -52,7 +54,7 @@ def test_no_gpu_for_the_other_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_library_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(BackendError, match=r"tensorrt is not installed: pip install 'framefusion-aot\[tensorrt\]'"):
+    with pytest.raises(BackendError, match=re.escape(f"tensorrt is not installed: {install_command('tensorrt')}")):
         load_library("tensorrt")
     with pytest.raises(BackendError, match="'onednn' is unknown, known are tensorrt-rtx, tensorrt"):
         load_library("onednn")

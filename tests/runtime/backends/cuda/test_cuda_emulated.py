@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from framefusion.installation import install_command
 from framefusion.runtime.backends.cuda.kernels import SOURCE
 from tests.conftest import made_once
 from tests.versions import needs_torch
@@ -112,7 +113,7 @@ def test_the_emulated_gpu_does_nothing_before_the_host_waits(library: Path) -> N
 def test_a_driver_that_is_too_old_is_told_with_both_versions(library: Path) -> None:
     message = refusal(library, CUDA=12040)
     assert message.startswith("the NVIDIA driver of Emulated GPU goes up to CUDA 12.4, the installed cuda-bindings ")
-    assert message.endswith("update the driver, or pip install 'framefusion-aot[gpu-cuda12]'")
+    assert message.endswith(f"update the driver, or {install_command('gpu-cuda12')}")
 
 
 def test_a_gpu_that_is_too_old_is_told_with_its_capability(library: Path) -> None:
@@ -142,7 +143,7 @@ def test_a_compiler_that_is_too_new_for_the_driver_is_told(library: Path) -> Non
 @pytest.mark.parametrize("module", ["driver", "nvrtc"])
 def test_a_missing_package_names_the_extra(library: Path, module: str) -> None:
     message = refusal(library, f"import sys; sys.modules['cuda.bindings.{module}'] = None")
-    assert message.endswith("pip install 'framefusion-aot[gpu]'")
+    assert message.endswith(install_command("gpu"))
 
 
 def test_nothing_of_torch_is_loaded(library: Path) -> None:

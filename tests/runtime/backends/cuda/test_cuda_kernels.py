@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from framefusion.errors import BackendError
+from framefusion.installation import install_command
 from framefusion.reduction import tracks
 from framefusion.reduction.plan import apply_plan, merge_plan
 from framefusion.runtime.backends.cuda import kernels
@@ -238,5 +239,5 @@ def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path: Path) -> None
 @pytest.mark.parametrize("module", ["driver", "nvrtc"])
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setitem(sys.modules, f"cuda.bindings.{module}", None)
-    with pytest.raises(BackendError, match=r"cuda-bindings cannot be imported .*framefusion-aot\[gpu\]"):
+    with pytest.raises(BackendError, match="cuda-bindings cannot be imported .*" + re.escape(install_command("gpu"))):
         cuda_module(module)
