@@ -8,6 +8,7 @@ to rows between segments are the `Device`'s, so that tokens need not leave it: o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -38,6 +39,42 @@ class Mirror(Protocol):
 
     def pull(self) -> Array:
         """Wait for what was requested, request it first where nothing was, and return `host`."""
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """What a decode step of W tokens reads, and what it leaves: buffers of one device. Only the first token counts."""
+
+    hidden: Buffer  # [1, W, D]
+    cos: Buffer  # [1, W, hd/2]
+    sin: Buffer
+    lengths: Buffer  # [segments, ...] int64: tokens in each cache behind the step
+    logits: Buffer  # [1, V] fp32
+
+
+class GreedyTokens(Protocol):
+    """The last link of a decode step's chain: takes the largest logit and makes the buffers ready for the next step.
+
+    It is run as a `BoundSegment` behind the segments. The first step is fed by the host.
+
+    Attributes:
+        feeds_rows: the next token's embedding is among what it makes ready; else the host writes it.
+        runs_ahead: a step may be enqueued before the token of the one before it is pulled, one at most.
+    """
+
+    feeds_rows: bool
+    runs_ahead: bool
+    inputs: Mapping[str, Buffer]
+    outputs: Mapping[str, Buffer]
+
+    def run(self) -> None:
+        """Enqueue the choice, the next row of the rotary tables, and lengths that are one longer."""
+
+    def request(self) -> None:
+        """Begin to bring what the last run chose to the host."""
+
+    def pull(self) -> tuple[int, float]:
+        """Wait for the oldest choice that was requested and not pulled: the token and its logit."""
 
 
 class Device(Protocol):
@@ -109,6 +146,21 @@ class Device(Protocol):
 
     def similarity(self, rows: Buffer, labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """tracks.track_similarity of the first rows, on the host.  [S or more, D], [S] -> [S]"""
+
+    def spare_memory(self) -> int:
+        """Bytes that a copy of what lies on the host may take here; 0 where it would save nothing."""
+
+    def greedy_tokens(
+        self, step: StepBuffers, rotary: tuple[Buffer, Buffer], table: Buffer | None, limit: int
+    ) -> GreedyTokens:
+        """What chooses the tokens of one answer here.
+
+        Args:
+            step: of the chain that it ends.
+            rotary: cos and sin of each token that may be fed back, in the type of the rows.  [N, hd/2]
+            table: rows of the embedding, in that type; what is beyond it is zero. None leaves rows to the host.  [R, D]
+            limit: logits from here on belong to no token.
+        """
 
 
 class BoundSegment(Protocol):

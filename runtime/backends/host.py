@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from framefusion.reduction import tracks
 from framefusion.reduction.plan import Plan, apply_plan
-from framefusion.runtime.backends.base import BoundSegment, Device, empty_cache
+from framefusion.runtime.backends.base import BoundSegment, Device, StepBuffers, empty_cache
 from framefusion.runtime.backends.buffer import Array, Buffer
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import SegmentRecord
@@ -119,6 +119,54 @@ class HostDevice:
     def similarity(self, rows: Buffer, labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Device.similarity`."""
         return tracks.track_similarity(host_array(rows)[: labels.size], labels)
+
+    def spare_memory(self) -> int:
+        """None: the table is mapped, and memory holds the pages that are read."""
+        return 0
+
+    def greedy_tokens(
+        self, step: StepBuffers, rotary: tuple[Buffer, Buffer], table: Buffer | None, limit: int
+    ) -> HostGreedyTokens:
+        """See `Device.greedy_tokens`."""
+        return HostGreedyTokens(step, rotary, table, limit)
+
+
+class HostGreedyTokens:
+    """See `GreedyTokens`: what the GPU's kernels do, in numpy. A step is complete when it returns."""
+
+    runs_ahead = False
+
+    def __init__(self, step: StepBuffers, rotary: tuple[Buffer, Buffer], table: Buffer | None, limit: int) -> None:
+        self.feeds_rows = table is not None
+        self.inputs: Mapping[str, Buffer] = {"logits": step.logits}
+        self.outputs: Mapping[str, Buffer] = {"hidden": step.hidden, "cos": step.cos, "sin": step.sin}
+        self._logits = host_array(step.logits)[0, :limit]
+        self._hidden = host_array(step.hidden)
+        self._lengths = host_array(step.lengths)
+        self._rotary = [
+            (host_array(there), host_array(rows)) for there, rows in zip((step.cos, step.sin), rotary, strict=True)
+        ]
+        self._table = None if table is None else host_array(table)
+        self._step = 0
+        self._chosen: tuple[int, float] = (0, 0.0)
+
+    def run(self) -> None:
+        """See `GreedyTokens.run`."""
+        token = int(self._logits.argmax())
+        self._chosen = token, float(self._logits[token])
+        self._step += 1
+        for there, rows in self._rotary:
+            there[0, 0] = rows[min(self._step, len(rows) - 1)]
+        if self._table is not None:
+            self._hidden[0, 0] = self._table[token] if token < len(self._table) else 0
+        self._lengths += 1
+
+    def request(self) -> None:
+        """Nothing to do."""
+
+    def pull(self) -> tuple[int, float]:
+        """See `GreedyTokens.pull`."""
+        return self._chosen
 
 
 def host_array(buffer: Buffer) -> Array:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
-from framefusion.runtime.backends.base import Backend
+from framefusion.runtime.backends.base import Backend, Device
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.format.bundle_files import place
@@ -28,6 +29,8 @@ from framefusion.runtime.text.prompt import FIRST_EXTRA, Prompt
 PATCHES_AT_ONCE = 4096  # of the vision graph: bounds its activations, large enough to keep the processor busy
 
 
+_ROWS_AT_ONCE = 4096  # of the embedding table, on their way to a device
+_UPLOADED: WeakKeyDictionary[Device, dict[tuple[Path, type[np.generic]], Buffer]] = WeakKeyDictionary()
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16
 
 
@@ -46,7 +49,7 @@ class Embedding:
         self._bfloat16 = record.dtype == "bfloat16"
         self._rows = record.rows
         self._extra = len(record.extra)
-        path = folder / record.file
+        path = self._path = folder / record.file
         shape = (record.rows + self._extra, record.width)
         expected = shape[0] * shape[1] * np.dtype(_STORED[record.dtype]).itemsize
         try:
@@ -67,6 +70,24 @@ class Embedding:
         values = (rows.astype(np.uint32) << 16).view(np.float32) if self._bfloat16 else rows.astype(np.float32)
         values[~known] = 0
         return values
+
+    def upload(self, device: Device, float_type: type[np.generic]) -> Buffer | None:
+        """All rows on a device, in the type of its rows; None where its memory is short of them, or is the host's.
+
+        They stay as long as the device does. Extra rows are left out: no token that is generated names one.  -> [R, D]
+        """
+        uploaded = _UPLOADED.setdefault(device, {})
+        key = self._path, float_type
+        shape = (self._rows, self._table.shape[1])
+        if key not in uploaded:
+            if not 0 < shape[0] * shape[1] * np.dtype(float_type).itemsize <= device.spare_memory():
+                return None
+            there = device.empty(shape, float_type)
+            for start in range(0, self._rows, _ROWS_AT_ONCE):
+                rows = self(np.arange(start, min(start + _ROWS_AT_ONCE, self._rows)))
+                device.copy(there[start : start + len(rows)], device.upload(HOST.typed(rows, float_type)))
+            uploaded[key] = there
+        return uploaded[key]
 
 
 class Embedder:

@@ -23,7 +23,7 @@ from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import place
 from framefusion.runtime.format.manifest_checks import TOKENIZER
-from framefusion.runtime.generation.decode import ActiveRequest, Decoder
+from framefusion.runtime.generation.decode import ActiveRequest, Decoder, GreedyDecoder
 from framefusion.runtime.generation.embedder import Embedder, Embedding
 from framefusion.runtime.generation.fixed_prefill import prefill_fixed
 from framefusion.runtime.generation.prefill import Prefilled, prefill, start_reduction
@@ -261,6 +261,7 @@ class Stages:
         with stopwatch.stage("decode"):
             active = self.activate(prompt, request)
             decoder = Decoder(self.segments, prefilled.caches)
+            greedy = None if logits else self._greedy(decoder, active, request)
             last = prefilled.logits
             text = active.accept(last)
         while True:
@@ -270,22 +271,35 @@ class Stages:
             yield Step("token", text, token_id, scores, seconds=dict(stopwatch.seconds))
             if active.finish_reason is not None:
                 break
-            # 4. Feed it back and choose the next one.
+            # 4. Feed it back and choose the next one, on the device where it is the one of the largest logit.
             with stopwatch.stage("decode"):
+                if greedy is not None:
+                    text = active.accept_token(greedy.step(token_id))
+                    continue
                 last = decoder.step(self.embedding(np.array([token_id]))[0], *active.rotary)
                 text = active.accept(last)
         # 5. Say what was held back: half a character, or what might have become a stop string.
         rest = active.flush()
         yield Step("end", rest, finish_reason=active.finish_reason, seconds=dict(stopwatch.seconds))
 
+    def _greedy(self, decoder: Decoder, active: ActiveRequest, request: Request) -> GreedyDecoder | None:
+        """What has the device choose the tokens; None where more than the largest logit counts."""
+        if not request.generation_over(self.manifest.generation).takes_largest:
+            return None
+        table = self.embedding.upload(decoder.device, decoder.float_type)
+        return GreedyDecoder(decoder, self.embedding, table, active.rotary_tables, self._vocab_limit)
+
+    @property
+    def _vocab_limit(self) -> int:
+        """Logits of tokens: a table may have more rows than the tokenizer has tokens, which no training ever said."""
+        return min(self.manifest.model.vocab_size, self.tokenizer.vocab_size)
+
     def activate(self, prompt: Prompt, request: Request) -> ActiveRequest:
         """A request that was prefilled, ready to choose its first token."""
         config = request.generation_over(self.manifest.generation)
-        # a table may have more rows than the tokenizer has tokens: nothing was ever trained to say those
-        limit = min(self.manifest.model.vocab_size, self.tokenizer.vocab_size)
         length = prompt.token_ids.size
         rotary = self.rope(decode_positions(length, prompt.rope_delta, request.max_new_tokens))
-        sampler = Sampler(config, request.seed, limit, length)
+        sampler = Sampler(config, request.seed, self._vocab_limit, length)
         text = StoppableText(self.tokenizer.stream(), request.stop)
         return ActiveRequest(
             prompt.token_ids, rotary, sampler, text, config.eos_token_ids or (), request.max_new_tokens

@@ -97,6 +97,14 @@ class GenerationConfig:
             object.__setattr__(self, "bad_words_ids", sequences)
 
     @property
+    def takes_largest(self) -> bool:
+        """Whether the next token is that of the largest logit whatever came before it, so that no other one counts."""
+        config = self.over(DEFAULTS)
+        bans = (config.suppress_tokens, config.begin_suppress_tokens, config.bad_words_ids)
+        counts = (config.no_repeat_ngram_size, config.min_new_tokens)
+        return config.greedy and config.repetition_penalty == 1 and not any((*bans, *counts))
+
+    @property
     def greedy(self) -> bool:
         """Whether the best token is taken instead of one drawn."""
         return not self.do_sample or self.temperature == 0
@@ -158,6 +166,16 @@ DEFAULTS = GenerationConfig(
 """Hugging Face's."""
 
 
+def require_number(largest: float | np.floating[Any]) -> None:
+    """Refuse the largest of some logits where it is none.
+
+    Raises:
+        BackendError: it is not finite.
+    """
+    if not np.isfinite(largest):
+        raise BackendError(f"the model's largest logit is {largest}: build with --dtype bfloat16 or float32")
+
+
 class Sampler:
     """Chooses tokens for one answer; the same seed chooses the same tokens.
 
@@ -189,9 +207,7 @@ class Sampler:
         """
         ids = np.asarray(previous_ids, np.int64)
         scores = self._penalised(logits, ids)
-        largest = scores.max()
-        if not np.isfinite(largest):
-            raise BackendError(f"the model's largest logit is {largest}: build with --dtype bfloat16 or float32")
+        require_number(scores.max())
         self._ban(scores, ids)
         best = int(scores.argmax())
         if np.isneginf(scores[best]):

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from framefusion.errors import BackendError
 from framefusion.reduction import tracks
 from framefusion.reduction.plan import Plan, apply_plan, keep_all, merge_plan
-from framefusion.runtime.backends.base import empty_cache
+from framefusion.runtime.backends.base import GreedyTokens, StepBuffers, empty_cache
 from framefusion.runtime.backends.cuda.array import device_array
+from framefusion.runtime.backends.cuda.decode.checked import CheckedGraphs
 from framefusion.runtime.backends.cuda.device import CudaDevice
 from framefusion.runtime.backends.cuda.driver import OutOfMemoryError
 from framefusion.runtime.backends.cuda.memory import RING
@@ -513,6 +514,149 @@ def test_a_buffer_dropped_during_a_capture_is_freed_after_it(device: CudaDevice)
     device.capture(run_and_drop)  # not replayed: what it reads is gone
     np.testing.assert_array_equal(device.download(target), np.full(8, 3))
     assert device.free_memory() >= before
+
+
+def test_a_checked_graph_is_replayed_once_it_gave_the_plain_step(device: CudaDevice) -> None:
+    source, target = device.mirror((8,), np.float32), device.zeros((8,), np.float32)
+    ran, graphs = [], CheckedGraphs(device)
+
+    def step() -> None:
+        ran.append(1)
+        device.copy(target, source.buffer)
+
+    for number in range(5):
+        source.host[:] = number
+        source.push()
+        graphs.run("step", step, target)
+        assert (device.download(target) == number).all()
+        assert graphs.proven == (number > 0)
+    assert len(ran) == 3  # plainly, captured, compared
+
+
+def test_a_step_that_holds_a_number_of_the_host_is_never_replayed(device: CudaDevice) -> None:
+    """What a library computes on the host from a length is captured with it."""
+    rows, target = device.upload(np.arange(8, dtype=np.float32)), device.zeros((1,), np.float32)
+    graphs = CheckedGraphs(device)
+    for length in range(5):
+        graphs.run("step", lambda: device.copy(target, rows[length : length + 1]), target)  # noqa: B023
+        assert float(device.download(target)[0]) == length
+        assert not graphs.proven
+    assert graphs.problem == "a captured step gave other logits than the plain one"
+
+
+def test_a_step_that_cannot_be_captured_is_run_plainly(device: CudaDevice) -> None:
+    target, graphs = device.zeros((8,), np.float32), CheckedGraphs(device)
+
+    def step() -> None:
+        device.copy(target, device.upload(np.ones(8, np.float32)))
+
+    for _ in range(3):
+        graphs.run("step", step, target)
+    assert (device.download(target) == 1).all()
+    assert str(graphs.problem).startswith("a step cannot be captured: nothing may be allocated")
+
+
+# --- Tokens ---------------------------------------------------------------------------------------------------------
+
+
+def step_of(place: Any, random: np.random.Generator, dtype: np.dtype[Any], width: int, half: int) -> StepBuffers:
+    """Buffers of a step of two tokens, on the CPU or on the GPU."""
+    rows = [draw_rows(random, (1, 2, n), dtype) for n in (width, half, half)]
+    lengths = random.integers(1, 99, (3, 32))
+    return StepBuffers(*(place.upload(array) for array in (*rows, lengths, np.zeros((1, VOCABULARY), np.float32))))
+
+
+VOCABULARY = 40_000  # more than all blocks look at in one round
+
+
+@given(
+    st.sampled_from(TYPES),
+    st.integers(1, 300),
+    st.integers(1, 80),
+    st.sampled_from([0, 7, VOCABULARY]),
+    st.sampled_from([1, 255, VOCABULARY - 3, VOCABULARY]),
+    seeds,
+)
+@settings(deadline=None, max_examples=15)
+def test_tokens_and_what_the_next_step_reads_are_the_hosts(
+    device: CudaDevice, dtype: np.dtype[Any], width: int, half: int, rows: int, limit: int, seed: int
+) -> None:
+    tables = [draw_rows(np.random.default_rng(seed), (3, half), dtype) for _ in range(2)]
+    table = draw_rows(np.random.default_rng(seed), (rows, width), dtype) if rows else None
+    steps = [step_of(place, np.random.default_rng(seed), dtype, width, half) for place in (HOST, device)]
+
+    def tokens_of(place: Any, step: StepBuffers) -> GreedyTokens:
+        (cos, sin) = map(place.upload, tables)
+        chooser: GreedyTokens = place.greedy_tokens(
+            step, (cos, sin), None if table is None else place.upload(table), limit
+        )
+        return chooser
+
+    theirs = tokens_of(HOST, steps[0])
+    ours = tokens_of(device, steps[1])
+    device.synchronize()
+    enqueue = ours.run
+    random = np.random.default_rng(seed)
+    for turn in range(4):
+        logits = random.integers(-50, 50, (1, VOCABULARY)).astype(np.float32)  # with ties
+        steps[0].logits[...] = logits  # type: ignore[index]
+        device.send(logits, device_array(steps[1].logits))
+        theirs.run()
+        enqueue()
+        ours.request()
+        assert ours.pull() == theirs.pull()
+        for name in ("hidden", "cos", "sin", "lengths"):
+            np.testing.assert_array_equal(device.download(getattr(steps[1], name)), getattr(steps[0], name))
+        if turn == 1:  # the others are replayed
+            enqueue = device.capture(ours.run)
+    assert ours.feeds_rows == theirs.feeds_rows == (table is not None)
+
+
+def test_a_token_is_read_while_the_next_step_is_enqueued(device: CudaDevice) -> None:
+    step = step_of(device, np.random.default_rng(0), np.dtype(np.float32), 8, 4)
+    tables = device.zeros((9, 4), np.float32), device.zeros((9, 4), np.float32)
+    tokens = device.greedy_tokens(step, tables, device.zeros((5, 8), np.float32), VOCABULARY)
+    for token in range(6):
+        logits = np.zeros((1, VOCABULARY), np.float32)
+        logits[0, 100 + token] = token + 1
+        device.send(logits, device_array(step.logits))
+        tokens.run()
+        tokens.request()
+        if token:
+            assert tokens.pull() == (99 + token, float(token))
+    with Calls(device) as calls:
+        assert tokens.pull() == (105, 6.0)
+    assert calls.waits == 1
+    assert calls.journeys == (0, 0, 0)
+
+
+def test_what_is_no_number_is_said(device: CudaDevice) -> None:
+    step = step_of(device, np.random.default_rng(0), np.dtype(np.float16), 8, 4)
+    tables = device.zeros((9, 4), np.float16), device.zeros((9, 4), np.float16)
+    tokens = device.greedy_tokens(step, tables, None, VOCABULARY)
+    for value, place in ((np.nan, 17), (np.nan, VOCABULARY - 1), (np.inf, 30_000)):
+        logits = np.arange(VOCABULARY, dtype=np.float32)[None]
+        logits[0, place] = value
+        device.send(logits, device_array(step.logits))
+        tokens.run()
+        tokens.request()
+        (token, largest) = tokens.pull()
+        assert token == place
+        assert not np.isfinite(largest)
+    device.send(np.full((1, VOCABULARY), -np.inf, np.float32), device_array(step.logits))
+    tokens.run()
+    tokens.request()
+    assert tokens.pull() == (0, -np.inf)
+
+
+def test_tables_that_do_not_belong_to_a_step_are_refused(device: CudaDevice) -> None:
+    step = step_of(device, np.random.default_rng(0), np.dtype(np.float16), 8, 4)
+    tables = device.zeros((9, 4), np.float16), device.zeros((9, 4), np.float16)
+    with pytest.raises(TypeError, match="of one type"):
+        device.greedy_tokens(step, tables, device.zeros((5, 8), np.float32), VOCABULARY)
+    for table, limit in ((device.zeros((5, 7), np.float16), 5), (None, 0), (None, VOCABULARY + 1)):
+        with pytest.raises(ValueError, match="do not belong together"):
+            device.greedy_tokens(step, tables, table, limit)
 
 
 # --- Errors ---------------------------------------------------------------------------------------------------------

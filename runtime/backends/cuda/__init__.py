@@ -1,7 +1,7 @@
 """One NVIDIA GPU as a device of the runtime: memory, copies, kernels of our own, and captured sequences of launches.
 
     driver   the CUDA driver API, its errors in text      kernels  kernels.cu: compiled, kept, launched
-    memory   what is allocated and kept, on both sides    graph    launches captured once and replayed
+    memory   what is allocated and kept, on both sides    decode   a step's launches captured, its token chosen
     array    a buffer on the GPU and its views            buffers  allocation, copies and two streams
                                                           device   `backends.Device`: what is done to rows
 

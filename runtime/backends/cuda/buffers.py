@@ -20,8 +20,8 @@ from framefusion.errors import BackendError
 from framefusion.installation import install_command
 from framefusion.runtime.backends.buffer import Array, Buffer
 from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
+from framefusion.runtime.backends.cuda.decode.graph import Captured
 from framefusion.runtime.backends.cuda.driver import EXTRA, Cuda
-from framefusion.runtime.backends.cuda.graph import Captured
 from framefusion.runtime.backends.cuda.memory import RING, DeviceMemory, PinnedMemory, Ring
 
 ALIGNMENT = 256  # bytes: what TensorRT asks of the address of a tensor
@@ -59,6 +59,10 @@ class CudaBuffers:
     def free_memory(self) -> int:
         """Bytes of the GPU that nobody has."""
         return self.cuda.free_memory()
+
+    def spare_memory(self) -> int:
+        """See `Device.spare_memory`: an eighth, because caches and activations come later."""
+        return self.free_memory() // 8
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """numpy's type by its name, bfloat16 included.

@@ -15,9 +15,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from framefusion.reduction import tracks
 from framefusion.reduction.plan import Plan
+from framefusion.runtime.backends.base import StepBuffers
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
 from framefusion.runtime.backends.cuda.buffers import CudaBuffers, CudaMirror
+from framefusion.runtime.backends.cuda.decode.tokens import CudaGreedyTokens
 from framefusion.runtime.backends.cuda.kernels import (
     NOTHING,
     READS,
@@ -255,6 +257,12 @@ class CudaDevice(CudaBuffers):
         geometry = span_geometry(entries.size)
         self._kernels.launch(name, geometry, rows, uploaded, scores.buffer, count(entries.size), width(elements))
         return scores
+
+    def greedy_tokens(
+        self, step: StepBuffers, rotary: tuple[Buffer, Buffer], table: Buffer | None, limit: int
+    ) -> CudaGreedyTokens:
+        """See `Device.greedy_tokens`."""
+        return CudaGreedyTokens(self, self._kernels, step, rotary, table, limit)
 
 
 def reading_order(plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

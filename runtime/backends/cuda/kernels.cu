@@ -251,6 +251,94 @@ __device__ void similarity(const T* __restrict__ rows, const int* __restrict__ o
   }
 }
 
+// --- A decode step: its token, and what the next step is fed ---------------------------------------------------------
+
+// Whether a logit comes before another one: not a number before any, which the host refuses, then the largest, then the
+// first, as numpy's argmax has it.
+__device__ inline bool precedes(float value, int place, float other, int other_place) {
+  if (value != value || other != other) return value != value && (other == other || place < other_place);
+  return value > other || (value == other && place < other_place);
+}
+
+// The first of a warp, in its first thread.
+__device__ inline void first_of_warp(float& value, int& place) {
+  for (int offset = WARP / 2; offset > 0; offset /= 2) {
+    const float other = __shfl_down_sync(ALL, value, offset);
+    const int other_place = (int)__float_as_uint(__shfl_down_sync(ALL, __uint_as_float((unsigned)place), offset));
+    if (precedes(other, other_place, value, place)) value = other, place = other_place;
+  }
+}
+
+const int MAX_WARPS = 8;
+
+// The first of a block, in thread 0. Every thread of whole warps takes part.
+__device__ inline void first_of_block(float& value, int& place) {
+  __shared__ float values[MAX_WARPS];
+  __shared__ int places[MAX_WARPS];
+  first_of_warp(value, place);
+  if (threadIdx.x % WARP == 0) values[threadIdx.x / WARP] = value, places[threadIdx.x / WARP] = place;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < (int)blockDim.x / WARP; ++warp)
+    if (precedes(values[warp], places[warp], value, place)) value = values[warp], place = places[warp];
+}
+
+__device__ inline void choose_parts_of(const float* __restrict__ logits, int limit, float* values, int* places) {
+  float value = -__uint_as_float(0x7f800000u);
+  int place = 0x7fffffff;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < limit; i += gridDim.x * blockDim.x)
+    if (precedes(logits[i], i, value, place)) value = logits[i], place = i;
+  first_of_block(value, place);
+  if (threadIdx.x == 0) values[blockIdx.x] = value, places[blockIdx.x] = place;
+}
+
+template <typename W>
+__device__ void feed(const float* values, const int* places, int parts, wide* step, wide* even, wide* odd,
+                     const W* table, int table_rows, W* hidden, wide width, const W* cos_rows, const W* sin_rows,
+                     int rotary_rows, W* cos, W* sin, int half, wide* lengths, int count) {
+  __shared__ int token;
+  __shared__ wide now;
+  float value = -__uint_as_float(0x7f800000u);
+  int place = 0x7fffffff;
+  for (int i = threadIdx.x; i < parts; i += blockDim.x)
+    if (precedes(values[i], places[i], value, place)) value = values[i], place = places[i];
+  first_of_block(value, place);
+  if (threadIdx.x == 0) {
+    token = place;
+    now = *step;
+    *step = now + 1;
+    wide* result = now % 2 ? odd : even;
+    result[0] = place;
+    result[1] = __float_as_uint(value);
+  }
+  __syncthreads();
+  if (table)
+    for (wide i = threadIdx.x; i < width; i += blockDim.x) hidden[i] = token < table_rows ? table[token * width + i] : 0;
+  const wide row = now + 1 < rotary_rows ? now + 1 : rotary_rows - 1;
+  for (int i = threadIdx.x; i < half; i += blockDim.x) {
+    cos[i] = cos_rows[row * half + i];
+    sin[i] = sin_rows[row * half + i];
+  }
+  for (int i = threadIdx.x; i < count; i += blockDim.x) lengths[i] += 1;
+}
+
+// The first of each block's share of the logits.  [limit] -> [blocks]
+KERNEL(choose_parts, (const float* logits, int limit, float* values, int* places),
+       (choose_parts_of(logits, limit, values, places)))
+
+// One block: the token among `parts` shares goes to `even` or `odd`, by the step, with the bits of its logit; and what
+// the next step reads is written: the token's row of the table (zeros behind its end; no table, no row), row step + 1 of the
+// rotary tables or their last one, and lengths that are one longer. W is as wide as an element of the rows.
+#define FEED(W, bytes)                                                                                               \
+  KERNEL(feed_##bytes,                                                                                               \
+         (const float* values, const int* places, int parts, wide* step, wide* even, wide* odd, const W* table,      \
+          int table_rows, W* hidden, wide width, const W* cos_rows, const W* sin_rows, int rotary_rows, W* cos,      \
+          W* sin, int half, wide* lengths, int count),                                                               \
+         (feed<W>(values, places, parts, step, even, odd, table, table_rows, hidden, width, cos_rows, sin_rows,      \
+                  rotary_rows, cos, sin, half, lengths, count)))
+FEED(unsigned short, 2)
+FEED(unsigned, 4)
+
 #define FOR_TYPE(T, suffix, V)                                                                                       \
   KERNEL(reduce_##suffix,                                                                                            \
          (const T* rows, T* out, wide width, const T* features, T* features_out, wide stride, wide stride_out,       \

@@ -28,7 +28,8 @@ from framefusion.runtime.backends.base import empty_cache
 from framefusion.runtime.backends.buffer import Array, Buffer
 from framefusion.runtime.backends.fit import require_fit
 from framefusion.runtime.backends.host import HostBackend
-from framefusion.runtime.backends.inductor.device import TorchDevice, as_tensor, load_torch, tensor_of
+from framefusion.runtime.backends.inductor.device import TorchDevice, as_tensor, load_torch
+from framefusion.runtime.backends.inductor.tokens import tensor_of
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import place

@@ -17,7 +17,9 @@ from numpy.typing import DTypeLike, NDArray
 from framefusion.errors import BackendError
 from framefusion.reduction import tracks
 from framefusion.reduction.plan import Plan
+from framefusion.runtime.backends.base import StepBuffers
 from framefusion.runtime.backends.buffer import Array, Buffer
+from framefusion.runtime.backends.inductor.tokens import TorchGreedyTokens, tensor_of
 
 BFLOAT16 = "bfloat16"  # numpy has it from ml_dtypes, torch reads no array of it: both see 16-bit integers
 
@@ -48,11 +50,6 @@ def as_array(torch: ModuleType, tensor: Buffer, dtype: np.dtype[Any]) -> Array:
     if dtype.name == BFLOAT16:
         return np.asarray(tensor_of(tensor).view(torch.int16).numpy()).view(dtype)
     return np.asarray(tensor_of(tensor).numpy())
-
-
-def tensor_of(buffer: Buffer) -> Any:
-    """A buffer of this device as what it is, a tensor: torch's types are not known where torch need not be."""
-    return buffer
 
 
 class TorchMirror:
@@ -138,6 +135,16 @@ class TorchDevice:
         """See `Device.zeros`."""
         buffer: Buffer = self.torch.zeros(tuple(shape), dtype=self._dtype(dtype), device=self._device)
         return buffer
+
+    def spare_memory(self) -> int:
+        """See `Device.spare_memory`: an eighth, because caches and activations come later."""
+        return 0 if self._device.type == "cpu" else int(self.torch.cuda.mem_get_info()[0]) // 8
+
+    def greedy_tokens(
+        self, step: StepBuffers, rotary: tuple[Buffer, Buffer], table: Buffer | None, limit: int
+    ) -> TorchGreedyTokens:
+        """See `Device.greedy_tokens`."""
+        return TorchGreedyTokens(self.torch, self, step, rotary, table, limit)
 
     def mirror(self, shape: Sequence[int], dtype: DTypeLike) -> TorchMirror:
         """See `Device.mirror`."""

@@ -19,9 +19,10 @@ import numpy as np
 
 from framefusion.console.plain_text import printable
 from framefusion.errors import BackendError, BundleError
-from framefusion.runtime.backends.base import Backend
+from framefusion.runtime.backends.base import Backend, BoundSegment
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.cuda.array import device_array
+from framefusion.runtime.backends.cuda.decode.checked import CheckedGraphs
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
@@ -150,6 +151,27 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         self.device = device
         self.chunk = None
         self._cuda = device
+        self._graphs = CheckedGraphs(device)
+
+    def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
+        """See `Backend.chain`: a step is replayed as a CUDA graph where it has shown that it can be.
+
+        What stands behind the segments is enqueued as it is: run twice, it would count a token twice.
+        """
+        bound = [segment for segment in segments if isinstance(segment, OnnxRuntimeSegment)]
+        behind = segments[len(bound) :]
+        key = tuple(segment.key for segment in bound)
+
+        def plain() -> None:
+            for segment in bound:
+                segment.run()
+
+        def run() -> None:
+            self._graphs.run(key, plain, bound[-1].outputs["logits"])
+            for link in behind:
+                link.run()
+
+        return run
 
     def _open(self, path: Path) -> Any:
         import onnxruntime as ort
@@ -214,6 +236,7 @@ class OnnxRuntimeSegment:
         self._binding = session.io_binding()
         self._cache = cache
         self._place = place
+        self._addresses: list[tuple[str, int, tuple[int, ...]]] = []
         self._options = ort.RunOptions()
         self._options.log_severity_level = 4  # as for the session
         self._options.only_execute_path_to_fetches = True  # a chunk whose logits nobody wants has no head
@@ -232,6 +255,11 @@ class OnnxRuntimeSegment:
             for name, buffer in cache.named("present").items():
                 self._bind(self._binding.bind_output, name, buffer)
 
+    @property
+    def key(self) -> object:
+        """Equal for segments whose captured launches are interchangeable."""
+        return id(self._session), tuple(self._addresses)
+
     def _bind(self, bind: Callable[..., None], name: str, buffer: Buffer) -> None:
         if isinstance(buffer, np.ndarray):
             is_contiguous = buffer.flags.c_contiguous
@@ -242,6 +270,7 @@ class OnnxRuntimeSegment:
             address = on_gpu.address
         if not is_contiguous:
             raise ValueError(f"{name} is bound by address and must be contiguous")
+        self._addresses.append((name, address, buffer.shape))
         element = BFLOAT16 if buffer.dtype.name == "bfloat16" else buffer.dtype.type
         bind(name, *self._place, element, buffer.shape, address)
 

@@ -23,6 +23,7 @@ from framefusion.errors import BackendError
 from framefusion.runtime.backends.base import BoundSegment
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
+from framefusion.runtime.backends.cuda.decode.tokens import CudaGreedyTokens
 from framefusion.runtime.backends.cuda.device import CudaDevice
 from framefusion.runtime.backends.fit import require_fit
 from framefusion.runtime.backends.kv_cache import SegmentCache
@@ -134,7 +135,7 @@ class TensorRTBackend:
 
         Where the same buffers come again with another request, its first step replays the graph of the one before.
         """
-        bound = [segment for segment in segments if isinstance(segment, TensorRTSegment)]
+        bound = [segment for segment in segments if isinstance(segment, (TensorRTSegment, CudaGreedyTokens))]
         key = tuple(segment.key for segment in bound)
 
         def plain() -> None:

@@ -18,7 +18,8 @@ from framefusion.errors import BackendError
 from framefusion.reduction.plan import Plan
 from framefusion.reduction.policy import Reduction, ReductionSettings
 from framefusion.runtime.backends.host import HOST
-from framefusion.runtime.backends.inductor.device import TorchDevice, tensor_of
+from framefusion.runtime.backends.inductor.device import TorchDevice
+from framefusion.runtime.backends.inductor.tokens import tensor_of
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 torch = pytest.importorskip("torch")

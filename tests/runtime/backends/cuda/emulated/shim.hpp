@@ -203,7 +203,8 @@ std::function<void()> prepared(void (*kernel)(Arguments...), void** values, std:
 struct Registration {
   template <typename... Arguments>
   Registration(const char* name, void (*kernel)(Arguments...)) {
-    const bool barriers = std::string(name).rfind("similarity", 0) == 0;
+    bool barriers = false;
+    for (const char* kind : {"similarity", "choose", "feed"}) barriers |= std::string(name).rfind(kind, 0) == 0;
     kernels()[name] = {barriers, [kernel](void** values) {
                          return prepared(kernel, values, std::index_sequence_for<Arguments...>());
                        }};

@@ -1,0 +1,83 @@
+"""Decode steps of a library that does not say whether they can be captured: captured, compared, then replayed.
+
+Addresses are captured, and with them whatever the host computed from a length: a graph of such a step answers wrongly
+at the next length, without an error. So a graph is replayed only after it gave the bits of the plain step at another
+length than it was captured at. A step may be run twice: it writes the same slots again. Knows no library.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+
+from framefusion.errors import BackendError
+from framefusion.runtime.backends.buffer import Buffer
+from framefusion.runtime.backends.cuda.buffers import CudaBuffers
+
+KEPT = 4  # graphs: one for each set of buffers that requests happen to get
+
+
+class CheckedGraphs:
+    """The graphs of one backend's steps, by what they are bound to.
+
+    Args:
+        device: whose stream the steps are enqueued on.
+    """
+
+    def __init__(self, device: CudaBuffers) -> None:
+        self._device = device
+        self._graphs: OrderedDict[object, Callable[[], None]] = OrderedDict()
+        self._unproven: set[object] = set()
+        self.problem: str | None = None  # why nothing is captured any more
+
+    @property
+    def proven(self) -> int:
+        """Graphs that are replayed."""
+        return len(self._graphs.keys() - self._unproven)
+
+    def run(self, key: object, plain: Callable[[], None], output: Buffer) -> None:
+        """Run a step: plainly the first time, twice the second time, as a graph from then on.
+
+        Args:
+            key: equal for steps whose graphs are interchangeable; whoever makes it keeps the buffers alive.
+            plain: enqueues the step.
+            output: what the step is compared by.
+        """
+        if self.problem is not None:
+            plain()
+        elif key not in self._graphs:
+            plain()  # what is allocated or loaded on a first run cannot be captured
+            self._capture(key, plain)
+        elif key in self._unproven:
+            self._prove(key, plain, output)
+        else:
+            self._graphs.move_to_end(key)
+            self._graphs[key]()
+
+    def _capture(self, key: object, plain: Callable[[], None]) -> None:
+        try:
+            self._graphs[key] = self._device.capture(plain)
+        except (BackendError, RuntimeError) as error:  # of ours, and of a library whose call the capture made fail
+            self._give_up(f"a step cannot be captured: {error}")
+            return
+        self._unproven.add(key)
+        if len(self._graphs) > KEPT:
+            (oldest, _) = self._graphs.popitem(last=False)
+            self._unproven.discard(oldest)
+
+    def _prove(self, key: object, plain: Callable[[], None], output: Buffer) -> None:
+        self._graphs[key]()
+        replayed = self._device.download(output)
+        plain()
+        computed = self._device.download(output)
+        if np.array_equal(replayed, computed):
+            self._unproven.discard(key)
+        else:
+            self._give_up("a captured step gave other logits than the plain one")
+
+    def _give_up(self, problem: str) -> None:
+        self.problem = problem
+        self._graphs.clear()
+        self._unproven.clear()
