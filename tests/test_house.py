@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,7 +21,7 @@ from framefusion import errors
 from framefusion.export.commands.cli import ff_export
 from framefusion.runtime.commands.cli import ff_run
 from tests.conftest import TRACES
-from tests.wheel import FLOORS, NEVER_AT_RUN_TIME, ROOT, build_wheel
+from tests.wheel import FLOORS, NEVER_AT_RUN_TIME, ROOT, build_wheel, clean_copy, try_to_build
 from tools.structure import FULL_FOLDER, LONG_FILE, LONG_FUNCTION
 from tools.syntax import (
     TOPS,
@@ -245,6 +246,28 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         "framefusion/runtime/view/page.html",
         "framefusion/runtime/backends/cuda/kernels.cu",
     } <= set(names)
+
+
+@pytest.mark.slow
+def test_a_copy_without_symbolic_links_builds_no_wheel(tmp_path: Path) -> None:
+    """What git with core.symlinks=false leaves, and an archive that was unpacked without them."""
+    copy = clean_copy(tmp_path / "copy")
+    for name in LINKS:
+        target = (copy / "framefusion" / name).readlink()
+        (copy / "framefusion" / name).unlink()
+        (copy / "framefusion" / name).write_text(str(target), encoding="utf-8")
+    done = try_to_build(copy, tmp_path / "wheels")
+    assert done.returncode != 0
+    assert not list(tmp_path.rglob("*.whl"))
+    output = done.stdout + done.stderr
+    assert "error: framefusion/export framefusion/runtime: not the links" in output
+    assert "git clone -c core.symlinks=true" in output
+    for name in LINKS:  # the remedy for who has no git
+        (copy / "framefusion" / name).unlink()
+        shutil.copytree(copy / name, copy / "framefusion" / name)
+    assert try_to_build(copy, tmp_path / "wheels").returncode == 0
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    assert "framefusion/runtime/pipeline.py" in zipfile.ZipFile(wheel).namelist()
 
 
 # --- How modules are written ----------------------------------------------------------------------------------------

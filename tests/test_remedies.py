@@ -38,11 +38,16 @@ def modules() -> list[Path]:
 
 
 @cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def texts() -> list[tuple[str, int, str]]:
     """Every text of the package that is no docstring, with X for what is filled in: file, line, text."""
     found = []
     for path in modules():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = tree_of(path)
         skipped = {id(constant) for constant in docstrings(tree)}
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
@@ -111,7 +116,7 @@ def test_every_extra_that_is_named_exists() -> None:
 
     named = {EXTRA, EXTRA_CUDA_12, SIGNING, *(row.extra for row in BACKENDS if row.extra)}
     for path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "install_command":
                 named |= {str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)}
     assert {"export", "gpu", "signing", "tensorrt-rtx"} <= named

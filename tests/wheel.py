@@ -15,14 +15,23 @@ NEVER_AT_RUN_TIME = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "
 
 def build_wheel(folder: Path) -> Path:
     """Build without isolation, into a folder that holds no wheel yet."""
-    source = folder / "source"
-    unwanted = shutil.ignore_patterns("__pycache__")
-    for floor in (*FLOORS, "optimum"):
-        shutil.copytree(ROOT / floor, source / floor, symlinks=True, ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source))
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    done = try_to_build(clean_copy(folder / "source"), folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def clean_copy(source: Path) -> Path:
+    """What a wheel is built from, in a new folder."""
+    unwanted = shutil.ignore_patterns("__pycache__")
+    for floor in (*FLOORS, "optimum"):
+        shutil.copytree(ROOT / floor, source / floor, symlinks=True, ignore=unwanted)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    return source
+
+
+def try_to_build(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Build a wheel of a copy, as pip would."""
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source))
+    return subprocess.run(build, capture_output=True, text=True, check=False)
