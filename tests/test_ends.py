@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,10 +16,12 @@ from framefusion import errors
 from framefusion.console import messages as console
 from framefusion.runtime.commands.flags import MOST_THREADS
 from tests.commands import export, run
+from tests.wheel import ROOT
 
 BEGIN = "from framefusion.start import {0}; {0}()"
 BEGUN = "begun"
 FULL = Path("/dev/full")
+TINY = ROOT / "tests" / "models" / "tiny_qwen2_vl"
 
 
 def command(name: str, *arguments: object) -> list[str]:
@@ -43,13 +46,61 @@ def test_a_full_disk_behind_stdout(arguments: tuple[str, ...]) -> None:
     assert_said(done, "No space left on device", "make room")
 
 
-@pytest.mark.parametrize("arguments", [("reducers",), ("generate", "--help")])
-def test_a_reader_that_has_gone(arguments: tuple[str, ...]) -> None:
+def without_reader(name: str, *arguments: object, stream: str = "stdout") -> subprocess.CompletedProcess[str]:
+    """A command whose stdout or stderr is a pipe that nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(command("ff_run", *arguments), stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    out = writing if stream == "stdout" else subprocess.PIPE
+    err = writing if stream == "stderr" else subprocess.PIPE
+    line = command(name, *arguments)
+    done = subprocess.run(line, stdout=out, stderr=err, stdin=subprocess.DEVNULL, text=True, check=False)
     os.close(writing)
-    assert_said(done, "Broken pipe")
+    return done
+
+
+@pytest.mark.parametrize("arguments", [("reducers",), ("generate", "--help")])
+def test_a_reader_that_has_gone(arguments: tuple[str, ...]) -> None:
+    """As `| head -1` leaves it: the exit code of SIGPIPE, as of other programs, and no message."""
+    done = without_reader("ff_run", *arguments)
+    assert (done.returncode, done.stderr) == (console.READER_GONE, "")
+
+
+@pytest.mark.slow
+def test_every_command_leaves_quietly_where_nobody_reads(bundle: Path, film: Path, tmp_path: Path) -> None:
+    """Those that answer, and those that say on stderr what they do or what is wrong."""
+    question = ("--video", film, "--prompt", "What?", "--max-new-tokens", 4)
+    checkpoint = TINY
+    lines = [
+        ("ff_run", "generate", bundle, *question),
+        ("ff_run", "generate", bundle, *question, "--json"),
+        ("ff_run", "view", bundle, *question, "-o", tmp_path / "run.html"),
+        ("ff_run", "bench", bundle, *question, "--rounds", 1, "--cost", 1),
+        ("ff_run", "check", bundle),
+        ("ff_export", "plan", checkpoint),
+        ("ff_export", "build", checkpoint, "-o", tmp_path / "bundle", "--no-check", "--depth", 0),
+        ("ff_export", "check", bundle),
+        ("ff_export", "inspect", bundle, "--json"),
+        ("ff_export", "families"),
+        ("ff_export", "--version"),
+    ]
+    for line in lines:
+        done = without_reader(*map(str, line))
+        assert (done.returncode, "Traceback" in done.stderr, "error: " in done.stderr) == (141, False, False), done
+    for line in (("ff_run", "generate", bundle, *question), ("ff_export", "inspect", tmp_path)):
+        done = without_reader(*map(str, line), stream="stderr")
+        assert done.returncode in (console.READER_GONE, errors.BundleError.exit_code), done
+
+
+def test_a_pipe_that_breaks_elsewhere_is_no_quiet_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program at its other end may be one of ours that failed."""
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(console, "show", broken)
+    result = export("families")
+    assert result.exit_code == errors.StorageError.exit_code
+    assert "Broken pipe" in result.stderr
 
 
 def test_a_closed_stdout() -> None:

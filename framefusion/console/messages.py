@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
 
@@ -32,6 +33,7 @@ from framefusion.storage.files import FULL
 _JSON = "framefusion.json"
 _WARNED = "framefusion.warned"
 _UNWRITABLE = FULL | {errno.EPIPE, errno.EBADF}  # EBADF: it was closed before the command began (start.py)
+READER_GONE = 141  # as a shell says it of what SIGPIPE ends: `ff-run generate ... | head -1`
 _NO_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}  # of files that a user has given
 _interrupts: list[int] = []  # Ctrl-C since the command line began
 _UNITS = ("B", "kB", "MB", "GB")
@@ -43,9 +45,9 @@ Report = TypeVar("Report")
 class CommandGroup(click.Group):
     """Commands whose users see a message and an exit code where they made a mistake, and a traceback only for a bug.
 
-    A full disk is a `StorageError` wherever it shows, and so is a standard output that takes no more: the disk it goes
-    to is full, or its reader has gone. Ctrl-C is exit code 130, also where a library that was being imported made
-    another error of it.
+    A full disk is a `StorageError` wherever it shows, and so is a standard output that takes no more. Where its reader
+    has gone, or stderr's, the command ends as others do in a pipe: exit code 141 and not a word. Ctrl-C is exit code
+    130, also where a library that was being imported made another error of it.
     """
 
     def main(self, *arguments: Any, **settings: Any) -> Any:
@@ -54,12 +56,14 @@ class CommandGroup(click.Group):
             try:
                 return super().main(*arguments, **settings)
             except SystemExit as end:
-                if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # click's own answer to a reader that has gone
-                    _leave_with(StorageError(_unwritable_output(BrokenPipeError(errno.EPIPE, "Broken pipe"))))
+                if type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):  # click's answer to a reader that has gone
+                    _leave_quietly()
                 if _interrupts and end.code not in (0, InterruptedBuildError.exit_code):
                     _leave_with(InterruptedBuildError("interrupted"))
                 try:
                     sys.stdout.flush()
+                except BrokenPipeError:
+                    _leave_quietly()
                 except OSError as error:
                     _leave_with(StorageError(_unwritable_output(error)))
                 raise
@@ -87,6 +91,8 @@ class CommandGroup(click.Group):
                 _end(ctx, InterruptedBuildError("interrupted"), "Interrupted")
             if isinstance(error, FrameFusionError):
                 _end(ctx, error)
+            if isinstance(error, BrokenPipeError) and (_has_lost_reader(sys.stdout) or _has_lost_reader(sys.stderr)):
+                _leave_quietly()
             if isinstance(error, OSError) and error.errno in _UNWRITABLE:
                 _end(ctx, StorageError(_unwritable(error)))
             if isinstance(error, OSError) and error.errno in _NO_NAMES:
@@ -117,10 +123,13 @@ def write(text: str, *, newline: bool = True) -> None:
     """Print on stdout, at once.
 
     Raises:
-        StorageError: the disk that it goes to is full, or its reader has gone.
+        StorageError: the disk that it goes to is full.
+        BrokenPipeError: its reader has gone.
     """
     try:
         click.echo(printable(text), nl=newline)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -192,19 +201,40 @@ def _leave_with(error: FrameFusionError) -> NoReturn:
     raise SystemExit(error.exit_code) from None
 
 
+def _leave_quietly() -> NoReturn:
+    """The end of what nobody reads any more."""
+    for stream in (sys.stdout, sys.stderr):
+        if _has_lost_reader(stream):
+            _drop(stream)
+    raise SystemExit(READER_GONE) from None
+
+
+def _has_lost_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe or a socket whose other end was closed."""
+    try:
+        number = stream.fileno()
+        poll = select.poll()
+    except (OSError, ValueError, AttributeError):  # it is no file of the system's; there is no poll on Windows
+        return False
+    poll.register(number, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def _say(message: str) -> None:
-    with suppress(OSError):
+    try:
         log(f"error: {message}")
+    except OSError:
+        _drop(sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:
-        _drop_stdout()
+        _drop(sys.stdout)
 
 
-def _drop_stdout() -> None:
-    """Let what stdout still holds go nowhere: Python would try again at its end, with a traceback."""
+def _drop(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere: Python would try again at its end, with a traceback."""
     with suppress(OSError, ValueError):
-        number = sys.stdout.fileno()
+        number = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)
         os.close(nowhere)
