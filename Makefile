@@ -22,6 +22,7 @@ SETUP_TIME := 2 minutes
 TEST_TIME := 1 minute
 DEMO_TIME := 1 minute
 ENGINES_TIME := half a minute
+DOCUMENTED_TIME := 3 minutes
 ATTACK_TIME := 15 minutes
 
 ATTACK_TRIALS ?= 10000
@@ -35,12 +36,13 @@ ENGINES := engines-out
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo engines test test-runtime slow test-latest test-oldest lock attack test-gpu test-authors bench-gpu lint clean
+.PHONY: help setup demo documented engines test test-runtime slow test-latest test-oldest lock attack test-gpu test-authors bench-gpu lint clean
 
 help:
 	@echo "make demo      build a bundle from the tiny checkpoint and ask it about videos, about $(DEMO_TIME)"
 	@echo "make test      fast tests, about $(TEST_TIME)"
 	@echo "make test-runtime  tests of the runtime without torch, in $(VENV)-runtime, about $(TEST_TIME)"
+	@echo "make documented  every command that README and docs show, about $(DOCUMENTED_TIME)"
 	@echo "make engines   compile the tiny model for GPUs $(TARGET_SM), without one, about $(ENGINES_TIME)"
 	@echo "make slow      slow tests: the wheel, the large comparisons"
 	@echo "make test-latest  fast tests with the newest versions that pyproject.toml admits, in $(VENV)-latest"
@@ -82,6 +84,10 @@ endef
 demo:
 	$(call announce,$(DEMO_TIME))
 	@$(BIN)/python -m tools.demo
+
+documented:
+	$(call announce,$(DOCUMENTED_TIME))
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tools.documented
 
 # The same build as .github/workflows/engines.yml, which publishes what is left in $(ENGINES).
 engines:
