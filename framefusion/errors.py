@@ -102,6 +102,30 @@ class ClosedError(FrameFusionError):
     exit_code = 22
 
 
+class ServerError(FrameFusionError):
+    """A server that cannot start: its address is taken, or a setting of it contradicts another."""
+
+    exit_code = 23
+
+
+class RequestError(FrameFusionError):
+    """A request to a server that is malformed, or asks for what this server does not allow.
+
+    Args:
+        message: what is wrong, and what to do.
+        param: the field that is wrong, as messages[0].content.
+        status: of the HTTP answer.
+    """
+
+    exit_code = 24
+    sender_fault = True
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+
+
 class InterruptedBuildError(FrameFusionError):
     """Ctrl-C during a build: what is complete stays and the next build resumes from it."""
 

@@ -29,6 +29,7 @@ from framefusion.runtime.commands.flags import (
     running_flags,
     running_options,
 )
+from framefusion.runtime.commands.serve import serve
 
 if TYPE_CHECKING:
     from framefusion.runtime.pipeline import Generation, Pipeline
@@ -41,6 +42,7 @@ def ff_run() -> None:
 
 
 ff_run.add_command(check)
+ff_run.add_command(serve)
 
 
 @ff_run.command(cls=VisualCommand)

@@ -1,0 +1,141 @@
+"""`ff-run serve`: the flags of a server, and what they make. Needs the extra `server`; knows no protocol."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from framefusion.console import messages as console
+from framefusion.errors import BackendError, ServerError
+from framefusion.runtime.commands.flags import COUNT, FILE, running_flags, running_options
+
+if TYPE_CHECKING:
+    from framefusion.runtime.pipeline import Pipeline
+
+MEGABYTE = 1 << 20
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+@click.command()
+@click.argument("bundle", type=FILE)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of them.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--model-name", help="Name under which the bundle answers; default: the name of its folder.")
+@click.option(
+    "--api-key",
+    envvar="FRAMEFUSION_API_KEY",
+    show_envvar=True,
+    help="Key that every request must carry. Better given in the environment: flags can be seen by others.",
+)
+@click.option(
+    "--allowed-hosts",
+    help="Names under which clients address the server, with commas between; default: this machine's own, and --host.",
+)
+@click.option(
+    "--allowed-media-domains",
+    default="",
+    help="Hosts that films and pictures are fetched from, with commas between, or any; default: none.",
+)
+@click.option(
+    "--allowed-local-media-path", type=FILE, help="Folder below which file:// addresses are opened; default: none."
+)
+@click.option("--max-media-mb", type=COUNT, default=256, show_default=True, help="Of one request's films and pictures.")
+@click.option(
+    "--max-waiting", type=click.IntRange(0), default=16, show_default=True, help="Requests that wait; more get a 429."
+)
+@click.option("--max-running", type=COUNT, default=4, show_default=True, help="Requests that are answered in turns.")
+@click.option(
+    "--cache-mb",
+    type=COUNT,
+    default=2048,
+    show_default=True,
+    help="For keys and values, those of conversations too.",
+)
+@click.option("--request-seconds", type=click.IntRange(1), default=600, show_default=True, help="For one request.")
+@click.option("--images-as-video", is_flag=True, help="Take pictures that follow each other for the frames of a film.")
+@click.option(
+    "--metrics-prefix", default="framefusion:", show_default=True, help="Of the names under /metrics; vLLM's is vllm:."
+)
+@running_options
+def serve(bundle: Path, **flags: Any) -> None:
+    """Answer requests over HTTP with BUNDLE, as OpenAI's chat completions.
+
+    Nothing but the content of requests is opened unless a flag allows it, and only this machine can connect.
+
+    \b
+    Example:
+      ff-run serve bundle
+      curl http://127.0.0.1:8000/v1/models
+    """
+    # 1. What is missing or wrong is said before a bundle is opened.
+    try:
+        from framefusion.runtime.server import running
+        from framefusion.runtime.server.media.decoding import start_decoders
+    except ModuleNotFoundError as error:
+        raise BackendError(f"a server needs {error.name}: pip install 'framefusion-aot[server]'") from error
+    running_settings = running_flags(flags)
+    address = running.Address(flags["host"], flags["port"])
+    name = flags["model_name"] or bundle.resolve().name
+    policy = _policy(flags)
+    opened = running.listen(address)
+    # 2. Children that decode are copies of a process without threads and connections: it begins first.
+    start_decoders()
+    # 3. The bundle, and what answers with it.
+    from framefusion.runtime.commands.cli import open_pipeline
+
+    pipeline = open_pipeline(bundle, **running_settings)
+    service = _service(pipeline, name, policy, flags)
+    host, port = opened.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    if pipeline.choice is not None:
+        console.log(pipeline.choice.text)
+    console.log(f"{name} answers at http://{shown}:{port}/v1 (Ctrl-C ends it)")
+    running.run(service, _access(flags, host), address, opened)
+
+
+def _policy(flags: dict[str, Any]) -> Any:
+    """What clients may show."""
+    from framefusion.runtime.server.media.policy import MediaPolicy
+
+    domains = frozenset(name.strip().lower() for name in flags["allowed_media_domains"].split(",") if name.strip())
+    return MediaPolicy(domains, flags["allowed_local_media_path"], flags["max_media_mb"] * MEGABYTE)
+
+
+def _access(flags: dict[str, Any], host: str) -> Any:
+    """Who may ask."""
+    from framefusion.runtime.server.app import Access
+
+    given = flags["allowed_hosts"]
+    hosts = [name.strip() for name in given.split(",") if name.strip()] if given else [*LOOPBACK, flags["host"]]
+    if not given and host in ("0.0.0.0", "::"):
+        hosts = ["*"]  # every address of this machine: its names cannot be known
+    key = flags["api_key"]
+    if key is not None and not key.strip():
+        raise ServerError("the API key is empty: give one, or leave it out")
+    return Access(hosts, key, flags["max_media_mb"] * MEGABYTE * 4 // 3 + MEGABYTE)
+
+
+def _service(pipeline: Pipeline, name: str, policy: Any, flags: dict[str, Any]) -> Any:
+    """What answers."""
+    from framefusion.runtime.server.media.reader import MediaReader
+    from framefusion.runtime.server.service import Service, ServiceSettings
+
+    reader = MediaReader(
+        policy,
+        pipeline.manifest.preprocessing,
+        pipeline.manifest.sampling,
+        decoders=max((os.cpu_count() or 2) // 2, 1),
+    )
+    settings = ServiceSettings(
+        name,
+        max_waiting=flags["max_waiting"],
+        max_running=flags["max_running"],
+        cache_budget=flags["cache_mb"] * MEGABYTE,
+        request_seconds=float(flags["request_seconds"]),
+        images_as_video=flags["images_as_video"],
+        metrics_prefix=flags["metrics_prefix"],
+    )
+    return Service(pipeline, reader, settings)

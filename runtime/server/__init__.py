@@ -1,0 +1,1 @@
+"""An HTTP server over one bundle, which speaks OpenAI's chat completions."""

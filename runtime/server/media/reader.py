@@ -1,0 +1,180 @@
+"""What the messages of a request show, read for one bundle: opened, known again by a digest, decoded where needed.
+
+parts -> open: files and digests -> (a conversation that has it in its caches needs no more) -> decode: frames
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from framefusion.errors import RequestError
+from framefusion.runtime.media.frame_sampling import FASTEST, FrameSampling
+from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.runtime.server.media.child import DecodingJob
+from framefusion.runtime.server.media.decoding import CPU_SECONDS, MEMORY, SERVER_LIMITS, Decoded, decode_apart
+from framefusion.runtime.server.media.policy import MediaFile, MediaPolicy, open_media
+from framefusion.runtime.server.protocol.parts import ALL_FRAMES, MediaPart, Sampling
+from framefusion.runtime.text.prompt import Visual
+
+_NEVER = 3  # the clock may run so many times as long as the processor: others work, too
+
+
+@dataclass(frozen=True)
+class OpenPart:
+    """A film or picture that was opened: what is shown, of which files, and by what it is known again."""
+
+    part: MediaPart
+    files: tuple[MediaFile, ...]
+    sampling: FrameSampling
+    times: tuple[float, ...] | None
+    key: str
+
+
+class MediaReader:
+    """Opens and decodes for one server.
+
+    Args:
+        policy: what clients may show.
+        preprocessing: of the bundle.
+        sampling: of the bundle's films.
+        limits: of what is decoded.
+        memory: bytes that decoding one film or picture may take.
+        cpu_seconds: of processor time for it.
+        decoders: that work at once, for all requests together.
+    """
+
+    def __init__(
+        self,
+        policy: MediaPolicy,
+        preprocessing: Preprocessing,
+        sampling: FrameSampling,
+        limits: MediaLimits = SERVER_LIMITS,
+        memory: int = MEMORY,
+        cpu_seconds: float = CPU_SECONDS,
+        decoders: int = 2,
+    ) -> None:
+        self.policy = policy
+        self.limits = limits
+        self._preprocessing = preprocessing
+        self._sampling = sampling
+        self._memory = memory
+        self._cpu_seconds = cpu_seconds
+        self._decoders = ThreadPoolExecutor(decoders, "decoder")
+
+    def close(self) -> None:
+        """End when nobody decodes any more."""
+        self._decoders.shutdown(cancel_futures=True)
+
+    def open(self, parts: Sequence[MediaPart], folder: Path, cancelled: Callable[[], bool]) -> list[OpenPart]:
+        """The files of all parts.
+
+        Args:
+            parts: of a request, in order.
+            folder: of the request, empty.
+            cancelled: whether nobody waits any more.
+
+        Raises:
+            RequestError: one is not allowed, malformed or not there, or all together are too large.
+        """
+        opened = []
+        total = 0
+        for part in parts:
+            sampling = frame_sampling(self._sampling, part)
+            files = []
+            for number, url in enumerate(part.urls):
+                name = part.place if len(part.urls) == 1 else f"{part.place} (frame {number})"
+                file = open_media(url, name, folder, self.policy, cancelled)
+                total += file.path.stat().st_size
+                if total > self.policy.file_bytes:
+                    raise RequestError(
+                        f"the films and pictures of the request have more than {self.policy.file_bytes} bytes: send "
+                        "fewer",
+                        param="messages",
+                        status=413,
+                    )
+                files.append(file)
+            times = frame_times(part)
+            digests = " ".join(file.digest for file in files)
+            key = hashlib.sha256(f"{part.kind} {sampling} {times} {digests}".encode()).hexdigest()
+            opened.append(OpenPart(part, tuple(files), sampling, times, key))
+        return opened
+
+    def decode(self, parts: Sequence[OpenPart], images: int, cancelled: Callable[[], bool]) -> list[Decoded]:
+        """Frames and pictures, decoded apart from the server, several at once.
+
+        Args:
+            parts: to decode.
+            images: pictures in the whole conversation: a family may show several of them in another way than one.
+            cancelled: whether nobody waits any more.
+
+        Raises:
+            VideoError: one cannot be decoded within the limits.
+            RequestError: nobody waits any more.
+        """
+        shrink = self._preprocessing.for_images(images).shrink
+        jobs = []
+        for part in parts:
+            film = part.part.kind is Visual.VIDEO
+            paths = tuple(file.path for file in part.files)
+            jobs.append(
+                DecodingJob(
+                    paths, film, part.part.of_frames, part.part.place, part.sampling, part.times, self.limits,
+                    shrink if film else None, self._memory, self._cpu_seconds,
+                )
+            )  # fmt: skip
+        seconds = _NEVER * self._cpu_seconds
+        pending = [self._decoders.submit(decode_apart, job, seconds, cancelled) for job in jobs]
+        try:
+            return [future.result() for future in pending]
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def frame_sampling(base: FrameSampling, part: MediaPart) -> FrameSampling:
+    """Which frames of a film are decoded.
+
+    Raises:
+        RequestError: all frames of a file are wanted, or a number of times is not that of the frames.
+        VideoError: the numbers choose no frame.
+    """
+    wanted = part.sampling
+    if part.of_frames:
+        return replace(base, fps=wanted.fps or base.fps)
+    if wanted.num_frames == ALL_FRAMES:
+        raise RequestError(f"{part.place}: all frames are asked for, num_frames is -1: give a number", param=part.place)
+    if wanted.num_frames is not None:
+        most = max(wanted.num_frames, base.frame_factor)
+        return replace(base, fps=FASTEST, min_frames=most, max_frames=most, force=True)
+    sampling = base.overridden(wanted.fps, wanted.max_frames)
+    if wanted.min_frames is not None:
+        sampling = replace(sampling, min_frames=min(wanted.min_frames, sampling.max_frames))
+    return sampling
+
+
+def frame_times(part: MediaPart) -> tuple[float, ...] | None:
+    """Seconds at which the frames of a film of pictures begin; None where they stand at a rate.
+
+    Raises:
+        RequestError: their number is not that of the frames, or there is no rate to place them.
+    """
+    wanted: Sampling = part.sampling
+    count = len(part.urls)
+    if not part.of_frames:
+        return None
+    if wanted.frames_indices is not None:
+        if len(wanted.frames_indices) != count or wanted.fps is None:
+            raise RequestError(
+                f"{part.place} has {count} frames, frames_indices has {len(wanted.frames_indices)}, fps is "
+                f"{wanted.fps}: give an index for each frame, and the rate of the film",
+                param=part.place,
+            )
+        return tuple(index / wanted.fps for index in wanted.frames_indices)
+    if wanted.fps is None and wanted.duration is not None:
+        return tuple(number * wanted.duration / count for number in range(count))
+    return None

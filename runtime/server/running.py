@@ -1,0 +1,120 @@
+"""Running the application with uvicorn: an address, connections that say nothing closed, a drain at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from framefusion.errors import ServerError
+from framefusion.runtime.server.app import Access, create_app
+from framefusion.runtime.server.service import Service
+
+HEADER_SECONDS = 20.0
+"""For the head of a request to arrive; uvicorn itself waits for ever."""
+CONNECTIONS = 256
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens.
+
+    Attributes:
+        host: name or address.
+        port: 0 takes a free one.
+        drain_seconds: for running answers to end, once the server is to.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    drain_seconds: float = 30.0
+
+
+class BoundedProtocol(H11Protocol):
+    """HTTP/1.1 that closes a connection on which no whole head of a request arrives in time."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for the first head."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came; a head that is begun has to end in time."""
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Run a timer while a head is awaited. Between two requests uvicorn's own runs."""
+        awaited = self.conn.their_state is h11.IDLE
+        if awaited and self._head_timer is None:
+            self._head_timer = asyncio.get_running_loop().call_later(HEADER_SECONDS, self.transport.close)
+        elif not awaited and self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is over."""
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        super().connection_lost(exc)
+
+
+def listen(address: Address) -> socket.socket:
+    """The socket of a server.
+
+    Raises:
+        ServerError: the address is taken, or not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((address.host, address.port), family=family, backlog=CONNECTIONS)
+    except OSError as error:
+        raise ServerError(
+            f"{address.host}:{address.port} cannot be listened on ({error.strerror or error}): choose another --port, "
+            "or end what listens there"
+        ) from error
+
+
+def run(service: Service, access: Access, address: Address, opened: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM: then take no more, let what runs end, and free all.
+
+    Args:
+        service: not started.
+        access: who may ask.
+        address: for the drain.
+        opened: what `listen` gave.
+    """
+    logging.getLogger("framefusion").setLevel(logging.INFO)
+    config = uvicorn.Config(
+        create_app(service, access),
+        http=BoundedProtocol,
+        ws="none",
+        log_level="warning",
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=int(address.drain_seconds),
+        server_header=False,
+        proxy_headers=False,
+    )
+    _Server(config, service).run(sockets=[opened])
+
+
+class _Server(uvicorn.Server):
+    """A server that says it is draining as soon as it is."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """A signal came."""
+        self._service.draining = True
+        super().handle_exit(sig, frame)

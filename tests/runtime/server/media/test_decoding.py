@@ -1,0 +1,136 @@
+"""Decoding in a child gives what decoding here gives, and a decoder that misbehaves costs its request alone."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import framefusion.runtime.families  # noqa: F401  (a job is made anew in a child that has imported this module alone)
+from framefusion.errors import RequestError, VideoError
+from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.sources import as_image, as_video
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.server.media import decoding
+from framefusion.runtime.server.media.child import DecodingJob
+from framefusion.runtime.server.media.decoding import decode_apart
+from tests.films import write_film, write_picture
+
+SAMPLING = FrameSampling("qwen2_vl")
+
+
+def job(*paths: Path, film: bool = True, of_frames: bool = False, **changes: Any) -> DecodingJob:
+    plain = DecodingJob(
+        paths, film, of_frames, "the film", SAMPLING, None, MediaLimits(), None, memory=1 << 30, cpu_seconds=20
+    )
+    return replace(plain, **changes)
+
+
+def decode(wanted: DecodingJob, seconds: float = 60, cancelled: Callable[[], bool] = lambda: False) -> Any:
+    return decode_apart(wanted, seconds, cancelled).media
+
+
+@pytest.mark.slow
+def test_a_film_is_the_same_as_here(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.mp4", frames=24)
+    here = as_video(path, SAMPLING)
+    apart = decode(job(path))
+    assert isinstance(apart, Video)
+    for name in ("frames", "indices", "times", "moments"):
+        np.testing.assert_array_equal(getattr(apart, name), getattr(here, name))
+    for name in ("fps", "total_frames", "duration", "lost_frames", "counted_frames"):
+        assert getattr(apart, name) == getattr(here, name)
+
+
+@pytest.mark.slow
+def test_a_picture_and_a_film_of_pictures(tmp_path: Path) -> None:
+    paths = [write_picture(tmp_path / f"{number}.png") for number in range(3)]
+    np.testing.assert_array_equal(decode(job(paths[0], film=False)), as_image(paths[0]))
+    film = decode(job(*paths, of_frames=True, times=(0.0, 1.0, 3.0)))
+    assert film.frames.shape == (3, 64, 64, 3)
+    assert film.times.tolist() == [0.0, 1.0, 3.0]
+
+
+@pytest.mark.slow
+def test_what_cannot_be_decoded_is_said_by_the_clients_name(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"no film at all" * 100)
+    with pytest.raises(VideoError, match="the film") as refused:
+        decode(job(path))
+    assert str(tmp_path) not in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="a process's memory is limited on Linux alone")
+def test_memory_is_limited(tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = tmp_path / "large.png"
+    Image.new("RGB", (9000, 9000)).save(path)  # 243 MB of pixels in a small file
+    decode(job(path, film=False, memory=2 << 30))
+    with pytest.raises(VideoError, match="the film"):
+        decode(job(path, film=False, memory=64 << 20))
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_ever(tmp_path: Path) -> None:
+    pipe = tmp_path / "film.mp4"
+    write_film(pipe, frames=400, size=256)
+    start = time.monotonic()
+    with pytest.raises(VideoError, match="not decoded in time"):
+        decode(job(pipe), seconds=0.0)
+    with pytest.raises(RequestError, match="not wanted any more"):
+        decode(job(pipe), cancelled=lambda: True)
+    assert time.monotonic() - start < 30
+
+
+# --- A child under somebody else's control ---------------------------------------------------------------------------
+
+
+def dies(pipe: Connection, _: DecodingJob) -> None:
+    os._exit(3)
+
+
+def lies(pipe: Connection, given: DecodingJob) -> None:
+    pipe.send_bytes(given.name.encode())
+    time.sleep(5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "facts",
+    [
+        [],
+        {"kind": "image", "warnings": [], "arrays": [{"shape": [1 << 40, 3], "dtype": "uint8"}]},
+        {"kind": "image", "warnings": [], "arrays": [{"shape": [-1, 4, 3], "dtype": "uint8"}]},
+        {"kind": "image", "warnings": [], "arrays": [{"shape": [1, 1, 3], "dtype": "object"}]},
+        {"kind": "image", "warnings": [], "arrays": []},
+        {"kind": "video", "warnings": [], "arrays": [], "sampled": False},
+        {"kind": "video", "warnings": 3, "arrays": []},
+        {"arrays": []},
+    ],
+)
+def test_nothing_is_believed(facts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(decoding, "decode_in_child", lies)
+    start = time.monotonic()
+    with pytest.raises(VideoError):
+        decode(job(tmp_path / "x", name=json.dumps(facts)))
+    assert time.monotonic() - start < 4  # it did not wait for the bytes of an impossible array
+
+
+@pytest.mark.slow
+def test_a_decoder_that_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(decoding, "decode_in_child", dies)
+    with pytest.raises(VideoError, match=r"its decoder ended \(3\)"):
+        decode(job(tmp_path / "x"))
+    assert multiprocessing.active_children() == []

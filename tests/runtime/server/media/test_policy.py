@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from framefusion.errors import RequestError, ServerError
+from framefusion.runtime.server.media.policy import MediaFile, MediaPolicy, open_media
+
+
+def opened(url: str, folder: Path, policy: MediaPolicy) -> MediaFile:
+    return open_media(url, "the film", folder, policy, lambda: False)
+
+
+def as_data(content: bytes, kind: str = "video/mp4") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def test_equal_content_has_one_digest(tmp_path: Path) -> None:
+    first = opened(as_data(b"film"), tmp_path, MediaPolicy())
+    second = opened(as_data(b"film", "video/webm;codecs=vp9"), tmp_path, MediaPolicy())
+    assert first.path.read_bytes() == b"film"
+    assert first.digest == second.digest != opened(as_data(b"other"), tmp_path, MediaPolicy()).digest
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [
+        ("data:video/mp4,plain", 400),
+        ("data:video/mp4;base64,****", 400),
+        ("data:video/mp4;base64,", 400),
+        ("data:;base64,A", 400),
+        (as_data(b"x" * 101), 413),
+        ("file:///etc/passwd", 403),
+        ("https://films.example/x", 403),
+        ("http://127.0.0.1/x", 403),
+        ("clip.mp4", 400),
+        ("/etc/passwd", 400),
+        ("concat:/etc/passwd", 400),
+        ("rtsp://camera/", 400),
+        ("", 400),
+    ],
+)
+def test_closed_by_default(url: str, status: int, tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as refused:
+        opened(url, tmp_path, MediaPolicy(file_bytes=100))
+    assert refused.value.status == status
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_limit_itself_is_taken(tmp_path: Path) -> None:
+    assert opened(as_data(b"x" * 100), tmp_path, MediaPolicy(file_bytes=100)).path.stat().st_size == 100
+
+
+def test_files_below_the_folder_alone(tmp_path: Path) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    (films / "a film.mp4").write_bytes(b"film")
+    (films / "link.mp4").symlink_to("a film.mp4")
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(b"secret")
+    (films / "out.mp4").symlink_to(secret)
+    (tmp_path / "films-too").mkdir()
+    (tmp_path / "films-too" / "x.mp4").write_bytes(b"x")
+    policy = MediaPolicy(local_folder=films)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    film = opened(f"file://{films}/a%20film.mp4", scratch, policy)
+    assert film.path == films / "a film.mp4"
+    assert opened(f"file://localhost{films}/link.mp4", scratch, policy).digest == film.digest
+    for name in (
+        f"{films}/../secret.mp4", f"{films}/%2e%2e/secret.mp4", f"{films}/out.mp4", str(secret), str(films),
+        f"{tmp_path}/films-too/x.mp4", f"{films}/none.mp4", "/proc/self/environ", f"{films}/a%00",
+    ):  # fmt: skip
+        with pytest.raises(RequestError):
+            opened(f"file://{name}", scratch, policy)
+    with pytest.raises(RequestError):
+        opened(f"file://elsewhere{films}/a%20film.mp4", scratch, policy)
+
+
+def test_settings_that_open_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="is none"):
+        MediaPolicy(local_folder=tmp_path / "nowhere")
+    with pytest.raises(ServerError, match="is none"):
+        MediaPolicy(domains=frozenset({"https://films.example"}))
