@@ -92,7 +92,7 @@ def run(service: Service, access: Access, address: Address, opened: socket.socke
         address: for the drain.
         opened: what `listen` gave.
     """
-    logging.getLogger("framefusion").setLevel(logging.INFO)
+    _log_to_stderr()
     config = uvicorn.Config(
         create_app(service, access),
         http=BoundedProtocol,
@@ -105,6 +105,15 @@ def run(service: Service, access: Access, address: Address, opened: socket.socke
         proxy_headers=False,
     )
     _Server(config, service).run(sockets=[opened])
+
+
+def _log_to_stderr() -> None:
+    """What the server does beside answering, with the time: evictions, fields that were ignored, failures."""
+    logger = logging.getLogger("framefusion.server")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 class _Server(uvicorn.Server):

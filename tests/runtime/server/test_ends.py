@@ -1,0 +1,248 @@
+"""Who may ask, who is turned away, and what is left of those who go: nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framefusion.errors import ServerError
+from framefusion.runtime.pipeline import Pipeline, Request
+from tests.bundles import shared
+from tests.runtime.server.conftest import Running, serving
+
+pytest.importorskip("starlette")
+pytestmark = pytest.mark.slow
+JSON = {"Content-Type": "application/json"}
+HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
+LONG = {**HELLO, "max_tokens": 1000, "stream": True, "framefusion": {"cost": 1.0}}
+
+
+def connect(server: Running) -> HTTPConnection:
+    return HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+
+
+def send(
+    server: Running, body: Any, headers: dict[str, str] | None = None, path: str = "/v1/chat/completions"
+) -> HTTPResponse:
+    connection = connect(server)
+    content = body if isinstance(body, (bytes, str)) else json.dumps(body)
+    connection.request("POST", path, content, JSON if headers is None else headers)
+    return connection.getresponse()
+
+
+def metric(server: Running, name: str) -> float:
+    connection = connect(server)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    found = re.search(rf"^framefusion:{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    assert found, text
+    return float(found[1])
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def error_of(response: HTTPResponse) -> dict[str, Any]:
+    error: dict[str, Any] = json.loads(response.read())["error"]
+    return error
+
+
+def test_strangers_pages_and_keys(tmp_path: Path) -> None:
+    with serving(tmp_path, "--api-key", "secret") as server:
+        key = {**JSON, "Authorization": "Bearer secret"}
+        assert send(server, HELLO, key).status == 200
+        # 1. Without the key, or with another one.
+        for other in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
+            response = send(server, HELLO, {**JSON, **other})
+            assert response.status == 401
+            assert error_of(response)["type"] == "authentication_error"
+        # 2. As a page of somebody else would send it: a form, or under a name that is not the server's.
+        assert send(server, HELLO, {**key, "Content-Type": "text/plain"}).status == 415
+        assert send(server, HELLO, {**key, "Host": "evil.example"}).status == 400
+        connection = connect(server)
+        connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": "http://evil.example"})
+        response = connection.getresponse()
+        assert response.status == 405
+        assert response.getheader("Access-Control-Allow-Origin") is None
+        # 3. Whoever watches over it needs no key; counters do.
+        for path, status in (("/health", 200), ("/health/ready", 200), ("/metrics", 401), ("/v1/models", 401)):
+            connection = connect(server)
+            connection.request("GET", path)
+            assert connection.getresponse().status == status, path
+        connection = connect(server)
+        connection.request("GET", "/nowhere")
+        assert error_of(connection.getresponse())["code"] == "RequestError"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"nul", b'{"messages": 1}', b'{"max_tokens": 1e999}', b"1" * 5000],
+    ids=lambda body: repr(body[:12]),
+)
+def test_bodies_that_are_no_request(server: Running, body: bytes) -> None:
+    response = send(server, body)
+    assert response.status == 400
+    assert error_of(response)["code"] == "RequestError"
+
+
+def test_too_large_a_body_is_refused_before_it_is_read(server: Running) -> None:
+    connection = connect(server)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(1 << 40))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+
+
+def test_a_caller_who_leaves_frees_what_is_held(server: Running) -> None:
+    for stream in (True, False):
+        connection = connect(server)
+        connection.request("POST", "/v1/chat/completions", json.dumps({**LONG, "stream": stream}), JSON)
+        if stream:
+            assert connection.getresponse().readline().startswith(b"data: ")
+        until(lambda: metric(server, "num_requests_running") > 0)
+        connection.close()
+        until(lambda: metric(server, "num_requests_running") == 0)
+    assert send(server, HELLO).status == 200
+
+
+def test_more_than_can_be_done_are_turned_away(tmp_path: Path) -> None:
+    with serving(tmp_path, "--max-running", 1, "--max-waiting", 0) as server:
+        connection = connect(server)
+        connection.request("POST", "/v1/chat/completions", json.dumps(LONG), JSON)
+        connection.getresponse().readline()
+        response = send(server, HELLO)
+        assert response.status == 429
+        assert response.getheader("Retry-After") == "1"
+        assert error_of(response)["type"] == "rate_limit_error"
+        connection.close()
+        until(lambda: send(server, HELLO).status == 200)
+
+
+def test_what_runs_ends_before_the_server_does(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        connection = connect(server)
+        connection.request("POST", "/v1/chat/completions", json.dumps({**LONG, "max_tokens": 200}), JSON)
+        response = connection.getresponse()
+        response.readline()
+        server.signal(signal.SIGTERM)
+        assert response.read().rstrip().endswith(b"data: [DONE]")
+        assert server.process.wait(30) == -signal.SIGTERM or server.process.returncode == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_conversations_have_a_budget_and_answers_do_not_change(tmp_path: Path, films: Path) -> None:
+    film = {"type": "video_url", "video_url": {"url": f"file://{films}/film.mp4"}}
+
+    def first(number: int) -> dict[str, Any]:
+        return {"role": "user", "content": [film, {"type": "text", "text": f"Question {number}?"}]}
+
+    with serving(tmp_path, "--cache-mb", 1, "--allowed-local-media-path", films) as server:
+        answers = {}
+        for number in range(12):
+            answers[number] = json.loads(send(server, {**HELLO, "messages": [first(number)]}).read())
+        assert metric(server, "evicted_conversations") > 0
+        assert metric(server, "kv_cache_usage_perc") <= 1
+        assert "evicted a conversation" in server.log.read_text()
+        reused = []
+        with Pipeline(shared("bundle")) as pipeline:
+            for number, answer in answers.items():
+                text = answer["choices"][0]["message"]["content"]
+                messages = [
+                    first(number), {"role": "assistant", "content": text}, {"role": "user", "content": "And then?"},
+                ]  # fmt: skip
+                got = json.loads(send(server, {**HELLO, "messages": messages}).read())
+                cached = got["usage"]["prompt_tokens_details"]["cached_tokens"]
+                reused.append(cached > 0)
+                if not cached:  # as one prefill of the whole conversation says
+                    turns: list[Any] = [dict(message) for message in messages]
+                    turns[0]["content"] = [{"type": "video", "video": str(films / "film.mp4")}, f"Question {number}?"]
+                    own = pipeline.generate(turns, request=Request(4, temperature=0))
+                    assert got["choices"][0]["message"]["content"] == own.text
+        assert False in reused
+
+
+def test_junk_leaves_no_trace(server: Running) -> None:
+    """Half requests, random bytes and bodies of every kind: it answers as before, and does not grow."""
+    seeded = random.Random(0)
+    host, port = server.url.removeprefix("http://").split(":")
+
+    def junk() -> bytes:
+        kind = seeded.randrange(4)
+        if kind == 0:
+            return seeded.randbytes(seeded.randrange(1, 2000))
+        if kind == 1:
+            return b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n"
+        if kind == 2:
+            return b"GET /" + seeded.randbytes(200).replace(b"\n", b"") + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        body = json.dumps({"messages": [{"role": seeded.choice(["user", "x"]), "content": seeded.choice([3, [], {}])}]})
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        return f"{head}Content-Type: application/json\r\n\r\n{body}".encode()
+
+    before = 0
+    for number in range(3000):
+        if number == 1000:  # threads and buffers are there now
+            before = server.resident()
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(junk())
+            if seeded.random() < 0.02:
+                connection.settimeout(0.1)
+                with suppress(OSError):
+                    connection.recv(1000)
+    until(lambda: send(server, HELLO).status == 200)  # so many connections at once are turned away for a moment
+    until(lambda: metric(server, "num_requests_running") == 0)
+    assert server.resident() < before + (16 << 20)
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_an_address_that_is_taken(tmp_path: Path) -> None:
+    from tests.commands import assert_refused, run
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_refused(run("serve", shared("bundle"), "--port", port), ServerError, str(port), "--port")
+
+
+def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+
+    from framefusion.runtime.server import running
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    monkeypatch.setattr(running, "HEADER_SECONDS", 0.3)
+    opened = running.listen(running.Address(port=0))
+    config = uvicorn.Config(app, http=running.BoundedProtocol, lifespan="off", log_level="error", timeout_keep_alive=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
+    thread.start()
+    try:
+        until(lambda: server.started)
+        for begin in (b"", b"GET / HTTP/1.1\r\nHost: x\r\nA", b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT"):
+            with socket.create_connection(opened.getsockname()[:2], timeout=10) as connection:
+                connection.sendall(begin)
+                start = time.monotonic()
+                while connection.recv(1000):
+                    pass
+                assert time.monotonic() - start < 5
+    finally:
+        server.should_exit = True
+        thread.join()
