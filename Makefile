@@ -106,7 +106,7 @@ test:
 test-runtime: setup
 	$(call virtualenv,$(VENV)-runtime)
 	@$(VENV)-runtime/bin/python -m pip install -qq -c $(LOCK) setuptools
-	@$(VENV)-runtime/bin/python -m pip install -qq -c $(LOCK) --no-build-isolation '.[gpu,signing]' \
+	@$(VENV)-runtime/bin/python -m pip install -qq -c $(LOCK) --no-build-isolation '.[gpu,signing,server]' \
 	  pytest pytest-xdist hypothesis scikit-video
 	@rm -rf build
 	@bundles=$$($(BIN)/python -m tests.bundles) && BUNDLES=$$bundles OMP_NUM_THREADS=1 \
