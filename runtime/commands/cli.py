@@ -25,6 +25,7 @@ from framefusion.runtime.commands.flags import (
     VisualCommand,
     comparing_options,
     conversation_options,
+    open_pipeline,
     question_options,
     running_flags,
     running_options,
@@ -143,30 +144,6 @@ def bench(bundle: Path, costs: tuple[float, ...], rounds: int, **options: Any) -
     with activity(f"measuring {len(ways)} costs, {rounds} rounds and one to warm up"):
         measured = measure(ways, question.turns, question.files, sampling, rounds)
     console.show(measured, render)
-
-
-def open_pipeline(
-    folder: Path,
-    threads: int,
-    backend: str,
-    device: str,
-    no_verify: bool,
-    trusted_keys: Path | None = None,
-    trust_engines: bool = False,
-    no_check: bool = False,
-) -> Pipeline:
-    """A bundle on the backend that the flags name, or on the best one that is right on this device."""
-    from framefusion.runtime.bundle import Bundle
-    from framefusion.runtime.pipeline import Pipeline
-    from framefusion.runtime.proof.opening import open_proven
-    from framefusion.runtime.trust.origin import Trust
-
-    name = None if backend == "auto" else backend
-    place = None if device == "auto" else device
-    with activity(f"opening {folder}", after=PATIENCE):
-        bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
-        opened = open_proven(bundle, name, place, threads=threads, check=not no_check, say=console.log)
-    return Pipeline(bundle, opened.backend, choice=opened.choice)
 
 
 @ff_run.command()

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
+from framefusion.console import messages as console
+from framefusion.console.terminal import PATIENCE, activity
 from framefusion.runtime.backends import table
 
 if TYPE_CHECKING:
     from framefusion.runtime.format.manifest import Manifest
     from framefusion.runtime.media.frame_sampling import FrameSampling
     from framefusion.runtime.media.media_file import MediaLimits
-    from framefusion.runtime.pipeline import Request
+    from framefusion.runtime.pipeline import Pipeline, Request
     from framefusion.runtime.text.prompt import Turn, Visual
 
 if TYPE_CHECKING:
@@ -253,3 +255,27 @@ def visuals_in_order(kinds: Sequence[str], videos: Sequence[Path], images: Seque
         kinds = ["video"] * len(videos) + ["image"] * len(images)
     files = {"video": iter(videos), "image": iter(images)}
     return [(kind, next(files[kind])) for kind in kinds]
+
+
+def open_pipeline(
+    folder: Path,
+    threads: int,
+    backend: str,
+    device: str,
+    no_verify: bool,
+    trusted_keys: Path | None = None,
+    trust_engines: bool = False,
+    no_check: bool = False,
+) -> Pipeline:
+    """A bundle on the backend that the flags name, or on the best one that is right on this device."""
+    from framefusion.runtime.bundle import Bundle
+    from framefusion.runtime.pipeline import Pipeline
+    from framefusion.runtime.proof.opening import open_proven
+    from framefusion.runtime.trust.origin import Trust
+
+    name = None if backend == "auto" else backend
+    place = None if device == "auto" else device
+    with activity(f"opening {folder}", after=PATIENCE):
+        bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
+        opened = open_proven(bundle, name, place, threads=threads, check=not no_check, say=console.log)
+    return Pipeline(bundle, opened.backend, choice=opened.choice)

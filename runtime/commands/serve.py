@@ -10,7 +10,7 @@ import click
 
 from framefusion.console import messages as console
 from framefusion.errors import BackendError, ServerError
-from framefusion.runtime.commands.flags import COUNT, FILE, running_flags, running_options
+from framefusion.runtime.commands.flags import COUNT, FILE, open_pipeline, running_flags, running_options
 
 if TYPE_CHECKING:
     from framefusion.runtime.pipeline import Pipeline
@@ -84,8 +84,6 @@ def serve(bundle: Path, **flags: Any) -> None:
     # 2. Children that decode are copies of a process without threads and connections: it begins first.
     start_decoders()
     # 3. The bundle, and what answers with it.
-    from framefusion.runtime.commands.cli import open_pipeline
-
     pipeline = open_pipeline(bundle, **running_settings)
     service = _service(pipeline, name, policy, flags)
     host, port = opened.getsockname()[:2]
