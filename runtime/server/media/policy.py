@@ -109,7 +109,9 @@ def _from_data(url: str, place: str, folder: Path, policy: MediaPolicy) -> Media
         raise RequestError(f"{place} holds no bytes: give those of a file", param=place)
     digest = hashlib.sha256(content).hexdigest()
     path = folder / digest
-    path.write_bytes(content)
+    if not path.exists():  # a request may show the same twice
+        with path.open("xb") as file:
+            file.write(content)
     return MediaFile(path, digest, place)
 
 
