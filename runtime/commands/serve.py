@@ -10,6 +10,7 @@ import click
 
 from framefusion.console import messages as console
 from framefusion.errors import BackendError, ServerError
+from framefusion.installation import install_command
 from framefusion.runtime.commands.flags import COUNT, FILE, open_pipeline, running_flags, running_options
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def serve(bundle: Path, **flags: Any) -> None:
         from framefusion.runtime.server import running
         from framefusion.runtime.server.media.decoding import start_decoders
     except ModuleNotFoundError as error:
-        raise BackendError(f"a server needs {error.name}: pip install 'framefusion-aot[server]'") from error
+        raise BackendError(f"a server needs {error.name}: {install_command('server')}") from error
     running_settings = running_flags(flags)
     address = running.Address(flags["host"], flags["port"])
     name = flags["model_name"] or bundle.resolve().name
