@@ -221,7 +221,6 @@ def test_videos_and_images_keep_their_order() -> None:
     paths = [Path(name) for name in "abc"]
     ordered = visuals_in_order(["image", "video", "image"], [paths[1]], [paths[0], paths[2]])
     assert ordered == [("image", paths[0]), ("video", paths[1]), ("image", paths[2])]
-    assert visuals_in_order(["video", "image"], [paths[0]], []) == [("video", paths[0])]
 
 
 def test_both_orders_run(bundle: Path, film: Path, picture: Path) -> None:
@@ -229,6 +228,21 @@ def test_both_orders_run(bundle: Path, film: Path, picture: Path) -> None:
     first = answer(ff_run, "generate", bundle, "--image", picture, "--video", film, *shared)
     second = answer(ff_run, "generate", bundle, "--video", film, f"--image={picture}", *shared)
     assert first["visual_tokens"] == second["visual_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "order"),
+    [
+        (("-i", "a", "--video=b", "-vc", "--image", "d"), ["image", "video", "video", "image"]),
+        (("--system", "--image", "--video", "--image"), ["video"]),
+        (("-v", "-i", "-i", "-v"), ["video", "image"]),
+    ],
+)
+def test_the_order_is_the_parsers(flags: tuple[str, ...], order: list[str]) -> None:
+    """Short flags, values that look like flags, and values in the same word."""
+    with click.Context(ff_run.commands["generate"]) as ctx:
+        ctx.command.parse_args(ctx, [*flags, "-p", "What?", "bundle"])
+        assert ctx.meta["framefusion.order"] == order
 
 
 def test_tables_and_units() -> None:

@@ -10,14 +10,15 @@ import click
 
 import framefusion
 from framefusion.console import messages as console
+from framefusion.console.help import HELP_NAMES
 from framefusion.export.commands.build import build_command, compile_command, plan_command
 from framefusion.export.commands.check import check_command, sign_command
 from framefusion.export.commands.evaluate import evaluate_command, view_command
 from framefusion.export.commands.report import families_command, inspect_command
 
 
-@click.group(cls=console.CommandGroup)
-@click.version_option(framefusion.__version__)
+@click.group(cls=console.CommandGroup, context_settings=HELP_NAMES)
+@click.version_option(framefusion.__version__, "--version", "-V")
 def ff_export() -> None:
     """Export a video LVLM with token reduction inside its LLM."""
 

@@ -13,6 +13,7 @@ import click
 
 import framefusion
 from framefusion.console import messages as console
+from framefusion.console.help import HELP_NAMES
 from framefusion.console.terminal import PATIENCE, activity
 from framefusion.reduction.budget import describe_cost
 from framefusion.runtime.commands.check import check
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from framefusion.runtime.pipeline import Generation, Pipeline
 
 
-@click.group(cls=console.CommandGroup)
-@click.version_option(framefusion.__version__)
+@click.group(cls=console.CommandGroup, context_settings=HELP_NAMES)
+@click.version_option(framefusion.__version__, "--version", "-V")
 def ff_run() -> None:
     """Run an exported video LVLM."""
 

@@ -6,15 +6,20 @@ Shared by every command that answers. Builds the runtime's objects of them; runs
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
 from framefusion.console import messages as console
+from framefusion.console.help import Command as HelpCommand
+from framefusion.console.help import option
 from framefusion.console.terminal import PATIENCE, activity
+from framefusion.errors import PromptError
 from framefusion.runtime.backends import table
 
 if TYPE_CHECKING:
@@ -34,90 +39,157 @@ COUNT = click.IntRange(min=1)
 MOST_THREADS = max(4 * (os.cpu_count() or 1), 64)  # beyond, a machine is only busy with changing between them
 BACKENDS = ("auto", *table.backend_names())
 DEVICES = ("auto", *table.DEVICES)
-THREADS = click.option(
+PILLOW_PIXELS = 178_956_970
+"""Above this Pillow refuses a picture by itself."""
+LONGEST_PROMPT = 4 * 2**20  # bytes
+_ORDER = "framefusion.order"
+Command = TypeVar("Command", bound=Callable[..., Any])
+Item = TypeVar("Item", int, float, str)
+
+# --- Where it runs ----------------------------------------------------------------------------------------------------
+
+_running = partial(option, section="Where it runs")
+_trust = partial(option, section="Trust in the bundle")
+THREADS = _running(
     "--threads",
     type=click.IntRange(min=0, max=MOST_THREADS),
     default=0,
-    help="Of one operator; default: the physical cores.",
+    help="Threads of one operator on the CPU; default: 0, one for each physical core.",
 )
-BACKEND = click.option(
+BACKEND = _running(
     "--backend",
     type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
     help="What runs the bundle; auto takes the best that it and this machine allow.",
 )
-DEVICE = click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where.")
-NO_VERIFY = click.option("--no-verify", is_flag=True, help="Do not compare the files of the bundle with their hashes.")
-TRUSTED_KEYS = click.option(
+DEVICE = _running(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="auto",
+    show_default=True,
+    help="Kind of processor that the bundle runs on; auto takes that of the best backend.",
+)
+NO_CHECK = _running(
+    "--no-check",
+    is_flag=True,
+    help="Answer without trying the backend on this device first, as a bundle's first answer does: see ff-run check.",
+)
+NO_VERIFY = _trust("--no-verify", is_flag=True, help="Do not compare the files of the bundle with their hashes.")
+TRUSTED_KEYS = _trust(
     "--trusted-keys",
     type=FILE,
     envvar="FRAMEFUSION_TRUSTED_KEYS",
     show_envvar=True,
-    help="Refuse a bundle that none of the ed25519 keys of this file signed.",
+    help="Refuse a bundle that none of the ed25519 keys in this file signed; default: signatures are not looked at.",
 )
-TRUST_ENGINES = click.option(
+TRUST_ENGINES = _trust(
     "--trust-engines",
     is_flag=True,
     help="Run the bundle's engines, which are code, though no trusted key signed it and they were not compiled here.",
 )
-NO_CHECK = click.option(
-    "--no-check",
-    is_flag=True,
-    help="Do not prove a backend that this device has not run the bundle's golden with: see `ff-run check`.",
-)
 BACKEND_OPTIONS = (THREADS, BACKEND, DEVICE, NO_VERIFY, TRUSTED_KEYS, TRUST_ENGINES)
-RUNNING_OPTIONS = (*BACKEND_OPTIONS, NO_CHECK)
+RUNNING_OPTIONS = (THREADS, BACKEND, DEVICE, NO_CHECK, NO_VERIFY, TRUSTED_KEYS, TRUST_ENGINES)
 RUNNING = ("threads", "backend", "device", "no_verify", "trusted_keys", "trust_engines", "no_check")
-OUTPUT = click.option(
-    "-o", "--output", required=True, type=FILE, help="The page; replaces an older page, nothing else."
+
+# --- What is shown and said, and how it is answered -------------------------------------------------------------------
+
+_shown = partial(option, section="What is shown and asked")
+_answer = partial(option, section="The answer")
+_reduction = partial(option, section="Token reduction")
+_frames = partial(option, section="Frames of a film")
+_limits = partial(option, section="Limits on files")
+OF_BUNDLE = "default: the bundle's"
+OF_CHECKPOINT = "default: the checkpoint's"
+
+OUTPUT = option("-o", "--output", required=True, type=FILE, help="The page; replaces an older page, nothing else.")
+COMPARE = option("--compare", is_flag=True, help="Answer without reduction, too, and show both side by side.")
+PROMPT = _shown(
+    "--prompt",
+    "-p",
+    required=True,
+    help="Question about the films and pictures; - reads it from standard input, @FILE from a file, @@ begins one "
+    "with an @.",
 )
-COMPARE = click.option("--compare", is_flag=True, help="Answer without reduction, too, and show both side by side.")
-PILLOW_PIXELS = 178_956_970
-"""Above this Pillow refuses a picture by itself."""
-_KINDS = "framefusion.kinds"
-Command = TypeVar("Command", bound=Callable[..., Any])
-Item = TypeVar("Item", int, float, str)
-
-PROMPT = click.option("--prompt", required=True, help="What is asked, after videos and images.")
-
-COST = click.option("--cost", type=float, help="Share of the computation over visual tokens that is kept, in (0, 1].")
-
+COST = _reduction(
+    "--cost",
+    type=float,
+    help=f"Share of the computation over visual tokens that is kept, above 0 up to 1; {OF_BUNDLE}.",
+)
 QUESTION_OPTIONS = (
-    click.option("--video", "videos", multiple=True, type=FILE, help="Film to show; repeatable, shown in order."),
-    click.option("--image", "images", multiple=True, type=FILE, help="Picture to show; repeatable, shown in order."),
+    _shown("--video", "-v", "videos", multiple=True, type=FILE, help="Film to show; repeatable, shown in order."),
+    _shown("--image", "-i", "images", multiple=True, type=FILE, help="Picture to show; repeatable, shown in order."),
     PROMPT,
-    click.option("--system", help="System prompt; default: the family's."),
-    click.option("--max-new-tokens", type=COUNT, default=128, show_default=True, help="Of the answer."),
+    _shown("--system", help="System prompt, which comes before the question; default: the model family's."),
+    _answer(
+        "--max-new-tokens", "-n", type=COUNT, default=128, show_default=True, help="Longest answer, counted in tokens."
+    ),
+    _answer(
+        "--stop",
+        multiple=True,
+        help="End the answer before this text, which is not part of it; repeatable; default: no text.",
+    ),
+    _answer(
+        "--temperature",
+        "-t",
+        type=float,
+        help=f"Draw tokens by chance, the bolder the higher; 0 always takes the likeliest; {OF_CHECKPOINT}.",
+    ),
+    _answer(
+        "--top-p",
+        type=float,
+        help=f"Draw among the likeliest tokens of this total probability; {OF_CHECKPOINT}.",
+    ),
+    _answer("--top-k", type=int, help=f"Draw among this many likeliest tokens; 0 is all; {OF_CHECKPOINT}."),
+    _answer(
+        "--repetition-penalty",
+        type=float,
+        help=f"Make tokens less likely that prompt or answer has already, the higher the less; 1 is off; "
+        f"{OF_CHECKPOINT}.",
+    ),
+    _answer(
+        "--seed",
+        type=click.IntRange(min=0),
+        help="Number that fixes what is drawn by chance, also by the reducer random; default: other draws each time.",
+    ),
     COST,
-    click.option("--reducer", help="What drops tokens: a name that `ff-run reducers` lists; default: the bundle's."),
-    click.option("--similarity-lower-bound", type=float, help="Tokens at least this alike merge."),
-    click.option("--ratio-lower-bound", type=float, help="Merging ends when a smaller share merges."),
-    click.option("--temperature", type=float, help="Of drawn tokens; 0 takes the best one."),
-    click.option("--top-p", type=float, help="Draw among the likeliest tokens of this total probability."),
-    click.option("--top-k", type=int, help="Draw among this many tokens; 0 is off."),
-    click.option("--seed", type=click.IntRange(min=0), help="Of drawn tokens and of the random reducer."),
-    click.option("--fps", type=click.FloatRange(min=0, min_open=True), help="Frames sampled from a second of film."),
-    click.option("--max-frames", type=COUNT, help="Most frames sampled."),
-    click.option(
+    _reduction("--reducer", help=f"What drops tokens: a name that ff-run reducers lists; {OF_BUNDLE}."),
+    _reduction("--similarity-lower-bound", type=float, help=f"Merge tokens that are at least this alike; {OF_BUNDLE}."),
+    _reduction(
+        "--ratio-lower-bound",
+        type=float,
+        help=f"Stop merging after a layer where a smaller share of tokens merges; {OF_BUNDLE}.",
+    ),
+    _frames(
+        "--fps",
+        type=click.FloatRange(min=0, min_open=True),
+        help=f"Frames taken from each second of film; {OF_BUNDLE}.",
+    ),
+    _frames("--max-frames", type=COUNT, help=f"Most frames taken from a film; {OF_BUNDLE}."),
+    _frames(
+        "--num-frames",
+        type=COUNT,
+        help="Take this many frames, evenly spread, however long the film is; default: by --fps and --max-frames.",
+    ),
+    _limits(
         "--max-image-pixels",
         type=click.IntRange(1, PILLOW_PIXELS),
         help="Largest picture read, width times height; default: 134 megapixels.",
     ),
-    click.option("--max-frame-pixels", type=COUNT, help="Largest frame read of a film; default: 35 megapixels."),
-    click.option("--max-film-frames", type=COUNT, help="Longest film read, all frames counted; default: a million."),
-    click.option("--max-film-bytes", type=COUNT, help="Most memory for the sampled frames of a film; default: 8 GiB."),
-    click.option(
+    _limits("--max-frame-pixels", type=COUNT, help="Largest frame read of a film; default: 35 megapixels."),
+    _limits("--max-film-frames", type=COUNT, help="Longest film read, all frames counted; default: a million."),
+    _limits("--max-film-bytes", type=COUNT, help="Most memory for a film's sampled frames; default: 8 GiB."),
+    _limits(
         "--max-decoded-bytes",
         type=COUNT,
-        help="Decoded of a film at most; default: 12 GiB and 4096 times the file.",
+        help="Most bytes decoded of a film; default: 12 GiB and 4096 times the file.",
     ),
-    click.option(
+    _limits(
         "--max-film-seconds",
         type=float,
-        help="Spent reading a film; default: 300, and one for each 100 kB of it.",
+        help="Most seconds spent reading a film; default: 300, and one for each 100 kB of it.",
     ),
-    click.option("--max-lost-share", type=float, help="Of a damaged film's frames, 0 to 1; default: 0.5."),
+    _limits("--max-lost-share", type=float, help="Most of a damaged film's frames to do without; default: 0.5."),
 )
 LIMITS = {
     "max_image_pixels": "image_pixels",
@@ -173,8 +245,8 @@ def running_options(command: Command) -> Command:
 
 def _with_options(command: Command, options: Sequence[Callable[[Any], Any]]) -> Command:
     """Add flags, the first one at the top of `--help`."""
-    for option in reversed(options):
-        command = option(command)
+    for add in reversed(options):
+        command = add(command)
     return command
 
 
@@ -183,13 +255,14 @@ def running_flags(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.pop(name) for name in RUNNING}
 
 
-class VisualCommand(click.Command):
+class VisualCommand(HelpCommand):
     """Remembers in which order --video and --image were given; click keeps the order only within one option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, with the kinds of the visuals noted."""
-        flags = (arg.partition("=")[0] for arg in args)
-        ctx.meta[_KINDS] = [flag[2:] for flag in flags if flag in ("--video", "--image")]
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        kinds = {"videos": "video", "images": "image"}
+        ctx.meta[_ORDER] = [kinds[parameter.name] for parameter in order if parameter.name in kinds]
         return super().parse_args(ctx, args)
 
 
@@ -208,9 +281,9 @@ class PromptOptions:
         """The flags of the command that runs."""
         from framefusion.runtime.text.prompt import Turn, Visual
 
-        visuals = visuals_in_order(click.get_current_context().meta[_KINDS], videos, images)
+        visuals = visuals_in_order(click.get_current_context().meta[_ORDER], videos, images)
         turns = [] if system is None else [Turn("system", (system,))]
-        turns.append(Turn("user", (*(Visual(kind) for kind, _ in visuals), prompt)))
+        turns.append(Turn("user", (*(Visual(kind) for kind, _ in visuals), read_prompt(prompt))))
         return cls(turns, [file for _, file in visuals], options)
 
     def visuals(self) -> list[tuple[Visual, Path]]:
@@ -232,6 +305,8 @@ class PromptOptions:
             ratio_lower_bound=options["ratio_lower_bound"],
             seed=options["seed"],
             reducer=options["reducer"],
+            stop=options["stop"],
+            repetition_penalty=options["repetition_penalty"],
             temperature=options["temperature"],
             top_p=options["top_p"],
             top_k=options["top_k"],
@@ -239,7 +314,13 @@ class PromptOptions:
 
     def sampling(self, manifest: Manifest) -> FrameSampling:
         """Which frames of a film are looked at; what no flag says is as the bundle says."""
-        return manifest.sampling.overridden(self.options["fps"], self.options["max_frames"])
+        options = self.options
+        if options["num_frames"] is None:
+            return manifest.sampling.overridden(options["fps"], options["max_frames"])
+        for name in ("fps", "max_frames"):
+            if options[name] is not None:
+                raise click.UsageError(f"--num-frames and --{name.replace('_', '-')} choose frames both: leave one out")
+        return manifest.sampling.spread(options["num_frames"])
 
     def limits(self) -> MediaLimits:
         """What files may hold; what no flag says is `MediaLimits()`."""
@@ -251,8 +332,6 @@ class PromptOptions:
 
 def visuals_in_order(kinds: Sequence[str], videos: Sequence[Path], images: Sequence[Path]) -> list[tuple[str, Path]]:
     """Kind and file of each visual as they stood on the command line."""
-    if kinds.count("video") != len(videos) or kinds.count("image") != len(images):  # a flag's name was a value
-        kinds = ["video"] * len(videos) + ["image"] * len(images)
     files = {"video": iter(videos), "image": iter(images)}
     return [(kind, next(files[kind])) for kind in kinds]
 
@@ -279,3 +358,40 @@ def open_pipeline(
         bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
         opened = open_proven(bundle, name, place, threads=threads, check=not no_check, say=console.log)
     return Pipeline(bundle, opened.backend, choice=opened.choice)
+
+
+def read_prompt(text: str) -> str:
+    """The text of --prompt: of standard input for -, of a file for @FILE, else as it is; @@ begins one with an @.
+
+    The line that a file ends with is none of the question's.
+
+    Raises:
+        PromptError: the file cannot be read, holds nothing or more than a question may, or is no text in UTF-8.
+    """
+    if text.startswith("@@"):
+        return text[1:]
+    if text != "-" and not text.startswith("@"):
+        return text
+    name = text.removeprefix("@")
+    problem = f"--prompt {text:.80}: {'standard input' if name == '-' else name:.200}"
+    try:
+        content = sys.stdin.buffer.read(LONGEST_PROMPT + 1) if name == "-" else _head(Path(name))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PromptError(
+            f"{problem} cannot be read ({reason}): give a file, or @@ for a question that begins with an @"
+        ) from None
+    if len(content) > LONGEST_PROMPT:
+        raise PromptError(f"{problem} has more than {LONGEST_PROMPT} bytes: shorten it")
+    try:
+        decoded = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{problem} is no text in UTF-8 ({error.reason}): convert it") from None
+    if not decoded.strip():
+        raise PromptError(f"{problem} holds no question (standard input can be read once): write one into it")
+    return decoded.removesuffix("\n").removesuffix("\r")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(LONGEST_PROMPT + 1)

@@ -308,8 +308,9 @@ class ResamplerSettings(TowerSettings):
 
 @frame_rule("minicpmv")
 def minicpmv_indices(total_frames: int, video_fps: float, sampling: FrameSampling) -> Indices:
-    """Every n-th frame from the first on, n next to the wanted rate; of too many, the middles of equal parts."""
-    every = np.arange(0, total_frames, max(round(video_fps / sampling.fps), 1))
+    """Every n-th frame from the first on, n next to the wanted rate (`force`: 1); of too many, the middles of parts."""
+    step = 1 if sampling.force else max(round(video_fps / sampling.fps), 1)
+    every = np.arange(0, total_frames, step)
     if every.size <= sampling.max_frames:
         return every
     part = every.size / sampling.max_frames

@@ -72,6 +72,14 @@ class FrameSampling:
         force = self.force and fps is None
         return replace(self, fps=fps or self.fps, max_frames=most, min_frames=low, force=force)
 
+    def spread(self, count: int) -> FrameSampling:
+        """The same rule with so many frames, evenly spread: as many of them as it can choose, however long the film.
+
+        Raises:
+            VideoError: no film has so many, or the model takes more at least.
+        """
+        return replace(self, min_frames=count, max_frames=count, force=True)
+
 
 FrameRule = Callable[[int, float, FrameSampling], Indices]
 """(frames of the film, its frames a second, the numbers) -> which of them, ascending [N]."""
