@@ -34,7 +34,17 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tools" / "bench" / "results"
 TOKENIZER = ROOT / "tests" / "models" / "tiny_qwen2_vl" / "tokenizer.json"
 SEED = 0
-BENCHMARKS = ("prefill", "decode", "kernels", "memory", "export_memory", "live", "cuda_core", "install_size")
+BENCHMARKS = (
+    "prefill",
+    "decode",
+    "kernels",
+    "attention",
+    "memory",
+    "export_memory",
+    "live",
+    "cuda_core",
+    "install_size",
+)
 MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS}
 MODULES |= dict.fromkeys(("accuracy", "accuracy_brief"), "tools.accuracy")
 

@@ -29,9 +29,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_shapes
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from framefusion.errors import BackendError, BundleError
 from framefusion.export.engines.builder import EngineFacts, EngineSpec, Share
+from framefusion.export.engines.inductor.attention import FORMS
+from framefusion.export.engines.inductor.choice import Geometry, choose
 from framefusion.export.engines.inductor.graph import export, flattened, kinds_of
 from framefusion.export.graphs.graph_plan import GraphModule, Signature
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
 SUFFIX = ".pt2"
 DEVICES = ("cpu", "cuda")
 _PEAK = 1_000_000_000  # bytes of a process with torch, and of the compiler it starts, measured: 0.47 GB each
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+"""Kernels of attention that an engine may call: none of them writes the scores of all pairs out."""
+_NO_KERNEL = ("No viable backend", "No available kernel")
 _ONE = threading.Lock()  # inductor's settings are the process's
 
 
@@ -117,9 +123,15 @@ def specs(folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVIC
         BackendError: there is no C++ compiler, or no such device.
     """
     target, options = _target(device)
+    model = manifest.model
+    heads = plan.config.num_heads, model.num_kv_heads, model.head_dim
+    form = choose(Geometry(*heads, getattr(torch, model.dtype), device))
+    attention = {"attention": form, "caches": "cut" if FORMS[form].is_cut else "whole"}
     return {
         graph.name: InductorSpec(
-            folder / graph.name, KIND, (target,), manifest.model.dtype, options=options, module=graph.module
+            *(folder / graph.name, KIND, (target,), model.dtype),
+            options=options | (attention if graph.role != "vision" else {}),
+            module=graph.module,
         )
         for graph in plan.graphs
     }
@@ -138,7 +150,7 @@ def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFac
         module = spec.module()
         dtype = getattr(torch, spec.dtype)
         places = give_weights(module, spec.graph, dtype, spec.device)
-        program = export(module, dtype, spec.device)
+        program = export(module, dtype, spec.device, spec.options.get("attention", "masked"))
         progress(0.2)
         unfinished = target.with_name(target.name + SUFFIX)  # torch wants the suffix
         try:
@@ -200,7 +212,7 @@ def _compile(program: torch.export.ExportedProgram, target: Path, places: Mappin
         "aot_inductor.metadata": {PLACES: json.dumps(places)},
         "cpp.dynamic_threads": True,  # as many as the machine has that runs it, not this one
     }
-    with _compiler_errors():
+    with _compiler_errors(), sdpa_kernel(FUSED):
         torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=settings)
 
 
@@ -211,6 +223,13 @@ def _compiler_errors() -> Iterator[None]:
 
     try:
         yield
+    except RuntimeError as error:
+        if not any(reason in str(error) for reason in _NO_KERNEL):
+            raise
+        raise BackendError(
+            f"torch {torch.__version__} has no fused attention for a graph of this bundle here, and all pairs of "
+            "tokens would lie in memory: take another --dtype, or the backend onnxruntime"
+        ) from error
     except (exc.InvalidCxxCompiler, exc.CppCompileError, subprocess.CalledProcessError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise BackendError(

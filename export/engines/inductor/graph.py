@@ -1,7 +1,7 @@
 """The graphs of a bundle in plain torch: flat inputs, caches written to in place, no op of ours left.
 
-The custom ops give way to their own kernels, and attention over a cache to a masked one whose shapes follow from the
-inputs alone: what is left can be compiled to code that calls no Python. Knows no compiler and no weights.
+The custom ops give way to their own kernels, and attention over a cache to a form of it whose shapes follow from the
+inputs alone (attention.py): what is left can be compiled to code that calls no Python. Knows no compiler, no weights.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from framefusion.export.eager.backend import call_by_name
+from framefusion.export.engines.inductor.attention import cache_attention
 from framefusion.export.graphs.graph_plan import GraphModule, Signature
 from framefusion.ops import static_reduction
-from framefusion.ops.kernels import KERNELS, split_heads
+from framefusion.ops.kernels import KERNELS
 
 
 def flattened(signature: Signature) -> Signature:
@@ -50,43 +51,20 @@ class Flat(nn.Module):
         return tuple(results[name] for name in self.signature.outputs)
 
 
-def cache_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    kv_len: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ops.cache_attention with shapes that no value decides: all slots are looked at, what is not to be seen is masked.
-
-    Writing to the caches becomes an update in place, because nothing reads what they held before.
-    """
-
-    length = query.shape[1]
-    slots = past_key.shape[2]
-    places = kv_len - length + torch.arange(length, device=query.device)
-    keys = past_key.index_copy(2, places, split_heads(key, num_kv_heads))
-    values = past_value.index_copy(2, places, split_heads(value, num_kv_heads))
-    visible = torch.arange(slots, device=query.device)[None] <= places[:, None]  # [S, C]
-    out = nn.functional.scaled_dot_product_attention(
-        split_heads(query, num_heads), keys, values, attn_mask=visible, enable_gqa=num_heads > num_kv_heads
-    )
-    return out.transpose(1, 2).reshape(query.shape), keys, values
+PLAIN = KERNELS | static_reduction.DECOMPOSITIONS
+"""The custom ops' own kernels, but for attention over a cache: see attention.py."""
 
 
-PLAIN = KERNELS | static_reduction.DECOMPOSITIONS | {torch.ops.framefusion.cache_attention.default: cache_attention}
-
-
-def export(module: GraphModule, dtype: torch.dtype, device: str) -> torch.export.ExportedProgram:
+def export(
+    module: GraphModule, dtype: torch.dtype, device: str, attention: str = "masked"
+) -> torch.export.ExportedProgram:
     """The graph in plain torch.
 
     Args:
         module: of the graph, with parameters of this type and on this device.
         dtype: of all inputs that are floats.
         device: as torch names it.
+        attention: its form, of attention.FORMS.
     """
     flat = Flat(module)
     signature = flat.signature
@@ -97,16 +75,18 @@ def export(module: GraphModule, dtype: torch.dtype, device: str) -> torch.export
     shapes = (signature.dynamic_shapes,) if any(signature.dynamic_shapes) else None
     program = torch.export.export(flat, arguments, dynamic_shapes=shapes, strict=False)
     # 3. the custom ops give way to their own kernels, so that what is compiled calls no Python
-    plain: torch.export.ExportedProgram = program.run_decompositions(dict(PLAIN))
+    op = torch.ops.framefusion.cache_attention.default
+    plain: torch.export.ExportedProgram = program.run_decompositions(PLAIN | {op: cache_attention(attention)})
     return plain
 
 
 def kinds_of(program: torch.export.ExportedProgram) -> dict[str, int]:
-    """How often each operator occurs: none is ours, or Python would have to run it."""
+    """How often each operator occurs, and Python's over sizes: none is ours, or Python would have to run it."""
     counts: dict[str, int] = {}
     for node in program.graph.nodes:
         if node.op == "call_function":
-            name = str(node.target)
+            is_op = isinstance(node.target, torch._ops.OpOverload)
+            name = str(node.target) if is_op else f"python.{getattr(node.target, '__name__', node.target)}"
             counts[name] = counts.get(name, 0) + 1
     ours = sorted(name for name in counts if name.startswith("framefusion"))
     assert not ours, f"{', '.join(ours)} has no kernel in plain torch"

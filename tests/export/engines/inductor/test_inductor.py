@@ -25,7 +25,9 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.engines.compile import compile_bundle
 from framefusion.export.engines.inductor import build as inductor
-from framefusion.export.engines.inductor.graph import PLAIN, cache_attention, export, flattened, kinds_of
+from framefusion.export.engines.inductor.attention import FORMS, cache_attention
+from framefusion.export.engines.inductor.choice import LENGTHS, PREFERRED, Geometry, choose, measured
+from framefusion.export.engines.inductor.graph import PLAIN, export, flattened, kinds_of
 from framefusion.export.options import BuildOptions, EngineOptions, Resources
 from framefusion.export.plan.build_plan import BuildPlan, replan
 from framefusion.ops.kernels import KERNELS
@@ -49,16 +51,57 @@ TURNS = [Turn("user", (Visual.VIDEO, "What happens?"))]
 def test_every_op_has_a_plain_form() -> None:
     ours = {getattr(OPS, name).default for name in dir(OPS) if hasattr(getattr(OPS, name), "default")}
     assert set(PLAIN) >= ours >= set(KERNELS)
+    assert set(PREFERRED) == set(FORMS)  # attention over a cache has several
 
 
 @pytest.mark.parametrize(("length", "taken", "slots"), [(9, 9, 17), (1, 12, 17), (5, 17, 17), (1, 1, 1), (2, 2, 2)])
-def test_attention_over_all_slots_is_attention_over_those_taken(length: int, taken: int, slots: int) -> None:
+@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.device != "cuda"])
+def test_each_form_of_attention_is_attention_over_the_slots_taken(
+    form: str, length: int, taken: int, slots: int
+) -> None:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(length + taken))
     query, key, value = (draw(1, length, heads * HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    past = [draw(1, KV_HEADS, slots, HEAD_DIM) for _ in range(2)]
+    past = [draw(1, KV_HEADS, taken if FORMS[form].is_cut else slots, HEAD_DIM) for _ in range(2)]
     operands: Any = (query, key, value, *past, torch.tensor([taken]), HEADS, KV_HEADS)
-    for ours, theirs in zip(cache_attention(*operands), OPS.cache_attention(*operands), strict=True):
+    for ours, theirs in zip(cache_attention(form)(*operands), OPS.cache_attention(*operands), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+
+
+@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.device == "cuda"])
+def test_what_is_for_a_gpu_gives_shapes_and_types_of_attention(form: str) -> None:
+    """No GPU is here: torch's own rules of shapes are asked, and `choose` compares the numbers where one is."""
+    rows = [torch.empty(1, 5, heads * HEAD_DIM, dtype=torch.float16, device="meta") for heads in (HEADS, 2, 2)]
+    past = [torch.empty(1, 9, 2, HEAD_DIM, dtype=torch.float16, device="meta").transpose(1, 2) for _ in range(2)]
+    found = cache_attention(form)(*rows, *past, torch.empty(1, dtype=torch.int64, device="meta"), HEADS, KV_HEADS)
+    assert [(tensor.shape, tensor.dtype) for tensor in found] == [(t.shape, t.dtype) for t in (rows[0], *past)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fastest_right_form_is_chosen(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LENGTHS, "cpu", (64, 8))
+    measured.cache_clear()
+    geometry = Geometry(HEADS, KV_HEADS, HEAD_DIM, dtype, "cpu")
+    trials = measured(geometry)
+    assert set(trials) == {"split", "masked"}
+    assert all(trial.problem is None and trial.prefill_s > 0 and trial.decode_s > 0 for trial in trials.values())
+    assert choose(geometry) in trials
+
+    def wrong(*operands: Any) -> Tensor:
+        return FORMS["masked"].attend(*operands) * 1.2
+
+    def unknown(*operands: Any) -> Tensor:
+        raise NotImplementedError("no such kernel\nat all")
+
+    for attend, problem in ((wrong, "64 tokens over 64 have an error of"), (unknown, "it does not run (no such")):
+        monkeypatch.setitem(FORMS, "split", FORMS["split"]._replace(attend=attend))
+        measured.cache_clear()
+        assert problem in str(measured(geometry)["split"].problem)
+        assert choose(geometry) == "masked"
+    monkeypatch.setitem(FORMS, "masked", FORMS["split"])
+    measured.cache_clear()
+    with pytest.raises(BackendError, match=r"no form of attention is right on cpu .*no such kernel"):
+        choose(geometry)
+    measured.cache_clear()
 
 
 @pytest.fixture
@@ -70,8 +113,9 @@ def plan(checkpoint: Path) -> BuildPlan:
 def test_a_graph_is_plain_torch_that_writes_to_its_caches_and_nothing_else(plan: BuildPlan) -> None:
     module = plan.graph("segments/layer01/graph.onnx").module().to_empty(device="cpu")
     with torch.no_grad():
-        program = export(module, torch.float32, "cpu")
-    assert all(name.startswith("aten.") or "getitem" in name for name in kinds_of(program) if "sym" not in name)
+        program = export(module, torch.float32, "cpu", "split")
+    others = {name for name in kinds_of(program) if not name.startswith("aten.")}
+    assert others <= {"python.getitem", "python.sub", "python.mul", "python.sym_max"}  # of sizes
     written = program.graph_signature.user_inputs_to_mutate.values()
     caches = [i for i, name in enumerate(module.signature().inputs) if name.startswith("past_")]
     assert sorted(written) == [program.graph_signature.user_inputs[i] for i in caches]
@@ -110,6 +154,22 @@ def test_without_a_gpu_none_is_compiled_for(bundle: Path, plan: BuildPlan) -> No
         inductor.specs(bundle, Bundle(bundle).manifest, plan, "tpu")
 
 
+class ThreeDimensionalMask(torch.nn.Module):
+    """Attention that no fused kernel of a CPU takes."""
+
+    def forward(self, rows: Tensor, mask: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(rows, rows, rows, attn_mask=mask)
+
+
+@pytest.mark.slow
+def test_attention_that_would_take_the_math_path_is_not_compiled(tmp_path: Path) -> None:
+    rows = torch.zeros(1, 2, 8, 16)
+    program = torch.export.export(ThreeDimensionalMask(), (rows, torch.zeros(2, 8, 8)))
+    with pytest.raises(BackendError, match="has no fused attention for a graph of this bundle here"):
+        inductor._compile(program, tmp_path / "engine.pt2", {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_of_another_model_are_refused(bundle: Path, plan: BuildPlan) -> None:
     graph = plan.graph("segments/layer00/graph.onnx")
     with pytest.raises(BundleError, match=r"layer01/graph.onnx has no blocks.0.*: give the checkpoint"):
@@ -131,7 +191,10 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def compiled(checkpoint: Path, engines: Path, tmp_path: Path) -> Callable[..., Bundle]:
+def compiled(checkpoint: Path, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bundle]:
+    if not torch.cuda.is_available():  # the tiny model is too small for a difference that is none of noise
+        monkeypatch.setattr(inductor, "choose", lambda _: "split")
+
     def make(device: Any = "cpu", **options: Any) -> Bundle:
         source, folder = Checkpoint(checkpoint), tmp_path / "bundle"
         manifest = build(source, folder, BuildOptions(**options), verify=False).manifest
@@ -183,6 +246,10 @@ def test_an_adaptive_bundle_runs_on_its_engines_as_in_onnxruntime(
     assert relative_error(found.decoded[-1], expected.decoded[-1]) < 1e-4
 
     engine = bundle.manifest.engines[0]
+    assert {(e.options.get("attention"), e.options.get("caches")) for e in bundle.manifest.engines} == {
+        ("split", "cut"),
+        (None, None),  # the tower's
+    }
     other = dataclasses.replace(engine, options={**engine.options, "cpu_features": ["avx1024"]})
     (fit,) = examine(bundle.folder, dataclasses.replace(bundle.manifest, engines=(other,)))
     assert "avx1024" in str(fit.problem)
