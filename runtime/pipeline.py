@@ -32,7 +32,7 @@ from framefusion.runtime.request import Step as Step
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.session import Session
 from framefusion.runtime.text.messages import Conversation, read_conversation
-from framefusion.runtime.text.prompt import Prompt
+from framefusion.runtime.text.prompt import Prompt, visuals_of
 
 _HELD = ("backend", "embedder", "embedding", "segments", "tokenizer")
 """What a pipeline frees when it is closed: graphs with their weights, buffers, tables."""
@@ -142,7 +142,7 @@ class Pipeline(Stages):
         del media
         # 3. Turns to token ids, labels and positions; refuse what is too long before the vision tower has worked.
         prompt = self.prompt(turns, visuals)
-        request = self.clamp_new_tokens(request, prompt)
+        request = self.with_default_cost(self.clamp_new_tokens(request, prompt), visuals_of(turns))
         # 4. Patches to visual tokens, and all tokens to rows on the device; features are large, and spent.
         with stopwatch.stage("vision"):
             visual_rows = [self.encode_visual(visual) for visual in visuals]

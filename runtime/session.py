@@ -154,7 +154,9 @@ class Session:
         following = self._prepare(turns, files, stopwatch)
         prompt = following.prompt
         tail = prompt.tail(following.start)
-        request = stages.clamp_new_tokens(request, prompt)
+        pairs = zip(visuals_of(following.turns), following.visuals, strict=True)
+        new = [kind for kind, visual in pairs if visual.tiles]
+        request = stages.with_default_cost(stages.clamp_new_tokens(request, prompt), new)
         self._check_bytes(following.start, tail.token_ids.size, request.max_new_tokens)
         # 2. Embed what is new: films of earlier turns are in the caches and pass the tower no more.
         with stopwatch.stage("vision"):

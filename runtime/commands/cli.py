@@ -188,9 +188,13 @@ def show_page(pipeline: Pipeline, name: str, question: PromptOptions, output: Pa
 
 def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[str, Any]:
     """The answer and how it came about, as plain values."""
-    requested = pipeline.manifest.reduction.cost if cost is None else cost
     facts = answer.to_dict()
+    requested = pipeline.manifest.reduction.cost if cost is None else cost
+    whole = cost is None and bool(facts["visual_tokens"]) and facts["cost"]["reached"] == 1.0 > requested
+    if whole:
+        requested = 1.0  # pictures alone: `Stages.with_default_cost`
     cost_facts = {"asked": requested, "reached": facts["cost"]["reached"], "asked_text": describe_cost(requested)}
+    cost_facts |= {"pictures_only": True} if whole else {}
     return facts | {
         "cost": cost_facts,
         "backend": None if pipeline.choice is None else pipeline.choice.facts | {"text": pipeline.choice.text},
@@ -211,6 +215,8 @@ def summary(facts: dict[str, Any]) -> str:
             lines.append(f"call {call['call']}: {call['kind']}, {counts} ({kept} of the visual)")
     if facts["visual_tokens"]:
         lines.append(f"cost: {describe_cost(facts['cost']['reached'])}; asked: {facts['cost']['asked_text']}")
+    if facts["cost"].get("pictures_only"):
+        lines.append("a picture is kept whole unless --cost asks for less")
     lines.append("seconds: " + ", ".join(f"{stage} {spent:.3f}" for stage, spent in facts["seconds"].items()))
     new = len(facts["token_ids"])
     speed = facts["tokens_per_second"]

@@ -194,6 +194,22 @@ class Stages:
         """
         return start_reduction(self.manifest, prompt.labels, request)
 
+    def with_default_cost(self, request: Request, shown: Sequence[Visual]) -> Request:
+        """The request with cost 1 where it shows pictures and no film, and asks for no reduction.
+
+        What a bundle drops by itself is what frames repeat. A picture repeats nothing: there only pruning is left,
+        which costs accuracy, so that is for whoever gives a cost, a threshold or a reducer.
+
+        Args:
+            request: of the caller.
+            shown: the videos and images whose tokens are prefilled.
+        """
+        chosen = (request.cost, request.reducer, request.similarity_lower_bound, request.ratio_lower_bound)
+        stills = bool(shown) and Visual.VIDEO not in shown
+        if self.manifest.reduction.mode != "adaptive" or not stills or any(value is not None for value in chosen):
+            return request
+        return replace(request, cost=1.0)
+
     @property
     def restart_reason(self) -> str | None:
         """Why no prefill can go on behind tokens that are in the caches; None where one can."""

@@ -31,7 +31,7 @@ from framefusion.runtime.media.video.frames import Video, facts_of_films
 from framefusion.runtime.memory import slot_bytes
 from framefusion.runtime.pipeline import Generation, Pipeline, Request, dense_pipeline, dense_request, requested_cost
 from framefusion.runtime.request import Stopwatch
-from framefusion.runtime.text.prompt import Prompt, Turn, Visual
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual, visuals_of
 from framefusion.runtime.view.flops import prefill_flops
 
 BINS = 40
@@ -89,6 +89,8 @@ def watch(
     visuals = pipeline.preprocess(media, stopwatch)
     prompt = pipeline.prompt(turns, visuals)
     request = pipeline.clamp_new_tokens(request, prompt)
+    if not compare:
+        request = pipeline.with_default_cost(request, visuals_of(turns))
     with stopwatch.stage("vision"):
         features = [pipeline.encode_visual(visual) for visual in visuals]
     with stopwatch.stage("embed"):
