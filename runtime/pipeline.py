@@ -7,7 +7,7 @@ turns, files -> frames -> patches -> vision graph -> rows of visual tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from framefusion.errors import ClosedError
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.choice import Choice
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.concurrency.step_runner import gather_answer
 from framefusion.runtime.format.manifest import Manifest, ReductionRecord
 from framefusion.runtime.generation.stages import Media as Media
 from framefusion.runtime.generation.stages import Stages, prefill_report
@@ -41,7 +42,13 @@ _HELD = ("backend", "embedder", "embedding", "segments", "tokenizer")
 class Pipeline(Stages):
     """One bundle, ready to answer. Holds no state of a request, so one object serves many.
 
-    `with Pipeline("bundle") as pipeline:` closes it at the end, which frees its graphs and the memory of its device.
+        with Pipeline("bundle") as pipeline:  # closed at the end: frees graphs and the memory of the device
+            answer = pipeline.generate("What happens?", ["clip.mp4"])
+            print(answer, answer.cost, answer.kept(-1))
+
+    `generate` gives the whole answer and `stream` its steps, `agenerate` and `astream` the same to asyncio; `chat`
+    begins a conversation that reads its films once. Threads and tasks may use one pipeline: a step, which is a prefill
+    or a token, is computed for one of them at a time, in turns.
 
     Args:
         bundle: read and verified, or its folder, which is opened as `Bundle` does.
@@ -76,11 +83,13 @@ class Pipeline(Stages):
     def close(self) -> None:
         """Free what was opened for the bundle. A backend that the caller gave lives as long as others hold it.
 
-        Whoever uses the pipeline or one of its sessions afterwards gets a `ClosedError`; closing again does nothing.
+        Whoever uses the pipeline or one of its sessions afterwards gets a `ClosedError`; closing again does nothing. A
+        step that another thread computes is waited for.
         The keys and values of a session are freed with the session.
         """
-        for name in _HELD:
-            vars(self).pop(name, None)
+        with self.runner.turn():  # no thread is within a step
+            for name in _HELD:
+                vars(self).pop(name, None)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -102,9 +111,10 @@ class Pipeline(Stages):
     ) -> tuple[Prompt, TokenRows]:
         """A conversation up to the prefill: for asking the same thing in several ways."""
         turns, files = read_conversation(turns, files)
-        visuals = self.read_visuals(turns, files, sampling or self.manifest.sampling, Stopwatch())
-        prompt = self.prompt(turns, visuals)
-        return prompt, self.embed(prompt, [self.encode_visual(visual) for visual in visuals])
+        with self.runner.turn():
+            visuals = self.read_visuals(turns, files, sampling or self.manifest.sampling, Stopwatch())
+            prompt = self.prompt(turns, visuals)
+            return prompt, self.embed(prompt, [self.encode_visual(visual) for visual in visuals])
 
     def stream(
         self,
@@ -131,6 +141,17 @@ class Pipeline(Stages):
         Raises:
             VideoError, PromptError, BudgetError: see `framefusion.errors`.
         """
+        return self.runner.steps(self._steps(turns, files, request, sampling, logits))
+
+    def _steps(
+        self,
+        turns: Conversation,
+        files: Sequence[Source],
+        request: Request | None,
+        sampling: FrameSampling | None,
+        logits: bool,
+    ) -> Generator[Step, None, None]:
+        """The steps of `stream`."""
         stopwatch = Stopwatch()
         request = request or Request()
         turns, files = read_conversation(turns, files)
@@ -181,6 +202,56 @@ class Pipeline(Stages):
         """
         return Generation.from_steps(self.stream(turns, files, request, sampling=sampling), on_text)
 
+    def astream(
+        self,
+        turns: Conversation,
+        files: Sequence[Source] = (),
+        request: Request | None = None,
+        *,
+        sampling: FrameSampling | None = None,
+        logits: bool = False,
+    ) -> AsyncGenerator[Step, None]:
+        """`stream` for asyncio: `async for step in pipeline.astream(...)`, while the event loop runs on.
+
+        A worker thread computes the steps, those of several tasks in turns. A task that is cancelled, or that closes
+        the generator (`aclose`), returns at once; the step that is being computed is the last one, and caches are freed
+        behind it.
+
+        Args:
+            turns: see `stream`, as all that follows.
+            files: the videos and images that are shown, in order.
+            request: limits, reduction and sampling of tokens.
+            sampling: of frames; None takes the bundle's.
+            logits: give those of each token, too, a copy.
+
+        Raises:
+            VideoError, PromptError, BudgetError: see `framefusion.errors`.
+        """
+        return self.runner.async_steps(self._steps(turns, files, request, sampling, logits))
+
+    async def agenerate(
+        self,
+        turns: Conversation,
+        files: Sequence[Source] = (),
+        request: Request | None = None,
+        *,
+        sampling: FrameSampling | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """`generate` for asyncio: `await pipeline.agenerate(...)`; see `astream`.
+
+        Args:
+            turns: see `generate`, as all that follows.
+            files: the videos and images that are shown, in order.
+            request: limits, reduction and sampling of tokens.
+            sampling: of frames; None takes the bundle's.
+            on_text: called on the loop's thread with each new piece of text.
+
+        Raises:
+            VideoError, PromptError, BudgetError: see `framefusion.errors`.
+        """
+        return await gather_answer(self.astream(turns, files, request, sampling=sampling), on_text)
+
     def session(self, *, sampling: FrameSampling | None = None, max_cache_bytes: int | None = None) -> Session:
         """A conversation of several turns, whose caches stay: see `Session`."""
         return Session(self, sampling=sampling, max_cache_bytes=max_cache_bytes)
@@ -212,8 +283,9 @@ class Pipeline(Stages):
         """Answer a prompt whose rows are at hand: `generate` without files and vision."""
         stopwatch = stopwatch or Stopwatch()
         request = self.clamp_new_tokens(request, prompt)
-        prefilled = self.prefill(prompt, rows, request, stopwatch)
-        return Generation.from_steps(self.decode(prompt, prefilled, request, stopwatch))
+        with self.runner.turn():
+            prefilled = self.prefill(prompt, rows, request, stopwatch)
+        return Generation.from_steps(self.runner.steps(self.decode(prompt, prefilled, request, stopwatch)))
 
 
 def requested_cost(manifest: Manifest, request: Request) -> float:

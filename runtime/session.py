@@ -11,12 +11,13 @@ everything afresh, and its record says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 
 from framefusion.errors import PromptError
 from framefusion.reduction import tracks
 from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.concurrency.step_runner import gather_answer
 from framefusion.runtime.generation.prefill import Prefilled
 from framefusion.runtime.generation.stages import Stages, prefill_report
 from framefusion.runtime.media.frame_sampling import FrameSampling
@@ -49,7 +50,7 @@ class _NextTurn:
 
 
 class Session:
-    """One conversation over one bundle; not for several threads at once.
+    """One conversation over one bundle, one turn at a time: a second one before the first is over is refused.
 
     `turns`, `files` and `records` say what was said, shown and prefilled so far. A turn that fails, or whose steps are
     not taken to the end, is not part of the conversation: it may be put again.
@@ -136,6 +137,42 @@ class Session:
                 or the turn before is not over.
             VideoError, BudgetError: see `framefusion.errors`.
         """
+        return self._stages.runner.steps(self._steps(turns, files, request, logits))
+
+    async def aask(
+        self,
+        turns: Conversation,
+        files: Sequence[Source] = (),
+        request: Request | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """`ask` for asyncio; see `Pipeline.astream`.
+
+        Raises:
+            VideoError, PromptError, BudgetError: see `stream`; the conversation is as before.
+        """
+        return await gather_answer(self.astream(turns, files, request), on_text)
+
+    def astream(
+        self,
+        turns: Conversation,
+        files: Sequence[Source] = (),
+        request: Request | None = None,
+        *,
+        logits: bool = False,
+    ) -> AsyncGenerator[Step, None]:
+        """`stream` for asyncio; see `Pipeline.astream`.
+
+        Raises:
+            VideoError, PromptError, BudgetError: see `stream`.
+        """
+        return self._stages.runner.async_steps(self._steps(turns, files, request, logits))
+
+    def _steps(
+        self, turns: Conversation, files: Sequence[Source], request: Request | None, logits: bool
+    ) -> Generator[Step, None, None]:
+        """A turn, while no other one is taken; only one thread at a time is in here."""
         if self._running:
             raise PromptError("a turn of this session is not over: take its steps to the end, or close it")
         self._running = True

@@ -21,6 +21,7 @@ from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.concurrency.step_runner import runner_of
 from framefusion.runtime.format.bundle_files import place
 from framefusion.runtime.format.manifest_checks import TOKENIZER
 from framefusion.runtime.generation.decode import ActiveRequest, Decoder, GreedyDecoder
@@ -70,6 +71,7 @@ class Stages:
         self.manifest = bundle.manifest
         self.backend = backend
         self.limits = limits
+        self.runner = runner_of(backend)
         layout = layout_texts(self.manifest.prompt, self.manifest.preprocessing)
         self.tokenizer = Tokenizer.from_file(place(bundle.folder, TOKENIZER), layout)
         self.embedding = Embedding(bundle.folder, self.manifest.embedding)

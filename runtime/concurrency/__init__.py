@@ -1,0 +1,1 @@
+"""Several callers of one backend: threads and tasks of asyncio."""
