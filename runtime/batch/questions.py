@@ -1,0 +1,235 @@
+"""What a batch asks: a folder of films, lines of JSON or rows of Parquet, read one by one.
+
+    clips/                                                       each film and picture below it, with one prompt
+    {"id": "a", "video": "a.mp4", "prompt": "What happens?"}     a line of JSONL, or a row of Parquet with these columns
+    {"custom_id": "a", "url": "/v1/chat/completions", "body": {...}}    a line as OpenAI's batch API takes it
+
+Everything is read once before the first answer, so that a broken line at the end of a hundred thousand is found at the
+beginning. Decodes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from framefusion.errors import BackendError, PromptError, RequestError
+from framefusion.runtime.server.protocol.fields import Fields, shown
+from framefusion.runtime.server.protocol.parts import ChatMessage, MediaPart
+from framefusion.runtime.server.protocol.request import ChatRequest, read_chat_request
+from framefusion.runtime.text.prompt import Visual
+
+FILMS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif"})
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+COMPLETIONS = "/v1/chat/completions"
+_LINE_BYTES = 1 << 30  # of one line: a film in base64 and more
+
+
+@dataclass(frozen=True)
+class BatchQuestion:
+    """One question of a batch.
+
+    Attributes:
+        id: unique in the batch.
+        chat: what is said and shown, and how it is answered.
+        openai: it came as OpenAI's batch API takes it, and is answered so.
+        extra: what else its line has, which its answer repeats.
+    """
+
+    id: str
+    chat: ChatRequest
+    openai: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What questions take that do not say themselves.
+
+    Attributes:
+        prompt: asked about every film; None where each line has its own.
+        system: what the system says.
+        images_as_video: for lines of OpenAI's.
+    """
+
+    prompt: str | None = None
+    system: str | None = None
+    images_as_video: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One part of a batch, by the ids: the same ones whatever order the input has.
+
+    Attributes:
+        index: from 0.
+        count: of all parts.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Of "0/4".
+
+        Raises:
+            PromptError: it is none.
+        """
+        index, _, count = text.partition("/")
+        if not index.isdigit() or not count.isdigit() or not int(index) < int(count):
+            raise PromptError(f"the shard {text!r} is none: give index/count, such as 0/4 to 3/4")
+        return cls(int(index), int(count))
+
+    def has(self, identity: str) -> bool:
+        """Whether a question is in this part."""
+        return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % self.count == self.index
+
+
+def read_questions(source: Path, defaults: Defaults, shard: Shard) -> Iterator[BatchQuestion]:
+    """The questions of one part of a batch, in the order of the input.
+
+    Raises:
+        PromptError, RequestError: a line is malformed, or has no film, no prompt or no id.
+        BackendError: Parquet is not installed.
+    """
+    for place, row in _rows(source):
+        question = _question(place, row, source, defaults)
+        if shard.has(question.id):
+            yield question
+
+
+def check_questions(source: Path, defaults: Defaults, shard: Shard) -> int:
+    """Read everything once; returns the number of questions in this part.
+
+    Raises:
+        PromptError: there is none, two have one id, or as `read_questions`.
+    """
+    known: set[str] = set()
+    for question in read_questions(source, defaults, Shard()):
+        if question.id in known:
+            raise PromptError(f"{source}: the id {question.id!r} stands there twice: give each question its own")
+        known.add(question.id)
+    if not known:
+        raise PromptError(f"{source} has no question: give films ({', '.join(sorted(FILMS)[:4])}, ...) or lines of JSON")
+    return sum(shard.has(identity) for identity in known)
+
+
+def _rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Place and content of each question, as its input has it."""
+    if source.is_dir():
+        for path in _files(source):
+            kind = "video" if path.suffix.lower() in FILMS else "image"
+            yield str(path), {"id": path.relative_to(source).as_posix(), kind: str(path.resolve())}
+    elif not source.is_file():
+        raise PromptError(f"{source} is no file and no folder: give a folder of films, a .jsonl or a .parquet file")
+    elif source.suffix == ".parquet":
+        yield from _parquet_rows(source)
+    else:
+        yield from _json_rows(source)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Films and pictures below a folder, sorted by their path."""
+    found = []
+    for place, _, names in os.walk(folder):
+        found += [Path(place, name) for name in names if Path(name).suffix.lower() in FILMS | PICTURES]
+    yield from sorted(found)
+
+
+def _json_rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with source.open("rb") as file:
+        number = 0
+        while line := file.readline(_LINE_BYTES):
+            number += 1
+            if not line.strip():
+                continue
+            place = f"{source}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise PromptError(f"{place} is no JSON ({error}): correct it") from None
+            if not isinstance(row, dict):
+                raise PromptError(f"{place} is {shown(row)}: give an object")
+            yield place, row
+
+
+def _parquet_rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError as error:
+        raise BackendError(f"{source} needs {error.name} to be read: pip install pyarrow, or give JSONL") from None
+    try:
+        number = 0
+        with parquet.ParquetFile(source) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{source}, row {number}", {name: value for name, value in row.items() if value is not None}
+    except ArrowException as error:
+        raise PromptError(f"{source} is no Parquet that can be read ({error}): write it anew") from None
+
+
+# --- One question ---------------------------------------------------------------------------------------------------
+
+
+def _question(place: str, row: Mapping[str, Any], source: Path, defaults: Defaults) -> BatchQuestion:
+    try:
+        if "custom_id" in row or "body" in row:
+            return _openai_question(row, defaults)
+        return _own_question(row, source, defaults)
+    except (RequestError, PromptError) as error:
+        raise PromptError(f"{place}: {error}") from None
+
+
+def _openai_question(row: Mapping[str, Any], defaults: Defaults) -> BatchQuestion:
+    fields = Fields(row)
+    identity = fields.text("custom_id")
+    fields.only("method", "POST", because="only POST is known")
+    fields.only("url", COMPLETIONS, because=f"only {COMPLETIONS} is known")
+    if not identity:
+        raise PromptError("custom_id is missing: give each line its own")
+    chat = read_chat_request(fields.take("body"), images_as_video=defaults.images_as_video)
+    if chat.stream:
+        raise PromptError("a batch streams nothing: leave stream out")
+    return BatchQuestion(identity, chat, openai=True)
+
+
+def _own_question(row: Mapping[str, Any], source: Path, defaults: Defaults) -> BatchQuestion:
+    fields = Fields(row)
+    identity = fields.take("id")
+    if not isinstance(identity, (str, int)) or isinstance(identity, bool) or identity == "":
+        raise PromptError(f"id is {shown(identity)}: give a text or a number of its own")
+    folder = source.parent if source.is_file() else source
+    parts: list[str | MediaPart] = []
+    for kind in (Visual.VIDEO, Visual.IMAGE):
+        names = fields.take(kind.value)
+        for name in [names] if isinstance(names, str) else names or []:
+            if not isinstance(name, str):
+                raise PromptError(f"{kind.value} is {shown(name)}: give a path, or a list of paths")
+            path = Path(os.path.abspath(folder / name))  # what is not there costs its own line, later
+            parts.append(MediaPart(kind, (path.as_uri(),), name))
+    prompt = fields.text("prompt") or defaults.prompt
+    if prompt is None:
+        raise PromptError("there is no prompt: give one in the line, or --prompt for all")
+    system = fields.text("system") or defaults.system
+    settings = {name: fields.take(name) for name in ("max_tokens", "seed", "temperature", "top_p", "top_k", "stop")}
+    options = {name: fields.take(name) for name in ("cost", "reducer")}
+    body = {"messages": [{"role": "user", "content": prompt}], **settings, "framefusion": options}
+    chat = read_chat_request({name: value for name, value in body.items() if value is not None})
+    messages = (ChatMessage("user", (*parts, prompt)),)
+    if system is not None:
+        messages = (ChatMessage("system", (system,)), *messages)
+    extra = {name: row[name] for name in fields.unknown}
+    return BatchQuestion(str(identity), _with_messages(chat, messages), extra=extra)
+
+
+def _with_messages(chat: ChatRequest, messages: Iterable[ChatMessage]) -> ChatRequest:
+    from dataclasses import replace
+
+    return replace(chat, messages=tuple(messages))

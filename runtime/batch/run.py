@@ -1,0 +1,223 @@
+"""The run of a batch: films decoded ahead in processes of their own, answered one after the other, written at once.
+
+    questions -> [ decoded ahead | decoded ahead | ... ] -> engine -> a line
+
+A film that cannot be shown costs its line and nothing else. Knows no flag.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from framefusion.errors import FrameFusionError
+from framefusion.runtime.batch.answers import AnswerFile
+from framefusion.runtime.batch.questions import BatchQuestion
+from framefusion.runtime.pipeline import Pipeline
+from framefusion.runtime.request import Generation, PrefillReport, Request
+from framefusion.runtime.server.media.decoding import Decoded
+from framefusion.runtime.server.media.reader import MediaReader
+from framefusion.runtime.server.protocol.parts import MediaPart
+from framefusion.runtime.server.protocol.response import Answer, error_body, status_of, usage_of
+from framefusion.runtime.text.prompt import Turn, Visual
+
+AHEAD = 2  # questions that are decoded beside those that decoders work on
+
+
+@dataclass
+class Totals:
+    """What a run came to.
+
+    Attributes:
+        answered, failed, skipped: questions; skipped ones were answered by an earlier run.
+        visual_tokens, kept_tokens: of all that were answered; kept in the last layer.
+        seconds: of the whole run, and by stage.
+    """
+
+    answered: int = 0
+    failed: int = 0
+    skipped: int = 0
+    visual_tokens: int = 0
+    kept_tokens: int = 0
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question whose films are decoded."""
+
+    question: BatchQuestion
+    media: Sequence[Decoded]
+    seconds: float
+
+
+class BatchRun:
+    """Answers questions with one pipeline.
+
+    Args:
+        pipeline: of the bundle.
+        own: reads what the user's own lines name.
+        foreign: reads what lines of OpenAI's batch API name; closed unless a flag says otherwise.
+        request: how questions are answered that do not say themselves.
+        model: name of the bundle.
+        decoders: films that are decoded at once.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        own: MediaReader,
+        foreign: MediaReader,
+        request: Request,
+        model: str,
+        decoders: int,
+    ) -> None:
+        self._pipeline = pipeline
+        self._own = own
+        self._foreign = foreign
+        self._request = request
+        self._model = model
+        self._decoders = decoders
+        self._ending = False
+
+    def run(
+        self, questions: Iterator[BatchQuestion], answers: AnswerFile, report: Callable[[Totals], None]
+    ) -> Totals:
+        """Answer what is not answered yet.
+
+        Args:
+            questions: of this part.
+            answers: of this part.
+            report: called after each answer.
+
+        Raises:
+            FrameFusionError: what no other film would change: the disk is full, the engine fails.
+        """
+        totals = Totals()
+        start = time.monotonic()
+        pending: deque[tuple[BatchQuestion, Future[Prepared]]] = deque()
+        threads = ThreadPoolExecutor(self._decoders, "ahead")
+        try:
+            for question in questions:
+                if question.id in answers.done:
+                    totals.skipped += 1
+                    continue
+                # 1. Decode ahead, no more than fits.
+                pending.append((question, threads.submit(self._prepare, question)))
+                if len(pending) >= self._decoders + AHEAD:
+                    self._answer(pending.popleft(), answers, totals)
+                    totals.seconds = time.monotonic() - start
+                    report(totals)
+            # 2. The last ones.
+            while pending:
+                self._answer(pending.popleft(), answers, totals)
+                totals.seconds = time.monotonic() - start
+                report(totals)
+        finally:
+            self._ending = True
+            threads.shutdown(cancel_futures=True)
+        return totals
+
+    def _prepare(self, question: BatchQuestion) -> Prepared:
+        """Open and decode what a question shows; runs ahead on a thread."""
+        start = time.monotonic()
+        reader = self._foreign if question.openai else self._own
+        parts = question.chat.media
+        images = sum(part.kind is Visual.IMAGE for part in parts)
+        with TemporaryDirectory(prefix="framefusion-") as folder:
+            opened = reader.open(parts, Path(folder), self._is_ending)
+            media = reader.decode(opened, images, self._is_ending)
+        return Prepared(question, media, time.monotonic() - start)
+
+    def _is_ending(self) -> bool:
+        return self._ending
+
+    def _answer(self, pending: tuple[BatchQuestion, Future[Prepared]], answers: AnswerFile, totals: Totals) -> None:
+        """One line: an answer, or the error that this question's sender can mend."""
+        question, future = pending
+        try:
+            prepared = future.result()
+            answer = self._generate(prepared)
+        except FrameFusionError as error:
+            if not error.sender_fault:
+                raise
+            totals.failed += 1
+            answers.add(question.id, self._error_row(question, error))
+            return
+        totals.answered += 1
+        totals.visual_tokens += answer.visual_tokens
+        totals.kept_tokens += kept_tokens(answer)
+        for stage, seconds in answer.seconds.items():
+            totals.stages[stage] = totals.stages.get(stage, 0.0) + seconds
+        answers.add(question.id, self._row(prepared, answer))
+
+    def _generate(self, prepared: Prepared) -> Generation:
+        """The answer, with the seconds of decoding in it."""
+        chat = prepared.question.chat
+        turns = [
+            Turn(message.role, [part.kind if isinstance(part, MediaPart) else part for part in message.parts])
+            for message in chat.messages
+        ]
+        request = self._request if not prepared.question.openai else replace(chat.request)
+        if not prepared.question.openai:
+            request = over(chat.request, self._request)
+        answer = self._pipeline.generate(turns, [media.media for media in prepared.media], request)
+        seconds = {"media": prepared.seconds, **answer.seconds}
+        seconds.pop("video", None)
+        return replace(answer, seconds=seconds)
+
+    def _row(self, prepared: Prepared, answer: Generation) -> dict[str, Any]:
+        """The line of an answer."""
+        question = prepared.question
+        warnings = [warning for media in prepared.media for warning in media.warnings]
+        if question.openai:
+            report = PrefillReport(answer.prompt_tokens, answer.visual_tokens, answer.reduction, answer.kv_lengths)
+            head = Answer(self._model, warnings)
+            usage = usage_of(report, len(answer.token_ids))
+            body = head.completion(answer.text, answer.finish_reason, usage, answer.seconds)
+            response = {"status_code": 200, "request_id": head.identity, "body": body}
+            return {"id": head.identity, "custom_id": question.id, "response": response, "error": None}
+        return {
+            "id": question.id,
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "new_tokens": len(answer.token_ids),
+            "visual_tokens": answer.visual_tokens,
+            "kept_tokens": kept_tokens(answer),
+            "cost": round(answer.cost, 4),
+            "seconds": {stage: round(seconds, 4) for stage, seconds in answer.seconds.items()},
+            "warnings": warnings,
+            **({"extra": dict(question.extra)} if question.extra else {}),
+        }
+
+    def _error_row(self, question: BatchQuestion, error: FrameFusionError) -> dict[str, Any]:
+        """The line of a question that could not be answered."""
+        body = error_body(error)
+        if question.openai:
+            head = Answer(self._model)
+            response = {"status_code": status_of(error), "request_id": head.identity, "body": body}
+            problem = {"code": body["error"]["code"], "message": body["error"]["message"]}
+            return {"id": head.identity, "custom_id": question.id, "response": response, "error": problem}
+        problem = {"code": body["error"]["code"], "message": body["error"]["message"]}
+        return {"id": question.id, "error": problem, **({"extra": dict(question.extra)} if question.extra else {})}
+
+
+def kept_tokens(answer: Generation) -> int:
+    """Visual tokens that the last layer held."""
+    return answer.kv_lengths[-1] - (answer.prompt_tokens - answer.visual_tokens)
+
+
+def over(own: Request, base: Request) -> Request:
+    """A question's own settings, and those of the run where it says nothing."""
+    plain = Request()
+    names = ("max_new_tokens", "cost", "reducer", "seed", "stop", "temperature", "top_p", "top_k")
+    given = {name: getattr(own, name) for name in names if getattr(own, name) != getattr(plain, name)}
+    return replace(base, **given)
