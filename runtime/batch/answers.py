@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from framefusion.errors import StorageError
-from framefusion.storage.files import hold, output_path, read_file, write_all, write_file
+from framefusion.storage.files import output_path, read_file, write_all, write_file
 
 SETTINGS = ".batch"
 SYNC_EVERY = 64
@@ -80,7 +80,7 @@ class AnswerFile:
             if self.path.exists() and self.path.stat().st_size:
                 raise StorageError(f"{self.path} is there, and of no batch: choose another place, or move it away")
             write_file(beside, content)
-        self._closing.enter_context(hold(beside))
+        self._hold(beside)
         try:
             earlier: Any = json.loads(read_file(beside, _SETTINGS_BYTES))
         except ValueError:
@@ -95,6 +95,18 @@ class AnswerFile:
                 f"the answers in {self.path} are of other settings, {name} was {earlier.get(name)!r:.80} and is "
                 f"{given.get(name)!r:.80}: ask as before, or choose another place"
             )
+
+    def _hold(self, beside: Path) -> None:
+        """Shut out every other run until this one ends."""
+        file = self._closing.enter_context(beside.open("rb"))
+        try:
+            import fcntl
+        except ImportError:  # Windows has none
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"another run writes to {self.path}: wait for it, or choose another place") from None
 
     def _answered(self, retry_errors: bool) -> tuple[list[bytes], int]:
         """Whole lines that stay, and the bytes until the end of the last whole one."""

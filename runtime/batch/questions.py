@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from framefusion.runtime.server.protocol.parts import ChatMessage, MediaPart
 from framefusion.runtime.server.protocol.request import ChatRequest, read_chat_request
 from framefusion.runtime.text.prompt import Visual
 
-FILMS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif"})
+FILMS = frozenset(
+    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif"}
+)
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 COMPLETIONS = "/v1/chat/completions"
 _LINE_BYTES = 1 << 30  # of one line: a film in base64 and more
@@ -116,7 +118,7 @@ def check_questions(source: Path, defaults: Defaults, shard: Shard) -> int:
             raise PromptError(f"{source}: the id {question.id!r} stands there twice: give each question its own")
         known.add(question.id)
     if not known:
-        raise PromptError(f"{source} has no question: give films ({', '.join(sorted(FILMS)[:4])}, ...) or lines of JSON")
+        raise PromptError(f"{source} has no question: give films or lines of JSON")
     return sum(shard.has(identity) for identity in known)
 
 
@@ -125,7 +127,8 @@ def _rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if source.is_dir():
         for path in _files(source):
             kind = "video" if path.suffix.lower() in FILMS else "image"
-            yield str(path), {"id": path.relative_to(source).as_posix(), kind: str(path.resolve())}
+            name = path.relative_to(source).as_posix()
+            yield str(path), {"id": name, kind: name}
     elif not source.is_file():
         raise PromptError(f"{source} is no file and no folder: give a folder of films, a .jsonl or a .parquet file")
     elif source.suffix == ".parquet":
@@ -208,10 +211,11 @@ def _own_question(row: Mapping[str, Any], source: Path, defaults: Defaults) -> B
     folder = source.parent if source.is_file() else source
     parts: list[str | MediaPart] = []
     for kind in (Visual.VIDEO, Visual.IMAGE):
-        names = fields.take(kind.value)
-        for name in [names] if isinstance(names, str) else names or []:
-            if not isinstance(name, str):
-                raise PromptError(f"{kind.value} is {shown(name)}: give a path, or a list of paths")
+        given = fields.take(kind.value)
+        names = given if isinstance(given, list) else [] if given is None else [given]
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise PromptError(f"{kind.value} is {shown(given)}: give a path, or a list of paths")
             path = Path(os.path.abspath(folder / name))  # what is not there costs its own line, later
             parts.append(MediaPart(kind, (path.as_uri(),), name))
     prompt = fields.text("prompt") or defaults.prompt
@@ -222,14 +226,8 @@ def _own_question(row: Mapping[str, Any], source: Path, defaults: Defaults) -> B
     options = {name: fields.take(name) for name in ("cost", "reducer")}
     body = {"messages": [{"role": "user", "content": prompt}], **settings, "framefusion": options}
     chat = read_chat_request({name: value for name, value in body.items() if value is not None})
-    messages = (ChatMessage("user", (*parts, prompt)),)
+    messages: tuple[ChatMessage, ...] = (ChatMessage("user", (*parts, prompt)),)
     if system is not None:
         messages = (ChatMessage("system", (system,)), *messages)
     extra = {name: row[name] for name in fields.unknown}
-    return BatchQuestion(str(identity), _with_messages(chat, messages), extra=extra)
-
-
-def _with_messages(chat: ChatRequest, messages: Iterable[ChatMessage]) -> ChatRequest:
-    from dataclasses import replace
-
-    return replace(chat, messages=tuple(messages))
+    return BatchQuestion(str(identity), replace(chat, messages=messages), extra=extra)

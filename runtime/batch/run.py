@@ -87,9 +87,7 @@ class BatchRun:
         self._decoders = decoders
         self._ending = False
 
-    def run(
-        self, questions: Iterator[BatchQuestion], answers: AnswerFile, report: Callable[[Totals], None]
-    ) -> Totals:
+    def run(self, questions: Iterator[BatchQuestion], answers: AnswerFile, report: Callable[[Totals], None]) -> Totals:
         """Answer what is not answered yet.
 
         Args:
@@ -165,9 +163,7 @@ class BatchRun:
             Turn(message.role, [part.kind if isinstance(part, MediaPart) else part for part in message.parts])
             for message in chat.messages
         ]
-        request = self._request if not prepared.question.openai else replace(chat.request)
-        if not prepared.question.openai:
-            request = over(chat.request, self._request)
+        request = chat.request if prepared.question.openai else over(chat.request, self._request)
         answer = self._pipeline.generate(turns, [media.media for media in prepared.media], request)
         seconds = {"media": prepared.seconds, **answer.seconds}
         seconds.pop("video", None)

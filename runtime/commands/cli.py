@@ -31,7 +31,8 @@ from framefusion.runtime.commands.flags import (
     running_flags,
     running_options,
 )
-from framefusion.runtime.commands.serve import serve
+from framefusion.runtime.commands.service.batch import batch
+from framefusion.runtime.commands.service.serve import serve
 
 if TYPE_CHECKING:
     from framefusion.runtime.pipeline import Generation, Pipeline
@@ -45,6 +46,7 @@ def ff_run() -> None:
 
 ff_run.add_command(check)
 ff_run.add_command(serve)
+ff_run.add_command(batch)
 
 
 @ff_run.command(cls=VisualCommand)

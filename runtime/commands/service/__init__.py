@@ -1,0 +1,1 @@
+"""Commands that answer many: a server, and a batch."""

@@ -1,0 +1,153 @@
+"""`ff-run batch`: the flags of a batch, and what they make."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from framefusion.console import messages as console
+from framefusion.console.terminal import activity
+from framefusion.runtime.commands.flags import COST, COUNT, FILE, open_pipeline, running_flags, running_options
+
+if TYPE_CHECKING:
+    from framefusion.runtime.batch.run import Totals
+    from framefusion.runtime.pipeline import Pipeline
+    from framefusion.runtime.server.media.reader import MediaReader
+
+NO_LIMIT = 1 << 62
+DECODER_MEMORY = 8 << 30
+DECODER_SECONDS = 3600.0
+
+
+@click.command()
+@click.argument("bundle", type=FILE)
+@click.argument("source", type=FILE)
+@click.option(
+    "-o", "--output", required=True, type=FILE, help="The answers, JSONL; a run that ended early goes on behind them."
+)
+@click.option("--prompt", help="Asked about every film that has no prompt of its own.")
+@click.option("--system", help="System prompt of questions that have none; default: the family's.")
+@click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="The I-th of N parts, from 0, by ids.")
+@click.option("--retry-errors", is_flag=True, help="Ask again what an earlier run could not answer.")
+@click.option("--max-new-tokens", type=COUNT, default=128, show_default=True, help="Of an answer.")
+@COST
+@click.option("--reducer", help="What drops tokens: a name that `ff-run reducers` lists; default: the bundle's.")
+@click.option("--temperature", type=float, help="Of drawn tokens; 0 takes the best one.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of drawn tokens and of the random reducer.")
+@click.option("--fps", type=click.FloatRange(min=0, min_open=True), help="Frames sampled from a second of film.")
+@click.option("--max-frames", type=COUNT, help="Most frames sampled of a film.")
+@click.option(
+    "--decoders",
+    type=COUNT,
+    default=max((os.cpu_count() or 2) // 2, 1),
+    help="Films decoded ahead; default: half of the cores.",
+)
+@click.option("--images-as-video", is_flag=True, help="Take pictures in a row, in OpenAI's lines, for a film's frames.")
+@click.option(
+    "--allowed-media-domains",
+    default="",
+    help="Hosts that OpenAI's lines may fetch from, with commas, or any; default: none.",
+)
+@click.option(
+    "--allowed-local-media-path", type=FILE, help="Folder of files that OpenAI's lines may open; default: none."
+)
+@running_options
+@console.json_option
+def batch(bundle: Path, source: Path, output: Path, **flags: Any) -> None:
+    """Answer the questions of SOURCE with BUNDLE: one line of JSON each, resumed where a run ended.
+
+    SOURCE is a folder of films and pictures, a .jsonl or .parquet file of id, video or image, and prompt, or lines as
+    OpenAI's batch API takes them.
+
+    \b
+    Example:
+      ff-run batch bundle clips --prompt "What happens?" --cost 0.3 -o answers.jsonl
+    """
+    from framefusion.runtime.batch.answers import AnswerFile
+    from framefusion.runtime.batch.questions import Defaults, Shard, check_questions, read_questions
+    from framefusion.runtime.request import Request
+
+    # 1. All questions are read once, before anything is opened.
+    running = running_flags(flags)
+    shard = Shard.parse(flags["shard"])
+    defaults = Defaults(flags["prompt"], flags["system"], flags["images_as_video"])
+    with activity(f"reading {source}"):
+        count = check_questions(source, defaults, shard)
+    if shard.count > 1:
+        output = output.with_name(f"{output.stem}-{shard.index}-of-{shard.count}{output.suffix}")
+    request = Request(
+        flags["max_new_tokens"], flags["cost"], seed=flags["seed"], reducer=flags["reducer"],
+        temperature=flags["temperature"],
+    )  # fmt: skip
+    # 2. The bundle, and the answers that are there.
+    run, pipeline = _run(bundle, running, request, flags)
+    settings = {
+        "bundle": pipeline.bundle.digest,
+        "shard": f"{shard.index}/{shard.count}",
+        "request": asdict(request),
+        "defaults": asdict(defaults),
+        "frames": {"fps": flags["fps"], "max_frames": flags["max_frames"]},
+    }
+    with AnswerFile(output, settings, flags["retry_errors"]) as answers, activity(f"0 of {count}") as line:
+
+        def report(totals: Totals) -> None:
+            done = len(answers.done)
+            rate = (totals.answered + totals.failed) / totals.seconds if totals.seconds else 0.0
+            left = f", {(count - done) / rate:.0f} s left" if rate else ""
+            line.say(f"{done} of {count}, {answers.errors} errors, {rate:.2f} a second{left}")
+
+        totals = run.run(read_questions(source, defaults, shard), answers, report)
+    # 3. What it came to.
+    console.show({"answers": str(output), "errors": answers.errors, **asdict(totals)}, _summary)
+
+
+def _run(bundle: Path, running: dict[str, Any], request: Any, flags: dict[str, Any]) -> tuple[Any, Pipeline]:
+    """The run, and the pipeline that it answers with."""
+    from framefusion.runtime.batch.run import BatchRun
+    from framefusion.runtime.server.media.decoding import start_decoders
+    from framefusion.runtime.server.media.policy import MediaPolicy
+
+    start_decoders()  # before there are threads: children are copies of what it starts
+    domains = frozenset(name.strip().lower() for name in flags["allowed_media_domains"].split(",") if name.strip())
+    foreign = MediaPolicy(domains, flags["allowed_local_media_path"])
+    own = MediaPolicy(local_folder=Path("/"), file_bytes=NO_LIMIT)
+    pipeline = open_pipeline(bundle, **running)
+    run = BatchRun(
+        pipeline,
+        _reader(pipeline, own, flags),
+        _reader(pipeline, foreign, flags),
+        request,
+        bundle.resolve().name,
+        flags["decoders"],
+    )
+    return run, pipeline
+
+
+def _reader(pipeline: Pipeline, policy: Any, flags: dict[str, Any]) -> MediaReader:
+    """What opens and decodes under a policy."""
+    from framefusion.runtime.media.media_file import MediaLimits
+    from framefusion.runtime.server.media.reader import MediaReader
+
+    manifest = pipeline.manifest
+    sampling = manifest.sampling.overridden(flags["fps"], flags["max_frames"])
+    return MediaReader(
+        policy, manifest.preprocessing, sampling, MediaLimits(), DECODER_MEMORY, DECODER_SECONDS, flags["decoders"]
+    )
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    """A few lines for people."""
+    done = facts["answered"] + facts["failed"]
+    lines = [
+        f"{facts['answers']}: {facts['answered']} answered, {facts['failed']} not, {facts['skipped']} by earlier runs",
+    ]
+    if done:
+        lines.append(f"{facts['seconds']:.1f} s, {done / facts['seconds']:.2f} a second")
+    if facts["visual_tokens"]:
+        share = facts["kept_tokens"] / facts["visual_tokens"]
+        lines.append(f"visual tokens: {facts['visual_tokens']}, {share:.1%} of them in the last layer")
+    return "\n".join(lines)

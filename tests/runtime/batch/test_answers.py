@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framefusion.errors import StorageError
+from framefusion.runtime.batch.answers import AnswerFile
+
+SETTINGS = {"bundle": "digest", "cost": 0.3}
+
+
+def rows(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_goes_on_where_one_ended(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with AnswerFile(path, SETTINGS) as answers:
+        answers.add("a", {"id": "a", "text": "é"})
+        answers.add("b", {"id": "b", "error": {"code": "VideoError"}})
+        answers.add("c", {"custom_id": "c", "error": None})
+    with path.open("ab") as file:
+        file.write(b'{"id": "d", "te')  # killed while it wrote
+    with AnswerFile(path, SETTINGS) as answers:
+        assert answers.done == {"a", "b", "c"}
+        assert answers.errors == 1
+        answers.add("d", {"id": "d"})
+    assert [row.get("id") or row["custom_id"] for row in rows(path)] == ["a", "b", "c", "d"]
+
+
+def test_errors_can_be_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with AnswerFile(path, SETTINGS) as answers:
+        answers.add("a", {"id": "a", "error": {"code": "VideoError"}})
+        answers.add("b", {"id": "b"})
+    with AnswerFile(path, SETTINGS, retry_errors=True) as answers:
+        assert answers.done == {"b"}
+        answers.add("a", {"id": "a"})
+        assert answers.errors == 0
+    assert rows(path) == [{"id": "b"}, {"id": "a"}]
+
+
+def test_answers_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with AnswerFile(path, SETTINGS) as answers:
+        answers.add("a", {"id": "a"})
+    with pytest.raises(StorageError, match=r"cost was 0\.3 and is 0\.5"):
+        AnswerFile(path, {**SETTINGS, "cost": 0.5})
+    assert rows(path) == [{"id": "a"}]
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with AnswerFile(tmp_path / "out.jsonl", SETTINGS), pytest.raises(StorageError, match="another run writes"):
+        AnswerFile(tmp_path / "out.jsonl", SETTINGS)
+    with AnswerFile(tmp_path / "out.jsonl", SETTINGS):
+        pass
+
+
+def test_what_is_somebody_elses_stays(tmp_path: Path) -> None:
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("mine")
+    with pytest.raises(StorageError, match="of no batch"):
+        AnswerFile(foreign, SETTINGS)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(foreign)
+    with pytest.raises(StorageError, match="is a link"):
+        AnswerFile(link, SETTINGS)
+    assert foreign.read_text() == "mine"
+    assert not list(tmp_path.glob("*.batch"))
+    ours = tmp_path / "out.jsonl"
+    with AnswerFile(ours, SETTINGS):
+        pass
+    ours.write_text("no answer\n")
+    with pytest.raises(StorageError, match="line 1 is no answer"):
+        AnswerFile(ours, SETTINGS)
+    ours.with_name("out.jsonl.batch").write_text("[]")
+    with pytest.raises(StorageError, match="no file of a batch"):
+        AnswerFile(ours, SETTINGS)

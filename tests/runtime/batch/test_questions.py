@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framefusion.errors import PromptError
+from framefusion.runtime.batch.questions import Defaults, Shard, check_questions, read_questions
+from framefusion.runtime.server.protocol.parts import MediaPart
+from framefusion.runtime.text.prompt import Visual
+
+BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
+OPENAI = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": BODY}
+
+
+def lines(folder: Path, *rows: Any) -> Path:
+    path = folder / "in.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_lines_of_our_own(tmp_path: Path) -> None:
+    source = lines(
+        tmp_path,
+        {"id": "a", "video": "a film.mp4", "prompt": "What?", "cost": 0.3, "max_tokens": 7, "label": "cats"},
+        "",
+        {"id": 2, "image": ["/x.png", "y.png"], "system": "Be brief."},
+    )
+    first, second = read_questions(source, Defaults(prompt="Default?"), Shard())
+    assert (first.id, second.id) == ("a", "2")
+    assert first.extra == {"label": "cats"}
+    assert (first.chat.request.cost, first.chat.request.max_new_tokens) == (0.3, 7)
+    (film,) = first.chat.media
+    assert film == MediaPart(Visual.VIDEO, ((tmp_path / "a film.mp4").as_uri(),), "a film.mp4")
+    assert [part.urls[0] for part in second.chat.media] == ["file:///x.png", (tmp_path / "y.png").as_uri()]
+    assert second.chat.messages[0].role == "system"
+    assert second.chat.messages[-1].parts[-1] == "Default?"
+
+
+def test_a_folder_is_its_films_and_pictures(tmp_path: Path) -> None:
+    for name in ("b.mp4", "a/c.PNG", "notes.txt", "a/d.webm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = list(read_questions(tmp_path, Defaults(prompt="What?"), Shard()))
+    assert [question.id for question in found] == ["a/c.PNG", "a/d.webm", "b.mp4"]
+    assert [question.chat.media[0].kind for question in found] == [Visual.IMAGE, Visual.VIDEO, Visual.VIDEO]
+
+
+def test_lines_of_openais_batches(tmp_path: Path) -> None:
+    (question,) = read_questions(lines(tmp_path, OPENAI), Defaults(), Shard())
+    assert question.openai
+    assert question.id == "a"
+    assert question.chat.request.max_new_tokens == 3
+
+
+def test_rows_of_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"id": "a", "video": "a.mp4", "prompt": "What?", "cost": 0.3}, {"id": "b", "video": None, "prompt": "Why?"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+    first, second = read_questions(tmp_path / "in.parquet", Defaults(), Shard())
+    assert first.chat.request.cost == 0.3
+    assert second.chat.media == []
+    (tmp_path / "in.parquet").write_bytes(b"PAR1")
+    with pytest.raises(PromptError, match="no Parquet"):
+        check_questions(tmp_path / "in.parquet", Defaults(), Shard())
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("{", "line 2 is no JSON"),
+        ("3", "give an object"),
+        ({"video": "a.mp4", "prompt": "x"}, "id is None"),
+        ({"id": True, "prompt": "x"}, "id is True"),
+        ({"id": "b"}, "there is no prompt"),
+        ({"id": "b", "prompt": "x", "video": 3}, "video is 3"),
+        ({"id": "b", "prompt": "x", "video": [3]}, r"video is \[3\]"),
+        ({"id": "b", "prompt": "x", "cost": 2}, "cost is 2"),
+        ({"id": "a", "prompt": "x"}, "stands there twice"),
+        ({**OPENAI, "custom_id": ""}, "custom_id is missing"),
+        ({**OPENAI, "url": "/v1/embeddings"}, "only /v1/chat/completions"),
+        ({**OPENAI, "body": {**BODY, "stream": True}}, "streams nothing"),
+        ({**OPENAI, "body": {}}, "messages is None"),
+    ],
+)
+def test_a_broken_line_is_found_before_the_first_answer(tmp_path: Path, row: Any, problem: str) -> None:
+    source = lines(tmp_path, {"id": "a", "prompt": "x"}, row)
+    with pytest.raises(PromptError, match=problem):
+        check_questions(source, Defaults(), Shard())
+
+
+def test_nothing_to_ask(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="has no question"):
+        check_questions(tmp_path, Defaults(prompt="x"), Shard())
+    with pytest.raises(PromptError, match="is no file and no folder"):
+        check_questions(tmp_path / "nowhere", Defaults(prompt="x"), Shard())
+
+
+def test_parts_are_a_partition_whatever_the_order(tmp_path: Path) -> None:
+    rows = [{"id": str(number), "prompt": "x"} for number in range(200)]
+    parts = [Shard(index, 3) for index in range(3)]
+    forward = [{q.id for q in read_questions(lines(tmp_path, *rows), Defaults(), part)} for part in parts]
+    backward = [{q.id for q in read_questions(lines(tmp_path, *rows[::-1]), Defaults(), part)} for part in parts]
+    assert forward == backward
+    assert sorted(map(int, set.union(*forward))) == list(range(200))
+    assert sum(map(len, forward)) == 200
+    assert min(map(len, forward)) > 40
+    assert sum(check_questions(lines(tmp_path, *rows), Defaults(), part) for part in parts) == 200
+
+
+@pytest.mark.parametrize("text", ["", "1", "1/1", "-1/2", "a/b", "0/0"])
+def test_parts_that_are_none(text: str) -> None:
+    with pytest.raises(PromptError, match="give index/count"):
+        Shard.parse(text)
