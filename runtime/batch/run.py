@@ -63,8 +63,8 @@ class BatchRun:
 
     Args:
         pipeline: of the bundle.
-        own: reads what the user's own lines name.
-        foreign: reads what lines of OpenAI's batch API name; closed unless a flag says otherwise.
+        plain_reader: reads what the user's own lines name.
+        openai_reader: reads what lines of OpenAI's batch API name; closed unless a flag says otherwise.
         request: how questions are answered that do not say themselves.
         model: name of the bundle.
         decoders: films that are decoded at once.
@@ -73,15 +73,15 @@ class BatchRun:
     def __init__(
         self,
         pipeline: Pipeline,
-        own: MediaReader,
-        foreign: MediaReader,
+        plain_reader: MediaReader,
+        openai_reader: MediaReader,
         request: Request,
         model: str,
         decoders: int,
     ) -> None:
         self._pipeline = pipeline
-        self._own = own
-        self._foreign = foreign
+        self._plain_reader = plain_reader
+        self._openai_reader = openai_reader
         self._request = request
         self._model = model
         self._decoders = decoders
@@ -126,7 +126,7 @@ class BatchRun:
     def _prepare(self, question: BatchQuestion) -> Prepared:
         """Open and decode what a question shows; runs ahead on a thread."""
         start = time.monotonic()
-        reader = self._foreign if question.openai else self._own
+        reader = self._openai_reader if question.openai else self._plain_reader
         parts = question.chat.media
         images = sum(part.kind is Visual.IMAGE for part in parts)
         with TemporaryDirectory(prefix="framefusion-") as folder:
@@ -211,9 +211,9 @@ def kept_tokens(answer: Generation) -> int:
     return answer.kv_lengths[-1] - (answer.prompt_tokens - answer.visual_tokens)
 
 
-def over(own: Request, base: Request) -> Request:
+def over(request: Request, base: Request) -> Request:
     """A question's own settings, and those of the run where it says nothing."""
     plain = Request()
     names = ("max_new_tokens", "cost", "reducer", "seed", "stop", "temperature", "top_p", "top_k")
-    given = {name: getattr(own, name) for name in names if getattr(own, name) != getattr(plain, name)}
+    given = {name: getattr(request, name) for name in names if getattr(request, name) != getattr(plain, name)}
     return replace(base, **given)

@@ -113,13 +113,13 @@ def _run(bundle: Path, running: dict[str, Any], request: Any, flags: dict[str, A
 
     start_decoders()  # before there are threads: children are copies of what it starts
     domains = frozenset(name.strip().lower() for name in flags["allowed_media_domains"].split(",") if name.strip())
-    foreign = MediaPolicy(domains, flags["allowed_local_media_path"])
-    own = MediaPolicy(local_folder=Path("/"), file_bytes=NO_LIMIT)
+    openai_policy = MediaPolicy(domains, flags["allowed_local_media_path"])
+    plain_policy = MediaPolicy(local_folder=Path("/"), file_bytes=NO_LIMIT)
     pipeline = open_pipeline(bundle, **running)
     run = BatchRun(
         pipeline,
-        _reader(pipeline, own, flags),
-        _reader(pipeline, foreign, flags),
+        _reader(pipeline, plain_policy, flags),
+        _reader(pipeline, openai_policy, flags),
         request,
         bundle.resolve().name,
         flags["decoders"],
