@@ -4,8 +4,8 @@
     image   a PIL image, an array [H, W], [H, W, C] or [1, H, W, C] with 1, 3 or 4 channels
     video   a `Video`, an array [T, H, W, C], or a sequence of images of one size, each as above
 
-An array is what `numpy.asarray` makes one of (tensors of torch on the CPU, for one). Its numbers are uint8, other whole
-numbers in 0..255, booleans, or floats in [0, 1].
+An array is what `numpy.asarray` makes one of (tensors of torch on the CPU, for one), or what gives itself by DLPack
+from the host's memory. Its numbers are uint8, other whole numbers in 0..255, booleans, or floats in [0, 1].
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ Source: TypeAlias = "Image | Video | Sequence[Image] | FileContent"
 SourceKind: TypeAlias = Literal["video", "image"]
 
 _HEAD = 64  # bytes
+_HOST = 1  # DLPack's kDLCPU
 _PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF")
 
 
@@ -160,15 +161,19 @@ def source_kind(source: Source) -> SourceKind:
         return "video"
     if is_pil_image(source):
         return "image"
-    dimensions = getattr(source, "ndim", None)
+    dimensions = len(shape) if isinstance(shape := getattr(source, "shape", None), tuple) else 0
     if dimensions in (2, 3):
         return "image"
     if dimensions == 4:
         return "video"
-    raise VideoError(
-        f"a source of type {type(source).__name__} is neither a film nor a picture: give a path, bytes, a PIL image, "
-        "an array [height, width, channels] or [frames, height, width, channels], or a list of frames"
+    if hasattr(source, "__dlpack__") and not shape:
+        return source_kind(_array(source, "the source"))
+    remedy = _remedy(source) or (
+        "give a path, bytes, a PIL image, an array [height, width, channels] or [frames, height, width, channels], or "
+        "a list of frames"
     )
+    shaped = f" and shape {shape}" if isinstance(shape, tuple) else ""
+    raise VideoError(f"a source of type {type(source).__name__}{shaped} is neither a film nor a picture: {remedy}")
 
 
 def _file_kind(path: str | Path) -> SourceKind:
@@ -259,23 +264,44 @@ def _array(source: object, name: str) -> NDArray[Any]:
     Raises:
         VideoError: it makes none, or one of other things than numbers.
     """
+    kind = type(source).__name__
     if source is None or isinstance(source, (dict, set)):
-        raise VideoError(
-            f"{name} is of type {type(source).__name__}: give a path, a PIL image, an array of pixels or a list of them"
-        )
+        raise VideoError(f"{name} is of type {kind}: give a path, a PIL image, an array of pixels or a list of them")
+    if (remedy := _remedy(source)) is not None:
+        raise VideoError(f"{name} of type {kind} is no array of pixels: {remedy}")
+    by_dlpack = hasattr(source, "__dlpack__") and not hasattr(source, "__array__")
     try:
-        array = np.asarray(source)
-    except (TypeError, ValueError, RuntimeError) as error:
+        array = np.from_dlpack(source) if by_dlpack else np.asarray(source)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
         raise VideoError(
-            f"{name} of type {type(source).__name__} makes no array ({error}): give a path, a PIL image or an array "
-            "of uint8 on the CPU"
+            f"{name} of type {kind} makes no array ({error}): give a path, a PIL image or an array of uint8 in the "
+            "host's memory, a tensor as tensor.detach().cpu(), bfloat16 as tensor.float()"
         ) from error
     if array.dtype.kind not in "buif":
         raise VideoError(
-            f"{name} of type {type(source).__name__} is no array of pixels (its values are {array.dtype}): give a "
-            "path, a PIL image, an array of uint8 or a list of frames"
+            f"{name} of type {kind} is no array of pixels (its values are {array.dtype}): give a path, a PIL image, an "
+            "array of uint8 or a list of frames"
         )
     return array
+
+
+def _remedy(source: object) -> str | None:
+    """What to give instead of an object that holds pixels, but not as an array; None where nothing is known of it."""
+    if isinstance(source, np.ma.MaskedArray):
+        return "its mask would be passed over, give array.filled(0)"
+    if isinstance(source, np.ndarray) and source.dtype == object:
+        return "its values are objects, give list(array)"
+    if hasattr(source, "__next__"):
+        return "an iterator can be read once only, give list(frames)"
+    if callable(getattr(source, "asnumpy", None)):
+        return "give its array, frames.asnumpy()"
+    if isinstance(shape := getattr(source, "shape", None), tuple) and len(shape) == 5:
+        return "a batch is several films, give a list of them as files, each [frames, height, width, channels]"
+    if callable(getattr(source, "__dlpack_device__", None)) and not hasattr(source, "__array__"):
+        (where, _) = source.__dlpack_device__()  # type: ignore[attr-defined]
+        if where != _HOST:
+            return "it lies in the memory of a device, copy it to the host"
+    return None
 
 
 def _rgb(array: NDArray[Any], name: str, dimensions: int) -> NDArray[np.uint8]:
@@ -290,7 +316,7 @@ def _rgb(array: NDArray[Any], name: str, dimensions: int) -> NDArray[np.uint8]:
     if array.ndim != dimensions or array.shape[-1] not in (1, 3, 4) or not array.size:
         hint = ""
         if array.ndim == dimensions and array.size and array.shape[-3] in (1, 3, 4):
-            hint = "; channels stand first, move them behind the width (numpy.moveaxis(array, -3, -1))"
+            hint = "; channels stand first, move them behind the width: numpy.moveaxis(numpy.asarray(source), -3, -1)"
         raise VideoError(f"{name} has shape {array.shape}: give {layout}, with 1, 3 or 4 channels{hint}")
     levels = _levels(array, name)
     if levels.shape[-1] == 4:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from framefusion.errors import PromptError
-from framefusion.runtime.media.sources import Source, source_kind
+from framefusion.runtime.media.sources import Source, is_pil_image, source_kind
+from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.text.prompt import Turn, Visual, as_turns
 
 Message: TypeAlias = Mapping[str, Any]
@@ -47,19 +48,25 @@ def read_conversation(
         return _read_messages((conversation,), files)
     if isinstance(conversation, Sequence) and any(isinstance(message, Mapping) for message in conversation):
         return _read_messages(conversation, files)
-    return as_turns(conversation), files  # type: ignore[arg-type]  # it refuses what is no turn
+    return as_turns(conversation), listed_files(files)  # type: ignore[arg-type]  # it refuses what is no turn
 
 
 def listed_files(files: Sequence[Source]) -> Sequence[Source]:
     """The files, which are several.
 
     Raises:
-        PromptError: it is one alone.
+        PromptError: it is one alone, or can be read once only.
     """
     if hasattr(files, "read"):
         raise PromptError(f"files is one file, {files!r:.120}: give a list of what the turns show")
     if isinstance(files, (str, bytes, Path)):
         raise PromptError(f"files is one name, {str(files)[:120]!r}: give a list of what the turns show")
+    kind = type(files).__name__
+    alone = isinstance(files, (bytearray, memoryview, Mapping, Video)) or is_pil_image(files)
+    if alone or len(getattr(files, "shape", ())) > 1:  # an array's frames would be shown as pictures
+        raise PromptError(f"files is one source, of type {kind}: give a list of what the turns show, [source]")
+    if not hasattr(files, "__len__"):
+        raise PromptError(f"files is of type {kind}, which cannot be read twice: give list(files)")
     return files
 
 

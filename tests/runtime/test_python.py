@@ -191,6 +191,12 @@ def test_messages_are_turns(pipeline: Pipeline) -> None:
         ([{"content": "a"}], [], "message 0 has no 'role'"),
         ([Turn("user", "a"), {"role": "user", "content": "a"}], [], "message 0 is Turn"),
         (WHAT, "clip.mp4", "files is one name"),
+        (WHAT, np.zeros((4, 8, 8, 3), np.uint8), "files is one source, of type ndarray: give a list"),
+        ([Turn("user", (Visual.IMAGE,))], Image.new("RGB", (8, 8)), "files is one source, of type Image"),
+        (WHAT, {"video": "a"}, "files is one source, of type dict"),
+        (messages({"type": "video"}), bytearray(8), "files is one source, of type bytearray"),
+        (WHAT, (name for name in "ab"), r"which cannot be read twice: give list\(files\)"),
+        (WHAT, None, "files is of type NoneType"),
     ],
 )
 def test_messages_are_refused_by_name(said: Any, files: Sequence[Any], message: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from framefusion.errors import VideoError
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
-from framefusion.runtime.media.sources import as_image, as_video, video_of_frames
+from framefusion.runtime.media.sources import as_image, as_video, source_kind, video_of_frames
 from tests.versions import needs_torch
 
 SAMPLING = FrameSampling("qwen2_vl")
@@ -149,12 +149,73 @@ def test_frames_from_files(tmp_path: Path) -> None:
         ([RGB, None], "the image is of type NoneType"),
         (FILM.transpose(0, 3, 1, 2), r"channels stand first"),
         (FILM.astype(np.float32), "floats from 0 to 255"),
-        (iter(FILM), "is no array of pixels"),
+        (np.ma.masked_array(FILM, FILM > 9), "its mask would be passed over"),
+        (np.array([Image.fromarray(frame) for frame in FILM], object), r"give list\(array\)"),
+        (FILM[None], "a batch is several films"),
+        ((frame for frame in FILM), r"can be read once only, give list\(frames\)"),
+        (iter(FILM), r"can be read once only, give list\(frames\)"),
     ],
 )
 def test_what_is_no_film(source: Any, words: str) -> None:
     with pytest.raises(VideoError, match=words):
         as_video(source, SAMPLING)
+
+
+class FromHost:
+    """What gives itself by DLPack alone, as libraries that decode films do."""
+
+    def __dlpack__(self, **settings: Any) -> Any:
+        return FILM.__dlpack__(**settings)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return FILM.__dlpack_device__()
+
+
+class FromDevice(FromHost):
+    shape = FILM.shape
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)  # kDLCUDA
+
+
+class WithItsName:
+    def asnumpy(self) -> NDArray[Any]:
+        return FILM
+
+
+def test_what_gives_itself_by_dlpack_is_shown_from_the_host() -> None:
+    source: Any = FromHost()
+    assert source_kind(source) == "video"
+    assert_is_the_film(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [(FromDevice(), "lies in the memory of a device, copy it"), (WithItsName(), r"give its array, frames\.asnumpy")],
+)
+def test_frames_of_other_libraries_are_refused_with_what_they_have(source: Any, words: str) -> None:
+    with pytest.raises(VideoError, match=words):
+        as_video(source, SAMPLING)
+
+
+@pytest.mark.parametrize("source", [(frame for frame in FILM), FILM[None], WithItsName(), 5, {1}])
+def test_a_source_of_unknown_kind_is_refused_with_a_remedy(source: Any) -> None:
+    with pytest.raises(VideoError, match=r"is neither a film nor a picture: .*give"):
+        source_kind(source)
+
+
+@needs_torch
+def test_the_remedies_for_tensors_work() -> None:
+    import torch
+
+    first: Any = torch.from_numpy(FILM.copy()).permute(0, 3, 1, 2)
+    with pytest.raises(VideoError, match=r"numpy\.moveaxis\(numpy\.asarray\(source\), -3, -1\)"):
+        as_video(first, SAMPLING)
+    assert_is_the_film(np.moveaxis(np.asarray(first), -3, -1))
+    half: Any = (torch.from_numpy(FILM.copy()).float() / 255).bfloat16().requires_grad_()
+    with pytest.raises(VideoError, match=r"tensor\.detach\(\)\.cpu\(\), bfloat16 as tensor\.float\(\)"):
+        as_video(half, SAMPLING)
+    assert len(as_video(half.detach().cpu().float(), SAMPLING).frames) == len(FILM)
 
 
 def test_frames_at_their_own_times() -> None:
