@@ -206,9 +206,10 @@ def test_families_lists_the_table() -> None:
 
 
 def test_generate_streams_text_and_sums_up(bundle: Path, film: Path) -> None:
-    result = invoke(ff_run, "generate", bundle, "--video", film, "--prompt", "What?", "--max-new-tokens", 4)
+    question = ("--video", film, "--prompt", "What?", "--max-new-tokens", 4)
+    result = invoke(ff_run, "generate", bundle, *question, "--verbose")
     assert result.exit_code == 0, result.output
-    for word in ("prompt: ", "keeps", "drops", "prefill", "tokens/s"):
+    for word in ("backend: ", "prompt: ", "call 0: ", "keeps", "drops", "prefill", "tokens/s"):
         assert word in result.stderr
     report = answer(ff_run, "generate", bundle, "--video", film, "--prompt", "What?", "--max-new-tokens", 4)
     assert report["text"] + "\n" == result.stdout

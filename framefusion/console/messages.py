@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
 
+from framefusion.console.help import option
 from framefusion.console.layout import labelled as labelled
 from framefusion.console.layout import prose, terminal_width
 from framefusion.console.layout import table as table
@@ -138,19 +139,35 @@ def write(text: str, *, newline: bool = True) -> None:
 
 def json_option(command: Command) -> Command:
     """Add --json to a command; `show` looks it up."""
+    return _json_flag("--json", "object", "Print one JSON object on stdout, all else on stderr.")(command)
+
+
+def json_lines_option(command: Command) -> Command:
+    """Add --jsonl to a command that gives several answers; `wants_json_lines` looks it up."""
+    text = "Print a JSON object for each answer, a line as soon as it is there."
+    return _json_flag("--jsonl", "lines", text)(command)
+
+
+def _json_flag(name: str, form: str, text: str) -> Callable[[Command], Command]:
+    """An option that remembers in which form results are wanted."""
 
     def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-        ctx.meta[_JSON] = value
+        if value and ctx.meta.get(_JSON, form) != form:
+            raise click.UsageError("--json and --jsonl contradict each other: leave one out", ctx)
+        if value:
+            ctx.meta[_JSON] = form
 
-    text = "Print one JSON object on stdout, all else on stderr."
-    return click.option("--json", is_flag=True, expose_value=False, is_eager=True, callback=remember, help=text)(
-        command
-    )
+    return option(name, section="Output", is_flag=True, expose_value=False, is_eager=True, callback=remember, help=text)
 
 
 def wants_json(ctx: click.Context | None = None) -> bool:
-    """Whether --json was given."""
+    """Whether --json or --jsonl was given."""
     return bool((ctx or click.get_current_context()).meta.get(_JSON))
+
+
+def wants_json_lines() -> bool:
+    """Whether --jsonl was given."""
+    return click.get_current_context().meta.get(_JSON) == "lines"
 
 
 def show(report: Report, render: Callable[[Report], str]) -> None:

@@ -15,7 +15,6 @@ import framefusion
 from framefusion.console import messages as console
 from framefusion.console.help import HELP_NAMES
 from framefusion.console.terminal import PATIENCE, activity
-from framefusion.reduction.budget import describe_cost
 from framefusion.runtime.commands.check import check
 from framefusion.runtime.commands.flags import (
     COMPARE,
@@ -31,11 +30,12 @@ from framefusion.runtime.commands.flags import (
     running_flags,
     running_options,
 )
+from framefusion.runtime.commands.generate import generate, report, summary
 from framefusion.runtime.commands.service.batch import batch
 from framefusion.runtime.commands.service.serve import serve
 
 if TYPE_CHECKING:
-    from framefusion.runtime.pipeline import Generation, Pipeline
+    from framefusion.runtime.pipeline import Pipeline
 
 
 @click.group(cls=console.CommandGroup, context_settings=HELP_NAMES)
@@ -44,40 +44,10 @@ def ff_run() -> None:
     """Run an exported video LVLM."""
 
 
+ff_run.add_command(generate)
 ff_run.add_command(check)
 ff_run.add_command(serve)
 ff_run.add_command(batch)
-
-
-@ff_run.command(cls=VisualCommand)
-@click.argument("bundle", type=FILE)
-@question_options
-@running_options
-@console.json_option
-def generate(bundle: Path, **options: Any) -> None:
-    """Answer one prompt about videos and images with BUNDLE."""
-    running = running_flags(options)
-    question = PromptOptions.from_flags(**options)
-    pipeline = open_pipeline(bundle, **running)
-    request = question.request()
-    sampling = question.sampling(pipeline.manifest)
-    pipeline.limits = question.limits()
-    as_json = console.wants_json()
-    with activity("answering", after=PATIENCE) as waiting:
-
-        def print_piece(text: str) -> None:
-            """Text as it comes, on stdout."""
-            waiting.end()
-            console.write(text, newline=False)
-
-        on_text = None if as_json else print_piece
-        answer = pipeline.generate(question.turns, question.files, request, sampling=sampling, on_text=on_text)
-    facts = report(pipeline, answer, request.cost)
-    if not as_json:
-        console.write("")
-        console.log(summary(facts))
-    else:
-        console.show(facts, summary)
 
 
 @ff_run.command(cls=VisualCommand)
@@ -186,44 +156,6 @@ def show_page(pipeline: Pipeline, name: str, question: PromptOptions, output: Pa
         size = write_page(view.facts(watched, pipeline, name), output)
     page = {"page": str(output), "bytes": size} | report(pipeline, watched.answer, request.cost)
     console.show(page, lambda facts: f"{facts['page']}: {console.in_bytes(size)}\n{facts['text']}\n{summary(facts)}")
-
-
-def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[str, Any]:
-    """The answer and how it came about, as plain values."""
-    facts = answer.to_dict()
-    requested = pipeline.manifest.reduction.cost if cost is None else cost
-    whole = cost is None and bool(facts["visual_tokens"]) and facts["cost"]["reached"] == 1.0 > requested
-    if whole:
-        requested = 1.0  # pictures alone: `Stages.with_default_cost`
-    cost_facts = {"asked": requested, "reached": facts["cost"]["reached"], "asked_text": describe_cost(requested)}
-    cost_facts |= {"pictures_only": True} if whole else {}
-    return facts | {
-        "cost": cost_facts,
-        "backend": None if pipeline.choice is None else pipeline.choice.facts | {"text": pipeline.choice.text},
-        "warnings": console.warned(),
-    }
-
-
-def summary(facts: dict[str, Any]) -> str:
-    """A few lines for people."""
-    lines = [] if facts["backend"] is None else [facts["backend"]["text"]]
-    lines.append(f"prompt: {facts['prompt_tokens']} tokens, {facts['visual_tokens']} of them visual")
-    for call in facts["reduction"]:
-        if call["outcome"]:
-            lines.append(f"call {call['call']}: {call['outcome']}")
-        if call["kind"] != "none":
-            kept = describe_cost(call["visual_after"] / call["visual_before"])
-            counts = f"{call['tokens_before']} -> {call['tokens_after']} tokens"
-            lines.append(f"call {call['call']}: {call['kind']}, {counts} ({kept} of the visual)")
-    if facts["visual_tokens"]:
-        lines.append(f"cost: {describe_cost(facts['cost']['reached'])}; asked: {facts['cost']['asked_text']}")
-    if facts["cost"].get("pictures_only"):
-        lines.append("a picture is kept whole unless --cost asks for less")
-    lines.append("seconds: " + ", ".join(f"{stage} {spent:.3f}" for stage, spent in facts["seconds"].items()))
-    new = len(facts["token_ids"])
-    speed = facts["tokens_per_second"]
-    lines.append(f"answer: {new} tokens, {facts['finish_reason']}, {speed:.1f} tokens/s")
-    return "\n".join(lines)
 
 
 def main() -> None:

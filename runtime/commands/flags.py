@@ -6,7 +6,6 @@ Shared by every command that answers. Builds the runtime's objects of them; runs
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +18,8 @@ from framefusion.console import messages as console
 from framefusion.console.help import Command as HelpCommand
 from framefusion.console.help import option
 from framefusion.console.terminal import PATIENCE, activity
-from framefusion.errors import PromptError
 from framefusion.runtime.backends import table
+from framefusion.runtime.commands.question.prompt_text import read_prompt
 
 if TYPE_CHECKING:
     from framefusion.runtime.format.manifest import Manifest
@@ -41,7 +40,6 @@ BACKENDS = ("auto", *table.backend_names())
 DEVICES = ("auto", *table.DEVICES)
 PILLOW_PIXELS = 178_956_970
 """Above this Pillow refuses a picture by itself."""
-LONGEST_PROMPT = 4 * 2**20  # bytes
 _ORDER = "framefusion.order"
 Command = TypeVar("Command", bound=Callable[..., Any])
 Item = TypeVar("Item", int, float, str)
@@ -104,13 +102,17 @@ OF_CHECKPOINT = "default: the checkpoint's"
 
 OUTPUT = option("-o", "--output", required=True, type=FILE, help="The page; replaces an older page, nothing else.")
 COMPARE = option("--compare", is_flag=True, help="Answer without reduction, too, and show both side by side.")
-PROMPT = _shown(
+_PROMPT_HELP = "- reads it from standard input, @FILE from a file, @@ begins one with an @."
+PROMPT = _shown("--prompt", "-p", required=True, help=f"Question about the films and pictures; {_PROMPT_HELP}")
+PROMPTS = _shown(
     "--prompt",
     "-p",
+    "prompts",
+    multiple=True,
     required=True,
-    help="Question about the films and pictures; - reads it from standard input, @FILE from a file, @@ begins one "
-    "with an @.",
+    help=f"Question about the films and pictures; {_PROMPT_HELP} Several are answered one by one.",
 )
+EACH = _shown("--each", is_flag=True, help="Ask about each film and picture by itself, not about all together.")
 COST = _reduction(
     "--cost",
     type=float,
@@ -223,6 +225,13 @@ def question_options(command: Command) -> Command:
     return _with_options(command, QUESTION_OPTIONS)
 
 
+def answering_options(command: Command) -> Command:
+    """Add the flags of several questions to a `VisualCommand`."""
+    options = list(QUESTION_OPTIONS)
+    options[options.index(PROMPT)] = PROMPTS
+    return _with_options(command, [*options, EACH])
+
+
 def conversation_options(command: Command) -> Command:
     """Add the flags of a question but --prompt to a `VisualCommand`: messages come later."""
     return _with_options(command, [option for option in QUESTION_OPTIONS if option is not PROMPT])
@@ -263,7 +272,12 @@ class VisualCommand(HelpCommand):
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         kinds = {"videos": "video", "images": "image"}
         ctx.meta[_ORDER] = [kinds[parameter.name] for parameter in order if parameter.name in kinds]
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for name in ("fps", "max_frames"):
+            if None not in (ctx.params.get("num_frames"), ctx.params.get(name)):
+                flag = name.replace("_", "-")
+                raise click.UsageError(f"--num-frames and --{flag} choose frames both: leave one out", ctx)
+        return rest
 
 
 @dataclass(frozen=True)
@@ -279,11 +293,8 @@ class PromptOptions:
         cls, videos: Sequence[Path], images: Sequence[Path], prompt: str, system: str | None, **options: Any
     ) -> PromptOptions:
         """The flags of the command that runs."""
-        from framefusion.runtime.text.prompt import Turn, Visual
-
-        visuals = visuals_in_order(click.get_current_context().meta[_ORDER], videos, images)
-        turns = [] if system is None else [Turn("system", (system,))]
-        turns.append(Turn("user", (*(Visual(kind) for kind, _ in visuals), read_prompt(prompt))))
+        visuals = flagged_visuals(videos, images)
+        turns = turns_of([kind for kind, _ in visuals], read_prompt(prompt), system)
         return cls(turns, [file for _, file in visuals], options)
 
     def visuals(self) -> list[tuple[Visual, Path]]:
@@ -317,9 +328,6 @@ class PromptOptions:
         options = self.options
         if options["num_frames"] is None:
             return manifest.sampling.overridden(options["fps"], options["max_frames"])
-        for name in ("fps", "max_frames"):
-            if options[name] is not None:
-                raise click.UsageError(f"--num-frames and --{name.replace('_', '-')} choose frames both: leave one out")
         return manifest.sampling.spread(options["num_frames"])
 
     def limits(self) -> MediaLimits:
@@ -328,6 +336,19 @@ class PromptOptions:
 
         given = {field: self.options[flag] for flag, field in LIMITS.items()}
         return MediaLimits(**{field: value for field, value in given.items() if value is not None})
+
+
+def flagged_visuals(videos: Sequence[Path], images: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Kind and file of every --video and --image of the command that runs, in order."""
+    return visuals_in_order(click.get_current_context().meta[_ORDER], videos, images)
+
+
+def turns_of(kinds: Sequence[str], prompt: str, system: str | None) -> list[Turn]:
+    """A conversation of one question that shows videos and images before its text."""
+    from framefusion.runtime.text.prompt import Turn, Visual
+
+    turns = [] if system is None else [Turn("system", (system,))]
+    return [*turns, Turn("user", (*(Visual(kind) for kind in kinds), prompt))]
 
 
 def visuals_in_order(kinds: Sequence[str], videos: Sequence[Path], images: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -345,6 +366,7 @@ def open_pipeline(
     trusted_keys: Path | None = None,
     trust_engines: bool = False,
     no_check: bool = False,
+    quiet: bool = False,
 ) -> Pipeline:
     """A bundle on the backend that the flags name, or on the best one that is right on this device."""
     from framefusion.runtime.bundle import Bundle
@@ -354,44 +376,8 @@ def open_pipeline(
 
     name = None if backend == "auto" else backend
     place = None if device == "auto" else device
+    say = (lambda _: None) if quiet else console.log
     with activity(f"opening {folder}", after=PATIENCE):
         bundle = Bundle(folder, verify=not no_verify, trust=Trust.of(trusted_keys, trust_engines))
-        opened = open_proven(bundle, name, place, threads=threads, check=not no_check, say=console.log)
+        opened = open_proven(bundle, name, place, threads=threads, check=not no_check, say=say)
     return Pipeline(bundle, opened.backend, choice=opened.choice)
-
-
-def read_prompt(text: str) -> str:
-    """The text of --prompt: of standard input for -, of a file for @FILE, else as it is; @@ begins one with an @.
-
-    The line that a file ends with is none of the question's.
-
-    Raises:
-        PromptError: the file cannot be read, holds nothing or more than a question may, or is no text in UTF-8.
-    """
-    if text.startswith("@@"):
-        return text[1:]
-    if text != "-" and not text.startswith("@"):
-        return text
-    name = text.removeprefix("@")
-    problem = f"--prompt {text:.80}: {'standard input' if name == '-' else name:.200}"
-    try:
-        content = sys.stdin.buffer.read(LONGEST_PROMPT + 1) if name == "-" else _head(Path(name))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PromptError(
-            f"{problem} cannot be read ({reason}): give a file, or @@ for a question that begins with an @"
-        ) from None
-    if len(content) > LONGEST_PROMPT:
-        raise PromptError(f"{problem} has more than {LONGEST_PROMPT} bytes: shorten it")
-    try:
-        decoded = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{problem} is no text in UTF-8 ({error.reason}): convert it") from None
-    if not decoded.strip():
-        raise PromptError(f"{problem} holds no question (standard input can be read once): write one into it")
-    return decoded.removesuffix("\n").removesuffix("\r")
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(LONGEST_PROMPT + 1)

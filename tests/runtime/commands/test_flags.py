@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 
 from framefusion.errors import PromptError, VideoError
 from framefusion.runtime import families  # noqa: F401  its import makes the rules known
-from framefusion.runtime.commands import flags as flags_module
 from framefusion.runtime.commands.cli import ff_run
-from framefusion.runtime.commands.flags import read_prompt
+from framefusion.runtime.commands.question import prompt_text
+from framefusion.runtime.commands.question.prompt_text import read_prompt
 from framefusion.runtime.media.frame_sampling import RULES, FrameSampling, sample_indices
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
@@ -73,7 +73,7 @@ def test_what_a_prompt_begins_with() -> None:
 def test_files_that_are_no_question(
     content: bytes | None, phrase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flags_module, "LONGEST_PROMPT", 8)
+    monkeypatch.setattr(prompt_text, "LONGEST_PROMPT", 8)
     path = tmp_path / "q"
     if content is not None:
         path.write_bytes(content)
