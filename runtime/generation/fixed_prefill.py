@@ -7,6 +7,7 @@ no tokenizer and no video.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,22 +49,13 @@ def prefill_fixed(
     with stopwatch.stage("reduction"):
         # 1. Count what each reduction drops: the tracks of this prompt may allow less than the schedule's shares.
         labels = tracks.request_labels(labels)
-        drops = drops_of_prompt(segments.manifest, labels)
-        lengths = schedule.lengths(len(labels), drops, model.num_layers)
+        call = fixed_call(segments.manifest, labels)
         # 2. Pad to the size that the graph was built for, and bind it: nothing of its shapes depends on the prompt.
-        slots = (segments.slots(length, max_new_tokens) for length in lengths)
+        slots = (segments.slots(length, max_new_tokens) for length in call.lengths)
         cache = segments.cache(record, list(map(max, fixed.lengths, slots)))
-        size = fixed.max_text + fixed.max_visual
-        padded_labels = np.pad(labels, (0, size - len(labels)), constant_values=tracks.TEXT)
-        vectors = {
-            "kv_len": np.array(fixed.lengths, np.int64),
-            "last": np.array([len(labels) - 1], np.int64),
-            "label": padded_labels,
-            "order": tracks.track_order(padded_labels),
-            "drops": np.array(drops, np.int64),
-        }
+        size = call.vectors["label"].size
         inputs = rows.on(device).typed(segments.float_type).padded(size).inputs(record.deepstack)
-        inputs |= {name: device.upload(vector) for name, vector in vectors.items()}
+        inputs |= {name: device.upload(vector) for name, vector in call.vectors.items()}
         logits = device.mirror((1, model.vocab_size), np.float32)
         origin = device.mirror((size - sum(fixed.drops),), np.int64)
         outputs = {"logits": logits.buffer, "origin": origin.buffer}
@@ -73,8 +65,45 @@ def prefill_fixed(
         bound.run()
         last = logits.pull()[0]
         places = origin.pull()
-    cache.lengths[:] = lengths
-    return Prefilled(last, [cache], _history(labels, schedule.calls, drops), [places[: lengths[-1]]])
+    cache.lengths[:] = call.lengths
+    return Prefilled(last, [cache], _history(labels, schedule.calls, call.drops), [places[: call.lengths[-1]]])
+
+
+class FixedCall(NamedTuple):
+    """What the static graph is given for one prompt beside its rows.
+
+    Attributes:
+        drops: tokens that each reduction drops.
+        lengths: tokens that each layer's cache holds behind the prefill.
+        vectors: the graph's inputs of whole numbers, by name; "label" is as long as the graph's rows.
+    """
+
+    drops: list[int]
+    lengths: list[int]
+    vectors: dict[str, NDArray[np.int64]]
+
+
+def fixed_call(manifest: Manifest, labels: NDArray[np.int64]) -> FixedCall:
+    """How the static graph is called for a prompt of these labels [S].
+
+    Raises:
+        PromptError, BudgetError: see `drops_of_prompt`.
+    """
+    fixed = manifest.fixed
+    schedule = manifest.reduction.schedule
+    assert fixed is not None
+    assert schedule is not None
+    drops = drops_of_prompt(manifest, labels)
+    size = fixed.max_text + fixed.max_visual
+    padded_labels = np.pad(labels, (0, size - len(labels)), constant_values=tracks.TEXT)
+    vectors = {
+        "kv_len": np.array(fixed.lengths, np.int64),
+        "last": np.array([len(labels) - 1], np.int64),
+        "label": padded_labels,
+        "order": tracks.track_order(padded_labels),
+        "drops": np.array(drops, np.int64),
+    }
+    return FixedCall(drops, schedule.lengths(len(labels), drops, manifest.model.num_layers), vectors)
 
 
 def drops_of_prompt(manifest: Manifest, labels: NDArray[np.int64]) -> list[int]:
