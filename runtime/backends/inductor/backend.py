@@ -7,15 +7,17 @@ segments of one structure share one engine. No GPU has run this yet.
 A package's metadata says where its weights lie (PLACES): {"file": beside the graph, "tensors": {name: [offset,
 shape]}}.
 Inputs and outputs are those of the engine's record, in its order; caches are inputs that are written to. They lie in
-memory slot after slot, [C, Hkv, hd], so that on the CPU an engine is shown only the slots that are taken, without a
-copy: attention costs what the tokens cost and not what the cache could hold.
+memory slot after slot, [C, Hkv, hd], so that an engine can be shown only the slots that are taken, without a copy:
+attention costs what the tokens cost and not what the cache could hold. Engines of a GPU are shown whole caches where
+their attention reads the lengths itself (option "caches"): a step then has the shapes of every other one, and is
+replayed as one CUDA graph.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -24,8 +26,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from framefusion.errors import BackendError, BundleError
-from framefusion.runtime.backends.base import empty_cache
-from framefusion.runtime.backends.buffer import Array, Buffer
+from framefusion.runtime.backends.base import BoundSegment, empty_cache
+from framefusion.runtime.backends.buffer import Buffer
+from framefusion.runtime.backends.cuda.decode.checked import CheckedGraphs
 from framefusion.runtime.backends.fit import require_fit
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.inductor.device import TorchDevice, as_tensor, load_torch
@@ -64,10 +67,14 @@ class InductorBackend(HostBackend):
         self._bundle = bundle
         self._device_name = device
         self._torch = load_torch()
+        self._graphs: CheckedGraphs | None
         if device == _CPU:
             super().__init__()
+            self._graphs = None
         else:
-            super().__init__(device=TorchDevice(device, bundle.manifest.model.float_type))
+            there = TorchDevice(device, bundle.manifest.model.float_type)
+            super().__init__(chunk=None, device=there)  # no mask is computed that a shorter chunk would save
+            self._graphs = CheckedGraphs(there)
         if threads:
             self._torch.set_num_threads(threads)
         self._weights: dict[Path, Any] = {}  # graphs over one file share its tensors
@@ -95,7 +102,9 @@ class InductorBackend(HostBackend):
                 f"there, or compile with --device {self._device_name}"
             )
         try:
-            package = importlib.import_module("torch._inductor").aoti_load_package(str(path))
+            # without its locks between threads, whose events no CUDA graph can hold: one request runs at a time
+            load = importlib.import_module("torch._inductor").aoti_load_package
+            package = load(str(path), run_single_threaded=self._device_name != _CPU)
             places = parse_json(package.get_metadata()[PLACES].encode())
             tensors = self._tensors(self._weights_of(record.graph, places["file"]), places["tensors"], record.dtype)
             package.load_constants(tensors, check_full_update=True, user_managed=True)
@@ -142,6 +151,13 @@ class InductorBackend(HostBackend):
         """See `Backend.bind`."""
         return InductorSegment(self.engine(graph), inputs, outputs, cache)
 
+    def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
+        """See `Backend.chain`: a step is replayed as a CUDA graph where its shapes are those of the next one, too."""
+        bound = [segment for segment in segments if isinstance(segment, InductorSegment)]
+        if self._graphs is None or any(segment.is_cut for segment in bound):
+            return super().chain(segments)
+        return self._graphs.chain(bound, segments[len(bound) :])
+
 
 def open_backend(bundle: Bundle, name: str, device: str, threads: int) -> InductorBackend:
     """The engines of a bundle where they were compiled for; see `InductorBackend`."""
@@ -187,8 +203,10 @@ class InductorSegment:
         self.inputs = {name: buffer for name, buffer in inputs.items() if name in names}
         self._arguments = {name: engine.tensor(buffer) for name, buffer in {**self.inputs, **caches}.items()}
         self._targets = {name: engine.tensor(buffer) for name, buffer in outputs.items()}
-        kv_len = self.inputs.get("kv_len")
-        self._kv_len: Array | None = kv_len if isinstance(kv_len, np.ndarray) and caches else None
+        self._kv_len = self.inputs.get("kv_len") if caches else None
+        # the CPU's engines were always shown what is taken alone
+        shown = engine.record.options.get("caches", "cut" if isinstance(self._kv_len, np.ndarray) else "whole")
+        self.is_cut = self._kv_len is not None and shown == "cut"
         self._check()
 
     def _check(self) -> None:
@@ -206,16 +224,26 @@ class InductorSegment:
 
     def run(self) -> None:
         """See `BoundSegment.run`."""
-        results = self._engine.run([self._argument(record.name) for record in self._engine.inputs])
+        arguments = self._cut() if self.is_cut else self._arguments
+        results = self._engine.run([arguments[record.name] for record in self._engine.inputs])
         for name, target in self._targets.items():
             tensor_of(target).copy_(results[name])
 
-    def _argument(self, name: str) -> Buffer:
-        """A buffer as a run reads it: of a cache on the CPU only the slots that are taken."""
-        argument = self._arguments[name]
-        if self._kv_len is None or not name.startswith("past_"):
-            return argument
-        return argument[:, :, : int(self._kv_len[int(name.rsplit("_", 1)[1])])]
+    @property
+    def key(self) -> object:
+        """Equal for segments whose captured launches are interchangeable."""
+        tensors = {**self._arguments, **self._targets}
+        places = ((name, tensor_of(each).data_ptr(), tuple(each.shape)) for name, each in sorted(tensors.items()))
+        return id(self._engine), tuple(places)
+
+    def _cut(self) -> dict[str, Buffer]:
+        """The arguments, of each cache the slots that are taken; lengths on a GPU are waited for."""
+        assert self._kv_len is not None
+        lengths = tensor_of(self._kv_len).tolist()
+        return {
+            name: argument[:, :, : lengths[int(name.rsplit("_", 1)[1])]] if name.startswith("past_") else argument
+            for name, argument in self._arguments.items()
+        }
 
 
 def _swapped(buffer: Buffer) -> Buffer:

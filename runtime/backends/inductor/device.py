@@ -7,7 +7,7 @@ same code is compared with HostDevice. No GPU has run it yet. Knows no graph.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -145,6 +145,18 @@ class TorchDevice:
     ) -> TorchGreedyTokens:
         """See `Device.greedy_tokens`."""
         return TorchGreedyTokens(self.torch, self, step, rotary, table, limit)
+
+    def capture(self, run: Callable[[], object]) -> Callable[[], None]:
+        """What `run` enqueues, as a CUDA graph; what torch allocates for it stays with the graph.
+
+        Raises:
+            RuntimeError: something in it cannot be captured.
+        """
+        graph = self.torch.cuda.CUDAGraph()
+        with self.torch.cuda.graph(graph):
+            run()
+        replay: Callable[[], None] = graph.replay
+        return replay
 
     def mirror(self, shape: Sequence[int], dtype: DTypeLike) -> TorchMirror:
         """See `Device.mirror`."""

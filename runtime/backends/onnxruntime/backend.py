@@ -154,24 +154,9 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         self._graphs = CheckedGraphs(device)
 
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
-        """See `Backend.chain`: a step is replayed as a CUDA graph where it has shown that it can be.
-
-        What stands behind the segments is enqueued as it is: run twice, it would count a token twice.
-        """
+        """See `Backend.chain`: a step is replayed as a CUDA graph where it has shown that it can be."""
         bound = [segment for segment in segments if isinstance(segment, OnnxRuntimeSegment)]
-        behind = segments[len(bound) :]
-        key = tuple(segment.key for segment in bound)
-
-        def plain() -> None:
-            for segment in bound:
-                segment.run()
-
-        def run() -> None:
-            self._graphs.run(key, plain, bound[-1].outputs["logits"])
-            for link in behind:
-                link.run()
-
-        return run
+        return self._graphs.chain(bound, segments[len(bound) :])
 
     def _open(self, path: Path) -> Any:
         import onnxruntime as ort

@@ -8,15 +8,38 @@ length than it was captured at. A step may be run twice: it writes the same slot
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from framefusion.errors import BackendError
-from framefusion.runtime.backends.buffer import Buffer
-from framefusion.runtime.backends.cuda.buffers import CudaBuffers
+from framefusion.runtime.backends.base import BoundSegment
+from framefusion.runtime.backends.buffer import Array, Buffer
 
 KEPT = 4  # graphs: one for each set of buffers that requests happen to get
+
+
+class CapturingDevice(Protocol):
+    """What captures launches: a GPU by its driver or by torch."""
+
+    def capture(self, run: Callable[[], object]) -> Callable[[], None]:
+        """What `run` enqueues, to be replayed.
+
+        Raises:
+            BackendError, RuntimeError: something in it cannot be captured.
+        """
+
+    def download(self, buffer: Buffer) -> Array:
+        """A buffer as a host array."""
+
+
+class KeyedSegment(BoundSegment, Protocol):
+    """A bound segment that says what its launches depend on."""
+
+    @property
+    def key(self) -> object:
+        """Equal for segments whose captured launches are interchangeable."""
 
 
 class CheckedGraphs:
@@ -26,7 +49,7 @@ class CheckedGraphs:
         device: whose stream the steps are enqueued on.
     """
 
-    def __init__(self, device: CudaBuffers) -> None:
+    def __init__(self, device: CapturingDevice) -> None:
         self._device = device
         self._graphs: OrderedDict[object, Callable[[], None]] = OrderedDict()
         self._unproven: set[object] = set()
@@ -36,6 +59,24 @@ class CheckedGraphs:
     def proven(self) -> int:
         """Graphs that are replayed."""
         return len(self._graphs.keys() - self._unproven)
+
+    def chain(self, segments: Sequence[KeyedSegment], behind: Sequence[BoundSegment]) -> Callable[[], None]:
+        """What runs segments, the last of which gives logits, and what is behind them.
+
+        What is behind is enqueued as it is: run twice, it would count a token twice.
+        """
+        key = tuple(segment.key for segment in segments)
+
+        def plain() -> None:
+            for segment in segments:
+                segment.run()
+
+        def run() -> None:
+            self.run(key, plain, segments[-1].outputs["logits"])
+            for link in behind:
+                link.run()
+
+        return run
 
     def run(self, key: object, plain: Callable[[], None], output: Buffer) -> None:
         """Run a step: plainly the first time, twice the second time, as a graph from then on.

@@ -33,6 +33,7 @@ from framefusion.export.plan.build_plan import BuildPlan, replan
 from framefusion.ops.kernels import KERNELS
 from framefusion.runtime.backends.fit import examine
 from framefusion.runtime.backends.inductor.backend import InductorBackend
+from framefusion.runtime.backends.inductor.device import TorchDevice
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
@@ -244,6 +245,16 @@ def test_an_adaptive_bundle_runs_on_its_engines_as_in_onnxruntime(
     found = run(pipeline, prompt, rows, Request(DECODED, cost=1.0), tokens=expected.tokens)
     assert relative_error(found.logits, expected.logits) < 1e-4
     assert relative_error(found.decoded[-1], expected.decoded[-1]) < 1e-4
+
+    # torch's device, on the CPU: lengths in tensors, tokens chosen by torch, rows from the host or from a table there
+    for spare in (0, 1 << 30):
+        monkeypatch.setattr(TorchDevice, "spare_memory", lambda _, spare=spare: spare)
+        torch_backend = InductorBackend(bundle, threads=1)
+        torch_backend.device = TorchDevice("cpu", np.float32)
+        on_torch, request = Pipeline(bundle, torch_backend), Request(DECODED)
+        assert on_torch.generate(TURNS, [draw_clip()], request).token_ids == (
+            Pipeline(bundle, whole).generate(TURNS, [draw_clip()], request).token_ids
+        )
 
     engine = bundle.manifest.engines[0]
     assert {(e.options.get("attention"), e.options.get("caches")) for e in bundle.manifest.engines} == {
