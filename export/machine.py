@@ -25,12 +25,16 @@ def available_memory() -> int:
         )
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        page = os.sysconf("SC_PAGE_SIZE")
+        if "SC_AVPHYS_PAGES" in os.sysconf_names:
+            return page * os.sysconf("SC_AVPHYS_PAGES")
+        return page * os.sysconf("SC_PHYS_PAGES") // 2  # macOS says only what there is in all
 
 
 def peak_memory() -> int:
     """Most bytes that this process had resident so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_disk(place: Path) -> int:

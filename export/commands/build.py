@@ -6,6 +6,7 @@ Builds library objects of the flags and prints reports. torch is imported by wha
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,9 +78,10 @@ def build_command(
     limits = _resources(jobs, engine_cache, engine_cache_limit)
     _check_output(output, force)  # before anything is downloaded
     source = open_checkpoint(checkpoint, revision)
+    options = _calibrated(source, options, clips)
     with progress_lines() as progress:
         settings = {"force": force, "verify": not no_check, "tolerance": tolerance, "resources": limits}
-        built = _build(source, output, options, clips, progress=progress, **settings)
+        built = _build(source, output, options, progress=progress, **settings)
     console.show(_built_report(built), _render_built)
     if not console.wants_json():
         console.log(_next_command(built))
@@ -91,15 +93,21 @@ def _check_output(output: Path, force: bool) -> None:
     check_output(output, force=force)
 
 
-def _build(source: Checkpoint, output: Path, options: BuildOptions, clips: tuple[Path, ...], **settings: Any) -> Built:
+def _calibrated(source: Checkpoint, options: BuildOptions, clips: tuple[Path, ...]) -> BuildOptions:
+    """The options with the schedule that suits the clips, if there are any."""
+    if not clips:
+        return options
+    if options.reduction != "fixed":
+        raise BudgetError(f"--calibrate sets the schedule of --reduction fixed, not of {options.reduction}")
+    from framefusion.export.eager.calibrate import calibrate
+
+    with activity(f"running {len(clips)} films to set the schedule by"):
+        return calibrate(source, options, list(clips))
+
+
+def _build(source: Checkpoint, output: Path, options: BuildOptions, **settings: Any) -> Built:
     from framefusion.export.build import build as build_bundle
 
-    if clips:
-        if options.reduction != "fixed":
-            raise BudgetError(f"--calibrate sets the schedule of --reduction fixed, not of {options.reduction}")
-        from framefusion.export.eager.calibrate import calibrate
-
-        options = calibrate(source, options, list(clips))
     return build_bundle(source, output, options, **settings)
 
 
@@ -253,5 +261,10 @@ def open_checkpoint(name: str, revision: str | None) -> Checkpoint:
 
 
 def missing_package(error: ImportError) -> BackendError:
-    """The error for a package that the extra `export` brings."""
+    """The error for a package that the extra `export` brings, or for what this system's Python is made without."""
+    if error.name in sys.stdlib_module_names:  # fcntl and resource, on Windows
+        return BackendError(
+            f"this system's Python has no module {error.name}, which the toolchain needs: "
+            "build on Linux, or on Windows in WSL"
+        )
     return BackendError(f"{error.name or error} is not installed: {install_command('export')}")

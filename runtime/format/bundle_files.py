@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from framefusion.errors import BundleError
 from framefusion.runtime.machine.user_cache import read_private, user_cache, write_private
 from framefusion.storage.bounded_json import JsonError, parse_json
+from framefusion.storage.files import flags
 from framefusion.storage.records import name_problem
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def read_small(path: Path, most_bytes: int) -> bytes:
         OSError: it cannot be read.
         BundleError: it is too long, or no regular file.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    handle = os.open(path, os.O_RDONLY | flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise BundleError(f"{path} is no regular file: copy the bundle again or rebuild it")

@@ -20,6 +20,8 @@ def user_cache(name: str) -> Path:
 
 def read_private(path: Path, most_bytes: int) -> bytes | None:
     """A small file that only this user can have written; None where there is none, or it is another's or too long."""
+    if not hasattr(os, "getuid"):  # Windows tells no owner here: nothing is believed
+        return None
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
