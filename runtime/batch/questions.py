@@ -101,7 +101,7 @@ def read_questions(source: Path, defaults: Defaults, shard: Shard) -> Iterator[B
         BackendError: Parquet is not installed.
     """
     for place, row in _rows(source):
-        question = _question(place, row, source, defaults)
+        question = read_row(row, place, source.parent if source.is_file() else source, defaults)
         if shard.has(question.id):
             yield question
 
@@ -181,11 +181,22 @@ def _parquet_rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 # --- One question ---------------------------------------------------------------------------------------------------
 
 
-def _question(place: str, row: Mapping[str, Any], source: Path, defaults: Defaults) -> BatchQuestion:
+def read_row(row: Mapping[str, Any], place: str, folder: Path, defaults: Defaults) -> BatchQuestion:
+    """One question.
+
+    Args:
+        row: a line of JSON or a row of a table.
+        place: what messages call it.
+        folder: from which paths in it go on.
+        defaults: for what it does not say.
+
+    Raises:
+        PromptError: it is malformed, or has no prompt or no id.
+    """
     try:
         if "custom_id" in row or "body" in row:
             return _openai_question(row, defaults)
-        return _own_question(row, source, defaults)
+        return _plain_question(row, folder, defaults)
     except (RequestError, PromptError) as error:
         raise PromptError(f"{place}: {error}") from None
 
@@ -203,12 +214,11 @@ def _openai_question(row: Mapping[str, Any], defaults: Defaults) -> BatchQuestio
     return BatchQuestion(identity, chat, openai=True)
 
 
-def _own_question(row: Mapping[str, Any], source: Path, defaults: Defaults) -> BatchQuestion:
+def _plain_question(row: Mapping[str, Any], folder: Path, defaults: Defaults) -> BatchQuestion:
     fields = Fields(row)
     identity = fields.take("id")
     if not isinstance(identity, (str, int)) or isinstance(identity, bool) or identity == "":
         raise PromptError(f"id is {shown(identity)}: give a text or a number of its own")
-    folder = source.parent if source.is_file() else source
     parts: list[str | MediaPart] = []
     for kind in (Visual.VIDEO, Visual.IMAGE):
         given = fields.take(kind.value)

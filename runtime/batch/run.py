@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any
 
 from framefusion.errors import FrameFusionError
@@ -85,7 +86,6 @@ class BatchRun:
         self._request = request
         self._model = model
         self._decoders = decoders
-        self._ending = False
 
     def run(self, questions: Iterator[BatchQuestion], answers: AnswerFile, report: Callable[[Totals], None]) -> Totals:
         """Answer what is not answered yet.
@@ -100,44 +100,63 @@ class BatchRun:
         """
         totals = Totals()
         start = time.monotonic()
-        pending: deque[tuple[BatchQuestion, Future[Prepared]]] = deque()
-        threads = ThreadPoolExecutor(self._decoders, "ahead")
-        try:
+
+        def open_questions() -> Iterator[BatchQuestion]:
             for question in questions:
                 if question.id in answers.done:
                     totals.skipped += 1
-                    continue
-                # 1. Decode ahead, no more than fits.
-                pending.append((question, threads.submit(self._prepare, question)))
-                if len(pending) >= self._decoders + AHEAD:
-                    self._answer(pending.popleft(), answers, totals)
-                    totals.seconds = time.monotonic() - start
-                    report(totals)
-            # 2. The last ones.
-            while pending:
-                self._answer(pending.popleft(), answers, totals)
-                totals.seconds = time.monotonic() - start
-                report(totals)
-        finally:
-            self._ending = True
-            threads.shutdown(cancel_futures=True)
+                else:
+                    yield question
+
+        for question, row in self.rows(open_questions(), totals):
+            answers.add(question.id, row)
+            totals.seconds = time.monotonic() - start
+            report(totals)
         return totals
 
-    def _prepare(self, question: BatchQuestion) -> Prepared:
+    def rows(
+        self, questions: Iterable[BatchQuestion], totals: Totals | None = None
+    ) -> Iterator[tuple[BatchQuestion, dict[str, Any]]]:
+        """Each question with its line, in their order.
+
+        Args:
+            questions: taken as they are needed: a few ahead of the one that is answered.
+            totals: counts what comes.
+
+        Raises:
+            FrameFusionError: see `run`.
+        """
+        totals = totals or Totals()
+        pending: deque[tuple[BatchQuestion, Future[Prepared]]] = deque()
+        ending = Event()
+        threads = ThreadPoolExecutor(self._decoders, "ahead")
+        try:
+            for question in questions:
+                # 1. Decode ahead, no more than fits.
+                pending.append((question, threads.submit(self._prepare, question, ending.is_set)))
+                if len(pending) >= self._decoders + AHEAD:
+                    yield self._answer(pending.popleft(), totals)
+            # 2. The last ones.
+            while pending:
+                yield self._answer(pending.popleft(), totals)
+        finally:
+            ending.set()
+            threads.shutdown(cancel_futures=True)
+
+    def _prepare(self, question: BatchQuestion, is_ending: Callable[[], bool]) -> Prepared:
         """Open and decode what a question shows; runs ahead on a thread."""
         start = time.monotonic()
         reader = self._openai_reader if question.openai else self._plain_reader
         parts = question.chat.media
         images = sum(part.kind is Visual.IMAGE for part in parts)
         with TemporaryDirectory(prefix="framefusion-") as folder:
-            opened = reader.open(parts, Path(folder), self._is_ending)
-            media = reader.decode(opened, images, self._is_ending)
+            opened = reader.open(parts, Path(folder), is_ending)
+            media = reader.decode(opened, images, is_ending)
         return Prepared(question, media, time.monotonic() - start)
 
-    def _is_ending(self) -> bool:
-        return self._ending
-
-    def _answer(self, pending: tuple[BatchQuestion, Future[Prepared]], answers: AnswerFile, totals: Totals) -> None:
+    def _answer(
+        self, pending: tuple[BatchQuestion, Future[Prepared]], totals: Totals
+    ) -> tuple[BatchQuestion, dict[str, Any]]:
         """One line: an answer, or the error that this question's sender can mend."""
         question, future = pending
         try:
@@ -147,14 +166,13 @@ class BatchRun:
             if not error.sender_fault:
                 raise
             totals.failed += 1
-            answers.add(question.id, self._error_row(question, error))
-            return
+            return question, self._error_row(question, error)
         totals.answered += 1
         totals.visual_tokens += answer.visual_tokens
         totals.kept_tokens += kept_tokens(answer)
         for stage, seconds in answer.seconds.items():
             totals.stages[stage] = totals.stages.get(stage, 0.0) + seconds
-        answers.add(question.id, self._row(prepared, answer))
+        return question, self._row(prepared, answer)
 
     def _generate(self, prepared: Prepared) -> Generation:
         """The answer, with the seconds of decoding in it."""
