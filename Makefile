@@ -36,7 +36,7 @@ ENGINES := engines-out
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo documented engines test test-runtime slow test-latest test-oldest lock attack test-gpu test-authors bench-gpu lint clean
+.PHONY: help setup demo documented engines test test-runtime slow test-latest test-oldest lock attack test-gpu test-ray test-authors bench-gpu lint clean
 
 help:
 	@echo "make demo      build a bundle from the tiny checkpoint and ask it about videos, about $(DEMO_TIME)"
@@ -50,6 +50,7 @@ help:
 	@echo "make lock      resolve $(LOCK) and $(OLDEST) anew"
 	@echo "make attack    $(ATTACK_TRIALS) seeded attacks on files, builds and inputs, about $(ATTACK_TIME)"
 	@echo "make test-gpu  tests that need a GPU"
+	@echo "make test-ray  a local Ray of two workers, in $(VENV)-ray"
 	@echo "make test-authors  compare with the authors' own code, in an environment of its own; needs the network"
 	@echo "make bench-gpu prefill and decode of $(PRESET) by $(BACKEND) on the GPU of this machine"
 	@echo "make lint      ruff, ruff format --check, mypy"
@@ -129,6 +130,12 @@ test-oldest:
 	@$(VENV)-oldest/bin/python -m pip install -qq -c $(OLDEST) --no-build-isolation -e '.[dev]'
 	@$(VENV)-oldest/bin/python -m tools.lock --installed
 	@OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+
+# Ray is large: an environment of its own, and no part of .ci/run.
+test-ray:
+	$(call virtualenv,$(VENV)-ray)
+	@$(VENV)-ray/bin/python -m pip install -qq -c $(LOCK) $(LATEST_TORCH) -e '.[ray,dev]'
+	@OMP_NUM_THREADS=1 $(VENV)-ray/bin/python -m pytest -q tests/runtime/ray
 
 lock: setup
 	@$(BIN)/python -m pip install -qq uv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from framefusion.console import messages as console
-from framefusion.console.terminal import activity
+from framefusion.console.terminal import activity, is_interactive
 from framefusion.runtime.commands.flags import COST, COUNT, FILE, open_pipeline, running_flags, running_options
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 NO_LIMIT = 1 << 62
 DECODER_MEMORY = 8 << 30
 DECODER_SECONDS = 3600.0
+LOG_SECONDS = 30.0
 
 
 @click.command()
@@ -93,12 +95,17 @@ def batch(bundle: Path, source: Path, output: Path, **flags: Any) -> None:
         "frames": {"fps": flags["fps"], "max_frames": flags["max_frames"]},
     }
     with AnswerFile(output, settings, flags["retry_errors"]) as answers, activity(f"0 of {count}") as line:
+        reported = [0.0]  # seconds of the run at which a log got a line
 
         def report(totals: Totals) -> None:
             done = len(answers.done)
             rate = (totals.answered + totals.failed) / totals.seconds if totals.seconds else 0.0
             left = f", {(count - done) / rate:.0f} s left" if rate else ""
-            line.say(f"{done} of {count}, {answers.errors} errors, {rate:.2f} a second{left}")
+            progress = f"{done} of {count}, {answers.errors} errors, {rate:.2f} a second{left}"
+            line.say(progress)
+            if not is_interactive(sys.stderr) and totals.seconds > reported[-1] + LOG_SECONDS:
+                reported.append(totals.seconds)
+                console.log(progress)
 
         totals = run.run(read_questions(source, defaults, shard), answers, report)
     # 3. What it came to.
