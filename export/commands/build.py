@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from framefusion.console import messages as console
+from framefusion.console.help import Command, option, sectioned
 from framefusion.console.progress import in_time, progress_lines
 from framefusion.console.terminal import activity
 from framefusion.errors import BackendError, BudgetError
 from framefusion.export.commands.flags import (
-    BACKEND,
     BUNDLE_REVISION,
     CHECKPOINT_REVISION,
+    ENGINE_KIND,
     ENGINE_RESOURCES,
     FOLDER,
     GIGA,
+    IN_CHECK,
+    IN_ENGINES,
+    IN_REDUCTION,
     TARGETS,
     TOLERANCE,
     build_options,
@@ -43,17 +47,31 @@ if TYPE_CHECKING:
 # --- build ------------------------------------------------------------------------------------------------------------
 
 
-@click.command(name="build")
+@click.command(
+    name="build",
+    cls=Command,
+    examples=(
+        "ff-export build path/to/Qwen2-VL-2B-Instruct -o bundle",
+        "ff-export build Qwen/Qwen2-VL-2B-Instruct -o bundle --dtype float16",
+    ),
+)
 @click.argument("checkpoint")
-@click.option("-o", "--output", required=True, type=FOLDER, help="Folder of the bundle.")
+@option("--output", "-o", required=True, type=FOLDER, section="Output", help="Folder that the bundle gets.")
+@option("--force", is_flag=True, section="Output", help="Replace a bundle that is there.")
+@console.json_option
 @CHECKPOINT_REVISION
 @build_options
-@options_of(*ENGINE_RESOURCES)
-@click.option("--calibrate", "clips", multiple=True, type=FOLDER, help="Film to set the fixed schedule by; repeatable.")
-@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
-@click.option("--no-check", is_flag=True, help="Do not compare the bundle with the eager model.")
-@TOLERANCE
-@console.json_option
+@options_of(*sectioned(IN_ENGINES, *ENGINE_RESOURCES))
+@option(
+    "--calibrate",
+    "clips",
+    multiple=True,
+    type=FOLDER,
+    section=IN_REDUCTION,
+    help="Film whose tokens set the schedule's shares (fixed); repeatable; default: no film.",
+)
+@option("--no-check", is_flag=True, section=IN_CHECK, help="Do not compare the bundle with the eager model.")
+@options_of(*sectioned(IN_CHECK, TOLERANCE))
 def build_command(
     checkpoint: str,
     output: Path,
@@ -67,7 +85,7 @@ def build_command(
     engine_cache_limit: float | None,
     **fields: Any,
 ) -> None:
-    """Make a bundle of CHECKPOINT and check it.
+    """Make a bundle of CHECKPOINT, and check it number by number.
 
     CHECKPOINT is a folder, or an id on the Hugging Face hub: ORGANISATION/MODEL. The bundle gets its name when it was
     compared with the eager model.
@@ -147,13 +165,15 @@ def _next_command(built: Built) -> str:
 # --- plan -------------------------------------------------------------------------------------------------------------
 
 
-@click.command(name="plan")
+@click.command(name="plan", cls=Command, examples=("ff-export plan path/to/Qwen2-VL-7B-Instruct -o /data/bundle",))
 @click.argument("checkpoint")
-@click.option("-o", "--output", type=FOLDER, default=Path("."), help="Where the bundle is to be; default: here.")
+@option(
+    "--output", "-o", type=FOLDER, default=Path("."), section="Output", help="Where the bundle is to be; default: here."
+)
+@console.json_option
 @CHECKPOINT_REVISION
 @build_options
-@click.option("--no-check", is_flag=True, help="Of a build that leaves the check out.")
-@console.json_option
+@option("--no-check", is_flag=True, section=IN_CHECK, help="Plan a build that leaves the check out.")
 def plan_command(checkpoint: str, output: Path, revision: str | None, no_check: bool, **fields: Any) -> None:
     """Say what a build of CHECKPOINT would write and take.
 
@@ -172,11 +192,18 @@ def plan_command(checkpoint: str, output: Path, revision: str | None, no_check: 
 # --- compile ----------------------------------------------------------------------------------------------------------
 
 
-@click.command(name="compile")
+@click.command(
+    name="compile",
+    cls=Command,
+    examples=("ff-export compile bundle --backend tensorrt-rtx --target-sm 86,89,120",),
+)
 @click.argument("bundle", type=FOLDER)
-@click.option("--checkpoint", help="What BUNDLE was built from, by folder or id; inductor traces it again.")
+@option(
+    "--checkpoint",
+    help="Folder or id that BUNDLE was built from, which inductor traces again; default: none, others need no such.",
+)
 @BUNDLE_REVISION
-@options_of(BACKEND, *TARGETS, *ENGINE_RESOURCES)
+@options_of(*sectioned(IN_ENGINES, ENGINE_KIND, *TARGETS, *ENGINE_RESOURCES))
 @console.json_option
 def compile_command(bundle: Path, checkpoint: str | None, revision: str | None, **fields: Any) -> None:
     """Compile the graphs of BUNDLE to engines, and add them to it.

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from framefusion.console import messages as console
+from framefusion.console.help import Command, option
 from framefusion.console.terminal import PATIENCE, activity
 from framefusion.errors import BackendError, BundleError, CheckFailedError
 from framefusion.export.commands.build import open_checkpoint, source_revision
-from framefusion.export.commands.flags import BUNDLE_REVISION, FOLDER
+from framefusion.export.commands.flags import BUNDLE_REVISION, FILE, FOLDER
 from framefusion.runtime.commands.flags import TRUSTED_KEYS
 
 if TYPE_CHECKING:
@@ -25,11 +26,18 @@ if TYPE_CHECKING:
 # --- check ----------------------------------------------------------------------------------------------------------
 
 
-@click.command(name="check")
+@click.command(
+    name="check",
+    cls=Command,
+    examples=("ff-export check bundle", "ff-export check bundle --checkpoint path/to/Qwen2-VL-2B-Instruct"),
+)
 @click.argument("bundle", type=FOLDER)
-@click.option("--checkpoint", help="Compare with the eager model again: the folder or id that it was built from.")
+@option(
+    "--checkpoint",
+    help="Compare with the eager model of this folder or id, which BUNDLE was built from; default: no comparison.",
+)
 @BUNDLE_REVISION
-@click.option("--bisect", is_flag=True, help="Look for the node where it differs, graph by graph; with --checkpoint.")
+@option("--bisect", is_flag=True, help="Look for the node where it differs, graph by graph; with --checkpoint.")
 @TRUSTED_KEYS
 @console.json_option
 @click.pass_context
@@ -41,7 +49,10 @@ def check_command(
     bisect: bool,
     trusted_keys: Path | None,
 ) -> None:
-    """Verify the files of BUNDLE, all of them hashed afresh, and say of each engine whether it fits this machine."""
+    """Verify every file of BUNDLE, and say of each engine whether it fits this machine.
+
+    All files are hashed afresh. With --checkpoint the bundle runs beside the eager model, too.
+    """
     from framefusion.export.report.integrity import integrity_facts
     from framefusion.runtime.backends.fit import other_files
     from framefusion.runtime.format.bundle_files import verify_files
@@ -143,15 +154,15 @@ def _render_fits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 # --- sign -----------------------------------------------------------------------------------------------------------
 
 
-@click.command(name="sign")
+@click.command(name="sign", cls=Command, examples=("ff-export sign bundle --key ~/.ssh/id_ed25519",))
 @click.argument("bundle", type=FOLDER)
-@click.option("--key", required=True, type=FOLDER, help="Private ed25519 key, without a passphrase.")
+@option("--key", required=True, type=FILE, help="File with a private ed25519 key that has no passphrase.")
 @console.json_option
 def sign_command(bundle: Path, key: Path) -> None:
-    """Sign BUNDLE, all of its files hashed afresh.
+    """Sign BUNDLE, so that others can tell that it is yours.
 
-    The key is one of ssh-keygen -t ed25519, or of openssl genpkey -algorithm ed25519. ff-run --trusted-keys runs what
-    its public part signed.
+    All of its files are hashed afresh. The key is one of ssh-keygen -t ed25519, or of openssl genpkey -algorithm
+    ed25519. ff-run --trusted-keys runs what its public part signed.
     """
     from framefusion.export.writing.signing import sign_bundle
     from framefusion.runtime.trust.signatures import fingerprint

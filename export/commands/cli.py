@@ -10,17 +10,23 @@ import click
 
 import framefusion
 from framefusion.console import messages as console
-from framefusion.console.help import HELP_NAMES
 from framefusion.export.commands.build import build_command, compile_command, plan_command
 from framefusion.export.commands.check import check_command, sign_command
 from framefusion.export.commands.evaluate import evaluate_command, view_command
 from framefusion.export.commands.report import families_command, inspect_command
 
 
-@click.group(cls=console.CommandGroup, context_settings=HELP_NAMES)
+@click.group(
+    cls=console.CommandGroup,
+    examples=(
+        "ff-export plan path/to/Qwen2-VL-2B-Instruct -o bundle",
+        "ff-export build path/to/Qwen2-VL-2B-Instruct -o bundle",
+        "ff-run generate bundle --video clip.mp4 --prompt 'What happens?'",
+    ),
+)
 @click.version_option(framefusion.__version__, "--version", "-V")
 def ff_export() -> None:
-    """Export a video LVLM with token reduction inside its LLM."""
+    """Compile a video LVLM ahead of time, with token reduction inside its LLM, to a bundle that ff-run answers with."""
 
 
 for _command in (

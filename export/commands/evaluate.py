@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from framefusion.console import messages as console
+from framefusion.console.help import Command
 from framefusion.console.progress import CountLines
 from framefusion.console.terminal import activity
 from framefusion.export.commands.build import LOADING, missing_package, open_checkpoint
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 # --- eval -----------------------------------------------------------------------------------------------------------
 
 
-@click.command(name="eval")
+@click.command(
+    name="eval",
+    cls=Command,
+    examples=("ff-export eval bundle --questions questions.jsonl --cost 1,0.3 -o out.json",),
+)
 @click.argument("model", metavar="BUNDLE|CHECKPOINT")
 @CHECKPOINT_REVISION
 @eval_options
@@ -69,7 +74,11 @@ def evaluate_command(
 # --- view -----------------------------------------------------------------------------------------------------------
 
 
-@click.command(name="view", cls=VisualCommand)
+@click.command(
+    name="view",
+    cls=VisualCommand,
+    examples=("ff-export view path/to/Qwen2-VL -v clip.mp4 -p 'What happens?' -o page.html",),
+)
 @click.argument("model", metavar="BUNDLE|CHECKPOINT")
 @CHECKPOINT_REVISION
 @OUTPUT
@@ -78,7 +87,7 @@ def evaluate_command(
 @THREADS
 @console.json_option
 def view_command(model: str, revision: str | None, output: Path, compare: bool, threads: int, **prompt: Any) -> None:
-    """Answer a question and draw what became of each token: one HTML page.
+    """Answer a question and draw what became of each token, as one HTML page.
 
     A bundle runs as `ff-run view` runs it; a checkpoint runs in eager torch, in fp32, and nothing is built.
     """

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from framefusion.console.help import option, sectioned
 from framefusion.export.options import (
     CACHE_LIMIT,
     DEFAULT_DEPTH,
@@ -48,13 +49,16 @@ class _Finite(click.FloatRange):
 
 
 FINITE = _Finite(min=0, min_open=True)
-OF_FAMILY = "the family's"
+OF_FAMILY = "the model family's"
 OF_CHECKPOINT = "the checkpoint's"
 
 
-def _flag(name: str, kind: Any, text: str, default: str | None = None) -> Callable[[Command], Command]:
+def _flag(
+    name: str, kind: Any, text: str, default: str | None = None, short: str | None = None
+) -> Callable[[Command], Command]:
     """An option without a default of its own; the help says `default`, which is where the value comes from then."""
-    return click.option(name, type=kind, help=text if default is None else f"{text[:-1]}; default: {default}.")
+    names = [name] if short is None else [name, short]
+    return option(*names, type=kind, help=text if default is None else f"{text[:-1]}; default: {default}.")
 
 
 _DEFAULTS = {field.name: field.default for field in fields(BuildOptions)}
@@ -82,77 +86,139 @@ BACKEND = _field(
     "Compile engines of this kind, too.",
     "none, ONNX Runtime runs the graphs",
 )
+ENGINE_KIND = option("--backend", type=click.Choice(engine_kinds()), help="Kind of engines to compile; must be given.")
 TARGETS = (
     _field(
-        "target_sm", CommaList(str), "Compute capabilities of the GPUs: 86,89,120.", "all that the library builds for"
+        "target_sm",
+        CommaList(str),
+        "Compute capabilities of the GPUs that engines are for, such as 86,89,120.",
+        "all that the library builds for",
     ),
     _field("device", click.Choice(get_args(Device)), "What inductor compiles for, on a machine that has it."),
-    click.option("--engines-only", is_flag=True, help="Leave out the graphs and weights that engines stand for."),
+    option("--engines-only", is_flag=True, help="Leave out the graphs and weights that engines stand for."),
 )
 ENGINE_RESOURCES = (
     _flag("--jobs", JOBS, "Engines compiled at once.", "one for two cores, as far as memory allows"),
-    _flag("--engine-cache", FOLDER, "Where engines are kept for other builds.", "the user's cache"),
+    _flag("--engine-cache", FOLDER, "Folder where engines are kept for other builds.", "the user's cache"),
     _flag("--engine-cache-limit", FINITE, "Gigabytes of engines that are kept.", f"{CACHE_LIMIT / GIGA:g}"),
 )
-BUILD_OPTIONS = (
-    _field("reduction", click.Choice(("none", "fixed", "adaptive")), "Where tokens are dropped."),
-    _field("reducer", str, "What drops tokens (adaptive): a name that `ff-run reducers` lists."),
-    _field("cost", float, "Share of the computation over visual tokens that is kept, in (0, 1]."),
-    _field("similarity_lower_bound", float, "Tokens at least this alike merge (adaptive).", OF_FAMILY),
-    _field("ratio_lower_bound", float, "Merging ends when a smaller share merges (adaptive)."),
-    _field("depth", LAYER, "Deepest layer a reduction may follow (adaptive).", str(DEFAULT_DEPTH)),
-    _field("merge_shares", CommaList(float), "Share merged at calls 0, 1, ... (fixed)."),
-    _field("prune_layer", LAYER, "Layer the prune follows (fixed)."),
-    _field("dialect", str, "How the graphs say attention: gqa (ONNX Runtime) or portable.", "with --backend portable"),
-    _field("buckets", CommaList(int), "Sizes of a prefill; the gqa dialect needs none."),
+REDUCTION = (
+    _field(
+        "reduction",
+        click.Choice(("none", "fixed", "adaptive")),
+        "How tokens are dropped: not at all, by a schedule that is built in, or by thresholds for each film anew.",
+    ),
+    _field("cost", float, "Share of the computation over visual tokens that is kept, above 0 up to 1."),
+    _field("reducer", str, "What drops tokens (adaptive): a name that ff-run reducers lists."),
+    _field("similarity_lower_bound", float, "Merge tokens that are at least this alike (adaptive).", OF_FAMILY),
+    _field("ratio_lower_bound", float, "Stop merging after a layer where a smaller share of tokens merges (adaptive)."),
+    _field("depth", LAYER, "Deepest layer that a reduction may follow (adaptive).", str(DEFAULT_DEPTH)),
+    _field(
+        "merge_shares",
+        CommaList(float),
+        "Share of the tokens merged at each of the first layers, such as 0.4,0.1 (fixed).",
+        "none, then give --calibrate",
+    ),
+    _field("prune_layer", LAYER, "Layer that the prune follows (fixed).", "none, then give --calibrate"),
+)
+SIZES = (
     _field("max_input_len", COUNT, "Longest prompt in tokens.", f"{DEFAULT_INPUT}, or what the LLM was trained for"),
     _field(
-        "max_kv_cache_capacity", COUNT, "Longest prompt and answer together.", f"{DEFAULT_NEW_TOKENS} beyond the prompt"
+        "max_kv_cache_capacity",
+        COUNT,
+        "Longest prompt and answer together, in tokens.",
+        f"{DEFAULT_NEW_TOKENS} beyond the prompt",
     ),
-    _field("max_text_len", COUNT, "Longest text of a prompt (fixed)."),
-    _field("dtype", click.Choice(get_args(DType)), "Of weights, activations and caches.", "with --backend float16"),
+    _field("max_text_len", COUNT, "Longest text of a prompt in tokens (fixed)."),
+    _field(
+        "dtype", click.Choice(get_args(DType)), "Type of weights, activations and caches.", "with --backend float16"
+    ),
+    _field("dialect", str, "How the graphs say attention: gqa (ONNX Runtime) or portable.", "with --backend portable"),
+    _field(
+        "buckets",
+        CommaList(int),
+        "Lengths in tokens that prefills are padded to, such as 512,2048; the gqa dialect needs none.",
+        "some up to --max-input-len",
+    ),
     _field("num_decoder_layer", COUNT, "Take only the first layers, for a smoke test.", "all"),
-    _field("fps", POSITIVE, "Frames sampled from a second of film.", OF_CHECKPOINT),
-    _field("max_frames", COUNT, "Most frames sampled.", OF_CHECKPOINT),
-    _field("min_pixels", COUNT, "Smallest frame.", OF_CHECKPOINT),
-    _field("max_pixels", COUNT, "Largest frame.", OF_CHECKPOINT),
+)
+PICTURES = (
+    _field("fps", POSITIVE, "Frames taken from each second of film.", OF_CHECKPOINT),
+    _field("max_frames", COUNT, "Most frames taken from a film.", OF_CHECKPOINT),
+    _field("min_pixels", COUNT, "Smallest frame that is shown, width times height.", OF_CHECKPOINT),
+    _field("max_pixels", COUNT, "Largest frame that is shown, width times height.", OF_CHECKPOINT),
+    _field("total_pixels", COUNT, "Most pixels of all frames together (Qwen2-VL, Qwen2.5-VL).", OF_CHECKPOINT),
+    _field("max_slice_nums", COUNT, "Most slices that a frame is cut into (MiniCPM-V).", OF_FAMILY),
+    _field("max_tiles", COUNT, "Most tiles that a picture is cut into (InternVL, NVILA, LLaVA).", OF_FAMILY),
+    _field("frame_label", str, "Text before each frame, {} its number (InternVL).", OF_CHECKPOINT),
     _field(
         "mm_spatial_pool_mode",
         click.Choice(("bilinear", "average")),
-        "Pooling of a frame's patches (LLaVA).",
+        "How a frame's patches are pooled (LLaVA).",
         OF_CHECKPOINT,
     ),
-    _field("max_slice_nums", COUNT, "Most slices of a frame (MiniCPM-V).", OF_FAMILY),
-    _field("max_tiles", COUNT, "Most tiles of an image.", OF_FAMILY),
-    _field("frame_label", str, "Text before each frame, {} its number (InternVL).", OF_CHECKPOINT),
-    _field("total_pixels", COUNT, "Most pixels of all frames together (Qwen2-VL, Qwen2.5-VL).", OF_CHECKPOINT),
     _field(
         "resize_rounding",
         click.Choice(("twice", "once")),
-        "To whole levels, after each direction or at the end (Qwen-VL).",
+        "Round a resized picture to whole levels after each direction, or once at the end (Qwen-VL).",
         "twice",
     ),
-    BACKEND,
-    *TARGETS,
+)
+IN_REDUCTION = "Token reduction"
+IN_SIZES = "Sizes and graphs"
+IN_PICTURES = "Films and pictures"
+IN_ENGINES = "Engines"
+IN_CHECK = "The check"
+BUILD_OPTIONS = (
+    *sectioned(IN_REDUCTION, *REDUCTION),
+    *sectioned(IN_SIZES, *SIZES),
+    *sectioned(IN_PICTURES, *PICTURES),
+    *sectioned(IN_ENGINES, BACKEND, *TARGETS),
 )
 CHECKPOINT_REVISION = _flag("--revision", str, "Branch, tag or commit of a checkpoint on the hub.", "main")
-BUNDLE_REVISION = _flag("--revision", str, "Branch, tag or commit of that id.", "the bundle's own")
+BUNDLE_REVISION = _flag("--revision", str, "Branch, tag or commit of that id on the hub.", "the bundle's own")
 TOLERANCE = _flag(
     "--tolerance", FINITE, "Largest error that passes, relative to the reference's maximum.", "by --dtype"
 )
 EVAL_OPTIONS = (
-    click.option("--questions", required=True, type=FILE, help="One JSON object a line: see docs/evaluation.md."),
-    _flag("--reducer", CommaList(str), "What drops tokens; the first is compared with the others.", "the bundle's own"),
-    _flag("--cost", CommaList(float), "Share of the computation over visual tokens kept.", "1 and the bundle's"),
-    click.option("-o", "--output", type=FILE, help="Report and all answers; a run that has begun goes on from there."),
-    click.option("--limit", type=COUNT, help="Ask the first questions only."),
-    click.option("--jobs", type=JOBS, default=1, show_default=True, help="Processes, each with the model."),
-    _flag("--live", click.Choice(LIVE), "What runs a checkpoint.", f"{LIVE[0]} where its processor loads"),
-    click.option("--max-new-tokens", type=COUNT, default=16, show_default=True, help="Of an answer."),
-    _flag("--fps", POSITIVE, "Frames sampled from a second of film.", "the model's"),
-    _flag("--max-frames", COUNT, "Most frames sampled.", "the model's"),
-    _flag("--system", str, "System prompt.", OF_FAMILY),
-    click.option("--seed", type=LAYER, default=0, show_default=True, help="Of reducers that draw."),
+    *sectioned(
+        "What is asked",
+        option("--questions", required=True, type=FILE, help="File with a JSON object a line: see docs/evaluation.md."),
+        _flag("--limit", COUNT, "Ask this many of the questions, the first ones.", "all"),
+        _flag("--fps", POSITIVE, "Frames taken from each second of film.", "the model's"),
+        _flag("--max-frames", COUNT, "Most frames taken from a film.", "the model's"),
+        _flag("--system", str, "System prompt, which comes before the question.", OF_FAMILY),
+        option("--max-new-tokens", "-n", type=COUNT, default=16, show_default=True, help="Longest answer, in tokens."),
+    ),
+    *sectioned(
+        "What is compared",
+        _flag(
+            "--reducer",
+            CommaList(str),
+            "What drops tokens, with commas; the first is compared with the others.",
+            "the bundle's own",
+        ),
+        _flag(
+            "--cost",
+            CommaList(float),
+            "Shares of the computation over visual tokens that are kept, with commas.",
+            "1 and the bundle's",
+        ),
+        option(
+            "--seed", type=LAYER, default=0, show_default=True, help="Number that fixes what reducers draw by chance."
+        ),
+    ),
+    *sectioned(
+        "Where it runs",
+        _flag("--live", click.Choice(LIVE), "What runs a checkpoint.", f"{LIVE[0]} where its processor loads"),
+        option(
+            "--jobs", type=JOBS, default=1, show_default=True, help="Processes that answer, each with the whole model."
+        ),
+    ),
+    *sectioned(
+        "Output",
+        _flag("--output", FILE, "Report and all answers; a run that has begun goes on from there.", "none", short="-o"),
+    ),
 )
 
 
@@ -160,8 +226,8 @@ def options_of(*options: Callable[[Command], Command]) -> Callable[[Command], Co
     """Add some options to a command, in this order."""
 
     def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
+        for add_option in reversed(options):
+            command = add_option(command)
         return command
 
     return add

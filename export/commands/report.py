@@ -8,15 +8,16 @@ from typing import Any
 import click
 
 from framefusion.console import messages as console
+from framefusion.console.help import Command, option
 from framefusion.export.commands.flags import COUNT, FOLDER
 
 
-@click.command(name="inspect")
+@click.command(name="inspect", cls=Command, examples=("ff-export inspect bundle --input-len 4096 --cost 0.3",))
 @click.argument("bundle", type=FOLDER)
-@click.option("--input-len", type=COUNT, help="Tokens of the prompt; default: the longest that fits.")
-@click.option("--visual-len", type=click.IntRange(min=0), help="Visual tokens among them; default: all but 64.")
-@click.option("--max-new-tokens", type=COUNT, default=128, show_default=True, help="Of the answer.")
-@click.option("--cost", type=float, help="Kept share for the expected lengths; default: the bundle's.")
+@option("--input-len", type=COUNT, help="Tokens of the prompt that memory is counted for; default: the longest.")
+@option("--visual-len", type=click.IntRange(min=0), help="Visual tokens among them; default: all but 64.")
+@option("--max-new-tokens", "-n", type=COUNT, default=128, show_default=True, help="Longest answer, in tokens.")
+@option("--cost", type=float, help="Kept share that expected lengths are counted for; default: the bundle's.")
 @console.json_option
 def inspect_command(bundle: Path, **prompt_size: Any) -> None:
     """Say what is in BUNDLE and what memory it takes."""
@@ -25,7 +26,7 @@ def inspect_command(bundle: Path, **prompt_size: Any) -> None:
     console.show(report(bundle, PromptSize(**prompt_size)), render)
 
 
-@click.command(name="families")
+@click.command(name="families", cls=Command, examples=("ff-export families",))
 @console.json_option
 def families_command() -> None:
     """List the model families, and what each was verified against."""

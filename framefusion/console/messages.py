@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
 
-from framefusion.console.help import option
+from framefusion.console.help import Group, option
 from framefusion.console.layout import labelled as labelled
 from framefusion.console.layout import prose, terminal_width
 from framefusion.console.layout import table as table
@@ -43,7 +43,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Report = TypeVar("Report")
 
 
-class CommandGroup(click.Group):
+class CommandGroup(Group):
     """Commands whose users see a message and an exit code where they made a mistake, and a traceback only for a bug.
 
     A full disk is a `StorageError` wherever it shows, and so is a standard output that takes no more. Where its reader

@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from framefusion.console import messages as console
+from framefusion.console.help import Command
 from framefusion.console.terminal import PATIENCE, activity
 from framefusion.errors import CheckFailedError
 from framefusion.runtime.commands.flags import FILE, backend_options
 
 
-@click.command()
+@click.command(cls=Command, examples=("ff-run check bundle", "ff-run check bundle --backend onnxruntime --json"))
 @click.argument("bundle", type=FILE)
 @backend_options
 @console.json_option
@@ -28,10 +29,10 @@ def check(
     trusted_keys: Path | None,
     trust_engines: bool,
 ) -> None:
-    """Run BUNDLE's golden on the backend that would be chosen here, and say right or wrong, number by number.
+    """Say whether the backend that would be chosen here computes BUNDLE right, number by number.
 
-    The golden is a small request with the answers of the eager model in fp32. What is found is remembered for this
-    bundle, device, driver and library: the next `generate` goes by it.
+    It runs the bundle's golden, a small request whose right answers the bundle carries: those of the eager model in
+    fp32. What is found is remembered for this bundle, device, driver and library, and the next answer goes by it.
     """
     from framefusion.runtime.bundle import Bundle
     from framefusion.runtime.proof.opening import check_backend

@@ -13,7 +13,7 @@ import click
 
 import framefusion
 from framefusion.console import messages as console
-from framefusion.console.help import HELP_NAMES
+from framefusion.console.help import option
 from framefusion.console.terminal import PATIENCE, activity
 from framefusion.runtime.commands.check import check
 from framefusion.runtime.commands.flags import (
@@ -38,41 +38,36 @@ if TYPE_CHECKING:
     from framefusion.runtime.pipeline import Pipeline
 
 
-@click.group(cls=console.CommandGroup, context_settings=HELP_NAMES)
+@click.group(
+    cls=console.CommandGroup,
+    examples=(
+        "ff-run generate bundle --video clip.mp4 --prompt 'What happens?'",
+        "ff-run chat bundle --video clip.mp4",
+    ),
+)
 @click.version_option(framefusion.__version__, "--version", "-V")
 def ff_run() -> None:
-    """Run an exported video LVLM."""
+    """Ask a model about films and pictures: run a bundle that ff-export built, with token reduction inside its LLM."""
 
 
 ff_run.add_command(generate)
-ff_run.add_command(check)
-ff_run.add_command(serve)
-ff_run.add_command(batch)
 
 
-@ff_run.command(cls=VisualCommand)
-@click.argument("bundle", type=FILE)
-@OUTPUT
-@COMPARE
-@question_options
-@running_options
-@console.json_option
-def view(bundle: Path, output: Path, compare: bool, **options: Any) -> None:
-    """Answer as `generate` does, and draw what became of each token: one HTML page."""
-    running = running_flags(options)
-    question = PromptOptions.from_flags(**options)
-    pipeline = open_pipeline(bundle, **running)
-    show_page(pipeline, bundle.resolve().name, question, output, compare)
-
-
-@ff_run.command(cls=VisualCommand)
+@ff_run.command(
+    cls=VisualCommand,
+    examples=(
+        "ff-run chat bundle --video clip.mp4 --cost 0.3",
+        "printf 'What happens?\\nWho is it?\\n' | ff-run chat bundle -v clip.mp4",
+    ),
+)
 @click.argument("bundle", type=FILE)
 @conversation_options
 @running_options
 def chat(bundle: Path, system: str | None, **flags: Any) -> None:
-    """Talk with BUNDLE about films and pictures: each is read and encoded once, and stays in the caches.
+    """Talk with BUNDLE about films and pictures.
 
-    A line is a message, /help lists the commands. Works piped: answers go to stdout, all else to stderr.
+    Each is read and encoded once and stays in the caches. A line is a message, and /help lists the commands. It works
+    piped: answers go to stdout, all else to stderr.
     """
     from framefusion.runtime.commands import chat as conversation
 
@@ -95,17 +90,56 @@ def chat(bundle: Path, system: str | None, **flags: Any) -> None:
     talk.run(conversation.typed_lines() if talk.interactive else conversation.piped_lines())
 
 
-@ff_run.command(cls=VisualCommand)
+ff_run.add_command(batch)
+ff_run.add_command(serve)
+
+
+@ff_run.command(
+    cls=VisualCommand,
+    examples=("ff-run view bundle -v clip.mp4 -p 'What happens?' --compare -o report.html",),
+)
 @click.argument("bundle", type=FILE)
-@click.option("--cost", "costs", type=CommaList(float), default=(), help="Costs to compare; default: 1,0.5,0.3.")
-@click.option(
-    "--rounds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Answers at each that count."
+@OUTPUT
+@COMPARE
+@question_options
+@running_options
+@console.json_option
+def view(bundle: Path, output: Path, compare: bool, **options: Any) -> None:
+    """Answer a question and draw what became of each token, as one HTML page.
+
+    Answers as generate does. The page loads nothing from elsewhere: open it in a browser.
+    """
+    running = running_flags(options)
+    question = PromptOptions.from_flags(**options)
+    pipeline = open_pipeline(bundle, **running)
+    show_page(pipeline, bundle.resolve().name, question, output, compare)
+
+
+@ff_run.command(
+    cls=VisualCommand, examples=("ff-run bench bundle -v clip.mp4 -p 'What happens?' --cost 1,0.5,0.3 --json",)
+)
+@click.argument("bundle", type=FILE)
+@option(
+    "--cost",
+    "costs",
+    type=CommaList(float),
+    default=(),
+    section="Measurement",
+    help="Shares of the computation over visual tokens to compare, the first with the others; default: 1,0.5,0.3.",
+)
+@option(
+    "--rounds",
+    type=click.IntRange(1, 1000),
+    default=3,
+    show_default=True,
+    section="Measurement",
+    help="Answers at each cost that count, after one that does not.",
 )
 @comparing_options
 @running_options
 @console.json_option
 def bench(bundle: Path, costs: tuple[float, ...], rounds: int, **options: Any) -> None:
-    """Measure one question with BUNDLE at several costs, side by side: stages, first token, memory, answers."""
+    """Measure a question at several costs, side by side: stages, first token, memory and answers."""
     from framefusion.runtime.commands.bench import measure, render, ways_of
 
     running = running_flags(options)
@@ -119,10 +153,13 @@ def bench(bundle: Path, costs: tuple[float, ...], rounds: int, **options: Any) -
     console.show(measured, render)
 
 
-@ff_run.command()
+ff_run.add_command(check)
+
+
+@ff_run.command(examples=("ff-run reducers",))
 @console.json_option
 def reducers() -> None:
-    """List what can drop tokens, in the box and from installed packages."""
+    """List the methods that can drop tokens: those of this package and those that installed packages add."""
     from framefusion.reducers import reducer_facts
 
     console.show({"reducers": reducer_facts()}, _render_reducers)

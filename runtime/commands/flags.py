@@ -100,8 +100,17 @@ _limits = partial(option, section="Limits on files")
 OF_BUNDLE = "default: the bundle's"
 OF_CHECKPOINT = "default: the checkpoint's"
 
-OUTPUT = option("-o", "--output", required=True, type=FILE, help="The page; replaces an older page, nothing else.")
-COMPARE = option("--compare", is_flag=True, help="Answer without reduction, too, and show both side by side.")
+OUTPUT = option(
+    "--output",
+    "-o",
+    required=True,
+    type=FILE,
+    section="Output",
+    help="File that the page is written to; an older page is replaced, nothing else is.",
+)
+COMPARE = option(
+    "--compare", section="Output", is_flag=True, help="Answer without reduction, too, and show both side by side."
+)
 _PROMPT_HELP = "- reads it from standard input, @FILE from a file, @@ begins one with an @."
 PROMPT = _shown("--prompt", "-p", required=True, help=f"Question about the films and pictures; {_PROMPT_HELP}")
 PROMPTS = _shown(

@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from framefusion.console import messages as console
+from framefusion.console.help import Command, option
 from framefusion.console.terminal import activity, is_interactive
-from framefusion.runtime.commands.flags import COST, COUNT, FILE, open_pipeline, running_flags, running_options
+from framefusion.runtime.commands.flags import (
+    COST,
+    COUNT,
+    FILE,
+    OF_BUNDLE,
+    OF_CHECKPOINT,
+    open_pipeline,
+    running_flags,
+    running_options,
+)
+from framefusion.runtime.commands.question.prompt_text import read_prompt
 
 if TYPE_CHECKING:
     from framefusion.runtime.batch.run import Totals
@@ -25,37 +36,95 @@ DECODER_SECONDS = 3600.0
 LOG_SECONDS = 30.0
 
 
-@click.command()
+@click.command(cls=Command, examples=("ff-run batch bundle clips -p 'What happens?' --cost 0.3 -o answers.jsonl",))
 @click.argument("bundle", type=FILE)
 @click.argument("source", type=FILE)
-@click.option(
-    "-o", "--output", required=True, type=FILE, help="The answers, JSONL; a run that ended early goes on behind them."
+@option(
+    "--output",
+    "-o",
+    section="Output",
+    required=True,
+    type=FILE,
+    help="The answers, JSONL; a run that ended early goes on behind them.",
 )
-@click.option("--prompt", help="Asked about every film that has no prompt of its own.")
-@click.option("--system", help="System prompt of questions that have none; default: the family's.")
-@click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="The I-th of N parts, from 0, by ids.")
-@click.option("--retry-errors", is_flag=True, help="Ask again what an earlier run could not answer.")
-@click.option("--max-new-tokens", type=COUNT, default=128, show_default=True, help="Of an answer.")
+@option(
+    "--prompt",
+    "-p",
+    section="What is asked",
+    help="Question about every film that has none of its own; - and @FILE read it, as those of generate do; default: "
+    "every line must have one.",
+)
+@option(
+    "--system", section="What is asked", help="System prompt of questions that have none; default: the model family's."
+)
+@option(
+    "--shard",
+    section="Load",
+    default="0/1",
+    show_default=True,
+    metavar="I/N",
+    help="The I-th of N parts, from 0, by ids.",
+)
+@option("--retry-errors", section="Output", is_flag=True, help="Ask again what an earlier run could not answer.")
+@option(
+    "--max-new-tokens",
+    "-n",
+    section="The answer",
+    type=COUNT,
+    default=128,
+    show_default=True,
+    help="Longest answer, counted in tokens.",
+)
 @COST
-@click.option("--reducer", help="What drops tokens: a name that `ff-run reducers` lists; default: the bundle's.")
-@click.option("--temperature", type=float, help="Of drawn tokens; 0 takes the best one.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of drawn tokens and of the random reducer.")
-@click.option("--fps", type=click.FloatRange(min=0, min_open=True), help="Frames sampled from a second of film.")
-@click.option("--max-frames", type=COUNT, help="Most frames sampled of a film.")
-@click.option(
+@option(
+    "--reducer",
+    section="Token reduction",
+    help="What drops tokens: a name that `ff-run reducers` lists; default: the bundle's.",
+)
+@option(
+    "--temperature",
+    "-t",
+    section="The answer",
+    type=float,
+    help=f"Draw tokens by chance, the bolder the higher; 0 always takes the likeliest; {OF_CHECKPOINT}.",
+)
+@option(
+    "--seed",
+    section="The answer",
+    type=click.IntRange(min=0),
+    help="Number that fixes what is drawn by chance; default: other draws each time.",
+)
+@option(
+    "--fps",
+    section="Frames of a film",
+    type=click.FloatRange(min=0, min_open=True),
+    help=f"Frames taken from each second of film; {OF_BUNDLE}.",
+)
+@option("--max-frames", section="Frames of a film", type=COUNT, help=f"Most frames taken from a film; {OF_BUNDLE}.")
+@option(
     "--decoders",
+    section="Load",
     type=COUNT,
     default=max((os.cpu_count() or 2) // 2, 1),
-    help="Films decoded ahead; default: half of the cores.",
+    help="Processes that decode films ahead; default: half of the cores.",
 )
-@click.option("--images-as-video", is_flag=True, help="Take pictures in a row, in OpenAI's lines, for a film's frames.")
-@click.option(
+@option(
+    "--images-as-video",
+    section="What is asked",
+    is_flag=True,
+    help="Take pictures in a row, in OpenAI's lines, for a film's frames.",
+)
+@option(
     "--allowed-media-domains",
+    section="What is asked",
     default="",
     help="Hosts that OpenAI's lines may fetch from, with commas, or any; default: none.",
 )
-@click.option(
-    "--allowed-local-media-path", type=FILE, help="Folder of files that OpenAI's lines may open; default: none."
+@option(
+    "--allowed-local-media-path",
+    section="What is asked",
+    type=FILE,
+    help="Folder of files that OpenAI's lines may open; default: none.",
 )
 @running_options
 @console.json_option
@@ -64,10 +133,6 @@ def batch(bundle: Path, source: Path, output: Path, **flags: Any) -> None:
 
     SOURCE is a folder of films and pictures, a .jsonl or .parquet file of id, video or image, and prompt, or lines as
     OpenAI's batch API takes them.
-
-    \b
-    Example:
-      ff-run batch bundle clips --prompt "What happens?" --cost 0.3 -o answers.jsonl
     """
     from framefusion.runtime.batch.answers import AnswerFile
     from framefusion.runtime.batch.questions import Defaults, Shard, check_questions, read_questions
@@ -76,7 +141,9 @@ def batch(bundle: Path, source: Path, output: Path, **flags: Any) -> None:
     # 1. All questions are read once, before anything is opened.
     running = running_flags(flags)
     shard = Shard.parse(flags["shard"])
-    defaults = Defaults(flags["prompt"], flags["system"], flags["images_as_video"])
+    defaults = Defaults(
+        None if flags["prompt"] is None else read_prompt(flags["prompt"]), flags["system"], flags["images_as_video"]
+    )
     with activity(f"reading {source}"):
         count = check_questions(source, defaults, shard)
     if shard.count > 1:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from framefusion.console import messages as console
+from framefusion.console.help import Command, option
 from framefusion.errors import BackendError, ServerError
 from framefusion.installation import install_command
 from framefusion.runtime.commands.flags import COUNT, FILE, open_pipeline, running_flags, running_options
@@ -20,56 +21,108 @@ MEGABYTE = 1 << 20
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-@click.command()
+@click.command(cls=Command, examples=("ff-run serve bundle --port 8000", "curl http://127.0.0.1:8000/v1/models"))
 @click.argument("bundle", type=FILE)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of them.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--model-name", help="Name under which the bundle answers; default: the name of its folder.")
-@click.option(
+@option(
+    "--host",
+    section="The server",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 is all of them.",
+)
+@option(
+    "--port",
+    section="The server",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
+@option(
+    "--model-name", section="The server", help="Name under which the bundle answers; default: the name of its folder."
+)
+@option(
     "--api-key",
+    section="The server",
     envvar="FRAMEFUSION_API_KEY",
     show_envvar=True,
-    help="Key that every request must carry. Better given in the environment: flags can be seen by others.",
+    help="Key that every request must carry, best given in the environment, since others can see flags; default: none.",
 )
-@click.option(
+@option(
     "--allowed-hosts",
+    section="The server",
     help="Names under which clients address the server, with commas between; default: this machine's own, and --host.",
 )
-@click.option(
+@option(
     "--allowed-media-domains",
+    section="What clients may show",
     default="",
     help="Hosts that films and pictures are fetched from, with commas between, or any; default: none.",
 )
-@click.option(
-    "--allowed-local-media-path", type=FILE, help="Folder below which file:// addresses are opened; default: none."
+@option(
+    "--allowed-local-media-path",
+    section="What clients may show",
+    type=FILE,
+    help="Folder below which file:// addresses are opened; default: none.",
 )
-@click.option("--max-media-mb", type=COUNT, default=256, show_default=True, help="Of one request's films and pictures.")
-@click.option(
-    "--max-waiting", type=click.IntRange(0), default=16, show_default=True, help="Requests that wait; more get a 429."
+@option(
+    "--max-media-mb",
+    section="What clients may show",
+    type=COUNT,
+    default=256,
+    show_default=True,
+    help="Largest films and pictures of one request together, in megabytes.",
 )
-@click.option("--max-running", type=COUNT, default=4, show_default=True, help="Requests that are answered in turns.")
-@click.option(
+@option(
+    "--max-waiting",
+    section="Load",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    help="Most requests that wait; others get a 429.",
+)
+@option(
+    "--max-running",
+    section="Load",
+    type=COUNT,
+    default=4,
+    show_default=True,
+    help="Most requests that are answered at once, in turns.",
+)
+@option(
     "--cache-mb",
+    section="Load",
     type=COUNT,
     default=2048,
     show_default=True,
-    help="For keys and values, those of conversations too.",
+    help="Megabytes for keys and values, those of conversations too.",
 )
-@click.option("--request-seconds", type=click.IntRange(1), default=600, show_default=True, help="For one request.")
-@click.option("--images-as-video", is_flag=True, help="Take pictures that follow each other for the frames of a film.")
-@click.option(
-    "--metrics-prefix", default="framefusion:", show_default=True, help="Of the names under /metrics; vLLM's is vllm:."
+@option(
+    "--request-seconds",
+    section="Load",
+    type=click.IntRange(1),
+    default=600,
+    show_default=True,
+    help="Most seconds for one request.",
+)
+@option(
+    "--images-as-video",
+    section="What clients may show",
+    is_flag=True,
+    help="Take pictures that follow each other for the frames of a film.",
+)
+@option(
+    "--metrics-prefix",
+    section="The server",
+    default="framefusion:",
+    show_default=True,
+    help="Beginning of the names under /metrics; that of vLLM is vllm:.",
 )
 @running_options
 def serve(bundle: Path, **flags: Any) -> None:
     """Answer requests over HTTP with BUNDLE, as OpenAI's chat completions.
 
     Nothing but the content of requests is opened unless a flag allows it, and only this machine can connect.
-
-    \b
-    Example:
-      ff-run serve bundle
-      curl http://127.0.0.1:8000/v1/models
     """
     # 1. What is missing or wrong is said before a bundle is opened.
     try:
