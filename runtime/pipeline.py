@@ -25,6 +25,7 @@ from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.sources import Source
+from framefusion.runtime.media.tiles.thumbnails import thumbnails
 from framefusion.runtime.media.video.frames import facts_of_films
 from framefusion.runtime.proof.opening import open_proven
 from framefusion.runtime.request import Generation as Generation
@@ -158,8 +159,9 @@ class Pipeline(Stages):
         # 1. Files to frames, no larger than the family shows them: a film's own pixels would fill the memory.
         media = self.decode_media(turns, files, sampling or self.manifest.sampling, stopwatch, whole=False)
         videos = facts_of_films(media)
-        # 2. Frames to patches and pieces of the prompt; pixels are large, and spent.
+        # 2. Frames to patches and pieces of the prompt; pixels are large, and spent: thumbnails stay with the answer.
         visuals = self.preprocess(media, stopwatch)
+        shown = thumbnails(media, self.preprocessor(media))
         del media
         # 3. Turns to token ids, labels and positions; refuse what is too long before the vision tower has worked.
         prompt = self.prompt(turns, visuals)
@@ -174,9 +176,8 @@ class Pipeline(Stages):
         prefilled = self.prefill(prompt, rows, request, stopwatch)
         del rows
         # 6. Logits to tokens and text, one step each.
-        yield from self.decode(
-            prompt, prefilled, request, stopwatch, report=prefill_report(prompt, prefilled, videos), logits=logits
-        )
+        report = prefill_report(prompt, prefilled, videos, shown)
+        yield from self.decode(prompt, prefilled, request, stopwatch, report=report, logits=logits)
 
     def generate(
         self,

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from framefusion.errors import PromptError
 from framefusion.reduction.policy import CallRecord
+from framefusion.runtime.media.tiles.thumbnails import Thumbnails
 from framefusion.runtime.media.video.frames import VideoFacts
+from framefusion.runtime.notebook.answer_html import answer_html, display_html
 from framefusion.runtime.text.sampling import DRAWING, GenerationConfig
 
 MAX_NEW_TOKENS = 128
@@ -99,6 +101,7 @@ class PrefillReport:
     reused_tokens: int = 0  # of the prompt, those that a session had in its caches
     restart: str | None = None  # why a session reused none though there were earlier turns
     layers: KeptTokens | None = field(default=None, compare=False, repr=False)  # which tokens each layer holds
+    shown: ShownRows | None = field(default=None, compare=False, repr=False)  # what may be drawn of the prompt
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,14 @@ class KeptTokens:
 
     visual: tuple[int, ...]  # places in the prompt of the visual tokens
     places: tuple[tuple[int, ...] | None, ...]  # by layer; None where the graph decides inside and does not say
+
+
+@dataclass(frozen=True, eq=False)
+class ShownRows:
+    """What a prompt shows, small, and where its rows stand; in a session, of what this turn shows."""
+
+    thumbnails: Thumbnails
+    places: NDArray[np.int64]  # [rows] in the prompt
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer and how it came about."""
+    """An answer and how it came about. In a notebook it is drawn with what became of the patches: see `show`.
+
+    Attributes:
+        text: of the answer; `str(answer)` is the same.
+        token_ids: of the answer, with the one that ended it.
+        finish_reason: "stop" at an end token or a stop string, "length" at the limit of new tokens.
+        prompt_tokens: in the prompt before any reduction.
+        visual_tokens: of those, tokens that a reduction may touch.
+        reduction: what each call of it did.
+        kv_lengths: tokens in each layer's cache after the prefill.
+        seconds: by stage: video, preprocess, vision, embed, reduction, prefill, decode.
+        videos: the films shown, in order.
+        layers: which tokens each layer holds: see `kept`.
+        shown: thumbnails for `show`, a megabyte at most.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -147,6 +172,7 @@ class Generation:
     seconds: dict[str, float]
     videos: tuple[VideoFacts, ...] = ()  # the films shown, in order
     layers: KeptTokens | None = field(default=None, compare=False)  # see `kept`
+    shown: ShownRows | None = field(default=None, compare=False)  # see `show`
 
     @classmethod
     def from_steps(cls, steps: Iterable[Step], on_text: Callable[[str], None] | None = None) -> Generation:
@@ -172,7 +198,7 @@ class Generation:
             raise ValueError(f"steps go from prefilled to end, these end with {step}")
         return cls(
             "".join(pieces), tuple(token_ids), step.finish_reason, report.prompt_tokens, report.visual_tokens,
-            report.reduction, report.kv_lengths, dict(step.seconds), report.videos, report.layers,
+            report.reduction, report.kv_lengths, dict(step.seconds), report.videos, report.layers, report.shown,
         )  # fmt: skip
 
     @property
@@ -215,9 +241,48 @@ class Generation:
 
         That command adds what the answer does not know: the cost that was asked, the backend and the warnings.
         """
-        facts = asdict(replace(self, layers=None))
+        facts = asdict(replace(self, layers=None, shown=None))
         del facts["layers"]
+        del facts["shown"]
         return facts | {"cost": {"reached": self.cost}, "tokens_per_second": self.tokens_per_second}
+
+    def to_html(self, layer: int = -1) -> str:
+        """The answer, its figures and its frames with the patches that a layer holds, as a piece of HTML under 300 kB.
+
+        Frames are thumbnails that the answer keeps, 24 at most, evenly spread: nothing is read again. What was dropped
+        is let through to the page. Patches that were merged live on in the one that they went into.
+
+        Args:
+            layer: from 0; -1 is the last one.
+
+        Raises:
+            PromptError: as `kept`.
+        """
+        kept = self.kept(layer)
+        number = range(len(self.kv_lengths))[layer]
+        total = sum(self.seconds.values())
+        facts = [f"{len(self.token_ids)} tokens in {total:.2f} s, {self.tokens_per_second:.1f} a second when decoding"]
+        if self.visual_tokens:
+            left = self.kept(layer, visual=True).size
+            place = "the last layer" if number == len(self.kv_lengths) - 1 else f"layer {number}"
+            facts.insert(
+                0,
+                f"{left} of {self.visual_tokens} visual tokens are left in {place}; {self.cost:.1%} of their "
+                "computation was kept",
+            )
+        rows = None if self.shown is None else np.isin(self.shown.places, kept)
+        return answer_html(self.text, facts, None if self.shown is None else self.shown.thumbnails, rows)
+
+    def show(self, layer: int = -1) -> None:
+        """Draw `to_html` in the notebook that this runs in; the last expression of a cell is drawn by itself.
+
+        Raises:
+            PromptError: there is no notebook, or as `kept`.
+        """
+        display_html(self.to_html(layer))
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
 
     def __str__(self) -> str:
         return self.text

@@ -22,6 +22,7 @@ from framefusion.runtime.generation.prefill import Prefilled
 from framefusion.runtime.generation.stages import Stages, prefill_report
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.sources import Source
+from framefusion.runtime.media.tiles.thumbnails import Thumbnails, thumbnails
 from framefusion.runtime.media.video.frames import VideoFacts, facts_of_films
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.memory import cache_bytes, slot_bytes
@@ -43,6 +44,7 @@ class _NextTurn:
     start: int  # the first token that is not in the caches
     restart: str | None
     videos: tuple[VideoFacts, ...]  # those of the new turns
+    shown: Thumbnails  # of the new turns
 
     def without_pixels(self) -> _NextTurn:
         """What is needed to lay out the conversation again."""
@@ -210,7 +212,7 @@ class Session:
         try:
             prefilled = stages.prefill(tail, rows, request, stopwatch, past=self._caches or None)
             del rows
-            report = prefill_report(prompt, prefilled, following.videos)
+            report = prefill_report(prompt, prefilled, following.videos, following.shown)
             report = replace(report, reused_tokens=following.start, restart=following.restart)
             # 4. Decode; the turn is part of the conversation once its last step is there.
             token_ids: list[int] = []
@@ -240,6 +242,7 @@ class Session:
         media = stages.decode_media(added, files, self._sampling, stopwatch, whole=False, others=earlier)
         visuals = tuple(stages.preprocess(media, stopwatch, before=earlier))
         videos = facts_of_films(media)
+        pictures = thumbnails(media, stages.preprocessor(media, earlier))
         del media
         start = 0
         restart = self._restart_reason(earlier, shown)
@@ -252,7 +255,7 @@ class Session:
             fresh = visuals[-len(shown) :] if shown else ()
             visuals = (*stages.preprocess(again, stopwatch, after=shown), *fresh)
             prompt = stages.prompt(conversation, visuals, TOO_LONG)
-        return _NextTurn(conversation, (*self.files, *files), visuals, prompt, start, restart, videos)
+        return _NextTurn(conversation, (*self.files, *files), visuals, prompt, start, restart, videos, pictures)
 
     def _restart_reason(self, earlier: Sequence[Visual], shown: Sequence[Visual]) -> str | None:
         """Why nothing can be reused, whatever the prompt says; None in the first turn, too."""

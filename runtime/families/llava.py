@@ -31,7 +31,7 @@ from framefusion.runtime.media.tiles.anyres import (
     rows_shown,
     unpadded,
 )
-from framefusion.runtime.media.tiles.panels import Boxes, Panel, Spans, cells, even, seen_through, tiled
+from framefusion.runtime.media.tiles.panels import WHOLE, Boxes, Panel, Spans, cells, even, seen_through, tiled
 from framefusion.runtime.media.tiles.scales import tile_places
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import Grid, Piece, Rows, Tiles, Token, VisualInput
@@ -130,6 +130,11 @@ class LlavaPreprocessing(Preprocessing):
     def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
         """The square, squeezed or cut out."""
         return (self._frame(frame),)
+
+    def shrunk_place(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """The part that is cut out, where one is."""
+        (left, top, right, bottom) = self._uncropped(np.array([WHOLE]), height, width)[0].tolist()
+        return left, top, right, bottom
 
     def image(self, pixels: NDArray[np.uint8], index: int = 0) -> VisualInput:
         """Nothing merges within an image: each of its rows is a track of its own; rows that end a line are text."""

@@ -34,9 +34,10 @@ from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.media.sources import Source, as_image, as_video
+from framefusion.runtime.media.tiles.thumbnails import Thumbnails
 from framefusion.runtime.media.video.frames import Video, VideoFacts
 from framefusion.runtime.media.visual_input import VisualInput
-from framefusion.runtime.request import KeptTokens, PrefillReport, Request, Step, Stopwatch
+from framefusion.runtime.request import KeptTokens, PrefillReport, Request, ShownRows, Step, Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import (
     Prompt,
@@ -338,8 +339,10 @@ class Stages:
         return replace(request, max_new_tokens=min(request.max_new_tokens, room))
 
 
-def prefill_report(prompt: Prompt, prefilled: Prefilled, videos: tuple[VideoFacts, ...] = ()) -> PrefillReport:
-    """What became of a prompt."""
+def prefill_report(
+    prompt: Prompt, prefilled: Prefilled, videos: tuple[VideoFacts, ...] = (), shown: Thumbnails | None = None
+) -> PrefillReport:
+    """What became of a prompt, whose last rows `shown` shows."""
     lengths = tuple(int(length) for cache in prefilled.caches for length in cache.lengths)
     kept = [tuple(places.tolist()) for places in prefilled.kept]  # by segment
     places = tuple(
@@ -349,5 +352,6 @@ def prefill_report(prompt: Prompt, prefilled: Prefilled, videos: tuple[VideoFact
     )
     layers = KeptTokens(tuple(np.flatnonzero(prompt.labels != tracks.TEXT).tolist()), places)
     return PrefillReport(
-        prompt.token_ids.size, prompt.num_visual, tuple(prefilled.history), lengths, videos, layers=layers
-    )
+        prompt.token_ids.size, prompt.num_visual, tuple(prefilled.history), lengths, videos, layers=layers,
+        shown=None if shown is None else ShownRows(shown, prompt.row_places[prompt.row_places.size - shown.rows :]),
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.errors import BudgetError, BundleError, VideoError
-from framefusion.runtime.media.tiles.panels import Panel
+from framefusion.runtime.media.tiles.panels import WHOLE, Panel
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.storage.records import Rule
@@ -78,6 +78,10 @@ class Preprocessing:
     @abstractmethod
     def shrink(self, frame: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
         """The pictures [h, w, 3] that a frame [H, W, 3] of a video of `count` frames is shown as, before patches."""
+
+    def shrunk_place(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """Where the first picture of `shrink` lies in a frame, in shares of it; most families show all of it."""
+        return WHOLE
 
     def pictures(self, video: Video) -> tuple[NDArray[np.uint8], ...]:
         """`shrink` of all frames, each [N, h, w, 3]; a video that was shrunk as it was read has them."""

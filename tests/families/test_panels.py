@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.tiles.panels import WHOLE, Panel
+from framefusion.runtime.media.tiles.thumbnails import thumbnails
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.pipeline import Media, Pipeline
@@ -107,6 +109,27 @@ def test_frames_of_a_film_are_each_in_a_panel(case: Case) -> None:
     media = shown(case)["film"]
     assert isinstance(media, Video)
     assert {frame for panel in case.panels(media) for frame in panel.frames} == set(range(len(media.frames)))
+
+
+@pytest.mark.slow
+def test_thumbnails_stand_for_all_rows_of_what_is_shown(case: Case) -> None:
+    """Also of a film that was shrunk as it was read, whose frames may have been cut out."""
+    media = shown(case)
+    whole = thumbnails(list(media.values()), case.rule)
+    assert whole.rows == sum(len(panel.boxes) for shown in media.values() for panel in case.panels(shown))
+    for film in (media["film"], media["tall film"]):
+        assert isinstance(film, Video)
+        frames = np.zeros((*film.frames.shape[:3], 0), np.uint8)
+        shrunk = thumbnails([replace(film, frames=frames, shrunk=case.rule.pictures(film))], case.rule)
+        plain = thumbnails([film], case.rule)
+        assert [picture.size for picture in shrunk.shown] == [picture.size for picture in plain.shown]
+        for small, large in zip(shrunk.shown, plain.shown, strict=True):
+            (left, top, right, bottom) = small.place
+            (height, width) = large.pixels.shape[:2]
+            lines = slice(round(top * height), round(bottom * height))
+            part = large.pixels[lines, round(left * width) : round(right * width)]
+            seen = np.asarray(Image.fromarray(small.pixels).resize(part.shape[1::-1]))
+            assert np.corrcoef(seen.ravel(), part.ravel())[0, 1] > 0.8, "another part of the frame"
 
 
 @pytest.mark.parametrize(
