@@ -39,7 +39,7 @@ ENGINES := engines-out
 .PHONY: help setup demo documented engines test test-runtime slow test-latest test-oldest lock attack test-gpu test-ray test-authors bench-gpu lint clean
 
 help:
-	@echo "make demo      build a bundle from the tiny checkpoint and ask it about videos, about $(DEMO_TIME)"
+	@echo "make demo      build a bundle and ask about a film, with every token and with few, about $(DEMO_TIME)"
 	@echo "make test      fast tests, about $(TEST_TIME)"
 	@echo "make test-runtime  tests of the runtime without torch, in $(VENV)-runtime, about $(TEST_TIME)"
 	@echo "make documented  every command that README and docs show, about $(DOCUMENTED_TIME)"

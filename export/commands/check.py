@@ -167,7 +167,8 @@ def sign_command(bundle: Path, key: Path) -> None:
     from framefusion.export.writing.signing import sign_bundle
     from framefusion.runtime.trust.signatures import fingerprint
 
-    signature = sign_bundle(bundle, key)
+    with activity(f"hashing the files of {bundle}", after=PATIENCE):
+        signature = sign_bundle(bundle, key)
     report = {"bundle": str(bundle), "digest": signature.digest, "key": fingerprint(signature.key)}
     console.show(report, _render_signed)
 

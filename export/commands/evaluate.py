@@ -102,7 +102,9 @@ def view_command(model: str, revision: str | None, output: Path, compare: bool, 
         return
     source = open_checkpoint(model, revision)
     with tempfile.TemporaryDirectory() as folder:
-        show_page(_uncompiled(source, Path(folder) / "parts", threads), source.origin.name, question, output, compare)
+        with activity(f"opening {source.origin.name} in eager torch"):
+            pipeline = _uncompiled(source, Path(folder) / "parts", threads)
+        show_page(pipeline, source.origin.name, question, output, compare)
 
 
 def _uncompiled(source: Checkpoint, folder: Path, threads: int) -> Pipeline:

@@ -36,8 +36,8 @@ def painted(text: str, style: str, stream: TextIO) -> str:
 
     The text is ours: what comes from elsewhere is to be made `printable` first.
     """
-    if not (is_interactive(stream) or os.environ.get("FORCE_COLOR")):
-        return text
+    if os.environ.get("NO_COLOR") or not (is_interactive(stream) or os.environ.get("FORCE_COLOR")):
+        return text  # bold goes with the colours, though NO_COLOR does not ask for that
     from rich.text import Text
 
     console = console_of(stream)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framefusion.console import messages as console
+from framefusion.console.terminal import PATIENCE, activity
 from framefusion.errors import BudgetError, FrameFusionError, PromptError, VideoError
 from framefusion.reduction.budget import describe_cost
 from framefusion.runtime.pipeline import Pipeline, dense_pipeline, dense_request, requested_cost
@@ -109,9 +110,12 @@ class Chat:
         steps = self.session.stream(turns, [file for _, file in self.shown], self.request)
         taken: list[Step] = []
         try:
-            for step in steps:
-                taken.append(step)
-                console.write(step.text, newline=False)
+            with activity("answering", after=PATIENCE) as waiting:
+                for step in steps:
+                    taken.append(step)
+                    if step.text:
+                        waiting.end()
+                    console.write(step.text, newline=False)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -179,9 +183,10 @@ class Chat:
             "every token": (dense_pipeline(pipeline), dense_request(pipeline.manifest, self.request)),
         }
         answers: dict[str, list[Generation]] = {name: [] for name in ways}
-        for _round in range(ROUNDS):
-            for name, (way, request) in ways.items():
-                answers[name].append(way.answer(prompt, rows, request))
+        with activity("answering both ways, in turns", after=PATIENCE):
+            for _round in range(ROUNDS):
+                for name, (way, request) in ways.items():
+                    answers[name].append(way.answer(prompt, rows, request))
         # 3. Show them beside each other.
         table = [
             (name, given[0].kv_lengths[-1], f"{min(map(prefill_seconds, given)):.3f} s", given[0].text.strip())

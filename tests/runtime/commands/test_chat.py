@@ -141,7 +141,7 @@ class Terminal:
         self.pid, self.keys = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
-            os.execv(sys.executable, [*command, *map(str, arguments)])
+            os.execve(sys.executable, [*command, *map(str, arguments)], os.environ | {"NO_COLOR": "1"})
         self.shown = ""
 
     def wait_for(self, text: str, times: int = 1, seconds: float = 60) -> None:
