@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from framefusion.errors import PromptError, VideoError
 from framefusion.runtime import families  # noqa: F401  its import makes the rules known
+from framefusion.runtime.commands import generate as generate_module
 from framefusion.runtime.commands.cli import ff_run
 from framefusion.runtime.commands.question import prompt_text
 from framefusion.runtime.commands.question.prompt_text import read_prompt
@@ -21,6 +22,12 @@ from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
 
 NEW = 8
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline) -> None:
+    """A bundle takes its time to open: here it is open already."""
+    monkeypatch.setattr(generate_module, "open_pipeline", lambda *_, **__: pipeline)
 
 
 def generate(bundle: Path, *flags: object, stdin: str | None = None) -> Result:
@@ -34,6 +41,7 @@ def facts(result: Result) -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.usefixtures("opened")
 def test_short_flags_are_the_long_ones(bundle: Path, film: Path, picture: Path) -> None:
     short = facts(generate(bundle, "-v", film, "-i", picture, "-p", "What?", "-t", 0, "--json"))
     long = facts(
@@ -43,6 +51,7 @@ def test_short_flags_are_the_long_ones(bundle: Path, film: Path, picture: Path) 
     assert len(short["token_ids"]) <= NEW
 
 
+@pytest.mark.usefixtures("opened")
 def test_a_question_from_standard_input(bundle: Path) -> None:
     plain = facts(generate(bundle, "-p", "What happens?", "--json"))
     piped = facts(generate(bundle, "-p", "-", "--json", stdin="What happens?\n"))
@@ -88,6 +97,7 @@ def test_standard_input_that_holds_nothing_is_refused(bundle: Path) -> None:
     assert "standard input holds no question" in result.stderr
 
 
+@pytest.mark.usefixtures("opened")
 def test_stop_strings_and_the_penalty_are_those_of_python(bundle: Path, film: Path, pipeline: Pipeline) -> None:
     plain = facts(generate(bundle, "-v", film, "-p", "What?", "--json"))["text"]
     stop = (plain[4:6], plain[3:5])
@@ -108,6 +118,7 @@ def test_values_out_of_range_are_refused(bundle: Path, flags: tuple[object, ...]
     assert phrase in result.stderr
 
 
+@pytest.mark.usefixtures("opened")
 def test_a_number_of_frames_is_taken(bundle: Path, film: Path, pipeline: Pipeline) -> None:
     given = facts(generate(bundle, "-v", film, "-p", "What?", "--num-frames", 6, "--json"))
     assert given["videos"][0]["sampled_frames"] == 6

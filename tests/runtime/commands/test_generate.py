@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from framefusion.console.plain_text import printable
 from framefusion.errors import BudgetError, BundleError, PromptError, VideoError
+from framefusion.runtime.commands import generate as generate_module
 from framefusion.runtime.commands.cli import ff_run
 from framefusion.runtime.commands.question.subjects import Subject, list_subjects
 from framefusion.runtime.generation.stages import Stages
@@ -26,6 +27,12 @@ from tests.wheel import ROOT
 
 NEW = 4
 QUESTIONS = ("What happens?", "Who?")
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline) -> None:
+    """A bundle takes its time to open: here it is open already."""
+    monkeypatch.setattr(generate_module, "open_pipeline", lambda *_, **__: pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,7 @@ def test_what_one_question_prints(bundle: Path, film: Path, pipeline: Pipeline) 
     assert facts["token_ids"] == list(expected.token_ids)
 
 
+@pytest.mark.usefixtures("opened")
 def test_each_answer_is_as_if_it_were_alone(
     bundle: Path, films: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +102,7 @@ def test_each_answer_is_as_if_it_were_alone(
     assert ["video" in line["seconds"] for line in lines] == [True, False] * 3
 
 
+@pytest.mark.usefixtures("opened")
 def test_a_bad_film_costs_its_lines_and_no_other(bundle: Path, films: Path) -> None:
     result = generate(bundle, "-v", films, "-p", "What?", "-p", "Who?", "--jsonl")
     assert result.exit_code == VideoError.exit_code
@@ -105,6 +114,7 @@ def test_a_bad_film_costs_its_lines_and_no_other(bundle: Path, films: Path) -> N
     assert result.stderr.count("a.mp4 is damaged or no video") == 1
 
 
+@pytest.mark.usefixtures("opened")
 def test_a_question_that_is_too_long_leaves_the_others(bundle: Path) -> None:
     result = generate(bundle, "-p", "What? " * 600, "-p", "What?", "--json")
     assert result.exit_code == PromptError.exit_code
@@ -121,6 +131,7 @@ def test_what_is_wrong_with_all_ends_at_once(bundle: Path, films: Path) -> None:
     assert generate(films, "-p", "What?", "-p", "Who?").exit_code == BundleError.exit_code
 
 
+@pytest.mark.usefixtures("opened")
 def test_headings_say_what_an_answer_is_about(bundle: Path, films: Path) -> None:
     flags = (films / "b.mp4", "-p", "What?\nTell me.", "-p", "Who?" * 30)
     headed = generate(bundle, *flags).stdout
