@@ -99,7 +99,8 @@ def generate(
     # 4. What could not be answered was said where it happened, and the exit code says it again.
     if failures:
         count = len(subjects) * len(questions)
-        console.log(f"error: {len(failures)} of {count} answers are missing: see above what each needs")
+        if count > 1:
+            console.log(f"error: {len(failures)} of {count} answers are missing: see above what each needs")
         click.get_current_context().exit(failures[0].exit_code)
 
 
@@ -220,8 +221,10 @@ class _Output:
         if self._open:
             console.write("")
             self._open = False
-        about = heading(subject, questions[0] if len(questions) == 1 else "")
-        console.log(f"error: {about}: {error}")
+        message = str(error)
+        if not any(message.startswith(name) for name in subject.names):
+            message = f"{heading(subject, questions[0])}: {message}"
+        console.log(f"error: {message}")
 
     def close(self) -> None:
         """All has been said."""

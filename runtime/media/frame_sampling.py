@@ -78,6 +78,10 @@ class FrameSampling:
         Raises:
             VideoError: no film has so many, or the model takes more at least.
         """
+        if count < self.frame_factor:
+            raise VideoError(
+                f"{count} frame(s) are fewer than the model takes at once: give {self.frame_factor} or more"
+            )
         return replace(self, min_frames=count, max_frames=count, force=True)
 
 

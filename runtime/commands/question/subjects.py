@@ -70,9 +70,12 @@ def list_subjects(flagged: Sequence[tuple[str, Path]], files: Sequence[Path], ea
         each: ask about each by itself; so it is with folders, patterns and several arguments.
 
     Raises:
-        click.UsageError: it could mean both.
+        click.UsageError: it could mean both, or an argument is but a word.
         VideoError: a folder or a pattern holds nothing.
     """
+    for path in files:
+        if not path.suffix and not glob.has_magic(str(path)) and not _exists(path):
+            raise click.UsageError(f"there is no file {path}: quote a question of several words, -p 'What is this?'")
     named = [*flagged, *((None, path) for path in files)]
     many = [path for _, path in named if _is_many(path)]
     if not each and flagged and files:
@@ -96,6 +99,13 @@ def _is_many(path: Path) -> bool:
     try:
         return path.is_dir() or (glob.has_magic(str(path)) and not path.exists())
     except (OSError, ValueError):  # a name that no file can have: whoever opens it says so
+        return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
         return False
 
 

@@ -138,5 +138,5 @@ def test_every_rule_spreads_a_number_of_frames(rule: str, force: bool, total: in
     gaps = np.diff(indices)
     assert gaps.max() - gaps.min() <= 2
     assert total * 6 / 8 <= indices[-1] - indices[0] < total
-    with pytest.raises(VideoError):
+    with pytest.raises(VideoError, match="give 4 or more"):
         replace(base, frame_factor=4).spread(2)

@@ -149,6 +149,7 @@ def test_headings_say_what_an_answer_is_about(bundle: Path, films: Path) -> None
         (("--json", "--jsonl"), "contradict each other"),
         (("-v", "{}/b.mp4", "{}/c.mp4"), "add --each"),
         (("-v", "{}", "-i", "{}/d.png"), "add --each"),
+        (("is", "this?"), "there is no file is: quote a question"),
     ],
 )
 def test_what_could_mean_both_is_refused(bundle: Path, films: Path, flags: tuple[str, ...], phrase: str) -> None:
@@ -184,7 +185,7 @@ def test_names_that_say_nothing_and_names_like_patterns(tmp_path: Path, film: Pa
     (tmp_path / "folder.mp4").mkdir()
     assert names(list_subjects([("video", tmp_path)], [], each=False)) == [["clip[1].mp4"], ["recording"]]
     assert names(list_subjects([("video", tmp_path / "clip[1].mp4")], [], each=False)) == [["clip[1].mp4"]]
-    assert names(list_subjects([], [Path("a" * 300)], each=False)) == [["a" * 300]]
+    assert names(list_subjects([], [Path("a" * 300 + ".mp4")], each=False)) == [["a" * 300 + ".mp4"]]
     for nothing in (tmp_path / "folder.mp4", tmp_path / "*.png"):
         with pytest.raises(VideoError, match="holds no"):
             list_subjects([("video", nothing)], [], each=False)
