@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from numpy.typing import NDArray
 from framefusion import Bundle, Turn, Visual
 from framefusion.errors import BundleError, FrameFusionError, PromptError
 from framefusion.reduction import tracks
-from framefusion.runtime.backends.base import BoundSegment
-from framefusion.runtime.backends.host import HostBackend
+from framefusion.runtime.backends.host import NoGraphs
 from framefusion.runtime.generation.fixed_prefill import fixed_call
 from framefusion.runtime.generation.stages import Stages
 from framefusion.runtime.media.media_file import MediaLimits
@@ -30,19 +28,6 @@ from framefusion.runtime.text.prompt import FIRST_EXTRA
 Arrays = dict[str, NDArray[Any]]
 TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 """ONNX's numbers of types."""
-
-
-class NoGraphs(HostBackend):
-    """A backend that opens none of a bundle's graphs: a request needs no memory for the model."""
-
-    name = "none"
-
-    def open(self, graphs: Sequence[str]) -> None:
-        """Open nothing."""
-
-    def bind(self, graph: str, *_: Any, **__: Any) -> BoundSegment:
-        """Refuse to run anything."""
-        raise NotImplementedError(graph)
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import framefusion
 from framefusion.console import messages as console
 from framefusion.export.commands.build import build_command, compile_command, plan_command
 from framefusion.export.commands.check import check_command, sign_command
-from framefusion.export.commands.evaluate import evaluate_command, view_command
+from framefusion.export.commands.evaluate import compare_command, evaluate_command, view_command
 from framefusion.export.commands.report import families_command, inspect_command
 
 
@@ -31,7 +31,7 @@ def ff_export() -> None:
 
 for _command in (
     *(build_command, plan_command, compile_command, check_command, sign_command),
-    *(inspect_command, view_command, evaluate_command, families_command),
+    *(inspect_command, view_command, evaluate_command, compare_command, families_command),
 ):
     ff_export.add_command(_command)
 

@@ -1,10 +1,11 @@
-"""The commands that answer questions: `eval` a file of them, `view` what became of each token.
+"""The commands that answer questions: `eval` a file of them, `compare` engines, `view` what became of each token.
 
 Builds library objects of the flags and prints reports. A checkpoint runs in eager torch, which is imported then.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from framefusion.console import messages as console
-from framefusion.console.help import Command
-from framefusion.console.progress import CountLines
+from framefusion.console.help import Command, option
+from framefusion.console.progress import CountLines, progress_lines
 from framefusion.console.terminal import activity
 from framefusion.export.commands.build import LOADING, missing_package, open_checkpoint
-from framefusion.export.commands.flags import CHECKPOINT_REVISION, eval_options
-from framefusion.runtime.commands.flags import COMPARE, OUTPUT, THREADS, PromptOptions, VisualCommand, question_options
+from framefusion.export.commands.flags import CHECKPOINT_REVISION, COUNT, FILE, POSITIVE, eval_options
+from framefusion.runtime.commands.flags import (
+    COMPARE,
+    OUTPUT,
+    THREADS,
+    CommaList,
+    PromptOptions,
+    VisualCommand,
+    question_options,
+)
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -69,6 +78,71 @@ def evaluate_command(
     with CountLines("questions") as count:
         report = run(opened, question_list, under, output=output, jobs=jobs, on_progress=count)
     console.show({"file": str(questions)} | report, render)
+
+
+# --- compare --------------------------------------------------------------------------------------------------------
+
+
+@click.command(
+    name="compare",
+    cls=VisualCommand,
+    examples=("ff-export compare path/to/Qwen2-VL -v clip.mp4 -p 'What happens?'",),
+)
+@click.argument("checkpoint")
+@CHECKPOINT_REVISION
+@option("--video", "-v", "videos", multiple=True, type=FILE, help="Film to show; repeatable, shown in order.")
+@option("--prompt", "-p", required=True, help="Question about the films.")
+@option("--cost", "costs", type=CommaList(float), default="0.3", show_default=True, help="Costs beside 1, with commas.")
+@option("--bundle", type=FILE, help="Bundle of the checkpoint; default: one is built, without its check.")
+@option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="Answers of each that count.")
+@option("--max-new-tokens", "-n", type=COUNT, default=16, show_default=True, help="Longest answer, in tokens.")
+@option("--fps", type=POSITIVE, help="Frames taken from each second of film; default: the bundle's.")
+@option("--max-frames", type=COUNT, help="Most frames taken from a film; default: the bundle's.")
+@THREADS
+@console.json_option
+def compare_command(
+    checkpoint: str,
+    revision: str | None,
+    costs: tuple[float, ...],
+    bundle: Path | None,
+    rounds: int,
+    threads: int,
+    **options: Any,
+) -> None:
+    """Measure transformers, transformers with apply_framefusion, and the backends of a bundle on one film.
+
+    On the CPU. Each is a process of its own; all answer the same tokens in turn, with the same number of threads.
+    Nothing is kept of the bundle that is built where --bundle names none.
+    """
+    source = open_checkpoint(checkpoint, revision)
+    from framefusion.export.build import build
+    from framefusion.export.compare.compare import compare, render, ways_of
+    from framefusion.export.compare.worker import Task
+    from framefusion.export.options import BuildOptions
+    from framefusion.runtime.bundle import Bundle
+
+    fps = options.pop("fps")
+    max_frames = options.pop("max_frames")
+    question = PromptOptions.from_flags(**options, images=(), system=None)
+    with tempfile.TemporaryDirectory() as folder:
+        if bundle is None:
+            bundle = Path(folder) / "bundle"
+            with progress_lines() as progress:
+                build(source, bundle, BuildOptions(), verify=False, progress=progress)
+        ways = ways_of(Bundle(bundle), costs)
+        task = Task(
+            checkpoint=source.folder,
+            bundle=bundle,
+            turns=tuple(question.turns),
+            files=tuple(question.files),
+            fps=fps,
+            max_frames=max_frames,
+            max_new_tokens=options["max_new_tokens"],
+            threads=threads or os.cpu_count() or 1,
+        )
+        with CountLines("answers") as count:
+            report = compare(ways, task, rounds, count)
+    console.show({"checkpoint": source.origin.name, "files": [str(file) for file in task.files]} | report, render)
 
 
 # --- view -----------------------------------------------------------------------------------------------------------

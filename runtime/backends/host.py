@@ -211,3 +211,18 @@ class HostBackend:
                 segment.run()
 
         return run
+
+
+class NoGraphs(HostBackend):
+    """Opens none of a bundle's graphs: what reads films and lays out prompts needs no memory for a model."""
+
+    name = "none"
+
+    def open(self, graphs: Sequence[str]) -> None:
+        """Open nothing."""
+
+    def bind(
+        self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
+    ) -> BoundSegment:
+        """Refuse."""
+        raise NotImplementedError(f"{graph} is not open: nothing is to be run here")
