@@ -36,7 +36,7 @@ from framefusion.export.graphs.graph_plan import (
     Signature,
     meta,
 )
-from framefusion.export.graphs.layers import Linear, RMSNorm
+from framefusion.export.graphs.layers import JoinedLinear, Linear, RMSNorm
 from framefusion.runtime.backends.kv_cache import cache_names
 
 
@@ -85,6 +85,7 @@ class AttentionBlock(nn.Module):
         self.q = Linear(config.hidden_size, width, config.qkv_bias)
         self.k = Linear(config.hidden_size, kv_width, config.qkv_bias)
         self.v = Linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.qkv: JoinedLinear | None = None  # in place of the three, where a compiler wants one product
         self.o = Linear(width, config.hidden_size, config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
@@ -92,9 +93,12 @@ class AttentionBlock(nn.Module):
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key after RoPE, and value, of hidden [B, S, D]."""
         normed = self.norm(hidden)
-        query = self.q(normed)
-        key = self.k(normed)
-        value = self.v(normed)
+        if self.qkv is None:
+            query = self.q(normed)
+            key = self.k(normed)
+            value = self.v(normed)
+        else:
+            (query, key, value) = self.qkv(normed)
         if self.q_norm is not None and self.k_norm is not None:
             query = self.q_norm(query.unflatten(-1, (self.num_heads, -1))).flatten(-2)
             key = self.k_norm(key.unflatten(-1, (self.num_kv_heads, -1))).flatten(-2)
@@ -120,12 +124,14 @@ class MlpBlock(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gate = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.gate_up: JoinedLinear | None = None  # in place of the two, where a compiler wants one product
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, D] -> the same shape."""
         normed = self.norm(hidden)
-        down: Tensor = self.down(torch.ops.framefusion.swish(self.gate(normed), 1.0) * self.up(normed))
+        (gate, up) = (self.gate(normed), self.up(normed)) if self.gate_up is None else self.gate_up(normed)
+        down: Tensor = self.down(torch.ops.framefusion.swish(gate, 1.0) * up)
         return hidden + down
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,25 @@ class Linear(nn.Module):
         """[..., in] -> [..., out]."""
         product = x @ self.weight
         return product if self.bias is None else product + self.bias
+
+
+class JoinedLinear(nn.Module):
+    """Several linear maps of one input as one product: their weights side by side.
+
+    Args:
+        linears: with biases all or none.
+    """
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        super().__init__()
+        self.widths = [linear.weight.shape[1] for linear in linears]
+        self.weight = weight(linears[0].weight.shape[0], sum(self.widths))
+        self.bias = weight(sum(self.widths)) if linears[0].bias is not None else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[..., in] -> [..., out] of each map."""
+        product = x @ self.weight
+        return torch.split(product if self.bias is None else product + self.bias, self.widths, -1)
 
 
 class RMSNorm(nn.Module):

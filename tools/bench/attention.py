@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from framefusion.export.engines.inductor.choice import LENGTHS, Geometry, choose, measured
-from tools.bench.setting import SHAPES, report
+from framefusion.export.engines.inductor.choice import LENGTHS, Geometry, choose, measured, seconds
+from tools.bench.setting import SHAPES, Shape, report
 
 
 def figures(shape: str, dtype: str, device: str, tokens: int) -> dict[str, Any]:
@@ -32,7 +32,23 @@ def figures(shape: str, dtype: str, device: str, tokens: int) -> dict[str, Any]:
         "tokens": tokens,
         "chosen": choose(geometry),
         "forms": {name: asdict(trial) for name, trial in trials.items()},
+        "products": products(model, geometry, tokens),
     }
+
+
+def products(model: Shape, geometry: Geometry, tokens: int) -> dict[str, float]:
+    """Seconds of the products that share an input, each by itself and as one, for one token and for many."""
+    width = model.hidden_size
+    kv_width = geometry.kv_heads * geometry.head_dim
+    found = {}
+    for name, parts in {"qkv": (width, kv_width, kv_width), "gate_up": (model.intermediate_size,) * 2}.items():
+        weights = [torch.randn(width, part, device=geometry.device).to(geometry.dtype) for part in parts]
+        joined = torch.cat(weights, -1)
+        for rows in (1, tokens):
+            x = torch.randn(1, rows, width, device=geometry.device).to(geometry.dtype)
+            found[f"{name}_{rows}_apart_s"] = seconds(lambda: [x @ each for each in weights], geometry.device)  # noqa: B023
+            found[f"{name}_{rows}_joined_s"] = seconds(lambda: x @ joined, geometry.device)  # noqa: B023
+    return found
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from framefusion.export.engines.builder import EngineFacts, EngineSpec, Share
 from framefusion.export.engines.inductor.attention import FORMS
 from framefusion.export.engines.inductor.choice import Geometry, choose
 from framefusion.export.engines.inductor.graph import export, flattened, kinds_of
+from framefusion.export.engines.inductor.join import join_products
 from framefusion.export.graphs.graph_plan import GraphModule, Signature
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
 from framefusion.runtime.backends.inductor.backend import KIND, PLACES
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 SUFFIX = ".pt2"
 DEVICES = ("cpu", "cuda")
 _PEAK = 1_000_000_000  # bytes of a process with torch, and of the compiler it starts, measured: 0.47 GB each
+JOINED = ("cuda",)
+"""Devices for which query, key and value are one product, and gate and up: see join.py."""
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 """Kernels of attention that an engine may call: none of them writes the scores of all pairs out."""
 _NO_KERNEL = ("No viable backend", "No available kernel")
@@ -127,6 +130,8 @@ def specs(folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVIC
     heads = plan.config.num_heads, model.num_kv_heads, model.head_dim
     form = choose(Geometry(*heads, getattr(torch, model.dtype), device))
     attention = {"attention": form, "caches": "cut" if FORMS[form].is_cut else "whole"}
+    if device in JOINED:
+        attention["products"] = "joined"
     return {
         graph.name: InductorSpec(
             *(folder / graph.name, KIND, (target,), model.dtype),
@@ -149,7 +154,7 @@ def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFac
         progress(0.0)
         module = spec.module()
         dtype = getattr(torch, spec.dtype)
-        places = give_weights(module, spec.graph, dtype, spec.device)
+        places = give_weights(module, spec.graph, dtype, spec.device, join="products" in spec.options)
         program = export(module, dtype, spec.device, spec.options.get("attention", "masked"))
         progress(0.2)
         unfinished = target.with_name(target.name + SUFFIX)  # torch wants the suffix
@@ -169,10 +174,13 @@ def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFac
     )
 
 
-def give_weights(module: nn.Module, graph: Path, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+def give_weights(
+    module: nn.Module, graph: Path, dtype: torch.dtype, device: str = "cpu", *, join: bool = False
+) -> dict[str, Any]:
     """Give a module the bundle's own weights as views of its file, and say where each lies.
 
-    Another device than the CPU gets memory of that size without the values, which no compilation reads.
+    Another device than the CPU gets memory of that size without the values, which no compilation reads, and so do
+    weights that are joined: several places, whose last axes stand side by side.
 
     Raises:
         BundleError: the graph has other parameters.
@@ -188,13 +196,19 @@ def give_weights(module: nn.Module, graph: Path, dtype: torch.dtype, device: str
             )
         begin = value.offset or 0
         end = (value.offset or 0) + (value.length or 0)
-        *path, last = name.split(".")
-        owner = module.get_submodule(".".join(path))
         view = flat[begin:end].view(dtype).view(parameter.shape)
-        values = view if device == "cpu" else torch.empty_like(view, device=device)
-        setattr(owner, last, nn.Parameter(values, requires_grad=False))
+        _set(module, name, view if device == "cpu" else torch.empty_like(view, device=device))
         places[f"module.{name}"] = [begin, list(parameter.shape)]
+    for name, parts in (join_products(module) if join else {}).items():
+        _set(module, name, torch.empty(module.get_parameter(name).shape, dtype=dtype, device=device))
+        places[f"module.{name}"] = [places.pop(f"module.{part}") for part in parts]
     return {"file": WEIGHTS, "tensors": places}
+
+
+def _set(module: nn.Module, name: str, values: Tensor) -> None:
+    """Give a parameter values."""
+    (*path, last) = name.split(".")
+    setattr(module.get_submodule(".".join(path)), last, nn.Parameter(values, requires_grad=False))
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def measured(geometry: Geometry, lengths: tuple[int, int] | None = None) -> dict
 
 def _trial(name: str, geometry: Geometry, whole: int, chunk: int) -> Trial:
     error = 0.0
-    seconds = {}
+    taken = {}
     for length, held in ((whole, whole), (chunk, whole), (1, whole)):
         (operands, expected) = _operands(geometry, length, held, FORMS[name].is_cut)
         attend = cache_attention(name)
@@ -116,8 +116,8 @@ def _trial(name: str, geometry: Geometry, whole: int, chunk: int) -> Trial:
         error = max(error, float((found - expected).abs().max() / expected.abs().max()))
         if not error <= LIMITS[geometry.dtype]:  # not a number is wrong, too
             return Trial(f"{length} tokens over {held} have an error of {error:.1e}", error)
-        seconds[length] = _seconds(lambda: attend(*operands), geometry.device)  # noqa: B023
-    return Trial(None, error, seconds[whole], seconds[1])
+        taken[length] = seconds(lambda: attend(*operands), geometry.device)  # noqa: B023
+    return Trial(None, error, taken[whole], taken[1])
 
 
 def _operands(geometry: Geometry, length: int, held: int, is_cut: bool) -> tuple[tuple[object, ...], Tensor]:
@@ -140,7 +140,7 @@ def _operands(geometry: Geometry, length: int, held: int, is_cut: bool) -> tuple
     return (*rows, *caches, kv_len, *heads), reference(*exact, kv_len, *heads)[0]
 
 
-def _seconds(run: Callable[[], object], device: str) -> float:
+def seconds(run: Callable[[], object], device: str) -> float:
     """The least of a few runs, and of more where they are short."""
     taken: list[float] = []
     while len(taken) < _ROUNDS or (sum(taken) < _LONG_ENOUGH and len(taken) < 10 * _ROUNDS):

@@ -5,7 +5,7 @@ is given those of the bundle's own files, memory-mapped on the CPU, so they are 
 segments of one structure share one engine. No GPU has run this yet.
 
 A package's metadata says where its weights lie (PLACES): {"file": beside the graph, "tensors": {name: [offset,
-shape]}}.
+shape]}}, or several of them for a weight whose last axis holds theirs side by side.
 Inputs and outputs are those of the engine's record, in its order; caches are inputs that are written to. They lie in
 memory slot after slot, [C, Hkv, hd], so that an engine can be shown only the slots that are taken, without a copy:
 attention costs what the tokens cost and not what the cache could hold. Engines of a GPU are shown whole caches where
@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -44,6 +44,13 @@ from framefusion.storage.bounded_json import parse_json
 KIND: EngineKind = "inductor"
 PLACES = "framefusion.places"
 _CPU = "cpu"
+
+
+class _Place(NamedTuple):
+    """Where a weight lies in a file of weights, in bytes, and its shape."""
+
+    offset: int
+    shape: list[int]
 
 
 class InductorBackend(HostBackend):
@@ -77,7 +84,8 @@ class InductorBackend(HostBackend):
             self._graphs = CheckedGraphs(there)
         if threads:
             self._torch.set_num_threads(threads)
-        self._weights: dict[Path, Any] = {}  # graphs over one file share its tensors
+        self._weights: dict[Path, Any] = {}  # files, mapped
+        self._copies: dict[object, Any] = {}  # graphs over one file share its tensors
         self._engines: dict[str, Engine] = {}
 
     def open(self, graphs: Sequence[str]) -> None:
@@ -123,20 +131,34 @@ class InductorBackend(HostBackend):
         return place(self._bundle.folder, beside)
 
     def _tensors(self, path: Path, places: Mapping[str, Any], dtype: str) -> dict[str, Buffer]:
-        """Views of a file of weights: mapped on the CPU, which reads what is used; a copy on a GPU."""
+        """The weights of an engine by name, each at one place of a file, or at several, side by side."""
+        return {
+            name: self._tensor(path, tuple(_Place(*piece) for piece in pieces), name, dtype)
+            for name, pieces in ((name, [at] if isinstance(at[0], int) else at) for name, at in places.items())
+        }
+
+    def _tensor(self, path: Path, pieces: tuple[_Place, ...], name: str, dtype: str) -> Buffer:
+        """Views of a file: mapped on the CPU, which reads what is used; copies on a GPU, one for all graphs."""
         torch = self._torch
-        if path not in self._weights:
-            mapped = torch.from_numpy(np.memmap(path, mode="c", dtype=np.uint8))  # private pages: nothing is written
-            self._weights[path] = mapped if self._device_name == _CPU else mapped.to(self._device_name)
+        if path not in self._weights:  # private pages: nothing is written
+            self._weights[path] = torch.from_numpy(np.memmap(path, mode="c", dtype=np.uint8))
         flat = self._weights[path]
         kind = getattr(torch, dtype)
-        sizes = {name: math.prod(shape) * kind.itemsize for name, (_, shape) in places.items()}
-        for name, (offset, shape) in places.items():
-            if min((offset, *shape)) < 0 or offset + sizes[name] > len(flat):
+        views = []
+        for offset, shape in pieces:
+            size = math.prod(shape) * kind.itemsize
+            if min((offset, *shape)) < 0 or offset + size > len(flat):
                 raise ValueError(f"{name!r:.60} lies at {offset} with shape {shape}, the file has {len(flat)} bytes")
-        return {
-            name: flat[offset : offset + sizes[name]].view(kind).view(shape) for name, (offset, shape) in places.items()
-        }
+            views.append(flat[offset : offset + size].view(kind).view(shape))
+        if len(pieces) == 1 and self._device_name == _CPU:
+            view: Buffer = views[0]
+            return view
+        key = path, repr(pieces), dtype
+        if key not in self._copies:
+            there = [view.to(self._device_name) for view in views]
+            self._copies[key] = there[0] if len(there) == 1 else torch.cat(there, -1)
+        copied: Buffer = self._copies[key]
+        return copied
 
     def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
         """Caches of zeros of these shapes, slot after slot in memory: [1, C, Hkv, hd] as [1, Hkv, C, hd]."""

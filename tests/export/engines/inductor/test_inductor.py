@@ -7,6 +7,8 @@ in an order of their own. One in bfloat16 is compared with eager torch in fp32 t
 from __future__ import annotations
 
 import dataclasses
+import re
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from framefusion.export.engines.inductor import build as inductor
 from framefusion.export.engines.inductor.attention import FORMS, cache_attention
 from framefusion.export.engines.inductor.choice import LENGTHS, PREFERRED, Geometry, choose, measured
 from framefusion.export.engines.inductor.graph import PLAIN, export, flattened, kinds_of
+from framefusion.export.engines.inductor.join import join_products
 from framefusion.export.options import BuildOptions, EngineOptions, Resources
 from framefusion.export.plan.build_plan import BuildPlan, replan
 from framefusion.ops.kernels import KERNELS
@@ -130,6 +133,23 @@ def test_segments_of_one_structure_are_one_graph(checkpoint: Path) -> None:
     assert first.inputs == second.inputs
     assert [argument.shape for argument in first.arguments] == [argument.shape for argument in second.arguments]
     assert str(modules[0]) == str(modules[1])
+
+
+def test_joined_products_are_those_side_by_side(plan: BuildPlan) -> None:
+    module: Any = plan.graph("segments/layer01/graph.onnx").module().to_empty(device="cpu")
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    rows = torch.randn(1, 5, plan.config.hidden_size)
+    half = torch.ones(1, 5, plan.config.head_dim // 2)
+    expected = [block.project(rows, half, half) if hasattr(block, "q") else block(rows) for block in module.blocks]
+    values = dict(module.named_parameters())
+    joined = join_products(module)
+    assert {name.split(".", 2)[2] for name in joined} == {"qkv.weight", "qkv.bias", "gate_up.weight"}
+    assert not {part for parts in joined.values() for part in parts} & dict(module.named_parameters()).keys()
+    for name, parts in joined.items():
+        module.get_parameter(name).data = torch.cat([values[part] for part in parts], -1)
+    found = [block.project(rows, half, half) if hasattr(block, "o") else block(rows) for block in module.blocks]
+    torch.testing.assert_close(found, expected)
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------
@@ -256,6 +276,14 @@ def test_an_adaptive_bundle_runs_on_its_engines_as_in_onnxruntime(
             Pipeline(bundle, whole).generate(TURNS, [draw_clip()], request).token_ids
         )
 
+    # what stands between two products is one kernel each
+    path = bundle.folder / next(e.file for e in bundle.manifest.engines if "layer01" in e.graph)
+    with zipfile.ZipFile(path) as package:
+        (code,) = (package.read(name).decode() for name in package.namelist() if name.endswith(".wrapper.cpp"))
+    kernels = set(re.findall(r"cpp_fused_(\w+)_\d+\b", code))
+    for fused in (("add", "mean", "rsqrt"), ("sigmoid", "mul"), ("index_copy", "mul", "sub"), ("sigmoid", "where")):
+        assert any(all(part in kernel for part in fused) for kernel in kernels), (fused, kernels)
+
     engine = bundle.manifest.engines[0]
     assert {(e.options.get("attention"), e.options.get("caches")) for e in bundle.manifest.engines} == {
         ("split", "cut"),
@@ -271,8 +299,14 @@ def test_an_adaptive_bundle_runs_on_its_engines_as_in_onnxruntime(
 
 
 @pytest.mark.slow
-def test_a_fixed_bundle_runs_on_its_engines_as_in_onnxruntime(compiled: Callable[..., Bundle]) -> None:
-    assert_same(compiled(reduction="fixed", **MODES["fixed"]), Request(DECODED))
+def test_a_fixed_bundle_runs_on_its_engines_as_in_onnxruntime(
+    compiled: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With products joined, as for a GPU: its prefill and decode graphs share one file of weights."""
+    monkeypatch.setattr(inductor, "JOINED", ("cpu",))
+    bundle = compiled(reduction="fixed", **MODES["fixed"])
+    assert {engine.options.get("products") for engine in bundle.manifest.engines} == {"joined", None}
+    assert_same(bundle, Request(DECODED))
 
 
 @pytest.mark.slow
