@@ -36,7 +36,7 @@ ENGINES := engines-out
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo documented engines test test-runtime slow test-latest test-oldest lock attack test-gpu test-ray test-authors bench-gpu lint clean
+.PHONY: help setup demo documented engines test test-runtime slow test-latest test-oldest lock attack test-gpu test-ray test-authors gpu bench-gpu lint clean
 
 help:
 	@echo "make demo      build a bundle and ask about a film, with every token and with few, about $(DEMO_TIME)"
@@ -52,6 +52,7 @@ help:
 	@echo "make test-gpu  tests that need a GPU"
 	@echo "make test-ray  a local Ray of two workers, in $(VENV)-ray"
 	@echo "make test-authors  compare with the authors' own code, in an environment of its own; needs the network"
+	@echo "make gpu       all that a quarter of an hour on a GPU can show: tests, kernels, attention, prefill, decode"
 	@echo "make bench-gpu prefill and decode of $(PRESET) by $(BACKEND) on the GPU of this machine"
 	@echo "make lint      ruff, ruff format --check, mypy"
 	@echo "make clean     remove .venv, caches, demo-out and engines-out"
@@ -165,6 +166,10 @@ test-authors:
 	    { echo "$$owner/$$name could not be cloned: its tests are skipped" >&2; rm -rf $(AUTHORS)/$$name; }; \
 	done
 	@AUTHORS=$(abspath $(AUTHORS)) OMP_NUM_THREADS=1 $(AUTHORS_VENV)/bin/python -m pytest -q --noconftest tests/authors
+
+# Takes what is installed: a bare machine with torch, transformers and onnxruntime does.
+gpu:
+	@$(or $(wildcard $(BIN)/python),python3) -m tools.gpu $(GPU_FLAGS)
 
 bench-gpu: setup
 	@$(BIN)/python -m pip install -qq -e '.[dev,gpu,tensorrt-rtx]'

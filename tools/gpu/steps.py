@@ -1,0 +1,71 @@
+"""The steps of `make gpu`, most valuable first: what each runs, what it needs, and when it is ended.
+
+Knows no process and no file.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+TINY = ("--frames", "6", "--grid", "4x4", "--depth", "1", "--rounds", "1", "--new-tokens", "4", "--threads", "1")
+PAPER = ("--frames", "64", "--grid", "14x15", "--rounds", "3", "--new-tokens", "17")
+"""The paper's speed setting: 13440 visual tokens, and 32 of text."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process whose output is JSON, or pytest's.
+
+    Attributes:
+        name: under which its result is kept.
+        command: of the process.
+        limit_s: seconds after which it is ended.
+        modules: that it imports; where one is missing, the step is left out.
+        on_gpu: nothing of it runs without one.
+        is_json: it prints JSON; else its last lines are kept.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: int
+    modules: tuple[str, ...] = ()
+    on_gpu: bool = False
+    is_json: bool = True
+
+
+def steps(device: str, shape: str, work: Path) -> list[Step]:
+    """All steps, in order.
+
+    Args:
+        device: "cuda" or "cpu", to try the steps themselves.
+        shape: of tools.bench.setting.SHAPES.
+        work: folder for checkpoints and bundles.
+    """
+    python = sys.executable
+    cuda = ("cuda.bindings",)
+    is_tiny = shape == "tiny"
+    sizes = ("--shape", shape, "--device", device, "--work", str(work), *(TINY if is_tiny else PAPER))
+    attention = ("--shape", shape, "--device", device, "--tokens", "64" if is_tiny else "4096")
+    dtype = "float32" if device == "cpu" else "bfloat16"
+
+    def bench(name: str, module: str, limit_s: int, *flags: str, modules: tuple[str, ...]) -> Step:
+        return Step(name, (python, "-m", f"tools.bench.{module}", *flags), limit_s, modules)
+
+    tests = (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu/test_cuda_device.py")
+    inductor = ("--backend", "inductor", *sizes, "--costs", "1,0.3", "--dtype", dtype)
+    onnxruntime = ("--backend", "onnxruntime", *sizes, "--costs", "1,0.3")
+    module = ("onnxruntime",)
+    return [
+        # 1. What is wrong there makes every figure worthless.
+        Step("tests", (*tests, "-k", "not film"), 120, (*cuda, "pytest", "hypothesis"), on_gpu=True, is_json=False),
+        # 2. The parts: kernels of the reduction against a copy, forms of attention, products.
+        Step("kernels", (python, "-m", "tools.bench.kernels"), 90, cuda, on_gpu=True),
+        bench("attention", "attention", 120, *attention, "--dtype", dtype, modules=("torch",)),
+        # 3. The whole: prefill and decode against eager torch. The second of a backend finds its bundle there.
+        bench("inductor prefill", "prefill", 330, *inductor, modules=("torch", "transformers")),
+        bench("inductor decode", "decode", 120, *inductor, modules=("torch", "transformers")),
+        bench("onnxruntime prefill", "prefill", 150, *onnxruntime, modules=("torch", "transformers", *module)),
+        bench("onnxruntime decode", "decode", 90, *onnxruntime, modules=("torch", "transformers", *module)),
+    ]
