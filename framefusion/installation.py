@@ -10,11 +10,8 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 NAME = "framefusion-aot"
 
@@ -31,6 +28,8 @@ def install_command(extra: str, *, upgrade: bool = False) -> str:
 
 def _origin() -> Mapping[str, Any]:
     """The record of where this package came from; {} for an index, a folder where it was not installed at all."""
+    from importlib.metadata import PackageNotFoundError, distribution  # both are slow to import, and for errors alone
+
     try:
         text = distribution(NAME).read_text("direct_url.json")
     except PackageNotFoundError:
@@ -44,6 +43,9 @@ def _origin() -> Mapping[str, Any]:
 
 def _requirement(extra: str, origin: Mapping[str, Any]) -> str:
     """What pip is to be given, quoted for a shell."""
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
     named = f"{NAME}[{extra}]"
     if not origin:
         return shlex.quote(named)

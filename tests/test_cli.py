@@ -265,3 +265,12 @@ def test_inspect_tells_the_static_lengths_of_a_fixed_bundle(
     text = render(facts)
     assert "call 0 merges 30.0%" in text
     assert f"{facts['fixed']['lengths'][-1]}" in text
+
+
+def test_what_is_imported_for_an_error_alone_is_not_imported_at_the_start() -> None:
+    """Each of them takes ten milliseconds or more of every command, and of `from framefusion import Pipeline`."""
+    slow = ("asyncio", "importlib.metadata", "urllib.request", "rich")
+    code = "import sys; from framefusion.runtime.commands.cli import ff_run; from framefusion.console import progress;"
+    code += f"print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run((sys.executable, "-c", code), capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -18,6 +18,7 @@ from tests.wheel import ROOT
 
 PROGRAMS: dict[str, click.Group] = {"ff-run": ff_run, "ff-export": ff_export}
 COMMAND = re.compile(r"\b(ff-run|ff-export) ([a-z]\w*)((?: (?!ff-)[^\s,;:()`']+)*)")
+WORTH_PARSING = re.compile(r"ff-run|ff-export|[\"' ]--[a-z]|framefusion-aot\[|install_command")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*[a-z](?![\w-])")
 FOREIGN = {
     *("--atol", "--model"),  # of optimum-cli
@@ -28,13 +29,14 @@ FOREIGN = {
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])
 
 
+@cache
 def modules() -> list[Path]:
-    return sorted(
-        path
-        for folder in ("export", "runtime", "framefusion")
-        for path in (ROOT / folder).rglob("*.py")
-        if folder != "framefusion" or path.relative_to(ROOT).parts[1] not in ("export", "runtime")
-    )
+    """Those that may name a command, a flag or an extra: the others need not be parsed."""
+    folders = [ROOT / name for name in ("export", "runtime")]
+    paths = [path for folder in folders for path in folder.rglob("*.py")]
+    core = ROOT / "framefusion"
+    paths += [path for path in core.rglob("*.py") if path.relative_to(core).parts[0] not in ("export", "runtime")]
+    return sorted(path for path in paths if WORTH_PARSING.search(path.read_text(encoding="utf-8")))
 
 
 @cache

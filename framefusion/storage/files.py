@@ -19,8 +19,6 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import reduce
-from operator import or_
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -30,15 +28,9 @@ NAME_BYTES = 255  # of one name, on every file system in use
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a system says of a file that cannot grow: the disk, a quota or a limit is full."""
 _CHUNK = 1 << 20
-
-
-def flags(*names: str) -> int:
-    """Flags of `os.open` by name, as far as the system has them: Windows lacks most, and others O_BINARY."""
-    return reduce(or_, (getattr(os, name, 0) for name in names), 0)
-
-
-_CAREFUL = flags("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
-"""How files are opened: no link is followed, no FIFO waited for."""
+_CAREFUL = 0  # how files are opened: no link is followed, no FIFO waited for; Windows lacks most of these
+for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+    _CAREFUL |= getattr(os, _name, 0)
 _HANDLES = "/proc/self/fd"
 _AT_FDCWD = -100
 _NOREPLACE = 1

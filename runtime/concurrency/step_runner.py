@@ -9,7 +9,6 @@ pipeline and no graph.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
@@ -73,6 +72,8 @@ class StepRunner:
         Whoever is cancelled or closes the generator waits for nothing: the worker ends its step, if one is computed,
         and closes the request before it takes up another.
         """
+        import asyncio  # whoever has a task has it imported, and all others are spared it
+
         loop = asyncio.get_running_loop()
         context = copy_context()  # of the task, as asyncio.to_thread has it
         steps = self.steps(request)

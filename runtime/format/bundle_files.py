@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from framefusion.errors import BundleError
 from framefusion.runtime.machine.user_cache import read_private, user_cache, write_private
 from framefusion.storage.bounded_json import JsonError, parse_json
-from framefusion.storage.files import flags
 from framefusion.storage.records import name_problem
 
 if TYPE_CHECKING:
@@ -29,6 +28,9 @@ VERIFIED = "verified"  # folder of the user's cache
 MOST_MEMOS = 512  # bundles whose hashes are remembered
 _MEMO_BYTES = 1 << 24
 _CHUNK = 1 << 22
+_WAITLESS = 0  # how small files are opened: no FIFO is waited for; Windows has O_BINARY alone
+for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+    _WAITLESS |= getattr(os, _name, 0)
 _STABLE_AFTER = 2 * 10**9
 """Nanoseconds since its last change after which a file that changes again gets another ctime: clocks tick coarsely."""
 
@@ -84,7 +86,7 @@ def read_small(path: Path, most_bytes: int) -> bytes:
         OSError: it cannot be read.
         BundleError: it is too long, or no regular file.
     """
-    handle = os.open(path, os.O_RDONLY | flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    handle = os.open(path, os.O_RDONLY | _WAITLESS)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise BundleError(f"{path} is no regular file: copy the bundle again or rebuild it")

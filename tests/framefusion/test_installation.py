@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shlex
 from importlib.metadata import PackageNotFoundError
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from framefusion import installation
 from framefusion.installation import install_command
 from tests.wheel import ROOT
 
@@ -31,7 +31,7 @@ class Installed:
 def command(monkeypatch: pytest.MonkeyPatch) -> Any:
     def made(record: dict[str, Any] | str | None, **settings: bool) -> str:
         text = record if isinstance(record, str) or record is None else json.dumps(record)
-        monkeypatch.setattr(installation, "distribution", lambda _: Installed(text))
+        monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Installed(text))
         return install_command("export", **settings)
 
     return made
@@ -93,5 +93,5 @@ def test_what_was_never_installed_is_installed_from_where_it_lies(monkeypatch: p
     def absent(name: str) -> Installed:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(installation, "distribution", absent)
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
     assert shlex.split(install_command("gpu")) == ["pip", "install", "-e", f"{ROOT}[gpu]"]
