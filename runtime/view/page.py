@@ -13,7 +13,11 @@ from typing import Any
 from framefusion.errors import StorageError
 from framefusion.storage import files
 
-TEMPLATE = Path(__file__).with_name("page.html")
+PARTS = Path(__file__).with_name("parts")
+TEMPLATE = "page.html"
+STYLE = "style.css"
+SCRIPTS = ("kit.js", "player.js", "charts.js", "page.js")
+"""In this order; together they are one script."""
 _SEAL = "<!-- sha256 of all above: {} -->\n"  # a page that anybody edited is theirs
 _LARGEST = 1 << 32  # bytes of a page
 
@@ -22,9 +26,14 @@ def page(facts: Mapping[str, Any]) -> str:
     """The page as text; it loads nothing from elsewhere."""
     payload = json.dumps(facts, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     payload = payload.replace("<", "\\u003c")  # no text of a user or a model may end the script
-    template = TEMPLATE.read_text(encoding="utf-8").replace("{{name}}", html.escape(str(facts["name"])))
-    content = template.replace("{{facts}}", payload)  # last: what users and models say stays as it is
+    content = _part(TEMPLATE).replace("{{style}}", _part(STYLE)).replace("{{script}}", "".join(map(_part, SCRIPTS)))
+    content = content.replace("{{name}}", html.escape(str(facts["name"])))
+    content = content.replace("{{facts}}", payload)  # last: what users and models say stays as it is
     return content + _seal(content.encode("utf-8"))
+
+
+def _part(name: str) -> str:
+    return (PARTS / name).read_text(encoding="utf-8")
 
 
 def check_writable(path: Path) -> Path:
