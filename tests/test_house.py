@@ -243,7 +243,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     assert {
         "framefusion/py.typed",
         "framefusion/__init__.pyi",
-        "framefusion/runtime/view/page.html",
+        "framefusion/runtime/view/parts/page.html",
+        "framefusion/runtime/view/parts/player.js",
+        "framefusion/runtime/view/parts/style.css",
         "framefusion/runtime/backends/cuda/kernels.cu",
     } <= set(names)
 

@@ -20,6 +20,7 @@ from framefusion.export.commands.build import LOADING, missing_package, open_che
 from framefusion.export.commands.flags import CHECKPOINT_REVISION, COUNT, FILE, POSITIVE, eval_options
 from framefusion.runtime.commands.flags import (
     COMPARE,
+    OPEN,
     OUTPUT,
     THREADS,
     CommaList,
@@ -157,10 +158,13 @@ def compare_command(
 @CHECKPOINT_REVISION
 @OUTPUT
 @COMPARE
+@OPEN
 @question_options
 @THREADS
 @console.json_option
-def view_command(model: str, revision: str | None, output: Path, compare: bool, threads: int, **prompt: Any) -> None:
+def view_command(
+    model: str, revision: str | None, output: Path, compare: bool | None, open_it: bool, threads: int, **prompt: Any
+) -> None:
     """Answer a question and draw what became of each token, as one HTML page.
 
     A bundle runs as `ff-run view` runs it; a checkpoint runs in eager torch, in fp32, and nothing is built.
@@ -172,13 +176,14 @@ def view_command(model: str, revision: str | None, output: Path, compare: bool, 
 
     question = PromptOptions.from_flags(**prompt)
     if (Path(model) / MANIFEST).is_file():
-        show_page(Pipeline(Bundle(model), threads=threads), Path(model).resolve().name, question, output, compare)
+        pipeline = Pipeline(Bundle(model), threads=threads)
+        show_page(pipeline, Path(model).resolve().name, question, output, compare, open_it)
         return
     source = open_checkpoint(model, revision)
     with tempfile.TemporaryDirectory() as folder:
         with activity(f"opening {source.origin.name} in eager torch"):
             pipeline = _uncompiled(source, Path(folder) / "parts", threads)
-        show_page(pipeline, source.origin.name, question, output, compare)
+        show_page(pipeline, source.origin.name, question, output, compare, open_it)
 
 
 def _uncompiled(source: Checkpoint, folder: Path, threads: int) -> Pipeline:

@@ -6,6 +6,7 @@ Text goes to stdout as it comes, the summary to stderr.
 from __future__ import annotations
 
 import sys
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from framefusion.runtime.commands.check import check
 from framefusion.runtime.commands.flags import (
     COMPARE,
     FILE,
+    OPEN,
     OUTPUT,
     CommaList,
     PromptOptions,
@@ -96,15 +98,16 @@ ff_run.add_command(serve)
 
 @ff_run.command(
     cls=VisualCommand,
-    examples=("ff-run view bundle -v clip.mp4 -p 'What happens?' --compare -o report.html",),
+    examples=("ff-run view bundle -v clip.mp4 -p 'What happens?' -o report.html --open",),
 )
 @click.argument("bundle", type=FILE)
 @OUTPUT
 @COMPARE
+@OPEN
 @question_options
 @running_options
 @console.json_option
-def view(bundle: Path, output: Path, compare: bool, **options: Any) -> None:
+def view(bundle: Path, output: Path, compare: bool | None, open_it: bool, **options: Any) -> None:
     """Answer a question and draw what became of each token, as one HTML page.
 
     Answers as generate does. The page loads nothing from elsewhere: open it in a browser.
@@ -112,7 +115,7 @@ def view(bundle: Path, output: Path, compare: bool, **options: Any) -> None:
     running = running_flags(options)
     question = PromptOptions.from_flags(**options)
     pipeline = open_pipeline(bundle, **running)
-    show_page(pipeline, bundle.resolve().name, question, output, compare)
+    show_page(pipeline, bundle.resolve().name, question, output, compare, open_it)
 
 
 @ff_run.command(
@@ -179,8 +182,10 @@ def _render_reducers(report: dict[str, Any]) -> str:
     return console.table(names, rows)
 
 
-def show_page(pipeline: Pipeline, name: str, question: PromptOptions, output: Path, compare: bool) -> None:
-    """Answer a question, write its page, and tell in a few lines what is on it."""
+def show_page(
+    pipeline: Pipeline, name: str, question: PromptOptions, output: Path, compare: bool | None, open_it: bool
+) -> None:
+    """Answer a question, write its page, say in a few lines what is on it, and open it where that is wanted."""
     from framefusion.runtime.view import view
     from framefusion.runtime.view.page import check_writable, write_page
 
@@ -193,6 +198,8 @@ def show_page(pipeline: Pipeline, name: str, question: PromptOptions, output: Pa
         size = write_page(view.facts(watched, pipeline, name), output)
     page = {"page": str(output), "bytes": size} | report(pipeline, watched.answer, request.cost)
     console.show(page, lambda facts: f"{facts['page']}: {console.in_bytes(size)}\n{facts['text']}\n{summary(facts)}")
+    if open_it and not webbrowser.open(output.resolve().as_uri()):
+        console.log(f"no browser could be started here: open {output} in one")
 
 
 def main() -> None:

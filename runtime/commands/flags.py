@@ -109,8 +109,12 @@ OUTPUT = option(
     help="File that the page is written to; an older page is replaced, nothing else is.",
 )
 COMPARE = option(
-    "--compare", section="Output", is_flag=True, help="Answer without reduction, too, and show both side by side."
+    "--compare/--no-compare",
+    section="Output",
+    default=None,
+    help="Answer with every token, too, for the saving and the sameness; default: where something is reduced.",
 )
+OPEN = option("--open", "open_it", section="Output", is_flag=True, help="Open the page in a browser.")
 _PROMPT_HELP = "- reads it from standard input, @FILE from a file, @@ begins one with an @."
 PROMPT = _shown("--prompt", "-p", required=True, help=f"Question about the films and pictures; {_PROMPT_HELP}")
 PROMPTS = _shown(

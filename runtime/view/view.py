@@ -68,7 +68,7 @@ def watch(
     request: Request | None = None,
     *,
     sampling: FrameSampling | None = None,
-    compare: bool = False,
+    compare: bool | None = False,
 ) -> Watched:
     """Answer a conversation and take down each decision.
 
@@ -78,8 +78,8 @@ def watch(
         files: videos and images that the turns show.
         request: as for `Pipeline.generate`.
         sampling: of frames; None takes the bundle's.
-        compare: answer it without reduction, too; one prefill of each kind is run and not timed before, and where they
-            are quick, several are timed in turn.
+        compare: answer it without reduction, too; None does where something is reduced. One prefill of each kind is run
+            before and not timed, and where they are quick, several are timed in turn.
 
     Raises:
         BudgetError: there is no reduction to compare with.
@@ -95,6 +95,8 @@ def watch(
     request = pipeline.clamp_new_tokens(request, prompt)
     if not compare:
         request = pipeline.with_default_cost(request, visuals_of(turns))
+    if compare is None:
+        compare = bool(prompt.num_visual) and requested_cost(pipeline.manifest, request) < 1.0
     with stopwatch.stage("vision"):
         features = [pipeline.encode_visual(visual) for visual in visuals]
     with stopwatch.stage("embed"):

@@ -125,6 +125,10 @@ const player = (visual, v) => {
     const strip = made(controls, "div", { class: "strip", role: "img", "aria-label": "Patches that stay of each frame: " + stays.map(n => whole(Math.round(n))).join(", ") });
     stays.forEach((n, f) => { const bar = made(strip, "i", { title: when(visual, f) + ": " + whole(Math.round(n)) + " stay" }); bar.style.height = Math.max(100 * n / most, 4) + "%"; bar.addEventListener("click", () => { stop(); go(f); }); });
     bars = [...strip.children];
+    // The first frame to look at shows both: most of what stays, beside what does not.
+    const totals = visual.pictures.map((_, f) => own.filter(one => one.panel.frames.includes(f)).reduce((sum, one) => sum + (one.end - one.first) / one.panel.frames.length, 0));
+    const telling = stays.map((n, f) => n < totals[f] - 1e-9 ? n : 0);
+    frame = telling.indexOf(Math.max(...telling));
   }
   if (numbers.length > 1) {
     const row = made(controls, "div", { class: "row" }), choice = made(made(row, "label", {}, "The model sees it in parts: "), "select");

@@ -7,10 +7,9 @@ import dataclasses
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 from framefusion.runtime.view import view
 from framefusion.runtime.view.page import page
+from framefusion.runtime.view.timing import Timings, headline, timing_facts
 from framefusion.runtime.view.view import SIDES, Watched, facts, fates, stored_size, watch
 from tests.commands import assert_refused, export, run
 from tests.films import write_film
@@ -35,18 +35,6 @@ from tests.versions import needs_torch
 REQUEST = Request(max_new_tokens=4, cost=0.4, similarity_lower_bound=0.97)
 QUESTION = "What happens? </script><b>&"
 TURNS = [Turn("user", (Visual.VIDEO, Visual.IMAGE, QUESTION))]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-DRIVEN = """{
-const [back, forth] = document.querySelectorAll("#steps button");
-while (!back.disabled) back.click();
-const captions = [...document.querySelectorAll("figcaption")].map(one => /: (\\d+) of/.exec(one.textContent));
-const first = captions.reduce((sum, found) => sum + (found ? Number(found[1]) : 0), 0);
-while (!forth.disabled) forth.click();
-document.title = [document.documentElement.scrollWidth, innerWidth, first].join(" ");
-}"""
-"""Presses to the first step and back to the last; the title says how wide page and window are, and what stood there."""
 
 
 class Page(HTMLParser):
@@ -88,7 +76,7 @@ def told(watched: Watched, pipeline: Pipeline) -> dict[str, Any]:
 def test_watching_changes_nothing(watched: Watched, pipeline: Pipeline, film: Path, picture: Path) -> None:
     plain = pipeline.generate(TURNS, [film, picture], REQUEST)
     for field in dataclasses.fields(plain):
-        if field.name != "seconds":
+        if field.name not in ("seconds", "shown"):  # thumbnails are for who shows an answer without this page
             assert getattr(watched.answer, field.name) == getattr(plain, field.name), field.name
     dense = pipeline.generate(TURNS, [film, picture], dataclasses.replace(REQUEST, cost=1.0))
     assert watched.dense is not None
@@ -148,7 +136,7 @@ def test_numbers_are_those_of_the_answer(watched: Watched, told: dict[str, Any],
     own, model = page_facts["reduced"], pipeline.manifest.model
     assert "layers" not in own  # `Generation.kept` reads it; the page has the steps
     for field in dataclasses.fields(answer):
-        if field.name == "layers":
+        if field.name in ("layers", "shown"):
             continue
         value = getattr(answer, field.name)
         plain = [dataclasses.asdict(one) for one in value] if field.name in ("reduction", "videos") else value
@@ -210,6 +198,60 @@ def test_a_page_of_64_frames_is_below_two_megabytes(pipeline: Pipeline) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 180, 320, 3), np.uint8)
     smooth = np.repeat(np.repeat(noise[:, ::8, ::8], 8, axis=1), 8, axis=2)  # a block is as hard as a film gets
     assert sum(len(view.stored_picture(frame, 64)) for frame in smooth) < 2e6
+
+
+def test_every_merged_row_says_who_took_it(watched: Watched, told: dict[str, Any]) -> None:
+    left, into, similar, took = (np.array(told[name], float) for name in ("left", "into", "similar", "took"))
+    merges = [step for step, about in enumerate(told["steps"]) if about["kind"] == "merge"]
+    assert merges
+    merged = np.isin(left, merges)
+    assert (into[merged] >= 0).all(), "all visual rows of a film merge into rows"
+    assert (into[~merged] == -1).all()
+    assert np.isfinite(similar[merged]).all()
+    assert REQUEST.similarity_lower_bound is not None
+    assert (similar[merged] >= REQUEST.similarity_lower_bound - 1e-4).all()
+    for row in np.flatnonzero(merged):  # whoever takes a token is there after that call, and so is what it stands for
+        taker = int(into[row])
+        assert left[taker] < 0 or left[taker] > left[row]
+    stays = left < 0
+    gone = np.isin(left, [step for step in range(len(told["steps"])) if step not in merges])
+    assert took[stays].sum() + took[gone].sum() + gone.sum() + stays.sum() == left.size
+
+
+# --- What the page begins with --------------------------------------------------------------------------------------
+
+
+def runs(*seconds: float) -> list[Mapping[str, float]]:
+    return [{"prefill": spent, "reduction": 0.0} for spent in seconds]
+
+
+@pytest.mark.parametrize(
+    ("reduced", "dense", "begins"),
+    [
+        (runs(1.0, 1.1, 0.9), runs(4.0, 4.2, 3.9), "2.5x faster first token"),
+        (runs(1.0, 1.1, 4.0), runs(4.0, 4.2, 3.9), "First token as soon as with every token"),
+        (runs(1.0, 1.0, 1.0), runs(1.04, 1.04, 1.04), "First token as soon as with every token"),
+        (runs(4.0, 4.0, 4.0), runs(1.0, 1.0, 1.0), "First token 2.5x slower"),
+    ],
+)
+def test_nothing_is_claimed_that_noise_explains(
+    watched: Watched, reduced: list[Mapping[str, float]], dense: list[Mapping[str, float]], begins: str
+) -> None:
+    assert watched.dense is not None
+    timing = timing_facts(Timings({"video": 0.6, "vision": 0.4}, reduced, dense), watched.answer, watched.dense)
+    assert headline(timing, watched.answer, watched.dense)[0]["text"] == begins
+
+
+def test_the_beginning_says_whether_the_answers_are_the_same(watched: Watched, told: dict[str, Any]) -> None:
+    assert watched.dense is not None
+    assert [len(watched.timings.reduced), len(watched.timings.dense)] == [3, 3]
+    same = watched.answer.text == watched.dense.text
+    assert told["headline"][1] == {"text": "same answer" if same else "another answer", "strong": same}
+    other = dataclasses.replace(watched.dense, text=watched.answer.text + "!")
+    assert headline(told["timing"], watched.answer, other)[1]["text"] == "another answer"
+    text = watched.answer.prompt_tokens - watched.answer.visual_tokens
+    share = (watched.answer.kv_lengths[-1] - text) / watched.answer.visual_tokens
+    assert told["headline"][2]["text"].startswith(f"{share:.0%} of" if share >= 0.0995 else f"{share:.1%} of")
 
 
 # --- The page -------------------------------------------------------------------------------------------------------
@@ -314,34 +356,6 @@ def test_a_folder_without_a_model_is_refused(film: Path, tmp_path: Path) -> None
     result = export("view", tmp_path, "--video", film, "--prompt", "What?", "-o", tmp_path / "r.html")
     assert_refused(result, CheckpointError)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on PATH to draw the page: apt-get install chromium")
-@pytest.mark.parametrize("size", [(390, 844), (1440, 900)], ids=["phone", "desktop"])
-def test_a_browser_draws_the_page(told: dict[str, Any], tmp_path: Path, size: tuple[int, int]) -> None:
-    """The document after its script ran: a picture with its alternative for each frame, counts that are the answer's,
-    nothing wider than the window; and the screenshot is no empty page."""
-    file, shot = tmp_path / "report.html", tmp_path / "shot.png"
-    file.write_text(page(told).replace("</body>", f"<script>{DRIVEN}</script></body>"), encoding="utf-8")
-    assert CHROMIUM is not None
-    flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000")
-    window = (f"--window-size={size[0]},{size[1]}", f"--user-data-dir={tmp_path / 'profile'}", file.as_uri())
-    command = (CHROMIUM, *flags)
-    dom = subprocess.run((*command, "--dump-dom", *window), capture_output=True, text=True, timeout=120, check=True)
-    tags = Page(dom.stdout).tags
-    images = [attributes for tag, attributes in tags if tag == "img"]
-    shown = sum(len(panel["frames"]) for visual in told["visuals"] for panel in visual["panels"])
-    assert len(images) == shown
-    assert all(image["alt"] and (image["src"] or "").startswith("data:image/webp") for image in images)
-    stays = [int(count) for count in re.findall(r"<figcaption>[^<]*: (\d+) of \d+ stay", dom.stdout)]
-    assert sum(stays) + sum(left < 0 for left in told["structural"]) == told["steps"][-1]["visual_after"]
-    wide, window_wide, first = map(int, re.findall(r"<title>(\d+) (\d+) (\d+)</title>", dom.stdout)[0])
-    assert wide <= window_wide
-    assert first == len(told["left"]), "before any call all rows are there"
-    subprocess.run((*command, f"--screenshot={shot}", *window), capture_output=True, timeout=120, check=True)
-    colours = np.unique(np.asarray(Image.open(shot).convert("RGB")).reshape(-1, 3), axis=0)
-    assert len(colours) > 50
 
 
 @pytest.mark.slow
