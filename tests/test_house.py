@@ -448,14 +448,18 @@ def test_commands_and_flags_of_the_pages_exist() -> None:
     lines = re.findall(r"^(?:\$ )?(ff-export|ff-run) (\w+) (.*)$", pages, re.MULTILINE)
     assert lines
     for group, command, rest in lines:
-        known = {option for parameter in groups[group].commands[command].params for option in parameter.opts}
+        known = {
+            option
+            for parameter in groups[group].commands[command].params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest.split("#")[0])) <= known
     every = {
         option
         for group in groups.values()
         for command in group.commands.values()
         for p in command.params
-        for option in p.opts
+        for option in (*p.opts, *p.secondary_opts)
     }
     assert set(re.findall(r"`(--[a-z-]+)", README + DOCS["using.md"])) <= every | {"--help"}
 
