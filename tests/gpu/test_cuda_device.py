@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
+from tests.gpu.driver_calls import Calls
 
 pytestmark = pytest.mark.gpu
 modest = settings(deadline=None, max_examples=60)
@@ -246,37 +246,6 @@ def test_reduced_gives_the_bits_of_apply_plan(
     wanted = apply_plan(rows, plan) if tables == 0 else np.stack([apply_plan(table, plan) for table in rows])
     assert got.dtype == rows.dtype
     np.testing.assert_array_equal(got, wanted)
-
-
-class Calls(Counter[str]):
-    """How often a device calls each function of the driver while this is entered."""
-
-    def __init__(self, device: CudaDevice) -> None:
-        super().__init__()
-        self._cuda = device.cuda
-
-    def __enter__(self) -> Calls:
-        plain = self._cuda.call
-
-        def call(name: str, *arguments: object) -> Any:
-            self[name] += 1
-            return plain(name, *arguments)
-
-        self._cuda.call = call  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._cuda.call
-
-    @property
-    def waits(self) -> int:
-        """How often the host waited for the GPU; a GPU without memory pools waits where a buffer is freed, too."""
-        return self["cuEventSynchronize"] + self["cuStreamSynchronize"] - self["cuMemFree"]
-
-    @property
-    def journeys(self) -> tuple[int, int, int]:
-        """Launches, copies to the GPU, copies to the host."""
-        return self["cuLaunchKernel"], self["cuMemcpyHtoDAsync"], self["cuMemcpyDtoHAsync"]
 
 
 @given(sizes, token_labels(), st.sampled_from(["merge", "prune"]), st.integers(0, 3), st.integers(1, 40), seeds)

@@ -24,7 +24,7 @@ from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.backends.tensorrt.backend import TensorRTBackend, TensorRTSegment
 from framefusion.runtime.backends.tensorrt.library import LibraryKind, load_library
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.generation.decode import Decoder
+from framefusion.runtime.generation.decode import Decoder, GreedyDecoder
 from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.proof.golden import require_golden
@@ -34,6 +34,7 @@ from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.bundles import COST
 from tests.conftest import made_once
+from tests.gpu.driver_calls import Calls
 
 pytestmark = pytest.mark.gpu
 EMULATED = "EMULATED_TENSORRT" in os.environ
@@ -129,6 +130,37 @@ def watched(pipeline: Pipeline, question: str, film: Path) -> dict[str, Any]:
         logits.append(decoder.step(row, cos[step], sin[step]).copy())
     hidden = pipeline.backend.device.download(rows.hidden)[: rows.length].astype(np.float32)
     return {"rows": hidden, "kept": [set(map(int, kept)) for kept in done.kept], "logits": np.stack(logits)}
+
+
+def test_a_greedy_token_is_one_graph_and_one_id(ours: Pipeline, film: Path) -> None:
+    """What comes to the host is the token before, 16 bytes; nothing goes there, and the host waits once."""
+    device: Any = ours.backend.device
+    prompt, rows = ours.read([Turn("user", (Visual.VIDEO, QUESTIONS[0]))], [film])
+    done = ours.prefill(prompt, rows, Request(STEPS + 4), Stopwatch())
+    decoder = Decoder(ours.segments, done.caches)
+    rotary = ours.rope(decode_positions(prompt.token_ids.size, prompt.rope_delta, STEPS + 4))
+    table = ours.embedding.upload(device, decoder.float_type)
+    assert table is not None
+    greedy = GreedyDecoder(decoder, ours.embedding, table, rotary, ours.manifest.model.vocab_size)
+    token = int(done.logits.argmax())
+    for step in range(STEPS):
+        with Calls(device) as calls:
+            token = greedy.step(token)
+        if step > 2:
+            assert calls["cuGraphLaunch"] == 1
+            assert calls.journeys == (0, 0, 1)
+            assert calls.waits == 1
+
+
+def test_greedy_tokens_are_those_of_the_logits(ours: Pipeline, film: Path) -> None:
+    turns = [Turn("user", (Visual.VIDEO, QUESTIONS[0]))]
+    request = Request(STEPS, generation=replace(ours.manifest.generation, eos_token_ids=()))
+    answers = [
+        [step.token_id for step in ours.stream(turns, [film], request, logits=logits) if step.kind == "token"]
+        for logits in (False, True)
+    ]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == STEPS
 
 
 def apart(found: Any, expected: Any) -> float:
