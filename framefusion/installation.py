@@ -50,16 +50,17 @@ def _requirement(extra: str, origin: Mapping[str, Any]) -> str:
     if not origin:
         return shlex.quote(named)
     url = origin["url"]
-    vcs = origin.get("vcs_info")
-    if isinstance(vcs, dict):
-        commit = f"@{vcs['commit_id']}" if vcs.get("commit_id") else ""
-        return shlex.quote(f"{named} @ {vcs.get('vcs', 'git')}+{url}{commit}{_subfolder(origin)}")
     parts = urlsplit(url)
+    vcs = origin.get("vcs_info")
     if parts.scheme != "file":
-        return shlex.quote(f"{named} @ {url}{_subfolder(origin)}")
+        source = url
+        if isinstance(vcs, dict):
+            commit = f"@{vcs['commit_id']}" if vcs.get("commit_id") else ""
+            source = f"{vcs.get('vcs', 'git')}+{url}{commit}"
+        return shlex.quote(f"{named} @ {source}{_subfolder(origin)}")
     path = url2pathname(parts.path)
     if not os.path.exists(path):  # a clone or a wheel that is gone
-        if "dir_info" in origin:
+        if "archive_info" not in origin:
             return f"{shlex.quote(f'.[{extra}]')} in a clone of its repository"
         return f"{shlex.quote(f'{Path(path).name}[{extra}]')} where that wheel is"
     editable = isinstance(origin.get("dir_info"), dict) and origin["dir_info"].get("editable", False)

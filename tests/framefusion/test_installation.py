@@ -51,6 +51,12 @@ def test_a_clone_is_installed_from_its_folder(command: Any, tmp_path: Path) -> N
         assert shlex.split(found) == ["pip", "install", *flag, f"{clone}[export]"]
 
 
+def test_a_repository_on_this_disk_is_installed_from_its_folder(command: Any, tmp_path: Path) -> None:
+    """pip takes no name beside git+file://."""
+    record = {"url": tmp_path.as_uri(), "vcs_info": {"vcs": "git", "commit_id": "ab12"}}
+    assert shlex.split(command(record)) == ["pip", "install", f"{tmp_path}[export]"]
+
+
 def test_a_wheel_is_installed_from_its_file(command: Any, tmp_path: Path) -> None:
     wheel = tmp_path / "framefusion_aot-0.1.0-py3-none-any.whl"
     wheel.touch()
