@@ -24,6 +24,7 @@ FOREIGN = {
     *("--atol", "--model"),  # of optimum-cli
     *("--batch_size", "--num_fewshot", "--gen_kwargs"),  # of lmms-eval
     *("--std", "--gpu-architecture", "--version"),  # of compilers
+    *("--onnxrt", "--load-inputs"),  # of polygraphy
     "--safe_serialization",  # of DeepSpeed's zero_to_fp32.py
 }
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])

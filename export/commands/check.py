@@ -1,4 +1,4 @@
-"""The commands about whether a bundle is what it says: `check` it, `sign` it.
+"""The commands about whether a bundle is what it says: `check` it, `sign` it, give its graphs `inputs` elsewhere.
 
 Builds library objects of the flags and prints reports. torch is imported by a comparison alone.
 """
@@ -175,3 +175,37 @@ def sign_command(bundle: Path, key: Path) -> None:
 
 def _render_signed(report: Mapping[str, Any]) -> str:
     return f"{report['bundle']}: manifest {report['digest']}, signed by {report['key']}"
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+@click.command(
+    name="inputs",
+    cls=Command,
+    examples=(
+        "ff-export inputs bundle/segments/rest/graph.onnx -o inputs.json",
+        "polygraphy run bundle/segments/rest/graph.onnx --onnxrt --load-inputs inputs.json",
+    ),
+)
+@click.argument("graph", type=FILE)
+@option("-o", "--output", required=True, type=FILE, help="File to write.")
+@console.json_option
+def inputs_command(graph: Path, output: Path) -> None:
+    """Write what GRAPH of a bundle gets in a request, for polygraphy and others that run a graph by itself.
+
+    The bundle's canned request runs on ONNX Runtime on the CPU: prefills with and without reduction, and decode steps.
+    Numbers drawn by shape alone are refused by attention, whose lengths must fit its caches.
+    """
+    from framefusion.export.graph_inputs import graph_inputs, write_inputs
+
+    with activity("running the canned request", after=PATIENCE):
+        feeds = graph_inputs(graph)
+        size = write_inputs(feeds, output)
+    report = {"graph": str(graph), "output": str(output), "runs": len(feeds), "bytes": size, "inputs": list(feeds[0])}
+    console.show(report, _render_inputs)
+
+
+def _render_inputs(report: Mapping[str, Any]) -> str:
+    facts = f"{report['output']}: inputs of {report['runs']} runs, {report['bytes']:,} bytes"
+    return f"{facts}\nnext: polygraphy run {report['graph']} --onnxrt --load-inputs {report['output']}"

@@ -11,7 +11,7 @@ import click
 import framefusion
 from framefusion.console import messages as console
 from framefusion.export.commands.build import build_command, compile_command, plan_command
-from framefusion.export.commands.check import check_command, sign_command
+from framefusion.export.commands.check import check_command, inputs_command, sign_command
 from framefusion.export.commands.evaluate import compare_command, evaluate_command, view_command
 from framefusion.export.commands.report import families_command, inspect_command
 
@@ -31,6 +31,7 @@ def ff_export() -> None:
 
 for _command in (
     *(build_command, plan_command, compile_command, check_command, sign_command),
+    inputs_command,
     *(inspect_command, view_command, evaluate_command, compare_command, families_command),
 ):
     ff_export.add_command(_command)

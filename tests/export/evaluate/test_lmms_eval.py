@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -151,25 +152,7 @@ for name in ("nms", "qnms"):
 """torchvision's index holds builds for CUDA, whose compiled operators do not load beside torch's build for the CPU, and
 without their schemas it cannot be imported. transformers' video processors use none of them."""
 
-TASK = """\
-task: drawn_clips
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {questions}
-test_split: test
-output_type: generate_until
-doc_to_visual: !function shown.films
-doc_to_text: question
-doc_to_target: answer
-generation_kwargs:
-  max_new_tokens: {most}
-  do_sample: false
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-"""
+EXAMPLE = ROOT / "examples" / "lmms_eval"  # the task that docs/evaluation.md shows
 CHOICES = """\
 task: drawn_choices
 include: drawn_clips.yaml
@@ -239,9 +222,17 @@ def write_task(folder: Path) -> None:
         rows.append({"video": str(film), "question": clip.question, "answer": clip.answer, "type": kind})
     questions = folder / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "drawn_clips.yaml").write_text(TASK.format(questions=questions, most=MOST))
+    task = (EXAMPLE / "my_films.yaml").read_text(encoding="utf-8")
+    for shown, ours in (
+        ("task: my_films", "task: drawn_clips"),
+        ("test: questions.jsonl", f"test: {questions}"),
+        ("max_new_tokens: 16", f"max_new_tokens: {MOST}"),
+    ):
+        assert task.count(shown) == 1
+        task = task.replace(shown, ours)
+    (folder / "drawn_clips.yaml").write_text(task)
     (folder / "drawn_choices.yaml").write_text(CHOICES)
-    (folder / "shown.py").write_text('def films(doc):\n    return [doc["video"]]\n')
+    shutil.copy(EXAMPLE / "shown.py", folder)
 
 
 @pytest.fixture(scope="module")
