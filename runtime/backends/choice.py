@@ -14,7 +14,7 @@ from typing import Any
 from framefusion.errors import BackendError
 from framefusion.runtime.backends import table
 from framefusion.runtime.backends.base import Backend
-from framefusion.runtime.backends.fit import Problem, is_cpu
+from framefusion.runtime.backends.fit import NO_ENGINE, NO_GPU, Problem, is_cpu
 from framefusion.runtime.backends.table import BackendKind, Device
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.engine_record import EngineKind
@@ -60,6 +60,12 @@ class Choice:
     def proven(self) -> bool:
         """Whether a committed result shows it on a device of its kind, and this device has shown it as well."""
         return self.right_here and not self.experimental
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether nobody needs to hear of it: it is not experimental, and what is better wants a GPU or engines."""
+        absent = (NO_ENGINE, NO_GPU[0])
+        return not self.experimental and all(option.problem in absent for option in self.passed_over)
 
     @property
     def text(self) -> str:

@@ -34,6 +34,7 @@ _RELEASE = 3  # numbers of a version that two builds of one release share
 Problem = tuple[str, str]
 """What is wrong, with its figures; and what mends it."""
 
+NO_ENGINE = "no such engine in the bundle"
 NO_GPU: Problem = ("there is no NVIDIA GPU here", "run on a machine with a GPU and its driver")
 
 
@@ -96,7 +97,7 @@ def engine_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Proble
         if row.cuda_buffers and not machine.bindings:
             return no_bindings()
     if not engines:
-        return "no such engine in the bundle", first_engines(bundle.folder, manifest, row.name)
+        return NO_ENGINE, first_engines(bundle.folder, manifest, row.name)
     for fit in examine(bundle.folder, replace(manifest, engines=engines), gpu=machine.gpu):
         if fit.problem is not None:
             return fit.problem, fit.remedy or "compile it again"

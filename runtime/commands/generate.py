@@ -86,6 +86,8 @@ def generate(
     # 2. The bundle.
     pipeline = open_pipeline(bundle, **running, quiet=quiet)
     pipeline.limits = options.limits()
+    if pipeline.choice is not None and not (pipeline.choice.ordinary or quiet or verbose or console.wants_json()):
+        console.log(pipeline.choice.text)
     # 3. Every question about everything; alone, its error is the command's.
     several = len(subjects) * len(questions) > 1
     output = _output(several, quiet, verbose)
@@ -301,7 +303,7 @@ def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[s
 
 
 def brief(facts: Mapping[str, Any], request: Request) -> str:
-    """Two lines for people, and one where a default was another, or where what runs the bundle is experimental."""
+    """Two lines for people, and one where a default was another."""
     seconds = facts["seconds"]
     waited = sum(seconds.values()) - seconds.get("decode", 0.0)
     prompt = f"prompt: {facts['prompt_tokens']} tokens"
@@ -316,9 +318,6 @@ def brief(facts: Mapping[str, Any], request: Request) -> str:
     lines = [prompt, answer]
     if facts["cost"].get("pictures_only"):
         lines.append(PICTURES_ONLY)
-    backend = facts["backend"]
-    if backend and backend["experimental"]:
-        lines.append(backend["text"])
     return "\n".join(lines)
 
 

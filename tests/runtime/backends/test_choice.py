@@ -12,7 +12,7 @@ import pytest
 from framefusion.errors import BackendError
 from framefusion.runtime.backends import choice, table
 from framefusion.runtime.backends.choice import Choice, Option, choose
-from framefusion.runtime.backends.fit import installed_version
+from framefusion.runtime.backends.fit import NO_ENGINE, NO_GPU, installed_version
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.commands import flags
@@ -201,7 +201,8 @@ def test_the_command_prints_the_choice_and_refuses_the_impossible(bundle: Bundle
     arguments = ["generate", bundle.folder, "--prompt", "What?", "--max-new-tokens", 1, "--no-verify"]
     facts = json.loads(run(*arguments, "--json").stdout)
     assert facts["backend"]["name"] == "onnxruntime"
-    assert facts["backend"]["text"] in run(*arguments).stderr.splitlines()
+    assert facts["backend"]["text"] in run(*arguments, "--verbose").stderr.splitlines()
+    assert "backend" not in run(*arguments).stderr  # what is ordinary is not said
     assert_refused(run(*arguments, "--backend", "inductor"), BackendError, "no such engine in the bundle", "ff-export")
 
 
@@ -211,6 +212,13 @@ def test_engines_that_the_graphs_are_not_fit_for_take_another_bundle(bundle: Bun
         choose(bundle, "tensorrt-rtx", machine=machine)
     assert "its graphs have dialect gqa in float32" in str(refused.value)
     assert "ff-export compile" not in str(refused.value)
+
+
+def test_what_is_ordinary_is_what_wants_a_gpu_or_engines() -> None:
+    absent = (Option("tensorrt", "cuda", NO_GPU[0]), Option("inductor", "cpu", NO_ENGINE))
+    assert Choice(Option("onnxruntime", "cpu"), absent).ordinary
+    assert not Choice(Option("onnxruntime", "cpu"), (*absent, Option("inductor", "cpu", "it is wrong here"))).ordinary
+    assert not Choice(Option("inductor", "cpu"), absent).ordinary  # experimental
 
 
 def test_reasons_of_several_are_said_once() -> None:

@@ -66,7 +66,7 @@ def said(bundle: Bundle, **how: Any) -> tuple[Any, list[str]]:
 
 
 def generated(bundle: Path, picture: Path, *flags: str) -> Any:
-    return run("generate", bundle, "--image", picture, "--prompt", "What?", "--max-new-tokens", 2, *flags)
+    return run("generate", bundle, "--image", picture, "--prompt", "What?", "--max-new-tokens", 2, "--verbose", *flags)
 
 
 def test_the_first_answer_proves_and_the_next_one_remembers(bundle: Path, picture: Path, cache: Path) -> None:
