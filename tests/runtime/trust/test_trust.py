@@ -239,7 +239,7 @@ def test_every_error_says_whose_fault_it_is() -> None:
     """What a server answers with a status of 4xx is what another request would mend."""
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FrameFusionError)]
     senders = {kind.__name__ for kind in kinds if kind.sender_fault}
-    assert senders == {"BudgetError", "PromptError", "ReducerError", "VideoError"}
+    assert senders == {"BudgetError", "PromptError", "ReducerError", "RequestError", "VideoError"}
 
 
 def test_a_refused_request_leaves_a_pipeline_as_it_was(pipeline: Pipeline, film: Path, tmp_path: Path) -> None:
