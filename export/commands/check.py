@@ -184,8 +184,8 @@ def _render_signed(report: Mapping[str, Any]) -> str:
     name="inputs",
     cls=Command,
     examples=(
-        "ff-export inputs bundle/segments/rest/graph.onnx -o inputs.json",
-        "polygraphy run bundle/segments/rest/graph.onnx --onnxrt --load-inputs inputs.json",
+        "ff-export inputs bundle/segments/rest/graph.onnx -o in.json",
+        "polygraphy run bundle/segments/rest/graph.onnx --onnxrt --load-inputs in.json",
     ),
 )
 @click.argument("graph", type=FILE)
