@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _LABEL = 27
 _FIGURES = 32  # "401 kB of 2.71 MB all 22%, 0:36 left"
 _BAR = 10  # characters
+_COLOUR = "cyan"  # rich's own is the red of errors
 _SELDOM = 10.0  # seconds between two lines of what is no terminal
 _RATE_AFTER = 2.0  # seconds before a rate is steady enough to be shown
 _STANDING = 1.0  # seconds without a byte, from which on the bar runs to and fro
@@ -154,10 +155,10 @@ class TerminalLines:
         now = self._now()
         waited = now - self._since
         if step is not None and 0 < step.done < step.size and waited < _STANDING:
-            bar = ProgressBar(total=step.size, completed=step.done, width=_BAR)
+            bar = ProgressBar(total=step.size, completed=step.done, width=_BAR, complete_style=_COLOUR)
             figures = self._figures(step)
         else:  # no bytes say how far it is
-            bar = ProgressBar(pulse=True, animation_time=now, width=_BAR)
+            bar = ProgressBar(pulse=True, animation_time=now, width=_BAR, pulse_style=_COLOUR)
             figures = f"{in_time(waited)} {'' if step is None else share_of(step)}".rstrip()
         grid = Table.grid(
             Column(no_wrap=True),

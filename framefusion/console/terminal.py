@@ -24,6 +24,7 @@ REFRESHES = 8  # drawings a second
 PATIENCE = 0.7  # seconds before a line for what mostly is done by then
 _FRAMES = "-\\|/"  # also where a terminal has ASCII alone
 _DUMB = ("dumb", "unknown")
+_drawing = threading.Lock()  # held by the line that is drawn: one within another is not
 
 
 def is_interactive(stream: TextIO) -> bool:
@@ -63,7 +64,10 @@ def spinner(now: Callable[[], float] = time.monotonic) -> str:
 
 
 class MovingLine:
-    """What is drawn over, again and again by a thread of rich's, until `close`. Warnings appear above it."""
+    """What is drawn over, again and again by a thread of rich's, until `close`. Warnings appear above it.
+
+    While one is drawn another one is not: whoever began first says what runs.
+    """
 
     def __init__(self, draw: Callable[[], RenderableType], stream: TextIO, after: float = 0.0) -> None:
         """Args: draw: what is to be seen now. after: seconds without a line, for what mostly is done by then."""
@@ -80,6 +84,8 @@ class MovingLine:
     def _begin(self) -> None:
         from rich.live import Live
 
+        if not _drawing.acquire(blocking=False):
+            return
         # stdout stays as it is: it may go to a file
         self._live = Live(
             get_renderable=self._draw,
@@ -92,8 +98,8 @@ class MovingLine:
 
     def print(self, line: RenderableType) -> None:
         """Leave a line above."""
-        assert self._live is not None, "only a line that begins at once has something above it"
-        self._live.console.print(line, soft_wrap=True)
+        console = console_of(self._stream) if self._live is None else self._live.console
+        console.print(line, soft_wrap=True)
 
     def close(self) -> None:
         """Take the line away."""
@@ -102,6 +108,8 @@ class MovingLine:
             self._timer.join()
         if self._live is not None:
             self._live.stop()
+            self._live = None
+            _drawing.release()
 
 
 class Activity:

@@ -172,6 +172,18 @@ def test_what_moves_ends_with_its_body_and_nothing_is_left_of_it() -> None:
     assert "\x1b[?25l" not in stream.getvalue()  # the cursor stays: a killed process could not bring it back
 
 
+def test_a_line_within_another_is_not_drawn_and_the_next_one_is() -> None:
+    stream = Terminal()
+    with activity("outer", stream=stream):
+        with activity("inner", stream=stream) as now:
+            now.say("still inner")
+        assert "inner" not in stream.getvalue()
+    with activity("next", stream=stream):
+        pass
+    assert "next, 0 s" in stream.getvalue()
+    assert stream.lines() == []
+
+
 def test_what_is_done_at_once_draws_nothing() -> None:
     stream = Terminal()
     with activity("opening", after=30.0, stream=stream):
