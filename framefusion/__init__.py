@@ -5,13 +5,15 @@ through this file and must reach nothing heavy. Their types stand in `__init__.p
 """
 
 __version__ = "0.1.0"
-__all__ = ("Bundle", "Pipeline", "Request", "Session", "Turn", "Visual")
+__all__ = ("Bundle", "Generation", "Pipeline", "Request", "Session", "Step", "Turn", "Visual")
 
 _MODULES = {
     "Bundle": "framefusion.runtime.bundle",
+    "Generation": "framefusion.runtime.request",
     "Pipeline": "framefusion.runtime.pipeline",
     "Request": "framefusion.runtime.request",
     "Session": "framefusion.runtime.session",
+    "Step": "framefusion.runtime.request",
     "Turn": "framefusion.runtime.text.prompt",
     "Visual": "framefusion.runtime.text.prompt",
 }

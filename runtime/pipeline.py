@@ -110,7 +110,13 @@ class Pipeline(Stages):
     def read(
         self, turns: Conversation, files: Sequence[Source] = (), *, sampling: FrameSampling | None = None
     ) -> tuple[Prompt, TokenRows]:
-        """A conversation up to the prefill: for asking the same thing in several ways."""
+        """A conversation up to the prefill, a prompt of S tokens and their rows [S, D], for `answer`.
+
+        A film is read and encoded once, whatever costs and reducers are tried on it.
+
+        Raises:
+            VideoError, PromptError: see `framefusion.errors`.
+        """
         turns, files = read_conversation(turns, files)
         with self.runner.turn():
             visuals = self.read_visuals(turns, files, sampling or self.manifest.sampling, Stopwatch())
@@ -194,8 +200,8 @@ class Pipeline(Stages):
             turns: what was said, the last one the user's: a text, turns, or messages as Hugging Face's chat templates
                 take them; see `framefusion.runtime.text.messages`.
             files: the videos and images that are shown, in order: see `framefusion.runtime.media.sources`.
-            request: limits, reduction and sampling of tokens.
-            sampling: of frames; None takes the bundle's.
+            request: limits, reduction and sampling of tokens, such as Request(max_new_tokens=64, cost=0.3).
+            sampling: of frames; None takes the bundle's, `manifest.sampling.spread(16)` shows 16 of them.
             on_text: called with each new piece of text.
 
         Raises:
@@ -281,7 +287,11 @@ class Pipeline(Stages):
     def answer(
         self, prompt: Prompt, rows: TokenRows, request: Request, stopwatch: Stopwatch | None = None
     ) -> Generation:
-        """Answer a prompt whose rows are at hand: `generate` without files and vision."""
+        """Answer a prompt whose rows are at hand, from `read`: `generate` without files and vision.
+
+        Raises:
+            PromptError, BudgetError: see `framefusion.errors`.
+        """
         stopwatch = stopwatch or Stopwatch()
         request = self.clamp_new_tokens(request, prompt)
         with self.runner.turn():

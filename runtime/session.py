@@ -318,7 +318,7 @@ class Session:
         """Make a turn and its answer part of the conversation."""
         self.turns = (*following.turns, Turn("assistant", text))
         self.files = following.files
-        self.records.append(report)
+        self.records.append(replace(report, shown=None))  # thumbnails are the answer's
         self._visuals = following.visuals
         if self._stages.restart_reason is None:
             self._caches = prefilled.caches

@@ -143,7 +143,7 @@ from pathlib import Path
 
 import numpy as np
 
-from framefusion import Bundle, Pipeline, Request, Session, Turn, Visual
+from framefusion import Bundle, Generation, Pipeline, Request, Session, Step, Turn, Visual
 
 
 def main(folder: str) -> str:
@@ -162,6 +162,10 @@ async def later(pipeline: Pipeline) -> str:
     async for step in pipeline.astream("What?"):
         print(step.text)
     return (await pipeline.agenerate("What?")).text
+
+
+def shorten(steps: list[Step]) -> Generation:
+    return Generation.from_steps(steps[:-1])
 
 
 Pipeline("x").generate(5)

@@ -88,6 +88,7 @@ def test_a_turn_draws_what_it_showed(pipeline: Pipeline, film: Path, picture: Pa
     assert second.shown.places.min() > first.prompt_tokens
     assert f"{kept.sum()} of {kept.size}" in str(image["alt"])
     assert Tags(chat.ask("Who?").to_html()).images == []
+    assert [record.shown for record in chat.records] == [None, None, None]  # thumbnails live as long as their answer
 
 
 def test_the_fixed_mode_draws_its_last_layer(film: Path) -> None:
