@@ -13,6 +13,7 @@ from framefusion.runtime.format.manifest import Mode
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "float16", "bfloat16"]
+TowerInput = Literal["uint8", "float"]
 DEFAULT_TEXT = 512
 DEFAULT_INPUT = 8192
 DEFAULT_NEW_TOKENS = 1024
@@ -45,6 +46,7 @@ class BuildOptions:
         frame_label: text before a frame of a video, {} its number (InternVL).
         total_pixels: most pixels of all frames of a video together (Qwen2-VL, Qwen2.5-VL).
         resize_rounding: how often a resized picture is rounded to whole levels (Qwen-VL).
+        tower_input: what the vision tower's graph takes: pictures in bytes, which it normalises, or floats that are.
         backend, target_sm, engines_only, device: the engines that are compiled of the graphs, see `EngineOptions`.
     """
 
@@ -73,6 +75,7 @@ class BuildOptions:
     total_pixels: int | None = None
     resize_rounding: str | None = None
     mm_spatial_pool_mode: str | None = None
+    tower_input: TowerInput = "uint8"
     backend: EngineKind | None = None
     target_sm: tuple[str, ...] | None = None
     engines_only: bool = False

@@ -21,6 +21,7 @@ from framefusion.runtime.backends.host import NoGraphs
 from framefusion.runtime.generation.fixed_prefill import fixed_call
 from framefusion.runtime.generation.stages import Stages
 from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.visual_input import BytePatches
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import FIRST_EXTRA
@@ -75,6 +76,8 @@ def request(stages: Stages, film: str, question: str, max_new_tokens: int) -> Ar
         raise BundleError(f"the program runs no family that shows a film as {manifest.model.family} does")
     (tiles,) = visual.tiles
     call = manifest.vision.settings.call(tiles, manifest.vision.head_dim)
+    takes_bytes = manifest.vision.input == "uint8"
+    patches = tiles.patches.levels if takes_bytes and isinstance(tiles.patches, BytePatches) else tiles.values
     prompt = stages.prompt(turns, [visual])
     # 3. The sizes of the prefill, which follow from the labels, and the rotary tables of the prompt and the answer.
     prefill = fixed_call(manifest, tracks.request_labels(prompt.labels))
@@ -91,7 +94,7 @@ def request(stages: Stages, film: str, question: str, max_new_tokens: int) -> Ar
     )
     embedded[prompt.row_places] = -1
     sizes = [size, model.hidden_size, model.num_kv_heads, model.head_dim, model.vocab_size, size - sum(fixed.drops)]
-    arrays: Arrays = {f"vision/{name}": array for name, array in {"patches": tiles.values, **call.inputs}.items()}
+    arrays: Arrays = {f"vision/{name}": array for name, array in {"patches": patches, **call.inputs}.items()}
     arrays |= {f"prefill/{name}": array for name, array in (tables | prefill.vectors).items()}
     arrays |= {
         "sizes": np.array(sizes),
@@ -113,8 +116,8 @@ def pad(table: NDArray[np.float32], size: int) -> NDArray[np.float32]:
 
 
 def typed(array: NDArray[Any], float_type: type[np.floating[Any]]) -> NDArray[Any]:
-    """Whole numbers as int64, others in the bundle's type; contiguous, as the program reads them."""
-    kind = np.int64 if array.dtype.kind == "i" else float_type
+    """Whole numbers as int64, bytes as they are, others in the bundle's type; contiguous, as the program reads them."""
+    kind = {"i": np.int64, "u": np.uint8}.get(array.dtype.kind, float_type)
     return np.ascontiguousarray(array, kind)
 
 

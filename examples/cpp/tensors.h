@@ -48,6 +48,7 @@ struct Tensor {
   Tensor(ONNXTensorElementDataType type, std::vector<int64_t> shape) : type(type), shape(std::move(shape)) {
     size_t width = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64     ? 8
                    : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? 2
+                   : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8   ? 1
                                                                    : 4;
     for (int64_t extent : this->shape) width *= extent;
     bytes.resize(width);
@@ -64,7 +65,7 @@ struct Tensor {
   const char* row(size_t index) const { return bytes.data() + index * row_bytes(); }
 };
 
-// An .npy file in C order, of <i8, <f4 or <f2.
+// An .npy file in C order, of <i8, <f4, <f2 or |u1.
 inline Tensor read_npy(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   char start[10] = {};
@@ -72,7 +73,7 @@ inline Tensor read_npy(const std::string& path) {
   std::string header(static_cast<unsigned char>(start[8]) | static_cast<unsigned char>(start[9]) << 8, ' ');
   file.read(header.data(), header.size());
   auto has = [&](const char* text) { return header.find(text) != std::string::npos; };
-  if (!has("'fortran_order': False") || !(has("<i8") || has("<f4") || has("<f2")))
+  if (!has("'fortran_order': False") || !(has("<i8") || has("<f4") || has("<f2") || has("|u1")))
     throw std::runtime_error(path + " is of another type: " + header);
   std::vector<int64_t> shape;
   std::string extents = header.substr(header.find('(') + 1);
@@ -80,6 +81,7 @@ inline Tensor read_npy(const std::string& path) {
     if (*at >= '0' && *at <= '9') shape.push_back(std::strtoll(at, const_cast<char**>(&at), 10)), --at;
   Tensor read(has("<i8")   ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
               : has("<f2") ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
+              : has("|u1") ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
                            : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
               shape);
   if (!file.read(read.bytes.data(), read.bytes.size())) throw std::runtime_error(path + " is truncated");

@@ -237,6 +237,6 @@ def _tower(bundle: Bundle, rehearsal: Rehearsal) -> GoldenTower:
     """One picture of the size that the family makes of a small one."""
     pixels = np.zeros((*PICTURE, 3), np.uint8)
     tiles = bundle.manifest.preprocessing.for_images(1).image(pixels, 0).tiles[0]
-    picture = CannedPicture(tiles.grid.height, tiles.grid.width, tiles.pool, tiles.values.shape[1])
+    picture = CannedPicture(tiles.grid.height, tiles.grid.width, tiles.pool, tiles.shape[1])
     rows = rehearsal.tower(picture)
     return GoldenTower(picture, rows.shape, values_of(rows, row_places(rehearsal.request.seed, rows.size)))

@@ -24,6 +24,7 @@ from framefusion.export.options import (
     BuildOptions,
     Device,
     DType,
+    TowerInput,
 )
 from framefusion.runtime.backends.table import engine_kinds
 from framefusion.runtime.commands.flags import MOST_THREADS, CommaList
@@ -162,6 +163,11 @@ PICTURES = (
         click.Choice(("twice", "once")),
         "Round a resized picture to whole levels after each direction, or once at the end (Qwen-VL).",
         "twice",
+    ),
+    _field(
+        "tower_input",
+        click.Choice(get_args(TowerInput)),
+        "Give the vision tower pictures in bytes, which its graph normalises, or in floats.",
     ),
 )
 IN_REDUCTION = "Token reduction"

@@ -25,8 +25,10 @@ from framefusion.export.families.towers import TowerPlan
 from framefusion.export.graphs.decoder import DecoderConfig
 from framefusion.export.graphs.graph_plan import GraphPlan
 from framefusion.export.graphs.segments import SegmentPlan, segment_module, whole_decoder
+from framefusion.export.graphs.tower import Levels
 from framefusion.export.graphs.tracing.dialects import DIALECTS, Dialect
 from framefusion.export.options import BuildOptions as BuildOptions  # part of this module's interface
+from framefusion.export.options import TowerInput
 from framefusion.export.plan import sizes
 from framefusion.export.plan.graphs import fixed_graphs, segment_graphs, tower_graph
 from framefusion.export.plan.reduction import reduction_record, segments_of
@@ -70,6 +72,7 @@ class BuildPlan:
         self.sampling: FrameSampling = self.family.sampling(checkpoint).overridden(options.fps, options.max_frames)
         self.preprocessing = self._preprocessing()
         self._check_widths()
+        self.tower_input = self._tower_input()
         longest_video = self.preprocessing.video_tokens(self.sampling.max_frames)
         self.limits = sizes.limits_of(checkpoint, options, longest_video)
         # 4. the reduction, which decides where the decoder is cut
@@ -136,6 +139,7 @@ class BuildPlan:
         common = {field.name for field in fields(VisionRecord)} & {field.name for field in fields(TowerPlan)}
         facts: dict[str, Any] = {name: getattr(self.tower, name) for name in common}
         facts["kind"] = self.tower.settings.kind
+        facts["input"] = self.tower_input
         return VisionRecord(graph.name, weight_bytes=graph.weight_bytes, **facts)
 
     def buckets(self) -> tuple[int, ...] | None:
@@ -197,6 +201,13 @@ class BuildPlan:
         chosen = {name: getattr(self.options, name) for name in names}
         return self.family.preprocessing(self.checkpoint).with_options(**chosen)
 
+    def _tower_input(self) -> TowerInput:
+        """Bytes where the family's pictures are bytes and its tower takes them; its graph then normalises them."""
+        if self.options.tower_input == "float" or not self.preprocessing.byte_patches:
+            return "float"
+        self.tower.module.levels = levels_of(self.preprocessing)
+        return "uint8" if self.tower.module.takes_bytes else "float"
+
     def _fixed(self) -> FixedRecord | None:
         schedule = self.reduction.schedule
         if schedule is None:
@@ -217,6 +228,13 @@ class BuildPlan:
     def sources(self, plan: SegmentPlan) -> dict[str, AnySource]:
         """Where the parameters of a segment are in the checkpoint."""
         return decoders.decoder_sources(self.checkpoint, self.family, plan)
+
+
+def levels_of(preprocessing: Preprocessing) -> Levels:
+    """(level * rescale - mean) / std, as one product and one sum."""
+    scale = tuple(preprocessing.rescale / std for std in preprocessing.image_std)
+    shift = tuple(-mean / std for mean, std in zip(preprocessing.image_mean, preprocessing.image_std, strict=True))
+    return Levels(scale, shift)
 
 
 def _dialect(name: str, head_dim: int) -> Dialect:
@@ -252,7 +270,7 @@ def replan(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> BuildPla
         options = from_json(BuildOptions, manifest.options)
     except RecordError as error:
         raise BundleError(f"{folder} does not say how it was built ({error}): rebuild it") from None
-    plan = BuildPlan(checkpoint, options)
+    plan = BuildPlan(checkpoint, replace(options, tower_input=manifest.vision.input))
     ours = asdict(manifest.model)
     theirs = asdict(plan.model_record())
     for name, value in ours.items():

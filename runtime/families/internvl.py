@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from framefusion.errors import BundleError
 from framefusion.runtime.media.frame_sampling import FrameSampling, Indices, frame_rule
-from framefusion.runtime.media.preprocess import BLOCK, SIDE, TILES, Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.media.preprocess import BLOCK, SIDE, TILES, Preprocessing, check_frames, cut_bytes, resize
 from framefusion.runtime.media.tiles.anyres import cut_tiles, nearest_tiling
 from framefusion.runtime.media.tiles.panels import Panel, cells, even, within
 from framefusion.runtime.media.video.frames import Video
@@ -46,6 +46,7 @@ class InternVLPreprocessing(Preprocessing):
     """
 
     rule: ClassVar[str] = "internvl"
+    byte_patches: ClassVar[bool] = True
     field_rules: ClassVar[Mapping[str, Rule]] = {
         "tile_size": SIDE,
         "merge_size": BLOCK,
@@ -155,7 +156,7 @@ class InternVLPreprocessing(Preprocessing):
 
     def _tiles(self, tiles: NDArray[np.uint8]) -> Tiles:
         side = self.tile_size // self.patch_size
-        return Tiles(cut_patches(tiles, self), Grid(len(tiles), side, side))
+        return Tiles(cut_bytes(tiles, self), Grid(len(tiles), side, side))
 
 
 @frame_rule("internvl_chat")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from framefusion.errors import BundleError
 from framefusion.reduction.tracks import TEXT
 from framefusion.runtime.media.frame_sampling import FrameSampling, Indices, frame_rule
-from framefusion.runtime.media.preprocess import PIXELS, SIDE, TILES, Preprocessing, check_frames, cut_patches, resize
+from framefusion.runtime.media.preprocess import PIXELS, SIDE, TILES, Preprocessing, check_frames, cut_bytes, resize
 from framefusion.runtime.media.tiles.anyres import (
     best_tiling,
     cut_tiles,
@@ -73,6 +73,7 @@ class LlavaPreprocessing(Preprocessing):
     """
 
     rule: ClassVar[str] = "llava"
+    byte_patches: ClassVar[bool] = True
     field_rules: ClassVar[Mapping[str, Rule]] = {
         "image_size": SIDE,
         "tilings": Rule(PIXELS.least, PIXELS.most, items=1 << 12),
@@ -184,7 +185,7 @@ class LlavaPreprocessing(Preprocessing):
 
     def _tiles(self, pictures: NDArray[np.uint8], pool: str = "") -> Tiles:
         grid = Grid(len(pictures), self.side, self.side)
-        return Tiles(cut_patches(pictures, self), grid, pool)
+        return Tiles(cut_bytes(pictures, self), grid, pool)
 
     def _frame(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
         size = self.image_size

@@ -28,7 +28,7 @@ from framefusion.runtime.media.preprocess import (
     Preprocessing,
     check_frames,
     check_shape,
-    cut_patches,
+    cut_bytes,
     resize,
 )
 from framefusion.runtime.media.tiles.panels import WHOLE, Panel, cells, even
@@ -59,6 +59,7 @@ class MiniCpmVPreprocessing(Preprocessing):
     """What config.json and preprocessor_config.json say, and how finely frames of a video are cut."""
 
     rule: ClassVar[str] = "minicpmv"
+    byte_patches: ClassVar[bool] = True
     field_rules: ClassVar[Mapping[str, Rule]] = {
         "query_num": TILES,
         "scale_resolution": SIDE,
@@ -259,8 +260,8 @@ def _tiles(
     rows, columns = grid
     count = len(whole) * grid[0] * grid[1]
     pictures = whole.reshape(len(whole), rows, height, columns, width, 3).swapaxes(2, 3)
-    values = cut_patches(pictures.reshape(count, height, width, 3), preprocessing)
-    return Tiles(values, Grid(count, *size))
+    patches = cut_bytes(pictures.reshape(count, height, width, 3), preprocessing)
+    return Tiles(patches, Grid(count, *size))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from framefusion.runtime.media.preprocess import (
     TILES,
     Preprocessing,
     check_frames,
-    cut_patches,
+    cut_bytes,
     resize,
 )
 from framefusion.runtime.media.tiles.anyres import cut_tiles, nearest_tiling
@@ -63,6 +63,7 @@ class NvilaPreprocessing(Preprocessing):
     """
 
     rule: ClassVar[str] = "nvila"
+    byte_patches: ClassVar[bool] = True
     field_rules: ClassVar[Mapping[str, Rule]] = {
         "image_size": SIDE,
         "merge_size": BLOCK,
@@ -209,12 +210,12 @@ class NvilaPreprocessing(Preprocessing):
         rows, columns = nearest_tiling(height, width, size, finest**2, self.max_tiles)
         tilings = [(count, count) for count in coarse] + [(rows, columns)]
         tiles = [cut_tiles(resize(pixels, tall * size, wide * size, BICUBIC), size) for tall, wide in tilings]
-        patches = cut_patches(np.concatenate(tiles), self)
+        patches = cut_bytes(np.concatenate(tiles), self).reshaped(1)
         grid = Grid(1, rows * self.side, columns * self.side)
         # 2. The tower's rows, tile by tile of the finest scale, to lines across all tiles.
         order = tile_places(rows, columns, self.blocks).reshape(-1, 1)
         pieces = tuple(self._ended(order.size, 0, self.image_end))
-        return VisualInput((Tiles(patches.reshape(1, -1, patches.shape[-1]), grid, SCALES),), pieces, RowMap(order))
+        return VisualInput((Tiles(patches, grid, SCALES),), pieces, RowMap(order))
 
     def _spans(self, pooled: int = 1) -> Spans:
         """Where so many blocks at a time lie along a picture; the last block may be padded."""
@@ -233,9 +234,8 @@ class NvilaPreprocessing(Preprocessing):
 
     def _tiles(self, pictures: NDArray[np.uint8], pooled: int, pool: str = "") -> Tiles:
         """Groups of `pooled` pictures, whose patches stand one picture after the other."""
-        patches = cut_patches(pictures, self)
         grid = Grid(len(pictures) // pooled, pooled * self.side, self.side)
-        return Tiles(patches.reshape(grid.frames, -1, patches.shape[-1]), grid, pool)
+        return Tiles(cut_bytes(pictures, self).reshaped(grid.frames), grid, pool)
 
 
 def _whole_groups(video: Video, pooled: int) -> str:

@@ -28,7 +28,7 @@ from framefusion.runtime.media.preprocess import (
 )
 from framefusion.runtime.media.tiles.panels import Panel, cells, even
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.visual_input import Grid, Piece, Rows, Tiles, VisualInput
+from framefusion.runtime.media.visual_input import BytePatches, Grid, Piece, Rows, Tiles, VisualInput
 from framefusion.runtime.text.positions import grid_places
 from framefusion.storage.records import Rule
 
@@ -38,6 +38,7 @@ class QwenVLPreprocessing(Preprocessing):
     """Patch geometry and limits of pixels; those of a video are per frame."""
 
     rule: ClassVar[str] = "qwen_vl"
+    byte_patches: ClassVar[bool] = True
     field_rules: ClassVar[Mapping[str, Rule]] = {
         "merge_size": BLOCK,
         "temporal_patch_size": BLOCK,
@@ -216,10 +217,10 @@ def _grid(num_frames: int, size: tuple[int, int], preprocessing: QwenVLPreproces
 def patchify(
     frames: NDArray[np.uint8], preprocessing: QwenVLPreprocessing, size: tuple[int, int] | None = None
 ) -> Tiles:
-    """Cut frames [N, H, W, 3] (an image is N = 1) into normalised patches [T, h * w, 3 * depth * patch ** 2].
+    """Cut frames [N, H, W, 3] (an image is N = 1) into patches [T, h * w, 3 * depth * patch ** 2], levels as they are.
 
     Frames stand `temporal_patch_size` to a patch, the last one repeated until they do. Patches stand in merge blocks:
-    block row, block column, row in block, column in block; within a patch: channel, frame, row, column.
+    block row, block column, row in block, column in block; within a patch: see `BytePatches`.
 
     Args:
         frames: RGB of one size.
@@ -237,19 +238,17 @@ def patchify(
     patch = preprocessing.patch_size
     merge = preprocessing.merge_size
     blocks = (grid.height // merge, grid.width // merge)
-    values = np.empty((grid.frames, *blocks, merge, merge, 3, depth, patch, patch), np.float32)
-    # 2. Frame by frame, so that one resized frame is held at a time: pixels to levels, levels to their places.
-    levels = normalised_levels(preprocessing)
+    levels = np.empty((grid.frames, *blocks, merge, merge, depth, patch, patch * 3), np.uint8)
+    # 2. Frame by frame, so that one resized frame is held at a time: lines of a patch to their places.
     for i, frame in enumerate(frames):
         resized = preprocessing.resized(frame, grid.height * patch, grid.width * patch)
-        for channel in range(3):
-            plane = levels[channel].take(resized[:, :, channel])  # [h * patch, w * patch]
-            plane = plane.reshape(blocks[0], merge, patch, blocks[1], merge, patch)
-            values[i // depth, ..., channel, i % depth, :, :] = plane.transpose(0, 3, 1, 4, 2, 5)
+        lines = resized.reshape(blocks[0], merge, patch, blocks[1], merge, patch * 3)
+        levels[i // depth, ..., i % depth, :, :] = lines.transpose(0, 3, 1, 4, 2, 5)
     # 3. The last frame again, where a patch lacks frames.
     last = (num_frames - 1) % depth
-    values[-1, ..., last + 1 :, :, :] = values[-1, ..., last : last + 1, :, :]
-    return Tiles(values.reshape(grid.frames, grid.height * grid.width, -1), grid)
+    levels[-1, ..., last + 1 :, :, :] = levels[-1, ..., last : last + 1, :, :]
+    patches = levels.reshape(grid.frames, grid.height * grid.width, -1)
+    return Tiles(BytePatches(patches, normalised_levels(preprocessing)), grid)
 
 
 @frame_rule("qwen2_vl")

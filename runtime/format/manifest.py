@@ -152,6 +152,7 @@ class VisionRecord:
     patches_per_token: float
     deepstack: int = 0  # further outputs, one for each of the first layers of the LLM
     settings: TowerSettings = field(kw_only=True)  # numbers of the kind
+    input: Literal["float", "uint8"] = "float"  # patches: normalised, in the bundle's type, or the pictures' levels
 
 
 @dataclass(frozen=True)

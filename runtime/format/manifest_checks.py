@@ -170,6 +170,8 @@ def _vision(manifest: Manifest) -> Iterator[Problem]:
     side = preprocessing.patch_size
     if vision.patch_width != 3 * depth * side**2:
         yield "vision.patch_width", f"{vision.patch_width} is not 3 * {depth} * {side} * {side}, a patch's numbers"
+    if vision.input == "uint8" and not preprocessing.byte_patches:
+        yield "vision.input", f"the tower takes bytes, {preprocessing.rule} gives floats"
     blocks = vision.settings.block_side()
     expected = preprocessing.block_side()
     if blocks is not None and blocks != expected:

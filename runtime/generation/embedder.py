@@ -22,7 +22,7 @@ from framefusion.runtime.format.bundle_files import place
 from framefusion.runtime.format.manifest import EmbeddingRecord, Manifest
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.tower_kinds import TowerCall
-from framefusion.runtime.media.visual_input import RowMap, Tiles, VisualInput
+from framefusion.runtime.media.visual_input import BytePatches, RowMap, Tiles, VisualInput
 from framefusion.runtime.text.positions import rope_tables
 from framefusion.runtime.text.prompt import FIRST_EXTRA, Prompt
 
@@ -113,7 +113,7 @@ class Embedder:
         vision = self._manifest.vision
         device = self._backend.device
         calls = [vision.settings.call(tiles, vision.head_dim) for tiles in visual.tiles]
-        counts = [call.rows * len(tiles.values) for call, tiles in zip(calls, visual.tiles, strict=True)]
+        counts = [call.rows * tiles.shape[0] for call, tiles in zip(calls, visual.tiles, strict=True)]
         shape = (1 + vision.deepstack, sum(counts), self._manifest.model.hidden_size)
         rows = device.empty(shape, device.row_type)
         ends = np.cumsum(counts)
@@ -171,19 +171,34 @@ class Embedder:
         vision = self._manifest.vision
         model = self._manifest.model
         device = self._backend.device
-        count, patches, _ = tiles.values.shape
+        count, patches, _ = tiles.shape
         at_once = max(1, PATCHES_AT_ONCE // patches)
         shared = {name: device.upload(array) for name, array in _typed(call.inputs, model.float_type).items()}
         for start in range(0, count, at_once):
-            values = np.ascontiguousarray(tiles.values[start : start + at_once], model.float_type)
-            size = len(values) * call.rows
+            given = self._patches(tiles, start, start + at_once)
+            size = len(given) * call.rows
             result = device.empty((1 + vision.deepstack, size, model.hidden_size), model.float_type)
             outputs = {"tokens": result[0]} | ({"deepstack": result[1:]} if vision.deepstack else {})
-            inputs = {"patches": device.upload(values), **shared}
+            inputs = {"patches": device.upload(given), **shared}
             self._backend.bind(vision.graph, inputs, outputs, cache=None).run()
             for index in range(1 + vision.deepstack):
                 device.copy(rows[index][start_row : start_row + size], result[index])
             start_row += size
+
+    def _patches(self, tiles: Tiles, start: int, stop: int) -> NDArray[Any]:
+        """Some pictures as the tower takes them, [n, P, W]: bytes as they were cut, or floats in the bundle's type.
+
+        Raises:
+            BundleError: the tower takes bytes, and the family gives floats.
+        """
+        patches = tiles.patches
+        if self._manifest.vision.input == "uint8":
+            if not isinstance(patches, BytePatches):
+                rule = self._manifest.preprocessing.rule
+                raise BundleError(f"the vision tower takes pictures in bytes, {rule} gives floats: rebuild the bundle")
+            return np.ascontiguousarray(patches.levels[start:stop])
+        values = patches.normalised(start, stop) if isinstance(patches, BytePatches) else patches[start:stop]
+        return np.ascontiguousarray(values, self._manifest.model.float_type)
 
     def _map_rows(self, rows: Buffer, mapping: RowMap) -> Buffer:
         """Rows of the prompt from rows of the tower, [1+K, m, D] -> [1+K, n, D]."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from framefusion.errors import BudgetError, BundleError, VideoError
 from framefusion.runtime.media.tiles.panels import WHOLE, Panel
 from framefusion.runtime.media.video.frames import Video
-from framefusion.runtime.media.visual_input import VisualInput
+from framefusion.runtime.media.visual_input import BytePatches, VisualInput
 from framefusion.storage.records import Rule
 
 BICUBIC = 3  # Pillow's number, also in Hugging Face's preprocessor_config.json
@@ -45,6 +45,7 @@ class Preprocessing:
     record_tag: ClassVar[str] = "rule"
     rule: ClassVar[str]
     pixels: ClassVar[str] = "the size of its frames is fixed"  # why an option of pixels does not apply
+    byte_patches: ClassVar[bool] = False  # whether all its tiles hold `BytePatches`, so that a tower may take them
     field_rules: ClassVar[Mapping[str, Rule]] = {
         "patch_size": SIDE,
         "image_mean": Rule(-1e3, 1e3, items=3),
@@ -215,19 +216,20 @@ def check_shape(height: int, width: int) -> None:
         )
 
 
-def cut_patches(pictures: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Normalised patches [N, rows * columns, 3 * p * p] of pictures [N, H, W, 3], in raster order.
+def cut_bytes(pictures: NDArray[np.uint8], preprocessing: Preprocessing) -> BytePatches:
+    """Patches [N, rows * columns, 3 * p * p] of pictures [N, H, W, 3], in raster order; levels stay as they are.
 
-    Within a patch: channel, row, column. What is left over at the right and bottom is not used, as in a convolution.
+    What is left over at the right and bottom is not used, as in a convolution.
     """
     patch = preprocessing.patch_size
     count, height, width, _ = pictures.shape
     rows = height // patch
     columns = width // patch
-    levels = normalised_levels(preprocessing)
-    values = np.empty((count, rows, columns, 3, patch, patch), np.float32)
-    for value, picture in zip(values, pictures[:, : rows * patch, : columns * patch], strict=True):
-        for channel in range(3):  # look up in raster order, then reorder: several times as fast as the other way round
-            plane = levels[channel].take(picture[:, :, channel]).reshape(rows, patch, columns, patch)
-            value[:, :, channel] = plane.swapaxes(1, 2)
-    return values.reshape(count, rows * columns, -1)
+    whole = pictures[:, : rows * patch, : columns * patch]
+    lines = whole.reshape(count, rows, patch, columns, patch * 3).swapaxes(2, 3)  # [N, rows, columns, p, p * 3]
+    return BytePatches(lines.reshape(count, rows * columns, -1), normalised_levels(preprocessing))
+
+
+def cut_patches(pictures: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """`cut_bytes` in floats, normalised; within a patch: channel, row, column."""
+    return cut_bytes(pictures, preprocessing).normalised()

@@ -64,7 +64,7 @@ class TowerSettings:
         """The inputs that all these pictures share, and the rows of each.
 
         Args:
-            tiles: pictures of one size.  values [N, P, W]
+            tiles: pictures of one size.  [N, P, W]
             head_dim: channels of a head of the tower.
         """
 
@@ -111,7 +111,7 @@ class PlainSettings(TowerSettings):
 
     def call(self, tiles: Tiles, head_dim: int) -> TowerCall:
         """No input beside the patches."""
-        return TowerCall({}, tiles.values.shape[1] if self.rows is None else self.rows)
+        return TowerCall({}, tiles.shape[1] if self.rows is None else self.rows)
 
     def whole_picture(self) -> int:
         """`patches`, or 0."""

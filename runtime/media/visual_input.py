@@ -39,12 +39,61 @@ class Grid(NamedTuple):
         return self.frames * self.height * self.width
 
 
-class Tiles(NamedTuple):
-    """Pictures of one size, as the vision tower takes them."""
+@dataclass(frozen=True, eq=False)
+class BytePatches:
+    """Patches as they are cut from pictures, a byte for each level: a fourth of what they become in floats.
 
-    values: NDArray[np.float32]  # [N, P, W]: N pictures or temporal grids, P patches each, W numbers a patch
-    grid: Grid  # N, rows and columns of patches
-    pool: str = ""  # how the tower pools the patches of each, where its kind does; see tower_kinds.py
+    Attributes:
+        levels: [N, P, W]; within a patch: frame, row, column, channel, as in the pictures.
+        table: [3, 256], what each level of each channel becomes.
+    """
+
+    levels: NDArray[np.uint8]
+    table: NDArray[np.float32]
+
+    def reshaped(self, count: int) -> BytePatches:
+        """The same patches, one after the other, as those of `count` pictures."""
+        return BytePatches(self.levels.reshape(count, -1, self.levels.shape[2]), self.table)
+
+    def normalised(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """The patches of some pictures, as a tower of floats takes them: [n, P, W].
+
+        Within a patch: channel, frame, row, column, as Hugging Face's processors have it.
+        """
+        levels = self.levels[start:stop]
+        values = np.empty((*levels.shape[:2], 3, levels.shape[2] // 3), np.float32)
+        for picture, numbers in zip(levels, values, strict=True):
+            for channel in range(3):
+                numbers[:, channel] = self.table[channel].take(picture[:, channel::3])
+        return values.reshape(levels.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Pictures of one size, as the vision tower takes them.
+
+    Attributes:
+        patches: [N, P, W]: N pictures or temporal grids, P patches each, W numbers a patch; bytes, or floats that are
+            normalised.
+        grid: N, rows and columns of patches.
+        pool: how the tower pools the patches of each, where its kind does; see tower_kinds.py.
+    """
+
+    patches: BytePatches | NDArray[np.float32]
+    grid: Grid
+    pool: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """N, P, W."""
+        patches = self.patches.levels if isinstance(self.patches, BytePatches) else self.patches
+        count, height, width = patches.shape
+        return count, height, width
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """All patches in floats, normalised: [N, P, W]; four times as large as bytes, and computed anew each time."""
+        return self.patches.normalised() if isinstance(self.patches, BytePatches) else self.patches
 
 
 class Rows(NamedTuple):

@@ -12,6 +12,7 @@ written out here because numpy's streams may change from release to release.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 
 from framefusion.reduction.tracks import TEXT
 from framefusion.runtime.format.manifest import Manifest
-from framefusion.runtime.media.visual_input import Grid, Tiles, VisualInput
+from framefusion.runtime.media.preprocess import normalised_levels
+from framefusion.runtime.media.visual_input import BytePatches, Grid, Tiles, VisualInput
 from framefusion.runtime.text.positions import grid_places, mrope_positions
 from framefusion.runtime.text.prompt import Prompt
 
@@ -114,11 +116,15 @@ class CannedPicture:
     pool: str
     patches: int  # that the tower takes of it
 
-    def visual(self, seed: int, patch_width: int) -> VisualInput:
-        """The picture, one number in [-1, 1] after the other."""
-        numbers = drawn(seed, _PICTURE, self.patches * patch_width)
-        values = (numbers / (LARGEST + 1)).astype(np.float32).reshape(1, self.patches, patch_width)
-        return VisualInput((Tiles(values, Grid(1, self.height, self.width), self.pool),), ())
+    def visual(self, seed: int, manifest: Manifest) -> VisualInput:
+        """The picture as the tower takes it: levels, or one number in [-1, 1] after the other."""
+        shape = (1, self.patches, manifest.vision.patch_width)
+        numbers = drawn(seed, _PICTURE, math.prod(shape)).reshape(shape)
+        patches: BytePatches | NDArray[np.float32] = (numbers / (LARGEST + 1)).astype(np.float32)
+        if manifest.vision.input == "uint8":
+            levels = (numbers + LARGEST + 1).astype(np.uint8)
+            patches = BytePatches(levels, normalised_levels(manifest.preprocessing))
+        return VisualInput((Tiles(patches, Grid(1, self.height, self.width), self.pool),), ())
 
 
 def text_ids(manifest: Manifest) -> int:

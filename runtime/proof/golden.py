@@ -241,7 +241,7 @@ def _tower_problems(tower: GoldenTower, manifest: Manifest) -> Iterator[str]:
         yield f"the picture has {picture.patches} patches of {vision.patch_width} numbers, which is more than is run"
         return
     try:
-        (tiles,) = picture.visual(0, vision.patch_width).tiles
+        (tiles,) = picture.visual(0, manifest).tiles
         rows = vision.settings.call(tiles, vision.head_dim).rows
     except (ValueError, BundleError) as error:  # what a grid must divide by is the family's
         yield f"the picture does not fit the vision tower ({error})"

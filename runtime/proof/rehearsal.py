@@ -60,7 +60,7 @@ class Rehearsal:
 
     def tower(self, picture: CannedPicture) -> Array:
         """Rows of the vision tower.  [1+K, n, D]"""
-        visual = picture.visual(self.request.seed, self.manifest.vision.patch_width)
+        visual = picture.visual(self.request.seed, self.manifest)
         rows = self._backend.device.download(self._embedder.encode_visual(visual))
         return rows.astype(np.float32)
 

@@ -43,6 +43,7 @@ _CONTRIB_ATTRIBUTES = frozenset({"num_heads", "kv_num_heads", "alpha"})
 """Those of operators that are not standard: the others choose code that no build has run."""
 
 _FLOATS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
+_UINT8 = 2
 _INT64 = 7
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 
@@ -157,7 +158,8 @@ def _tower(manifest: Manifest) -> tuple[dict[str, Value | None], dict[str, Value
     outputs: dict[str, Value | None] = {"tokens": Value(kind, (free, model.hidden_size))}
     if vision.deepstack:
         outputs["deepstack"] = Value(kind, (vision.deepstack, free, model.hidden_size))
-    return inputs | {"patches": Value(kind, (free, free, vision.patch_width))}, outputs
+    patches = Value(_UINT8 if vision.input == "uint8" else kind, (free, free, vision.patch_width))
+    return inputs | {"patches": patches}, outputs
 
 
 def _segment(

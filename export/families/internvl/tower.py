@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from framefusion.export.graphs.graph_plan import FREE, Signature, meta
+from framefusion.export.graphs.graph_plan import FREE, Signature
 from framefusion.export.graphs.layers import LayerNorm, Linear
 from framefusion.export.graphs.tower import Tower
 from framefusion.export.graphs.vit import VitConfig, VitEncoder
@@ -52,7 +52,7 @@ class InternVLTower(Tower):
         config = self.config
         (tiles, count, _) = patches.shape
         blocks = config.side // config.merge_size
-        hidden = self.encoder(patches)[:, -count:]  # without the class token
+        hidden = self.encoder(self.normalised(patches))[:, -count:]  # without the class token
         # Joined channels: row in the block, column in the block, channel.
         split = hidden.reshape(tiles, blocks, config.merge_size, blocks, config.merge_size, config.vit.width)
         joined = split.transpose(2, 3).reshape(tiles * blocks * blocks, config.joined_width)
@@ -61,5 +61,5 @@ class InternVLTower(Tower):
 
     def signature(self) -> Signature:
         """Tiles are free, their size is not."""
-        patches = meta(3, self.config.side**2, self.config.vit.patch_width)
+        patches = self.patches(3, self.config.side**2, self.config.vit.patch_width)
         return Signature((patches,), ({0: FREE},), ("patches",), axes={"patches": {0: "tiles"}})

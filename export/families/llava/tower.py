@@ -48,7 +48,7 @@ class LlavaTower(Tower):
 
     def forward(self, patches: Tensor, pool: Tensor) -> Tensor:
         """See the module's table."""
-        hidden = self.encoder(patches)
+        hidden = self.encoder(self.normalised(patches))
         if self.config.vit.class_token:
             hidden = hidden[:, 1:]
         if self.config.pool_first:
@@ -62,7 +62,7 @@ class LlavaTower(Tower):
         """Any number of pictures and of rows."""
         patches = self.config.num_patches
         return Signature(
-            arguments=(meta(_PICTURES, patches, self.config.vit.patch_width), meta(_ROWS, patches)),
+            arguments=(self.patches(_PICTURES, patches, self.config.vit.patch_width), meta(_ROWS, patches)),
             dynamic_shapes=({0: FREE}, {0: FREE}),
             inputs=("patches", "pool"),
             axes={"patches": {0: "pictures"}, "pool": {0: "rows"}},

@@ -72,14 +72,14 @@ class MiniCpmVTower(Tower):
 
     def forward(self, patches: Tensor, places: Tensor, sincos: Tensor) -> Tensor:
         """See the module's table."""
-        rows: Tensor = self.resampler(self.encoder(patches, places), sincos)
+        rows: Tensor = self.resampler(self.encoder(self.normalised(patches), places), sincos)
         return rows.reshape(-1, self.width)
 
     def signature(self) -> Signature:
         """Pictures and patches are free."""
         return Signature(
             arguments=(
-                meta(2, 6, self.encoder.config.patch_width),
+                self.patches(2, 6, self.encoder.config.patch_width),
                 meta(6, dtype=torch.int64),
                 meta(1, 6, self.width),
             ),

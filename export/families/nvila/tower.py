@@ -76,7 +76,7 @@ class NvilaTower(Tower):
 
     def encode(self, patches: Tensor) -> Tensor:
         """[N, F*P, W] -> [N*F, P, E]."""
-        hidden: Tensor = self.vit(patches.reshape(-1, self.config.side**2, patches.shape[2]))
+        hidden: Tensor = self.vit(self.normalised(patches).reshape(-1, self.config.side**2, patches.shape[2]))
         return hidden
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class NvilaTower(Tower):
         """Two groups of three frames stand for any number of either."""
         in_frame = self.config.side**2
         frames = torch.export.Dim("frames", min=1)
-        patches = meta(2, 3 * in_frame, self.config.vit.patch_width)
+        patches = self.patches(2, 3 * in_frame, self.config.vit.patch_width)
         shapes = ({0: FREE, 1: in_frame * frames},)
         axes = {"patches": {0: "groups", 1: "patches"}, "tokens": {0: "tokens"}}
         if not self.config.pools:
@@ -136,7 +136,7 @@ class NvilaScalesTower(NvilaTower):
         finest = torch.export.Dim("finest", min=1)
         places = config.scales * in_tile
         arguments = (
-            meta(2, 5 * in_tile, config.vit.patch_width),
+            self.patches(2, 5 * in_tile, config.vit.patch_width),
             meta(config.taps, 3 * places, dtype=torch.int64),
             meta(config.taps, 3 * places),
         )

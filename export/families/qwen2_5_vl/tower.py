@@ -111,7 +111,12 @@ class Qwen25VLTower(Tower):
         tables = (meta(1, patches, half), meta(1, patches, half))
         places = (meta(windows, side, dtype=torch.int64), meta(20, dtype=torch.int64))
         return Signature(
-            (meta(3, patches, self.config.patch_width), *tables, *places, meta(windows, 1, side * block, side * block)),
+            (
+                self.patches(3, patches, self.config.patch_width),
+                *tables,
+                *places,
+                meta(windows, 1, side * block, side * block),
+            ),
             ({0: FREE, 1: blocks * block}, {1: blocks * block}, {1: blocks * block}, {0: FREE}, {0: blocks}, {0: FREE}),
             ("patches", "cos", "sin", "units", "slots", "mask"),
             axes={
@@ -130,7 +135,7 @@ class Qwen25VLTower(Tower):
         cos = cos.expand(grids, -1, -1)
         sin = sin.expand(grids, -1, -1)
         windows = Windows(units.flatten(), slots, mask.repeat(grids, 1, 1, 1), self.config.merge_size**2)
-        hidden = self.patch_embed(patches)
+        hidden = self.patch_embed(self.normalised(patches))
         for layer, block in enumerate(self.blocks):
             hidden = block(hidden, cos, sin, None if layer in self.config.full_layers else windows)
         merged = self.merger_norm(hidden).reshape(-1, self.merger_fc1.weight.shape[0])  # [T*P/4, 4E]

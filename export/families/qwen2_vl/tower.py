@@ -87,7 +87,7 @@ class Qwen2VLTower(Tower):
         patches = 20 * blocks  # unlike every other size, so that no axis looks equal to another
         axis = torch.export.Dim("merge_blocks", min=2, max=1 << 20) * blocks
         return Signature(
-            (meta(3, patches, self.config.patch_width), meta(1, patches, half), meta(1, patches, half)),
+            (self.patches(3, patches, self.config.patch_width), meta(1, patches, half), meta(1, patches, half)),
             ({0: FREE, 1: axis}, {1: axis}, {1: axis}),
             ("patches", "cos", "sin"),
             axes={"patches": {0: "grids", 1: "patches"}, "cos": {1: "patches"}, "sin": {1: "patches"}},
@@ -98,7 +98,7 @@ class Qwen2VLTower(Tower):
         grids = patches.shape[0]
         cos = cos.expand(grids, -1, -1)
         sin = sin.expand(grids, -1, -1)
-        hidden = self.patch_embed(patches)
+        hidden = self.patch_embed(self.normalised(patches))
         for block in self.blocks:
             hidden = block(hidden, cos, sin)
         merged = self.merger_norm(hidden).reshape(-1, self.merger_fc1.weight.shape[0])  # [T*P/4, 4E]

@@ -73,7 +73,7 @@ class Qwen3VLTower(Tower):
         tables = (meta(1, patches, half), meta(1, patches, half))
         return Signature(
             (
-                meta(3, patches, self.config.patch_width),
+                self.patches(3, patches, self.config.patch_width),
                 *tables,
                 meta(4, patches, dtype=torch.int64),
                 meta(4, patches),
@@ -92,7 +92,7 @@ class Qwen3VLTower(Tower):
         layers = self.config.deepstack_layers
         cos = cos.expand(grids, -1, -1)
         sin = sin.expand(grids, -1, -1)
-        hidden = self.patch_embed(patches) + self._resampled(corners, shares)
+        hidden = self.patch_embed(self.normalised(patches)) + self._resampled(corners, shares)
         features: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             hidden = block(hidden, cos, sin)

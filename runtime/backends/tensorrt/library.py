@@ -28,6 +28,7 @@ TYPE_NAMES = {
     "FLOAT": "float32",
     "HALF": "float16",
     "BF16": "bfloat16",
+    "UINT8": "uint8",
     "INT64": "int64",
     "INT32": "int32",
     "BOOL": "bool",

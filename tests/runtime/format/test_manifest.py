@@ -181,6 +181,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "an unknown rule of sampling": (put("sampling", "rule", value="mine"), "sampling: sampling rule 'mine'"),
     "an unknown kind of tower": (put("vision", "kind", value="mine"), "vision.kind: expected one of"),
     "a setting of another kind": (put("vision", "settings", "rows", value=4), "'rows' is no key of it"),
+    "bytes of a kind that is none": (put("vision", "input", value="int8"), "vision.input"),
     "no setting": (put("vision", "settings", value={}), "vision.settings.merge_size is missing"),
     "settings of no kind": (put("vision", "settings", "merge_size", value=None), "vision.settings.merge_size"),
     "settings that divide by zero": (put("vision", "settings", "merge_size", value=0), "vision.settings.merge_size"),
