@@ -8,7 +8,8 @@
 The driver's API and the compiler come from cuda-bindings and nvidia-cuda-nvrtc (extra `gpu`); neither is imported
 before a device is opened. Why it is not cuda.core: docs/cuda.md.
 
-tests/gpu/test_cuda_device.py passed on an NVIDIA H200 (driver 580, CUDA 13.0), but for its film, which was not at hand.
+tests/gpu/test_cuda_device.py passed on an NVIDIA H200 (driver 580, CUDA 13.0), but for its film, which was not at hand;
+`reduce`, `similarity` and a decode step's kernels are newer, and no GPU has run them yet.
 Without a GPU the same tests run over a driver that executes kernels.cu on the CPU
 (tests/runtime/backends/cuda/emulated/driver.cpp), with cuda-bindings 12.9 and 13.5.
 """
