@@ -82,8 +82,8 @@ def choose(geometry: Geometry) -> str:
     if not right:
         reasons = "; ".join(f"{name}: {trial.problem}" for name, trial in trials.items())
         raise BackendError(
-            f"no form of attention is right on {geometry.device} with torch {torch.__version__} ({reasons}): compile "
-            "with another release of torch, or take the backend onnxruntime"
+            f"no form of attention is right on {geometry.device} with torch {torch.__version__} ({reasons}): build the "
+            "bundle with --dtype bfloat16 or float16, take another release of torch, or the backend onnxruntime"
         )
     limit = MARGIN * min(trial.cost for trial in right.values())
     return next(name for name in PREFERRED if name in right and right[name].cost <= limit)

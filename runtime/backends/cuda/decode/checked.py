@@ -18,6 +18,7 @@ from framefusion.runtime.backends.base import BoundSegment
 from framefusion.runtime.backends.buffer import Array, Buffer
 
 KEPT = 4  # graphs: one for each set of buffers that requests happen to get
+PATIENCE = 16  # plain steps before one is captured, which takes as long as some: most answers are that long or short
 
 
 class CapturingDevice(Protocol):
@@ -47,10 +48,13 @@ class CheckedGraphs:
 
     Args:
         device: whose stream the steps are enqueued on.
+        patience: plain steps before one is captured, one at least.
     """
 
-    def __init__(self, device: CapturingDevice) -> None:
+    def __init__(self, device: CapturingDevice, patience: int = PATIENCE) -> None:
         self._device = device
+        self._patience = patience
+        self._plain_steps: tuple[object, int] = (None, 0)  # how many were run of the step that is run now
         self._graphs: OrderedDict[object, Callable[[], None]] = OrderedDict()
         self._unproven: set[object] = set()
         self.problem: str | None = None  # why nothing is captured any more
@@ -79,7 +83,7 @@ class CheckedGraphs:
         return run
 
     def run(self, key: object, plain: Callable[[], None], output: Buffer) -> None:
-        """Run a step: plainly the first time, twice the second time, as a graph from then on.
+        """Run a step: plainly at first, then once both ways, and as a graph from then on.
 
         Args:
             key: equal for steps whose graphs are interchangeable; whoever makes it keeps the buffers alive.
@@ -90,7 +94,10 @@ class CheckedGraphs:
             plain()
         elif key not in self._graphs:
             plain()  # what is allocated or loaded on a first run cannot be captured
-            self._capture(key, plain)
+            (last, count) = self._plain_steps
+            self._plain_steps = (key, count + 1 if key == last else 1)
+            if self._plain_steps[1] >= self._patience:
+                self._capture(key, plain)
         elif key in self._unproven:
             self._prove(key, plain, output)
         else:
