@@ -4,6 +4,7 @@
     GET  /v1/models, /v1/models/NAME
     GET  /health, /health/ready  whether it lives, whether it takes requests
     GET  /metrics, /version
+    GET  /                       a page to ask on
 
 What is not said here is 404. A browser's page of somebody else can send nothing that is answered: bodies are
 application/json, which needs a preflight that is not answered, and the Host must be one of ours.
@@ -27,13 +28,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 import framefusion
 from framefusion.errors import RequestError
 from framefusion.runtime.request import Step
+from framefusion.runtime.server.ask_page import PAGE_HEADERS, ask_page
 from framefusion.runtime.server.protocol.response import Answer, error_body, status_of, usage_of
 from framefusion.runtime.server.service import RETRY_SECONDS, ChatJob, Service
 
@@ -81,6 +83,7 @@ def create_app(service: Service, access: Access) -> Starlette:
         routes=[
             Route("/v1/chat/completions", routes.guard(routes.chat_completions), methods=["POST"]),
             *(Route(path, routes.guard(handler)) for path, handler in guarded.items()),
+            Route("/", routes.page),
             Route("/health", routes.health),
             Route("/health/ready", routes.ready),
         ],
@@ -97,6 +100,7 @@ class Routes:
         self._service = service
         self._access = access
         self._created = int(time.time())
+        self._page, self._policy = ask_page(service.settings.model, service.pipeline.manifest.reduction.cost)
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -171,6 +175,10 @@ class Routes:
                 "backend": None if pipeline.choice is None else pipeline.choice.text,
             },
         }
+
+    async def page(self, _: Request) -> Response:
+        """A page to ask on: static, so it needs no key; what it asks does."""
+        return HTMLResponse(self._page, headers=PAGE_HEADERS | {"Content-Security-Policy": self._policy})
 
     async def health(self, _: Request) -> Response:
         """The process lives."""
@@ -338,7 +346,9 @@ async def _whole(answer: Answer, job: ChatJob, steps: AsyncIterator[Step]) -> di
     assert end is not None  # `ChatJob.steps` ends with the end
     assert end.finish_reason is not None
     assert job.report is not None
-    return answer.completion("".join(text), end.finish_reason, usage_of(job.report, job.new_tokens), job.seconds(end))
+    return answer.completion(
+        "".join(text), end.finish_reason, usage_of(job.report, job.new_tokens), job.seconds(end), job.drawing()
+    )
 
 
 async def _events(answer: Answer, job: ChatJob, steps: AsyncIterator[Step], include_usage: bool) -> AsyncIterator[str]:
@@ -351,7 +361,7 @@ async def _events(answer: Answer, job: ChatJob, steps: AsyncIterator[Step], incl
             if step.finish_reason is not None:
                 yield _event(answer.piece({}, step.finish_reason))
                 if include_usage and job.report is not None:
-                    yield _event(answer.counts(usage_of(job.report, job.new_tokens), job.seconds(step)))
+                    yield _event(answer.counts(usage_of(job.report, job.new_tokens), job.seconds(step), job.drawing()))
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status is said already
         _log.error("an answer ended early", exc_info=error)

@@ -22,7 +22,7 @@ from framefusion.errors import ClosedError, RequestError
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.memory import slot_bytes
 from framefusion.runtime.pipeline import Pipeline
-from framefusion.runtime.request import PrefillReport, Request, Step
+from framefusion.runtime.request import Generation, PrefillReport, Request, Step
 from framefusion.runtime.server.conversations import Conversation, Conversations, TurnKey, answer_key, turn_keys
 from framefusion.runtime.server.engine import Engine, Job
 from framefusion.runtime.server.media.reader import MediaReader
@@ -71,6 +71,7 @@ class ChatJob(Job):
         warnings: about what is shown.
         since: when the request came, on `time.monotonic`'s clock.
         media_seconds: that fetching and decoding took.
+        show: keep what a drawing of the answer needs.
     """
 
     conversation: Conversation
@@ -82,6 +83,7 @@ class ChatJob(Job):
     since: float
     service: Service
     media_seconds: float = 0.0
+    show: bool = False
     report: PrefillReport | None = None
     new_tokens: int = 0
 
@@ -90,6 +92,7 @@ class ChatJob(Job):
         self._loop = asyncio.get_running_loop()
         self._steps: asyncio.Queue[Step | BaseException | None] = asyncio.Queue()
         self._text: list[str] = []
+        self._taken: list[Step] = []
         self._ended = False
         self._queued = time.monotonic()
         self._last = self.since
@@ -119,6 +122,8 @@ class ChatJob(Job):
             self._last = now
             self.new_tokens += 1
         self._text.append(step.text)
+        if self.show:
+            self._taken.append(step)
         if step.finish_reason is not None:
             self._ended = True
             metrics.finished(step.finish_reason, now - self.since, self.seconds(step))
@@ -129,6 +134,10 @@ class ChatJob(Job):
         stages = {"media": self.media_seconds, **step.seconds}
         stages.pop("video", None)
         return stages
+
+    def drawing(self) -> str | None:
+        """What stays of the films as HTML, once the answer has ended; None where nobody wants it."""
+        return Generation.from_steps(self._taken).to_html() if self.show else None
 
     def finish(self, error: BaseException | None) -> None:
         """Give the conversation back, longer by this turn if it came to its end."""
@@ -286,6 +295,7 @@ class Service:
             since,
             self,
             media_seconds=time.monotonic() - begun_at,
+            show=chat.show,
         )
         self.engine.submit(job)
         return job

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from framefusion.errors import RequestError
 from framefusion.runtime.request import MAX_NEW_TOKENS, Request
@@ -38,6 +39,7 @@ class ChatRequest:
         stream: answer in pieces.
         include_usage: end a stream with the counts of tokens.
         session_id: of a conversation whose caches are kept under this name.
+        show: give a drawing of what stays of the films, as HTML.
         ignored: names of fields that are unknown here.
     """
 
@@ -47,6 +49,7 @@ class ChatRequest:
     stream: bool = False
     include_usage: bool = False
     session_id: str | None = None
+    show: bool = False
     ignored: tuple[str, ...] = ()
 
     @property
@@ -71,14 +74,14 @@ def read_chat_request(body: object, *, images_as_video: bool = False) -> ChatReq
     # 1. What would change an answer and is not done here is refused, not passed over.
     _refuse_what_is_not_done(fields)
     # 2. Our own field, whose names are all known.
-    cost, reducer, images_as_video = _own_options(fields, images_as_video)
+    options = _own_options(fields, images_as_video)
     # 3. Frames of films, then the messages that show them.
     sampling = read_request_sampling(fields, ignored)
     messages = read_messages(fields.take("messages"), sampling, ignored)
-    if images_as_video:
+    if options.images_as_video:
         messages = [with_films_of_pictures(message, sampling) for message in messages]
     # 4. How tokens are chosen, and how they are given back.
-    request = _read_generation(fields, cost, reducer)
+    request = _read_generation(fields, options)
     stream_options = fields.inner("stream_options")
     include_usage = False
     if stream_options is not None:
@@ -91,6 +94,7 @@ def read_chat_request(body: object, *, images_as_video: bool = False) -> ChatReq
         stream=fields.flag("stream"),
         include_usage=include_usage,
         session_id=fields.text("session_id", most=LONGEST_ID),
+        show=options.show,
         ignored=(*ignored, *fields.unknown),
     )
 
@@ -112,21 +116,33 @@ def _refuse_what_is_not_done(fields: Fields) -> None:
         fields.only(name, 0, 0.0, because="it is not known here: leave it out, or give repetition_penalty")
 
 
-def _own_options(fields: Fields, images_as_video: bool) -> tuple[float | None, str | None, bool]:
-    """`framefusion`: cost, reducer, and whether pictures in a row are a film."""
-    options = fields.inner("framefusion")
-    if options is None:
-        return None, None, images_as_video
-    cost = options.number("cost", 0, 1, above=True)
-    reducer = options.text("reducer", most=LONGEST_ID)
-    images_as_video = options.flag("images_as_video", images_as_video)
-    if options.unknown:
-        known = "cost, reducer, images_as_video"
-        raise RequestError(f"{options.unknown[0]} is unknown, known are {known}", param=options.unknown[0])
-    return cost, reducer, images_as_video
+class _Options(NamedTuple):
+    """The field `framefusion`."""
+
+    cost: float | None = None
+    reducer: str | None = None
+    images_as_video: bool = False
+    show: bool = False
 
 
-def _read_generation(fields: Fields, cost: float | None, reducer: str | None) -> Request:
+def _own_options(fields: Fields, images_as_video: bool) -> _Options:
+    """`framefusion`, whose names are all known."""
+    given = fields.inner("framefusion")
+    if given is None:
+        return _Options(images_as_video=images_as_video)
+    options = _Options(
+        given.number("cost", 0, 1, above=True),
+        given.text("reducer", most=LONGEST_ID),
+        given.flag("images_as_video", images_as_video),
+        given.flag("show"),
+    )
+    if given.unknown:
+        known = ", ".join(_Options._fields)
+        raise RequestError(f"{given.unknown[0]} is unknown, known are {known}", param=given.unknown[0])
+    return options
+
+
+def _read_generation(fields: Fields, options: _Options) -> Request:
     """How many tokens, and how they are chosen."""
     limits = {name: fields.whole(name, 1, MOST_NEW_TOKENS) for name in ("max_completion_tokens", "max_tokens")}
     given = {limit for limit in limits.values() if limit is not None}
@@ -139,9 +155,9 @@ def _read_generation(fields: Fields, cost: float | None, reducer: str | None) ->
     top_k = fields.whole("top_k", -1, 1 << 31)
     return Request(
         max_new_tokens=given.pop() if given else MAX_NEW_TOKENS,
-        cost=cost,
+        cost=options.cost,
         seed=fields.whole("seed", 0, MOST_SEED),
-        reducer=reducer,
+        reducer=options.reducer,
         stop=_stops(fields),
         temperature=fields.number("temperature", 0, 2),
         top_p=fields.number("top_p", 0, 1, above=True),

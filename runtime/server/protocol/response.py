@@ -36,15 +36,20 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(
-        self, text: str, reason: str, usage: Mapping[str, Any], seconds: Mapping[str, float]
+        self,
+        text: str,
+        reason: str,
+        usage: Mapping[str, Any],
+        seconds: Mapping[str, float],
+        drawing: str | None = None,
     ) -> dict[str, Any]:
-        """The whole answer at once."""
+        """The whole answer at once, with a drawing of what stays where one is wanted."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
         return self._head("chat.completion") | {
             "choices": [choice],
             "usage": usage,
-            "framefusion": self._facts(seconds),
+            "framefusion": self._facts(seconds, drawing),
         }
 
     def piece(self, delta: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
@@ -52,16 +57,19 @@ class Answer:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         return self._head("chat.completion.chunk") | {"choices": [choice]}
 
-    def counts(self, usage: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+    def counts(
+        self, usage: Mapping[str, Any], seconds: Mapping[str, float], drawing: str | None = None
+    ) -> dict[str, Any]:
         """The last piece of a stream whose client wants the counts."""
         head = self._head("chat.completion.chunk")
-        return head | {"choices": [], "usage": usage, "framefusion": self._facts(seconds)}
+        return head | {"choices": [], "usage": usage, "framefusion": self._facts(seconds, drawing)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.identity, "object": kind, "created": self.created, "model": self.model}
 
-    def _facts(self, seconds: Mapping[str, float]) -> dict[str, Any]:
-        return {"seconds": dict(seconds), "warnings": list(self.warnings)}
+    def _facts(self, seconds: Mapping[str, float], drawing: str | None) -> dict[str, Any]:
+        facts: dict[str, Any] = {"seconds": dict(seconds), "warnings": list(self.warnings)}
+        return facts if drawing is None else facts | {"html": drawing}
 
 
 def usage_of(report: PrefillReport, new_tokens: int) -> dict[str, Any]:
