@@ -126,6 +126,12 @@ def test_every_extra_that_is_named_exists() -> None:
     assert named <= EXTRAS
 
 
+def test_no_page_installs_from_an_index_that_does_not_have_it() -> None:
+    """The package is on none: pages install from a clone, and whoever has it from elsewhere knows from where."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    assert [page.name for page in pages if "framefusion-aot[" in page.read_text(encoding="utf-8")] == []
+
+
 @pytest.mark.parametrize("program", sorted(PROGRAMS))
 def test_every_command_of_a_help_text_exists(program: str) -> None:
     wrong = []
