@@ -303,7 +303,7 @@ def report(pipeline: Pipeline, answer: Generation, cost: float | None) -> dict[s
 
 
 def brief(facts: Mapping[str, Any], request: Request) -> str:
-    """Two lines for people, and one where a default was another."""
+    """Two lines for people, and one for what did not go as it was asked: a reduction, or a default."""
     seconds = facts["seconds"]
     waited = sum(seconds.values()) - seconds.get("decode", 0.0)
     prompt = f"prompt: {facts['prompt_tokens']} tokens"
@@ -316,6 +316,7 @@ def brief(facts: Mapping[str, Any], request: Request) -> str:
     if facts["finish_reason"] == "length":
         answer += "; cut off by " + ("--max-new-tokens" if new == request.max_new_tokens else "the bundle's caches")
     lines = [prompt, answer]
+    lines += [f"call {call['call']}: {call['outcome']}" for call in facts["reduction"] if call["outcome"]]
     if facts["cost"].get("pictures_only"):
         lines.append(PICTURES_ONLY)
     return "\n".join(lines)

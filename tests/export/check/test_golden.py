@@ -145,7 +145,8 @@ def test_a_golden_that_cannot_be_made_says_why(
     result = run("check", tmp_path / "bundle")
     assert result.exit_code == 13
     assert "has no golden: the eager model is larger than the memory that was free, and --no-check" in result.stderr
-    answered = run("generate", tmp_path / "bundle", "--image", picture, "--prompt", "What?", "--max-new-tokens", 1)
+    question = ("--image", picture, "--prompt", "What?", "--max-new-tokens", 1)
+    answered = run("generate", tmp_path / "bundle", *question, "--verbose")
     assert answered.exit_code == 0, answered.output
     assert answered.stderr.startswith("backend: onnxruntime on cpu; not ")
     assert export("check", tmp_path / "bundle").exit_code == 0
