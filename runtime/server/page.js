@@ -2,6 +2,7 @@
 const at = id => document.getElementById(id), log = at("log");
 const made = (parent, tag, text, name) => { const node = parent.appendChild(document.createElement(tag)); if (text !== undefined) node.textContent = text; if (name) node.className = name; return node; };
 const LIMITED = { reduced: null, dense: 1 };  // a cost of its own, or that of the slider
+const FRAME = "<!doctype html><meta name=color-scheme content='light dark'><style>body { margin: .75rem; overflow-wrap: anywhere; }</style>";  // it draws without colours of its own
 let talks = null, running = null;
 const begin = () => { talks = { reduced: [], dense: [] }; log.replaceChildren(); at("file").value = ""; };
 const cost = () => Number(at("cost").value);
@@ -50,7 +51,7 @@ const answer = async (name, title, messages, place, signal) => {
         facts.textContent = parts.join(", ");
         if (piece.framefusion.html) {
           const frame = document.createElement("iframe");
-          frame.title = "What stays of the film"; frame.setAttribute("sandbox", ""); frame.srcdoc = piece.framefusion.html;
+          frame.title = "What stays of the film"; frame.setAttribute("sandbox", ""); frame.srcdoc = FRAME + piece.framefusion.html;
           place.append(frame);
         }
       }
