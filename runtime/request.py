@@ -159,7 +159,7 @@ class Generation:
         seconds: by stage: video, preprocess, vision, embed, reduction, prefill, decode.
         videos: the films shown, in order.
         layers: which tokens each layer holds: see `kept`.
-        shown: thumbnails for `show`, a megabyte at most.
+        shown: thumbnails for `show`, a hundred kilobytes or so.
     """
 
     text: str

@@ -81,9 +81,9 @@ def _figure(picture: Thumbnail, kept: NDArray[np.bool_], quality: int) -> str:
     count = sum(int(row.sum()) for row in rows)
     total = sum(row.size for row in rows)
     caption = html.escape(f"{picture.name} · {count} of {total}")
-    opacity = opacity_of(picture, kept)
-    (height, width) = opacity.shape
-    source = _webp(picture.pixels, opacity, quality)
+    pixels = picture.pixels
+    (height, width) = pixels.shape[:2]
+    source = _webp(pixels, opacity_of(picture, kept, height, width), quality)
     alternative = html.escape(f"{picture.name}: {count} of {total} tokens are left", quote=True)
     return (
         f'<figure style="{_FIGURE}"><img style="{_IMAGE}" width="{width}" height="{height}" alt="{alternative}" '
@@ -91,12 +91,11 @@ def _figure(picture: Thumbnail, kept: NDArray[np.bool_], quality: int) -> str:
     )
 
 
-def opacity_of(picture: Thumbnail, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """How much of each pixel is shown: 1 where a token that looks at it is left, DROPPED where none is.  [h, w]
+def opacity_of(picture: Thumbnail, kept: NDArray[np.bool_], height: int, width: int) -> NDArray[np.float64]:
+    """How much of each of [height, width] pixels is shown: 1 where a token that looks at it is left, else DROPPED.
 
     Tokens that share a box tell together what is in it: it is shown by the share of them that is left.
     """
-    (height, width) = picture.pixels.shape[:2]
     (left, top, right, bottom) = picture.place
     share = np.zeros((height, width))
     origin = np.array([left, top, left, top])
