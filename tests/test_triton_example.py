@@ -1,0 +1,88 @@
+"""The model of examples/triton beside a stand-in for Triton's module: Triton itself is not run here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from framefusion.runtime.pipeline import Pipeline, Request
+from tests.bundles import shared
+from tests.films import write_film
+from tests.wheel import ROOT
+
+MODEL = ROOT / "examples" / "triton" / "framefusion" / "1" / "model.py"
+
+
+class Tensor:
+    def __init__(self, name: str, values: Any) -> None:
+        self.name = name
+        self.values = values
+
+    def as_numpy(self) -> Any:
+        return self.values
+
+
+class Response:
+    def __init__(self, tensors: Any = (), error: Any = None) -> None:
+        self.tensors = tensors
+        self.error = error
+
+
+class TritonRequest:
+    """A request, and what was sent for it."""
+
+    def __init__(self, **inputs: Any) -> None:
+        self.inputs = inputs
+        self.sent: list[Any] = []
+
+    def get_response_sender(self) -> TritonRequest:
+        return self
+
+    def send(self, response: Any = None, flags: Any = None) -> None:
+        self.sent.append(flags if response is None else response)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    triton: Any = ModuleType("triton_python_backend_utils")
+    triton.Tensor = Tensor
+    triton.InferenceResponse = Response
+    triton.TritonError = str
+    triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL = "final"
+    triton.get_input_tensor_by_name = lambda request, name: (
+        Tensor(name, request.inputs[name]) if name in request.inputs else None
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    spec = importlib.util.spec_from_file_location("triton_model", MODEL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    opened = module.TritonPythonModel()
+    opened.initialize({"model_config": json.dumps({"parameters": {"bundle": {"string_value": str(shared("bundle"))}}})})
+    yield opened
+    opened.finalize()
+
+
+@pytest.mark.slow
+def test_pieces_are_the_answer_and_errors_are_named(model: Any, tmp_path: Path) -> None:
+    film = write_film(tmp_path / "film.mp4")
+    texts = np.array([b"What happens?"], np.object_)
+    good = TritonRequest(
+        PROMPT=texts, MEDIA=np.array([film.read_bytes()], np.object_), COST=np.array([0.4], np.float32),
+        MAX_NEW_TOKENS=np.array([5], np.int32),
+    )  # fmt: skip
+    bad = TritonRequest(PROMPT=texts, MEDIA=np.array([b"no film"], np.object_))
+    model.execute([good, bad])
+    with Pipeline(shared("bundle")) as pipeline:
+        alone = pipeline.generate("What happens?", [film], Request(5, cost=float(np.float32(0.4))))
+    assert "".join(piece.tensors[0].values[0].decode() for piece in good.sent[:-1]) == alone.text
+    assert good.sent[-1] == bad.sent[-1] == "final"
+    assert bad.sent[0].error.startswith("VideoError: ")
