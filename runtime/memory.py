@@ -163,8 +163,9 @@ def _tower_bytes(manifest: Manifest, visual: int) -> int:
 
 def _video_bytes(manifest: Manifest, visual: int) -> int:
     """Patches of the video, and the tokens that the tower makes of them."""
-    patch = round(manifest.vision.patches_per_token * manifest.vision.patch_width)
-    return _activations(manifest, visual * (patch + (1 + manifest.vision.deepstack) * manifest.model.hidden_size))
+    patches = visual * round(manifest.vision.patches_per_token * manifest.vision.patch_width)
+    rows = _activations(manifest, visual * (1 + manifest.vision.deepstack) * manifest.model.hidden_size)
+    return rows + (patches if manifest.vision.input == "uint8" else _activations(manifest, patches))
 
 
 def _segment_bytes(manifest: Manifest, record: SegmentRecord, length: int) -> int:

@@ -56,12 +56,13 @@ class Tower(GraphModule):
         count, number, width = patches.shape
         # 1. Floats at once: TensorRT takes bytes for inputs and for nothing else.
         planes = patches.float().reshape(count, number, width // CHANNELS, CHANNELS).transpose(2, 3)
-        # 2. A channel after the other, so that a channel's scale applies to a run of numbers.
-        scale = _of_channels(self.levels.scale, patches.device)
-        shift = _of_channels(self.levels.shift, patches.device)
-        return (planes * scale + shift).reshape(count, number, width).to(next(self.parameters()).dtype)
+        # 2. A channel after the other, and one vector for all patches: on a CPU that is the fastest way to say it.
+        scale = _of_channels(self.levels.scale, width, patches.device)
+        shift = _of_channels(self.levels.shift, width, patches.device)
+        values = planes.reshape(count, number, width) * scale + shift
+        return values.to(next(self.parameters()).dtype)
 
 
-def _of_channels(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """[C, 1]; made in the graph, since a tensor of the meta device would hold no numbers."""
-    return torch.cat([torch.full((1, 1), number, device=device) for number in numbers])
+def _of_channels(numbers: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+    """[W], a run for each channel; made in the graph, since a tensor of the meta device would hold no numbers."""
+    return torch.cat([torch.full((width // CHANNELS,), number, device=device) for number in numbers])

@@ -24,7 +24,8 @@ from framefusion.runtime.commands.flags import BACKENDS
 from framefusion.runtime.format.engine_record import EngineKind
 from framefusion.runtime.generation.decode import Decoder, GreedyDecoder
 from framefusion.runtime.generation.prefill import Prefilled
-from framefusion.runtime.media.visual_input import Grid, Tiles, VisualInput
+from framefusion.runtime.media.preprocess import normalised_levels
+from framefusion.runtime.media.visual_input import BytePatches, Grid, Tiles, VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import decode_positions
@@ -145,8 +146,9 @@ class Setting:
         side = round(patches**0.5)
         grid = Grid(self.grid.frames, self.grid.height * side, self.grid.width * side)
         shape = (grid.frames, grid.height * grid.width, pipeline.manifest.vision.patch_width)
-        values = np.random.default_rng(SEED).standard_normal(shape, np.float32)
-        visual = VisualInput((Tiles(values, grid),), ())
+        levels = np.random.default_rng(SEED).integers(0, 256, shape, np.uint8)
+        drawn = BytePatches(levels, normalised_levels(pipeline.manifest.preprocessing))
+        visual = VisualInput((Tiles(drawn, grid),), ())
         waiting = WaitingStopwatch(pipeline.backend.device)
         for _ in range(2):  # the first one warms up
             waiting.seconds.clear()
@@ -200,9 +202,15 @@ class Run:
 
 
 def run_ours(pipeline: Pipeline, film: Film, request: Request) -> Run:
-    """Prefill, then decode a few tokens at the end of the prompt."""
+    """Prefill, then decode a few tokens at the end of the prompt.
+
+    What is not layers begins where a request's vision tower has ended: its rows are on the device, and are put among
+    those of the text there.
+    """
     stopwatch = Stopwatch()
-    rows = film.rows(pipeline)
+    film.upload(pipeline.backend.device)
+    with stopwatch.stage("reduction"):
+        rows = film.rows(pipeline)
     prefilled = pipeline.prefill(film.prompt, rows, request, stopwatch)
     return Run(prefilled, stopwatch.seconds, decode(pipeline, film, prefilled, request.max_new_tokens))
 

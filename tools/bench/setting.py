@@ -12,9 +12,10 @@ import re
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from numpy.typing import NDArray
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.plan.build_plan import BuildOptions
+from framefusion.runtime.backends.base import Device
+from framefusion.runtime.backends.buffer import Buffer
+from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.format.manifest import ModelRecord
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.machine.gpu import find_gpu
@@ -42,6 +46,7 @@ BENCHMARKS = (
     "memory",
     "export_memory",
     "live",
+    "frames",
     "cuda_core",
     "install_size",
 )
@@ -138,14 +143,33 @@ def open_bundle(checkpoint: Path, folder: Path, options: BuildOptions) -> Path:
 
 @dataclass(frozen=True)
 class Film:
-    """A prompt of one video, as rows for the LLM."""
+    """A prompt of one video, as rows for the LLM.
+
+    Attributes:
+        prompt: of S tokens.
+        hidden: [S, D].
+        uploaded: the same on devices that have it already.
+    """
 
     prompt: Prompt
-    hidden: NDArray[np.float32]  # [S, D]
+    hidden: NDArray[np.float32]
+    uploaded: WeakKeyDictionary[Device, Buffer] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
+
+    def upload(self, device: Device) -> Buffer:
+        """`hidden` on a device, where a real request's rows are, too: a vision tower leaves them there.  [S, D]"""
+        if device not in self.uploaded:
+            self.uploaded[device] = device.upload(HOST.typed(self.hidden, device.row_type))
+        return self.uploaded[device]
 
     def rows(self, pipeline: Pipeline) -> TokenRows:
-        """Rows with the rotary tables of a pipeline's model."""
-        return TokenRows(self.hidden.copy(), *pipeline.rope(self.prompt.positions), np.arange(len(self.hidden)))
+        """Rows as a request has them: put together on the device, with rotary tables that come from the host."""
+        device = pipeline.backend.device
+        there = self.upload(device)
+        hidden = device.empty(self.hidden.shape, device.row_type)
+        device.copy(hidden, there)
+        tables = pipeline.rope(self.prompt.positions)
+        cos, sin = (device.upload(HOST.typed(table, device.row_type)) for table in tables)
+        return TokenRows(hidden, cos, sin, np.arange(len(self.hidden)), None, device)
 
 
 def draw_film(model: ModelRecord, grid: Grid, before: int, after: int, stillness: float = 0.5) -> Film:
