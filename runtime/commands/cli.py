@@ -6,7 +6,6 @@ Text goes to stdout as it comes, the summary to stderr.
 from __future__ import annotations
 
 import sys
-import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,8 +197,11 @@ def show_page(
         size = write_page(view.facts(watched, pipeline, name), output)
     page = {"page": str(output), "bytes": size} | report(pipeline, watched.answer, request.cost)
     console.show(page, lambda facts: f"{facts['page']}: {console.in_bytes(size)}\n{facts['text']}\n{summary(facts)}")
-    if open_it and not webbrowser.open(output.resolve().as_uri()):
-        console.log(f"no browser could be started here: open {output} in one")
+    if open_it:
+        import webbrowser  # it takes a tenth of a second, and few want it
+
+        if not webbrowser.open(output.resolve().as_uri()):
+            console.log(f"no browser could be started here: open {output} in one")
 
 
 def main() -> None:

@@ -56,9 +56,7 @@ class Subject:
         Raises:
             VideoError: one is neither a film nor a picture, or cannot be opened.
         """
-        from framefusion.runtime.media.sources import source_kind
-
-        return [kind or source_kind(path) for kind, path in self.visuals]
+        return [kind or _kind_of(path) for kind, path in self.visuals]
 
 
 def list_subjects(flagged: Sequence[tuple[str, Path]], files: Sequence[Path], each: bool) -> list[Subject]:
@@ -92,6 +90,21 @@ def list_subjects(flagged: Sequence[tuple[str, Path]], files: Sequence[Path], ea
     if each or many or len(files) > 1:
         return [Subject((visual,)) for visual in visuals] or [Subject()]
     return [Subject(tuple(visuals))]
+
+
+def _kind_of(path: Path) -> str:
+    """What a file is by what it holds; a damaged one by its name, so that its reader says what is wrong with it."""
+    from framefusion.runtime.media.sources import source_kind
+
+    try:
+        return source_kind(path)
+    except VideoError:
+        suffix = path.suffix.lower()
+        if suffix in FILMS:
+            return "video"
+        if suffix in PICTURES:
+            return "image"
+        raise
 
 
 def _is_many(path: Path) -> bool:

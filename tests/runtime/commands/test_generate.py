@@ -191,6 +191,14 @@ def test_names_that_say_nothing_and_names_like_patterns(tmp_path: Path, film: Pa
             list_subjects([("video", nothing)], [], each=False)
 
 
+def test_a_damaged_file_is_what_its_name_says(films: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    kinds = [list_subjects([], [path], each=False)[0].kinds() for path in (films / "a.mp4", tmp_path / "x.png")]
+    assert kinds == [["video"], ["image"]]
+    with pytest.raises(VideoError, match="neither a film nor a picture"):
+        list_subjects([], [films / "notes.txt"], each=False)[0].kinds()
+
+
 @pytest.mark.slow
 def test_a_shells_pattern_a_pipe_and_head(bundle: Path, films: Path, tmp_path: Path) -> None:
     """As somebody types it, in a shell and a folder of its own."""
