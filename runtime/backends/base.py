@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -217,6 +217,14 @@ class Backend(Protocol):
 
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
         """What runs bound segments one after the other, again and again."""
+
+
+class BlockGraph(NamedTuple):
+    """A graph of building blocks, which is proven before there is a bundle, and what runs it."""
+
+    dialect: str
+    dtype: str
+    backend: Backend
 
 
 def empty_cache(device: Device, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:

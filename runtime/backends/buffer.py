@@ -36,3 +36,17 @@ class Buffer(Protocol):
 
     def __getitem__(self, key: Index, /) -> Buffer:
         """A view of the same memory; IndexError outside it."""
+
+
+def float_type(dtype: str) -> np.dtype[Any]:
+    """numpy's type of a name; bfloat16 is of ml_dtypes.
+
+    Raises:
+        ImportError: ml_dtypes is not installed.
+    """
+    if dtype != "bfloat16":
+        return np.dtype(dtype)
+    import ml_dtypes
+
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16

@@ -60,6 +60,8 @@ class BackendKind:
             Without one it is called experimental there.
         wrong_once: device and version where it answered wrongly without an error. Such a backend is never taken by
             itself on a device that has not reproduced the bundle's golden: framefusion.runtime.proof.
+        blocks: function (device, machine, folder) -> iterator of `base.BlockGraph`: the graphs of building blocks that
+            it can run here. "" where it runs engines, which are compiled first.
     """
 
     name: str
@@ -72,6 +74,7 @@ class BackendKind:
     engines: EngineTraits | None = None
     results: Mapping[Device, str] = field(default_factory=dict)
     wrong_once: str = ""
+    blocks: str = ""
 
 
 _BACKENDS = "framefusion.runtime.backends"
@@ -111,6 +114,7 @@ BACKENDS: tuple[BackendKind, ...] = (
         library="onnxruntime",
         open=f"{_BACKENDS}.onnxruntime.backend:open_backend",
         problem=f"{_BACKENDS}.onnxruntime.fit:cuda_problem",
+        blocks=f"{_BACKENDS}.onnxruntime.blocks:block_graphs",
         wrong_once="compute capability 9.0 by onnxruntime-gpu 1.31.1",
     ),
     BackendKind(
@@ -133,6 +137,7 @@ BACKENDS: tuple[BackendKind, ...] = (
         library="onnxruntime",
         open=f"{_BACKENDS}.onnxruntime.backend:open_backend",
         problem=f"{_BACKENDS}.onnxruntime.fit:cpu_problem",
+        blocks=f"{_BACKENDS}.onnxruntime.blocks:block_graphs",
         results={"cpu": "prefill.json"},
     ),
 )

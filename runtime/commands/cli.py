@@ -16,6 +16,7 @@ from framefusion.console import messages as console
 from framefusion.console.help import option
 from framefusion.console.terminal import PATIENCE, activity
 from framefusion.runtime.commands.check import check
+from framefusion.runtime.commands.doctor import doctor
 from framefusion.runtime.commands.flags import (
     COMPARE,
     FILE,
@@ -156,6 +157,7 @@ def bench(bundle: Path, costs: tuple[float, ...], rounds: int, **options: Any) -
 
 
 ff_run.add_command(check)
+ff_run.add_command(doctor)
 
 
 @ff_run.command(examples=("ff-run reducers",))

@@ -24,7 +24,14 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.machine.machine import Machine
 from framefusion.runtime.proof.golden import NO_GOLDEN, Golden, read_golden, require_golden
 from framefusion.runtime.proof.prove import Proof, facts_of, prove
-from framefusion.runtime.proof.remembered import Combination, Verdict, combination_of, recall, remember
+from framefusion.runtime.proof.remembered import (
+    Combination,
+    Verdict,
+    combination_of,
+    combination_of_blocks,
+    recall,
+    remember,
+)
 
 Say = Callable[[str], object]
 _OTHER_LIBRARY = "take another version of its library, or another --backend"
@@ -119,7 +126,7 @@ class _Judge:
         """What speaks against an option that could run: it is wrong here, or has to be proven and was not."""
         # 1. What is remembered costs one small file.
         combination = combination_of(self._bundle, option, self.machine)
-        verdict = recall(combination)
+        verdict = recall(combination) or self._blocks(option)
         # 2. What is new is proven once, with the backend that will answer if it is right.
         if verdict is None and self._check:
             golden = read_golden(self._bundle)
@@ -148,6 +155,18 @@ class _Judge:
         proven = self._verdict is not None and self._verdict.right
         backend = self._backend or choice.open(self._bundle, self._threads)
         return Opened(replace(choice, right_here=proven), backend)
+
+    def _blocks(self, option: Option) -> Verdict | None:
+        """What `ff-run doctor` found wrong in the blocks that the bundle's graphs are made of; None where it did not.
+
+        Blocks that are right say nothing of a bundle: it is proven all the same.
+        """
+        row = table.backend(option.backend, option.device)
+        manifest = self._bundle.manifest
+        if not row.blocks:
+            return None
+        verdict = recall(combination_of_blocks(manifest.dialect, manifest.model.dtype, option, self.machine))
+        return None if verdict is None or verdict.right else verdict
 
     def _unproven(self, option: Option) -> Problem | None:
         known = table.backend(option.backend, option.device).wrong_once

@@ -45,7 +45,7 @@ _CODE = ("backends", "families", "generation", "proof", "text")
 class Combination:
     """What a proof holds for."""
 
-    bundle: str  # digest of its manifest, which holds the hash of every file
+    bundle: str  # digest of its manifest, which holds the hash of every file; or which building blocks
     backend: str
     device: str  # GPU and compute capability, or CPU and instruction set
     driver: str
@@ -69,8 +69,17 @@ class Verdict:
 
 def combination_of(bundle: Bundle, option: Option, machine: Machine) -> Combination:
     """This bundle on this backend, here and now. Nothing is loaded."""
+    return _combination(bundle.digest, option, machine)
+
+
+def combination_of_blocks(dialect: str, dtype: str, option: Option, machine: Machine) -> Combination:
+    """The building blocks of a dialect in a type, in place of a bundle: what `ff-run doctor` has found."""
+    return _combination(f"building blocks of {dialect} in {dtype}", option, machine)
+
+
+def _combination(subject: str, option: Option, machine: Machine) -> Combination:
     device, driver = _processor() if option.device == "cpu" else _graphics(machine)
-    return Combination(bundle.digest, option.backend, device, driver, _library(option), own_code())
+    return Combination(subject, option.backend, device, driver, _library(option), own_code())
 
 
 def recall(combination: Combination) -> Verdict | None:
@@ -114,7 +123,7 @@ def _sources() -> Iterator[Path]:
     for folder in folders:
         for place, names, files in os.walk(folder):
             names.sort()
-            yield from (Path(place) / name for name in sorted(files) if name.endswith((".py", ".cu")))
+            yield from (Path(place) / name for name in sorted(files) if name.endswith((".py", ".cu", ".onnx")))
 
 
 def _processor() -> tuple[str, str]:

@@ -22,6 +22,17 @@ ORT_GOES_ON = (3, 11)
 
 def cuda_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Problem | None:
     """What keeps the CUDA provider from a bundle: a GPU, a package, the graphs, or kernels for their type."""
+    lacking = machine_problem("cuda", machine)
+    graphs = _graph_problem(bundle.manifest)
+    return lacking or graphs or _kernel_problem(bundle.manifest, machine.onnxruntime or "0")
+
+
+def machine_problem(device: Device, machine: Machine) -> Problem | None:
+    """What this machine lacks for ONNX Runtime on a device, whatever is to run: a GPU, or a package."""
+    if machine.onnxruntime is None:
+        return "onnxruntime is not installed", "pip install onnxruntime"
+    if device == "cpu":
+        return None
     if machine.gpu is None:
         return NO_GPU
     if CUDA_PROVIDER not in machine.providers:
@@ -29,15 +40,14 @@ def cuda_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Problem 
             f"the installed onnxruntime has no {CUDA_PROVIDER}",
             "pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
         )
-    if not machine.bindings:
-        return no_bindings()
-    return _graph_problem(bundle.manifest) or _kernel_problem(bundle.manifest, machine.onnxruntime or "0")
+    return None if machine.bindings else no_bindings()
 
 
 def cpu_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Problem | None:
     """What keeps the CPU provider from a bundle: the package, the graphs, or kernels for their type."""
-    if machine.onnxruntime is None:
-        return "onnxruntime is not installed", "pip install onnxruntime"
+    lacking = machine_problem("cpu", machine)
+    if lacking is not None or machine.onnxruntime is None:
+        return lacking
     if bundle.manifest.model.dtype == "bfloat16":
         return (
             "the bundle is in bfloat16, the CPU runtime runs float32 and float16",

@@ -22,7 +22,7 @@ from framefusion.runtime.machine.machine import Machine
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.proof import remembered
 from framefusion.runtime.proof.opening import check_backend, open_proven
-from framefusion.runtime.proof.remembered import Verdict, combination_of, recall, remember
+from framefusion.runtime.proof.remembered import Verdict, combination_of, combination_of_blocks, recall, remember
 from tests.commands import assert_refused, run
 from tests.runtime.bundle_edits import copied, edited
 from tests.runtime.proof.wrong_backends import OPENED, Honest
@@ -276,3 +276,27 @@ def test_the_command_remembers_what_it_finds(bundle: Path, picture: Path, monkey
     facts = json.loads(result.stdout)
     assert (facts["backend"], facts["right"]) == (NAME, False)
     assert NO_GOLDEN not in result.stderr
+
+
+def test_blocks_that_doctor_found_wrong_keep_a_backend_from_their_bundles(bundle: Path) -> None:
+    opened = Bundle(bundle)
+    machine = Machine.here()
+    option = choose(opened, machine=machine).option
+    model = opened.manifest
+    text = "ff-run doctor: attention over a cache, chunk: error 1.0e+00, limit 4.0e-03"
+    # 1. Those of another type say nothing of this bundle.
+    other = combination_of_blocks(model.dialect, "bfloat16", option, machine)
+    remember(other, Verdict(False, text), {})
+    assert open_proven(opened).choice.right_here
+    # 2. Blocks that are right do not stand for the bundle's golden, which is run all the same.
+    blocks = combination_of_blocks(model.dialect, model.model.dtype, option, machine)
+    combination_of(opened, option, machine).entry.unlink()
+    remember(blocks, Verdict(True, text), {})
+    _, lines = said(opened)
+    assert len(lines) == 1
+    # 3. Wrong ones refuse it before anything is opened, also without a check and for a bundle without a golden.
+    combination_of(opened, option, machine).entry.unlink()
+    remember(blocks, Verdict(False, text), {})
+    for how in ({}, {"check": False}, {"name": option.backend}):
+        with pytest.raises(CheckFailedError, match=r"ff-run doctor: attention over a cache, chunk"):
+            open_proven(opened, **how)

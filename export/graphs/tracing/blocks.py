@@ -1,0 +1,83 @@
+"""Each op of the decoder graphs once, in one small graph: what `ff-run doctor` proves before there is a model.
+
+The graphs lie in the runtime, which has nothing that could write them: `python -m tools.block_graphs` does. They are
+traced and said in a dialect by the code that makes a bundle's segments. Knows no weights and no expected result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from framefusion.export.graphs.graph_plan import EXAMPLE_CAPACITY, EXAMPLE_LENGTH, FREE, GraphModule, Signature, meta
+from framefusion.export.graphs.tracing.dialects import DIALECTS
+from framefusion.export.graphs.tracing.trace import trace
+from framefusion.ops import kernels
+from framefusion.runtime.proof.blocks import cases
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Blocks(GraphModule):
+    """Norm, rotary, activation, attention over a cache, attention of a tower, and both scores, side by side."""
+
+    def forward(
+        self, hidden: Tensor, norm_weight: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
+        kv_len: Tensor, previous: Tensor, last: Tensor, past_key: Tensor, past_value: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """As `cases.Case` names them -> as `cases.OUTPUTS` does."""
+        heads = cases.HEADS
+        groups = cases.KV_HEADS
+        attended, keys, values = kernels.cache_attention(query, key, value, past_key, past_value, kv_len, heads, groups)
+        return (
+            kernels.rms_norm(hidden, norm_weight, cases.EPS),
+            kernels.rotary(query, cos, sin, heads),
+            kernels.swish(hidden, cases.ALPHA),
+            attended,
+            kernels.full_attention(query, query, query, heads),
+            kernels.similarity(hidden, previous),
+            kernels.importance(query, key, last, cases.ROWS, heads, groups),
+            keys,
+            values,
+        )
+
+    def signature(self) -> Signature:
+        """Any number of tokens and of slots."""
+        tokens = EXAMPLE_LENGTH
+        rows = {"hidden": cases.WIDTH, "query": cases.QUERY_WIDTH, "key": cases.KEY_WIDTH, "value": cases.KEY_WIDTH}
+        rows |= {"cos": cases.HEAD_DIM // 2, "sin": cases.HEAD_DIM // 2}
+        cache = meta(1, cases.KV_HEADS, EXAMPLE_CAPACITY, cases.HEAD_DIM)
+        arguments = {name: meta(1, tokens, width) for name, width in rows.items()}
+        arguments |= {"norm_weight": meta(cases.WIDTH), "kv_len": meta(1, dtype=torch.int64)}
+        arguments |= {"previous": meta(tokens, dtype=torch.int64), "last": meta(1, dtype=torch.int64)}
+        arguments |= {"past_key_0": cache, "past_value_0": cache.clone()}
+        free = {name: {1: FREE} for name in rows} | {"previous": {0: FREE}}
+        free |= {"past_key_0": {2: FREE}, "past_value_0": {2: FREE}}
+        axes = {name: {1: "tokens"} for name in (*rows, *cases.ROW_OUTPUTS)}
+        axes |= {name: {0: "tokens"} for name in ("previous", "similarity", "importance")}
+        axes |= {f"{when}_{part}_0": {2: "capacity_0"} for when in ("past", "present") for part in ("key", "value")}
+        return Signature(
+            tuple(arguments[name] for name in cases.INPUTS),
+            tuple(free.get(name) for name in cases.INPUTS),
+            cases.INPUTS,
+            cases.OUTPUTS,
+            axes,
+        )
+
+
+def block_graphs(dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[tuple[str, ir.Model]]:
+    """The graph of each dialect in each type, and the name of its file."""
+    for dialect, dtype in product(DIALECTS.values(), dtypes):
+        name = str(dtype).removeprefix("torch.")
+        yield cases.graph_name(dialect.name, name), trace(Blocks().to("meta"), dialect, dtype).model
+
+
+def write_block_graphs(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+    """Write those of some types."""
+    for name, model in block_graphs(dtypes):
+        ir.save(model, folder / name)

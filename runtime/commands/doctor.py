@@ -1,0 +1,61 @@
+"""`ff-run doctor`: what this machine has, what is missing, and whether what is there computes right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from framefusion.console import messages as console
+from framefusion.console.help import Command
+from framefusion.console.terminal import PATIENCE, activity
+from framefusion.errors import CheckFailedError
+
+_STATES = {"right": "ready", "absent": "no GPU", "unproven": "loads", "wrong": "WRONG", "failed": "FAILED"}
+_MENDED = ("missing", "wrong", "failed")
+
+
+@click.command(cls=Command, examples=("ff-run doctor", "ff-run doctor --json"))
+@console.json_option
+@click.pass_context
+def doctor(ctx: click.Context) -> None:
+    """Say what this machine has for running bundles, what is missing, and whether what is there computes right.
+
+    Needs no bundle. Each backend runs attention over a cache, norm, rotary and scores, each device moves, adds up and
+    reduces rows, and numpy says what is right. Exit code 17 where something that is installed is wrong or fails.
+    """
+    from framefusion.runtime.proof.doctor import examine
+
+    with activity("proving what is installed", after=PATIENCE):
+        report = examine()
+    console.show(report, _render)
+    if not report["right"]:
+        broken = [proof["name"] for proof in report["proofs"] if proof["state"] in ("wrong", "failed")]
+        console.log(f"error: {', '.join(broken) or 'the base install'} cannot be relied on here; see above")
+        ctx.exit(CheckFailedError.exit_code)
+
+
+def _render(report: dict[str, Any]) -> str:
+    gpu = report["gpu"]
+    card = "none that a driver shows"
+    if gpu:
+        card = f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory'] / 1e9:.0f} GB, driver for CUDA "
+        card += ".".join(map(str, gpu["cuda"]))
+    installed = ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version)
+    facts = {
+        "framefusion-aot": f"{report['framefusion']}, Python {report['python']}, {report['system']}",
+        "GPU": card,
+        "installed": installed,
+    }
+    proofs = report["proofs"]
+    states = {proof["name"]: f"{_STATES.get(proof['state'], proof['state'])}: {_detail(proof)}" for proof in proofs}
+    mending = [f"to mend {proof['name']}: {proof['remedy']}" for proof in proofs if proof["state"] in _MENDED]
+    return "\n\n".join([console.labelled(facts), console.labelled(states), *mending])
+
+
+def _detail(proof: dict[str, Any]) -> str:
+    if proof["state"] != "right":
+        return str(proof["problem"])
+    number = sum(len(graph["checks"]) for graph in proof["graphs"])
+    kinds = ", ".join(f"{graph['dialect']} {graph['dtype']}".strip() for graph in proof["graphs"])
+    return f"{number} comparisons with numpy ({kinds})"

@@ -1,0 +1,157 @@
+"""A process of its own that proves a backend or a device and prints what it found: a library may crash or hang in it.
+
+    python -m framefusion.runtime.proof.blocks.child gpu
+    python -m framefusion.runtime.proof.blocks.child device cuda
+    python -m framefusion.runtime.proof.blocks.child backend onnxruntime cpu
+
+Its last line begins with MARK and is one JSON object. A library that does not load is such an object, too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from framefusion.installation import install_command
+from framefusion.runtime.backends import table
+
+if TYPE_CHECKING:
+    from framefusion.runtime.machine.machine import Machine
+    from framefusion.runtime.proof.blocks.checks import Check
+
+MARK = "FRAMEFUSION-DOCTOR "
+Facts = dict[str, Any]
+UNPROVEN = "it runs compiled engines: a bundle with some is proven by ff-run check BUNDLE"
+
+
+def gpu() -> Facts:
+    """The first GPU; {} without one."""
+    from framefusion.runtime.machine.gpu import find_gpu
+
+    found = find_gpu()
+    return {} if found is None else asdict(found)
+
+
+def prove_device(device: str) -> Facts:
+    """What is done to rows between segments, on the CPU by numpy, on a GPU by kernels of this package."""
+    from framefusion.runtime.backends.buffer import float_type
+    from framefusion.runtime.machine.machine import Machine
+    from framefusion.runtime.proof.blocks.checks import check_device_blocks, host_blocks
+
+    if device == "cpu":
+        return _judged([_graph("", "float32", host_blocks())])
+    from framefusion.runtime.backends.fit import NO_GPU, no_bindings
+
+    machine = Machine.here()
+    if machine.gpu is None:
+        return _absent(*NO_GPU)
+    if not machine.bindings:
+        return _missing(*no_bindings())
+    from framefusion.runtime.backends.cuda.device import CudaDevice
+
+    dtypes = ("float16", "bfloat16")
+    return _judged(
+        [_graph("", dtype, check_device_blocks(CudaDevice(float_type(dtype).type), dtype)) for dtype in dtypes]
+    )
+
+
+def prove_backend(name: str, device: table.Device) -> Facts:
+    """All graphs that a backend can run here; where it runs engines, whether its library loads."""
+    from framefusion.runtime.backends.fit import NO_GPU
+    from framefusion.runtime.machine.machine import Machine
+
+    row = table.backend(name, device)
+    machine = Machine.here()
+    if device == "cuda" and machine.gpu is None:
+        return _absent(*NO_GPU)
+    return _proven_graphs(row, device, machine) if row.blocks else _engine_library(row, device, machine)
+
+
+def _proven_graphs(row: table.BackendKind, device: table.Device, machine: Machine) -> Facts:
+    from framefusion.runtime.backends.choice import Option
+    from framefusion.runtime.backends.onnxruntime.fit import machine_problem
+    from framefusion.runtime.proof.blocks import cases
+    from framefusion.runtime.proof.blocks.checks import check_graph_blocks
+    from framefusion.runtime.proof.remembered import Verdict, combination_of_blocks, remember
+
+    problem = machine_problem(device, machine)
+    if problem is not None:
+        return _missing(*problem)
+    graphs = []
+    folder = Path(cases.__file__).parent
+    for dialect, dtype, backend in table.load(row.blocks)(device, machine, folder):
+        # 1. Looked up as `open_proven` does, before anything more is loaded.
+        combination = combination_of_blocks(dialect, dtype, Option(row.name, device), machine)
+        # 2. Proven, and remembered: what is wrong here is not taken for a bundle of this dialect and type.
+        facts = _graph(dialect, dtype, check_graph_blocks(backend, cases.graph_name(dialect, dtype), dtype))
+        if facts["state"] in ("right", "wrong"):
+            text = f"ff-run doctor: {facts['worst']}"
+            facts["remembered"] = remember(combination, Verdict(facts["state"] == "right", text), facts)
+        graphs.append(facts)
+    return _judged(graphs)
+
+
+def _engine_library(row: table.BackendKind, device: table.Device, machine: Machine) -> Facts:
+    from framefusion.runtime.backends.fit import installed_version, no_bindings
+
+    if installed_version(row.library) is None:
+        return _missing(f"{row.library} is not installed", install_command(row.extra or row.library))
+    if device == "cuda" and row.cuda_buffers and not machine.bindings:
+        return _missing(*no_bindings())
+    library = importlib.import_module(row.library)
+    return {"state": "unproven", "problem": UNPROVEN, "version": str(library.__version__), "graphs": []}
+
+
+def _graph(dialect: str, dtype: str, checks: Iterable[Check]) -> Facts:
+    """The checks of a graph; a library that refuses it or a type that is missing is a failure of this graph alone."""
+    from framefusion.errors import FrameFusionError
+
+    facts: Facts = {"dialect": dialect, "dtype": dtype, "checks": []}
+    try:
+        found = list(checks)
+    except (FrameFusionError, ImportError) as error:
+        return facts | {"state": "failed", "worst": " ".join(str(error).split())[:400]}
+    worst = max(found, key=lambda check: check.error / check.limit if check.limit else check.error * 1e9)
+    wrong = [check for check in found if not check.right]
+    worst = wrong[0] if wrong and worst.right else worst  # NaN is not the largest of anything
+    place = f"{worst.block}, {worst.case}" if worst.case else worst.block
+    state = "wrong" if wrong else "right"
+    text = f"{place}: error {worst.error:.1e}, limit {worst.limit:.1e}"
+    return facts | {"state": state, "worst": text, "checks": [check.facts for check in found]}
+
+
+def _judged(graphs: list[Facts]) -> Facts:
+    states = [graph["state"] for graph in graphs]
+    state = next((bad for bad in ("wrong", "failed") if bad in states), "right")
+    problem = next((graph["worst"] for graph in graphs if graph["state"] == state), "")
+    remedy = "" if state == "right" else "take another version of its library, or another --backend"
+    return {"state": state, "problem": "" if state == "right" else problem, "remedy": remedy, "graphs": graphs}
+
+
+def _missing(problem: str, remedy: str) -> Facts:
+    return {"state": "missing", "problem": problem, "remedy": remedy, "graphs": []}
+
+
+def _absent(problem: str, remedy: str) -> Facts:
+    return {"state": "absent", "problem": problem, "remedy": remedy, "graphs": []}
+
+
+def main(arguments: list[str]) -> None:
+    """Run what the arguments name and print what it gives."""
+    jobs: dict[str, Callable[..., Facts]] = {"gpu": gpu, "device": prove_device, "backend": prove_backend}
+    try:
+        facts = jobs[arguments[0]](*arguments[1:])
+    except Exception as error:  # of a library: whatever it raises is what it has to say
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        facts = {"state": "failed", "problem": text, "remedy": "install that library anew", "graphs": []}
+    sys.stdout.write(f"\n{MARK}{json.dumps(facts, allow_nan=False)}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
