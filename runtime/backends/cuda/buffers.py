@@ -22,7 +22,7 @@ from framefusion.runtime.backends.buffer import Array, Buffer
 from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
 from framefusion.runtime.backends.cuda.decode.graph import Captured
 from framefusion.runtime.backends.cuda.driver import EXTRA, Cuda
-from framefusion.runtime.backends.cuda.memory import RING, DeviceMemory, PinnedMemory, Ring
+from framefusion.runtime.backends.cuda.memory import RING, STAGING, DeviceMemory, PinnedMemory, Ring
 
 ALIGNMENT = 256  # bytes: what TensorRT asks of the address of a tensor
 
@@ -45,6 +45,7 @@ class CudaBuffers:
         self._memory = DeviceMemory(cuda, self._stream, self._copied)
         self._pinned = PinnedMemory(cuda)
         self._ring = Ring(cuda, self._stream, self._pinned)
+        self._staging: Ring | None = None  # pinned when something large is uploaded first
 
     @property
     def stream(self) -> int:
@@ -128,16 +129,20 @@ class CudaBuffers:
     def send(self, array: Array, buffer: DeviceArray) -> None:
         """Copy an array of the host into a contiguous buffer of as many bytes, in stream order.
 
-        What the ring takes does not wait; a larger array, the rows of a prompt, is waited for.
+        Nothing is waited for but the copies of the piece before the last one: while a vision tower runs, the host puts
+        the next pictures in place. A large array goes in pieces, since memory that is not pinned would be waited for.
         """
-        packed = np.ascontiguousarray(array)
-        if not packed.nbytes:
-            return
-        small = packed.nbytes <= RING // 2
-        source = self._ring.place(packed) if small else packed.ctypes.data
-        self.cuda.call("cuMemcpyHtoDAsync", buffer.address, source, packed.nbytes, self._stream)
-        if not small:
-            self.cuda.call("cuStreamSynchronize", self._stream)
+        numbers = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        ring = self._ring if numbers.nbytes <= RING // 2 else self._stage()
+        for start in range(0, numbers.nbytes, ring.most):
+            piece = numbers[start : start + ring.most]
+            source = ring.place(piece)
+            self.cuda.call("cuMemcpyHtoDAsync", buffer.address + start, source, piece.nbytes, self._stream)
+
+    def _stage(self) -> Ring:
+        if self._staging is None:
+            self._staging = Ring(self.cuda, self._stream, self._pinned, STAGING)
+        return self._staging
 
     def download(self, buffer: Buffer) -> Array:
         """See `Device.download`."""

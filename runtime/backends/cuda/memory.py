@@ -18,6 +18,7 @@ from framefusion.runtime.backends.buffer import Array
 from framefusion.runtime.backends.cuda.driver import Cuda, Handle, OutOfMemoryError
 
 RING = 4 << 20  # bytes for what is uploaded: indices and small inputs; half of it is the most at a time
+STAGING = 32 << 20  # the same for what is larger, pictures of a film and rows of a prompt: they go in pieces of half
 SMALLEST_BLOCK = 4096
 _KEEP_ALL = (1 << 64) - 1
 
@@ -171,15 +172,16 @@ class PinnedMemory:
 
 
 class Ring:
-    """Pinned memory through which small arrays are uploaded, so that the caller may change them at once.
+    """Pinned memory through which arrays are uploaded, so that the caller may change them at once.
 
     One half is filled while the copies out of the other one run; on the way back into a half they are waited for.
     """
 
-    def __init__(self, cuda: Cuda, stream: Handle, pinned: PinnedMemory) -> None:
+    def __init__(self, cuda: Cuda, stream: Handle, pinned: PinnedMemory, size: int = RING) -> None:
         self._cuda = cuda
         self._stream = stream
-        block, self._bytes = pinned.lend(RING)
+        self.most = size // 2  # bytes at a time
+        block, self._bytes = pinned.lend(size)
         self._address = block.address
         self._half = 0
         self._at = 0
@@ -187,7 +189,7 @@ class Ring:
 
     def place(self, array: Array) -> int:
         """Copy a contiguous array of at most half the ring into it: the address, for a copy enqueued right after."""
-        half = RING // 2
+        half = self.most
         if self._at + array.nbytes > half:
             self._cuda.call("cuEventRecord", self._left[self._half], self._stream)
             self._half = 1 - self._half

@@ -110,6 +110,25 @@ def test_the_emulated_gpu_does_nothing_before_the_host_waits(library: Path) -> N
     assert printed == "0.0 4.0"
 
 
+def test_pictures_are_uploaded_in_pieces_without_a_wait_and_may_change_at_once(library: Path) -> None:
+    """Larger than the pinned memory: its halves serve again, each when its copies are done."""
+    printed = script(
+        library,
+        "from framefusion.runtime.backends.cuda.memory import STAGING\n"
+        "device = CudaDevice()\n"
+        "waits = []\n"
+        "call = device.cuda.call\n"
+        "device.cuda.call = lambda name, *given: (waits.append(name), call(name, *given))[1]\n"
+        "film = np.arange(STAGING // 2 * 5 + 7, dtype=np.uint32).astype(np.uint8)\n"
+        "expected = film.copy()\n"
+        "there = device.upload(film)\n"
+        "film[:] = 0\n"
+        "print(waits.count('cuMemcpyHtoDAsync'), waits.count('cuStreamSynchronize'))\n"
+        "print(np.array_equal(device.download(there), expected))",
+    )
+    assert printed.split() == ["6", "0", "True"]
+
+
 def test_a_driver_that_is_too_old_is_told_with_both_versions(library: Path) -> None:
     message = refusal(library, CUDA=12040)
     assert message.startswith("the NVIDIA driver of Emulated GPU goes up to CUDA 12.4, the installed cuda-bindings ")
