@@ -66,10 +66,16 @@ def split(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tenso
     grouped = query.reshape(1, groups, heads // groups * length, width)
     flash = _ATEN._scaled_dot_product_flash_attention_for_cpu
     (past, past_sum) = flash(grouped, keys[:, :, :shown], values[:, :, :shown])
-    (new, new_sum) = flash(query, key, value, 0.0, True)
+    (new, new_sum) = flash(query, *_alike(key, value, heads), 0.0, True)
     any_before = (kv_len > length)[:, None, None]
     past_sum = past_sum.reshape(1, heads, length)
     return merged(past.reshape(query.shape), torch.where(any_before, past_sum, -torch.inf), new, new_sum)
+
+
+def _alike(key: Tensor, value: Tensor, heads: int) -> list[Tensor]:
+    """Keys and values with as many heads as queries: not every release of torch checks that they are as many."""
+    repeats = heads // key.shape[1]
+    return [tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor for tensor in (key, value)]
 
 
 def merged(past: Tensor, past_sum: Tensor, new: Tensor, new_sum: Tensor) -> Tensor:
@@ -95,8 +101,7 @@ def cudnn(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tenso
     (heads, length) = query.shape[1:3]
     held = kv_len - length
     (past, past_sum) = _over_held(query, keys, values, held, is_causal=False)
-    repeats = heads // keys.shape[1]
-    alike = [tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor for tensor in (key, value)]
+    alike = _alike(key, value, heads)
     (new, new_sum, *_) = _ATEN._scaled_dot_product_cudnn_attention(query, *alike, None, True, 0.0, True)
     past_sum = torch.where((held > 0)[:, None, None], past_sum, -torch.inf)
     return merged(past, past_sum, new, new_sum.reshape(1, heads, length))
