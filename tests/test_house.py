@@ -247,6 +247,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         "framefusion/runtime/view/parts/player.js",
         "framefusion/runtime/view/parts/style.css",
         "framefusion/runtime/backends/cuda/kernels.cu",
+        "framefusion/runtime/proof/blocks/gqa-float16.onnx",
     } <= set(names)
 
 

@@ -18,6 +18,8 @@ import pytest
 
 from framefusion.installation import install_command
 from framefusion.runtime.backends.cuda.kernels import SOURCE
+from framefusion.runtime.proof.blocks.child import MARK
+from framefusion.runtime.proof.doctor import CHILD
 from tests.conftest import made_once
 from tests.versions import needs_torch
 from tests.wheel import ROOT
@@ -171,3 +173,18 @@ def test_nothing_of_torch_is_loaded(library: Path) -> None:
 
 def test_a_process_ends_in_peace_with_buffers_left(library: Path) -> None:
     script(library, "device = CudaDevice(); left = device.zeros((4,), np.float32), device.mirror((4,), np.float32)")
+
+
+def test_the_doctor_finds_the_kernels_right(library: Path) -> None:
+    proven = run(library, "-m", CHILD, "device", "cuda", machine={"CAPABILITY": 87})
+    facts = json.loads(proven.splitlines()[-1].removeprefix(MARK))
+    assert facts["state"] == "right", facts["problem"]
+    assert [graph["dtype"] for graph in facts["graphs"]] == ["float16", "bfloat16"]
+    assert {check["block"] for graph in facts["graphs"] for check in graph["checks"]} >= {"reduction", "similarity"}
+
+
+def test_the_doctor_says_what_keeps_a_gpu_from_work(library: Path) -> None:
+    proven = run(library, "-m", CHILD, "device", "cuda", machine={"CAPABILITY": 50})
+    facts = json.loads(proven.splitlines()[-1].removeprefix(MARK))
+    assert facts["state"] == "failed"
+    assert "5.0" in facts["problem"]
