@@ -56,15 +56,19 @@ def examine(patience: float = PATIENCE) -> Facts:
     Returns:
         Plain values; docs/checks.md lists them.
     """
+    # 1. The driver is loaded in a process, too: one that crashes is no machine without a GPU.
     gpu = run_child(("gpu",), patience)
+    seconds = gpu.pop("seconds")
+    driver = (
+        [] if gpu.get("state") not in BROKEN else [_of_job("driver", ("device", "cuda"), gpu | {"seconds": seconds})]
+    )
+    # 2. Each proof, a few at once.
     jobs = list(_jobs(has_gpu="capability" in gpu))
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = pool.map(lambda job: run_child(job[1], patience), jobs)
-        proofs = [dict(facts, name=name) for (name, _), facts in zip(jobs, found, strict=True)]
-    for (_, arguments), proof in zip(jobs, proofs, strict=True):
-        proof["kind"] = arguments[0]
-        proof["backend"] = arguments[1] if arguments[0] == "backend" else None
-        proof["device"] = arguments[-1]
+        proofs = driver + [
+            _of_job(name, arguments, facts) for (name, arguments), facts in zip(jobs, found, strict=True)
+        ]
     return {
         "schema": SCHEMA,
         "framefusion": framefusion.__version__,
@@ -75,6 +79,12 @@ def examine(patience: float = PATIENCE) -> Facts:
         "proofs": proofs,
         "right": all(_is_sound(proof) for proof in proofs),
     }
+
+
+def _of_job(name: str, arguments: Sequence[str], facts: Facts) -> Facts:
+    """A finding with what it is about."""
+    backend = arguments[1] if arguments[0] == "backend" else None
+    return {"name": name, "kind": arguments[0], "backend": backend, "device": arguments[-1]} | facts
 
 
 def _jobs(*, has_gpu: bool) -> list[tuple[str, tuple[str, ...]]]:

@@ -104,3 +104,14 @@ def test_what_is_not_there_is_not_wrong() -> None:
 def test_every_backend_has_a_line() -> None:
     names = {name for name, _ in doctor._jobs(has_gpu=True)}
     assert {f"{row.name} on {device}" for row in table.BACKENDS for device in row.devices} <= names
+
+
+def test_a_driver_that_crashes_is_not_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_jobs", lambda **_: [])
+    monkeypatch.setattr(doctor, "run_child", lambda *_: doctor._failed("it crashed (SIGSEGV)") | {"seconds": 0.1})
+    report = doctor.examine()
+    assert [(proof["name"], proof["device"], proof["state"]) for proof in report["proofs"]] == [
+        ("driver", "cuda", "failed")
+    ]
+    assert report["gpu"] is None
+    assert not report["right"]
