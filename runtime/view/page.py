@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,14 @@ def page(facts: Mapping[str, Any]) -> str:
     """The page as text; it loads nothing from elsewhere."""
     payload = json.dumps(facts, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     payload = payload.replace("<", "\\u003c")  # no text of a user or a model may end the script
-    content = _part(TEMPLATE).replace("{{style}}", _part(STYLE)).replace("{{script}}", "".join(map(_part, SCRIPTS)))
-    content = content.replace("{{name}}", html.escape(str(facts["name"])))
-    content = content.replace("{{facts}}", payload)  # last: what users and models say stays as it is
+    places = {
+        "style": _part(STYLE),
+        "script": "".join(map(_part, SCRIPTS)),
+        "name": html.escape(str(facts["name"])),
+        "facts": payload,
+    }
+    # in one pass: a place that a name or an answer spells is not filled in
+    content = re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], _part(TEMPLATE))
     return content + _seal(content.encode("utf-8"))
 
 

@@ -64,13 +64,13 @@ if (D) fold("With and without reduction, in numbers", node => {
   const times = (a, b) => b ? Number((a / b).toPrecision(3)) + " ×" : "–", T = F.timing;
   const spread = run => seconds(run.first.median) + " (" + seconds(run.first.least) + " to " + seconds(run.first.most) + ")";
   const rows = [
-    ["First token", spread(T.dense), spread(T.reduced), T.level ? "level" : times(T.dense.first.median, T.reduced.first.median)],
+    ["First token", spread(T.dense), spread(T.reduced), T.level ? "level" : T.rounds < 2 ? "one run each" : times(T.dense.first.median, T.reduced.first.median)],
     ["Tokens in the last layer", whole(D.kv_lengths[D.kv_lengths.length - 1]), whole(ends), times(D.kv_lengths[D.kv_lengths.length - 1], ends)],
     ["KV length, mean of layers", whole(Math.round(mean(D))), whole(Math.round(mean(R))), times(mean(D), mean(R))],
     ["KV cache", bytes(D.kv_bytes), bytes(R.kv_bytes), times(D.kv_bytes, R.kv_bytes)],
     ["FLOPs of the prefill", flops(D.flops), flops(R.flops), times(D.flops, R.flops)],
   ];
-  if (T.dense.token && T.reduced.token) rows.push(["Each further token", seconds(T.dense.token), seconds(T.reduced.token), times(T.dense.token, T.reduced.token)]);
+  if (T.dense.token && T.reduced.token) rows.push(["Each further token", seconds(T.dense.token), seconds(T.reduced.token), "one run each"]);
   table(node, "First token: from the file on, medians of " + T.rounds + " runs in turn, with the least and the most. Gain: every token over reduced.", ["", "every token", "reduced", "gain"], rows);
 });
 fold("Settings", node => {

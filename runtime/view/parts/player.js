@@ -85,6 +85,8 @@ const ring = (pen, one, width, height, chosen) => {
   pen.strokeStyle = "#111"; pen.lineWidth = 1; pen.strokeRect(x - 2.5, y - 2.5, w + 5, h + 5);
 };
 
+// Only these two prune by what the last query looks at; others by what they say themselves.
+const byQuestion = ["framefusion", "fastv"].includes(F.settings.reducer);
 let step = last, redraw = () => {};
 const films = [];
 const detailOf = row => {  // the story of one patch, in a lay reader's words first
@@ -95,7 +97,7 @@ const detailOf = row => {  // the story of one patch, in a lay reader's words fi
     const head = panelOf(into), frame = head.panel.frames[0];
     return "The same thing was there before: this patch was merged into the one " + (head === one ? "beside it in this frame" : "in " + frameName(head, frame)) + " (similarity " + like.toFixed(3) + ", token merging, " + where + ").";
   }
-  return "The model looked little at this patch: it was left out (" + NAMES[done.kind] + " " + where + ").";
+  return (byQuestion ? "The model looked little at this patch: it was left out (" : "The method " + F.settings.reducer + " left this patch out (") + NAMES[done.kind] + " " + where + ").";
 };
 
 const player = (visual, v) => {
@@ -243,6 +245,6 @@ const key = parent => {
   const entry = (name, text) => { const item = made(list, "li"); made(item, "i", { class: name, "aria-hidden": "true" }); item.append(text); };
   entry("stays", "stays");
   if (kinds.has("merge")) entry("merges", "like the one before it at this place: merged into it");
-  if (kinds.has("prune")) entry("prunes", "looked at little: pruned");
+  if (kinds.has("prune")) entry("prunes", byQuestion ? "looked at little: pruned" : "left out by " + F.settings.reducer + ": pruned");
   if (kinds.has("static")) entry("merges", "merged or pruned");
 };

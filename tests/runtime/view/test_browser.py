@@ -18,7 +18,7 @@ from PIL import Image
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.view.page import page
 from framefusion.runtime.view.view import facts, watch
-from tests.runtime.view.test_view import REQUEST, TURNS, Page
+from tests.runtime.view.test_view import REQUEST, TURNS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -66,7 +66,9 @@ const drive = () => {
   }
   facts.details = [...new Set(facts.details)];
   facts.wide = document.documentElement.scrollWidth;
-  document.title = JSON.stringify(facts);
+  facts.canvases = [...document.querySelectorAll("canvas")].map(
+    one => [one.getAttribute("role"), one.getAttribute("aria-label")]);
+  top.document.title = JSON.stringify(facts);
 };
 addEventListener("load", () => setTimeout(drive, 500));
 </script>"""
@@ -96,13 +98,18 @@ def drawn_by(folder: Path, text: str, size: tuple[int, int], *flags: str) -> str
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on PATH to draw the page: apt-get install chromium")
 @pytest.mark.parametrize("size", [(390, 844), (1440, 900)], ids=["phone", "desktop"])
 def test_a_browser_draws_the_page(told: dict[str, Any], tmp_path: Path, size: tuple[int, int]) -> None:
-    """The counts are the answer's, nothing is wider than the window, and patches say what became of them."""
+    """The counts are the answer's, nothing is wider than the window, and patches say what became of them.
+
+    In a frame of that size: Chromium's own window is 500 pixels wide at least, whatever it is asked for.
+    """
     text = page(told).replace("<style>", f"{WATCHED}<style>", 1).replace("</body>", f"{DRIVEN}</body>")
-    dom = drawn_by(tmp_path, text, size, "--dump-dom")
+    frame = f'<iframe width="{size[0]}" height="{size[1]}" style="border: 0" srcdoc="{html.escape(text)}"></iframe>'
+    outer = f"<!doctype html><meta charset=utf-8><title></title>{frame}"
+    dom = drawn_by(tmp_path, outer, (1500, 1000), "--dump-dom")
     title = html.unescape(re.findall(r"<title>(.*?)</title>", dom)[0])
     came = json.loads(title)
     assert came["problems"] == []
-    assert came["wide"] <= came["window"]
+    assert came["wide"] <= came["window"] == size[0]
     structural = [
         sum(left < 0 or left >= step for left in told["structural"]) for step in range(len(told["steps"]) + 1)
     ]
@@ -116,8 +123,8 @@ def test_a_browser_draws_the_page(told: dict[str, Any], tmp_path: Path, size: tu
     stories = " ".join(came["details"])
     assert "stays in every layer" in stories
     assert re.search(r"merged into the one in frame \d+ at [\d.]+ s \(similarity 0\.\d{3}", stories)
-    canvases = [attributes for tag, attributes in Page(dom).tags if tag == "canvas"]
-    assert all(canvas["role"] == "img" and canvas["aria-label"] for canvas in canvases)
+    assert len(came["canvases"]) >= 4
+    assert all(role == "img" and label for role, label in came["canvases"])
 
 
 SCREENS = {"phone": (390, 1600), "desktop": (1440, 1100)}

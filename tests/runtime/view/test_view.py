@@ -232,6 +232,7 @@ def runs(*seconds: float) -> list[Mapping[str, float]]:
         (runs(1.0, 1.1, 4.0), runs(4.0, 4.2, 3.9), "First token as soon as with every token"),
         (runs(1.0, 1.0, 1.0), runs(1.04, 1.04, 1.04), "First token as soon as with every token"),
         (runs(4.0, 4.0, 4.0), runs(1.0, 1.0, 1.0), "First token 2.5x slower"),
+        (runs(1.0), runs(4.0), "2.5x faster first token, timed once"),
     ],
 )
 def test_nothing_is_claimed_that_noise_explains(
@@ -239,7 +240,9 @@ def test_nothing_is_claimed_that_noise_explains(
 ) -> None:
     assert watched.dense is not None
     timing = timing_facts(Timings({"video": 0.6, "vision": 0.4}, reduced, dense), watched.answer, watched.dense)
-    assert headline(timing, watched.answer, watched.dense)[0]["text"] == begins
+    claim = headline(timing, watched.answer, watched.dense)[0]
+    assert claim["text"] == begins
+    assert claim["strong"] == begins.endswith("faster first token")
 
 
 def test_the_beginning_says_whether_the_answers_are_the_same(watched: Watched, told: dict[str, Any]) -> None:
@@ -247,8 +250,9 @@ def test_the_beginning_says_whether_the_answers_are_the_same(watched: Watched, t
     assert [len(watched.timings.reduced), len(watched.timings.dense)] == [3, 3]
     same = watched.answer.text == watched.dense.text
     assert told["headline"][1] == {"text": "same answer" if same else "another answer", "strong": same}
-    other = dataclasses.replace(watched.dense, text=watched.answer.text + "!")
-    assert headline(told["timing"], watched.answer, other)[1]["text"] == "another answer"
+    other = dataclasses.replace(watched.answer, token_ids=(*watched.answer.token_ids[:-1], 0))
+    assert headline(told["timing"], watched.answer, other)[1]["text"] == "another answer", "the tokens count"
+    assert headline(told["timing"], watched.answer, watched.answer)[1]["text"] == "same answer"
     text = watched.answer.prompt_tokens - watched.answer.visual_tokens
     share = (watched.answer.kv_lengths[-1] - text) / watched.answer.visual_tokens
     assert told["headline"][2]["text"].startswith(f"{share:.0%} of" if share >= 0.0995 else f"{share:.1%} of")
@@ -283,6 +287,13 @@ def test_what_is_said_cannot_leave_its_place(told: dict[str, Any]) -> None:
     assert "b" not in [tag for tag, _ in parsed.tags]
     assert parsed.facts["turns"][-1]["parts"][-1] == {"text": QUESTION}
     assert parsed.facts["name"] == "tiny <b>"
+
+
+def test_a_place_that_an_answer_spells_is_not_filled_in(told: dict[str, Any]) -> None:
+    turns = [{"role": "user", "parts": [{"text": "{{script}} {{name}}"}]}]
+    parsed = Page(page(told | {"name": "{{facts}}", "turns": turns}))
+    assert (parsed.facts["name"], parsed.facts["turns"]) == ("{{facts}}", turns)
+    assert page(told | {"name": "{{facts}}"}).count("<title>{{facts}}: ") == 1
 
 
 def test_text_alone_has_a_page(pipeline: Pipeline) -> None:
