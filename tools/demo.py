@@ -4,8 +4,8 @@ Builds the tiny trained Qwen2-VL of tests/models with `ff-export`, draws a film 
 and draw the answer, in processes in which torch and its company cannot be imported. Then short clips that the model
 never saw are asked the same way. Everything is left in demo-out/.
 
-The model learned films of 16 seconds. Of six films of 64 seconds and a question of order each, this is the first that
-it answers rightly with every token: what the demo compares is the answer with fewer.
+The model learned films of 16 seconds. Of six films of 64 seconds with a question of order each, this is one that it
+answers rightly with every token, chosen for its story: what the demo compares is the answer with fewer.
 """
 
 from __future__ import annotations
