@@ -125,7 +125,8 @@ def run_child(arguments: Sequence[str], patience: float) -> Facts:
             timeout=patience,
             check=False,
         )
-        facts = _last_object(done.stdout) or _ended(done.returncode, done.stderr)
+        found = _last_object(done.stdout)
+        facts = _ended(done.returncode, done.stderr) if found is None else found  # {} is a machine without a GPU
     except subprocess.TimeoutExpired:
         facts = _failed(f"it did not end within {patience:g} s")
     except OSError as error:

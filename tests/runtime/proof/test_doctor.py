@@ -85,6 +85,7 @@ def test_what_hangs_is_ended() -> None:
 def test_what_a_library_prints_is_no_result() -> None:
     line = f'{MARK}{{"state": "right"}}'
     assert doctor._last_object(f"loading\n{line}\nbye") == {"state": "right"}
+    assert doctor._last_object(f"{MARK}{{}}") == {}
     assert doctor._last_object("loading\n") is None
     assert doctor._ended(-11, "") == doctor._failed("it crashed (SIGSEGV)")
     assert "exit code 3 (no disk)" in doctor._ended(3, "warning\nno disk\n")["problem"]
