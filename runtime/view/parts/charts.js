@@ -20,7 +20,7 @@ const waterfall = () => {
   }
   const list = made(node, "ul", { class: "key", "aria-label": "Stages" });
   for (const stage of Object.keys(STAGES)) if (used.has(stage)) { const item = made(list, "li"), dot = made(item, "i", { "aria-hidden": "true" }); dot.style.background = STAGES[stage][1]; item.append(STAGES[stage][0]); }
-  const decode = T.dense && T.dense.token && T.reduced.token ? "Behind it, each further token takes " + seconds(T.reduced.token) + " reduced and " + seconds(T.dense.token) + " with every token." : T.reduced.token ? "Behind it, each further token takes " + seconds(T.reduced.token) + "." : "";
+  const decode = T.dense && T.dense.token && T.reduced.token ? "Behind it, each further token takes " + seconds(T.reduced.token) + " reduced and " + seconds(T.dense.token) + " with every token, in one run of each: too few to compare." : T.reduced.token ? "Behind it, each further token takes " + seconds(T.reduced.token) + "." : "";
   if (decode) made(node, "p", { class: "soft" }, decode);
 };
 

@@ -55,7 +55,7 @@ if (panels.length) {
   const whenOpen = drawEvery;
   drawEvery = () => { if (node.open) whenOpen(); };
   node.addEventListener("toggle", drawEvery);
-  new ResizeObserver(() => drawEvery()).observe(node);
+  new ResizeObserver(() => requestAnimationFrame(() => drawEvery())).observe(node);
 }
 fold("Layer by layer", layers);
 if (F.histograms.length) fold("How alike the tokens are", histograms);

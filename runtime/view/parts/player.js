@@ -23,7 +23,7 @@ let pooled = false, beside = false;
 const panelOf = row => panels.find(one => one.first <= row && row < one.end);
 const staying = (one, number) => { let n = 0; for (let row = one.first; row < one.end; row++) n += !fate(row, number); return n; };
 const when = (visual, frame) => visual.kind === "video" ? visual.times[frame].toFixed(1) + " s" : "";
-const frameName = (one, frame) => [one.visual.kind === "video" ? "frame " + frame + " at " + when(one.visual, frame) : "picture", one.panel.name].filter(Boolean).join(", ");
+const frameName = (one, frame) => [one.visual.kind === "video" ? "frame " + (frame + 1) + " at " + when(one.visual, frame) : "picture", one.panel.name].filter(Boolean).join(", ");
 
 const pictureOf = (visual, frame) => {
   visual.loaded = visual.loaded || [];
@@ -208,7 +208,7 @@ const player = (visual, v) => {
     });
   }
   choose(-1);
-  new ResizeObserver(paint).observe(node);
+  new ResizeObserver(() => requestAnimationFrame(paint)).observe(node);
   films.push({ paint, start: () => { if (play && !timer) toggle(); } });
   return controls;
 };
