@@ -12,11 +12,12 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from framefusion.errors import RequestError, ServerError
 from framefusion.runtime.server.media.fetch import fetch
@@ -124,10 +125,14 @@ def _from_disk(url: str, place: str, policy: MediaPolicy) -> MediaFile:
             param=place,
             status=403,
         )
-    parts = urlsplit(url)
-    name = unquote(parts.path)
+    malformed = RequestError(f"{place} is {url[:120]!r}: give file:///folder/clip.mp4", param=place)
+    try:
+        parts = urlsplit(url)
+        name = os.fsdecode(unquote_to_bytes(parts.path))  # names of files are bytes, not all of them are UTF-8
+    except ValueError:  # half an IPv6 address, half a surrogate pair
+        raise malformed from None
     if parts.netloc not in ("", "localhost") or not name.startswith("/") or "\0" in name:
-        raise RequestError(f"{place} is {url[:120]!r}: give file:///folder/clip.mp4", param=place)
+        raise malformed
     outside = RequestError(
         f"{place} is {url[:120]!r}, no file below the folder of the server's --allowed-local-media-path",
         param=place,
@@ -135,7 +140,7 @@ def _from_disk(url: str, place: str, policy: MediaPolicy) -> MediaFile:
     )
     try:
         path = Path(name).resolve(strict=True)  # links are followed before the folder is compared
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         raise outside from None
     if not path.is_relative_to(policy.local_folder.resolve()) or not path.is_file():
         raise outside

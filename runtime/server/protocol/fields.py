@@ -131,5 +131,13 @@ class Fields:
 
 def shown(value: object) -> str:
     """A value as a message shows it."""
-    text = repr(value)
+    try:
+        text = repr(value[: _SHOWN + 1] if isinstance(value, str) else value)
+    except RecursionError:  # lists in lists, as deep as a body may have them
+        text = f"a {type(value).__name__} of great depth"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def printable(name: str) -> str:
+    """A name of a client's as a message or a log shows it: in one line, and of characters that can be encoded."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name[: 2 * _SHOWN])

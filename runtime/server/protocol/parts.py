@@ -22,6 +22,8 @@ from framefusion.runtime.text.prompt import Visual
 ALL_FRAMES = MOST_FRAMES
 MOST_PARTS = 4096
 """Of one request: more frames than any model takes."""
+MOST_INDEX = (1 << 31) - 1
+"""Of a frame in a client's film: a year at 60 frames a second."""
 JPEG_FRAMES = "data:video/jpeg;base64,"
 """What vLLM's clients send that sampled a film themselves: JPEG pictures in base64, with commas between them."""
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -256,6 +258,9 @@ def _indices(given: Fields) -> tuple[int, ...] | None:
     if indices is None:
         return None
     whole = isinstance(indices, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
-    if not whole or not indices or indices[0] < 0 or any(b <= a for a, b in pairwise(indices)):
-        raise given.refuse("frames_indices", f"is {shown(indices)}: give ascending whole numbers from 0 up")
+    ascending = whole and indices and indices[0] >= 0 and all(a < b for a, b in pairwise(indices))
+    if not ascending or indices[-1] > MOST_INDEX:
+        raise given.refuse(
+            "frames_indices", f"is {shown(indices)}: give ascending whole numbers from 0 to {MOST_INDEX}"
+        )
     return tuple(indices)

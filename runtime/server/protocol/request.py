@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from framefusion.errors import RequestError
 from framefusion.runtime.request import MAX_NEW_TOKENS, Request
-from framefusion.runtime.server.protocol.fields import Fields, shown
+from framefusion.runtime.server.protocol.fields import Fields, printable, shown
 from framefusion.runtime.server.protocol.parts import (
     ChatMessage,
     MediaPart,
@@ -26,6 +26,8 @@ MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 1024
 MOST_SEED = (1 << 63) - 1
 LONGEST_ID = 128
+LEAST_PENALTY = 0.01
+"""Of repetition: logits are divided by it, and have to stay numbers."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def read_chat_request(body: object, *, images_as_video: bool = False) -> ChatReq
         include_usage=include_usage,
         session_id=fields.text("session_id", most=LONGEST_ID),
         show=options.show,
-        ignored=(*ignored, *fields.unknown),
+        ignored=tuple(printable(name) for name in (*ignored, *fields.unknown)),
     )
 
 
@@ -138,7 +140,8 @@ def _own_options(fields: Fields, images_as_video: bool) -> _Options:
     )
     if given.unknown:
         known = ", ".join(_Options._fields)
-        raise RequestError(f"{given.unknown[0]} is unknown, known are {known}", param=given.unknown[0])
+        name = printable(given.unknown[0])
+        raise RequestError(f"{name} is unknown, known are {known}", param=name)
     return options
 
 
@@ -162,7 +165,7 @@ def _read_generation(fields: Fields, options: _Options) -> Request:
         temperature=fields.number("temperature", 0, 2),
         top_p=fields.number("top_p", 0, 1, above=True),
         top_k=0 if top_k == -1 else top_k,  # both are spellings of no limit
-        repetition_penalty=fields.number("repetition_penalty", 0, 10, above=True),
+        repetition_penalty=fields.number("repetition_penalty", LEAST_PENALTY, 10),
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,19 @@ def test_settings_that_open_nothing_are_refused(tmp_path: Path) -> None:
         MediaPolicy(local_folder=tmp_path / "nowhere")
     with pytest.raises(ServerError, match="is none"):
         MediaPolicy(domains=frozenset({"https://films.example"}))
+
+
+@pytest.mark.parametrize("url", ["file://[/x", "file:///\ud800", "file://\u2100/x", "file:///a%00"])
+def test_addresses_of_files_that_no_parser_takes(url: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as refused:
+        opened(url, tmp_path, MediaPolicy(local_folder=tmp_path))
+    assert refused.value.status in (400, 403)
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.mp4")
+    try:
+        path.write_bytes(b"film")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert opened(path.as_uri(), tmp_path, MediaPolicy(local_folder=tmp_path)).path == path

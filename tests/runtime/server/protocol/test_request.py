@@ -168,3 +168,16 @@ def test_roles_of_developers_are_the_systems() -> None:
     chat = read_chat_request({"messages": messages})
     assert [message.role for message in chat.messages] == ["system", "user"]
     assert not any(isinstance(part, MediaPart) for message in chat.messages for part in message.parts)
+
+
+def test_names_and_numbers_that_cannot_be_said_again() -> None:
+    """Half a surrogate pair cannot be encoded, a line break forges lines of the log, great numbers are no floats."""
+    with pytest.raises(RequestError) as refused:
+        read_chat_request(body(framefusion={"\ud800\n": 1}))
+    assert str(refused.value).startswith(r"framefusion.\ud800\n is unknown")
+    assert refused.value.param == r"framefusion.\ud800\n"
+    assert read_chat_request(body(**{"x\nINFO forged": 1})).ignored == (r"x\nINFO forged",)
+    with pytest.raises(RequestError, match="frames_indices"):
+        read_chat_request(body({**FILM, "frames_indices": [10**400]}))
+    with pytest.raises(RequestError, match="repetition_penalty"):
+        read_chat_request(body(repetition_penalty=1e-300))
