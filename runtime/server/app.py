@@ -33,9 +33,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 import framefusion
-from framefusion.errors import RequestError
+from framefusion.errors import ClosedError, RequestError
 from framefusion.runtime.request import Step
 from framefusion.runtime.server.ask_page import PAGE_HEADERS, ask_page
+from framefusion.runtime.server.protocol.body import read_body
 from framefusion.runtime.server.protocol.response import Answer, error_body, status_of, usage_of
 from framefusion.runtime.server.service import RETRY_SECONDS, ChatJob, Service
 
@@ -204,7 +205,7 @@ class Routes:
         exchange = _Exchange(self._service, request)
         try:
             # 1. Read the body, no more and no longer than is allowed.
-            body = await self._body(request)
+            body = await read_body(request, self._access.body_bytes, self._access.body_seconds)
             chat = await self._service.read(body)
             del body
             # 2. From here on whoever leaves is noticed, and what is begun for them ends.
@@ -219,39 +220,10 @@ class Routes:
                 whole = await _whole(answer, job, _chained(first, steps))
                 exchange.close()
                 return JSONResponse(whole)
-            return _Stream(exchange, _events(answer, job, _chained(first, steps), chat.include_usage))
-        except BaseException:
+            return _Stream(exchange, _events(answer, job, exchange, _chained(first, steps), chat.include_usage))
+        except BaseException as error:
             exchange.close()
-            raise
-
-    async def _body(self, request: Request) -> bytes:
-        """The body of a request.
-
-        Raises:
-            RequestError: it is of another type, too large, or does not come.
-        """
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise RequestError(
-                f"the body is {kind[:80] or 'of no type'}: send JSON, with Content-Type: application/json", status=415
-            )
-        most = self._access.body_bytes
-        too_large = RequestError(f"the body has more than {most} bytes: send a shorter or smaller film", status=413)
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > most:
-            raise too_large
-        body = bytearray()
-        try:
-            with anyio.fail_after(self._access.body_seconds):
-                async for block in request.stream():
-                    body += block
-                    if len(body) > most:
-                        raise too_large
-        except TimeoutError:
-            raise RequestError(
-                f"the body did not come within {self._access.body_seconds:g} s: send it faster", status=408
-            ) from None
-        return bytes(body)
+            raise exchange.cause(error) from error
 
 
 class _Exchange:
@@ -270,6 +242,8 @@ class _Exchange:
         self._request = request
         self._deadline = self.since + service.settings.request_seconds
         self._over = False
+        self._left = False
+        self._late = False
         self._closed = False
         self._job: ChatJob | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -283,10 +257,23 @@ class _Exchange:
         with anyio.move_on_after(self._deadline - time.monotonic()):
             while (await self._request.receive())["type"] != "http.disconnect":
                 pass
+            self._left = True
+        self._late = not self._left
         self._end()
         await asyncio.sleep(GRACE_SECONDS)
         if self._answering is not None:  # it waits for a caller who takes nothing
             self._answering.cancel()
+
+    def cause(self, error: BaseException) -> BaseException:
+        """Why an answer ended before its end, if that is not the error itself: nothing of it is a bug then."""
+        if self._left:
+            return ClientDisconnect()
+        if self._late:
+            most = f"{self._service.settings.request_seconds:g}"
+            return RequestError(f"the answer took more than {most} s: ask for fewer tokens, show less", status=408)
+        if isinstance(error, ClosedError) and self._service.draining:
+            return RequestError("the server ended before the answer did: ask another one, or later", status=503)
+        return error
 
     def _end(self) -> None:
         self._over = True
@@ -311,7 +298,10 @@ class _Exchange:
         self._end()
         if self._watching is not None:
             self._watching.cancel()
-        self._service.leave()
+        if self._job is None:
+            self._service.leave()
+        else:  # what it holds is freed by the engine, in its next round
+            self._job.when_finished(self._service.leave)
 
 
 class _Stream(StreamingResponse):
@@ -326,6 +316,9 @@ class _Stream(StreamingResponse):
         """Send it."""
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError as error:
+            if self._exchange.cause(error) is error:
+                raise  # somebody else's
         finally:
             self._exchange.close()
 
@@ -351,7 +344,9 @@ async def _whole(answer: Answer, job: ChatJob, steps: AsyncIterator[Step]) -> di
     )
 
 
-async def _events(answer: Answer, job: ChatJob, steps: AsyncIterator[Step], include_usage: bool) -> AsyncIterator[str]:
+async def _events(
+    answer: Answer, job: ChatJob, exchange: _Exchange, steps: AsyncIterator[Step], include_usage: bool
+) -> AsyncIterator[str]:
     """The answer in pieces, as server-sent events."""
     try:
         yield _event(answer.piece({"role": "assistant", "content": ""}))
@@ -364,8 +359,12 @@ async def _events(answer: Answer, job: ChatJob, steps: AsyncIterator[Step], incl
                     yield _event(answer.counts(usage_of(job.report, job.new_tokens), job.seconds(step), job.drawing()))
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status is said already
-        _log.error("an answer ended early", exc_info=error)
-        yield _event(error_body(error))
+        cause = exchange.cause(error)
+        if isinstance(cause, ClientDisconnect):
+            return
+        if status_of(cause) == 500:
+            _log.error("an answer ended early", exc_info=error)
+        yield _event(error_body(cause))
 
 
 def _event(piece: dict[str, Any]) -> str:

@@ -119,6 +119,8 @@ class Conversations:
         """Keep a conversation, if the bundle can go on behind caches and there is room; what is older may go for it."""
         if not conversation.turns or self.pipeline.restart_reason is not None:
             return
+        if len(conversation.session.turns) != len(conversation.turns):  # a turn ended between the two: not known again
+            return
         with self._lock:
             self._kept = [
                 kept for kept in self._kept if kept.name is None or kept.name != conversation.name

@@ -12,6 +12,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from threading import Condition, Event, Thread
 
 from framefusion.runtime.request import Step
@@ -78,8 +79,13 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Queue a job; how many wait is the caller's to limit."""
         with self._changed:
-            self._waiting.append(job)
+            closing = self._closing
+            if not closing:
+                self._waiting.append(job)
             self._changed.notify()
+        if closing:  # nobody takes it any more
+            job.cancel()
+            _finish(job, None)
 
     def close(self) -> None:
         """Drop what waits and what runs, and end."""
@@ -113,7 +119,7 @@ class Engine:
         self._drop_cancelled()
         for job in self._waiting:
             job.cancel()
-            job.finish(None)
+            _finish(job, None)
         self._waiting.clear()
 
     def _round(self) -> None:
@@ -122,11 +128,7 @@ class Engine:
         self._drop_cancelled()
         # 2. One more begins, if there is room for it.
         if self._waiting and self._has_room():
-            job = self._waiting.popleft()
-            if job.cancelled:
-                job.finish(None)
-            else:
-                self._begin(job)
+            self._begin(self._waiting.popleft())
         # 3. Everyone gets a token.
         self._running = [(job, steps) for job, steps in self._running if self._advance(job, steps)]
 
@@ -155,18 +157,25 @@ class Engine:
             _stop(job, steps)
             return False
         try:
-            step = next(steps)
+            job.give(next(steps))
         except StopIteration:
-            job.finish(None)
+            _finish(job, None)
             return False
         except Exception as error:
+            with suppress(Exception):  # the first error is the one that counts
+                steps.close()
             _fail(job, error)
             return False
-        job.give(step)
         return True
 
     def _drop_cancelled(self) -> None:
-        """Close what nobody waits for, so that its caches are free."""
+        """Close what nobody waits for, so that its caches are free, and forget what has not begun, with its pixels."""
+        with self._changed:
+            gone = [job for job in self._waiting if job.cancelled]
+            for job in gone:
+                self._waiting.remove(job)
+        for job in gone:
+            _finish(job, None)
         for job, steps in [entry for entry in self._running if entry[0].cancelled]:
             _stop(job, steps)
         self._running = [entry for entry in self._running if not entry[0].cancelled]
@@ -178,11 +187,19 @@ def _stop(job: Job, steps: Generator[Step, None, None]) -> None:
     except Exception as error:
         _fail(job, error)
     else:
-        job.finish(None)
+        _finish(job, None)
+
+
+def _finish(job: Job, error: BaseException | None) -> None:
+    """The last call; whatever it does, the thread that all others wait for goes on."""
+    try:
+        job.finish(error)
+    except Exception as bug:
+        _log.error("a request did not end as it should", exc_info=bug)
 
 
 def _fail(job: Job, error: Exception) -> None:
     """Tell whoever waits; what is nobody's fault is logged whole."""
     if getattr(error, "sender_fault", None) is not True:
         _log.error("a request failed", exc_info=error)
-    job.finish(error)
+    _finish(job, error)

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -94,6 +95,8 @@ class ChatJob(Job):
         self._text: list[str] = []
         self._taken: list[Step] = []
         self._ended = False
+        self._finished = False
+        self._call: Callable[[], None] | None = None
         self._queued = time.monotonic()
         self._last = self.since
         self._nbytes = 0
@@ -113,8 +116,10 @@ class ChatJob(Job):
         metrics = self.service.metrics
         if step.prefill is not None:
             self.report = step.prefill
-            slots = sum(step.prefill.kv_lengths) + self.request.max_new_tokens * len(step.prefill.kv_lengths)
-            self._nbytes = slots * slot_bytes(self.service.pipeline.manifest)
+            manifest = self.service.pipeline.manifest
+            most = manifest.limits.max_kv_cache_capacity  # clients may ask for more tokens than there is room for
+            slots = sum(min(length + self.request.max_new_tokens, most) for length in step.prefill.kv_lengths)
+            self._nbytes = slots * slot_bytes(manifest)
             self.files = ()  # pixels are large, and spent
             metrics.prefilled(step.prefill, now - self._queued)
         if step.token_id is not None:
@@ -145,10 +150,23 @@ class ChatJob(Job):
             self.conversation.turns = (*self.keys, answer_key("".join(self._text)))
         self.service.conversations.give_back(self.conversation)
         self._put(error)
+        with suppress(RuntimeError):  # the loop is closed: nobody counts any more
+            self._loop.call_soon_threadsafe(self._on_finished)
 
     def _put(self, item: Step | BaseException | None) -> None:
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._steps.put_nowait, item)
+
+    def when_finished(self, call: Callable[[], None]) -> None:
+        """Call this on the loop once the engine holds nothing of the job any more, at once if that is so."""
+        self._call = call
+        if self._finished:
+            call()
+
+    def _on_finished(self) -> None:
+        self._finished = True
+        if self._call is not None:
+            self._call()
 
     async def steps(self) -> AsyncIterator[Step]:
         """The steps as they come.

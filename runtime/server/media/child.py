@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +29,9 @@ from framefusion.runtime.media.video.frames import Shrink, Video
 
 ARRAYS = ("frames", "indices", "timestamps", "moments")
 """Of a film, in the order in which they are sent; behind them what its frames were shrunk to."""
+MOST_WARNINGS = 16
+MOST_CHARACTERS = 1000
+"""Of what is said about one film, however many of its frames are damaged."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class DecodingJob:
 
 def decode_in_child(pipe: Connection, job: DecodingJob) -> None:
     """The whole life of the child: take the limits, decode, send, end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which first ends what runs
     limit_process(job.memory, job.cpu_seconds)
     arrays: list[NDArray[Any]] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -71,7 +76,8 @@ def decode_in_child(pipe: Connection, job: DecodingJob) -> None:
             facts = {"error": _named(str(error), job)}
         except MemoryError:
             facts = {"error": f"{job.name} needs more than {job.memory} bytes to be decoded: send a smaller one"}
-    facts["warnings"] = [_named(str(warning.message), job) for warning in caught]
+    said = dict.fromkeys(_named(str(warning.message), job)[:MOST_CHARACTERS] for warning in caught)
+    facts["warnings"] = list(said)[:MOST_WARNINGS]
     facts["arrays"] = [{"shape": array.shape, "dtype": array.dtype.name} for array in arrays]
     pipe.send_bytes(json.dumps(facts).encode())
     for array in arrays:
@@ -89,7 +95,7 @@ def _decoded(job: DecodingJob) -> tuple[dict[str, Any], list[NDArray[Any]]]:
         if job.times is None:
             film = video_of_frames(pictures, job.sampling.fps, job.limits)
         else:
-            film = video_of_frames(pictures, times=job.times)
+            film = video_of_frames(pictures, limits=job.limits, times=job.times)
     else:
         film = as_video(job.paths[0], job.sampling, job.limits, job.shrink)
     return _facts(film), _arrays(film)

@@ -246,3 +246,35 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatc
     finally:
         server.should_exit = True
         thread.join()
+
+
+def test_callers_who_leave_are_no_failures_of_the_server(tmp_path: Path) -> None:
+    """Whenever they leave: their places are free again, what they asked for is not kept, and no traceback is logged."""
+    with serving(tmp_path, "--max-running", 1, "--max-waiting", 5) as server:
+        for number in range(12):
+            leaving = []
+            for stream in (True, False, True, False):
+                connection = connect(server)
+                connection.request("POST", "/v1/chat/completions", json.dumps({**LONG, "stream": stream}), JSON)
+                leaving.append(connection)
+            time.sleep(0.01 * number)
+            for connection in leaving:
+                connection.close()
+            until(lambda: metric(server, "num_requests_waiting") + metric(server, "num_requests_running") == 0)
+        assert send(server, HELLO).status == 200
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_asking_for_many_tokens_evicts_nobody(tmp_path: Path) -> None:
+    def ask(name: str, **fields: Any) -> Any:
+        messages = [{"role": "user", "content": name}]
+        return json.loads(send(server, {**HELLO, "messages": messages, **fields}).read())
+
+    with serving(tmp_path, "--cache-mb", 64) as server:
+        ask("first")
+        running = connect(server)
+        running.request("POST", "/v1/chat/completions", json.dumps({**LONG, "max_tokens": 1 << 20}), JSON)
+        running.getresponse().readline()
+        ask("second")  # begins beside it: room for both is looked for
+        running.close()
+        assert metric(server, "evicted_conversations") == 0
