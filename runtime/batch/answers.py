@@ -21,6 +21,7 @@ SETTINGS = ".batch"
 SYNC_EVERY = 64
 """Lines between two waits for the disk: a killed process loses nothing, a machine without power this much."""
 _SETTINGS_BYTES = 1 << 20
+_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _OPENAI_ID = "custom_id"
 
 
@@ -52,8 +53,7 @@ class AnswerFile:
                 size = self.path.stat().st_size
                 self.errors = 0
             # 3. Go on behind it.
-            flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-            self._handle = os.open(self.path, flags, 0o666)
+            self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | _FLAGS, 0o666)
             self._closing.callback(os.close, self._handle)
             os.ftruncate(self._handle, size)
             os.lseek(self._handle, 0, os.SEEK_END)
@@ -76,11 +76,11 @@ class AnswerFile:
         """The settings' file, held as long as this run lasts."""
         beside = self.path.with_name(self.path.name + SETTINGS)
         content = json.dumps(settings, sort_keys=True, indent=1).encode()
-        if not beside.exists():
-            if self.path.exists() and self.path.stat().st_size:
-                raise StorageError(f"{self.path} is there, and of no batch: choose another place, or move it away")
-            write_file(beside, content)
+        if not beside.exists() and self.path.exists() and self.path.stat().st_size:
+            raise StorageError(f"{self.path} is there, and of no batch: choose another place, or move it away")
         self._hold(beside)
+        if not beside.stat().st_size:  # new, and nobody else's from now on
+            write_all(self._held, content)
         try:
             earlier: Any = json.loads(read_file(beside, _SETTINGS_BYTES))
         except ValueError:
@@ -97,14 +97,15 @@ class AnswerFile:
             )
 
     def _hold(self, beside: Path) -> None:
-        """Shut out every other run until this one ends."""
-        file = self._closing.enter_context(beside.open("rb"))
+        """Shut out every other run until this one ends; of several that begin at once, one gets it."""
+        self._held = os.open(beside, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
+        self._closing.callback(os.close, self._held)
         try:
             import fcntl
         except ImportError:  # Windows has none
             return
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StorageError(f"another run writes to {self.path}: wait for it, or choose another place") from None
 
@@ -139,9 +140,12 @@ class AnswerFile:
         Raises:
             StorageError: the disk is full.
         """
-        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
         try:
-            write_all(self._handle, line.encode())
+            line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
+        except UnicodeEncodeError:  # a name that is not UTF-8, half a surrogate pair: JSON can say it in ASCII
+            line = json.dumps(row, separators=(",", ":")).encode()
+        try:
+            write_all(self._handle, line + b"\n")
             self._lines += 1
             if self._lines % SYNC_EVERY == 0:
                 os.fsync(self._handle)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -90,7 +91,10 @@ class Shard:
 
     def has(self, identity: str) -> bool:
         """Whether a question is in this part."""
-        return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % self.count == self.index
+        return (
+            int.from_bytes(hashlib.sha256(identity.encode(errors="surrogatepass")).digest()[:8], "big") % self.count
+            == self.index
+        )
 
 
 def read_questions(source: Path, defaults: Defaults, shard: Shard) -> Iterator[BatchQuestion]:
@@ -138,10 +142,23 @@ def _rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Films and pictures below a folder, sorted by their path."""
+    """Films and pictures below a folder and below those that it links to, sorted by their path.
+
+    Raises:
+        PromptError: a folder cannot be read, or links lead back to one that is above.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise PromptError(f"{error.filename} cannot be read ({error.strerror}): allow it, or move it away") from error
+
     found = []
-    for place, _, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         found += [Path(place, name) for name in names if Path(name).suffix.lower() in FILMS | PICTURES]
+        here = Path(place).resolve()
+        for name in folders:
+            linked = Path(place, name)
+            if linked.is_symlink() and here.is_relative_to(linked.resolve()):
+                raise PromptError(f"{linked} leads back to {linked.resolve()}: remove the link")
     yield from sorted(found)
 
 
@@ -173,9 +190,23 @@ def _parquet_rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{source}, row {number}", {name: value for name, value in row.items() if value is not None}
+                    given = {name: _as_json(value) for name, value in row.items()}
+                    yield f"{source}, row {number}", {name: v for name, v in given.items() if v is not None}
     except ArrowException as error:
         raise PromptError(f"{source} is no Parquet that can be read ({error}): write it anew") from None
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a table as JSON has it: times and decimals as text, numbers that are none as nothing."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _as_json(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(inner) for inner in value]
+    if isinstance(value, bytes):
+        return value.hex()
+    return value if value is None or isinstance(value, (str, int)) else str(value)
 
 
 # --- One question ---------------------------------------------------------------------------------------------------

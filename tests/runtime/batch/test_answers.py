@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -79,3 +81,34 @@ def test_what_is_somebody_elses_stays(tmp_path: Path) -> None:
     ours.with_name("out.jsonl.batch").write_text("[]")
     with pytest.raises(StorageError, match="no file of a batch"):
         AnswerFile(ours, SETTINGS)
+
+
+def test_names_that_are_not_utf_8_are_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    for _ in range(2):
+        with AnswerFile(path, SETTINGS) as answers:
+            for identity in ("\udcff.mp4", "\ud800", "é\n"):
+                if identity not in answers.done:
+                    answers.add(identity, {"id": identity})
+    assert [row["id"] for row in rows(path)] == ["\udcff.mp4", "\ud800", "é\n"]
+
+
+def test_of_runs_that_begin_at_once_one_writes(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    begun = Barrier(8)
+    opened: list[AnswerFile] = []
+
+    def begin(number: int) -> None:
+        begun.wait()
+        with suppress(StorageError):
+            opened.append(AnswerFile(tmp_path / f"{number}.jsonl", SETTINGS))
+
+    for number in range(20):
+        threads = [Thread(target=begin, args=(number,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(opened) == 1
+        with opened.pop():
+            pass

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,51 @@ def test_parts_are_a_partition_whatever_the_order(tmp_path: Path) -> None:
 def test_parts_that_are_none(text: str) -> None:
     with pytest.raises(PromptError, match="give index/count"):
         Shard.parse(text)
+
+
+def test_folders_behind_links_and_folders_that_cannot_be_read(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.mp4").touch()
+    source = tmp_path / "clips"
+    source.mkdir()
+    (source / "linked").symlink_to(elsewhere)
+    defaults = Defaults(prompt="What?")
+    assert [question.id for question in read_questions(source, defaults, Shard())] == ["linked/a.mp4"]
+    (elsewhere / "back").symlink_to(elsewhere)
+    with pytest.raises(PromptError, match="leads back"):
+        check_questions(source, defaults, Shard())
+    (elsewhere / "back").unlink()
+    (elsewhere / "shut").mkdir(mode=0)
+    try:
+        if os.access(elsewhere / "shut", os.R_OK):
+            pytest.skip("this user may read everything")
+        with pytest.raises(PromptError, match="shut"):
+            check_questions(source, defaults, Shard())
+    finally:
+        (elsewhere / "shut").chmod(0o700)
+
+
+def test_ids_that_cannot_be_encoded_have_a_part(tmp_path: Path) -> None:
+    source = lines(tmp_path, {"id": "\ud800", "prompt": "What?"})
+    parts = [[q.id for q in read_questions(source, Defaults(), Shard(index, 2))] for index in range(2)]
+    assert sorted(parts) == [[], ["\ud800"]]
+
+
+def test_columns_of_a_table_that_json_has_no_word_for(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table(
+        {
+            "id": [1, 2],
+            "prompt": ["What?", "Who?"],
+            "cost": [0.5, float("nan")],
+            "taken": [datetime(2026, 1, 2), None],
+            "raw": [b"\x01", b""],
+        }
+    )
+    parquet.write_table(table, tmp_path / "in.parquet")
+    first, second = read_questions(tmp_path / "in.parquet", Defaults(), Shard())
+    assert json.loads(json.dumps(first.extra)) == {"taken": "2026-01-02 00:00:00", "raw": "01"}
+    assert (first.chat.request.cost, second.chat.request.cost) == (0.5, None)
