@@ -68,7 +68,13 @@ class FilmAnswers:
         manifest = self._pipeline.manifest
         policy = MediaPolicy(local_folder=Path("/"), file_bytes=NO_LIMIT)
         reader = MediaReader(
-            policy, manifest.preprocessing, manifest.sampling, MediaLimits(), memory=8 << 30, cpu_seconds=3600.0
+            policy,
+            manifest.preprocessing,
+            manifest.sampling,
+            MediaLimits(),
+            memory=8 << 30,
+            cpu_seconds=3600.0,
+            request_bytes=None,
         )
         self._run = BatchRun(self._pipeline, reader, reader, request or Request(), Path(bundle).name, decoders)
 
@@ -93,9 +99,13 @@ class FilmAnswers:
     def _questions(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]]) -> Iterator[BatchQuestion]:
         """The rows as questions, by their numbers; what is none gets its error at once."""
         for number, row in enumerate(rows):
-            given = {name: value for name, value in row.items() if value is not None}
+            # A column of numbers has NaN where a row has none.
+            given = {name: value for name, value in row.items() if value is not None and value == value}
             try:
-                yield read_row(given | {"id": str(number)}, f"row {number}", Path.cwd(), self._defaults)
+                question = read_row(given | {"id": str(number)}, f"row {number}", Path.cwd(), self._defaults)
+                if question.openai:
+                    raise PromptError(f"row {number} is one of OpenAI's batches: give video or image, and prompt")
+                yield question
             except PromptError as error:
                 answers[number] = {"error": {"code": type(error).__name__, "message": str(error)}}
 

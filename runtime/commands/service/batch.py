@@ -209,7 +209,14 @@ def _reader(pipeline: Pipeline, policy: Any, flags: dict[str, Any]) -> MediaRead
     manifest = pipeline.manifest
     sampling = manifest.sampling.overridden(flags["fps"], flags["max_frames"])
     return MediaReader(
-        policy, manifest.preprocessing, sampling, MediaLimits(), DECODER_MEMORY, DECODER_SECONDS, flags["decoders"]
+        policy,
+        manifest.preprocessing,
+        sampling,
+        MediaLimits(),
+        DECODER_MEMORY,
+        DECODER_SECONDS,
+        flags["decoders"],
+        request_bytes=None,
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ CPU_SECONDS = 120.0
 SERVER_LIMITS = MediaLimits(film_bytes=716 << 20, film_seconds=60.0, film_frames=200_000)
 """What a client's film may cost, where the flags say nothing else: less than what a user may show to their own machine.
 """
+REQUEST_BYTES = 1 << 30
+"""Of all films and pictures of one request together, decoded: many small files may each be large pictures."""
 _HEADER = 1 << 20  # bytes of the line of JSON
 _LOOK = 0.05  # seconds between two looks at whether anybody waits
 _DTYPES = {"uint8": np.uint8, "int64": np.int64, "float64": np.float64}
@@ -43,6 +46,12 @@ class Decoded:
 
     media: Video | NDArray[np.uint8]
     warnings: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pixels."""
+        arrays = (self.media.frames, *self.media.shrunk) if isinstance(self.media, Video) else (self.media,)
+        return sum(array.nbytes for array in arrays)
 
 
 def decode_apart(job: DecodingJob, seconds: float, cancelled: Callable[[], bool]) -> Decoded:
@@ -59,21 +68,33 @@ def decode_apart(job: DecodingJob, seconds: float, cancelled: Callable[[], bool]
     """
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = _context().Process(target=decode_in_child, args=(theirs, job), daemon=True)
-    process.start()
-    theirs.close()
+    try:
+        process.start()
+    except (OSError, EOFError) as error:  # what children are copies of was killed: the next call starts another
+        ours.close()
+        raise VideoError(f"{job.name} could not be decoded, no decoder began ({error}): send it again") from error
+    finally:
+        theirs.close()
     deadline = time.monotonic() + seconds
+    stalled = Timer(seconds + _LOOK, process.kill)  # one that has begun to send, and sends no more
+    stalled.daemon = True
+    stalled.start()
     try:
         facts = _facts(ours, job, deadline, cancelled)
         arrays = [_array(ours, about, job.limits) for about in facts["arrays"]]
         return Decoded(_media(facts, arrays), tuple(map(str, facts["warnings"])))
     except EOFError:
         raise VideoError(_death(process, job)) from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # nothing that our child sends
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
+        # nothing that our child sends
         raise VideoError(
             f"{job.name} was decoded into something else ({type(error).__name__}): send another"
         ) from error
     finally:
-        process.kill()
+        stalled.cancel()
+        stalled.join()  # it may be about to kill, and would kill a process that is no more
+        if process.is_alive():
+            process.kill()
         process.join()
         process.close()
         ours.close()

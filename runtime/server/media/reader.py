@@ -10,13 +10,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 
 from framefusion.errors import RequestError
 from framefusion.runtime.media.frame_sampling import FASTEST, FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.server.media.child import DecodingJob
-from framefusion.runtime.server.media.decoding import CPU_SECONDS, MEMORY, SERVER_LIMITS, Decoded, decode_apart
+from framefusion.runtime.server.media.decoding import (
+    CPU_SECONDS,
+    MEMORY,
+    REQUEST_BYTES,
+    SERVER_LIMITS,
+    Decoded,
+    decode_apart,
+)
 from framefusion.runtime.server.media.policy import MediaFile, MediaPolicy, open_media
 from framefusion.runtime.server.protocol.parts import ALL_FRAMES, MediaPart, Sampling
 from framefusion.runtime.text.prompt import Visual
@@ -46,6 +54,7 @@ class MediaReader:
         memory: bytes that decoding one film or picture may take.
         cpu_seconds: of processor time for it.
         decoders: that work at once, for all requests together.
+        request_bytes: of all pixels that one call of `decode` gives; None for any number.
     """
 
     def __init__(
@@ -57,12 +66,14 @@ class MediaReader:
         memory: int = MEMORY,
         cpu_seconds: float = CPU_SECONDS,
         decoders: int = 2,
+        request_bytes: int | None = REQUEST_BYTES,
     ) -> None:
         self.policy = policy
         self.limits = limits
         self._preprocessing = preprocessing
         self._sampling = sampling
         self._memory = memory
+        self._request_bytes = request_bytes
         self._cpu_seconds = cpu_seconds
         self._decoders = ThreadPoolExecutor(decoders, "decoder")
 
@@ -100,7 +111,7 @@ class MediaReader:
                 files.append(file)
             times = frame_times(part)
             digests = " ".join(file.digest for file in files)
-            key = hashlib.sha256(f"{part.kind} {sampling} {times} {digests}".encode()).hexdigest()
+            key = hashlib.sha256(f"{part.kind} {part.of_frames} {sampling} {times} {digests}".encode()).hexdigest()
             opened.append(OpenPart(part, tuple(files), sampling, times, key))
         return opened
 
@@ -127,13 +138,53 @@ class MediaReader:
                     shrink if film else None, self._memory, self._cpu_seconds,
                 )
             )  # fmt: skip
-        seconds = _NEVER * self._cpu_seconds
-        pending = [self._decoders.submit(decode_apart, job, seconds, cancelled) for job in jobs]
+        within = _Budget(self._request_bytes, cancelled)
+        pending = [self._decoders.submit(within.decode, job, _NEVER * self._cpu_seconds) for job in jobs]
         try:
             return [future.result() for future in pending]
         finally:
             for future in pending:
                 future.cancel()
+
+
+class _Budget:
+    """Decodes the films and pictures of one request until they are too large together: then the others end as well.
+
+    Args:
+        most: bytes of pixels; None for any number.
+        cancelled: whether nobody waits any more.
+    """
+
+    def __init__(self, most: int | None, cancelled: Callable[[], bool]) -> None:
+        self._most = most
+        self._cancelled = cancelled
+        self._held = 0
+        self._lock = Lock()
+
+    def _over(self) -> bool:
+        return self._most is not None and self._held > self._most
+
+    def decode(self, job: DecodingJob, seconds: float) -> Decoded:
+        """One of them; called by several threads."""
+        too_large = RequestError(
+            f"the films and pictures of the request have more than {self._most} bytes of pixels: send fewer or smaller "
+            "ones",
+            param="messages",
+            status=413,
+        )
+        if self._over():
+            raise too_large
+        try:
+            decoded = decode_apart(job, seconds, lambda: self._over() or self._cancelled())
+        except RequestError:
+            if self._over():
+                raise too_large from None
+            raise
+        with self._lock:
+            self._held += decoded.nbytes
+        if self._over():
+            raise too_large
+        return decoded
 
 
 def frame_sampling(base: FrameSampling, part: MediaPart) -> FrameSampling:
@@ -166,6 +217,12 @@ def frame_times(part: MediaPart) -> tuple[float, ...] | None:
     wanted: Sampling = part.sampling
     count = len(part.urls)
     if not part.of_frames:
+        if wanted.frames_indices is not None:
+            raise RequestError(
+                f"{part.place} is a file, frames_indices names frames that a client sampled itself: leave it out, or "
+                "send those frames as data:video/jpeg;base64,...",
+                param=part.place,
+            )
         return None
     if wanted.frames_indices is not None:
         if len(wanted.frames_indices) != count or wanted.fps is None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 
 import framefusion.runtime.families  # noqa: F401  (a job is made anew in a child that has imported this module alone)
 from framefusion.errors import RequestError, VideoError
+from framefusion.runtime.families.qwen2_vl import QwenVLPreprocessing
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.sources import as_image, as_video
@@ -24,6 +27,10 @@ from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.server.media import decoding
 from framefusion.runtime.server.media.child import DecodingJob
 from framefusion.runtime.server.media.decoding import decode_apart
+from framefusion.runtime.server.media.policy import MediaPolicy
+from framefusion.runtime.server.media.reader import MediaReader, frame_times
+from framefusion.runtime.server.protocol.parts import MediaPart, Sampling
+from framefusion.runtime.text.prompt import Visual
 from tests.films import write_film, write_picture
 
 SAMPLING = FrameSampling("qwen2_vl")
@@ -134,3 +141,60 @@ def test_a_decoder_that_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     with pytest.raises(VideoError, match=r"its decoder ended \(3\)"):
         decode(job(tmp_path / "x"))
     assert multiprocessing.active_children() == []
+
+
+def stalls(pipe: Connection, _: DecodingJob) -> None:
+    os.write(pipe.fileno(), b"\0\0\0\x10{")  # the head of 16 bytes, and one of them
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_a_decoder_that_begins_to_send_and_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(decoding, "decode_in_child", stalls)
+    start = time.monotonic()
+    with pytest.raises(VideoError):
+        decode(job(tmp_path / "x"), seconds=2)
+    assert time.monotonic() - start < 20
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_small_files_that_are_large_pictures_together(tmp_path: Path) -> None:
+    from PIL import Image
+
+    parts = []
+    for number in range(4):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (1000, 1000)).save(path)  # 3 MB of pixels each
+        parts.append(MediaPart(Visual.IMAGE, (path.as_uri(),), path.name))
+    policy = MediaPolicy(local_folder=tmp_path)
+    for most in (12_000_000, 11_999_999):
+        reader = MediaReader(policy, QwenVLPreprocessing(), SAMPLING, request_bytes=most)
+        opened = reader.open(parts, tmp_path, lambda: False)
+        if most == 12_000_000:
+            assert len(reader.decode(opened, 4, lambda: False)) == 4
+        else:
+            with pytest.raises(RequestError, match="11999999 bytes of pixels"):
+                reader.decode(opened, 4, lambda: False)
+        reader.close()
+
+
+def test_frames_that_a_client_chose_of_a_film_that_it_did_not() -> None:
+    part = MediaPart(Visual.VIDEO, ("data:video/mp4;base64,AAAA",), "the film", Sampling(fps=1, frames_indices=(0, 9)))
+    with pytest.raises(RequestError, match="frames_indices"):
+        frame_times(part)
+
+
+@pytest.mark.slow
+def test_what_children_are_copies_of_may_be_killed(tmp_path: Path) -> None:
+    from multiprocessing import forkserver
+
+    path = write_picture(tmp_path / "picture.png")
+    decode(job(path, film=False))
+    number = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if number is None:
+        pytest.skip("children are no copies here")
+    os.kill(number, signal.SIGKILL)
+    with suppress(VideoError):  # it may have been dying still
+        decode(job(path, film=False))
+    decode(job(path, film=False))
