@@ -21,7 +21,7 @@ from framefusion.export.compare.worker import DENSE, TRANSFORMERS, Outcome, Task
 from framefusion.export.machine import available_memory
 from framefusion.runtime.backends.choice import options
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.commands.bench import faster, spread
+from framefusion.runtime.commands.measure.bench import faster, spread
 from framefusion.runtime.machine.machine import Machine
 from framefusion.runtime.trust.engines import distrust
 

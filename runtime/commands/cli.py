@@ -138,13 +138,22 @@ def view(bundle: Path, output: Path, compare: bool | None, open_it: bool, **opti
     section="Measurement",
     help="Answers at each cost that count, after one that does not.",
 )
+@option(
+    "--picture",
+    type=FILE,
+    section="Output",
+    help="Draw the wait for the first token, stage by stage, as an SVG file; replaces an older picture, nothing else.",
+)
 @comparing_options
 @running_options
 @console.json_option
-def bench(bundle: Path, costs: tuple[float, ...], rounds: int, **options: Any) -> None:
+def bench(bundle: Path, costs: tuple[float, ...], rounds: int, picture: Path | None, **options: Any) -> None:
     """Measure a question at several costs, side by side: stages, first token, memory and answers."""
-    from framefusion.runtime.commands.bench import measure, render, ways_of
+    from framefusion.runtime.commands.measure.bench import measure, render, ways_of
+    from framefusion.runtime.commands.measure.picture import check_picture, write_picture
 
+    if picture is not None:
+        check_picture(picture)
     running = running_flags(options)
     question = PromptOptions.from_flags(**options, cost=None)
     pipeline = open_pipeline(bundle, **running)
@@ -153,6 +162,9 @@ def bench(bundle: Path, costs: tuple[float, ...], rounds: int, **options: Any) -
     sampling = question.sampling(pipeline.manifest)
     with activity(f"measuring {len(ways)} costs, {rounds} rounds and one to warm up"):
         measured = measure(ways, question.turns, question.files, sampling, rounds)
+    if picture is not None:
+        write_picture(measured, picture)
+        measured["picture"] = str(picture)
     console.show(measured, render)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
 
-from framefusion.errors import BudgetError, VideoError
+from framefusion.errors import BudgetError, StorageError, VideoError
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.commands.bench import STAGES, faster, render, timed, ways_of
 from framefusion.runtime.commands.cli import ff_run
+from framefusion.runtime.commands.measure.bench import STAGES, faster, render, timed, ways_of
+from framefusion.runtime.commands.measure.picture import BAR, BARS, check_picture, picture
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
@@ -113,3 +117,57 @@ def test_a_stage_that_one_way_lacks_is_a_dash() -> None:
     }  # fmt: skip
     row = next(line for line in render(facts).splitlines() if line.startswith("reduction"))
     assert row.split() == ["reduction,", "s", "-", "1.000"]
+
+
+def measured(**changes: object) -> dict[str, Any]:
+    """What `measure` gives, of two ways; `changes` are of the second."""
+    seconds = {"median_s": 2.0, "min_s": 1.9, "max_s": 2.2}
+    stages = {"video": {"median_s": 0.5}, "prefill": {"median_s": 1.2}, "decode": {"median_s": 9.0}}
+    way = {"name": "cost 1", "first_token": seconds, "stages": stages, "visual_tokens_kept": 256, "same_answer": True}
+    other = way | {"name": "<cost & 0.3>", "visual_tokens_kept": 77, "speed_up": 1.0} | changes
+    counts = {"rounds": 3, "prompt_tokens": 285, "visual_tokens": 256, "backend": "backend: onnxruntime on cpu; not x"}
+    return counts | {"ways": [way | {"speed_up": 1.0}, other]}
+
+
+def bars(svg: str) -> list[list[tuple[str, float, float]]]:
+    """(stage, start, width) of each segment, by bar."""
+    rows: dict[float, list[tuple[str, float, float]]] = {}
+    for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect"):
+        if element.get("height") == str(BAR):
+            segment = (element.attrib["class"], float(element.attrib["x"]), float(element.attrib["width"]))
+            rows.setdefault(float(element.attrib["y"]), []).append(segment)
+    return list(rows.values())
+
+
+def test_bars_of_the_picture_are_stages_side_by_side_up_to_the_first_token() -> None:
+    quick = {"median_s": 1.0, "min_s": 0.9, "max_s": 1.0}
+    dense, reduced = bars(picture(measured(first_token=quick, same_answer=False)))
+    assert [stage for stage, _, _ in dense] == ["video", "prefill", "rest"]
+    assert [stage for stage, _, _ in reduced] == ["video", "prefill"]  # their medians alone are more than the whole
+    for bar in (dense, reduced):
+        for (_, start, width), (_, following, _) in pairwise(bar):
+            assert following == pytest.approx(start + width, abs=0.11)
+    lengths = [sum(width for _, _, width in bar) for bar in (dense, reduced)]
+    assert lengths[0] == pytest.approx(2 * lengths[1], abs=0.3)
+    assert lengths[0] == pytest.approx(2.0 / 2.2 * BARS, abs=0.3)
+
+
+def test_the_picture_says_its_figures_and_escapes_names() -> None:
+    svg = picture(measured(same_answer=False))
+    words = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"<cost & 0.3>", "2 s, no difference", "77 tokens kept, another answer"} <= set(words)
+    assert "http" not in svg.replace("http://www.w3.org/2000/svg", "")
+
+
+@pytest.mark.slow
+def test_a_picture_replaces_a_picture_and_nothing_else(bundle: Path, film: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bench.svg"
+    for _ in range(2):
+        facts = json.loads(bench(bundle, film, "--cost", 1, "--rounds", 1, "--picture", path, "--json"))
+    assert facts["picture"] == str(path)
+    ElementTree.parse(path)
+    (tmp_path / "mine.svg").write_text("<svg/>")
+    for name in ("mine.svg", "bench.png", "missing/bench.svg", "."):
+        with pytest.raises(StorageError):
+            check_picture(tmp_path / name)
+    assert (tmp_path / "mine.svg").read_text() == "<svg/>"

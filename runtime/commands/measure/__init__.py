@@ -1,0 +1,1 @@
+"""The commands that measure: `ff-run bench`, its table and its picture."""
