@@ -271,7 +271,7 @@ class _Exchange:
         if self._late:
             most = f"{self._service.settings.request_seconds:g}"
             return RequestError(f"the answer took more than {most} s: ask for fewer tokens, show less", status=408)
-        if isinstance(error, ClosedError) and self._service.draining:
+        if isinstance(error, (ClosedError, asyncio.CancelledError)) and self._service.draining:
             return RequestError("the server ended before the answer did: ask another one, or later", status=503)
         return error
 

@@ -127,3 +127,13 @@ class _Server(uvicorn.Server):
         """A signal came."""
         self._service.draining = True
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more, and wait for what runs; a second signal ends that at once, and frees what is held all the same.
+
+        Args:
+            sockets: that are listened on.
+        """
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()

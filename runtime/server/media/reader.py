@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 
 from framefusion.errors import RequestError
 from framefusion.runtime.media.frame_sampling import FASTEST, FrameSampling
@@ -76,9 +76,11 @@ class MediaReader:
         self._request_bytes = request_bytes
         self._cpu_seconds = cpu_seconds
         self._decoders = ThreadPoolExecutor(decoders, "decoder")
+        self._closing = Event()
 
     def close(self) -> None:
-        """End when nobody decodes any more."""
+        """End what is fetched and decoded."""
+        self._closing.set()
         self._decoders.shutdown(cancel_futures=True)
 
     def open(self, parts: Sequence[MediaPart], folder: Path, cancelled: Callable[[], bool]) -> list[OpenPart]:
@@ -99,7 +101,7 @@ class MediaReader:
             files = []
             for number, url in enumerate(part.urls):
                 name = part.place if len(part.urls) == 1 else f"{part.place} (frame {number})"
-                file = open_media(url, name, folder, self.policy, cancelled)
+                file = open_media(url, name, folder, self.policy, lambda: self._closing.is_set() or cancelled())
                 total += file.path.stat().st_size
                 if total > self.policy.file_bytes:
                     raise RequestError(
@@ -138,7 +140,7 @@ class MediaReader:
                     shrink if film else None, self._memory, self._cpu_seconds,
                 )
             )  # fmt: skip
-        within = _Budget(self._request_bytes, cancelled)
+        within = _Budget(self._request_bytes, lambda: self._closing.is_set() or cancelled())
         pending = [self._decoders.submit(within.decode, job, _NEVER * self._cpu_seconds) for job in jobs]
         try:
             return [future.result() for future in pending]

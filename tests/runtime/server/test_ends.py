@@ -274,3 +274,15 @@ def test_asking_for_many_tokens_keeps_nobody_waiting(tmp_path: Path) -> None:
         until(lambda: metric(server, "num_requests_running") == 2)
         for connection in both:
             connection.close()
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        connection = connect(server)
+        connection.request("POST", "/v1/chat/completions", json.dumps(LONG), JSON)
+        connection.getresponse().readline()
+        server.signal(signal.SIGINT)
+        time.sleep(0.05)  # two of one kind at once are one
+        server.signal(signal.SIGINT)
+        assert server.process.wait(10) == 130
+        assert "Traceback" not in server.log.read_text()
