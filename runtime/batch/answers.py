@@ -76,6 +76,8 @@ class AnswerFile:
         """The settings' file, held as long as this run lasts."""
         beside = self.path.with_name(self.path.name + SETTINGS)
         content = json.dumps(settings, sort_keys=True, indent=1).encode()
+        if self.path.exists() and not self.path.is_file():  # a device may be read without end
+            raise StorageError(f"{self.path} is no plain file: choose another place")
         if not beside.exists() and self.path.exists() and self.path.stat().st_size:
             raise StorageError(f"{self.path} is there, and of no batch: choose another place, or move it away")
         self._hold(beside)

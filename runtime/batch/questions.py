@@ -30,6 +30,7 @@ FILMS = frozenset(
 )
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 COMPLETIONS = "/v1/chat/completions"
+SETTINGS = ("max_tokens", "seed", "temperature", "top_p", "top_k", "stop", "repetition_penalty")
 _LINE_BYTES = 1 << 30  # of one line: a film in base64 and more
 
 
@@ -42,12 +43,14 @@ class BatchQuestion:
         chat: what is said and shown, and how it is answered.
         openai: it came as OpenAI's batch API takes it, and is answered so.
         extra: what else its line has, which its answer repeats.
+        given: names of the fields of `chat.request` that its line says; the others are the run's.
     """
 
     id: str
     chat: ChatRequest
     openai: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Shard:
             PromptError: it is none.
         """
         index, _, count = text.partition("/")
-        if not index.isdigit() or not count.isdigit() or not int(index) < int(count):
+        if not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
             raise PromptError(f"the shard {text!r} is none: give index/count, such as 0/4 to 3/4")
         return cls(int(index), int(count))
 
@@ -263,7 +266,7 @@ def _plain_question(row: Mapping[str, Any], folder: Path, defaults: Defaults) ->
     if prompt is None:
         raise PromptError("there is no prompt: give one in the line, or --prompt for all")
     system = fields.text("system") or defaults.system
-    settings = {name: fields.take(name) for name in ("max_tokens", "seed", "temperature", "top_p", "top_k", "stop")}
+    settings = {name: fields.take(name) for name in SETTINGS}
     options = {name: fields.take(name) for name in ("cost", "reducer")}
     body = {"messages": [{"role": "user", "content": prompt}], **settings, "framefusion": options}
     chat = read_chat_request({name: value for name, value in body.items() if value is not None})
@@ -271,4 +274,6 @@ def _plain_question(row: Mapping[str, Any], folder: Path, defaults: Defaults) ->
     if system is not None:
         messages = (ChatMessage("system", (system,)), *messages)
     extra = {name: row[name] for name in fields.unknown}
-    return BatchQuestion(str(identity), replace(chat, messages=messages), extra=extra)
+    said = [name for name, value in (settings | options).items() if value is not None]
+    given = frozenset("max_new_tokens" if name == "max_tokens" else name for name in said)
+    return BatchQuestion(str(identity), replace(chat, messages=messages), extra=extra, given=given)

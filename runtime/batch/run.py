@@ -181,7 +181,7 @@ class BatchRun:
             Turn(message.role, [part.kind if isinstance(part, MediaPart) else part for part in message.parts])
             for message in chat.messages
         ]
-        request = chat.request if prepared.question.openai else over(chat.request, self._request)
+        request = chat.request if prepared.question.openai else over(prepared.question, self._request)
         answer = self._pipeline.generate(turns, [media.media for media in prepared.media], request)
         seconds = {"media": prepared.seconds, **answer.seconds}
         seconds.pop("video", None)
@@ -229,9 +229,6 @@ def kept_tokens(answer: Generation) -> int:
     return answer.kv_lengths[-1] - (answer.prompt_tokens - answer.visual_tokens)
 
 
-def over(request: Request, base: Request) -> Request:
-    """A question's own settings, and those of the run where it says nothing."""
-    plain = Request()
-    names = ("max_new_tokens", "cost", "reducer", "seed", "stop", "temperature", "top_p", "top_k")
-    given = {name: getattr(request, name) for name in names if getattr(request, name) != getattr(plain, name)}
-    return replace(base, **given)
+def over(question: BatchQuestion, base: Request) -> Request:
+    """A question's own settings, and those of the run where its line says nothing."""
+    return replace(base, **{name: getattr(question.chat.request, name) for name in question.given})

@@ -79,10 +79,11 @@ def decode_in_child(pipe: Connection, job: DecodingJob) -> None:
     said = dict.fromkeys(_named(str(warning.message), job)[:MOST_CHARACTERS] for warning in caught)
     facts["warnings"] = list(said)[:MOST_WARNINGS]
     facts["arrays"] = [{"shape": array.shape, "dtype": array.dtype.name} for array in arrays]
-    pipe.send_bytes(json.dumps(facts).encode())
-    for array in arrays:
-        if array.nbytes:
-            pipe.send_bytes(np.ascontiguousarray(array).data.cast("B"))
+    with suppress(BrokenPipeError):  # nobody waits any more
+        pipe.send_bytes(json.dumps(facts).encode())
+        for array in arrays:
+            if array.nbytes:
+                pipe.send_bytes(np.ascontiguousarray(array).data.cast("B"))
     pipe.close()
 
 

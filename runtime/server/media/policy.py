@@ -134,7 +134,8 @@ def _from_disk(url: str, place: str, policy: MediaPolicy) -> MediaFile:
     if parts.netloc not in ("", "localhost") or not name.startswith("/") or "\0" in name:
         raise malformed
     outside = RequestError(
-        f"{place} is {url[:120]!r}, no file below the folder of the server's --allowed-local-media-path",
+        f"{place} is {url[:120]!r}: no file is there, or none below the folder that is allowed "
+        "(--allowed-local-media-path)",
         param=place,
         status=403,
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from threading import Barrier, Thread
@@ -112,3 +113,12 @@ def test_of_runs_that_begin_at_once_one_writes(tmp_path: Path) -> None:
         assert len(opened) == 1
         with opened.pop():
             pass
+
+
+def test_a_device_is_no_place(tmp_path: Path) -> None:
+    """It would be read for earlier answers, and may never end."""
+    pipe = tmp_path / "out.jsonl"
+    os.mkfifo(pipe)
+    with pytest.raises(StorageError, match="no plain file"):
+        AnswerFile(pipe, SETTINGS)
+    assert list(tmp_path.iterdir()) == [pipe]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 
 from framefusion.errors import PromptError
 from framefusion.runtime.batch.questions import Defaults, Shard, check_questions, read_questions
+from framefusion.runtime.batch.run import over
+from framefusion.runtime.request import MAX_NEW_TOKENS, Request
 from framefusion.runtime.server.protocol.parts import MediaPart
 from framefusion.runtime.text.prompt import Visual
 
@@ -166,3 +169,22 @@ def test_columns_of_a_table_that_json_has_no_word_for(tmp_path: Path) -> None:
     first, second = read_questions(tmp_path / "in.parquet", Defaults(), Shard())
     assert json.loads(json.dumps(first.extra)) == {"taken": "2026-01-02 00:00:00", "raw": "01"}
     assert (first.chat.request.cost, second.chat.request.cost) == (0.5, None)
+
+
+def test_a_line_that_says_what_is_the_rule_elsewhere(tmp_path: Path) -> None:
+    """The most tokens that a request takes by itself are said all the same, and count more than the run's."""
+    source = lines(
+        tmp_path,
+        {"id": 1, "prompt": "What?", "max_tokens": MAX_NEW_TOKENS, "repetition_penalty": 1.2},
+        {"id": 2, "prompt": "What?", "temperature": 0},
+    )
+    run = Request(5, temperature=0.7, cost=0.4)
+    first, second = (over(question, run) for question in read_questions(source, Defaults(), Shard()))
+    assert first == replace(run, max_new_tokens=MAX_NEW_TOKENS, repetition_penalty=1.2)
+    assert second == replace(run, temperature=0)
+
+
+def test_numbers_of_parts_that_are_none() -> None:
+    for text in ("\u00b2/3", "1/1", "0/0", "-1/2", "a"):
+        with pytest.raises(PromptError, match="shard"):
+            Shard.parse(text)
