@@ -205,7 +205,8 @@ class Routes:
         exchange = _Exchange(self._service, request)
         try:
             # 1. Read the body, no more and no longer than is allowed.
-            body = await read_body(request, self._access.body_bytes, self._access.body_seconds)
+            seconds = min(self._access.body_seconds, self._service.settings.request_seconds)
+            body = await read_body(request, self._access.body_bytes, seconds)
             chat = await self._service.read(body)
             del body
             # 2. From here on whoever leaves is noticed, and what is begun for them ends.

@@ -286,3 +286,18 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         server.signal(signal.SIGINT)
         assert server.process.wait(10) == 130
         assert "Traceback" not in server.log.read_text()
+
+
+def test_a_body_takes_no_longer_than_a_request_may(tmp_path: Path) -> None:
+    with serving(tmp_path, "--request-seconds", 1) as server:
+        connection = connect(server)
+        connection.putrequest("POST", "/v1/chat/completions")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "10")
+        connection.endheaders(b"{")
+        start = time.monotonic()
+        response = connection.getresponse()
+        assert response.status == 408
+        assert error_of(response)["message"].startswith("the body did not come within 1 s")
+        assert time.monotonic() - start < 20
+        until(lambda: metric(server, "num_requests_waiting") == 0)
