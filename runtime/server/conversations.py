@@ -57,7 +57,7 @@ def _pixel_bytes(file: object) -> int:
 
 def answer_key(text: str) -> TurnKey:
     """The key of an answer of ours, as a client sends it back."""
-    return ("assistant", f"text {text.strip()}")
+    return ("assistant", f"text {text}")
 
 
 @dataclass
@@ -150,6 +150,6 @@ def turn_keys(turns: Sequence[Turn], media_keys: Sequence[str], reduction: str) 
             if not isinstance(part, str):
                 names.append(f"media {next(remaining)} {reduction}")
             else:
-                names.append(f"text {part.strip() if turn.role == 'assistant' else part}")
+                names.append(f"text {part}")
         keys.append((turn.role, *names))
     return keys
