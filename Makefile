@@ -22,7 +22,7 @@ SETUP_TIME := 2 minutes
 TEST_TIME := 1 minute
 DEMO_TIME := 1 minute
 ENGINES_TIME := half a minute
-DOCUMENTED_TIME := 3 minutes
+DOCUMENTED_TIME := 5 minutes
 ATTACK_TIME := 15 minutes
 
 ATTACK_TRIALS ?= 10000

@@ -25,7 +25,8 @@ CLONE = ("framefusion", "export", "runtime", "tests", "tools", "examples", "Make
 CLIPS = 10
 CLIP = "clip_002.mp4"  # as README says, clip.mp4
 ENGINE_CACHE = "cache/framefusion-aot/engines"
-STILLS = ("a.png", "b.png")
+STILLS = ("a.png", "b.png", "photo.png")
+FILMS = 2  # in the folder films
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Shared:
         shutil.copytree(self.root / "clips", folder / "demo-out" / "clips")
         shutil.copytree(self.root / "clips", folder, dirs_exist_ok=True)
         shutil.copy(self.root / "clips" / CLIP, folder / "clip.mp4")
+        (folder / "films").mkdir()
+        for number in range(FILMS):
+            shutil.copy(self.root / "clips" / f"clip_{number:03d}.mp4", folder / "films")
+        (folder / "question.txt").write_text("What happens?\n", encoding="utf-8")
         for name in STILLS:
             shutil.copy(self.root / name, folder / name)
         if not builds_its_bundle(blocks):
