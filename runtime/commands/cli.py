@@ -142,7 +142,8 @@ def view(bundle: Path, output: Path, compare: bool | None, open_it: bool, **opti
     "--picture",
     type=FILE,
     section="Output",
-    help="Draw the wait for the first token, stage by stage, as an SVG file; replaces an older picture, nothing else.",
+    help="SVG file that the wait for the first token is drawn to, stage by stage; only an older picture is replaced; "
+    "default: none.",
 )
 @comparing_options
 @running_options

@@ -176,9 +176,13 @@ class Engine:
                 self._waiting.remove(job)
         for job in gone:
             _finish(job, None)
-        for job, steps in [entry for entry in self._running if entry[0].cancelled]:
-            _stop(job, steps)
-        self._running = [entry for entry in self._running if not entry[0].cancelled]
+        stay = []
+        for job, steps in self._running:  # looked at once each: callers may leave meanwhile
+            if job.cancelled:
+                _stop(job, steps)
+            else:
+                stay.append((job, steps))
+        self._running = stay
 
 
 def _stop(job: Job, steps: Generator[Step, None, None]) -> None:

@@ -61,6 +61,16 @@ def test_a_job_that_breaks_ends_alone(engine: Engine, broken: str) -> None:
     assert (first.errors[0] is not None) == (broken == "give")
 
 
+def test_whoever_leaves_at_any_moment_is_told(engine: Engine) -> None:
+    for _ in range(300):
+        job = Counting()
+        engine.submit(job)
+        assert job.begun.wait(5)
+        job.cancel()
+        assert job.finished.wait(5)
+        assert job.errors == [None]
+
+
 def test_who_leaves_while_waiting_is_forgotten_at_once(engine: Engine) -> None:
     """Its decoded films are large: they must not wait for the ones that run."""
     running = Counting()
