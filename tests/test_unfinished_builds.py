@@ -198,6 +198,8 @@ def test_ctrl_c_in_a_real_build(checkpoint: Path, tmp_path: Path) -> None:
     command += ["build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--no-check", "--depth", "1"]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     journal, deadline = tmp_path / "bundle.partial" / "journal.json", time.monotonic() + 120
+    while not written(journal.parent) and time.monotonic() < deadline:  # the first part may have nothing that is large
+        time.sleep(0.01)
     while not (journal.exists() and json.loads(journal.read_text())["parts"]) and time.monotonic() < deadline:
         time.sleep(0.01)
     first.send_signal(signal.SIGINT)

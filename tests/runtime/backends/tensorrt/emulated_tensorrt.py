@@ -33,6 +33,7 @@ _TYPES = {
     "tensor(float)": ("FLOAT", np.float32),
     "tensor(float16)": ("HALF", np.float16),
     "tensor(int64)": ("INT64", np.int64),
+    "tensor(uint8)": ("UINT8", np.uint8),
 }  # of ONNX Runtime -> of TensorRT, of numpy
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _kept: list[Any] = []  # what the driver may still call
