@@ -109,7 +109,7 @@ test-runtime: setup
 	$(call virtualenv,$(VENV)-runtime)
 	@$(VENV)-runtime/bin/python -m pip install -qq -c $(LOCK) setuptools
 	@$(VENV)-runtime/bin/python -m pip install -qq -c $(LOCK) --no-build-isolation '.[gpu,signing,server]' \
-	  pytest pytest-xdist hypothesis scikit-video
+	  pytest pytest-xdist hypothesis scikit-video psutil
 	@rm -rf build
 	@bundles=$$($(BIN)/python -m tests.bundles) && BUNDLES=$$bundles OMP_NUM_THREADS=1 \
 	  $(VENV)-runtime/bin/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu" tests/runtime

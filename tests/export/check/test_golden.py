@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,29 @@ def test_where_merges_alone_meet_every_cost_one_run_prunes_all_the_same(bundle: 
     assert "cost 0.3, pruned: importance" in wrong_in(prove(merging, LosesImportance(merging), golden))
 
 
+def assert_same(given: Any, expected: Any) -> None:
+    """Equal in all that is decided; numbers but for the last bits, which go by the threads that a product is split among."""
+    if isinstance(expected, dict):
+        assert given.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_same(given[name], value)
+    elif isinstance(expected, np.ndarray) or _holds_floats(expected):
+        np.testing.assert_allclose(np.asarray(given), np.asarray(expected), rtol=1e-5, atol=1e-6)
+    elif isinstance(expected, (list, tuple)):
+        assert len(given) == len(expected)
+        for one, other in zip(given, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert given == expected
+
+
+def _holds_floats(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and bool(values) and all(isinstance(value, float) for value in values)
+
+
 def test_a_build_without_the_check_has_the_same_golden(bundle: Path, checkpoint: Path) -> None:
     opened = Bundle(bundle)
-    assert golden_of(opened, planned(opened, checkpoint)) == require_golden(opened)
+    assert_same(asdict(golden_of(opened, planned(opened, checkpoint))), asdict(require_golden(opened)))
 
 
 def test_the_dense_logits_are_those_of_transformers(bundle: Path, checkpoint: Path) -> None:
@@ -112,7 +132,7 @@ def test_half_types_have_the_numbers_of_fp32_and_limits_of_their_own(bundle: Pat
     options = replace(from_json(BuildOptions, opened.manifest.options), dtype="float16")
     half = golden_of(opened, BuildPlan(Checkpoint(checkpoint), options))
     whole = require_golden(opened)
-    assert replace(half, limits=whole.limits) == whole
+    assert_same(asdict(replace(half, limits=whole.limits)), asdict(whole))
     assert half.limits.numbers > 50 * whole.limits.numbers
 
 
