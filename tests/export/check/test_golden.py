@@ -80,7 +80,7 @@ def assert_same(given: Any, expected: Any) -> None:
         assert given.keys() == expected.keys()
         for name, value in expected.items():
             assert_same(given[name], value)
-    elif isinstance(expected, np.ndarray) or _holds_floats(expected):
+    elif isinstance(expected, (np.ndarray, float)):
         np.testing.assert_allclose(np.asarray(given), np.asarray(expected), rtol=1e-5, atol=1e-6)
     elif isinstance(expected, (list, tuple)):
         assert len(given) == len(expected)
@@ -88,10 +88,6 @@ def assert_same(given: Any, expected: Any) -> None:
             assert_same(one, other)
     else:
         assert given == expected
-
-
-def _holds_floats(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and bool(values) and all(isinstance(value, float) for value in values)
 
 
 def test_a_build_without_the_check_has_the_same_golden(bundle: Path, checkpoint: Path) -> None:
