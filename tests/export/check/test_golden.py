@@ -75,7 +75,7 @@ def test_where_merges_alone_meet_every_cost_one_run_prunes_all_the_same(bundle: 
 
 
 def assert_same(given: Any, expected: Any) -> None:
-    """Equal in all that is decided; numbers but for the last bits, which go by the threads that a product is split among."""
+    """Equal in all that is decided; numbers but for the last bits, which go by the threads of a product."""
     if isinstance(expected, dict):
         assert given.keys() == expected.keys()
         for name, value in expected.items():
