@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -36,6 +37,7 @@ SERVER_LIMITS = MediaLimits(film_bytes=716 << 20, film_seconds=60.0, film_frames
 REQUEST_BYTES = 1 << 30
 """Of all films and pictures of one request together, decoded: many small files may each be large pictures."""
 _HEADER = 1 << 20  # bytes of the line of JSON
+_STARTS = 40
 _LOOK = 0.05  # seconds between two looks at whether anybody waits
 _DTYPES = {"uint8": np.uint8, "int64": np.int64, "float64": np.float64}
 
@@ -69,8 +71,8 @@ def decode_apart(job: DecodingJob, seconds: float, cancelled: Callable[[], bool]
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = _context().Process(target=decode_in_child, args=(theirs, job), daemon=True)
     try:
-        process.start()
-    except (OSError, EOFError) as error:  # what children are copies of was killed: the next call starts another
+        _start(process)
+    except (OSError, EOFError) as error:
         ours.close()
         raise VideoError(f"{job.name} could not be decoded, no decoder began ({error}): send it again") from error
     finally:
@@ -84,7 +86,9 @@ def decode_apart(job: DecodingJob, seconds: float, cancelled: Callable[[], bool]
         arrays = [_array(ours, about, job.limits) for about in facts["arrays"]]
         return Decoded(_media(facts, arrays), tuple(map(str, facts["warnings"])))
     except EOFError:
-        raise VideoError(_death(process, job)) from None
+        late = time.monotonic() > deadline  # then we have killed it
+        problem = f"{job.name} was not decoded in time: send a shorter or smaller one"
+        raise VideoError(problem if late else _death(process, job)) from None
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
         # nothing that our child sends
         raise VideoError(
@@ -98,6 +102,20 @@ def decode_apart(job: DecodingJob, seconds: float, cancelled: Callable[[], bool]
         process.join()
         process.close()
         ours.close()
+
+
+def _start(process: BaseProcess) -> None:
+    """Start a child; where what children are copies of was killed, it takes a moment until there is another.
+
+    Raises:
+        OSError, EOFError: there is none.
+    """
+    for _ in range(_STARTS - 1):
+        with suppress(OSError, EOFError):
+            process.start()
+            return
+        time.sleep(_LOOK)
+    process.start()
 
 
 def start_decoders() -> None:
