@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_a_failing_comparison_has_its_exit_code(bundle: Path, tmp_path: Path) ->
     assert "does not reproduce" in result.stderr
 
 
-def test_inspect_adds_up_to_the_files_on_disk(bundle: Path) -> None:
+def test_inspect_adds_up_to_the_files_on_disk(bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(bundle, tmp_path / "bundle")  # other tests read the shared one meanwhile
     report = answer(ff_export, "inspect", bundle)
     on_disk = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file() and path.name[0] != ".")
     assert sum(report["bytes"].values()) == on_disk
