@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event, Lock
 
 from framefusion.errors import RequestError
-from framefusion.runtime.media.frame_sampling import FASTEST, FrameSampling
+from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.server.media.child import DecodingJob
@@ -202,8 +202,7 @@ def frame_sampling(base: FrameSampling, part: MediaPart) -> FrameSampling:
     if wanted.num_frames == ALL_FRAMES:
         raise RequestError(f"{part.place}: all frames are asked for, num_frames is -1: give a number", param=part.place)
     if wanted.num_frames is not None:
-        most = max(wanted.num_frames, base.frame_factor)
-        return replace(base, fps=FASTEST, min_frames=most, max_frames=most, force=True)
+        return base.spread(max(wanted.num_frames, base.frame_factor))
     sampling = base.overridden(wanted.fps, wanted.max_frames)
     if wanted.min_frames is not None:
         sampling = replace(sampling, min_frames=min(wanted.min_frames, sampling.max_frames))

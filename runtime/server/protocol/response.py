@@ -16,7 +16,6 @@ from framefusion.errors import FrameFusionError, RequestError
 from framefusion.runtime.request import PrefillReport
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-OVERLOADED = 503
 
 
 @dataclass

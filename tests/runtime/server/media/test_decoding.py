@@ -27,7 +27,7 @@ from framefusion.runtime.server.media import decoding
 from framefusion.runtime.server.media.child import DecodingJob
 from framefusion.runtime.server.media.decoding import decode_apart
 from framefusion.runtime.server.media.policy import MediaPolicy
-from framefusion.runtime.server.media.reader import MediaReader, frame_times
+from framefusion.runtime.server.media.reader import MediaReader, frame_sampling, frame_times
 from framefusion.runtime.server.protocol.parts import MediaPart, Sampling
 from framefusion.runtime.text.prompt import Visual
 from tests.films import write_film, write_picture
@@ -182,6 +182,13 @@ def test_frames_that_a_client_chose_of_a_film_that_it_did_not() -> None:
     part = MediaPart(Visual.VIDEO, ("data:video/mp4;base64,AAAA",), "the film", Sampling(fps=1, frames_indices=(0, 9)))
     with pytest.raises(RequestError, match="frames_indices"):
         frame_times(part)
+
+
+@pytest.mark.parametrize(("wanted", "count"), [(5, 5), (2, 2), (1, 2)])
+def test_a_number_of_frames_is_that_of_the_commands(wanted: int, count: int) -> None:
+    """But for fewer than the model takes at once: a client of another server means the fewest then."""
+    part = MediaPart(Visual.VIDEO, ("file:///x.mp4",), "the film", Sampling(num_frames=wanted))
+    assert frame_sampling(SAMPLING, part) == SAMPLING.spread(count)
 
 
 @pytest.mark.slow
