@@ -13,15 +13,12 @@ from typing import Any
 
 from framefusion.errors import PromptError
 from framefusion.runtime.batch.questions import BatchQuestion, Defaults, read_row
+from framefusion.runtime.batch.reading import batch_reader, local_files
 from framefusion.runtime.batch.run import BatchRun
-from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.request import Request
 from framefusion.runtime.server.media.decoding import start_decoders
-from framefusion.runtime.server.media.policy import MediaPolicy
-from framefusion.runtime.server.media.reader import MediaReader
 
-NO_LIMIT = 1 << 62
 COLUMNS = ("text", "finish_reason", "prompt_tokens", "new_tokens", "visual_tokens", "kept_tokens", "cost")
 """Of an answer; empty or 0 where there is an error."""
 _EMPTY: Mapping[str, Any] = {
@@ -65,17 +62,7 @@ class FilmAnswers:
         given = os.environ.get("OMP_NUM_THREADS", "0")
         self._defaults = Defaults(prompt)
         self._pipeline = Pipeline(bundle, threads=int(given) if threads is None else threads)
-        manifest = self._pipeline.manifest
-        policy = MediaPolicy(local_folder=Path("/"), file_bytes=NO_LIMIT)
-        reader = MediaReader(
-            policy,
-            manifest.preprocessing,
-            manifest.sampling,
-            MediaLimits(),
-            memory=8 << 30,
-            cpu_seconds=3600.0,
-            request_bytes=None,
-        )
+        reader = batch_reader(self._pipeline.manifest, local_files(), decoders)
         self._run = BatchRun(self._pipeline, reader, reader, request or Request(), Path(bundle).name, decoders)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,11 +53,13 @@ def server_deployment(
         start_decoders()
         pipeline = Pipeline(bundle, threads=threads)
         manifest = pipeline.manifest
-        reader = MediaReader(policy or MediaPolicy(), manifest.preprocessing, manifest.sampling)
+        allowed = policy or MediaPolicy()
+        reader = MediaReader(allowed, manifest.preprocessing, manifest.sampling)
         settings = ServiceSettings(
             model or Path(bundle).name, max_waiting=max_waiting, max_running=max_running, cache_budget=cache_budget
         )
-        return create_app(Service(pipeline, reader, settings), Access(hosts=("*",), api_key=api_key))
+        access = Access(("*",), api_key, allowed.body_bytes)
+        return create_app(Service(pipeline, reader, settings), access)
 
     @serve.deployment(**{"name": "framefusion", **options})
     @serve.ingress(build)

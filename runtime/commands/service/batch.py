@@ -28,11 +28,7 @@ from framefusion.runtime.commands.question.prompt_text import read_prompt
 if TYPE_CHECKING:
     from framefusion.runtime.batch.run import Totals
     from framefusion.runtime.pipeline import Pipeline
-    from framefusion.runtime.server.media.reader import MediaReader
 
-NO_LIMIT = 1 << 62
-DECODER_MEMORY = 8 << 30
-DECODER_SECONDS = 3600.0
 LOG_SECONDS = 30.0
 
 
@@ -181,43 +177,21 @@ def batch(bundle: Path, source: Path, output: Path, **flags: Any) -> None:
 
 def _run(bundle: Path, running: dict[str, Any], request: Any, flags: dict[str, Any]) -> tuple[Any, Pipeline]:
     """The run, and the pipeline that it answers with."""
+    from framefusion.runtime.batch.reading import batch_reader, local_files
     from framefusion.runtime.batch.run import BatchRun
     from framefusion.runtime.server.media.decoding import start_decoders
-    from framefusion.runtime.server.media.policy import MediaPolicy
+    from framefusion.runtime.server.media.policy import MediaPolicy, read_domains
 
     start_decoders()  # before there are threads: children are copies of what it starts
-    domains = frozenset(name.strip().lower() for name in flags["allowed_media_domains"].split(",") if name.strip())
-    openai_policy = MediaPolicy(domains, flags["allowed_local_media_path"])
-    plain_policy = MediaPolicy(local_folder=Path("/"), file_bytes=NO_LIMIT)
+    openai_policy = MediaPolicy(read_domains(flags["allowed_media_domains"]), flags["allowed_local_media_path"])
     pipeline = open_pipeline(bundle, **running)
-    run = BatchRun(
-        pipeline,
-        _reader(pipeline, plain_policy, flags),
-        _reader(pipeline, openai_policy, flags),
-        request,
-        bundle.resolve().name,
-        flags["decoders"],
-    )
-    return run, pipeline
-
-
-def _reader(pipeline: Pipeline, policy: Any, flags: dict[str, Any]) -> MediaReader:
-    """What opens and decodes under a policy."""
-    from framefusion.runtime.media.media_file import MediaLimits
-    from framefusion.runtime.server.media.reader import MediaReader
-
     manifest = pipeline.manifest
+    decoders = flags["decoders"]
     sampling = manifest.sampling.overridden(flags["fps"], flags["max_frames"])
-    return MediaReader(
-        policy,
-        manifest.preprocessing,
-        sampling,
-        MediaLimits(),
-        DECODER_MEMORY,
-        DECODER_SECONDS,
-        flags["decoders"],
-        request_bytes=None,
-    )
+    plain_reader = batch_reader(manifest, local_files(), decoders, sampling)
+    openai_reader = batch_reader(manifest, openai_policy, decoders, sampling)
+    run = BatchRun(pipeline, plain_reader, openai_reader, request, bundle.resolve().name, decoders)
+    return run, pipeline
 
 
 def _summary(facts: dict[str, Any]) -> str:

@@ -145,18 +145,18 @@ def serve(bundle: Path, **flags: Any) -> None:
     if pipeline.choice is not None:
         console.log(pipeline.choice.text)
     console.log(f"{name} answers at http://{shown}:{port}/v1 (Ctrl-C ends it)")
-    running.run(service, _access(flags, host), address, opened)
+    running.run(service, _access(flags, host, policy), address, opened)
 
 
 def _policy(flags: dict[str, Any]) -> Any:
     """What clients may show."""
-    from framefusion.runtime.server.media.policy import MediaPolicy
+    from framefusion.runtime.server.media.policy import MediaPolicy, read_domains
 
-    domains = frozenset(name.strip().lower() for name in flags["allowed_media_domains"].split(",") if name.strip())
+    domains = read_domains(flags["allowed_media_domains"])
     return MediaPolicy(domains, flags["allowed_local_media_path"], flags["max_media_mb"] * MEGABYTE)
 
 
-def _access(flags: dict[str, Any], host: str) -> Any:
+def _access(flags: dict[str, Any], host: str, policy: Any) -> Any:
     """Who may ask."""
     from framefusion.runtime.server.app import Access
 
@@ -167,7 +167,7 @@ def _access(flags: dict[str, Any], host: str) -> Any:
     key = flags["api_key"]
     if key is not None and not key.strip():
         raise ServerError("the API key is empty: give one, or leave it out")
-    return Access(hosts, key, flags["max_media_mb"] * MEGABYTE * 4 // 3 + MEGABYTE)
+    return Access(hosts, key, policy.body_bytes)
 
 
 def _service(pipeline: Pipeline, name: str, policy: Any, flags: dict[str, Any]) -> Any:

@@ -26,7 +26,7 @@ ANY_DOMAIN = "any"
 FILE_BYTES = 256 << 20
 FETCH_SECONDS = 30.0
 _DATA = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.=+-]+)*;base64,", re.IGNORECASE)
-_BLOCK = 1 << 20  # bytes
+_TEXT_BYTES = 1 << 20  # of a body, for all that is no film
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,16 @@ class MediaPolicy:
         for domain in self.domains:
             if not re.fullmatch(r"[a-z0-9.-]+", domain):
                 raise ServerError(f"the domain {domain!r} is none: give names such as example.com, or {ANY_DOMAIN}")
+
+    @property
+    def body_bytes(self) -> int:
+        """Of the largest body of a request: `file_bytes` in base64, and its text."""
+        return self.file_bytes * 4 // 3 + _TEXT_BYTES
+
+
+def read_domains(text: str) -> frozenset[str]:
+    """The domains of a policy, of names with commas between them."""
+    return frozenset(name.strip().lower() for name in text.split(",") if name.strip())
 
 
 @dataclass(frozen=True)

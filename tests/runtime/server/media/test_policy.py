@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from framefusion.errors import RequestError, ServerError
-from framefusion.runtime.server.media.policy import MediaFile, MediaPolicy, open_media
+from framefusion.runtime.server.media.policy import MediaFile, MediaPolicy, open_media, read_domains
 
 
 def opened(url: str, folder: Path, policy: MediaPolicy) -> MediaFile:
@@ -52,6 +52,16 @@ def test_closed_by_default(url: str, status: int, tmp_path: Path) -> None:
 
 def test_the_limit_itself_is_taken(tmp_path: Path) -> None:
     assert opened(as_data(b"x" * 100), tmp_path, MediaPolicy(file_bytes=100)).path.stat().st_size == 100
+
+
+@pytest.mark.parametrize("size", [1, 100, 5 << 20])
+def test_a_body_has_room_for_the_largest_film(size: int) -> None:
+    assert len(as_data(b"x" * size)) < MediaPolicy(file_bytes=size).body_bytes
+
+
+def test_domains_of_a_flag() -> None:
+    assert read_domains("Films.example, b.example,,") == {"films.example", "b.example"}
+    assert read_domains("") == frozenset()
 
 
 def test_files_below_the_folder_alone(tmp_path: Path) -> None:
