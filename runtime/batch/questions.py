@@ -20,15 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.errors import BackendError, PromptError, RequestError
+from framefusion.runtime.media.media_file import FILM_SUFFIXES, PICTURE_SUFFIXES
 from framefusion.runtime.server.protocol.fields import Fields, shown
 from framefusion.runtime.server.protocol.parts import ChatMessage, MediaPart
 from framefusion.runtime.server.protocol.request import ChatRequest, read_chat_request
 from framefusion.runtime.text.prompt import Visual
 
-FILMS = frozenset(
-    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif"}
-)
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 COMPLETIONS = "/v1/chat/completions"
 SETTINGS = ("max_tokens", "seed", "temperature", "top_p", "top_k", "stop", "repetition_penalty")
 _LINE_BYTES = 1 << 30  # of one line: a film in base64 and more
@@ -133,7 +130,7 @@ def _rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Place and content of each question, as its input has it."""
     if source.is_dir():
         for path in _files(source):
-            kind = "video" if path.suffix.lower() in FILMS else "image"
+            kind = "video" if path.suffix.lower() in FILM_SUFFIXES else "image"
             name = path.relative_to(source).as_posix()
             yield str(path), {"id": name, kind: name}
     elif not source.is_file():
@@ -154,9 +151,10 @@ def _files(folder: Path) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
         raise PromptError(f"{error.filename} cannot be read ({error.strerror}): allow it, or move it away") from error
 
+    suffixes = FILM_SUFFIXES | PICTURE_SUFFIXES
     found = []
     for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        found += [Path(place, name) for name in names if Path(name).suffix.lower() in FILMS | PICTURES]
+        found += [Path(place, name) for name in names if Path(name).suffix.lower() in suffixes]
         here = Path(place).resolve()
         for name in folders:
             linked = Path(place, name)

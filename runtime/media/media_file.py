@@ -32,6 +32,28 @@ DECODED_A_BYTE = 4096
 SHOWN_OF_A_NAME = 120
 """Characters of a name in a message: a data: URI may have millions."""
 
+FILM_SUFFIXES = frozenset(
+    [
+        ".mp4",
+        ".m4v",
+        ".mov",
+        ".mkv",
+        ".webm",
+        ".avi",
+        ".mpg",
+        ".mpeg",
+        ".ts",
+        ".m2ts",
+        ".wmv",
+        ".flv",
+        ".ogv",
+        ".3gp",
+        ".gif",
+    ]
+)
+PICTURE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"])
+"""Of the files of a folder that are shown, in lower case; what a file is, its content says."""
+
 # A scheme of one letter is a Windows drive. pathlib joins the two slashes of an address to one.
 URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<rest>.*)", re.DOTALL)
 ADDRESSES = frozenset({"http", "https", "ftp", "rtsp", "rtmp", "s3", "gs", "hf", "tcp", "udp", "pipe", "concat"})

@@ -13,27 +13,7 @@ from pathlib import Path
 import click
 
 from framefusion.errors import VideoError
-
-FILMS = frozenset(
-    [
-        ".mp4",
-        ".m4v",
-        ".mov",
-        ".mkv",
-        ".webm",
-        ".avi",
-        ".mpg",
-        ".mpeg",
-        ".ts",
-        ".m2ts",
-        ".wmv",
-        ".flv",
-        ".ogv",
-        ".3gp",
-        ".gif",
-    ]
-)
-PICTURES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"])
+from framefusion.runtime.media.media_file import FILM_SUFFIXES, PICTURE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -100,9 +80,9 @@ def _kind_of(path: Path) -> str:
         return source_kind(path)
     except VideoError:
         suffix = path.suffix.lower()
-        if suffix in FILMS:
+        if suffix in FILM_SUFFIXES:
             return "video"
-        if suffix in PICTURES:
+        if suffix in PICTURE_SUFFIXES:
             return "image"
         raise
 
@@ -146,8 +126,8 @@ def _fits(kind: str | None, path: Path) -> bool:
     if not path.is_file():
         return False
     suffix = path.suffix.lower()
-    if suffix in FILMS or suffix in PICTURES:
-        return kind is None or suffix in (FILMS if kind == "video" else PICTURES)
+    if suffix in FILM_SUFFIXES | PICTURE_SUFFIXES:
+        return kind is None or suffix in (FILM_SUFFIXES if kind == "video" else PICTURE_SUFFIXES)
     from framefusion.runtime.media.sources import source_kind
 
     try:
