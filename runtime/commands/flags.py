@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from framefusion.runtime.pipeline import Pipeline, Request
     from framefusion.runtime.text.prompt import Turn, Visual
 
-if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType  # generic only since click 8.2
@@ -131,25 +130,37 @@ COST = _reduction(
     type=float,
     help=f"Share of the computation over visual tokens that is kept, above 0 up to 1; {OF_BUNDLE}.",
 )
+MAX_NEW_TOKENS = _answer(
+    "--max-new-tokens", "-n", type=COUNT, default=128, show_default=True, help="Longest answer, counted in tokens."
+)
+TEMPERATURE = _answer(
+    "--temperature",
+    "-t",
+    type=float,
+    help=f"Draw tokens by chance, the bolder the higher; 0 always takes the likeliest; {OF_CHECKPOINT}.",
+)
+SEED = _answer(
+    "--seed",
+    type=click.IntRange(min=0),
+    help="Number that fixes what is drawn by chance, also by the reducer random; default: other draws each time.",
+)
+REDUCER = _reduction("--reducer", help=f"What drops tokens: a name that ff-run reducers lists; {OF_BUNDLE}.")
+FPS = _frames(
+    "--fps", type=click.FloatRange(min=0, min_open=True), help=f"Frames taken from each second of film; {OF_BUNDLE}."
+)
+MAX_FRAMES = _frames("--max-frames", type=COUNT, help=f"Most frames taken from a film; {OF_BUNDLE}.")
 QUESTION_OPTIONS = (
     _shown("--video", "-v", "videos", multiple=True, type=FILE, help="Film to show; repeatable, shown in order."),
     _shown("--image", "-i", "images", multiple=True, type=FILE, help="Picture to show; repeatable, shown in order."),
     PROMPT,
     _shown("--system", help="System prompt, which comes before the question; default: the model family's."),
-    _answer(
-        "--max-new-tokens", "-n", type=COUNT, default=128, show_default=True, help="Longest answer, counted in tokens."
-    ),
+    MAX_NEW_TOKENS,
     _answer(
         "--stop",
         multiple=True,
         help="End the answer before this text, which is not part of it; repeatable; default: no text.",
     ),
-    _answer(
-        "--temperature",
-        "-t",
-        type=float,
-        help=f"Draw tokens by chance, the bolder the higher; 0 always takes the likeliest; {OF_CHECKPOINT}.",
-    ),
+    TEMPERATURE,
     _answer(
         "--top-p",
         type=float,
@@ -162,25 +173,17 @@ QUESTION_OPTIONS = (
         help=f"Make tokens less likely that prompt or answer has already, the higher the less; 1 is off; "
         f"{OF_CHECKPOINT}.",
     ),
-    _answer(
-        "--seed",
-        type=click.IntRange(min=0),
-        help="Number that fixes what is drawn by chance, also by the reducer random; default: other draws each time.",
-    ),
+    SEED,
     COST,
-    _reduction("--reducer", help=f"What drops tokens: a name that ff-run reducers lists; {OF_BUNDLE}."),
+    REDUCER,
     _reduction("--similarity-lower-bound", type=float, help=f"Merge tokens that are at least this alike; {OF_BUNDLE}."),
     _reduction(
         "--ratio-lower-bound",
         type=float,
         help=f"Stop merging after a layer where a smaller share of tokens merges; {OF_BUNDLE}.",
     ),
-    _frames(
-        "--fps",
-        type=click.FloatRange(min=0, min_open=True),
-        help=f"Frames taken from each second of film; {OF_BUNDLE}.",
-    ),
-    _frames("--max-frames", type=COUNT, help=f"Most frames taken from a film; {OF_BUNDLE}."),
+    FPS,
+    MAX_FRAMES,
     _frames(
         "--num-frames",
         type=COUNT,

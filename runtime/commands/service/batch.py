@@ -17,8 +17,12 @@ from framefusion.runtime.commands.flags import (
     COST,
     COUNT,
     FILE,
-    OF_BUNDLE,
-    OF_CHECKPOINT,
+    FPS,
+    MAX_FRAMES,
+    MAX_NEW_TOKENS,
+    REDUCER,
+    SEED,
+    TEMPERATURE,
     open_pipeline,
     running_flags,
     running_options,
@@ -62,41 +66,13 @@ LOG_SECONDS = 30.0
     help="The I-th of N parts, from 0, by ids.",
 )
 @option("--retry-errors", section="Output", is_flag=True, help="Ask again what an earlier run could not answer.")
-@option(
-    "--max-new-tokens",
-    "-n",
-    section="The answer",
-    type=COUNT,
-    default=128,
-    show_default=True,
-    help="Longest answer, counted in tokens.",
-)
+@MAX_NEW_TOKENS
 @COST
-@option(
-    "--reducer",
-    section="Token reduction",
-    help="What drops tokens: a name that `ff-run reducers` lists; default: the bundle's.",
-)
-@option(
-    "--temperature",
-    "-t",
-    section="The answer",
-    type=float,
-    help=f"Draw tokens by chance, the bolder the higher; 0 always takes the likeliest; {OF_CHECKPOINT}.",
-)
-@option(
-    "--seed",
-    section="The answer",
-    type=click.IntRange(min=0),
-    help="Number that fixes what is drawn by chance; default: other draws each time.",
-)
-@option(
-    "--fps",
-    section="Frames of a film",
-    type=click.FloatRange(min=0, min_open=True),
-    help=f"Frames taken from each second of film; {OF_BUNDLE}.",
-)
-@option("--max-frames", section="Frames of a film", type=COUNT, help=f"Most frames taken from a film; {OF_BUNDLE}.")
+@REDUCER
+@TEMPERATURE
+@SEED
+@FPS
+@MAX_FRAMES
 @option(
     "--decoders",
     section="Load",
