@@ -89,8 +89,28 @@ class Request:
         return config.drawing(**self._given)
 
 
+class VisualCounts:
+    """What is counted of visual tokens; the three fields are those of the dataclasses that inherit this."""
+
+    prompt_tokens: int
+    visual_tokens: int
+    kv_lengths: tuple[int, ...]
+
+    @property
+    def kept_tokens(self) -> int:
+        """Visual tokens that the last layer holds after the prefill."""
+        return self.kv_lengths[-1] - (self.prompt_tokens - self.visual_tokens)
+
+    @property
+    def cost(self) -> float:
+        """The share of the computation over visual tokens that was kept; 1 where there was nothing to drop."""
+        text = self.prompt_tokens - self.visual_tokens
+        kept = sum(length - text for length in self.kv_lengths)
+        return kept / (self.visual_tokens * len(self.kv_lengths)) if self.visual_tokens else 1.0
+
+
 @dataclass(frozen=True)
-class PrefillReport:
+class PrefillReport(VisualCounts):
     """What became of a prompt: how many tokens it had, which reductions acted on it, what every layer holds of it."""
 
     prompt_tokens: int
@@ -145,7 +165,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(VisualCounts):
     """An answer and how it came about. In a notebook it is drawn with what became of the patches: see `show`.
 
     Attributes:
@@ -200,13 +220,6 @@ class Generation:
             "".join(pieces), tuple(token_ids), step.finish_reason, report.prompt_tokens, report.visual_tokens,
             report.reduction, report.kv_lengths, dict(step.seconds), report.videos, report.layers, report.shown,
         )  # fmt: skip
-
-    @property
-    def cost(self) -> float:
-        """The share of the computation over visual tokens that was kept; 1 where there was nothing to drop."""
-        text = self.prompt_tokens - self.visual_tokens
-        kept = sum(length - text for length in self.kv_lengths)
-        return kept / (self.visual_tokens * len(self.kv_lengths)) if self.visual_tokens else 1.0
 
     @property
     def tokens_per_second(self) -> float:

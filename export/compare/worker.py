@@ -149,7 +149,7 @@ class BundleWay:
             decode=times[-1] - times[0],
             token_ids=tuple(answer.token_ids),
             visual_tokens=answer.visual_tokens,
-            visual_kept=answer.kv_lengths[-1] - (answer.prompt_tokens - answer.visual_tokens),
+            visual_kept=answer.kept_tokens,
             prompt_tokens=answer.prompt_tokens,
         )
 

@@ -169,7 +169,7 @@ class BatchRun:
             return question, self._error_row(question, error)
         totals.answered += 1
         totals.visual_tokens += answer.visual_tokens
-        totals.kept_tokens += kept_tokens(answer)
+        totals.kept_tokens += answer.kept_tokens
         for stage, seconds in answer.seconds.items():
             totals.stages[stage] = totals.stages.get(stage, 0.0) + seconds
         return question, self._row(prepared, answer)
@@ -205,7 +205,7 @@ class BatchRun:
             "prompt_tokens": answer.prompt_tokens,
             "new_tokens": len(answer.token_ids),
             "visual_tokens": answer.visual_tokens,
-            "kept_tokens": kept_tokens(answer),
+            "kept_tokens": answer.kept_tokens,
             "cost": round(answer.cost, 4),
             "seconds": {stage: round(seconds, 4) for stage, seconds in answer.seconds.items()},
             "warnings": warnings,
@@ -222,11 +222,6 @@ class BatchRun:
             return {"id": head.identity, "custom_id": question.id, "response": response, "error": problem}
         problem = {"code": body["error"]["code"], "message": body["error"]["message"]}
         return {"id": question.id, "error": problem, **({"extra": dict(question.extra)} if question.extra else {})}
-
-
-def kept_tokens(answer: Generation) -> int:
-    """Visual tokens that the last layer held."""
-    return answer.kv_lengths[-1] - (answer.prompt_tokens - answer.visual_tokens)
 
 
 def over(question: BatchQuestion, base: Request) -> Request:

@@ -52,9 +52,8 @@ class Metrics:
         self._prompt_tokens.inc(report.prompt_tokens)
         self._cached_tokens.inc(report.reused_tokens)
         if report.visual_tokens:
-            text = report.prompt_tokens - report.visual_tokens
             self._visual_tokens.labels("seen").inc(report.visual_tokens)
-            self._visual_tokens.labels("kept").inc(report.kv_lengths[-1] - text)
+            self._visual_tokens.labels("kept").inc(report.kept_tokens)
 
     def token(self, since: float, *, first: bool) -> None:
         """A token was given, so many seconds after the request (the first one) or the token before."""

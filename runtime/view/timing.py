@@ -69,8 +69,7 @@ def headline(timing: Mapping[str, Any], reduced: Generation, dense: Generation |
     """The saving and the sameness, in parts; those that are strong are what the page is about."""
     if not reduced.visual_tokens:
         return [_said("An answer about text, in which there is nothing to reduce")]
-    text = reduced.prompt_tokens - reduced.visual_tokens
-    kept = (reduced.kv_lengths[-1] - text) / reduced.visual_tokens
+    kept = reduced.kept_tokens / reduced.visual_tokens
     share = f"{kept:.1%}" if kept < 0.0995 else f"{kept:.0%}"
     if kept == 1:
         return [_said("Every visual token was kept")]

@@ -122,11 +122,10 @@ def facts_of(way: Way, timings: Sequence[Timing], first: Generation) -> dict[str
         if any(stage in timing.answer.seconds for timing in timings)
     }
     speeds = [speed for timing in timings if (speed := timing.answer.tokens_per_second)]
-    text = answer.prompt_tokens - answer.visual_tokens
     return {
         "name": way.name,
         "cost": answer.cost,
-        "visual_tokens_kept": answer.kv_lengths[-1] - text,
+        "visual_tokens_kept": answer.kept_tokens,
         "kv_bytes": sum(answer.kv_lengths) * slot_bytes(way.pipeline.manifest),
         "first_token": spread([timing.first_token for timing in timings]),
         "stages": stages,

@@ -77,13 +77,11 @@ def usage_of(report: PrefillReport, new_tokens: int) -> dict[str, Any]:
     `kept_tokens` are the visual tokens that the last layer holds, `cost` is the share of the computation over visual
     tokens that was kept; both count the whole conversation.
     """
-    text = report.prompt_tokens - report.visual_tokens
-    kept = [length - text for length in report.kv_lengths]
     details = {
         "cached_tokens": report.reused_tokens,
         "visual_tokens": report.visual_tokens,
-        "kept_tokens": kept[-1],
-        "cost": round(sum(kept) / (report.visual_tokens * len(kept)), 4) if report.visual_tokens else 1.0,
+        "kept_tokens": report.kept_tokens,
+        "cost": round(report.cost, 4),
     }
     return {
         "prompt_tokens": report.prompt_tokens,
