@@ -496,7 +496,7 @@ def test_a_checked_graph_is_replayed_once_it_gave_the_plain_step(device: CudaDev
     for number in range(5):
         source.host[:] = number
         source.push()
-        graphs.run("step", step, target)
+        graphs.run("step", step, target, source.buffer)
         assert (device.download(target) == number).all()
         assert graphs.proven == (number > 1)
     assert len(ran) == 4  # twice plainly, captured, compared
@@ -507,10 +507,23 @@ def test_a_step_that_holds_a_number_of_the_host_is_never_replayed(device: CudaDe
     rows, target = device.upload(np.arange(8, dtype=np.float32)), device.zeros((1,), np.float32)
     graphs = CheckedGraphs(device, patience=1)
     for length in range(5):
-        graphs.run("step", lambda: device.copy(target, rows[length : length + 1]), target)  # noqa: B023
+        lengths = device.upload(np.array([length]))
+        graphs.run("step", lambda: device.copy(target, rows[length : length + 1]), target, lengths)  # noqa: B023
         assert float(device.download(target)[0]) == length
         assert not graphs.proven
     assert graphs.problem == "a captured step gave other logits than the plain one"
+
+
+def test_a_graph_is_not_proven_at_the_length_that_it_was_captured_at(device: CudaDevice) -> None:
+    """The next request may be as long, and a number of the host is right there, and nowhere else."""
+    rows, target = device.upload(np.arange(8, dtype=np.float32)), device.zeros((1,), np.float32)
+    graphs = CheckedGraphs(device, patience=1)
+    for length in (3, 3, 3, 4, 5):
+        lengths = device.upload(np.array([length]))
+        graphs.run("step", lambda: device.copy(target, rows[length : length + 1]), target, lengths)  # noqa: B023
+        assert float(device.download(target)[0]) == length
+        assert not graphs.proven
+        assert (graphs.problem is None) == (length == 3)
 
 
 def test_a_step_that_cannot_be_captured_is_run_plainly(device: CudaDevice) -> None:
@@ -519,8 +532,8 @@ def test_a_step_that_cannot_be_captured_is_run_plainly(device: CudaDevice) -> No
     def step() -> None:
         device.copy(target, device.upload(np.ones(8, np.float32)))
 
-    for _ in range(3):
-        graphs.run("step", step, target)
+    for length in range(3):
+        graphs.run("step", step, target, device.upload(np.array([length])))
     assert (device.download(target) == 1).all()
     assert str(graphs.problem).startswith("a step cannot be captured: nothing may be allocated")
 

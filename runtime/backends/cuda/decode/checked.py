@@ -56,7 +56,7 @@ class CheckedGraphs:
         self._patience = patience
         self._plain_steps: tuple[object, int] = (None, 0)  # how many were run of the step that is run now
         self._graphs: OrderedDict[object, Callable[[], None]] = OrderedDict()
-        self._unproven: set[object] = set()
+        self._unproven: dict[object, Array] = {}  # lengths that each was captured at
         self.problem: str | None = None  # why nothing is captured any more
 
     @property
@@ -70,25 +70,27 @@ class CheckedGraphs:
         What is behind is enqueued as it is: run twice, it would count a token twice.
         """
         key = tuple(segment.key for segment in segments)
+        lengths = segments[0].inputs["kv_len"]
 
         def plain() -> None:
             for segment in segments:
                 segment.run()
 
         def run() -> None:
-            self.run(key, plain, segments[-1].outputs["logits"])
+            self.run(key, plain, segments[-1].outputs["logits"], lengths)
             for link in behind:
                 link.run()
 
         return run
 
-    def run(self, key: object, plain: Callable[[], None], output: Buffer) -> None:
+    def run(self, key: object, plain: Callable[[], None], output: Buffer, lengths: Buffer) -> None:
         """Run a step: plainly at first, then once both ways, and as a graph from then on.
 
         Args:
             key: equal for steps whose graphs are interchangeable; whoever makes it keeps the buffers alive.
             plain: enqueues the step.
             output: what the step is compared by.
+            lengths: tokens in the caches behind the step, int64.
         """
         if self.problem is not None:
             plain()
@@ -97,31 +99,34 @@ class CheckedGraphs:
             (last, count) = self._plain_steps
             self._plain_steps = (key, count + 1 if key == last else 1)
             if self._plain_steps[1] >= self._patience:
-                self._capture(key, plain)
+                self._capture(key, plain, lengths)
         elif key in self._unproven:
-            self._prove(key, plain, output)
+            self._prove(key, plain, output, lengths)
         else:
             self._graphs.move_to_end(key)
             self._graphs[key]()
 
-    def _capture(self, key: object, plain: Callable[[], None]) -> None:
+    def _capture(self, key: object, plain: Callable[[], None], lengths: Buffer) -> None:
         try:
             self._graphs[key] = self._device.capture(plain)
         except (BackendError, RuntimeError) as error:  # of ours, and of a library whose call the capture made fail
             self._give_up(f"a step cannot be captured: {error}")
             return
-        self._unproven.add(key)
+        self._unproven[key] = np.array(self._device.download(lengths))
         if len(self._graphs) > KEPT:
             (oldest, _) = self._graphs.popitem(last=False)
-            self._unproven.discard(oldest)
+            self._unproven.pop(oldest, None)
 
-    def _prove(self, key: object, plain: Callable[[], None], output: Buffer) -> None:
+    def _prove(self, key: object, plain: Callable[[], None], output: Buffer, lengths: Buffer) -> None:
+        if np.array_equal(self._device.download(lengths), self._unproven[key]):  # another request, as long as that one
+            plain()
+            return
         self._graphs[key]()
         replayed = self._device.download(output)
         plain()
         computed = self._device.download(output)
         if np.array_equal(replayed, computed):
-            self._unproven.discard(key)
+            del self._unproven[key]
         else:
             self._give_up("a captured step gave other logits than the plain one")
 
