@@ -25,6 +25,10 @@ LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """Error of a form, relative to the largest magnitude: rounding of one product more, and of the mean of two."""
 LENGTHS: dict[str, tuple[int, int]] = {"cpu": (1024, 64), "cuda": (4096, 512)}
 """Tokens of the prefill, and of the chunk behind one, that are compared and timed."""
+SHORT = (3, 8)
+"""Tokens and tokens held of a chunk of which each key has a share that no rounding hides."""
+_REFUSALS = (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError)
+"""What torch raises for an op without such a kernel, and Python for one that a release lacks, or has otherwise."""
 _BEHIND = 7  # slots that hold nothing
 _ROUNDS = 3
 _LONG_ENOUGH = 0.02  # seconds of all runs
@@ -106,12 +110,12 @@ def measured(geometry: Geometry, lengths: tuple[int, int] | None = None) -> dict
 def _trial(name: str, geometry: Geometry, whole: int, chunk: int) -> Trial:
     error = 0.0
     taken = {}
-    for length, held in ((whole, whole), (chunk, whole), (1, whole)):
+    for length, held in ((whole, whole), (chunk, whole), (1, whole), SHORT):
         (operands, expected) = _operands(geometry, length, held, FORMS[name].is_cut)
         attend = cache_attention(name)
         try:
             found = attend(*operands)[0].float()
-        except (RuntimeError, NotImplementedError) as problem:  # what torch raises for an op without such a kernel
+        except _REFUSALS as problem:
             return Trial(f"it does not run ({next(iter(str(problem).splitlines()), type(problem).__name__)})")
         error = max(error, float((found - expected).abs().max() / expected.abs().max()))
         if not error <= LIMITS[geometry.dtype]:  # not a number is wrong, too

@@ -96,7 +96,20 @@ def test_the_fastest_right_form_is_chosen(dtype: torch.dtype, monkeypatch: pytes
     def unknown(*operands: Any) -> Tensor:
         raise NotImplementedError("no such kernel\nat all")
 
-    for attend, problem in ((wrong, "64 tokens over 64 have an error of"), (unknown, "it does not run (no such")):
+    def renamed(*operands: Any) -> Tensor:
+        found: Tensor = torch.ops.aten._attention_of_another_release(*operands)
+        return found
+
+    def other_arguments(*operands: Any) -> Tensor:
+        found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands[:3], window=3)
+        return found
+
+    for attend, problem in (
+        (wrong, "64 tokens over 64 have an error of"),
+        (renamed, "it does not run ('_OpNamespace' 'aten' object has no attribute"),
+        (other_arguments, "it does not run ("),
+        (unknown, "it does not run (no such"),
+    ):
         monkeypatch.setitem(FORMS, "split", FORMS["split"]._replace(attend=attend))
         measured.cache_clear()
         assert problem in str(measured(geometry)["split"].problem)
@@ -106,6 +119,23 @@ def test_the_fastest_right_form_is_chosen(dtype: torch.dtype, monkeypatch: pytes
     with pytest.raises(BackendError, match=r"no form of attention is right on cpu .*no such kernel"):
         choose(geometry)
     measured.cache_clear()
+
+
+def test_a_form_that_leaves_out_a_key_is_found_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand keys each has a share that the rounding of bfloat16 hides, of eight none has."""
+    right = FORMS["split"].attend
+
+    def without_first(
+        query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, kv_len: Tensor
+    ) -> Tensor:
+        return right(query, key, value, keys[:, :, 1:], values[:, :, 1:], kv_len)
+
+    monkeypatch.setitem(FORMS, "split", FORMS["split"]._replace(attend=without_first))
+    measured.cache_clear()
+    trials = measured(Geometry(HEADS, KV_HEADS, HEAD_DIM, torch.bfloat16, "cpu"), (1024, 64))
+    measured.cache_clear()
+    assert "3 tokens over 8 have an error of" in str(trials["split"].problem)
+    assert trials["masked"].problem is None
 
 
 @pytest.fixture
