@@ -205,8 +205,12 @@ class BuildPlan:
         """Bytes where the family's pictures are bytes and its tower takes them; its graph then normalises them."""
         if self.options.tower_input == "float" or not self.preprocessing.byte_patches:
             return "float"
-        self.tower.module.levels = levels_of(self.preprocessing)
-        return "uint8" if self.tower.module.takes_bytes else "float"
+        tower = self.tower.module
+        tower.levels = levels_of(self.preprocessing)
+        if tower.takes_bytes:
+            return "uint8"
+        tower.levels = None  # floats are normalised before: its graph would do it once more
+        return "float"
 
     def _fixed(self) -> FixedRecord | None:
         schedule = self.reduction.schedule

@@ -21,6 +21,7 @@ from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.format.bundle_files import place
 from framefusion.runtime.format.manifest import EmbeddingRecord, Manifest
 from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.media.preprocess import normalised_levels
 from framefusion.runtime.media.tower_kinds import TowerCall
 from framefusion.runtime.media.visual_input import BytePatches, RowMap, Tiles, VisualInput
 from framefusion.runtime.text.positions import rope_tables
@@ -189,13 +190,18 @@ class Embedder:
         """Some pictures as the tower takes them, [n, P, W]: bytes as they were cut, or floats in the bundle's type.
 
         Raises:
-            BundleError: the tower takes bytes, and the family gives floats.
+            BundleError: the tower takes bytes, and the family gives floats, or means other numbers by its bytes.
         """
         patches = tiles.patches
         if self._manifest.vision.input == "uint8":
+            rule = self._manifest.preprocessing.rule
             if not isinstance(patches, BytePatches):
-                rule = self._manifest.preprocessing.rule
                 raise BundleError(f"the vision tower takes pictures in bytes, {rule} gives floats: rebuild the bundle")
+            if not np.array_equal(patches.table, normalised_levels(self._manifest.preprocessing)):
+                raise BundleError(
+                    f"the vision tower normalises bytes by image_mean and image_std, {rule} has a table of its own: "
+                    "rebuild the bundle with --tower-input float"
+                )
             return np.ascontiguousarray(patches.levels[start:stop])
         values = patches.normalised(start, stop) if isinstance(patches, BytePatches) else patches[start:stop]
         return np.ascontiguousarray(values, self._manifest.model.float_type)

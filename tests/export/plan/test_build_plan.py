@@ -13,6 +13,8 @@ import pytest
 
 from framefusion.errors import BudgetError, BundleError, CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.graphs.graph_plan import meta
+from framefusion.export.graphs.tower import Tower
 from framefusion.export.plan.build_plan import BuildOptions, BuildPlan, identity_of, replan
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.format.manifest_file import read_manifest
@@ -48,6 +50,15 @@ def test_a_plan_reads_no_tensor_and_writes_nothing(folder: Path, monkeypatch: py
         assert made.segment_records
         assert made.vision_record.weight_bytes > 0
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_tower_that_takes_floats_does_not_normalise_them(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan(checkpoint).vision_record.input == "uint8"
+    assert plan(checkpoint, tower_input="float").tower.module.levels is None
+    monkeypatch.setattr(Tower, "patches", lambda _, *shape: meta(*shape))  # as another package's tower may have it
+    floats = plan(checkpoint)
+    assert floats.vision_record.input == "float"
+    assert floats.tower.module.levels is None
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
