@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ def test_where_more_than_the_largest_logit_counts_the_host_chooses() -> None:
         {"min_new_tokens": 1},
     ]
     assert not any(replace(DEFAULTS, **other).takes_largest for other in others)
+    harmless = {"temperature", "top_k", "top_p", "min_p", "eos_token_ids", "pad_token_id"}  # of the best token, or none
+    assert {name for other in others for name in other} | harmless == {field.name for field in fields(DEFAULTS)}
     assert GenerationConfig().takes_largest  # what is not said has Hugging Face's default
 
 

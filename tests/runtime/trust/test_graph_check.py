@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,21 @@ def test_graphs_that_no_build_writes(bundle: Path, tmp_path: Path, name: str) ->
     assert words in str(refused.value)
     with pytest.raises(BundleError):  # and by what opens it, with and without a manifest
         OnnxRuntimeBackend(tmp_path, manifest=read_manifest(bundle)).session(GRAPH)
+
+
+def test_a_tower_of_bytes_is_not_taken_for_one_of_floats_nor_the_other_way_round(bundle: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(bundle)
+    floats = replace(manifest, vision=replace(manifest.vision, input="float"))
+    assert manifest.vision.input == "uint8"
+    with pytest.raises(BundleError, match=r"input patches has type 2 .*, the manifest says .*dtype=1\b"):
+        check_graph(bundle, VISION, floats)
+    model = load(bundle / VISION)
+    (patches,) = (value for value in model.graph.input if value.name == "patches")
+    patches.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    shutil.copytree(bundle / "vision", tmp_path / "vision")
+    (tmp_path / VISION).write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match=r"input patches has type 1 .*, the manifest says .*dtype=2\b"):
+        check_graph(tmp_path, VISION, manifest)
 
 
 def test_an_unlisted_graph_is_not_opened(bundle: Path) -> None:

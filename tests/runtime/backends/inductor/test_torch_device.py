@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from framefusion.errors import BackendError
 from framefusion.reduction.plan import Plan
 from framefusion.reduction.policy import Reduction, ReductionSettings
+from framefusion.runtime.backends.base import Device, StepBuffers
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.backends.inductor.device import TorchDevice
 from framefusion.runtime.backends.inductor.tokens import tensor_of
@@ -125,6 +126,51 @@ def test_similarity_is_that_of_the_host(device: TorchDevice, rows: NDArray[Any])
     assert (theirs > -1).any()
     assert (theirs < -1).any()
     np.testing.assert_allclose(ours, theirs, atol=1e-6)  # fp32, sums in another order
+
+
+@pytest.mark.parametrize("table_rows", [0, 3, 9])
+@pytest.mark.parametrize("limit", [1, 7, 9])
+def test_tokens_and_what_the_next_step_reads_are_the_hosts(
+    device: TorchDevice, kind: str, table_rows: int, limit: int
+) -> None:
+    random = np.random.default_rng(limit)
+
+    def draw(*shape: int) -> NDArray[Any]:
+        return random.standard_normal(shape).astype(TYPES[kind])
+
+    sizes = (1, 2, WIDTH), (1, 2, 4), (1, 2, 4)
+    parts = [*(draw(*shape) for shape in sizes), np.full((2, 32), 5), np.zeros((1, 9), np.float32)]
+    (rotary, table) = (draw(3, 4), draw(3, 4)), draw(table_rows, WIDTH)
+    places: list[Device] = [HOST, device]
+    steps = [StepBuffers(*(place.upload(part.copy()) for part in parts)) for place in places]
+    choosers = [
+        place.greedy_tokens(
+            step,
+            (place.upload(rotary[0]), place.upload(rotary[1])),
+            place.upload(table) if table_rows else None,
+            limit,
+        )
+        for place, step in zip(places, steps, strict=True)
+    ]
+    not_numbers = (np.nan, -np.inf)
+    for turn in range(8):
+        logits = random.integers(-2, 2, (1, 9)).astype(np.float32)  # with ties
+        logits[0, limit:] = 50  # of no token
+        if turn >= 6:
+            logits[0, limit // 2 : limit] = not_numbers[turn - 6]
+        if turn == 7:
+            logits[:] = -np.inf
+        found = []
+        for chooser, step in zip(choosers, steps, strict=True):
+            tensor_of(step.logits)[...] = logits if step is steps[0] else torch.from_numpy(logits)
+            chooser.run()
+            chooser.request()
+            found.append(chooser.pull())
+        np.testing.assert_array_equal(found[1], found[0])  # where one is not a number, the other is none
+        assert np.isfinite(found[1][1]) == (turn < 6)
+        for name in ("hidden", "cos", "sin", "lengths"):
+            same(device, getattr(steps[1], name), np.asarray(getattr(steps[0], name)).astype(np.float32))
+    assert choosers[1].feeds_rows == choosers[0].feeds_rows == (table_rows > 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
