@@ -17,13 +17,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from framefusion.console.terminal import activity
+from framefusion.runtime.view.timing import Spread, are_level
 from tools.tiny import clips
 from tools.tiny.make_clips import make_clips
 
@@ -182,9 +183,9 @@ def comparison(facts: Facts, answer: str) -> list[str]:
     return [*lines, "The first token also waits for the film to be read and encoded, alike for both."]
 
 
-def timed(name: str, dense: Sequence[float], reduced: Sequence[float]) -> tuple[str, str, str, str]:
-    """A row of seconds, each as (least, median, most): a difference within their spread is called none."""
-    if reduced[0] <= dense[2] and dense[0] <= reduced[2]:
+def timed(name: str, dense: Spread, reduced: Spread) -> tuple[str, str, str, str]:
+    """A row of seconds, each as (least, median, most): what is no difference is called level."""
+    if are_level(dense, reduced):
         first, second = (f"{1000 * side[0]:.0f} to {1000 * side[2]:.0f}" for side in (dense, reduced))
         verdict = f"level: {first} ms, {second} ms"
     elif reduced[1] < dense[1]:
@@ -194,14 +195,14 @@ def timed(name: str, dense: Sequence[float], reduced: Sequence[float]) -> tuple[
     return name, in_ms(dense[1]), in_ms(reduced[1]), verdict
 
 
-def llm_prefill(way: Facts) -> tuple[float, float, float]:
+def llm_prefill(way: Facts) -> Spread:
     """Least, median and most seconds of prefill and reduction together."""
     stages = [spread_of(way["stages"][name]) for name in ("prefill", "reduction") if name in way["stages"]]
     least, median, most = (sum(values) for values in zip(*stages, strict=True))
     return least, median, most
 
 
-def spread_of(seconds: Facts) -> tuple[float, float, float]:
+def spread_of(seconds: Facts) -> Spread:
     return seconds["min_s"], seconds["median_s"], seconds["max_s"]
 
 

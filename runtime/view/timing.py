@@ -19,7 +19,9 @@ PATIENCE_SECONDS = 10.0
 SHARED = ("video", "preprocess", "vision", "embed")
 MEASURED = ("prefill", "reduction")
 NOISE = 1.05
-"""A smaller ratio is none."""
+"""A smaller ratio is none where it is said with one decimal, as 1.0x would be."""
+Spread = tuple[float, float, float]
+"""Least, median and most seconds of the runs."""
 
 
 @dataclass
@@ -48,9 +50,20 @@ def timing_facts(timings: Timings, reduced: Generation, dense: Generation | None
         return {"rounds": len(timings.reduced), "reduced": ours, "dense": None, "level": False, "ratio": None}
     theirs = _way(timings.shared, timings.dense, dense)
     ratio = theirs["first"]["median"] / ours["first"]["median"]
-    apart = theirs["first"]["least"] > ours["first"]["most"] or ours["first"]["least"] > theirs["first"]["most"]
-    level = not apart or max(ratio, 1 / ratio) < NOISE
+    level = are_level(_spread(ours["first"]), _spread(theirs["first"]))
     return {"rounds": len(timings.reduced), "reduced": ours, "dense": theirs, "level": level, "ratio": ratio}
+
+
+def are_level(first: Spread, second: Spread, noise: float = NOISE) -> bool:
+    """Whether two measurements show no difference: their runs overlap, or their medians differ by less than `noise`."""
+    (least, median, most) = first
+    (other_least, other_median, other_most) = second
+    overlap = least <= other_most and other_least <= most
+    return overlap or max(median / other_median, other_median / median) < noise
+
+
+def _spread(first: Mapping[str, float]) -> Spread:
+    return first["least"], first["median"], first["most"]
 
 
 def _way(shared: Mapping[str, float], runs: Sequence[Mapping[str, float]], answer: Generation) -> dict[str, Any]:

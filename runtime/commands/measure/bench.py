@@ -18,6 +18,7 @@ from framefusion.errors import BudgetError
 from framefusion.runtime.memory import slot_bytes
 from framefusion.runtime.pipeline import Pipeline, dense_pipeline, dense_request
 from framefusion.runtime.request import Generation, Request
+from framefusion.runtime.view.timing import Spread, are_level
 
 if TYPE_CHECKING:
     from framefusion.runtime.media.frame_sampling import FrameSampling
@@ -182,8 +183,11 @@ def stage_seconds(way: Mapping[str, Any], stage: str) -> str:
 
 def faster(way: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """How many times as fast the first token is; a difference within the spread of both is none."""
-    taken = way["first_token"]
-    other = base["first_token"]
-    if way is not base and taken["min_s"] <= other["max_s"] and other["min_s"] <= taken["max_s"]:
+    if way is not base and are_level(_spread(way), _spread(base), noise=1.0):  # two decimals say what is small, too
         return "no difference"
     return f"{way['speed_up']:.2f}x"
+
+
+def _spread(way: Mapping[str, Any]) -> Spread:
+    first = way["first_token"]
+    return first["min_s"], first["median_s"], first["max_s"]
