@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from PIL import Image
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.view.page import page
 from framefusion.runtime.view.view import facts, watch
+from tests.chromium import CHROMIUM, browser
 from tests.runtime.view.test_view import REQUEST, TURNS
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 WATCHED = """<script>
 window.problems = [];
@@ -164,3 +163,35 @@ def test_the_page_looks_as_it_did(told: dict[str, Any], tmp_path: Path, screen: 
         assert difference.mean() < 8, f"{scheme} differs: look at {shot}"
         assert np.quantile(difference, 0.99) < 90
     assert np.abs(coarse(taken["light"]) - coarse(taken["dark"])).mean() > 60, "dark is dark"
+
+
+PARTS = ("h1", ".said .answer", "canvas.kept", "canvas.all", ".strip", ".calls", ".key", ".waterfall .bar")
+INK = 24  # levels by which a pixel differs from the ground of its part
+LEAST_INK = 0.02  # share of the pixels of a part
+PLACES = """JSON.stringify(PARTS.map(part => {
+  const node = document.querySelector(part), box = node && node.getBoundingClientRect();
+  return box && box.width && box.height ? [box.left, box.top, box.right, box.bottom].map(Math.round) : null;
+}))"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on PATH to draw the page: apt-get install chromium")
+def test_no_part_of_the_page_is_missing_or_blank(told: dict[str, Any], tmp_path: Path) -> None:
+    """Each has a place and something drawn in it, whatever the font: screenshots compared coarsely miss a small one."""
+    file = tmp_path / "report.html"
+    file.write_text(page(told), encoding="utf-8")
+    with browser(tmp_path) as opened:
+        for width in (390, 1440):
+            opened.open(file.as_uri(), width, 3000)
+            opened.until("[...document.querySelectorAll('canvas')].every(one => one.width && one.clientWidth)")
+            opened.until(
+                "F.visuals.every(one => one.loaded && one.loaded.filter(Boolean).every(film => film.complete))"
+            )
+            places = json.loads(opened.evaluate(PLACES.replace("PARTS", json.dumps(PARTS))))
+            shot = Image.open(io.BytesIO(opened.screenshot())).convert("RGB")
+            for part, place in zip(PARTS, places, strict=True):
+                assert place is not None, f"{part} is not there at {width}"
+                pixels = np.asarray(shot.crop(tuple(place)), np.int64).reshape(-1, 3)
+                apart = np.abs(pixels - np.median(pixels, axis=0)).max(axis=1) > INK if pixels.size else np.zeros(1)
+                assert apart.mean() > LEAST_INK, f"{part} is blank at {width}"
+        assert opened.problems == []
