@@ -119,8 +119,8 @@ def run_page(shared: Shared, blocks: Sequence[Block]) -> list[Outcome]:
             continue
         started = time.monotonic()
         run = run_python if block.language == "python" else run_shell
-        outcome = Outcome(block, time.monotonic() - started, run(shared, folder, block))
-        outcome = Outcome(block, time.monotonic() - started, outcome.problem)
+        problem = run(shared, folder, block)
+        outcome = Outcome(block, time.monotonic() - started, problem)
         outcomes.append(outcome)
         state = "ran" if outcome.problem is None else "FAILED"
         print(f"{block.place} {block.language}: {state}, {outcome.seconds:.1f} s", flush=True)
