@@ -3,7 +3,7 @@
     python -m tools.bench.install_size --write
 
 Both are read in the environment at hand, so that versions are alike: the files of every distribution that the
-requirements reach, and the seconds until a fresh interpreter has imported what answers.
+requirements reach (ours as pyproject.toml says them: what an editable installation recorded may be older), and the seconds until a fresh interpreter has imported what answers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tools.bench.setting import ROOT, report
+from tools.lock import requirements
 
 ROUNDS = 5
 OURS = "framefusion-aot"
@@ -35,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="keep the result under tools/bench/results")
     arguments = parser.parse_args()
-    ours = {OURS: package_bytes(), **sizes_of(requirements_of(OURS))}
+    ours = {OURS: package_bytes(), **sizes_of(reached([str(line) for line in requirements("")]))}
     theirs = sizes_of(reached(THEIRS))
     seconds = import_seconds()
     figures: dict[str, Any] = {
@@ -53,15 +55,9 @@ def package_bytes() -> int:
     return sum(path.stat().st_size for path in real)
 
 
-def requirements_of(name: str) -> set[str]:
-    """Distributions that the base install of a package brings, itself left out."""
-    found = reached([str(line) for line in distribution(name).requires or () if "extra ==" not in line])
-    return found - {canonicalize_name(name)}
-
-
-def reached(requirements: list[str] | tuple[str, ...]) -> set[str]:
+def reached(lines: Sequence[str]) -> set[str]:
     """Names of the installed distributions that requirements lead to, without extras."""
-    waiting = [Requirement(line) for line in requirements]
+    waiting = [Requirement(line) for line in lines]
     found: set[str] = set()
     while waiting:
         requirement = waiting.pop()
