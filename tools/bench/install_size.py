@@ -3,7 +3,8 @@
     python -m tools.bench.install_size --write
 
 Both are read in the environment at hand, so that versions are alike: the files of every distribution that the
-requirements reach (ours as pyproject.toml says them: what an editable installation recorded may be older), and the seconds until a fresh interpreter has imported what answers.
+requirements reach, ours as pyproject.toml says them (what an editable installation recorded may be older), and the
+seconds until a fresh interpreter has imported what answers.
 """
 
 from __future__ import annotations
