@@ -55,7 +55,7 @@ help:
 	@echo "make gpu       all that a quarter of an hour on a GPU can show: tests, kernels, attention, prefill, decode"
 	@echo "make bench-gpu prefill and decode of $(PRESET) by $(BACKEND) on the GPU of this machine"
 	@echo "make lint      ruff, ruff format --check, mypy"
-	@echo "make clean     remove .venv, caches, demo-out and engines-out"
+	@echo "make clean     remove .venv and those beside it, caches, demo-out and engines-out"
 
 # Says what is coming before anything slow begins.
 define announce
@@ -182,5 +182,5 @@ lint: setup
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-runtime $(VENV)-latest $(VENV)-oldest $(AUTHORS_VENV) $(AUTHORS) demo-out $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .bundles
+	rm -rf $(VENV) $(VENV)-runtime $(VENV)-latest $(VENV)-oldest $(VENV)-ray $(AUTHORS_VENV) $(AUTHORS) demo-out $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .bundles
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
