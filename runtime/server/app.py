@@ -187,7 +187,7 @@ class Routes:
 
     async def ready(self, _: Request) -> Response:
         """Requests are taken."""
-        draining = self._service.draining
+        draining = self._service.is_draining()
         return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
 
     async def metrics(self, _: Request) -> Response:
@@ -272,7 +272,7 @@ class _Exchange:
         if self._late:
             most = f"{self._service.settings.request_seconds:g}"
             return RequestError(f"the answer took more than {most} s: ask for fewer tokens, show less", status=408)
-        if isinstance(error, (ClosedError, asyncio.CancelledError)) and self._service.draining:
+        if isinstance(error, (ClosedError, asyncio.CancelledError)) and self._service.is_draining():
             return RequestError("the server ended before the answer did: ask another one, or later", status=503)
         return error
 

@@ -104,7 +104,9 @@ def run(service: Service, access: Access, address: Address, opened: socket.socke
         server_header=False,
         proxy_headers=False,
     )
-    _Server(config, service).run(sockets=[opened])
+    server = _Server(config)
+    service.is_draining = lambda: server.should_exit  # so that what is asked on an open connection is sent elsewhere
+    server.run(sockets=[opened])
 
 
 def _log_to_stderr() -> None:
@@ -117,16 +119,7 @@ def _log_to_stderr() -> None:
 
 
 class _Server(uvicorn.Server):
-    """A server that says it is draining as soon as it is."""
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service = service
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        """A signal came."""
-        self._service.draining = True
-        super().handle_exit(sig, frame)
+    """A server that frees what is held, however it ends."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more, and wait for what runs; a second signal ends that at once, and frees what is held all the same.

@@ -193,13 +193,14 @@ class Service:
         pipeline: of the bundle.
         reader: of what clients show.
         settings: limits.
+        is_draining: whether the server is about to end, and takes no more.
     """
 
     pipeline: Pipeline
     reader: MediaReader
     settings: ServiceSettings
     admitted: int = 0
-    draining: bool = False
+    is_draining: Callable[[], bool] = lambda: False
     metrics: Metrics = field(init=False)
     _reported: set[str] = field(default_factory=set)
 
@@ -237,7 +238,7 @@ class Service:
         Raises:
             RequestError: there is none: status 429, or 503 where the server is about to end.
         """
-        if self.draining:
+        if self.is_draining():
             raise RequestError("the server is about to end: ask another one, or later", status=503)
         most = self.settings.max_waiting + self.settings.max_running
         if self.admitted >= most:

@@ -280,10 +280,12 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         connection = connect(server)
         connection.request("POST", "/v1/chat/completions", json.dumps(LONG), JSON)
-        connection.getresponse().readline()
+        response = connection.getresponse()
+        response.readline()
         server.signal(signal.SIGINT)
         time.sleep(0.05)  # two of one kind at once are one
         server.signal(signal.SIGINT)
+        assert b"the server ended before the answer did" in response.read()
         assert server.process.wait(10) == 130
         assert "Traceback" not in server.log.read_text()
 
