@@ -340,8 +340,9 @@ async def _whole(answer: Answer, job: ChatJob, steps: AsyncIterator[Step]) -> di
     assert end is not None  # `ChatJob.steps` ends with the end
     assert end.finish_reason is not None
     assert job.report is not None
+    drawing = await asyncio.to_thread(job.drawing)  # it takes as long as several tokens of everybody else's
     return answer.completion(
-        "".join(text), end.finish_reason, usage_of(job.report, job.new_tokens), job.seconds(end), job.drawing()
+        "".join(text), end.finish_reason, usage_of(job.report, job.new_tokens), job.seconds(end), drawing
     )
 
 
@@ -357,7 +358,8 @@ async def _events(
             if step.finish_reason is not None:
                 yield _event(answer.piece({}, step.finish_reason))
                 if include_usage and job.report is not None:
-                    yield _event(answer.counts(usage_of(job.report, job.new_tokens), job.seconds(step), job.drawing()))
+                    drawing = await asyncio.to_thread(job.drawing)
+                    yield _event(answer.counts(usage_of(job.report, job.new_tokens), job.seconds(step), drawing))
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status is said already
         cause = exchange.cause(error)
