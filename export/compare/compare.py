@@ -11,7 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -133,7 +133,9 @@ class _Process:
 
 
 def _exchange(connection: Connection, way: Way, what: str) -> Any:
-    connection.send(what)
+    """What a process answers; see `_received`."""
+    with suppress(ConnectionError):  # it ended since its last answer: what it sent at its end says why
+        connection.send(what)
     return _received(connection, way)
 
 
@@ -146,7 +148,7 @@ def _received(connection: Connection, way: Way) -> Any:
     """
     try:
         message = connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):
         raise BackendError(f"the process of {way.name} at cost {way.cost:g} ended: out of memory?") from None
     if isinstance(message, FrameFusionError):
         raise message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from framefusion.errors import BackendError, VideoError
-from framefusion.export.compare.compare import compare, render, require_memory, ways_of
+from framefusion.export.compare.compare import _exchange, compare, render, require_memory, ways_of
 from framefusion.export.compare.worker import TRANSFORMERS, Task, Way, opened
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.text.prompt import Turn, Visual
@@ -70,6 +71,20 @@ def test_more_processes_than_memory_holds_are_refused(bundle: Path) -> None:
     require_memory(Bundle(bundle), [Way(TRANSFORMERS, 1.0)] * 4)
     with pytest.raises(BackendError, match="give one --cost"):
         require_memory(Bundle(bundle), [Way(TRANSFORMERS, 1.0)] * 10**7)
+
+
+@pytest.mark.parametrize("sent", [None, VideoError("no film")], ids=["killed", "failed"])
+def test_a_process_that_ended_since_its_last_answer_is_named(sent: VideoError | None) -> None:
+    """A pipe that broke is the process's, not that of standard output."""
+    connection, other = multiprocessing.Pipe()
+    if sent is not None:
+        other.send(sent)
+    other.close()
+    expected = (
+        (BackendError, r"the process of onnxruntime at cost 0\.3 ended") if sent is None else (VideoError, "film")
+    )
+    with pytest.raises(expected[0], match=expected[1]):
+        _exchange(connection, Way("onnxruntime", 0.3), "answer")
 
 
 @pytest.mark.slow
