@@ -37,7 +37,7 @@ NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 _ROOT = Path(__file__).parents[1]  # of the runtime
-_CODE = ("backends", "families", "generation", "proof", "text")
+_CODE = ("backends", "families", "generation", "media", "proof", "text")
 """Folders whose code computes a proof's numbers; scores become plans in framefusion/reduction and its reducers."""
 
 

@@ -12,17 +12,22 @@ import onnxruntime
 import pytest
 
 from framefusion.errors import BackendError, CheckFailedError
-from framefusion.runtime.backends import table
+from framefusion.reduction import policy
+from framefusion.runtime.backends import host, table
 from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.backends.table import BACKENDS, BackendKind
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.families import qwen2_vl
+from framefusion.runtime.generation import embedder
 from framefusion.runtime.machine import cpu
 from framefusion.runtime.machine.gpu import GPU
 from framefusion.runtime.machine.machine import Machine
+from framefusion.runtime.media import tower_kinds, visual_input
 from framefusion.runtime.pipeline import Pipeline
-from framefusion.runtime.proof import remembered
+from framefusion.runtime.proof import rehearsal, remembered
 from framefusion.runtime.proof.opening import check_backend, open_proven
 from framefusion.runtime.proof.remembered import Verdict, combination_of, combination_of_blocks, recall, remember
+from framefusion.runtime.text import positions
 from tests.commands import assert_refused, run
 from tests.runtime.bundle_edits import copied, edited
 from tests.runtime.proof.wrong_backends import OPENED, Honest
@@ -300,3 +305,10 @@ def test_blocks_that_doctor_found_wrong_keep_a_backend_from_their_bundles(bundle
     for how in ({}, {"check": False}, {"name": option.backend}):
         with pytest.raises(CheckFailedError, match=r"ff-run doctor: attention over a cache, chunk"):
             open_proven(opened, **how)
+
+
+def test_a_proof_holds_for_the_code_that_it_goes_through() -> None:
+    """From a tower's inputs to logits: a package whose code differs there has proven nothing yet."""
+    hashed = {path.resolve() for path in remembered._sources()}
+    for module in (tower_kinds, visual_input, embedder, positions, host, policy, qwen2_vl, rehearsal):
+        assert Path(str(module.__file__)).resolve() in hashed, module.__name__
