@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,8 +143,8 @@ def test_openais_batches_in_and_out(films: Path, script: Path, tmp_path: Path) -
 
 
 def test_a_full_disk_ends_the_job_and_says_so(films: Path, script: Path, tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("needs a device that is always full")
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash, which limits how large a file may become")
     limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", *command(script, films, tmp_path / "out.jsonl")]
     done = subprocess.run(limited, capture_output=True, text=True, check=False)
     assert done.returncode == 16, done.stderr
