@@ -18,6 +18,8 @@ from framefusion.runtime.server.service import Service
 
 HEADER_SECONDS = 20.0
 """For the head of a request to arrive; uvicorn itself waits for ever."""
+DRAIN_SECONDS = 30
+"""For running answers to end, once the server is to."""
 CONNECTIONS = 256
 
 
@@ -28,12 +30,10 @@ class Address:
     Attributes:
         host: name or address.
         port: 0 takes a free one.
-        drain_seconds: for running answers to end, once the server is to.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
-    drain_seconds: float = 30.0
 
 
 class BoundedProtocol(H11Protocol):
@@ -83,13 +83,12 @@ def listen(address: Address) -> socket.socket:
         ) from error
 
 
-def run(service: Service, access: Access, address: Address, opened: socket.socket) -> None:
+def run(service: Service, access: Access, opened: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM: then take no more, let what runs end, and free all.
 
     Args:
         service: not started.
         access: who may ask.
-        address: for the drain.
         opened: what `listen` gave.
     """
     _log_to_stderr()
@@ -100,7 +99,7 @@ def run(service: Service, access: Access, address: Address, opened: socket.socke
         log_level="warning",
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=int(address.drain_seconds),
+        timeout_graceful_shutdown=DRAIN_SECONDS,
         server_header=False,
         proxy_headers=False,
     )

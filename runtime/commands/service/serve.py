@@ -145,7 +145,7 @@ def serve(bundle: Path, **flags: Any) -> None:
     if pipeline.choice is not None:
         console.log(pipeline.choice.text)
     console.log(f"{name} answers at http://{shown}:{port}/v1 (Ctrl-C ends it)")
-    running.run(service, _access(flags, host, policy), address, opened)
+    running.run(service, _access(flags, host, policy), opened)
 
 
 def _policy(flags: dict[str, Any]) -> Any:
