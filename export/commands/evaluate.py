@@ -91,7 +91,15 @@ def evaluate_command(
 )
 @click.argument("checkpoint")
 @CHECKPOINT_REVISION
-@option("--video", "-v", "videos", multiple=True, type=FILE, help="Film to show; repeatable, shown in order.")
+@option(
+    "--video",
+    "-v",
+    "videos",
+    multiple=True,
+    required=True,
+    type=FILE,
+    help="Film to show; repeatable, shown in order.",
+)
 @option("--prompt", "-p", required=True, help="Question about the films.")
 @option("--cost", "costs", type=CommaList(float), default="0.3", show_default=True, help="Costs beside 1, with commas.")
 @option("--bundle", type=FILE, help="Bundle of the checkpoint; default: one is built, without its check.")
@@ -115,6 +123,17 @@ def compare_command(
     On the CPU. Each is a process of its own; all answer the same tokens in turn, with the same number of threads.
     Nothing is kept of the bundle that is built where --bundle names none.
     """
+    from framefusion.reduction.budget import check_cost
+    from framefusion.runtime.media.sources import source_kind
+
+    # 1. What the flags say, before a build and the opening of every way.
+    for cost in costs:
+        check_cost(cost)
+    fps = options.pop("fps")
+    max_frames = options.pop("max_frames")
+    question = PromptOptions.from_flags(**options, images=(), system=None)
+    for film in question.files:
+        source_kind(film)  # refuses what cannot be opened
     source = open_checkpoint(checkpoint, revision)
     from framefusion.export.build import build
     from framefusion.export.compare.compare import compare, render, ways_of
@@ -122,9 +141,7 @@ def compare_command(
     from framefusion.export.options import BuildOptions
     from framefusion.runtime.bundle import Bundle
 
-    fps = options.pop("fps")
-    max_frames = options.pop("max_frames")
-    question = PromptOptions.from_flags(**options, images=(), system=None)
+    # 2. The bundle, and every way in turn.
     with tempfile.TemporaryDirectory() as folder:
         if bundle is None:
             bundle = Path(folder) / "bundle"

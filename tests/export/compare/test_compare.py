@@ -87,6 +87,24 @@ def test_a_process_that_ended_since_its_last_answer_is_named(sent: VideoError | 
         _exchange(connection, Way("onnxruntime", 0.3), "answer")
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "phrase"),
+    [
+        (("--cost", "0.5,1.5"), 10, "cost 1.5 is outside"),
+        (("-v", "none.mp4"), 11, "none.mp4"),
+        ((), 2, "--video"),
+    ],
+    ids=["cost", "no such film", "no film"],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_built(
+    flags: tuple[str, ...], code: int, phrase: str, tmp_path: Path
+) -> None:
+    """The checkpoint is an empty folder: whoever opened it first would say that."""
+    film = ("-v", tmp_path / "film.mp4") if "--cost" in flags else ()
+    result = export("compare", tmp_path, *film, "-p", QUESTION, *flags)
+    assert (result.exit_code, phrase in result.output) == (code, True), result.output
+
+
 @pytest.mark.slow
 def test_all_ways_answer_the_same_tokens_dense_and_keep_as_many_reduced(tmp_path: Path) -> None:
     film = write_film(tmp_path / "film.mp4")
