@@ -23,7 +23,7 @@ from framefusion.errors import BackendError, PromptError, RequestError
 from framefusion.runtime.media.media_file import FILM_SUFFIXES, PICTURE_SUFFIXES
 from framefusion.runtime.server.protocol.fields import Fields, shown
 from framefusion.runtime.server.protocol.parts import ChatMessage, MediaPart
-from framefusion.runtime.server.protocol.request import ChatRequest, read_chat_request
+from framefusion.runtime.server.protocol.request import NO_DEFAULTS, ChatRequest, ReductionDefaults, read_chat_request
 from framefusion.runtime.text.prompt import Visual
 
 COMPLETIONS = "/v1/chat/completions"
@@ -57,12 +57,14 @@ class Defaults:
     Attributes:
         prompt: asked about every film; None where each line has its own.
         system: what the system says.
-        images_as_video: for lines of OpenAI's.
+        reduction: for lines of OpenAI's; the run has that of the others.
+        model: the name that lines of OpenAI's may ask for; None takes any.
     """
 
     prompt: str | None = None
     system: str | None = None
-    images_as_video: bool = False
+    reduction: ReductionDefaults = NO_DEFAULTS
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,12 @@ def _openai_question(row: Mapping[str, Any], defaults: Defaults) -> BatchQuestio
     fields.only("url", COMPLETIONS, because=f"only {COMPLETIONS} is known")
     if not identity:
         raise PromptError("custom_id is missing: give each line its own")
-    chat = read_chat_request(fields.take("body"), images_as_video=defaults.images_as_video)
+    chat = read_chat_request(fields.take("body"), defaults.reduction)
+    if chat.model is not None and defaults.model is not None and chat.model != defaults.model:
+        raise PromptError(
+            f"model is {shown(chat.model)}, the bundle answers as {shown(defaults.model)}: give --model-name "
+            "the name that the lines have, if it is their model"
+        )
     if chat.stream:
         raise PromptError("a batch streams nothing: leave stream out")
     return BatchQuestion(identity, chat, openai=True)

@@ -78,6 +78,19 @@ def start_reduction(manifest: Manifest, labels: NDArray[np.int64], request: Requ
     return reducer.start(ReductionRequest(settings, labels, request.seed or 0))
 
 
+def check_reduction(manifest: Manifest, request: Request) -> None:
+    """Refuse before the first prompt what every prompt would be refused for.
+
+    Args:
+        manifest: of the bundle.
+        request: cost, thresholds and reducer; the rest is not looked at.
+
+    Raises:
+        PromptError, ReducerError: as `start_reduction`.
+    """
+    start_reduction(manifest, np.zeros(1, np.int64), request)
+
+
 def prefill(
     segments: Segments,
     rows: TokenRows,

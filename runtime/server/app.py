@@ -101,7 +101,9 @@ class Routes:
         self._service = service
         self._access = access
         self._created = int(time.time())
-        self._page, self._policy = ask_page(service.settings.model, service.pipeline.manifest.reduction.cost)
+        given = service.settings.reduction.cost
+        self._cost = service.pipeline.manifest.reduction.cost if given is None else given
+        self._page, self._policy = ask_page(service.settings.model, self._cost)
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -172,7 +174,7 @@ class Routes:
             "max_model_len": manifest.limits.max_kv_cache_capacity,
             "framefusion": {
                 "reduction": manifest.reduction.mode,
-                "cost": manifest.reduction.cost,
+                "cost": self._cost,
                 "backend": None if pipeline.choice is None else pipeline.choice.text,
             },
         }

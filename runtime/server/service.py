@@ -29,7 +29,7 @@ from framefusion.runtime.server.engine import Engine, Job
 from framefusion.runtime.server.media.reader import MediaReader
 from framefusion.runtime.server.metrics import Metrics
 from framefusion.runtime.server.protocol.parts import MediaPart
-from framefusion.runtime.server.protocol.request import ChatRequest, read_chat_request
+from framefusion.runtime.server.protocol.request import NO_DEFAULTS, ChatRequest, ReductionDefaults, read_chat_request
 from framefusion.runtime.text.prompt import Turn, Visual
 
 _log = logging.getLogger("framefusion.server")
@@ -47,7 +47,7 @@ class ServiceSettings:
         max_running: requests at most that decode in turns.
         cache_budget: bytes of keys and values, of running requests and of kept conversations together.
         request_seconds: for one request, from its first byte to its last.
-        images_as_video: show pictures that follow each other as one film where a request does not say.
+        reduction: of requests that do not say.
         metrics_prefix: of the names of metrics.
     """
 
@@ -56,7 +56,7 @@ class ServiceSettings:
     max_running: int = 4
     cache_budget: int = 2 << 30
     request_seconds: float = 600.0
-    images_as_video: bool = False
+    reduction: ReductionDefaults = NO_DEFAULTS
     metrics_prefix: str = "framefusion:"
 
 
@@ -267,7 +267,7 @@ class Service:
             given: Any = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is no JSON ({type(error).__name__}): send an object in UTF-8") from None
-        chat = read_chat_request(given, images_as_video=self.settings.images_as_video)
+        chat = read_chat_request(given, self.settings.reduction)
         if chat.model is not None and chat.model != self.settings.model:
             raise RequestError(
                 f"the model {chat.model[:120]!r} is not here: ask for {self.settings.model!r}",

@@ -65,6 +65,11 @@ LOG_SECONDS = 30.0
     metavar="I/N",
     help="The I-th of N parts, from 0, by ids.",
 )
+@option(
+    "--model-name",
+    section="What is asked",
+    help="Name of the bundle in OpenAI's lines and their answers; default: the name of its folder.",
+)
 @option("--retry-errors", section="Output", is_flag=True, help="Ask again what an earlier run could not answer.")
 @MAX_NEW_TOKENS
 @COST
@@ -109,13 +114,15 @@ def batch(bundle: Path, source: Path, output: Path, **flags: Any) -> None:
     from framefusion.runtime.batch.answers import AnswerFile
     from framefusion.runtime.batch.questions import Defaults, Shard, check_questions, read_questions
     from framefusion.runtime.request import Request
+    from framefusion.runtime.server.protocol.request import ReductionDefaults
 
     # 1. All questions are read once, before anything is opened.
     running = running_flags(flags)
     shard = Shard.parse(flags["shard"])
-    defaults = Defaults(
-        None if flags["prompt"] is None else read_prompt(flags["prompt"]), flags["system"], flags["images_as_video"]
-    )
+    name = flags["model_name"] or bundle.resolve().name
+    prompt = None if flags["prompt"] is None else read_prompt(flags["prompt"])
+    reduction = ReductionDefaults(flags["cost"], flags["reducer"], flags["images_as_video"])
+    defaults = Defaults(prompt, flags["system"], reduction, name)
     with activity(f"reading {source}"):
         count = check_questions(source, defaults, shard)
     if shard.count > 1:
@@ -125,12 +132,12 @@ def batch(bundle: Path, source: Path, output: Path, **flags: Any) -> None:
         temperature=flags["temperature"],
     )  # fmt: skip
     # 2. The bundle, and the answers that are there.
-    run, pipeline = _run(bundle, running, request, flags)
+    run, pipeline = _run(bundle, name, running, request, flags)
     settings = {
         "bundle": pipeline.bundle.digest,
         "shard": f"{shard.index}/{shard.count}",
         "request": asdict(request),
-        "defaults": asdict(defaults),
+        "defaults": {"prompt": prompt, "system": flags["system"], "images_as_video": flags["images_as_video"]},
         "frames": {"fps": flags["fps"], "max_frames": flags["max_frames"]},
     }
     with AnswerFile(output, settings, flags["retry_errors"]) as answers, activity(f"0 of {count}") as line:
@@ -151,7 +158,7 @@ def batch(bundle: Path, source: Path, output: Path, **flags: Any) -> None:
     console.show({"answers": str(output), "errors": answers.errors, **asdict(totals)}, _summary)
 
 
-def _run(bundle: Path, running: dict[str, Any], request: Any, flags: dict[str, Any]) -> tuple[Any, Pipeline]:
+def _run(bundle: Path, name: str, running: dict[str, Any], request: Any, flags: dict[str, Any]) -> tuple[Any, Pipeline]:
     """The run, and the pipeline that it answers with."""
     from framefusion.runtime.batch.reading import batch_reader, local_files
     from framefusion.runtime.batch.run import BatchRun
@@ -166,7 +173,7 @@ def _run(bundle: Path, running: dict[str, Any], request: Any, flags: dict[str, A
     sampling = manifest.sampling.overridden(flags["fps"], flags["max_frames"])
     plain_reader = batch_reader(manifest, local_files(), decoders, sampling)
     openai_reader = batch_reader(manifest, openai_policy, decoders, sampling)
-    run = BatchRun(pipeline, plain_reader, openai_reader, request, bundle.resolve().name, decoders)
+    run = BatchRun(pipeline, plain_reader, openai_reader, request, name, decoders)
     return run, pipeline
 
 

@@ -12,7 +12,17 @@ from framefusion.console import messages as console
 from framefusion.console.help import Command, option
 from framefusion.errors import BackendError, ServerError
 from framefusion.installation import install_command
-from framefusion.runtime.commands.flags import COUNT, FILE, open_pipeline, running_flags, running_options
+from framefusion.runtime.commands.flags import (
+    COST,
+    COUNT,
+    FILE,
+    FPS,
+    MAX_FRAMES,
+    REDUCER,
+    open_pipeline,
+    running_flags,
+    running_options,
+)
 
 if TYPE_CHECKING:
     from framefusion.runtime.pipeline import Pipeline
@@ -111,6 +121,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
     is_flag=True,
     help="Take pictures that follow each other for the frames of a film.",
 )
+@COST
+@REDUCER
+@FPS
+@MAX_FRAMES
 @option(
     "--metrics-prefix",
     section="The server",
@@ -122,9 +136,13 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 def serve(bundle: Path, **flags: Any) -> None:
     """Answer requests over HTTP with BUNDLE, as OpenAI's chat completions.
 
-    Nothing but the content of requests is opened unless a flag allows it, and only this machine can connect.
+    Nothing but the content of requests is opened unless a flag allows it, and only this machine can connect. What a
+    request does not say of its reduction and its frames is as the flags have it.
     """
     # 1. What is missing or wrong is said before a bundle is opened.
+    from framefusion.runtime.generation.prefill import check_reduction
+    from framefusion.runtime.request import Request
+
     try:
         from framefusion.runtime.server import running
         from framefusion.runtime.server.media.decoding import start_decoders
@@ -139,6 +157,7 @@ def serve(bundle: Path, **flags: Any) -> None:
     start_decoders()
     # 3. The bundle, and what answers with it.
     pipeline = open_pipeline(bundle, **running_settings)
+    check_reduction(pipeline.manifest, Request(cost=flags["cost"], reducer=flags["reducer"]))
     service = _service(pipeline, name, policy, flags)
     host, port = opened.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -173,12 +192,13 @@ def _access(flags: dict[str, Any], host: str, policy: Any) -> Any:
 def _service(pipeline: Pipeline, name: str, policy: Any, flags: dict[str, Any]) -> Any:
     """What answers."""
     from framefusion.runtime.server.media.reader import MediaReader
+    from framefusion.runtime.server.protocol.request import ReductionDefaults
     from framefusion.runtime.server.service import Service, ServiceSettings
 
     reader = MediaReader(
         policy,
         pipeline.manifest.preprocessing,
-        pipeline.manifest.sampling,
+        pipeline.manifest.sampling.overridden(flags["fps"], flags["max_frames"]),
         decoders=max((os.cpu_count() or 2) // 2, 1),
     )
     settings = ServiceSettings(
@@ -187,7 +207,7 @@ def _service(pipeline: Pipeline, name: str, policy: Any, flags: dict[str, Any]) 
         max_running=flags["max_running"],
         cache_budget=flags["cache_mb"] * MEGABYTE,
         request_seconds=float(flags["request_seconds"]),
-        images_as_video=flags["images_as_video"],
+        reduction=ReductionDefaults(flags["cost"], flags["reducer"], flags["images_as_video"]),
         metrics_prefix=flags["metrics_prefix"],
     )
     return Service(pipeline, reader, settings)

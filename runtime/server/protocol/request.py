@@ -60,12 +60,29 @@ class ChatRequest:
         return [part for message in self.messages for part in message.parts if isinstance(part, MediaPart)]
 
 
-def read_chat_request(body: object, *, images_as_video: bool = False) -> ChatRequest:
+class ReductionDefaults(NamedTuple):
+    """What stands for the field `framefusion` of a request, name by name, where it does not say.
+
+    Attributes:
+        cost: share of the computation over visual tokens that is kept; None is the bundle's.
+        reducer: name of the method; None is the bundle's.
+        images_as_video: show pictures that follow each other as one film.
+    """
+
+    cost: float | None = None
+    reducer: str | None = None
+    images_as_video: bool = False
+
+
+NO_DEFAULTS = ReductionDefaults()
+
+
+def read_chat_request(body: object, defaults: ReductionDefaults = NO_DEFAULTS) -> ChatRequest:
     """A request from its JSON.
 
     Args:
         body: decoded.
-        images_as_video: show pictures that follow each other as one film where a request does not say.
+        defaults: for what a request does not say of its reduction.
 
     Raises:
         RequestError: a field has a value that means nothing here.
@@ -76,7 +93,7 @@ def read_chat_request(body: object, *, images_as_video: bool = False) -> ChatReq
     # 1. What would change an answer and is not done here is refused, not passed over.
     _refuse_what_is_not_done(fields)
     # 2. Our own field, whose names are all known.
-    options = _own_options(fields, images_as_video)
+    options = _own_options(fields, defaults)
     # 3. Frames of films, then the messages that show them.
     sampling = read_request_sampling(fields, ignored)
     messages = read_messages(fields.take("messages"), sampling, ignored)
@@ -127,15 +144,16 @@ class _Options(NamedTuple):
     show: bool = False
 
 
-def _own_options(fields: Fields, images_as_video: bool) -> _Options:
+def _own_options(fields: Fields, defaults: ReductionDefaults) -> _Options:
     """`framefusion`, whose names are all known."""
     given = fields.inner("framefusion")
     if given is None:
-        return _Options(images_as_video=images_as_video)
+        return _Options(*defaults)
+    cost = given.number("cost", 0, 1, above=True)
     options = _Options(
-        given.number("cost", 0, 1, above=True),
-        given.text("reducer", most=LONGEST_ID),
-        given.flag("images_as_video", images_as_video),
+        defaults.cost if cost is None else cost,
+        given.text("reducer", most=LONGEST_ID) or defaults.reducer,
+        given.flag("images_as_video", defaults.images_as_video),
         given.flag("show"),
     )
     if given.unknown:

@@ -31,11 +31,13 @@ from framefusion.runtime.media.sources import as_image
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.conftest import made_once
+from tests.runtime.server.conftest import serving
 from tests.wheel import ROOT, build_wheel
 from tools.tiny import clips
 
 TRAINED = ROOT / "tests" / "models" / "tiny_qwen2_vl"
 MOST, QUESTIONS = 8, 40
+FRAMES = 16
 COST = (
     0.1  # at which some answers are wrong: uniform sampling by a bundle, FrameFusion live with transformers' positions
 )
@@ -139,6 +141,7 @@ IMPORTED = (
     "aiohttp",
     "requests",
     "filelock<4",
+    "python-dotenv",
 )
 """What it imports for a task like ours, of the sixty packages it asks for."""
 KEPT = ("torch", "transformers", "huggingface-hub", "tokenizers", "numpy", "av", "pillow")
@@ -242,10 +245,10 @@ def trained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def lmms_eval(home: Path, task: Path, *arguments: object, name: str = "drawn_clips") -> str:
+def lmms_eval(home: Path, task: Path, *arguments: object, name: str = "drawn_clips", model: str = "framefusion") -> str:
     """The command, as the documentation has it; returns what it said."""
     common = ("--include_path", task, "--tasks", name, "--batch_size", "1")
-    done = python(home, home / "bin" / "lmms-eval", "eval", "--model", "framefusion", *common, *arguments)
+    done = python(home, home / "bin" / "lmms-eval", "eval", "--model", model, *common, *arguments)
     return done.stdout + done.stderr
 
 
@@ -289,6 +292,32 @@ def test_the_score_of_a_live_model_is_ours(home: Path, task: Path, tmp_path: Pat
     assert 0.5 * QUESTIONS < row["right"] < QUESTIONS
     settings = f"pretrained={TRAINED},live=transformers,threads=1,cost={COST},reducer=framefusion"
     assert score(home, task, tmp_path / "report", settings) == row["right"]
+
+
+@pytest.mark.slow
+def test_the_score_of_a_server_is_ours(home: Path, task: Path, trained_bundle: Path, tmp_path: Path) -> None:
+    """lmms-eval's own client of OpenAI's protocol, which asks a server that reduces."""
+    condition = Request(MOST, COST, reducer="uniform", temperature=0)
+    rows = [json.loads(line) for line in (task / "questions.jsonl").read_text().splitlines()]
+    with Pipeline(trained_bundle, threads=1) as pipeline:
+        sampling = pipeline.manifest.sampling.spread(FRAMES)
+        right = [
+            pipeline.generate(row["question"], [row["video"]], condition, sampling=sampling).text.strip()
+            == row["answer"]
+            for row in rows
+        ]
+    flags = ("--allowed-local-media-path", task, "--cost", COST, "--reducer", "uniform", "--max-waiting", QUESTIONS)
+    with serving(tmp_path, *flags, bundle=trained_bundle) as server:
+        settings = (
+            f"model_version=tiny,base_url={server.url}/v1,api_key=none,pass_video_url=True,max_frames_num={FRAMES}"
+        )
+        report = tmp_path / "report"
+        log = lmms_eval(home, task, "--model_args", settings, "--output_path", report, model="openai")
+    reports = list(report.rglob("*_results.json"))
+    assert len(reports) == 1, log
+    score = json.loads(reports[0].read_text())["results"]["drawn_clips"]["exact_match,none"]
+    assert score == pytest.approx(sum(right) / QUESTIONS, abs=1e-6)
+    assert 0.5 * QUESTIONS < sum(right) < QUESTIONS
 
 
 REFUSED = {

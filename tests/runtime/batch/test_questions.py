@@ -14,6 +14,7 @@ from framefusion.runtime.batch.questions import Defaults, Shard, check_questions
 from framefusion.runtime.batch.run import over
 from framefusion.runtime.request import MAX_NEW_TOKENS, Request
 from framefusion.runtime.server.protocol.parts import MediaPart
+from framefusion.runtime.server.protocol.request import ReductionDefaults
 from framefusion.runtime.text.prompt import Visual
 
 BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
@@ -51,6 +52,21 @@ def test_a_folder_is_its_films_and_pictures(tmp_path: Path) -> None:
     found = list(read_questions(tmp_path, Defaults(prompt="What?"), Shard()))
     assert [question.id for question in found] == ["a/c.PNG", "a/d.webm", "b.mp4", "e.M2TS"]
     assert [question.chat.media[0].kind for question in found] == [Visual.IMAGE, *[Visual.VIDEO] * 3]
+
+
+def test_lines_of_openais_batches_ask_for_the_model_that_answers(tmp_path: Path) -> None:
+    source = lines(tmp_path, OPENAI, {**OPENAI, "custom_id": "b", "body": {**BODY, "model": "tiny"}})
+    assert check_questions(source, Defaults(model="tiny"), Shard()) == 2
+    with pytest.raises(
+        PromptError, match=r"line 2: model is 'tiny', the bundle answers as 'bundle': give --model-name"
+    ):
+        check_questions(source, Defaults(model="bundle"), Shard())
+
+
+def test_the_runs_reduction_stands_where_a_line_of_openais_says_nothing(tmp_path: Path) -> None:
+    source = lines(tmp_path, OPENAI, {**OPENAI, "custom_id": "b", "body": {**BODY, "framefusion": {"cost": 1.0}}})
+    first, second = read_questions(source, Defaults(reduction=ReductionDefaults(cost=0.3)), Shard())
+    assert (first.chat.request.cost, second.chat.request.cost) == (0.3, 1.0)
 
 
 def test_lines_of_openais_batches(tmp_path: Path) -> None:

@@ -122,6 +122,28 @@ def test_a_caller_who_leaves_frees_what_is_held(server: Running) -> None:
     assert send(server, HELLO).status == 200
 
 
+def test_the_servers_flags_stand_where_a_request_says_nothing(tmp_path: Path, films: Path) -> None:
+    content = [{"type": "video_url", "video_url": {"url": f"file://{films}/film.mp4"}}, {"type": "text", "text": "Hm?"}]
+    asks = {**HELLO, "messages": [{"role": "user", "content": content}]}
+    with Pipeline(shared("bundle")) as pipeline:
+        sampling = pipeline.manifest.sampling.overridden(None, 3)
+        request = Request(4, cost=0.5, reducer="uniform", temperature=0)
+        expected = pipeline.generate("Hm?", [films / "film.mp4"], request, sampling=sampling)
+    flags = ("--cost", 0.5, "--reducer", "uniform", "--max-frames", 3, "--allowed-local-media-path", films)
+    with serving(tmp_path, *flags) as server:
+        answer = json.loads(send(server, asks).read())
+    assert answer["choices"][0]["message"]["content"] == expected.text
+    details = answer["usage"]["prompt_tokens_details"]
+    assert details["visual_tokens"] == expected.visual_tokens
+    assert details["cost"] == pytest.approx(expected.cost, abs=1e-4)
+
+
+@pytest.mark.parametrize("flags", [("--reducer", "nothing"), ("--cost", 1.5)], ids=str)
+def test_a_reduction_that_no_request_could_have_is_refused_at_once(tmp_path: Path, flags: tuple[object, ...]) -> None:
+    with pytest.raises(AssertionError, match=r"does not answer.*(nothing|1\.5)"), serving(tmp_path, *flags):
+        pass
+
+
 def test_more_than_can_be_done_are_turned_away(tmp_path: Path) -> None:
     with serving(tmp_path, "--max-running", 1, "--max-waiting", 0) as server:
         connection = connect(server)

@@ -7,7 +7,7 @@ import pytest
 from framefusion.errors import PromptError, RequestError
 from framefusion.runtime.request import MAX_NEW_TOKENS
 from framefusion.runtime.server.protocol.parts import ALL_FRAMES, MediaPart, Sampling
-from framefusion.runtime.server.protocol.request import read_chat_request
+from framefusion.runtime.server.protocol.request import ReductionDefaults, read_chat_request
 from framefusion.runtime.text.prompt import Visual
 
 FILM = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
@@ -155,12 +155,28 @@ def test_a_client_may_send_the_frames_it_sampled() -> None:
 def test_pictures_in_a_row_can_be_a_film(server_flag: bool) -> None:
     fields: dict[str, Any] = {} if server_flag else {"framefusion": {"images_as_video": True}}
     text = {"type": "text", "text": "then"}
-    chat = read_chat_request(body(PICTURE, PICTURE, text, PICTURE, **fields), images_as_video=server_flag)
+    chat = read_chat_request(
+        body(PICTURE, PICTURE, text, PICTURE, **fields), ReductionDefaults(images_as_video=server_flag)
+    )
     kinds = [part.kind for part in chat.media]
     assert kinds == [Visual.VIDEO, Visual.IMAGE]  # one alone stays a picture
     assert len(chat.media[0].urls) == 2
     as_they_are = body(PICTURE, PICTURE, framefusion={"images_as_video": False})
-    assert [part.kind for part in read_chat_request(as_they_are, images_as_video=True).media] == [Visual.IMAGE] * 2
+    assert [part.kind for part in read_chat_request(as_they_are, ReductionDefaults(images_as_video=True)).media] == [
+        Visual.IMAGE
+    ] * 2
+
+
+def test_the_servers_reduction_stands_where_a_request_says_nothing() -> None:
+    defaults = ReductionDefaults(0.3, "uniform")
+    for given, expected in (
+        ({}, (0.3, "uniform")),
+        ({"framefusion": {"show": True}}, (0.3, "uniform")),
+        ({"framefusion": {"cost": 1}}, (1.0, "uniform")),
+        ({"framefusion": {"reducer": "fastv"}}, (0.3, "fastv")),
+    ):
+        request = read_chat_request(body(PICTURE, **given), defaults).request
+        assert (request.cost, request.reducer) == expected
 
 
 def test_roles_of_developers_are_the_systems() -> None:
