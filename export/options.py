@@ -38,6 +38,8 @@ class BuildOptions:
         buckets: sizes of a prefill.
         max_input_len, max_kv_cache_capacity, max_text_len: longest prompt; prompt and answer; text of a prompt (fixed).
         dtype: of the graphs: weights, activations and caches. The embedding table stays as it is stored.
+        weights: of the decoder's layers: None for floats of `dtype`, else "int8" or "int4", with the size of a block
+            behind a colon ("int4:64") and "+zero" for zero points.
         num_decoder_layer: take only the first layers, for a smoke test.
         fps, max_frames, min_pixels, max_pixels: sampling of frames and their size.
         mm_spatial_pool_mode: how the patches of a frame are pooled (LLaVA).
@@ -64,6 +66,7 @@ class BuildOptions:
     max_kv_cache_capacity: int | None = None
     max_text_len: int = DEFAULT_TEXT
     dtype: DType = "float32"
+    weights: str | None = None
     num_decoder_layer: int | None = None
     fps: float | None = None
     max_frames: int | None = None

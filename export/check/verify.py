@@ -28,7 +28,7 @@ from framefusion.export.check import check
 from framefusion.export.check.agreement import Agreement, agreement_of, not_compared
 from framefusion.export.check.observation import SPARING, WHOLE, Doing, Effort, ignore, observe
 from framefusion.export.checkpoints.tensors.streaming import streamed_bytes
-from framefusion.export.checkpoints.tensors.weights import AnySource, blocks_of
+from framefusion.export.checkpoints.tensors.weights import AnySource, blocks_of, stored_type
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.machine import CHECKING_PROCESS
 from framefusion.export.options import BuildOptions
@@ -150,9 +150,9 @@ def memory_of_check(plan: BuildPlan) -> int:
 
     A second graph over the same weights has a copy of its own, and while ONNX Runtime packs a tensor it has it twice.
     """
-    weights = sum(sum(graph.sizes) for graph in plan.graphs)
-    largest = max(size for graph in plan.graphs for size in graph.sizes)
-    return FLOAT * (weights + largest) + CHECKING_PROCESS
+    weights = sum(sum(graph.eager_bytes) for graph in plan.graphs)
+    largest = max(size for graph in plan.graphs for size in graph.eager_bytes)
+    return weights + largest + CHECKING_PROCESS
 
 
 def memory_of_streamed(plan: BuildPlan) -> int:
@@ -231,7 +231,8 @@ def _is_written(weights: Path, tensor: ir.ExternalTensor, plan: BuildPlan, sourc
     """Whether the file has at the tensor's place what the checkpoint gives for it."""
     with weights.open("rb") as file:
         file.seek(tensor.offset or 0)
-        for block in blocks_of(source.make(plan.checkpoint), plan.dtype):
+        values = source.make(plan.checkpoint)
+        for block in blocks_of(values, stored_type(values, plan.dtype)):
             expected = block.contiguous().view(-1).view(torch.uint8).numpy().data
             if file.read(len(expected)) != expected:
                 return False

@@ -20,8 +20,9 @@ present_value_j, which a runtime binds to the memory of the past ones. float is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -36,7 +37,8 @@ from framefusion.export.graphs.graph_plan import (
     Signature,
     meta,
 )
-from framefusion.export.graphs.layers import JoinedLinear, Linear, RMSNorm
+from framefusion.export.graphs.layers import JoinedLinear, Linear, RMSNorm, linear
+from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.runtime.backends.kv_cache import cache_names
 
 
@@ -70,23 +72,33 @@ class Block:
     kind: Literal["attention", "mlp"]
     layer: int
     deepstack: bool = False  # adds visual features: an MLP of the first layers, where the family has them
+    formats: tuple[tuple[str, BlockFormat], ...] = ()  # of its linear maps, by names of LINEARS; others are floats
+
+
+LINEARS: Mapping[str, tuple[str, ...]] = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+"""Kind of a block -> its linear maps."""
+
+
+Formats = Mapping[str, BlockFormat]
+"""Linear map of a block -> format of its weights; what is not there is in floats."""
+NO_FORMATS: Formats = MappingProxyType({})
 
 
 class AttentionBlock(nn.Module):
     """Input norm, attention over the cache, residual: [B, S, D] -> the same shape."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, formats: Formats = NO_FORMATS) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads
         width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.q = Linear(config.hidden_size, width, config.qkv_bias)
-        self.k = Linear(config.hidden_size, kv_width, config.qkv_bias)
-        self.v = Linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.q = linear(config.hidden_size, width, config.qkv_bias, formats.get("q"))
+        self.k = linear(config.hidden_size, kv_width, config.qkv_bias, formats.get("k"))
+        self.v = linear(config.hidden_size, kv_width, config.qkv_bias, formats.get("v"))
         self.qkv: JoinedLinear | None = None  # in place of the three, where a compiler wants one product
-        self.o = Linear(width, config.hidden_size, config.out_bias)
+        self.o = linear(width, config.hidden_size, config.out_bias, formats.get("o"))
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -119,13 +131,13 @@ class AttentionBlock(nn.Module):
 class MlpBlock(nn.Module):
     """Post-attention norm, down(swish(gate) * up), residual: [B, S, D] -> the same shape."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, formats: Formats = NO_FORMATS) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gate = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.up = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.gate = linear(config.hidden_size, config.intermediate_size, config.mlp_bias, formats.get("gate"))
+        self.up = linear(config.hidden_size, config.intermediate_size, config.mlp_bias, formats.get("up"))
         self.gate_up: JoinedLinear | None = None  # in place of the two, where a compiler wants one product
-        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.down = linear(config.intermediate_size, config.hidden_size, config.mlp_bias, formats.get("down"))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, D] -> the same shape."""
@@ -158,7 +170,7 @@ class Segment(GraphModule):
         self.plan = tuple(blocks)
         self.scores = scores
         kinds = {"attention": AttentionBlock, "mlp": MlpBlock}
-        self.blocks = nn.ModuleList(kinds[block.kind](config) for block in blocks)
+        self.blocks = nn.ModuleList(kinds[block.kind](config, dict(block.formats)) for block in blocks)
         self.head = Head(config) if head else None
 
     def forward(

@@ -31,7 +31,7 @@ from framefusion.export.graphs.decoder import (
     example_cache,
 )
 from framefusion.export.graphs.graph_plan import EXAMPLE_CAPACITY, GraphModule, Signature, meta
-from framefusion.export.graphs.segments import whole_decoder
+from framefusion.export.graphs.segments import SegmentPlan, whole_decoder
 from framefusion.ops import static_reduction
 from framefusion.ops.static_reduction import TokenState
 from framefusion.reduction.budget import FixedSchedule
@@ -40,13 +40,22 @@ from framefusion.runtime.format.manifest import FixedRecord
 
 
 class FixedPrefill(GraphModule):
-    """The decoder of `whole_decoder`, with the reductions of a schedule between its blocks."""
+    """The decoder of `whole_decoder`, with the reductions of a schedule between its blocks.
+
+    Args:
+        config: geometry of the decoder.
+        schedule: the reductions.
+        record: sizes that it is built for.
+        plan: all blocks as one segment, with the formats of their weights; None: all weights are floats.
+    """
 
     decompositions = static_reduction.DECOMPOSITIONS
 
-    def __init__(self, config: DecoderConfig, schedule: FixedSchedule, record: FixedRecord) -> None:
+    def __init__(
+        self, config: DecoderConfig, schedule: FixedSchedule, record: FixedRecord, plan: SegmentPlan | None = None
+    ) -> None:
         super().__init__()
-        (plan,) = whole_decoder(config.num_layers, deepstack=config.deepstack)
+        plan = plan or whole_decoder(config.num_layers, deepstack=config.deepstack)[0]
         decoder = Segment(config, plan.blocks, scores=False, head=True)
         # the attributes of the plain decoder, so that both graphs name the same weights
         self.blocks = decoder.blocks

@@ -19,9 +19,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from framefusion.export.checkpoints.tensors.weights import AnySource, aligned_bytes
+from framefusion.export.checkpoints.tensors.weights import AnySource, aligned_bytes, stored_type
 
 FREE = torch.export.Dim.DYNAMIC
+FLOAT = 4  # bytes of fp32
 EXAMPLE_LENGTH = 9  # example sizes: distinct, and none of them 1, so that no axis looks fixed or equal to another
 EXAMPLE_CAPACITY = 17
 
@@ -98,12 +99,20 @@ class GraphPlan:
         """Parameter -> shape, in the order in which they are written."""
         return {name: tuple(parameter.shape) for name, parameter in self.module().named_parameters()}
 
+    @cached_property
+    def types(self) -> Mapping[str, torch.dtype]:
+        """Parameter -> its type in the bundle: whole numbers, as codes are, keep theirs."""
+        return {name: stored_type(parameter, self.dtype) for name, parameter in self.module().named_parameters()}
+
     @property
-    def sizes(self) -> list[int]:
-        """How many numbers each parameter has, in the order of `shapes`."""
-        return [math.prod(shape) for shape in self.shapes.values()]
+    def eager_bytes(self) -> list[int]:
+        """Bytes of each parameter while the graph runs in fp32, in the order of `shapes`."""
+        return [
+            math.prod(shape) * (FLOAT if self.types[name].is_floating_point else self.types[name].itemsize)
+            for name, shape in self.shapes.items()
+        ]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the file of weights, its alignment included."""
-        return sum(aligned_bytes(size * self.dtype.itemsize) for size in self.sizes)
+        return sum(aligned_bytes(math.prod(shape) * self.types[name].itemsize) for name, shape in self.shapes.items())

@@ -1,4 +1,4 @@
-"""The layers that decoder and towers are made of: a linear map stored as the compiled graph wants it, and norms."""
+"""The layers that decoder and towers are made of: linear maps stored as the compiled graph wants them, and norms."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+import framefusion.ops.quantized  # noqa: F401  (registers the op)
+from framefusion.export.quantization.blocks import BlockFormat
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -25,6 +28,41 @@ class Linear(nn.Module):
         """[..., in] -> [..., out]."""
         product = x @ self.weight
         return product if self.bias is None else product + self.bias
+
+
+class QuantizedLinear(nn.Module):
+    """The same with weights in 4 or 8 bits by blocks of inputs: see `framefusion.export.quantization.blocks`."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, form: BlockFormat) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.form = form
+        shapes = form.shapes(out_features, in_features)
+        self.packed = nn.Parameter(torch.empty(shapes["packed"], dtype=torch.uint8), requires_grad=False)
+        self.scales = weight(*shapes["scales"])
+        self.zero_points: nn.Parameter | None = None
+        if "zero_points" in shapes:
+            zero_points = torch.empty(shapes["zero_points"], dtype=torch.uint8)
+            self.zero_points = nn.Parameter(zero_points, requires_grad=False)
+        self.bias = weight(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        form = self.form
+        product: Tensor = torch.ops.framefusion.matmul_nbits(
+            x, self.packed, self.scales, self.zero_points, form.bits, form.block, self.in_features, form.signed
+        )
+        return product if self.bias is None else product + self.bias
+
+
+AnyLinear = Linear | QuantizedLinear
+
+
+def linear(in_features: int, out_features: int, bias: bool, form: BlockFormat | None = None) -> AnyLinear:
+    """A linear map whose weights are floats, or in a format."""
+    if form is None:
+        return Linear(in_features, out_features, bias)
+    return QuantizedLinear(in_features, out_features, bias, form)
 
 
 class JoinedLinear(nn.Module):

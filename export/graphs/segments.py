@@ -10,7 +10,7 @@ whole for a method that is done before the LLM. Knows no weights and no targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +35,9 @@ class SegmentPlan:
     head: bool
 
     @property
-    def structure(self) -> tuple[tuple[tuple[str, bool], ...], bool, bool]:
+    def structure(self) -> Hashable:
         """Segments of equal structure share one traced graph."""
-        return tuple((block.kind, block.deepstack) for block in self.blocks), self.scores, self.head
+        return tuple((block.kind, block.deepstack, block.formats) for block in self.blocks), self.scores, self.head
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

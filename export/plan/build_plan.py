@@ -17,7 +17,7 @@ from framefusion.errors import BudgetError, BundleError, CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.origin.source import license_files
 from framefusion.export.checkpoints.tensors.leftovers import check_all_read
-from framefusion.export.checkpoints.tensors.weights import AnySource, Source, check_parameter
+from framefusion.export.checkpoints.tensors.weights import AnySource, LatestBlocks, Source, check_parameter
 from framefusion.export.families import decoders, family_of
 from framefusion.export.families.family import Family
 from framefusion.export.families.reading import configs as reading
@@ -32,6 +32,7 @@ from framefusion.export.options import TowerInput
 from framefusion.export.plan import sizes
 from framefusion.export.plan.graphs import fixed_graphs, segment_graphs, tower_graph
 from framefusion.export.plan.reduction import reduction_record, segments_of
+from framefusion.export.plan.weight_plan import WeightPlan, check_quantized, parse_weights
 from framefusion.runtime.format.manifest import FixedRecord, Manifest, ModelRecord, SegmentRecord, VisionRecord
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing
@@ -78,7 +79,15 @@ class BuildPlan:
         # 4. the reduction, which decides where the decoder is cut
         self.reduction = reduction_record(self.family, self.config, options)
         self.fixed = self._fixed()
-        self.segments = segments_of(self.reduction, self.config)
+        self._weights = WeightPlan(
+            checkpoint,
+            None if options.weights is None else parse_weights(options.weights),
+            self.dtype,
+            self.dialect.signed_codes,
+            LatestBlocks(),
+        )
+        self.segments = tuple(map(self._formatted, segments_of(self.reduction, self.config)))
+        check_quantized(self.segments, self.dialect, options)
         # 5. the prompts
         self.template = self.family.template(checkpoint)
         reading.check_placeholders(checkpoint, self.template, checkpoint.shape(self.embedding_key)[0])
@@ -160,7 +169,7 @@ class BuildPlan:
     def _taken(self) -> Iterator[str]:
         """Keys that a bundle of all layers reads, whatever --num-decoder-layer leaves out of this one."""
         layers = decoders.stored_depth(self.checkpoint, self.family)
-        whole = whole_decoder(layers, deepstack=self.config.deepstack)[0]
+        whole = self._formatted(whole_decoder(layers, deepstack=self.config.deepstack)[0])
         parameters = segment_module(replace(self.config, num_layers=layers), whole).named_parameters()
         sources = self.sources(whole)
         yield from (key for name, _ in parameters for key in sources[name].keys)
@@ -231,7 +240,11 @@ class BuildPlan:
 
     def sources(self, plan: SegmentPlan) -> dict[str, AnySource]:
         """Where the parameters of a segment are in the checkpoint."""
-        return decoders.decoder_sources(self.checkpoint, self.family, plan)
+        return self._weights.sources(plan, decoders.decoder_sources(self.checkpoint, self.family, plan))
+
+    def _formatted(self, plan: SegmentPlan) -> SegmentPlan:
+        """A segment with the formats of its weights."""
+        return self._weights.formatted(plan, decoders.decoder_sources(self.checkpoint, self.family, plan))
 
 
 def levels_of(preprocessing: Preprocessing) -> Levels:

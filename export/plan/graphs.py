@@ -48,17 +48,19 @@ def fixed_graphs(
     """Two graphs over one file of weights: the reductions are in the prefill, decoding runs the plain decoder."""
     folder = f"segments/{plan.name}"
     plain = partial(segment_module, config, plan)
-    prefill = partial(fixed_module, config, schedule, record)
+    prefill = partial(fixed_module, config, schedule, record, plan)
     return (
         GraphPlan(f"{folder}/{GRAPH}", "prefill", prefill, sources, dtype, ("fixed", plan.structure)),
         GraphPlan(f"{folder}/{DECODE_GRAPH}", "decode", plain, sources, dtype, plan.structure),
     )
 
 
-def fixed_module(config: DecoderConfig, schedule: FixedSchedule, record: FixedRecord) -> FixedPrefill:
+def fixed_module(
+    config: DecoderConfig, schedule: FixedSchedule, record: FixedRecord, plan: SegmentPlan
+) -> FixedPrefill:
     """The static prefill of the fixed mode, on the meta device."""
     with torch.device("meta"):
-        return FixedPrefill(config, schedule, record)
+        return FixedPrefill(config, schedule, record, plan)
 
 
 def tower_graph(tower: TowerPlan, dtype: torch.dtype) -> GraphPlan:

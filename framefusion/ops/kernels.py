@@ -13,6 +13,8 @@ anything.
     masked_attention   q, k, v [B, S, H*hd], bias [1 or B, 1, S, S] added to the scores           [B, S, H*hd]
     similarity         hidden [B, S, D], previous [S] (-1: first of its track)                    fp32 [S]
     importance         q [B, S, H*hd], k [B, S, Hkv*hd], last [1]                                 fp32 [S]
+
+The product with weights in 4 or 8 bits is in quantized.py.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ KERNELS: dict[OpOverload, Callable[..., Any]] = {}
 """Each op's own kernel, for a compiler that is to see plain torch in its place."""
 
 
-def _declared(kernel: Callable[..., Any]) -> CustomOpDef:
+def declared(kernel: Callable[..., Any]) -> CustomOpDef:
     """Register a kernel as the op of its name."""
     op = torch.library.custom_op(f"{NAMESPACE}::{kernel.__name__}", kernel, mutates_args=())
     KERNELS[getattr(torch.ops.framefusion, kernel.__name__).default] = kernel
     return op
 
 
-@_declared
+@declared
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last axis, the statistics in fp32 (Zhang and Sennrich, arXiv 1910.07467).
 
@@ -54,7 +56,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@_declared
+@declared
 def swish(x: Tensor, alpha: float) -> Tensor:
     """x * sigmoid(alpha * x), element by element: SiLU for alpha 1, quick GELU for 1.702.  [...] -> [...]"""
     return x * torch.sigmoid(alpha * x)
@@ -65,7 +67,7 @@ def _(x: Tensor, alpha: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@_declared
+@declared
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """Rotary position embedding (Su et al., arXiv 2104.09864), rotate-half layout.
 
@@ -88,7 +90,7 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.view(x.shape[0], x.shape[1], num_heads, -1).transpose(1, 2)
 
 
-@_declared
+@declared
 def cache_attention(
     query: Tensor,
     key: Tensor,
@@ -134,7 +136,7 @@ def _(
     return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)
 
 
-@_declared
+@declared
 def full_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     """Attention without a mask, as a vision tower uses it within one temporal grid.
 
@@ -151,7 +153,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     return torch.empty_like(query)
 
 
-@_declared
+@declared
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     """Attention with an additive mask, as a vision tower with windows of unequal size uses it.
 
@@ -171,7 +173,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -
     return torch.empty_like(query)
 
 
-@_declared
+@declared
 def similarity(hidden: Tensor, previous: Tensor) -> Tensor:
     """Cosine of each token to the previous token of its track, in fp32 (fp16 products overflow).
 
@@ -192,7 +194,7 @@ def _(hidden: Tensor, previous: Tensor) -> Tensor:
     return hidden.new_empty((hidden.shape[1],), dtype=torch.float32)
 
 
-@_declared
+@declared
 def importance(query: Tensor, key: Tensor, last: Tensor, rows: int, num_heads: int, num_kv_heads: int) -> Tensor:
     """Attention that the last `rows` tokens pay to each token, mean over heads and rows; every row is causal.
 

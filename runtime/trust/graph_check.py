@@ -29,7 +29,7 @@ _STANDARD = (
     "TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor "
 )
 STANDARD = frozenset(_STANDARD.split())
-CONTRIB = frozenset({"GroupQueryAttention", "MultiHeadAttention", "QuickGelu"})
+CONTRIB = frozenset({"GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "QuickGelu"})
 OPERATORS: Mapping[str, frozenset[str]] = {"": STANDARD, "com.microsoft": CONTRIB}
 """Operators by domain: what the dialects write, and the plain functions of tensors that torch's exporter may choose."""
 
@@ -37,9 +37,15 @@ _INT32 = (-(1 << 31), (1 << 31) - 1)
 _RANGES: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("num_heads", "q_num_heads", "kv_num_heads"), (0, WIDTH)),
     "batch_dims": (0, 16),
+    **dict.fromkeys(("K", "N"), (1, 1 << 24)),
+    "bits": (4, 8),
+    "block_size": (16, 256),
+    "accuracy_level": (4, 4),  # without it 8 bits take seconds a token
 }
 """Integers that attributes may be, by name; others have 32 bits. ONNX Runtime crashes at some that are beyond."""
-_CONTRIB_ATTRIBUTES = frozenset({"num_heads", "kv_num_heads", "alpha"})
+_CONTRIB_ATTRIBUTES = frozenset(
+    {"num_heads", "kv_num_heads", "alpha", "K", "N", "bits", "block_size", "accuracy_level"}
+)
 """Those of operators that are not standard: the others choose code that no build has run."""
 
 _FLOATS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers

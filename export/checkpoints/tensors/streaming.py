@@ -17,7 +17,7 @@ KEPT = 64 << 20  # bytes of fp32 weights outside the layers from where on a modu
 FLOAT = 4  # bytes
 
 Read = Callable[[str], Tensor]
-"""Parameter of the whole module, by name -> its values, in any floating type."""
+"""Parameter of the whole module, by name -> its values, in any floating type, or the codes of quantized weights."""
 
 
 def stream(module: nn.Module, read: Read, released: Callable[[str], object] = lambda _: None) -> None:
@@ -35,7 +35,7 @@ def stream(module: nn.Module, read: Read, released: Callable[[str], object] = la
         _Unit(prefix, unit, names, read, released)
     for name, _ in list(module.named_parameters(remove_duplicate=False)):
         if name not in streamed:
-            _set(module, name, read(name).float())
+            _set(module, name, _in_fp32(read(name)))
 
 
 def units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -75,7 +75,7 @@ class _Unit:
     def _load(self, *_: Any) -> None:
         for name in self._names:
             tensor = self._read(self._prefix + name)
-            _set(self._module, name, tensor if self._looked_up else tensor.float())
+            _set(self._module, name, tensor if self._looked_up else _in_fp32(tensor))
 
     def _leave(self, _module: nn.Module, _arguments: Any, result: Any) -> Any:
         self._release()
@@ -88,10 +88,18 @@ class _Unit:
             _set(self._module, name, torch.full((), torch.nan).expand(shape))
 
 
+def _in_fp32(tensor: Tensor) -> Tensor:
+    """Floats in fp32; whole numbers, as codes of quantized weights are, as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     setattr(module.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
 def _bytes(module: nn.Module) -> int:
-    return FLOAT * sum(parameter.numel() for parameter in module.parameters())
+    return sum(
+        parameter.numel() * (FLOAT if parameter.is_floating_point() else parameter.itemsize)
+        for parameter in module.parameters()
+    )

@@ -6,7 +6,8 @@ hands over the `Source` of each parameter. The main path is `write_parameters`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from framefusion.errors import CheckpointError
+from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized, Packed, Part
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -67,7 +69,68 @@ class Computed:
         return self.function(*(checkpoint.tensor(key) for key in self.keys))
 
 
-AnySource = Source | Computed
+class Recipe(Protocol):
+    """The quantized weight of one linear map: made of a matrix of floats, or a checkpoint's own codes."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the tensors that are read."""
+
+    @property
+    def form(self) -> BlockFormat:
+        """How it is stored."""
+
+    @property
+    def types(self) -> Collection[str]:
+        """Types, as safetensors names them, that these tensors may have."""
+
+    def shape(self, headers: Reader) -> tuple[int, int]:
+        """Outputs and inputs, from the headers alone."""
+
+    def blocks(self, checkpoint: Reader) -> BlockQuantized:
+        """The matrix; [out, in], of `form` but for `form.signed`, which is about packing."""
+
+
+class LatestBlocks:
+    """The last matrix that was quantized: its parameters are read one after the other, and it is made once."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[Recipe, Reader, Packed] | None = None
+
+    def packed(self, recipe: Recipe, checkpoint: Reader) -> Packed:
+        """The parameters of a linear map."""
+        latest = self._latest
+        if latest is None or latest[0] is not recipe or latest[1] is not checkpoint:
+            self._latest = None  # gone before the next is made: one matrix is in memory
+            latest = (recipe, checkpoint, recipe.blocks(checkpoint).pack(signed=recipe.form.signed))
+            self._latest = latest
+        return latest[2]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedPart:
+    """One parameter of a quantized linear map: its packed codes, its scales, or its zero points."""
+
+    recipe: Recipe
+    part: Part
+    latest: LatestBlocks  # that of all parameters of a plan
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the tensors that are read."""
+        return self.recipe.keys
+
+    def make(self, checkpoint: Reader) -> Tensor:
+        """See `Source.make`: uint8, but for scales."""
+        if isinstance(checkpoint, Headers):
+            shape = self.recipe.form.shapes(*self.recipe.shape(checkpoint))[self.part]
+            return torch.empty(shape, device="meta")
+        tensor = getattr(self.latest.packed(self.recipe, checkpoint), self.part)
+        assert isinstance(tensor, Tensor), self.part
+        return tensor
+
+
+AnySource = Source | Computed | QuantizedPart
 
 
 class Reader(Protocol):
@@ -105,7 +168,13 @@ def read_parameter(checkpoint: Checkpoint, source: AnySource, shape: tuple[int, 
         CheckpointError: see `check_parameter`.
     """
     check_parameter(checkpoint, source, shape)
-    return source.make(checkpoint).to(dtype).contiguous()
+    tensor = source.make(checkpoint)
+    return tensor.to(stored_type(tensor, dtype)).contiguous()
+
+
+def stored_type(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type of a tensor in a graph whose floats are of a type: whole numbers, as codes are, keep theirs."""
+    return dtype if tensor.is_floating_point() else tensor.dtype
 
 
 def check_parameter(checkpoint: Checkpoint, source: AnySource, shape: tuple[int, ...]) -> None:
@@ -123,12 +192,13 @@ def check_parameter(checkpoint: Checkpoint, source: AnySource, shape: tuple[int,
         raise CheckpointError(
             f"{stored} becomes {becomes}, the graph needs {shape}, [in, out]: is config.json of another model?"
         )
+    known: Collection[str] = source.recipe.types if isinstance(source, QuantizedPart) else STORED
     for key in source.keys:
-        if checkpoint.dtype(key) not in STORED:
+        if checkpoint.dtype(key) not in known:
             wide = checkpoint.dtype(key) == "F64"
             remedy = "save it again as float32 or bfloat16" if wide else "give the checkpoint before it was quantized"
             raise CheckpointError(
-                f"{checkpoint.folder}: {key} is stored as {checkpoint.dtype(key)}, known are {', '.join(STORED)}: "
+                f"{checkpoint.folder}: {key} is stored as {checkpoint.dtype(key)}, known are {', '.join(known)}: "
                 f"{remedy}"
             )
 
@@ -158,8 +228,8 @@ def write_parameters(
         module: on the meta device; it says names and shapes.
         checkpoint: where the values are.
         sources: name of a parameter -> where it comes from.
-        dtype: to write in.
-        file: the external-data file; it grows by `parameter_bytes(module, dtype)`, less the padding of the last.
+        dtype: to write floats in; codes of quantized weights are written as they are.
+        file: the external-data file; it grows by `GraphPlan.weight_bytes`, less the padding of the last.
         on_bytes: see `OnBytes`; padding counts.
 
     Returns:
@@ -177,13 +247,14 @@ def write_parameters(
         # 2. One tensor, as it is stored: the only one in memory until the next round.
         tensor = source.make(checkpoint)
         # 3. A narrower type would make large values infinite: the build ends rather than the model's answers.
-        check_range(tensor, dtype, source)
+        written = stored_type(tensor, dtype)
+        check_range(tensor, written, source)
         # 4. Begin on a page, so that a runtime can map the tensor and leave it on disk.
         end = file.position
         offset = file.align(ALIGNMENT)
         on_bytes(offset - end)
         # 5. Convert and write some rows at a time: beside the stored tensor no second whole one exists.
-        for block in blocks_of(tensor, dtype):
+        for block in blocks_of(tensor, written):
             on_bytes(file.write(_bytes(block)))
         placements[name] = Placement(offset, file.position - offset, shape)
     return placements
@@ -196,7 +267,7 @@ def blocks_of(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         [n, ...] for a tensor of [m, ...], contiguous, of at most _BLOCK bytes or of one row; [1, m] for a vector of m.
     """
     rows = tensor if tensor.ndim > 1 else tensor[None]
-    row_bytes = rows[0].numel() * dtype.itemsize
+    row_bytes = math.prod(rows.shape[1:]) * dtype.itemsize
     at_once = max(1, _BLOCK // max(row_bytes, 1))
     transposed = _is_transposed(rows)
     for start in range(0, rows.shape[0], at_once):
@@ -217,8 +288,10 @@ def check_range(tensor: Tensor, dtype: torch.dtype, source: AnySource) -> None:
     Raises:
         CheckpointError: one would become infinite.
     """
+    if tensor.numel() == 0 or not tensor.is_floating_point() or not dtype.is_floating_point:
+        return
     limit = torch.finfo(dtype).max
-    if tensor.numel() == 0 or torch.finfo(tensor.dtype).max <= limit:
+    if torch.finfo(tensor.dtype).max <= limit:
         return
     dense = tensor.T if _is_transposed(tensor) else tensor  # of another order torch would make a copy first
     largest = max(abs(float(bound)) for bound in dense.aminmax())
