@@ -297,7 +297,7 @@ def test_the_score_of_a_live_model_is_ours(home: Path, task: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_the_score_of_a_server_is_ours(home: Path, task: Path, trained_bundle: Path, tmp_path: Path) -> None:
     """lmms-eval's own client of OpenAI's protocol, which asks a server that reduces."""
-    condition = Request(MOST, COST, reducer="uniform", temperature=0)
+    condition = Request(MOST, COST, temperature=0)
     rows = [json.loads(line) for line in (task / "questions.jsonl").read_text().splitlines()]
     with Pipeline(trained_bundle, threads=1) as pipeline:
         sampling = pipeline.manifest.sampling.spread(FRAMES)
@@ -306,7 +306,7 @@ def test_the_score_of_a_server_is_ours(home: Path, task: Path, trained_bundle: P
             == row["answer"]
             for row in rows
         ]
-    flags = ("--allowed-local-media-path", task, "--cost", COST, "--reducer", "uniform", "--max-waiting", QUESTIONS)
+    flags = ("--allowed-local-media-path", task, "--cost", COST, "--max-waiting", QUESTIONS)
     with serving(tmp_path, *flags, bundle=trained_bundle) as server:
         settings = (
             f"model_version=tiny,base_url={server.url}/v1,api_key=none,pass_video_url=True,max_frames_num={FRAMES}"
