@@ -20,6 +20,8 @@ HEADER_SECONDS = 20.0
 """For the head of a request to arrive; uvicorn itself waits for ever."""
 DRAIN_SECONDS = 30
 """For running answers to end, once the server is to."""
+TAKE_SECONDS = 60.0
+"""For a client to take what its receive buffer and this machine's send buffer have no room for."""
 CONNECTIONS = 256
 
 
@@ -37,13 +39,15 @@ class Address:
 
 
 class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection on which no whole head of a request arrives in time."""
+    """HTTP/1.1 that ends a connection on which no whole head of a request arrives in time, or that takes no answer."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _take_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for the first head."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # writing is paused as soon as anything waits for the client
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -60,10 +64,22 @@ class BoundedProtocol(H11Protocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def pause_writing(self) -> None:
+        """Something waits for the client: it has to be taken in time. Closing would wait for that without an end."""
+        super().pause_writing()
+        self._take_timer = asyncio.get_running_loop().call_later(TAKE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """All was taken."""
+        if self._take_timer is not None:
+            self._take_timer.cancel()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """It is over."""
-        if self._head_timer is not None:
-            self._head_timer.cancel()
+        for timer in (self._head_timer, self._take_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
 

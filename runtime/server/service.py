@@ -13,8 +13,9 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -261,6 +262,18 @@ class Service:
         """Run something that takes long on a thread, of which there is one for each request."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
+    @asynccontextmanager
+    async def _folder(self) -> AsyncIterator[Path]:
+        """A folder for what one request shows, made and removed beside the loop: films of 256 MiB take their time."""
+        folder = await self._apart(partial(TemporaryDirectory, prefix="framefusion-"))
+        try:
+            yield Path(folder.name)
+        finally:
+            try:
+                await self._apart(folder.cleanup)
+            except RuntimeError:  # the threads ended meanwhile
+                folder.cleanup()
+
     def _read(self, body: bytes) -> ChatRequest:
         """The request in a body."""
         try:
@@ -288,9 +301,9 @@ class Service:
         """
         begun_at = time.monotonic()
         turns = [Turn(message.role, [_part(part) for part in message.parts]) for message in chat.messages]
-        with TemporaryDirectory(prefix="framefusion-") as folder:
+        async with self._folder() as folder:
             # 1. Fetch, and know again.
-            parts = await self._apart(self.reader.open, chat.media, Path(folder), cancelled)
+            parts = await self._apart(self.reader.open, chat.media, folder, cancelled)
             keys = turn_keys(turns, [part.key for part in parts], f"{chat.request.cost} {chat.request.reducer}")
             # 2. Continue the conversation that has the most of it in its caches.
             conversation = self.conversations.take(keys, chat.session_id)

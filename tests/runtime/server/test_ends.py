@@ -9,8 +9,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -241,16 +241,13 @@ def test_an_address_that_is_taken(tmp_path: Path) -> None:
         assert_refused(run("serve", shared("bundle"), "--port", port), ServerError, str(port), "--port")
 
 
-def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def bare_server(app: Any) -> Iterator[tuple[Any, tuple[str, int]]]:
+    """An application of its own behind the server's protocol: uvicorn, and where it listens."""
     import uvicorn
 
     from framefusion.runtime.server import running
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    monkeypatch.setattr(running, "HEADER_SECONDS", 0.3)
     opened = running.listen(running.Address(port=0))
     config = uvicorn.Config(app, http=running.BoundedProtocol, lifespan="off", log_level="error", timeout_keep_alive=1)
     server = uvicorn.Server(config)
@@ -258,16 +255,53 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatc
     thread.start()
     try:
         until(lambda: server.started)
+        yield server, opened.getsockname()[:2]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from framefusion.runtime.server import running
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    monkeypatch.setattr(running, "HEADER_SECONDS", 0.3)
+    with bare_server(app) as (_, address):
         for begin in (b"", b"GET / HTTP/1.1\r\nHost: x\r\nA", b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT"):
-            with socket.create_connection(opened.getsockname()[:2], timeout=10) as connection:
+            with socket.create_connection(address, timeout=10) as connection:
                 connection.sendall(begin)
                 start = time.monotonic()
                 while connection.recv(1000):
                     pass
                 assert time.monotonic() - start < 5
-    finally:
-        server.should_exit = True
-        thread.join()
+
+
+@pytest.mark.parametrize("pieces", [1, 200], ids=["whole", "in pieces"])
+def test_a_connection_that_takes_nothing_is_closed(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
+    """Buffers of both sides are full, and the rest of the answer waits; whoever reads gets all of it."""
+    from framefusion.runtime.server import running
+
+    size = 32 << 20
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        for number in range(pieces):
+            more = number + 1 < pieces
+            body = bytes(size // pieces if more else size - size // pieces * (pieces - 1))
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+    monkeypatch.setattr(running, "TAKE_SECONDS", 0.5)
+    with bare_server(app) as (server, address):
+        with socket.create_connection(address, timeout=10) as idle:
+            idle.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            until(lambda: len(server.server_state.connections) == 1)
+            until(lambda: not server.server_state.connections, seconds=10)
+        with socket.create_connection(address, timeout=10) as reading:
+            reading.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert sum(len(piece) for piece in iter(lambda: reading.recv(1 << 16), b"")) > size
 
 
 def test_callers_who_leave_are_no_failures_of_the_server(tmp_path: Path) -> None:
