@@ -38,6 +38,14 @@ from framefusion.export.check.observation import (
     observe,
     run,
 )
+from framefusion.export.check.quantized import (
+    EXACT,
+    EXACT_TOKENS,
+    ExactBackend,
+    cost_note,
+    cost_of_quantization,
+    half_unit,
+)
 from framefusion.export.check.replay import Replayed
 from framefusion.export.families.reference.transformers_call import (
     relative_error as relative_error,  # of the checks, too
@@ -85,27 +93,68 @@ def check_bundle(
     """
     tolerance = default_tolerance(plan) if tolerance is None else tolerance
     bundle = Bundle(folder)
-    # 1. the eager model, whose tokens the others repeat
-    theirs = observe(bundle, plan, effort, doing)
+    # 1. the eager model in floats, whose tokens the others repeat
+    floats = observe(bundle, plan.in_floats or plan, effort, doing)
     # 2. transformers' class, once the eager model's weights are gone from memory
-    agreement = not_compared("this bundle stands for another one")
-    if transformers:
-        agreement = agreement_of(plan, theirs, doing)
-    # 3. the bundle, as it will run for users
+    agreement = (
+        agreement_in_floats(plan, floats, doing) if transformers else not_compared("this bundle stands for another one")
+    )
+    # 3. the eager model with quantized weights, where the bundle has some
+    theirs = floats
+    cost: dict[str, Any] = {}
+    if plan.in_floats is not None:
+        theirs = observe(bundle, plan, effort, doing, tokens=floats.dense.tokens)
+        cost = cost_of_quantization(theirs, floats)
+    # 4. the bundle, as it will run for users
     doing("the bundle in ONNX Runtime")
-    comparison = Comparison(_compiled(bundle, effort), theirs, effort.tokens)
+    comparison = Comparison(_compiled(bundle, effort), theirs, effort.tokens, exact=half_unit(plan) == 0)
     errors = comparison.errors()
-    if agreement.logits is not None:
+    if agreement.logits is not None and not cost:
         errors[f"dense logits {AGAINST}"] = relative_error(comparison.dense_logits, agreement.logits)
-    # 4. every error beside its limit: tokens have limits that no type changes
+    # 5. every error beside its limit: tokens have limits that no type changes
+    lines = _judged(errors, tolerance)
+    notes = [*comparison.notes, *([cost_note(cost)] if cost else [])]
+    if plan.quantization is not None and not effort.streamed:
+        exact_lines, exact_notes = _exact(bundle, plan, theirs)
+        lines += exact_lines
+        notes += exact_notes
+    kept = {"prompt_tokens": int(theirs.prompt.token_ids.size), "kept_tokens": comparison.kept_tokens}
+    found = {"tolerance": tolerance, "lines": lines, "notes": notes} | kept | ({"quantization": cost} if cost else {})
+    return with_agreement(found, agreement)
+
+
+def agreement_in_floats(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore) -> Agreement:
+    """The torch graphs against transformers' class: those with the checkpoint's floats, where codes are made of them.
+
+    Args:
+        plan: of the bundle.
+        ours: what the torch graphs of `plan.in_floats`, or of the plan where it has none, compute for a prompt.
+        doing: called with what runs now.
+
+    Raises:
+        CheckFailedError: the class cannot read the checkpoint.
+    """
+    if plan.quantization is not None and plan.quantization.read:
+        return not_compared("the checkpoint holds quantized weights, which its class was not run with")
+    return agreement_of(plan.in_floats or plan, ours, doing)
+
+
+def _judged(errors: Mapping[str, float], tolerance: float) -> list[dict[str, Any]]:
+    """Errors as lines of a report."""
     limits = {KEPT: 0.0, SWAPPED: MOST_SWAPPED}
-    lines: list[dict[str, Any]] = [
+    return [
         {"what": what, "value": value, "limit": next((limits[e] for e in limits if what.endswith(e)), tolerance)}
         for what, value in errors.items()
     ]
-    kept = {"prompt_tokens": int(theirs.prompt.token_ids.size), "kept_tokens": comparison.kept_tokens}
-    found = {"tolerance": tolerance, "lines": lines, "notes": comparison.notes} | kept
-    return with_agreement(found, agreement)
+
+
+def _exact(bundle: Bundle, plan: BuildPlan, theirs: EagerRun) -> tuple[list[dict[str, Any]], list[str]]:
+    """The bundle's graphs with activations in floats: lines of a report, and notes."""
+    pipeline = Pipeline(bundle, ExactBackend(bundle.folder, manifest=bundle.manifest))
+    comparison = Comparison(pipeline, theirs, EXACT_TOKENS, exact=plan.dtype == torch.float32)
+    errors = comparison.errors()
+    limit = tolerance_of(plan.dtype, plan.config.num_layers)
+    return _judged({EXACT + what: value for what, value in errors.items()}, limit), comparison.notes
 
 
 def with_agreement(found: dict[str, Any], agreement: Agreement) -> dict[str, Any]:
@@ -142,14 +191,18 @@ def _compiled(bundle: Bundle, effort: Effort) -> Pipeline:
 
 def default_tolerance(plan: BuildPlan) -> float:
     """The limit of all errors of a build, relative to the largest magnitude of the reference: see the module."""
-    return tolerance_of(plan.dtype, plan.config.num_layers)
+    if plan.quantization is None:
+        return tolerance_of(plan.dtype, plan.config.num_layers)
+    return _random_walk(half_unit(plan), plan.config.num_layers)
 
 
 def tolerance_of(dtype: torch.dtype, layers: int) -> float:
     """The limit of relative errors behind this number of layers in a type: see the module."""
-    if dtype == torch.float32:
-        return LIMIT
-    return 4 * torch.finfo(dtype).eps / 2 * math.sqrt(ROUNDINGS / 3 * layers)
+    return LIMIT if dtype == torch.float32 else _random_walk(torch.finfo(dtype).eps / 2, layers)
+
+
+def _random_walk(half_unit: float, layers: int) -> float:
+    return 4 * half_unit * math.sqrt(ROUNDINGS / 3 * layers)
 
 
 class Comparison:
@@ -158,14 +211,15 @@ class Comparison:
     Args:
         compiled: the bundle, in any backend.
         theirs: of the eager model.
-        tokens: of the answer.
+        tokens: of the answer; fewer than the eager model's are compared as far as they go.
+        exact: both compute in fp32, activations included; None: where that is the bundle's type.
     """
 
-    def __init__(self, compiled: Pipeline, theirs: EagerRun, tokens: int = DECODED) -> None:
+    def __init__(self, compiled: Pipeline, theirs: EagerRun, tokens: int = DECODED, exact: bool | None = None) -> None:
         self.compiled = compiled
         self.theirs = theirs
         self.tokens = tokens
-        self.exact = compiled.manifest.model.dtype == "float32"
+        self.exact = compiled.manifest.model.dtype == "float32" if exact is None else exact
         self.dense_logits = np.zeros(0, np.float32)
         self.kept_tokens = 0
         self.notes = list[str]()
@@ -208,7 +262,8 @@ class Comparison:
 
 def run_errors(ours: Run, theirs: Run) -> dict[str, float]:
     """Errors of the logits after the prompt and, at worst, after a decoded token."""
-    decoded = max(relative_error(*pair) for pair in zip(ours.decoded, theirs.decoded, strict=True))
+    assert 0 < len(ours.decoded) <= len(theirs.decoded)
+    decoded = max(relative_error(*pair) for pair in zip(ours.decoded, theirs.decoded, strict=False))
     return {"logits": relative_error(ours.logits, theirs.logits), "decoded logits": decoded}
 
 

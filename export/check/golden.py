@@ -19,6 +19,7 @@ import torch
 from framefusion.errors import BudgetError, ReducerError
 from framefusion.export.check import check
 from framefusion.export.check.observation import Doing, ignore
+from framefusion.export.check.quantized import half_unit
 from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.eager.pipeline import eager_loaders
@@ -162,7 +163,7 @@ def _request(bundle: Bundle, answer: int) -> CannedRequest:
 
 
 def _limits(plan: BuildPlan) -> GoldenLimits:
-    exact = plan.dtype == torch.float32
+    exact = half_unit(plan) == 0
     return GoldenLimits(min(check.default_tolerance(plan), 0.5), 0.0 if exact else check.MOST_SWAPPED)
 
 
@@ -197,7 +198,7 @@ def _steady(
 ) -> tuple[CannedRequest, dict[str, bool]]:
     """The request of the first seed under which every run keeps the same tokens with noise on its rows, or the best."""
     reduced = [(name, cost) for name, cost in costs if cost is not None or plan.fixed is not None]
-    noise = max(HEADROOM * torch.finfo(plan.dtype).eps / 2, LEAST_NOISE)
+    noise = max(HEADROOM * half_unit(plan), LEAST_NOISE)
     found: tuple[int, CannedRequest, dict[str, bool]] | None = None
     for seed in range(seeds if reduced else 1):
         tried = replace(request, seed=seed)

@@ -107,7 +107,13 @@ class EagerRun:
     final: Array
 
 
-def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doing = ignore) -> EagerRun:
+def observe(
+    bundle: Bundle,
+    plan: BuildPlan,
+    effort: Effort = WHOLE,
+    doing: Doing = ignore,
+    tokens: Sequence[int] | None = None,
+) -> EagerRun:
     """Run the eager model as the bundle is run, in fp32; its weights are gone from memory when this returns.
 
     Args:
@@ -115,6 +121,7 @@ def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doin
         plan: of the bundle, with the checkpoint that has the weights.
         effort: how much is run.
         doing: called with what runs now.
+        tokens: of the dense run's answer; None takes the likeliest ones.
     """
     # 1. the bundle's own pipeline over torch modules, which note what enters their layers
     in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
@@ -129,9 +136,8 @@ def observe(bundle: Bundle, plan: BuildPlan, effort: Effort = WHOLE, doing: Doin
     rows = eager.embed(prompt, [features])
     # 3. without a reduction: what transformers computes as well
     recorder.open = True
-    dense = run(
-        dense_pipeline(eager), prompt, rows, dense_request(eager.manifest, Request(effort.tokens)), recorder=recorder
-    )
+    whole = dense_request(eager.manifest, Request(effort.tokens))
+    dense = run(dense_pipeline(eager), prompt, rows, whole, tokens=tokens, recorder=recorder)
     # 4. with the bundle's reduction, and the scores that it decided by
     reduced = None
     decisions = list[Decision]()

@@ -25,7 +25,7 @@ import onnx_ir as ir
 import torch
 
 from framefusion.export.check import check
-from framefusion.export.check.agreement import Agreement, agreement_of, not_compared
+from framefusion.export.check.agreement import Agreement, not_compared
 from framefusion.export.check.observation import SPARING, WHOLE, Doing, Effort, ignore, observe
 from framefusion.export.checkpoints.tensors.streaming import streamed_bytes
 from framefusion.export.checkpoints.tensors.weights import AnySource, blocks_of, stored_type
@@ -75,14 +75,15 @@ def scope_of(plan: BuildPlan) -> Scope:
     options = options if runs else replace(options, dtype="float32")
     untried = "" if runs else "onnxruntime's CPU kernels do not compute bfloat16: the same graphs in float32 were run"
     # 2. everything, where memory holds it
-    needed = memory_of_check(plan)
+    heaviest = plan.in_floats or plan  # whose weights are floats, with which transformers' class is compared
+    needed = memory_of_check(heaviest)
     free = check.available_memory()
     if needed <= free:
         if runs:
             return Scope("full", memory=needed)
         return Scope("in float32", untried, BuildPlan(plan.checkpoint, options), memory=needed)
     # 3. else with the weights on the disk; a static graph computes its whole length, which takes too long that way
-    least = memory_of_streamed(plan)
+    least = memory_of_streamed(heaviest)
     uncompared = "" if least <= free else f"it needs {least / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
     if runs and plan.fixed is None and not uncompared:
         return Scope("streamed", effort=SPARING, memory=least)
@@ -141,8 +142,8 @@ def _agreement(folder: Path, plan: BuildPlan, scope: Scope, doing: Doing) -> Agr
     """The torch graphs of all layers against transformers' class, which needs no graph of the bundle."""
     if scope.uncompared:
         return not_compared(scope.uncompared)
-    ours = observe(Bundle(folder), plan, replace(scope.effort, reduced=False), doing)
-    return agreement_of(plan, ours, doing)
+    ours = observe(Bundle(folder), plan.in_floats or plan, replace(scope.effort, reduced=False), doing)
+    return check.agreement_in_floats(plan, ours, doing)
 
 
 def memory_of_check(plan: BuildPlan) -> int:

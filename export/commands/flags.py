@@ -134,6 +134,13 @@ SIZES = (
     _field(
         "dtype", click.Choice(get_args(DType)), "Type of weights, activations and caches.", "with --backend float16"
     ),
+    _field(
+        "weights",
+        str,
+        "Weights of the LLM's layers in int8 or int4, such as int4, int4:64 (weights of a block) or int4+zero (with "
+        "zero points).",
+        "floats of --dtype, or as the checkpoint holds them",
+    ),
     _field("dialect", str, "How the graphs say attention: gqa (ONNX Runtime) or portable.", "with --backend portable"),
     _field(
         "buckets",

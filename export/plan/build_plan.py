@@ -33,7 +33,14 @@ from framefusion.export.plan import sizes
 from framefusion.export.plan.graphs import fixed_graphs, segment_graphs, tower_graph
 from framefusion.export.plan.reduction import reduction_record, segments_of
 from framefusion.export.plan.weight_plan import WeightPlan, check_quantized, parse_weights
-from framefusion.runtime.format.manifest import FixedRecord, Manifest, ModelRecord, SegmentRecord, VisionRecord
+from framefusion.runtime.format.manifest import (
+    FixedRecord,
+    Manifest,
+    ModelRecord,
+    QuantizationRecord,
+    SegmentRecord,
+    VisionRecord,
+)
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.storage.records import RecordError, from_json
@@ -116,6 +123,18 @@ class BuildPlan:
         facts = {name: getattr(self.config, name) for name in names}
         model_type = str(self.checkpoint.config.get("model_type"))
         return ModelRecord(self.family.name, model_type, dtype=self.options.dtype, **facts)
+
+    @property
+    def quantization(self) -> QuantizationRecord | None:
+        """The manifest's part on weights in 4 or 8 bits; None where all are floats."""
+        return self._weights.record(self.segments)
+
+    @cached_property
+    def in_floats(self) -> BuildPlan | None:
+        """The plan whose weights are the floats that this one's codes are chosen for; None where none are chosen."""
+        if self.options.weights is None or self.quantization is None or self.quantization.read:
+            return None
+        return BuildPlan(self.checkpoint, replace(self.options, weights=None))
 
     @cached_property
     def segment_records(self) -> tuple[SegmentRecord, ...]:

@@ -9,6 +9,7 @@ Head, embedding table and vision tower stay floats. Reads configuration and head
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,9 +26,11 @@ from framefusion.export.options import BuildOptions
 from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.recipes import CodeReader, Made, Stored
 from framefusion.export.quantization.rounding import round_to_nearest
+from framefusion.runtime.format.manifest import QuantizationRecord, WeightFormatRecord
 
 BLOCKS = {"int8": 128, "int4": 32}
 """Weights -> inputs that share a scale, where the option does not say."""
+METHOD = "round to nearest"
 _OPTION = re.compile(r"(int8|int4)(?::(\d{1,4}))?(\+zero)?")
 
 
@@ -78,6 +81,17 @@ class WeightPlan:
     dtype: torch.dtype
     signed: bool
     latest: LatestBlocks
+
+    def record(self, segments: Sequence[SegmentPlan]) -> QuantizationRecord | None:
+        """The manifest's part on the weights of these segments; None where all are floats."""
+        blocks = [block for plan in segments for block in plan.blocks]
+        counts = Counter(form for block in blocks for _, form in block.formats)
+        if not counts:
+            return None
+        linears = sum(len(LINEARS[block.kind]) for block in blocks)
+        formats = tuple(WeightFormatRecord(f.bits, f.block, f.symmetric, count) for f, count in counts.items())
+        method = "as the checkpoint holds them" if self.chosen is None else METHOD
+        return QuantizationRecord(method, self.chosen is None, formats, linears - sum(counts.values()))
 
     def formatted(self, plan: SegmentPlan, sources: Mapping[str, AnySource]) -> SegmentPlan:
         """A segment with the formats of its weights.

@@ -100,6 +100,7 @@ class Builder:
             fixed=plan.fixed,
             options=to_json(plan.options),
             source=source_record(plan.checkpoint.origin),
+            quantization=plan.quantization,
         )
 
     def _write_graphs(self, part: str, folder: Path) -> dict[str, FileRecord]:

@@ -181,6 +181,26 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class WeightFormatRecord:
+    """One way in which linear maps are stored, and how many of them are."""
+
+    bits: int
+    block: int  # inputs that share a scale
+    symmetric: bool  # no zero points
+    linears: int
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """Linear maps of the decoder whose weights are in 4 or 8 bits."""
+
+    method: str  # what chose the codes
+    read: bool  # the checkpoint holds them so; else this build made them of floats
+    formats: tuple[WeightFormatRecord, ...]
+    floats: int  # linear maps of the decoder's layers that stay floats; head, table and tower do as well
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """What one file of the bundle must be."""
 
@@ -211,6 +231,7 @@ class Manifest:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the build, in the exporter's own names
     source: SourceRecord | None = None
     engines: tuple[EngineRecord, ...] = ()  # readers of the same schema that know none leave them alone
+    quantization: QuantizationRecord | None = None  # left out where it is None: older readers refuse the key
 
     @property
     def graphs(self) -> Mapping[str, int]:

@@ -16,10 +16,12 @@ from framefusion.runtime.format.manifest import (
     Limits,
     Manifest,
     ModelRecord,
+    QuantizationRecord,
     ReductionRecord,
     SegmentRecord,
     SourceRecord,
     VisionRecord,
+    WeightFormatRecord,
 )
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.text.prompt import PromptTemplate
@@ -27,6 +29,7 @@ from framefusion.runtime.text.sampling import GenerationConfig
 from framefusion.storage.records import Rule, Rules
 
 LAYERS = 1024
+LINEARS = 16 * LAYERS
 TOKENS = 1 << 21
 IDS = 1 << 24
 WIDTH = 1 << 18
@@ -109,6 +112,12 @@ RULES: Rules = {
     },
     EmbeddingRecord: {"file": _NAME, "rows": _between(1, IDS), "width": _WIDTH, "extra": Rule(items=1024)},
     SourceRecord: {"config_sha256": Rule(characters=64)},
+    QuantizationRecord: {
+        "method": Rule(characters=200),
+        "formats": Rule(items=64),
+        "floats": _between(0, LINEARS),
+    },
+    WeightFormatRecord: {"bits": _between(4, 8), "block": _between(16, 256), "linears": _between(1, LINEARS)},
     FileRecord: {"size": _BYTES, "sha256": Rule(pattern="[0-9a-f]{64}")},
     EngineRecord: {
         "graph": _NAME,

@@ -40,7 +40,7 @@ _RANGES: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("K", "N"), (1, 1 << 24)),
     "bits": (4, 8),
     "block_size": (16, 256),
-    "accuracy_level": (4, 4),  # without it 8 bits take seconds a token
+    "accuracy_level": (1, 4),
 }
 """Integers that attributes may be, by name; others have 32 bits. ONNX Runtime crashes at some that are beyond."""
 _CONTRIB_ATTRIBUTES = frozenset(

@@ -118,11 +118,17 @@ class OnnxRuntimeBackend(HostBackend):
             options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             on_cpu = self._place[0] == "cpu"  # there is nothing to fall back to, and it would be printed on stdout
-            return ort.InferenceSession(path, options, providers=self._providers, enable_fallback=not on_cpu)
+            return ort.InferenceSession(
+                self._model(path, options), options, providers=self._providers, enable_fallback=not on_cpu
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise BundleError(
                 f"{path} cannot be loaded by onnxruntime {ort.__version__} ({_said(error)}): rebuild"
             ) from error
+
+    def _model(self, path: Path, options: Any) -> Path | bytes:
+        """What a session is opened of."""
+        return path
 
     def bind(
         self,

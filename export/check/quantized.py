@@ -1,0 +1,89 @@
+"""What is particular in the check of a bundle whose weights are in 4 or 8 bits.
+
+    1. torch graphs in floats      against transformers' class: the checkpoint is read as it is meant (agreement.py)
+    2. torch graphs, quantized     against 1: what quantization costs. Measured and recorded; no limit says what is much
+    3. the bundle, exact           against 2: its graphs with activations in floats, so the limit is that of floats
+    4. the bundle as it runs       against 2: kernels round activations to 8 bits a block, and the limit says so
+
+MatMulNBits rounds the activations of a block to 127 steps of its largest one, half a step is 2^-8 of it: as if it was a
+type of that precision, so the limit is worked out as for half precision (check.py). Two ways of rounding agree to 1e-6
+in one product, and no further than the rounding itself behind many layers: a number near the middle of two steps goes
+either way, and the next layers round that difference in turn. Therefore 3, which has no such numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from framefusion.export.check.observation import EagerRun
+from framefusion.export.families.reference.transformers_call import relative_error
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+
+ROUNDED = 2.0**-8
+"""Half a step of an activation in 8 bits, as a share of the largest of its block."""
+EXACT = "activations in floats: "
+EXACT_TOKENS = 3  # of an answer: without whole numbers a token takes a hundred times as long
+_IN_FLOATS = 1  # accuracy_level: fp32
+
+
+class ExactBackend(OnnxRuntimeBackend):
+    """The graphs of a bundle, whose products with quantized weights take activations as they are."""
+
+    def _model(self, path: Path, options: Any) -> bytes:
+        model = onnx.load(path, load_external_data=False)
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = _IN_FLOATS
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        content: bytes = model.SerializeToString()
+        return content
+
+
+def half_unit(plan: BuildPlan) -> float:
+    """The rounding of an activation on its way through a layer, as a share of it; 0 in fp32."""
+    half = 0.0 if plan.dtype == torch.float32 else torch.finfo(plan.dtype).eps / 2
+    return half if plan.quantization is None else max(half, ROUNDED)
+
+
+def cost_of_quantization(ours: EagerRun, floats: EagerRun) -> dict[str, Any]:
+    """How far quantized weights are from those of the checkpoint, over the same prompt, as plain values.
+
+    Args:
+        ours: the torch graphs with quantized weights.
+        floats: those with the checkpoint's, which decoded the same tokens.
+
+    Returns:
+        errors relative to the largest magnitude: of what enters each layer, of logits behind the prompt, at worst
+        behind a decoded token; the same tokens that are likeliest; tokens that only one of the two keeps.
+    """
+    decoded = list(zip(ours.dense.decoded, floats.dense.decoded, strict=True))
+    steps = [(ours.dense.logits, floats.dense.logits), *decoded]
+    facts: dict[str, Any] = {
+        "errors_by_layer": [relative_error(*pair) for pair in zip(ours.states, floats.states, strict=True)],
+        "logits": relative_error(ours.dense.logits, floats.dense.logits),
+        "decoded_logits": max(relative_error(*pair) for pair in decoded),
+        "same_tokens": sum(int(mine.argmax()) == int(theirs.argmax()) for mine, theirs in steps),
+        "tokens": len(steps),
+    }
+    if ours.reduced is not None and floats.reduced is not None:
+        pairs = list(zip(ours.reduced.kept, floats.reduced.kept, strict=True))
+        facts["kept_otherwise"] = sum(len(set(mine.tolist()) ^ set(theirs.tolist())) for mine, theirs in pairs)
+        facts["kept"] = sum(len(theirs) for _, theirs in pairs)
+    return facts
+
+
+def cost_note(facts: dict[str, Any]) -> str:
+    """The same in a line."""
+    kept = f", {facts['kept_otherwise']} of {facts['kept']} tokens kept otherwise" if "kept" in facts else ""
+    worst = max(facts["errors_by_layer"])
+    return (
+        f"quantized weights against the checkpoint's: what enters a layer is off by at most {worst:.2g}, logits by "
+        f"{facts['logits']:.2g}, behind an answer's tokens by {facts['decoded_logits']:.2g}; the likeliest token is "
+        f"the same {facts['same_tokens']} of {facts['tokens']} times{kept}"
+    )
