@@ -3,12 +3,13 @@
 GQA, RoPE or M-RoPE (the tables come from outside), RMSNorm, SwiGLU, with or without biases and q/k norms. A
 `Segment` is a run of half layers ("blocks"); it knows no checkpoint, no position rule and no budget.
 
-Inputs of a segment, in order (B is 1):
+Inputs of a segment, in order; B is 1, or free where the graph is batched, in which case rows beyond one decode a token:
 
     name        shape              dtype   when
     hidden      [B, S, D]          float   always
     cos, sin    [B, S, hd/2]       float   it has attention
-    kv_len      [A]                int64   it has attention: tokens in each cache once this chunk is in it
+    kv_len      [A*B]              int64   it has attention: tokens in each cache once this chunk is in it, all rows of
+                                           the first layer, then of the second: [A] for one row
     previous    [S]                int64   scores: previous token of the track, -1 for none
     last        [1]                int64   scores or head: index of the last real token
     past_key_j, past_value_j       [B, Hkv, C_j, hd]   one pair for each attention block j
@@ -20,6 +21,7 @@ present_value_j, which a runtime binds to the memory of the past ones. float is 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 
 import framefusion.ops.kernels  # noqa: F401  (registers the ops)
 from framefusion.export.graphs.graph_plan import (
+    EXAMPLE_BATCH,
     EXAMPLE_CAPACITY,
     EXAMPLE_LENGTH,
     FREE,
@@ -172,6 +175,13 @@ class Segment(GraphModule):
         kinds = {"attention": AttentionBlock, "mlp": MlpBlock}
         self.blocks = nn.ModuleList(kinds[block.kind](config, dict(block.formats)) for block in blocks)
         self.head = Head(config) if head else None
+        self.is_batched = False
+
+    def batched(self) -> Segment:
+        """The same segment, which decodes one token of each of B rows as well."""
+        batched = copy.copy(self)
+        batched.is_batched = True
+        return batched
 
     def forward(
         self,
@@ -188,13 +198,14 @@ class Segment(GraphModule):
         presents: list[Tensor] = []
         final = len(self.blocks) - 1
         added = 0
+        lengths = self._lengths(kv_len, len(past))
         for index, block in enumerate(self.blocks):
             if self.head is not None and index == final and last is not None:
                 hidden = hidden.index_select(1, last)  # only this token's logits are wanted: its MLP is enough
                 deepstack = None if deepstack is None else deepstack.index_select(1, last)
             if isinstance(block, AttentionBlock):
                 slot = len(presents) // 2
-                hidden, states, present = block(hidden, (cos, sin), kv_len[slot : slot + 1], past[slot])
+                hidden, states, present = block(hidden, (cos, sin), lengths[slot], past[slot])
                 presents += present
             else:
                 hidden = block(hidden)
@@ -207,25 +218,34 @@ class Segment(GraphModule):
             return hidden, *presents
         return hidden, *score_tokens(self.config, hidden, states, previous, last), *presents
 
+    def _lengths(self, kv_len: Tensor, layers: int) -> list[Tensor]:
+        """Those of each layer, [B], as views.  [A*B]"""
+        if not self.is_batched:
+            return [kv_len[slot : slot + 1] for slot in range(layers)]
+        return [kv_len] if layers == 1 else list(kv_len.view(layers, -1).unbind(0))
+
     def signature(self) -> Signature:
-        """Any number of tokens and of slots in each cache."""
+        """Any number of tokens and of slots in each cache, and of rows where it is batched."""
         config = self.config
         half = config.head_dim // 2
+        batch = EXAMPLE_BATCH if self.is_batched else 1
+        rows = {0: FREE} if self.is_batched else {}
         layers = sum(block.kind == "attention" for block in self.plan)
         deepstack = sum(block.deepstack for block in self.plan)
         ends = self.scores or self.head is not None
         # 1. the module's table, an argument that this segment lacks as None
         arguments: list[Any] = [
-            meta(1, EXAMPLE_LENGTH, config.hidden_size),
-            meta(1, EXAMPLE_LENGTH, half),
-            meta(1, EXAMPLE_LENGTH, half),
-            meta(layers, dtype=torch.int64),
+            meta(batch, EXAMPLE_LENGTH, config.hidden_size),
+            meta(batch, EXAMPLE_LENGTH, half),
+            meta(batch, EXAMPLE_LENGTH, half),
+            meta(layers * batch, dtype=torch.int64),
             meta(EXAMPLE_LENGTH, dtype=torch.int64) if self.scores else None,
             meta(1, dtype=torch.int64) if ends else None,
-            [example_cache(config, EXAMPLE_CAPACITY + j) for j in range(layers)],
+            [example_cache(config, EXAMPLE_CAPACITY + j, batch) for j in range(layers)],
         ]
-        shapes: list[Any] = [{1: FREE}, {1: FREE}, {1: FREE}, None, {0: FREE} if self.scores else None, None]
-        shapes.append([CACHE_SHAPES] * layers)
+        tokens = rows | {1: FREE}
+        shapes: list[Any] = [tokens, tokens, tokens, rows or None, {0: FREE} if self.scores else None, None]
+        shapes.append([tuple(rows | slots for slots in CACHE_SHAPES)] * layers)
         # 2. the names of those that are there, in the same order
         inputs = ["hidden", "cos", "sin", "kv_len"]
         inputs += ["previous"] * self.scores + ["last"] * ends + cache_names("past", layers)
@@ -236,19 +256,28 @@ class Segment(GraphModule):
             shapes.append({1: FREE})
             inputs.append("deepstack")
         # 3. the free axes
+        axes: dict[str, dict[int, str]]
         axes = {name: {1: "tokens"} for name in ("hidden", "cos", "sin", "deepstack", "hidden_out")}
         axes |= {name: {0: "tokens"} for name in ("previous", "similarity", "importance")}
         axes |= cache_axes(layers)
+        if self.is_batched:
+            caches = [*cache_names("past", layers), *cache_names("present", layers)]
+            for name in ("hidden", "cos", "sin", "hidden_out", "logits", *caches):
+                axes[name] = {0: BATCH} | axes.get(name, {})
+            axes["kv_len"] = {0: "lengths"}
         return Signature(tuple(arguments), tuple(shapes), tuple(inputs), tuple(outputs), axes)
 
+
+BATCH = "batch"
+"""Name of the free axis of rows, by which whoever opens a graph knows that it is batched."""
 
 CACHE_SHAPES = ({2: FREE}, {2: FREE})
 """Dynamic shapes of one layer's key and value cache: the slots are free, and each layer has its own number of them."""
 
 
-def example_cache(config: DecoderConfig, capacity: int) -> tuple[Tensor, Tensor]:
-    """Key and value cache [1, Hkv, capacity, hd] of one layer, as example inputs."""
-    shape = (1, config.num_kv_heads, capacity, config.head_dim)
+def example_cache(config: DecoderConfig, capacity: int, batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Key and value cache [batch, Hkv, capacity, hd] of one layer, as example inputs."""
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
     return meta(*shape), meta(*shape)
 
 

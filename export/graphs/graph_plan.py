@@ -25,6 +25,7 @@ FREE = torch.export.Dim.DYNAMIC
 FLOAT = 4  # bytes of fp32
 EXAMPLE_LENGTH = 9  # example sizes: distinct, and none of them 1, so that no axis looks fixed or equal to another
 EXAMPLE_CAPACITY = 17
+EXAMPLE_BATCH = 3
 
 Role = Literal["prefill", "decode", "both", "vision"]
 """What a pipeline runs a graph for; "both" is a segment that takes a prompt as well as single tokens."""
@@ -67,6 +68,10 @@ class GraphModule(nn.Module):
     @abstractmethod
     def signature(self) -> Signature:
         """Example inputs, free sizes and names, as `forward` takes and returns them."""
+
+    def batched(self) -> GraphModule:
+        """The same weights over a free number of rows at once; the module itself where it takes one at a time."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ anything.
     rms_norm           x [B, S, D], weight [D]                                                    [B, S, D]
     swish              x [...]; alpha 1 is SiLU, 1.702 is quick GELU                              [...]
     rotary             x [B, S, H*hd], cos and sin [B, S, hd/2], rotate-half layout               [B, S, H*hd]
-    cache_attention    q [B, S, H*hd], k and v [B, S, Hkv*hd], caches [B, Hkv, C, hd], kv_len [1] out, caches
+    cache_attention    q [B, S, H*hd], k and v [B, S, Hkv*hd], caches [B, Hkv, C, hd], kv_len [B] out, caches
     full_attention     q [B, S, H*hd], k and v [B, T, H*hd], each of S sees all of T              [B, S, H*hd]
     masked_attention   q, k, v [B, S, H*hd], bias [1 or B, 1, S, S] added to the scores           [B, S, H*hd]
     similarity         hidden [B, S, D], previous [S] (-1: first of its track)                    fp32 [S]
@@ -101,25 +101,29 @@ def cache_attention(
     num_heads: int,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention of S new tokens over a cache that holds `kv_len` tokens once they are in it.
+    """Causal attention of S new tokens over a cache that holds `kv_len` tokens once they are in it, row by row.
 
     The new tokens take the slots kv_len - S .. kv_len - 1; a compiled dialect writes them in place, this kernel copies.
 
-    query [B, S, H*hd], key and value [B, S, Hkv*hd], past_key and past_value [B, Hkv, C, hd], kv_len [1] int64 ->
+    query [B, S, H*hd], key and value [B, S, Hkv*hd], past_key and past_value [B, Hkv, C, hd], kv_len [B] int64 ->
     output [B, S, H*hd] and both caches.
     """
-    total = int(kv_len)
-    length = query.shape[1]
     keys = past_key.clone()
     values = past_value.clone()
-    keys[:, :, total - length : total] = split_heads(key, num_kv_heads)
-    values[:, :, total - length : total] = split_heads(value, num_kv_heads)
-    frontier = torch.arange(total - length, total, device=query.device)[:, None]
-    mask = torch.arange(total, device=query.device)[None] <= frontier  # [S, total]
-    out = torch.nn.functional.scaled_dot_product_attention(
-        split_heads(query, num_heads), keys[:, :, :total], values[:, :, :total], attn_mask=mask, enable_gqa=True
-    )
-    return out.transpose(1, 2).reshape(query.shape), keys, values
+    length = query.shape[1]
+    outputs = []
+    for row, total in enumerate(kv_len.tolist()):
+        part = slice(row, row + 1)
+        keys[part, :, total - length : total] = split_heads(key[part], num_kv_heads)
+        values[part, :, total - length : total] = split_heads(value[part], num_kv_heads)
+        frontier = torch.arange(total - length, total, device=query.device)[:, None]
+        mask = torch.arange(total, device=query.device)[None] <= frontier  # [S, total]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            split_heads(query[part], num_heads), keys[part, :, :total], values[part, :, :total], attn_mask=mask,
+            enable_gqa=True,
+        )  # fmt: skip
+        outputs.append(out.transpose(1, 2).reshape(query[part].shape))
+    return torch.cat(outputs), keys, values
 
 
 @cache_attention.register_fake

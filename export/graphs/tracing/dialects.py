@@ -125,9 +125,10 @@ def rotary(x: Symbol, cos: Symbol, sin: Symbol, num_heads: int) -> Symbol:
 def gqa_cache_attention(
     query: Symbol, key: Symbol, value: Symbol, past_key: Symbol, past_value: Symbol, kv_len: Symbol, heads: int, kv: int
 ) -> Symbol:
-    """`seqlens_k` is the valid length - 1 and the past is what `total_sequence_length` has beyond the query."""
-    total = _op.Cast(kv_len, to=INT32)
+    """`seqlens_k` is each row's valid length - 1; `total_sequence_length`, the longest one, has the past of a lone row
+    beyond the query."""
     before = _op.Cast(_op.Sub(kv_len, _ints(1)), to=INT32)
+    total = _op.Cast(_op.ReduceMax(kv_len, keepdims=1), to=INT32)
     return _GQA(query, key, value, past_key, past_value, before, total, num_heads=heads, kv_num_heads=kv)
 
 
@@ -190,9 +191,28 @@ def portable_swish(x: Symbol, alpha: float) -> Symbol:
     return _op.Mul(x, _op.Sigmoid(scaled))
 
 
+def _squeezed(x: Symbol) -> Symbol:
+    """[1, S, D] -> [S, D]"""
+    return _op.Squeeze(x, _ints(0))
+
+
+def _flattened(x: Symbol) -> Symbol:
+    """[1, S, D] -> [S, D], and several rows without an error: nobody reads their scores."""
+    return _op.Flatten(x, axis=2)
+
+
 def similarity(hidden: Symbol, previous: Symbol) -> Symbol:
     """Cosine to the gathered previous token, fp32; -2 where there is none or a norm is zero."""
-    rows = _op.Cast(_op.Squeeze(hidden, _ints(0)), to=FLOAT32)
+    return _similarity(_squeezed(hidden), previous)
+
+
+def batched_similarity(hidden: Symbol, previous: Symbol) -> Symbol:
+    """As above, in a graph that runs several rows as well."""
+    return _similarity(_flattened(hidden), previous)
+
+
+def _similarity(hidden: Symbol, previous: Symbol) -> Symbol:
+    rows = _op.Cast(hidden, to=FLOAT32)
     index = _op.Max(previous, _ints(0))
     dots = _op.ReduceSum(_op.Mul(rows, _op.Gather(rows, index, axis=0)), _ints(-1), keepdims=0)
     norms = _op.ReduceL2(rows, _ints(-1), keepdims=0)
@@ -207,11 +227,22 @@ def importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, 
 
     query [S, H*hd] -> chosen rows [kv, rows*g, hd] --MatMul-- [kv, hd, S] <- key;  mask, softmax, mean -> [S]
     """
+    return _importance(_squeezed, query, key, last, rows, heads, kv)
+
+
+def batched_importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, kv: int) -> Symbol:
+    """As above, in a graph that runs several rows as well."""
+    return _importance(_flattened, query, key, last, rows, heads, kv)
+
+
+def _importance(
+    rows_of: Callable[[Symbol], Symbol], query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, kv: int
+) -> Symbol:
     chosen = _op.Max(_op.Sub(last, _ints(*range(rows))), _ints(0))  # [rows]
-    picked = _op.Gather(_op.Squeeze(query, _ints(0)), chosen, axis=0)
+    picked = _op.Gather(rows_of(query), chosen, axis=0)
     q = _op.Transpose(_op.Reshape(_op.Cast(picked, to=FLOAT32), _ints(rows, kv, heads // kv, -1)), perm=[1, 0, 2, 3])
     q = _op.Reshape(q, _ints(0, rows * (heads // kv), -1))
-    k = _op.Reshape(_op.Cast(_op.Squeeze(key, _ints(0)), to=FLOAT32), _ints(0, kv, -1))
+    k = _op.Reshape(_op.Cast(rows_of(key), to=FLOAT32), _ints(0, kv, -1))
     head_dim = _op.Cast(_op.Shape(q, start=2, end=3), to=FLOAT32)
     scores = _op.Div(_op.MatMul(q, _op.Transpose(k, perm=[1, 2, 0])), _op.Sqrt(head_dim))  # [kv, rows*g, S]
     scores = _op.Reshape(scores, _ints(kv, rows, heads // kv, -1))
@@ -234,6 +265,7 @@ class Dialect:
         opset: the lowest that has its operators: older runtimes refuse newer ones.
         head_dim_multiple: of the channels of a head, as its kernels need them.
         signed_codes: see `BlockFormat.signed`.
+        batches: its attention takes rows of unequal lengths, so a segment's graph is free in them.
     """
 
     name: str
@@ -242,18 +274,14 @@ class Dialect:
     opset: int
     head_dim_multiple: int = 1
     signed_codes: bool = False
+    batches: bool = False
 
     def table(self) -> dict[Any, Translation]:
         """As torch's exporter wants it: overload -> function."""
         return {getattr(torch.ops.framefusion, op).default: function for op, function in self.translations.items()}
 
 
-_COMMON: dict[str, Translation] = {
-    "rms_norm": rms_norm,
-    "rotary": rotary,
-    "similarity": similarity,
-    "importance": importance,
-}
+_COMMON: dict[str, Translation] = {"rms_norm": rms_norm, "rotary": rotary}
 DIALECTS = {
     dialect.name: dialect
     for dialect in (
@@ -266,10 +294,13 @@ DIALECTS = {
                 "masked_attention": contrib_masked_attention,
                 "matmul_nbits": contrib_matmul_nbits,
                 "swish": contrib_swish,
+                "similarity": batched_similarity,
+                "importance": batched_importance,
             },
             exact_shapes=True,
             opset=23,
             head_dim_multiple=8,
+            batches=True,
         ),
         Dialect(  # standard operators of opset 24: TensorScatter + Attention, static buckets
             "portable",
@@ -279,6 +310,8 @@ DIALECTS = {
                 "full_attention": portable_full_attention,
                 "masked_attention": portable_masked_attention,
                 "swish": portable_swish,
+                "similarity": similarity,
+                "importance": importance,
             },
             exact_shapes=False,
             opset=24,

@@ -140,6 +140,40 @@ def test_cache_attention(length: int, kv_len: int, dialect: str) -> None:
 
 
 @pytest.mark.slow
+def test_cache_attention_of_rows_of_unequal_lengths() -> None:
+    """A token of each of four rows; the longest is not the first."""
+
+    def attend(*operands: Tensor) -> Any:
+        return OPS.cache_attention(*operands, HEADS, KV_HEADS)
+
+    lengths = [3, CAPACITY, 1, 12]
+    count = len(lengths)
+    caches = [draw(count, KV_HEADS, CAPACITY, HEAD_DIM) for _ in range(2)]
+    operands = [draw(count, 1, 48), draw(count, 1, 16), draw(count, 1, 16), *caches, torch.tensor(lengths)]
+    out, *presents = run("gqa", attend, operands, 3)
+    expected = attend(*operands)
+    assert_close(out, expected[0])
+    for ours, reference in zip(presents, expected[1:], strict=True):
+        for row, length in enumerate(lengths):
+            assert_close(ours[row, :, :length], reference[row, :, :length])
+    for row in range(count):  # a row is what it is alone
+        alone = run("gqa", attend, [operand[row : row + 1] for operand in operands], 3)
+        np.testing.assert_array_equal(alone[0][0], out[row])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_segment_has_rows_where_its_dialect_batches(batched: bool) -> None:
+    plan = BuildPlan(Checkpoint(TRAINED), BuildOptions(dialect="gqa" if batched else "portable"))
+    graph = trace_graph(plan.graphs[len(plan.segments) - 1], plan.dialect).graph
+    first = {value.name: value.shape[0] for value in (*graph.inputs, *graph.outputs) if value.shape is not None}
+    rows = {name for name, size in first.items() if str(size) == "batch"}
+    caches = {name for name in first if name is not None and name.startswith(("past_", "present_"))}
+    assert rows == ({"hidden", "cos", "sin", "logits", *caches} if batched else set())
+    assert (str(first["kv_len"]) == "lengths") is batched
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", BY_DIALECT)
 def test_a_padded_prefill_then_decode_equals_an_exact_one(dialect: str) -> None:
     """Padding at the right end is never seen, and the next token overwrites its slot."""
