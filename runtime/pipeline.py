@@ -19,6 +19,7 @@ from framefusion.runtime.backends.choice import Choice
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.concurrency.step_runner import gather_answer
 from framefusion.runtime.format.manifest import Manifest, ReductionRecord
+from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.generation.stages import Media as Media
 from framefusion.runtime.generation.stages import Stages, prefill_report
 from framefusion.runtime.generation.token_rows import TokenRows
@@ -259,9 +260,15 @@ class Pipeline(Stages):
         """
         return await gather_answer(self.astream(turns, files, request, sampling=sampling), on_text)
 
-    def session(self, *, sampling: FrameSampling | None = None, max_cache_bytes: int | None = None) -> Session:
+    def session(
+        self,
+        *,
+        sampling: FrameSampling | None = None,
+        max_cache_bytes: int | None = None,
+        batch: DecodeBatch | None = None,
+    ) -> Session:
         """A conversation of several turns, whose caches stay: see `Session`."""
-        return Session(self, sampling=sampling, max_cache_bytes=max_cache_bytes)
+        return Session(self, sampling=sampling, max_cache_bytes=max_cache_bytes, batch=batch)
 
     def chat(
         self,

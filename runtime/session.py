@@ -12,12 +12,14 @@ everything afresh, and its record says why.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from framefusion.errors import PromptError
 from framefusion.reduction import tracks
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.concurrency.step_runner import gather_answer
+from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.generation.prefill import Prefilled
 from framefusion.runtime.generation.stages import Stages, prefill_report
 from framefusion.runtime.media.frame_sampling import FrameSampling
@@ -64,6 +66,7 @@ class Session:
         files: shown with the first message, before those that come with it.
         request: how a message is answered that brings none along; None takes `Request()`.
         system: what the system says; None leaves it to the first turns.
+        batch: decodes this session's answers together with those of others; None by themselves.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Session:
         files: Sequence[Source] = (),
         request: Request | None = None,
         system: str | None = None,
+        batch: DecodeBatch | None = None,
     ) -> None:
         self.turns: tuple[Turn, ...] = ()
         self.files: tuple[Source, ...] = ()
@@ -88,6 +92,7 @@ class Session:
         self._visuals: tuple[VisualInput, ...] = ()
         self._cached: Prompt | None = None  # the tokens that the caches stand for, dropped ones included
         self._caches: list[SegmentCache] = []
+        self._batch = batch
         self._running = False
 
     def __repr__(self) -> str:
@@ -217,14 +222,18 @@ class Session:
             # 4. Decode; the turn is part of the conversation once its last step is there.
             token_ids: list[int] = []
             text = ""
-            for step in stages.decode(prompt, prefilled, request, stopwatch, report=report, logits=logits):
-                text += step.text
-                if step.token_id is not None:
-                    token_ids.append(step.token_id)
-                if step.kind == "end":
-                    self._keep(following, prefilled, token_ids, text, report)
-                    kept = True
-                yield step
+            decoding = stages.decode(
+                prompt, prefilled, request, stopwatch, report=report, logits=logits, batch=self._batch
+            )
+            with closing(decoding):  # the caches are the session's again when lengths are set back
+                for step in decoding:
+                    text += step.text
+                    if step.token_id is not None:
+                        token_ids.append(step.token_id)
+                    if step.kind == "end":
+                        self._keep(following, prefilled, token_ids, text, report)
+                        kept = True
+                    yield step
         finally:
             if not kept:  # what the turn wrote lies behind the lengths, and will be overwritten
                 for cache, before in zip(self._caches, lengths, strict=True):

@@ -215,6 +215,13 @@ class Backend(Protocol):
         Inputs that the graph has no use for are left out; outputs that are not wanted need not be given.
         """
 
+    def batch_refusal(self, graph: str) -> str | None:
+        """Why a decoding graph cannot take a token of each of several rows at once; None where it can.
+
+        Where it can, `cache` gives as many rows as its shapes have, `hidden`, `cos` and `sin` have a row each, and
+        `kv_len` is [A*B]: the lengths of all rows in the first layer, then in the second.
+        """
+
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
         """What runs bound segments one after the other, again and again."""
 

@@ -192,6 +192,7 @@ class HostBackend:
         device: where buffers lie.
     """
 
+    name = "host"
     continues = True
 
     def __init__(self, decode_width: int = 1, chunk: int | None = CHUNK, device: Device = HOST) -> None:
@@ -202,6 +203,10 @@ class HostBackend:
     def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
         """Caches of zeros of these very shapes."""
         return empty_cache(self.device, shapes, dtype)
+
+    def batch_refusal(self, graph: str) -> str | None:
+        """See `Backend.batch_refusal`; what batches says so."""
+        return f"the backend {self.name} decodes one row at a time"
 
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
         """See `Backend.chain`."""

@@ -63,6 +63,15 @@ class Segments:
                 self.device.copy(new[layer][:, :, :length], old[layer][:, :, :length])
                 old[layer] = new[layer]
 
+    @property
+    def batch_refusal(self) -> str | None:
+        """Why several requests cannot be decoded in one call; None where they can."""
+        refusal = getattr(self.backend, "batch_refusal", None)
+        if refusal is None:  # a backend of another package, from before there were batches
+            return f"the backend {self.backend.name} decodes one row at a time"
+        reasons = (refusal(record.decode) for record in self.manifest.segments)
+        return next((reason for reason in reasons if reason is not None), None)
+
     def slots(self, length: int, max_new_tokens: int) -> int:
         """Slots for a prompt of `length` tokens and its answer; padding of the last step is written, too."""
         return length + max_new_tokens + self.backend.decode_width - 1

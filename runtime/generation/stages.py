@@ -8,6 +8,7 @@ Holds no state of a request. Knows no conversation of several turns over the sam
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,13 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.concurrency.step_runner import runner_of
 from framefusion.runtime.format.bundle_files import place
 from framefusion.runtime.format.manifest_checks import TOKENIZER
+from framefusion.runtime.generation.batching.answer_tokens import tokens_together
+from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.generation.decode import ActiveRequest, Decoder, GreedyDecoder
 from framefusion.runtime.generation.embedder import Embedder, Embedding
 from framefusion.runtime.generation.fixed_prefill import prefill_fixed
 from framefusion.runtime.generation.prefill import Prefilled, prefill, start_reduction
-from framefusion.runtime.generation.segments import Segments
+from framefusion.runtime.generation.segments import Rows, Segments
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
@@ -263,6 +266,7 @@ class Stages:
         *,
         report: PrefillReport | None = None,
         logits: bool = False,
+        batch: DecodeBatch | None = None,
     ) -> Generator[Step, None, None]:
         """The steps behind a prefill of the same request, whose new tokens fit the caches (`clamp_new_tokens`).
 
@@ -273,33 +277,49 @@ class Stages:
             stopwatch: gets the stage "decode".
             report: of the prefill; None makes it.
             logits: give those of each token, too.
+            batch: decodes it together with other requests; None by itself.
         """
         # 1. Report the prefill at once: whoever waits for the first token can see what it waited for.
         yield Step("prefilled", prefill=report or prefill_report(prompt, prefilled), seconds=dict(stopwatch.seconds))
-        # 2. Bind the segments once; all that belongs to this request is in one object.
+        # 2. All that belongs to this request is in one object.
         with stopwatch.stage("decode"):
             active = self.activate(prompt, request)
+        # 3. Give each token away before the next one is computed.
+        if batch is None:
+            tokens = self._tokens_alone(prefilled, active, request, stopwatch, logits)
+        else:
+            tokens = tokens_together(batch, self.embedding, prefilled, active, stopwatch)
+        with closing(tokens):
+            for text, scores in tokens:
+                copied = scores.copy() if logits and scores is not None else None  # the buffer is the next step's
+                yield Step("token", text, active.token_ids[-1], copied, seconds=dict(stopwatch.seconds))
+        # 4. Say what was held back: half a character, or what might have become a stop string.
+        rest = active.flush()
+        yield Step("end", rest, finish_reason=active.finish_reason, seconds=dict(stopwatch.seconds))
+
+    def _tokens_alone(
+        self, prefilled: Prefilled, active: ActiveRequest, request: Request, stopwatch: Stopwatch, logits: bool
+    ) -> Generator[tuple[str, Rows | None], None, None]:
+        """The text of each token, and the logits it was chosen from, which the next step overwrites."""
+        # 1. Bind the segments once.
+        with stopwatch.stage("decode"):
             decoder = Decoder(self.segments, prefilled.caches)
             greedy = None if logits else self._greedy(decoder, active, request)
-            last = prefilled.logits
-            text = active.accept(last)
+            last: Rows | None = prefilled.logits
+            text = active.accept(prefilled.logits)
         while True:
-            # 3. Give a token away before the next one is computed.
-            token_id = active.token_ids[-1]
-            scores = last.copy() if logits else None  # the buffer is the next step's
-            yield Step("token", text, token_id, scores, seconds=dict(stopwatch.seconds))
+            yield text, last
             if active.finish_reason is not None:
-                break
-            # 4. Feed it back and choose the next one, on the device where it is the one of the largest logit.
+                return
+            # 2. Feed the token back and choose the next one, on the device where it is the one of the largest logit.
+            token_id = active.token_ids[-1]
             with stopwatch.stage("decode"):
                 if greedy is not None:
+                    last = None
                     text = active.accept_token(greedy.step(token_id))
                     continue
                 last = decoder.step(self.embedding(np.array([token_id]))[0], *active.rotary)
                 text = active.accept(last)
-        # 5. Say what was held back: half a character, or what might have become a stop string.
-        rest = active.flush()
-        yield Step("end", rest, finish_reason=active.finish_reason, seconds=dict(stopwatch.seconds))
 
     def _greedy(self, decoder: Decoder, active: ActiveRequest, request: Request) -> GreedyDecoder | None:
         """What has the device choose the tokens; None where more than the largest logit counts."""

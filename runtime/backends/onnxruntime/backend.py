@@ -98,6 +98,13 @@ class OnnxRuntimeBackend(HostBackend):
             self._sessions[graph] = self._open(self._folder / graph)
         return self._sessions[graph]
 
+    def batch_refusal(self, graph: str) -> str | None:
+        """See `Backend.batch_refusal`: the graph itself says whether it is free in its rows."""
+        if self.decode_width != 1:
+            return f"a step of {self.name} has {self.decode_width} tokens of one row"
+        rows = {value.name: value.shape[0] for value in self.session(graph).get_inputs()}["hidden"]
+        return None if isinstance(rows, str) else f"{graph} takes one row"
+
     def _open(self, path: Path) -> Any:
         try:
             import onnxruntime as ort
@@ -163,6 +170,10 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         """See `Backend.chain`: a step is replayed as a CUDA graph where it has shown that it can be."""
         bound = [segment for segment in segments if isinstance(segment, OnnxRuntimeSegment)]
         return self._graphs.chain(bound, segments[len(bound) :])
+
+    def batch_refusal(self, graph: str) -> str | None:
+        """See `Backend.batch_refusal`."""
+        return f"the backend {self.name} decodes one row at a time, no GPU has run a batch of it yet"
 
     def _open(self, path: Path) -> Any:
         import onnxruntime as ort

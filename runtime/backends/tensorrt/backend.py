@@ -130,6 +130,10 @@ class TensorRTBackend:
         """Where contexts run now; another one when the memory for activations has grown."""
         return self._run_target
 
+    def batch_refusal(self, graph: str) -> str | None:
+        """See `Backend.batch_refusal`: profiles of several rows are not compiled yet."""
+        return f"engines of {self.name} have one row"
+
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
         """Run bound segments in turn: once as they are, then captured as one CUDA graph and replayed.
 

@@ -1,0 +1,234 @@
+"""Requests that decode together: whatever runs beside one of them, it gets the tokens and logits that it gets alone."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from framefusion.errors import PromptError
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.batching.decode_batch import SLOTS, DecodeBatch
+from framefusion.runtime.pipeline import Pipeline
+from framefusion.runtime.request import Request, Step, Stopwatch
+from framefusion.runtime.text.prompt import Turn, Visual
+from tests.bundles import shared
+from tests.films import write_film
+
+COSTS = (1.0, 0.6, 0.3)
+MOST = 12  # new tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One request of a trial."""
+
+    prompt: int
+    cost: float
+    new_tokens: int
+    begins: int  # round
+    cancelled_after: int | None  # rounds
+
+
+@dataclass
+class Bench:
+    """A pipeline, prompts of several lengths, and the answers that requests get alone."""
+
+    pipeline: Pipeline
+    prompts: list[tuple[Any, Any]]
+    alone: dict[tuple[int, float], list[Step]] = field(default_factory=dict)
+
+    def steps(self, prompt: int, request: Request, batch: DecodeBatch | None) -> Generator[Step, None, None]:
+        (laid_out, rows) = self.prompts[prompt]
+        stopwatch = Stopwatch()
+        prefilled = self.pipeline.prefill(laid_out, rows, request, stopwatch)
+        return self.pipeline.decode(laid_out, prefilled, request, stopwatch, logits=True, batch=batch)
+
+    def expected(self, plan: Plan) -> list[Step]:
+        """Token steps of the request by itself; a shorter answer is the beginning of a longer one."""
+        key = plan.prompt, plan.cost
+        if key not in self.alone:
+            steps = self.steps(plan.prompt, self.request(plan, MOST), None)
+            self.alone[key] = [step for step in steps if step.kind == "token"]
+        return self.alone[key][: plan.new_tokens]
+
+    @staticmethod
+    def request(plan: Plan, new_tokens: int) -> Request:
+        return Request(new_tokens, cost=plan.cost)
+
+
+@cache
+def bench_of(name: str, folder: Path) -> Bench:
+    pipeline = Pipeline(Bundle(shared(name), verify=False), threads=1)
+    films = [write_film(folder / f"{frames}.mp4", seed=frames, frames=frames) for frames in (4, 12)]
+    turns = [Turn("user", (Visual.VIDEO, "What happens?")), Turn("user", (Visual.VIDEO, "And then " * 9))]
+    prompts = [pipeline.read([turn], [film]) for turn, film in zip(turns, films, strict=True)]
+    prompts.append(pipeline.read("Hello"))
+    return Bench(pipeline, prompts)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return bench_of("bundle", tmp_path_factory.mktemp("films"))
+
+
+def run(bench: Bench, plans: list[Plan], order: Iterator[float] | None = None) -> DecodeBatch:
+    """All requests of a trial in rounds, each compared step by step with the one alone."""
+    batch = DecodeBatch(bench.pipeline.segments)
+    waiting = sorted(plans, key=lambda plan: plan.begins)
+    running: list[tuple[Plan, Generator[Step, None, None], int]] = []
+    taken = {id(plan): 0 for plan in plans}
+    number = 0
+    while waiting or running:
+        while waiting and waiting[0].begins <= number:
+            plan = waiting.pop(0)
+            if bench.pipeline.manifest.reduction.mode == "adaptive":
+                steps = bench.steps(plan.prompt, bench.request(plan, plan.new_tokens), batch)
+            running.append((plan, steps, number))
+        stay = []
+        for plan, steps, begun in running:
+            if plan.cancelled_after is not None and number - begun >= plan.cancelled_after:
+                steps.close()
+                continue
+            if order is not None and next(order) < 0.3:  # a consumer that is slow: it is not fed in this round
+                stay.append((plan, steps, begun))
+                continue
+            step = next(steps, None)
+            if step is None:
+                assert taken[id(plan)] == len(bench.expected(plan))
+                continue
+            if step.kind == "token":
+                reference = bench.expected(plan)[taken[id(plan)]]
+                assert step.token_id == reference.token_id
+                assert step.logits is not None
+                np.testing.assert_array_equal(step.logits, reference.logits)
+                taken[id(plan)] += 1
+            stay.append((plan, steps, begun))
+        running = stay
+        number += 1
+    return batch
+
+
+def test_requests_of_unequal_lengths_are_decoded_together(bench: Bench) -> None:
+    rows: list[int] = []
+    plans = [Plan(prompt, cost, 4, 0, None) for prompt, cost in ((0, 1.0), (1, 0.3), (2, 1.0))]
+    batch = DecodeBatch(bench.pipeline.segments, rows.append)
+    steps = [bench.steps(plan.prompt, bench.request(plan, 4), batch) for plan in plans]
+    for _ in range(7):
+        for each in steps:
+            next(each, None)
+    assert rows == [3, 3, 3]
+    assert len(batch) == 0
+    assert batch.nbytes == 0
+    run(bench, plans)
+
+
+PLANS = st.builds(
+    Plan,
+    prompt=st.integers(0, 2),
+    cost=st.sampled_from(COSTS),
+    new_tokens=st.integers(1, MOST),
+    begins=st.integers(0, 15),
+    cancelled_after=st.one_of(st.none(), st.integers(0, MOST)),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plans=st.lists(PLANS, min_size=1, max_size=9), seed=st.one_of(st.none(), st.integers(0, 1 << 30)))
+def test_whatever_runs_beside_a_request_its_tokens_are_those_of_itself_alone(
+    bench: Bench, plans: list[Plan], seed: int | None
+) -> None:
+    random = np.random.default_rng(seed)
+    order = None if seed is None else iter(random.random, 2.0)
+    batch = run(bench, plans, order)
+    assert len(batch) == 0
+    assert batch.nbytes == 0
+
+
+@pytest.mark.slow
+def test_a_cache_of_its_own_comes_back_as_it_was_written(bench: Bench) -> None:
+    """Moved in, moved to another row, grown over, and out again: equal to the caches of the request alone."""
+    request = Request(MOST, cost=1.0)
+    laid_out, rows = bench.prompts[0]
+    alone = bench.pipeline.prefill(laid_out, rows, request, Stopwatch())
+    list(bench.pipeline.decode(laid_out, alone, request, Stopwatch()))
+    batch = DecodeBatch(bench.pipeline.segments)
+    first = bench.steps(2, request, batch)
+    together = bench.pipeline.prefill(laid_out, rows, request, Stopwatch())
+    steps = bench.pipeline.decode(laid_out, together, request, Stopwatch(), batch=batch)
+    for _ in range(4):
+        next(first)
+        next(steps)
+    first.close()  # the second one takes its row
+    grown = bench.steps(1, Request(SLOTS, cost=1.0), batch)  # longer than a slab: all of it is replaced
+    for _ in range(3):
+        next(grown)
+    list(steps)
+    for ours, theirs in zip(together.caches, alone.caches, strict=True):
+        np.testing.assert_array_equal(ours.lengths, theirs.lengths)
+        for layer, length in enumerate(theirs.lengths):
+            assert ours.capacities[layer] == length
+            for name in ("keys", "values"):
+                np.testing.assert_array_equal(getattr(ours, name)[layer], getattr(theirs, name)[layer][:, :, :length])
+    grown.close()
+    assert batch.nbytes == 0
+
+
+@pytest.mark.slow
+def test_rows_refuse_what_they_have_no_room_for(bench: Bench) -> None:
+    laid_out, rows = bench.prompts[2]
+    done = bench.pipeline.prefill(laid_out, rows, Request(1), Stopwatch())
+    batch = DecodeBatch(bench.pipeline.segments)
+    row = batch.join(done.caches)
+    model = bench.pipeline.manifest.model
+    inputs = [np.zeros(width, np.float32) for width in (model.hidden_size, *[model.head_dim // 2] * 2)]
+    row.feed(*inputs)
+    assert np.isfinite(row.logits()).all()
+    with pytest.raises(PromptError, match="is full"):
+        row.feed(*inputs)
+    with pytest.raises(ValueError, match="not fed"):
+        row.logits()
+    row.leave()
+    row.leave()
+    assert len(batch) == 0
+
+
+@pytest.mark.slow
+def test_sessions_share_a_batch_and_keep_their_conversations(bench: Bench, film: Path) -> None:
+    """Two conversations of two turns in lockstep, one of which gives a turn up and puts it again."""
+    pipeline = bench.pipeline
+    request = Request(6)
+    turns = ("What happens?", "And then?")
+
+    def alone() -> list[Any]:
+        session = pipeline.session()
+        return [session.ask(turns[0], [film], request), session.ask(turns[1], (), request)]
+
+    expected = alone()
+    batch = DecodeBatch(pipeline.segments)
+    sessions = [pipeline.session(batch=batch) for _ in range(2)]
+    first = [session.stream([Turn("user", (Visual.VIDEO, turns[0]))], [film], request) for session in sessions]
+    given_up = pipeline.session(batch=batch).stream("Hello", (), request)
+    tokens: list[list[int]] = [[], []]
+    for _ in range(9):  # prefill, six tokens, the end, and behind it
+        next(given_up, None)
+        for found, steps in zip(tokens, first, strict=True):
+            found += [step.token_id for step in [next(steps, None)] if step is not None and step.token_id is not None]
+    assert tokens == [list(expected[0].token_ids)] * 2
+    half = sessions[0].stream(turns[1], (), request)
+    for _ in range(4):
+        next(half)
+    half.close()
+    assert len(batch) == 0
+    for session in sessions:
+        answer = session.ask(turns[1], (), request)
+        assert answer.token_ids == expected[1].token_ids
+        assert session.records[-1].reused_tokens > expected[0].prompt_tokens
