@@ -14,6 +14,8 @@ from framefusion.runtime.format.manifest import Mode
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "float16", "bfloat16"]
 TowerInput = Literal["uint8", "float"]
+AS_STORED = "stored"
+DEQUANTIZED = "dequantized"
 DEFAULT_TEXT = 512
 DEFAULT_INPUT = 8192
 DEFAULT_NEW_TOKENS = 1024
@@ -38,8 +40,10 @@ class BuildOptions:
         buckets: sizes of a prefill.
         max_input_len, max_kv_cache_capacity, max_text_len: longest prompt; prompt and answer; text of a prompt (fixed).
         dtype: of the graphs: weights, activations and caches. The embedding table stays as it is stored.
-        weights: of the decoder's layers: None for floats of `dtype`, else "int8" or "int4", with the size of a block
-            behind a colon ("int4:64") and "+zero" for zero points.
+        weights: of the decoder's layers: None for floats of `dtype`, or for the codes of a quantized checkpoint if
+            graphs can have them; "int8" or "int4", with the size of a block behind a colon ("int4:64") and "+zero" for
+            zero points; of a quantized checkpoint alone AS_STORED, its codes though its format rounds activations too,
+            or DEQUANTIZED, floats of `dtype`.
         num_decoder_layer: take only the first layers, for a smoke test.
         fps, max_frames, min_pixels, max_pixels: sampling of frames and their size.
         mm_spatial_pool_mode: how the patches of a frame are pooled (LLaVA).

@@ -11,12 +11,14 @@ A tensor's way, each step named in the code:
     2. the parts with a folder are found                      their tensors get the part's name in front
     3. names -> file: one file, else the shards of the index  the order in which transformers looks
     4. a file's header is read and checked against its size   shapes and types are known without a weight
-    5. the bytes of one tensor, or of some of its rows        memory holds what one step of a build needs
+    5. quantized linear maps become matrices (quantized/)     so that everybody else reads `X.weight`
+    6. the bytes of one tensor, or of some of its rows        memory holds what one step of a build needs
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +31,12 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.config_types import check_types
 from framefusion.export.checkpoints.files import LFS, check_file, inner_name, is_pointer, present, read_json_file
 from framefusion.export.checkpoints.origin.hub import Origin, origin_of, resolve
-from framefusion.export.checkpoints.tensors.tensor_file import TensorEntry, TensorFile, TensorFileError
-from framefusion.export.checkpoints.tensors.weight_formats import INDEX, SINGLE, check_plain, no_weights
+from framefusion.export.checkpoints.quantized.linear import GroupedLinear, QuantizedLinear
+from framefusion.export.checkpoints.quantized.quantization import Quantization, quantization_of
+from framefusion.export.checkpoints.quantized.setting import KEYS
+from framefusion.export.checkpoints.tensors.tensor_file import DTYPES, TensorEntry, TensorFile, TensorFileError
+from framefusion.export.checkpoints.tensors.weight_formats import INDEX, SINGLE, check_no_adapter, no_weights
+from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
 
 CONFIG = "config.json"
 PART = "_cfg"
@@ -102,10 +108,29 @@ class Checkpoint:
                     folders[name] = self.folder / folder_name
         return folders
 
-    def check_plain(self) -> None:
-        """Refuse quantized weights and adapters, by what the configurations say and by names of tensors."""
-        nested = [value for value in self.config.values() if isinstance(value, dict)]
-        check_plain(self.folder, (self.config, *nested, *map(self.part_config, self.parts)), self._places)
+    def check_readable(self) -> None:
+        """Refuse adapters, and quantized weights that are not read or not what config.json says.
+
+        Raises:
+            CheckpointError: naming what is wrong.
+        """
+        check_no_adapter(self.folder, self._stored)
+        self.quantization  # noqa: B018  (raises)
+
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """What of the checkpoint is quantized; None where nothing is.
+
+        Raises:
+            CheckpointError: see `quantization_of`.
+        """
+        nested = [
+            (f"{key} in {CONFIG}", value)
+            for key, value in self.config.items()
+            if isinstance(value, dict) and key not in KEYS
+        ]
+        parts = [(f"{part}'s {CONFIG}", self.part_config(part)) for part in self.parts]
+        return quantization_of(self.folder, [(CONFIG, self.config), *nested, *parts], self._stored, self)
 
     def part_config(self, name: str) -> dict[str, Any]:
         """The configuration of a part: its folder's config.json, else the object in config.json; {} without either."""
@@ -124,11 +149,27 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
-        """Tensor name -> file that holds it."""
+        """Tensor name -> file that holds it; a quantized matrix has the name that it has before it is quantized."""
         return {key: location.file for key, location in self._places.items()}
+
+    @property
+    def tensor_files(self) -> set[Path]:
+        """All files of tensors."""
+        return {location.file for location in self._stored.values()}
 
     @cached_property
     def _places(self) -> Mapping[str, _TensorLocation]:
+        """Tensors as they are read: matrices in place of what stands for them."""
+        if self.quantization is None:
+            return self._stored
+        # 5. What a quantized map is stored as is nobody else's: its matrix takes its place.
+        hidden = self.quantization.hidden
+        places = {key: location for key, location in self._stored.items() if key not in hidden}
+        return places | {key: self._stored[linear.keys[0]] for key, linear in self.quantization.linears.items()}
+
+    @cached_property
+    def _stored(self) -> Mapping[str, _TensorLocation]:
+        """Tensors as the files have them."""
         if not self.parts or any(present(self.folder / name) for name in (SINGLE, INDEX)):
             return self._places_in(self.folder)
         locations: dict[str, _TensorLocation] = {}
@@ -190,35 +231,83 @@ class Checkpoint:
         return len({suffix.partition(".")[0] for suffix in suffixes})
 
     def tensor(self, key: str, rows: slice | None = None) -> Tensor:
-        """A tensor as it is stored, read from disk now.
+        """A tensor as it is stored, read from disk now; a quantized matrix in the type that its format computes in.
 
         Args:
             key: its name, with the part's in front where parts have folders.
             rows: which of its first axis; None takes all.
 
         Raises:
-            CheckpointError: there is no such tensor, or its file cannot be read.
+            CheckpointError: there is no such tensor, its file cannot be read, or its scales are no numbers.
         """
+        linear = self._linear(key)
+        if linear is not None:
+            return linear.read(self, rows)
         self._entry(key)
-        location = self._places[key]
+        return self.read(key, rows)
+
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
+        """A tensor as a file has it: see `quantized.linear.Stored`."""
+        location = self._stored[key]
         try:
-            # 5. Read and handed over: the caller alone keeps the tensor alive.
+            # 6. Read and handed over: the caller alone keeps the tensor alive.
             return self._file(location.file).read(location.key, rows)
         except (TensorFileError, OSError) as error:
             raise CheckpointError(f"{location.file}: cannot read {key} ({error}): download the file again") from None
 
+    def entry(self, key: str) -> TensorEntry | None:
+        """Type and shape of a tensor as a file has it: see `quantized.linear.Stored`."""
+        location = self._stored.get(key)
+        return None if location is None else self._file(location.file).entries.get(location.key)
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone; CheckpointError where there is none of that name."""
-        return self._entry(key).shape
+        linear = self._linear(key)
+        return self._entry(key).shape if linear is None else linear.shape
 
     def nbytes(self, key: str) -> int:
-        """Bytes of a tensor as it is stored, from the header alone."""
+        """Bytes of a tensor as `tensor` gives it, from the header alone."""
+        linear = self._linear(key)
+        if linear is not None:
+            return math.prod(linear.shape) * DTYPES[linear.dtype].itemsize
         entry = self._entry(key)
         return entry.end - entry.begin
 
     def dtype(self, key: str) -> str:
         """Element type as safetensors writes it: F32, F16, BF16."""
-        return self._entry(key).dtype
+        linear = self._linear(key)
+        return self._entry(key).dtype if linear is None else linear.dtype
+
+    def is_quantized(self, key: str) -> bool:
+        """Whether this is a matrix that other tensors stand for."""
+        return self._linear(key) is not None
+
+    def quantized_format(self, key: str) -> BlockFormat | None:
+        """How a matrix that kernels can multiply by as it is is stored, from headers alone; None for any other."""
+        linear = self._linear(key)
+        return linear.form if isinstance(linear, GroupedLinear) else None
+
+    def quantized_keys(self, key: str) -> tuple[str, ...]:
+        """Names of the tensors that are read for it: its own."""
+        return (key,)
+
+    def quantized_shape(self, key: str) -> tuple[int, int]:
+        """Outputs and inputs of a quantized matrix, from headers alone."""
+        outputs, inputs = self.shape(key)
+        return outputs, inputs
+
+    def quantized(self, key: str) -> BlockQuantized | None:
+        """The codes, scales and zero points of such a matrix, as they are stored; None for any other tensor.
+
+        Raises:
+            CheckpointError: they cannot be read, or are no numbers.
+        """
+        linear = self._linear(key)
+        return linear.blocks(self) if isinstance(linear, GroupedLinear) else None
+
+    def _linear(self, key: str) -> QuantizedLinear | None:
+        """The quantized linear map whose matrix has this name."""
+        return None if self.quantization is None else self.quantization.linears.get(key)
 
     def _entry(self, key: str) -> TensorEntry:
         location = self._places.get(key)
@@ -226,7 +315,7 @@ class Checkpoint:
             near = difflib.get_close_matches(key, self._places, n=3)
             hint = f"; the nearest it has: {', '.join(near)}" if near else ""
             raise CheckpointError(f"{self.folder} has no tensor {key}{hint}: the checkpoint is incomplete")
-        entry = self._file(location.file).entries.get(location.key)
+        entry = self.entry(key)
         if entry is None:
             raise CheckpointError(
                 f"{location.file} has no tensor {location.key} though the index names it: download the file again"

@@ -27,11 +27,12 @@ from framefusion.export.graphs.graph_plan import GraphPlan
 from framefusion.export.graphs.segments import SegmentPlan, segment_module, whole_decoder
 from framefusion.export.graphs.tower import Levels
 from framefusion.export.graphs.tracing.dialects import DIALECTS, Dialect
+from framefusion.export.options import AS_STORED, TowerInput
 from framefusion.export.options import BuildOptions as BuildOptions  # part of this module's interface
-from framefusion.export.options import TowerInput
 from framefusion.export.plan import sizes
 from framefusion.export.plan.graphs import fixed_graphs, segment_graphs, tower_graph
 from framefusion.export.plan.reduction import reduction_record, segments_of
+from framefusion.export.plan.stored_weights import check_stored
 from framefusion.export.plan.weight_plan import WeightPlan, check_quantized, parse_weights
 from framefusion.runtime.format.manifest import (
     FixedRecord,
@@ -56,6 +57,7 @@ class BuildPlan:
         family, tower, config, embedding_key: what the checkpoint's configuration and headers say.
         dialect, template, sampling, preprocessing: how graphs are said, and how prompts and films are read.
         limits, reduction, fixed: the manifest's records; `fixed` is None outside the fixed mode.
+        stored_weights: what becomes of a quantized checkpoint's weights, a sentence; "" for one of floats.
         segments: where the decoder is cut.
         graphs: every graph of the bundle, the segments' first, then the tower's.
 
@@ -68,7 +70,7 @@ class BuildPlan:
         self.options = options
         # 1. whose checkpoint it is, and whether it may be read at all
         self.family: Family = family_of(checkpoint.config)
-        checkpoint.check_plain()
+        checkpoint.check_readable()
         license_files(checkpoint.folder)  # refuses one that leads out of the folder before anything is written
         # 2. geometry, from configuration and headers
         self.tower: TowerPlan = self.family.plan_tower(checkpoint)
@@ -88,12 +90,14 @@ class BuildPlan:
         self.fixed = self._fixed()
         self._weights = WeightPlan(
             checkpoint,
-            None if options.weights is None else parse_weights(options.weights),
+            parse_weights(options.weights),
             self.dtype,
             self.dialect.signed_codes,
             LatestBlocks(),
+            keeps_codes=options.weights in (None, AS_STORED),
         )
         self.segments = tuple(map(self._formatted, segments_of(self.reduction, self.config)))
+        self.stored_weights = check_stored(checkpoint, options, self.dialect, *self._quantized_keys())
         check_quantized(self.segments, self.dialect, options)
         # 5. the prompts
         self.template = self.family.template(checkpoint)
@@ -261,6 +265,12 @@ class BuildPlan:
         """Where the parameters of a segment are in the checkpoint."""
         return self._weights.sources(plan, decoders.decoder_sources(self.checkpoint, self.family, plan))
 
+    def _quantized_keys(self) -> tuple[set[str], set[str]]:
+        """Keys of the decoder's quantized matrices, over all layers: see `WeightPlan.quantized_keys`."""
+        layers = decoders.stored_depth(self.checkpoint, self.family)
+        whole = whole_decoder(layers, deepstack=self.config.deepstack)[0]
+        return self._weights.quantized_keys(whole, decoders.decoder_sources(self.checkpoint, self.family, whole))
+
     def _formatted(self, plan: SegmentPlan) -> SegmentPlan:
         """A segment with the formats of its weights."""
         return self._weights.formatted(plan, decoders.decoder_sources(self.checkpoint, self.family, plan))
@@ -288,7 +298,7 @@ def _dialect(name: str, head_dim: int) -> Dialect:
 
 def identity_of(checkpoint: Checkpoint) -> Mapping[str, object]:
     """What tells one checkpoint from another without reading its weights: its files' names, sizes and times."""
-    files: set[Path] = set(checkpoint.files.values())
+    files: set[Path] = checkpoint.tensor_files
     for folder in (checkpoint.folder, *checkpoint.parts.values()):  # a chat template decides what is built, too
         files |= {path for pattern in ("*.json", "*.jinja") for path in folder.glob(pattern)}
     stats = {path.relative_to(checkpoint.folder).as_posix(): path.stat() for path in sorted(files) if path.is_file()}

@@ -22,7 +22,7 @@ from framefusion.export.checkpoints.tensors.weights import AnySource, LatestBloc
 from framefusion.export.graphs.decoder import LINEARS
 from framefusion.export.graphs.segments import SegmentPlan
 from framefusion.export.graphs.tracing.dialects import Dialect
-from framefusion.export.options import BuildOptions
+from framefusion.export.options import AS_STORED, DEQUANTIZED, BuildOptions
 from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.recipes import CodeReader, Made, Stored
 from framefusion.export.quantization.rounding import round_to_nearest
@@ -34,17 +34,20 @@ METHOD = "round to nearest"
 _OPTION = re.compile(r"(int8|int4)(?::(\d{1,4}))?(\+zero)?")
 
 
-def parse_weights(text: str) -> BlockFormat:
-    """The format that `BuildOptions.weights` names.
+def parse_weights(text: str | None) -> BlockFormat | None:
+    """The format that `BuildOptions.weights` names; None where no codes are to be chosen.
 
     Raises:
         BudgetError: it names none.
         CheckpointError: no kernel has blocks of that size.
     """
+    if text in (None, AS_STORED, DEQUANTIZED):
+        return None
     found = _OPTION.fullmatch(text)
     if found is None:
         raise BudgetError(
-            f"--weights {text}: int8 or int4 is expected, with the size of a block (int4:64) and +zero for zero points"
+            f"--weights {text}: int8 or int4 is expected, with the size of a block (int4:64) and +zero for zero "
+            f"points; {AS_STORED} or {DEQUANTIZED} for a quantized checkpoint"
         )
     name, block, zero = found.groups()
     return BlockFormat(int(name.removeprefix("int")), int(block or BLOCKS[name]), symmetric=not zero)
@@ -70,7 +73,7 @@ class WeightPlan:
 
     Attributes:
         checkpoint: where floats or codes are.
-        chosen: the format that codes are chosen in; None: the checkpoint's own, where it holds any.
+        chosen: the format that codes are chosen in; None: the checkpoint's own, where it holds any, or floats.
         dtype: of the bundle.
         signed: see `BlockFormat.signed`: the dialect's packing.
         latest: see `LatestBlocks`.
@@ -81,6 +84,8 @@ class WeightPlan:
     dtype: torch.dtype
     signed: bool
     latest: LatestBlocks
+    keeps_codes: bool = True
+    """A quantized checkpoint's own codes are taken where kernels have such; else all of them become floats first."""
 
     def record(self, segments: Sequence[SegmentPlan]) -> QuantizationRecord | None:
         """The manifest's part on the weights of these segments; None where all are floats."""
@@ -119,11 +124,26 @@ class WeightPlan:
                     found |= {f"{name}.{kind}": QuantizedPart(recipe, kind, self.latest) for kind in shapes}
         return found
 
+    def quantized_keys(self, plan: SegmentPlan, sources: Mapping[str, AnySource]) -> tuple[set[str], set[str]]:
+        """The checkpoint's quantized matrices of a segment: those whose codes it gets, and those that become floats.
+
+        Arguments as of `formatted`.
+        """
+        coded: set[str] = set()
+        floats: set[str] = set()
+        for index, block in enumerate(plan.blocks):
+            for part in LINEARS[block.kind]:
+                source = sources[f"blocks.{index}.{part}.weight"]
+                recipe = self._recipe(source)
+                chosen = coded if isinstance(recipe, Stored) else floats
+                chosen |= {key for key in source.keys if self.checkpoint.is_quantized(key)}
+        return coded, floats
+
     def _recipe(self, source: AnySource) -> Recipe | None:
         """Where the codes of a linear map come from; None: it stays floats."""
         # 1. the checkpoint's own codes go to the graph as they are
         checkpoint = self.checkpoint
-        if isinstance(source, Source) and isinstance(checkpoint, CodeReader):
+        if self.keeps_codes and isinstance(source, Source) and isinstance(checkpoint, CodeReader):
             form = checkpoint.quantized_format(source.key)
             if form is not None:
                 return Stored(source.key, checkpoint, replace(form, signed=self.signed), source.rows)

@@ -6,9 +6,9 @@ Reads names of files and config.json, no tensor. Knows no family.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.files import present, read_json_file
@@ -17,14 +17,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-QUANTIZED_KEYS = ("quantization_config", "quantization", "compression_config")
-"""Keys of config.json for what awq, gptq, fp8, bitsandbytes, compressed-tensors, ModelOpt and MLX did."""
-MODELOPT = "hf_quant_config.json"
-_QUANTIZED = re.compile(
-    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv|_2)?|input_scale|absmax|quant_map|SCB|weight_format|"
-    r"scales|zeros|qscales|weight\.(absmax|quant_map|nested_absmax|quant_state\..*))$"
-)
-"""Tensors that only a quantized linear map has."""
 _ADAPTED = re.compile(
     r"\.(lora_|base_layer\.|modules_to_save\.|original_module\.|ia3_|vera_|oft_|adapter)|^base_model\."
 )
@@ -106,23 +98,16 @@ def _known_format(folder: Path) -> tuple[_Format, str] | None:
     return None
 
 
-def check_plain(folder: Path, configs: Iterable[Mapping[str, Any]], keys: Collection[str]) -> None:
-    """Refuse a checkpoint whose weights were quantized, or hold an adapter that was not merged.
+def check_no_adapter(folder: Path, keys: Collection[str]) -> None:
+    """Refuse a checkpoint that holds an adapter that was not merged.
 
     Args:
         folder: of the checkpoint.
-        configs: of the model and of its parts.
         keys: names of its tensors.
 
     Raises:
-        CheckpointError: naming the method, or the adapter's tensors.
+        CheckpointError: naming the adapter's files or tensors.
     """
-    evidence = _quantization(folder, configs, keys)
-    if evidence is not None:
-        raise CheckpointError(
-            f"{folder} is quantized ({evidence}), and quantized weights are not read: "
-            "give the checkpoint before it was quantized"
-        )
     adapter = next((name for name in ADAPTER_WEIGHTS if present(folder / name)), None)
     if adapter is not None and present(folder / ADAPTER):
         raise CheckpointError(
@@ -137,25 +122,3 @@ def check_plain(folder: Path, configs: Iterable[Mapping[str, Any]], keys: Collec
             f"{folder} holds tensors of an adapter beside the model's ({', '.join(left[:SHOWN])}{rest}): merge it with "
             "peft's merge_and_unload(), save_pretrained() the result, and give that folder"
         )
-
-
-def _quantization(folder: Path, configs: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> str | None:
-    """What shows that a checkpoint was quantized, for a message; None where nothing does."""
-    for config in configs:
-        for key in QUANTIZED_KEYS:
-            if config.get(key):
-                return f"{_method(config[key])}: {key} of config.json"
-    if present(folder / MODELOPT):
-        return f"by ModelOpt: {MODELOPT}"
-    quantized = next((key for key in keys if _QUANTIZED.search(key)), None)
-    return None if quantized is None else f"its tensor {quantized} says so, though config.json does not"
-
-
-def _method(setting: object) -> str:
-    """What quantized a model, and to how many bits, by the value of one of QUANTIZED_KEYS; at most 60 characters."""
-    if not isinstance(setting, dict):
-        return str(setting)[:40]
-    name = setting.get("quant_method") or setting.get("quant_algo") or setting.get("mode") or "an unnamed method"
-    counts = [setting[key] for key in ("bits", "w_bit", "weight_bits") if isinstance(setting.get(key), int)]
-    bits = next(iter(counts), None)
-    return str(name)[:40] + (f", {bits} bits" if bits else "")

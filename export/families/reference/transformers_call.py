@@ -165,7 +165,7 @@ class TransformersCall:
 
     def _place(self, prefix: str) -> tuple[Path, str]:
         """The folder that a class reads, and the prefix of its keys there: parts may have folders of their own."""
-        places = {path.parent for path in self.checkpoint.files.values()}
+        places = {path.parent for path in self.checkpoint.tensor_files}
         for part, folder in self.checkpoint.parts.items():
             if folder in places and prefix.startswith(f"{part}."):
                 return folder, prefix.removeprefix(f"{part}.")

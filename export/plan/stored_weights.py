@@ -1,0 +1,80 @@
+"""What a build makes of a quantized checkpoint's weights, and what it does not do unless an option says so.
+
+Codes that kernels multiply by go to the graphs as they are stored. Where they cannot (another kind of code, graphs or
+engines without such weights), or where the format rounds activations, which no graph here does, the bundle would
+compute something else than the checkpoint: which of the ways out is taken is the user's to say. Reads no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from framefusion.errors import BudgetError
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.quantized.quantization import Quantization
+from framefusion.export.graphs.tracing.dialects import Dialect
+from framefusion.export.options import AS_STORED, DEQUANTIZED, BuildOptions
+
+
+def check_stored(
+    checkpoint: Checkpoint, options: BuildOptions, dialect: Dialect, coded: Collection[str], floats: Collection[str]
+) -> str:
+    """Refuse to build something else than the checkpoint holds without an option that says so.
+
+    Args:
+        checkpoint: quantized or not.
+        options: of the build; `weights` decides.
+        dialect: of the graphs.
+        coded: keys of the decoder's matrices whose codes the graphs are to have.
+        floats: keys of its quantized matrices that would be floats.
+
+    Returns:
+        what becomes of the quantized weights, a sentence for people; "" where nothing is quantized.
+
+    Raises:
+        BudgetError: naming the flags among which to choose.
+    """
+    quantization = checkpoint.quantization
+    if quantization is None:
+        if options.weights in (AS_STORED, DEQUANTIZED):
+            raise BudgetError(f"{checkpoint.folder} holds floats: --weights {options.weights} is for quantized weights")
+        return ""
+    if options.weights not in (None, AS_STORED):
+        what = (
+            f"floats in {options.dtype}" if options.weights == DEQUANTIZED else f"quantized again ({options.weights})"
+        )
+        return f"quantized weights ({quantization}) became {what}"
+    reason = _reason(quantization, options, dialect, floats)
+    if reason:
+        raise BudgetError(
+            f"{checkpoint.folder} is quantized ({quantization}), and {reason}: "
+            f"build with {_ways(quantization, options, dialect, floats)}"
+        )
+    left = len(quantization.linears) - len(set(coded))
+    beside = f"; {left} outside of the LLM's layers became floats in {options.dtype}" if left else ""
+    unrounded = "; activations are not rounded as its format does" if quantization.activations else ""
+    return f"quantized weights ({quantization}) were taken as they are stored{beside}{unrounded}"
+
+
+def _reason(quantization: Quantization, options: BuildOptions, dialect: Dialect, floats: Collection[str]) -> str:
+    """Why the weights cannot be taken as they are; "" where they can."""
+    if "matmul_nbits" not in dialect.translations:
+        return f"graphs of the dialect {dialect.name} have no such weights"
+    if options.backend is not None:
+        return f"{options.backend} engines are not compiled of such weights"
+    if floats:
+        linear = quantization.linears[min(floats)]
+        return f"{linear.module} ({linear.description}) has no form of equal numbers in a graph"
+    if quantization.activations and options.weights is None:
+        return "its format rounds activations as well, which no graph here does"
+    return ""
+
+
+def _ways(quantization: Quantization, options: BuildOptions, dialect: Dialect, floats: Collection[str]) -> str:
+    """The flags that such a checkpoint can be built with."""
+    ways = [f"--weights {DEQUANTIZED} (floats of --dtype)"]
+    if "matmul_nbits" in dialect.translations and options.backend is None:
+        if not floats and quantization.activations:
+            ways.append(f"--weights {AS_STORED} (its codes as they are, activations not rounded)")
+        ways.append("--weights int8 or int4 (quantized again; the check measures what that costs)")
+    return ", or ".join(ways)

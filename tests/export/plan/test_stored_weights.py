@@ -1,0 +1,104 @@
+"""What a build makes of quantized weights: their codes where graphs can have them, nothing else without an option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from framefusion.errors import BudgetError, CheckpointError
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.options import BuildOptions
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.quantization.recipes import Stored
+from tests.quantized_checkpoints import FORMATS, SINGLE, configured, grouped, int32_codes, quantized
+
+
+def coded(plan: BuildPlan) -> set[str]:
+    """Keys of the matrices whose codes the graphs get."""
+    sources = [source for graph in plan.graphs for source in graph.sources.values()]
+    recipes = [getattr(source, "recipe", None) for source in sources]
+    return {recipe.key for recipe in recipes if isinstance(recipe, Stored)}
+
+
+def test_codes_go_to_the_graphs_by_default(checkpoint: Path, tmp_path: Path) -> None:
+    folder = quantized(checkpoint, tmp_path / "w4", "w4a16")
+    plan = BuildPlan(Checkpoint(folder), BuildOptions())
+    assert len(coded(plan)) == 28
+    assert plan.stored_weights.startswith(
+        "quantized weights (compressed-tensors: 4 bits, groups of 16, symmetric in 28"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format_is_planned_or_asks_for_an_option(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    source = Checkpoint(quantized(checkpoint, tmp_path / name, name))
+    exact = name in ("awq", "gptq", "gptq8", "w4a16")
+    if exact:
+        assert len(coded(BuildPlan(source, BuildOptions()))) == 28
+    else:
+        with pytest.raises(BudgetError, match=r"--weights dequantized.*--weights int8 or int4"):
+            BuildPlan(source, BuildOptions())
+    if name == "fp8":
+        with pytest.raises(BudgetError, match=r"mlp.down_proj .*has no form of equal numbers in a graph"):
+            BuildPlan(source, BuildOptions(weights="stored"))
+    else:
+        assert len(coded(BuildPlan(source, BuildOptions(weights="stored")))) == 28
+    dequantized = BuildPlan(source, BuildOptions(weights="dequantized"))
+    assert coded(dequantized) == set()
+    assert not any(block.formats for plan in dequantized.segments for block in plan.blocks)
+    again = BuildPlan(source, BuildOptions(weights="int8"))
+    assert coded(again) == set()
+    assert again.stored_weights.endswith("became quantized again (int8)")
+
+
+@pytest.mark.slow
+def test_what_has_no_such_graphs_asks_for_floats(checkpoint: Path, tmp_path: Path) -> None:
+    source = Checkpoint(quantized(checkpoint, tmp_path / "awq", "awq"))
+    with pytest.raises(BudgetError, match=r"portable have no such weights: build with --weights dequantized") as e:
+        BuildPlan(source, BuildOptions(dialect="portable"))
+    assert "int4" not in str(e.value)
+    BuildPlan(source, BuildOptions(dialect="portable", weights="dequantized"))
+
+
+@pytest.mark.slow
+def test_groups_without_a_kernel_ask_for_an_option(checkpoint: Path, tmp_path: Path) -> None:
+    """Groups of 8, which no kernel has."""
+    folder = quantized(checkpoint, tmp_path / "gptq", "gptq")
+    tensors = load_file(folder / SINGLE)
+    codes, scales, zeros = grouped(torch.randn(64, 32), 4, symmetric=True, group=8)
+    stem = next(key for key in tensors if key.endswith("layers.1.mlp.up_proj.qweight")).removesuffix("qweight")
+    tensors |= {
+        f"{stem}qweight": int32_codes(codes, 4).T.contiguous(),
+        f"{stem}qzeros": int32_codes(zeros.T - 1, 4).contiguous(),
+        f"{stem}scales": scales.T.half().contiguous(),
+        f"{stem}g_idx": torch.arange(32).int() // 8,
+    }
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    configured(folder, FORMATS["gptq"][1] | {"dynamic": {r"+:.*layers\.1\.mlp\.up_proj": {"group_size": 8}}})
+    with pytest.raises(BudgetError, match=r"layers.1.mlp.up_proj .4 bits, groups of 8, symmetric. has no form"):
+        BuildPlan(Checkpoint(folder), BuildOptions())
+
+
+def test_options_for_quantized_weights_need_some(checkpoint: Path) -> None:
+    for weights in ("stored", "dequantized"):
+        with pytest.raises(BudgetError, match=f"holds floats: --weights {weights} is for quantized weights"):
+            BuildPlan(Checkpoint(checkpoint), BuildOptions(weights=weights))
+
+
+@pytest.mark.slow
+def test_nobody_reads_a_matrix_of_another_model(checkpoint: Path, tmp_path: Path) -> None:
+    """What is quantized and read by no part of the model is refused, as a tensor of floats is."""
+    folder = quantized(checkpoint, tmp_path / "awq", "awq")
+    tensors = load_file(folder / SINGLE)
+    stray = {
+        key.replace("layers.1.mlp.up_proj", "layers.1.mlp.extra_proj"): tensor.clone()
+        for key, tensor in tensors.items()
+        if "layers.1.mlp.up_proj" in key
+    }
+    save_file(tensors | stray, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no part of this model reads .*extra_proj.weight"):
+        BuildPlan(Checkpoint(folder), BuildOptions())
