@@ -25,12 +25,12 @@ from framefusion.export.graphs.tracing.dialects import Dialect
 from framefusion.export.options import AS_STORED, DEQUANTIZED, BuildOptions
 from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.recipes import CodeReader, Made, Stored
-from framefusion.export.quantization.rounding import round_to_nearest
+from framefusion.export.quantization.search import search
 from framefusion.runtime.format.manifest import QuantizationRecord, WeightFormatRecord
 
 BLOCKS = {"int8": 128, "int4": 32}
 """Weights -> inputs that share a scale, where the option does not say."""
-METHOD = "round to nearest"
+METHOD = "search of scales"
 _OPTION = re.compile(r"(int8|int4)(?::(\d{1,4}))?(\+zero)?")
 
 
@@ -151,4 +151,4 @@ class WeightPlan:
         if self.chosen is None:
             return None
         form = replace(self.chosen, signed=self.signed)
-        return Made(source, form, self.dtype, partial(round_to_nearest, dtype=self.dtype))
+        return Made(source, form, self.dtype, partial(search, dtype=self.dtype))
