@@ -148,9 +148,14 @@ def first_engines(folder: Path, manifest: Manifest, kind: EngineKind) -> str:
         return (
             f"its graphs have dialect {manifest.dialect} in {manifest.model.dtype}, {kind} takes "
             f"{' or '.join(traits.dialects)} in {' or '.join(traits.dtypes)}: build another bundle, "
-            f"ff-export build {_checkpoint(manifest)} -o FOLDER --backend {kind}"
+            f"{build_command(manifest)} --backend {kind}"
         )
     return compile_command(folder, manifest, kind)
+
+
+def build_command(manifest: Manifest) -> str:
+    """The command that builds a bundle of the same checkpoint, without its options."""
+    return f"ff-export build {_checkpoint(manifest)} -o FOLDER"
 
 
 def _checkpoint(manifest: Manifest) -> str:

@@ -17,7 +17,7 @@ def server_deployment(
     model: str | None = None,
     policy: MediaPolicy | None = None,
     api_key: str | None = None,
-    max_running: int = 4,
+    max_running: int = 8,
     max_waiting: int = 16,
     cache_budget: int = 2 << 30,
     threads: int = 0,

@@ -18,6 +18,7 @@ from threading import Lock
 
 import numpy as np
 
+from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.media.video.frames import Video
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.session import Session
@@ -67,11 +68,13 @@ class Conversations:
     Attributes:
         pipeline: whose sessions they are.
         budget: bytes at most for all that are kept.
+        batch: in which answers are decoded together; None where each is by itself.
         evicted: how many went for room.
     """
 
     pipeline: Pipeline
     budget: int
+    batch: DecodeBatch | None = None
     evicted: int = 0
     _kept: list[Conversation] = field(default_factory=list)  # used least lately first
     _lock: Lock = field(default_factory=Lock)
@@ -113,7 +116,7 @@ class Conversations:
                     best = conversation
             if best is not None:
                 self._kept.remove(best)
-        return best or Conversation(self.pipeline.session(max_cache_bytes=self.budget), name=name)
+        return best or Conversation(self.pipeline.session(max_cache_bytes=self.budget, batch=self.batch), name=name)
 
     def give_back(self, conversation: Conversation) -> None:
         """Keep a conversation, if the bundle can go on behind caches and there is room; what is older may go for it."""

@@ -1,14 +1,17 @@
-"""The one thread that computes: it takes requests one after the other into prefill and decodes all of them in turns.
+"""The one thread that computes: it takes requests one after the other into prefill and decodes all that run.
 
     waiting -> prefill, one at a time -> running: a token each, round after round -> done
 
 A prefill computes all that the device can, so a second one beside it gains nothing; between two of them every running
-request gets its next token. Whoever leaves is dropped in the next round. Knows no protocol and no bundle.
+request gets its next token, and as many more as fit the time of the last prefill, `DECODE_SECONDS` at most. Jobs of one
+batch compute the tokens of a round in one call (generation/batching), others in turns. Whoever leaves is dropped in the
+next round. Knows no protocol and no bundle.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
@@ -18,6 +21,8 @@ from threading import Condition, Event, Thread
 from framefusion.runtime.request import Step
 
 _log = logging.getLogger("framefusion.server")
+DECODE_SECONDS = 0.05
+"""At most, for those that run, between two prefills: so much longer a waiting request waits, and for a round."""
 
 
 class Job(ABC):
@@ -57,7 +62,7 @@ class Engine:
     """Runs jobs on a thread of its own.
 
     Args:
-        max_running: that decode in turns.
+        max_running: that decode at once.
         budget: bytes of keys and values of running jobs beyond which none begins; one alone always does.
         make_room: called with the bytes of the running ones before another begins.
     """
@@ -70,6 +75,7 @@ class Engine:
         self._running: list[tuple[Job, Generator[Step, None, None]]] = []
         self._changed = Condition()
         self._closing = False
+        self._next_prefill = 0.0  # not before, on time.monotonic's clock, while others run
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -126,9 +132,13 @@ class Engine:
         """One prefill at most, then a token for each that runs."""
         # 1. Whoever left frees what it holds.
         self._drop_cancelled()
-        # 2. One more begins, if there is room for it.
-        if self._waiting and self._has_room():
+        # 2. One more begins, if there is room for it and those that run had their time since the last one.
+        is_due = not self._running or time.monotonic() >= self._next_prefill
+        if self._waiting and is_due and self._has_room():
+            begun = time.monotonic()
             self._begin(self._waiting.popleft())
+            ended = time.monotonic()
+            self._next_prefill = ended + min(ended - begun, DECODE_SECONDS)
         # 3. Everyone gets a token.
         self._running = [(job, steps) for job, steps in self._running if self._advance(job, steps)]
 

@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from framefusion.runtime.request import PrefillReport
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+STEP_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -36,6 +38,8 @@ class Metrics:
         self._whole = self._histogram("e2e_request_latency_seconds", "From the request to the end of its answer.")
         self._queue = self._histogram("request_queue_time_seconds", "From the media to the prefill.")
         self._between = self._histogram("inter_token_latency_seconds", "Between two tokens.", buckets=TOKEN_SECONDS)
+        self._step_tokens = self._histogram("iteration_tokens_total", "In a step of the engine.", buckets=STEP_TOKENS)
+        self._step_rows = self._histogram("decode_batch_size", "Requests in a decode step.", buckets=STEP_ROWS)
         self._stages = self._histogram("stage_seconds", "Spent in a stage of a request.", "stage")
         for name, (text, value) in gauges.items():
             Gauge(prefix + name, text, registry=self._registry).set_function(value)
@@ -51,9 +55,15 @@ class Metrics:
         self._queue.observe(queued)
         self._prompt_tokens.inc(report.prompt_tokens)
         self._cached_tokens.inc(report.reused_tokens)
+        self._step_tokens.observe(report.prompt_tokens - report.reused_tokens)
         if report.visual_tokens:
             self._visual_tokens.labels("seen").inc(report.visual_tokens)
             self._visual_tokens.labels("kept").inc(report.kept_tokens)
+
+    def decoded(self, rows: int) -> None:
+        """A step brought a token to so many requests."""
+        self._step_tokens.observe(rows)
+        self._step_rows.observe(rows)
 
     def token(self, since: float, *, first: bool) -> None:
         """A token was given, so many seconds after the request (the first one) or the token before."""

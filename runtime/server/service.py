@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from framefusion.errors import ClosedError, RequestError
+from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.memory import slot_bytes
 from framefusion.runtime.pipeline import Pipeline
@@ -45,7 +46,7 @@ class ServiceSettings:
     Attributes:
         model: the name under which the bundle answers.
         max_waiting: requests at most that are read or wait for the engine; more are turned away.
-        max_running: requests at most that decode in turns.
+        max_running: requests at most that are decoded at once.
         cache_budget: bytes of keys and values, of running requests and of kept conversations together.
         request_seconds: for one request, from its first byte to its last.
         reduction: of requests that do not say.
@@ -54,7 +55,7 @@ class ServiceSettings:
 
     model: str
     max_waiting: int = 16
-    max_running: int = 4
+    max_running: int = 8
     cache_budget: int = 2 << 30
     request_seconds: float = 600.0
     reduction: ReductionDefaults = NO_DEFAULTS
@@ -207,7 +208,10 @@ class Service:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        self.conversations = Conversations(self.pipeline, settings.cache_budget)
+        segments = self.pipeline.segments
+        self.turns_reason = segments.batch_refusal
+        batch = None if self.turns_reason else DecodeBatch(segments, lambda rows: self.metrics.decoded(rows))
+        self.conversations = Conversations(self.pipeline, settings.cache_budget, batch)
         self.engine = Engine(settings.max_running, settings.cache_budget, self.conversations.make_room)
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "num_requests_running": ("Requests that are decoded.", lambda: self.engine.running),
@@ -223,7 +227,9 @@ class Service:
         self._threads = ThreadPoolExecutor(settings.max_waiting + settings.max_running, "request")
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Begin to answer; says once where requests are decoded in turns, and what changes that."""
+        if self.turns_reason is not None:
+            _log.warning("requests decode in turns, not together: %s", self.turns_reason)
         self.engine.start()
 
     def close(self) -> None:

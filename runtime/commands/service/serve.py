@@ -95,9 +95,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
     "--max-running",
     section="Load",
     type=COUNT,
-    default=4,
+    default=8,
     show_default=True,
-    help="Most requests that are answered at once, in turns.",
+    help="Most requests that are decoded at once.",
 )
 @option(
     "--cache-mb",

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
 from threading import Event
 
 import pytest
 
 from framefusion.runtime.request import Step
-from framefusion.runtime.server.engine import Engine, Job
+from framefusion.runtime.server.engine import DECODE_SECONDS, Engine, Job
 
 
 class Counting(Job):
     """Steps without end, or one that is given to nobody."""
 
     nbytes = 1
+    steps = 0
+    since = 0.0
 
-    def __init__(self, broken: str = "") -> None:
+    def __init__(self, broken: str = "", prefill_seconds: float = 0.0) -> None:
         super().__init__()
+        self._prefill_seconds = prefill_seconds
         self.begun = Event()
         self.finished = Event()
         self.errors: list[BaseException | None] = []
         self._broken = broken
 
     def start(self) -> Generator[Step, None, None]:
+        time.sleep(self._prefill_seconds)
         while True:
             yield Step("token")
 
     def give(self, step: Step) -> None:
+        self.steps += 1
+        if not self.begun.is_set():
+            self.since = time.monotonic()
         self.begun.set()
         if self._broken == "give":
             raise RuntimeError("give")
@@ -93,3 +101,25 @@ def test_nobody_waits_for_an_engine_that_has_ended(engine: Engine) -> None:
     engine.submit(late)
     assert late.errors == [None]
     assert late.cancelled
+
+
+def test_those_that_run_have_their_time_between_two_prefills() -> None:
+    """As much as a prefill took, and DECODE_SECONDS at most."""
+    engine = Engine(3, 10, lambda _: None)
+    jobs = [Counting(prefill_seconds=seconds) for seconds in (0.0, 0.01, 0.1, 0.0)]
+    for job in jobs[:3]:
+        engine.submit(job)
+    engine.start()
+    try:
+        for job in jobs[:3]:
+            assert job.begun.wait(5)
+        jobs[0].cancel()
+        before = jobs[1].steps
+        engine.submit(jobs[3])
+        assert jobs[3].begun.wait(5)
+        after = jobs[1].steps
+    finally:
+        engine.close()
+    assert jobs[2].since - jobs[1].since > 0.1 + 0.01
+    assert DECODE_SECONDS < jobs[3].since - jobs[2].since < 10 * DECODE_SECONDS
+    assert after - before > 100  # steps that compute nothing, in 50 ms
