@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
 PAPER = {"dense": 1900.6, "cost 0.7": 1547.2, "cost 0.5": 1317.3, "cost 0.3": 1111.8}
 TYPES_AT = 0.3  # cost of the table by types
-PAGES = ("README.md", "docs/numbers.md", "docs/families.md")
+PAGES = ("README.md", "docs/numbers.md", "docs/families.md", "docs/batch.md")
 
 
 def main() -> None:
@@ -198,6 +198,19 @@ def exporting(result: dict[str, Any]) -> str:
     )
 
 
+def fleet(result: dict[str, Any]) -> str:
+    """Hours of a batch, and in brackets the share of them for which a GPU works."""
+    counts = sorted({row["decoders"] for row in result["rows"]})
+    cells = {(row["gpus"], row["decoders"]): f"{row['hours']:.1f} h ({row['busy']:.0%})" for row in result["rows"]}
+    measured = result["measured"]
+    heading = (
+        f"{result['films']} films, {measured['media_s']:.1f} s of a core and {measured['engine_s']:.2f} s of a GPU each"
+    )
+    rows = [[gpus, *(cells[gpus, count] for count in counts)] for gpus in sorted({gpus for gpus, _ in cells})]
+    lines = table(("GPUs", *(f"{count} core{'s' * (count > 1)} for each" for count in counts)), rows)
+    return f"{heading}:\n\n{lines}\n\n`{result['command']}`, {machine(result)}"
+
+
 def accuracy(result: dict[str, Any], stay: Span = STAY) -> str:
     """Reducers by costs, then by types at one cost, then FrameFusion beside each other one."""
     rows = result["accuracy"]
@@ -271,6 +284,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "checkpoints": checkpoints,
     "numbers": numbers,
     "families": families,
+    "fleet": lambda: fleet(load("fleet")),
 }
 
 

@@ -49,6 +49,7 @@ BENCHMARKS = (
     "frames",
     "cuda_core",
     "install_size",
+    "fleet",
 )
 MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS}
 MODULES |= dict.fromkeys(("accuracy", "accuracy_brief"), "tools.accuracy")
