@@ -16,6 +16,7 @@ DType = Literal["float32", "float16", "bfloat16"]
 TowerInput = Literal["uint8", "float"]
 AS_STORED = "stored"
 DEQUANTIZED = "dequantized"
+Variant = Literal["attention", "plain"]
 DEFAULT_TEXT = 512
 DEFAULT_INPUT = 8192
 DEFAULT_NEW_TOKENS = 1024
@@ -53,7 +54,8 @@ class BuildOptions:
         total_pixels: most pixels of all frames of a video together (Qwen2-VL, Qwen2.5-VL).
         resize_rounding: how often a resized picture is rounded to whole levels (Qwen-VL).
         tower_input: what the vision tower's graph takes: pictures in bytes, which it normalises, or floats that are.
-        backend, target_sm, engines_only, device: the engines that are compiled of the graphs, see `EngineOptions`.
+        backend, target_sm, engines_only, device, variant: the engines that are compiled of the graphs, see
+            `EngineOptions`.
     """
 
     reduction: Mode = "adaptive"
@@ -87,13 +89,14 @@ class BuildOptions:
     target_sm: tuple[str, ...] | None = None
     engines_only: bool = False
     device: Device = "cpu"
+    variant: Variant | None = None
 
     @property
     def engines(self) -> EngineOptions | None:
         """What is compiled of the graphs; None leaves them to ONNX Runtime."""
         if self.backend is None:
             return None
-        return EngineOptions(self.backend, self.target_sm or (), self.engines_only, self.device)
+        return EngineOptions(self.backend, self.target_sm or (), self.engines_only, self.device, self.variant)
 
     @staticmethod
     def chosen(**fields: Any) -> BuildOptions:
@@ -107,8 +110,11 @@ class BuildOptions:
             traits = engine_traits(given["backend"])
             usual = {"dialect": traits.dialects[:1], "dtype": traits.dtypes[:1]}
             return BuildOptions(**{name: value for name, values in usual.items() for value in values} | given)
-        if given.get("target_sm") or given.get("engines_only"):
-            raise BudgetError("--target-sm and --engines-only are about engines: say which with --backend")
+        about_engines = [name for name in ("target_sm", "engines_only", "variant") if given.get(name)]
+        if about_engines:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in about_engines)
+            verb = "are" if len(about_engines) > 1 else "is"
+            raise BudgetError(f"{flags} {verb} about engines: say which with --backend")
         return BuildOptions(**given)
 
 
@@ -121,12 +127,15 @@ class EngineOptions:
         targets: compute capabilities, "86" or "8.6"; none takes the library's own choice.
         engines_only: leave out graphs and weights that have an engine.
         device: what inductor compiles for; the others compile for GPUs alone.
+        variant: what TensorRT's networks are made of, see runtime/backends/tensorrt/library.py; None takes what the
+            installed version has.
     """
 
     kind: EngineKind
     targets: tuple[str, ...] = ()
     engines_only: bool = False
     device: Device = "cpu"
+    variant: Variant | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ TRACES = (
     "tests/export/engines/inductor/test_inductor.py",
     "tests/export/engines/tensorrt/test_tensorrt_build.py",
     "tests/export/engines/tensorrt/test_tensorrt_network.py",
+    "tests/export/engines/tensorrt/test_tensorrt_plain.py",
     "tests/export/graphs/tracing/test_dialects.py",
     "tests/test_model_goldens.py",
 )

@@ -25,6 +25,7 @@ from framefusion.export.options import (
     Device,
     DType,
     TowerInput,
+    Variant,
 )
 from framefusion.runtime.backends.table import engine_kinds
 from framefusion.runtime.commands.flags import MOST_THREADS, CommaList
@@ -96,6 +97,12 @@ TARGETS = (
         "all that the library builds for",
     ),
     _field("device", click.Choice(get_args(Device)), "What inductor compiles for, on a machine that has it."),
+    _field(
+        "variant",
+        click.Choice(get_args(Variant)),
+        "What TensorRT's networks are made of: layers for attention over a cache (from 11 on), or plain products.",
+        "what the installed version has",
+    ),
     option("--engines-only", is_flag=True, help="Leave out the graphs and weights that engines stand for."),
 )
 ENGINE_RESOURCES = (

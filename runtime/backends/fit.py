@@ -243,6 +243,13 @@ def _library(engine: EngineRecord, rebuild: str) -> Iterator[Problem]:
         yield f"{engine.library} {engine.version} that built it is not installed", install
         return
     package, version = installed
+    oldest = table.engine_traits(engine.kind).oldest
+    if release(version) < oldest:
+        extra = table.backend(engine.kind).extra
+        yield (
+            f"{engine.library} {version} is installed, and {'.'.join(map(str, oldest))} is the oldest that runs any",
+            install_command(extra, upgrade=True) if extra else f"install {engine.library} {engine.version}",
+        )
     if release(version) != release(engine.version):
         yield (
             f"it was built by {engine.library} {engine.version} and {version} is installed, which loads only its own",

@@ -15,6 +15,11 @@ def cache_names(prefix: str, count: int) -> list[str]:
     return [f"{prefix}_{part}_{j}" for j in range(count) for part in ("key", "value")]
 
 
+def rows_name(name: str) -> str:
+    """The output of a graph that gives new rows and no whole cache: past_key_0 or present_key_0 -> rows_key_0."""
+    return "rows_" + name.partition("_")[2]
+
+
 @dataclass
 class SegmentCache:
     """The keys and values of one segment's attention layers.

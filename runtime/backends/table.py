@@ -30,6 +30,7 @@ class EngineTraits:
         weights_inside: an engine holds its weights; else it is given the bundle's own files of weights.
         dialects: of graphs that an engine can be compiled from, the usual one first; () takes any.
         dtypes: of these graphs, the usual one first; () takes any.
+        oldest: version of the library that builds and runs any of them; () takes any.
         header: function (file, record) -> why the library refuses an engine by its first bytes, and whether compiling
             it again mends that, or None. "" where no library reads headers.
     """
@@ -40,6 +41,7 @@ class EngineTraits:
     weights_inside: bool = True
     dialects: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
+    oldest: tuple[int, ...] = ()
     header: str = ""
 
 
@@ -92,6 +94,7 @@ BACKENDS: tuple[BackendKind, ...] = (
             needs="needs tensorrt of this version and an NVIDIA driver; no torch",
             dialects=("portable",),
             dtypes=("float16", "bfloat16"),
+            oldest=(10, 3),
         ),
     ),
     BackendKind(

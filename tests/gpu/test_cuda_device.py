@@ -24,6 +24,7 @@ from framefusion.reduction import tracks
 from framefusion.reduction.plan import Plan, apply_plan, keep_all, merge_plan
 from framefusion.runtime.backends.base import GreedyTokens, StepBuffers, empty_cache
 from framefusion.runtime.backends.cuda.array import device_array
+from framefusion.runtime.backends.cuda.decode.append import AppendedRows
 from framefusion.runtime.backends.cuda.decode.checked import CheckedGraphs
 from framefusion.runtime.backends.cuda.device import CudaDevice
 from framefusion.runtime.backends.cuda.driver import OutOfMemoryError
@@ -367,6 +368,51 @@ def test_take_and_put_are_numpys(
     device.put(target, places, device.upload(given_rows))
     rows[places] = given_rows
     np.testing.assert_array_equal(device.download(target), rows)
+
+
+@given(sizes, st.integers(1, 4), st.integers(1, 9), st.integers(0, 5), st.integers(1, 3), seeds)
+@modest
+def test_rows_are_appended_where_the_lengths_say(
+    device: CudaDevice,
+    size: tuple[np.dtype[Any], int, bool],
+    heads: int,
+    rows: int,
+    before: int,
+    layers: int,
+    seed: int,
+) -> None:
+    """Layers of other lengths, capacities and numbers of rows in one launch; what has no slot is written nowhere."""
+    (dtype, width, aligned), random = size, np.random.default_rng(seed)
+    news, caches, appended, lengths = [], [], [], []
+    for layer in range(layers):
+        count, slots = rows + layer, rows + 2 * layer + int(random.integers(0, 4))
+        new, cache = (draw_rows(random, (heads * number, width), dtype) for number in (count, slots))
+        there = [
+            upload_at(device, array, aligned).reshape(1, heads, len(array) // heads, width) for array in (new, cache)
+        ]
+        news.append(new.reshape(heads, count, width))
+        caches.append(cache.reshape(heads, slots, width))
+        appended.append(AppendedRows(there[0], there[1], layers - 1 - layer))
+        lengths.append(before + count)
+    device.append(appended, device.upload(np.array(lengths[::-1]))).run()
+    for new, cache, place, end in zip(news, caches, appended, lengths, strict=True):
+        start = end - new.shape[1]
+        fitting = max(0, min(new.shape[1], cache.shape[1] - start))
+        cache[:, start : start + fitting] = new[:, :fitting]
+        np.testing.assert_array_equal(device.download(place.cache)[0], cache)
+
+
+def test_rows_that_do_not_belong_to_a_cache_are_refused(device: CudaDevice) -> None:
+    rows, cache = device.zeros((1, 2, 3, 8), np.float16), device.zeros((1, 2, 9, 8), np.float16)
+    kv_len = device.upload(np.array([3]))
+    with pytest.raises(TypeError, match="of one type"):
+        device.append([AppendedRows(rows, device.zeros((1, 2, 9, 8), np.float32), 0)], kv_len)
+    with pytest.raises(ValueError, match="as many heads"):
+        device.append([AppendedRows(rows, device.zeros((1, 1, 9, 8), np.float16), 0)], kv_len)
+    with pytest.raises(ValueError, match="more rows than slots"):
+        device.append([AppendedRows(cache, rows, 0)], kv_len)
+    with pytest.raises(ValueError, match="does not say the lengths"):
+        device.append([AppendedRows(rows, cache, 1)], kv_len)
 
 
 @given(sizes, st.integers(1, 30), st.integers(0, 12), st.integers(1, 5), seeds)

@@ -93,6 +93,8 @@ class InductorBuilder:
             raise BackendError(
                 f"--target-sm is not for {self._kind}, which compiles for the machine it runs on: leave it"
             )
+        if options.variant:
+            raise BackendError(f"--variant is not for {self._kind}, whose networks are all of one kind: leave it")
 
     def specs(self, bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) -> dict[str, InductorSpec]:
         """See `EngineBuilder.specs`; the checkpoint is needed."""

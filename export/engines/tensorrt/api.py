@@ -150,6 +150,9 @@ class BuilderConfig(Protocol):
     def set_flag(self, flag: object, /) -> object:
         """Turn something on."""
 
+    def clear_flag(self, flag: object, /) -> object:
+        """Turn something off."""
+
     def add_optimization_profile(self, profile: OptimizationProfile, /) -> int:
         """A profile more; its index."""
 
@@ -171,6 +174,9 @@ class Builder(Protocol):
 
     def create_optimization_profile(self) -> OptimizationProfile:
         """An empty one."""
+
+    def build_serialized_network(self, network: Network, config: BuilderConfig, /) -> bytes | None:
+        """Compile; the plan as a buffer of the library, which takes no copy, or None where it fails."""
 
     def build_serialized_network_to_stream(self, network: Network, config: BuilderConfig, writer: object, /) -> bool:
         """Compile, and give the plan to a stream writer."""

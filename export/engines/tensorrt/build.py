@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from framefusion.errors import BackendError, StorageError
 from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
@@ -28,10 +28,10 @@ from framefusion.export.engines.tensorrt.api import (
     Tensor,
     TimingCache,
 )
-from framefusion.export.engines.tensorrt.network import inputs_of, layer_kinds, outputs_of, parse_graph
+from framefusion.export.engines.tensorrt.network import inputs_of, layer_kinds, outputs_of, parse_spec
 from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec, weight_bytes
 from framefusion.runtime.backends.table import engine_traits
-from framefusion.runtime.backends.tensorrt.library import AMPERE, TYPE_NAMES, Library, load_library
+from framefusion.runtime.backends.tensorrt.library import AMPERE, TYPE_NAMES, Library, is_plain, load_library
 from framefusion.runtime.format.engine_record import EngineKind, ProfileRecord, TensorRecord
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from framefusion.export.plan.build_plan import BuildPlan
     from framefusion.runtime.bundle import Bundle
 
+Result = TypeVar("Result")
 LONG_PHASE = "Computing profile costs"  # of the library
 BASE_MEMORY = 300 << 20
 PROFILE_MEMORY = 20 << 20
@@ -64,17 +65,19 @@ class TensorRTBuilder:
     def check(self, options: EngineOptions) -> None:
         """See `EngineBuilder.check`."""
         self._library.check_targets(options.targets)
+        self._library.check_variant(options.variant)
 
     def specs(self, bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) -> dict[str, EngineSpec]:
         """See `EngineBuilder.specs`; the checkpoint is not needed."""
         manifest = bundle.manifest
         targets = self._library.check_targets(options.targets)
+        variant = self._library.check_variant(options.variant)
         specs = {
-            graph: segment_spec(bundle.folder, manifest, segment, graph, self._kind, targets)
+            graph: segment_spec(bundle.folder, manifest, segment, graph, self._kind, targets, variant)
             for segment in manifest.segments
             for graph in segment.graphs
         }
-        return specs | {manifest.vision.graph: tower_spec(bundle.folder, manifest, self._kind, targets)}
+        return specs | {manifest.vision.graph: tower_spec(bundle.folder, manifest, self._kind, targets, variant)}
 
     def estimate_memory(self, spec: EngineSpec) -> int:
         """See `estimate_memory`."""
@@ -113,19 +116,13 @@ def build_engine(
     check_dtype(spec, targets)
     begun = time.monotonic()
     builder = library.builder()
-    parsed = parse_graph(
-        library, builder, spec.graph, spec.capacities, targets
-    )  # its parser owns the weights: it stays
+    parsed = parse_spec(library, builder, spec, targets)  # its parser owns the weights: it stays
     network = parsed.network
     config = _config(library, builder, network, spec, targets)
     cache = _attach_timing_cache(library, config, timing_cache)
     monitor = config.progress_monitor = _monitor(library, progress or (lambda share: None))
     with _new_file(target) as file:
-        writer = _writer(library, file)
-        built = _aside(lambda: builder.build_serialized_network_to_stream(network, config, writer), monitor)
-        for error in (monitor.error, writer.error):
-            if error is not None:
-                raise error
+        built = _serialize(library, builder, network, config, file, monitor)
         if not built or not file.position:
             raise BackendError(
                 f"{library.kind} {library.version} cannot build {spec.graph} for compute capability "
@@ -140,6 +137,26 @@ def build_engine(
         seconds=time.monotonic() - begun,
         timing_cache=None if cache is None else bytes(cache.serialize()),
     )
+
+
+def _serialize(
+    library: Library, builder: Builder, network: Network, config: BuilderConfig, file: HashedFile, monitor: KeepsError
+) -> bool:
+    """Build into a file: piece by piece, or at once where the library (TensorRT before 10.7) has no stream for it."""
+    errors: list[KeepsError] = [monitor]
+    if hasattr(library.module, "IStreamWriter"):
+        writer = _writer(library, file)
+        errors.append(writer)
+        built = _aside(lambda: builder.build_serialized_network_to_stream(network, config, writer), monitor)
+    else:
+        plan = _aside(lambda: builder.build_serialized_network(network, config), monitor)
+        built = plan is not None
+        if plan is not None and monitor.error is None:
+            file.write(memoryview(plan))
+    for keeper in errors:
+        if keeper.error is not None:
+            raise keeper.error
+    return built
 
 
 def check_dtype(spec: EngineSpec, targets: tuple[str, ...]) -> None:
@@ -183,6 +200,8 @@ def _config(
     stream_capture = getattr(library.module.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
     if stream_capture is not None:  # else the library may allocate during a run, which a CUDA graph cannot hold
         config.set_flag(stream_capture)
+    if is_plain(spec.options) and hasattr(library.module.BuilderFlag, "TF32"):
+        config.clear_flag(library.module.BuilderFlag.TF32)  # the products in fp32 are those that choose tokens
     if "optimization_level" in spec.options:
         config.builder_optimization_level = spec.options["optimization_level"]
     free = [tensor for tensor in inputs_of(network) if -1 in tensor.shape]
@@ -240,7 +259,7 @@ def _new_file(target: Path) -> Iterator[HashedFile]:
         scratch.unlink(missing_ok=True)
 
 
-def _aside(work: Callable[[], bool], monitor: KeepsError) -> bool:
+def _aside(work: Callable[[], Result], monitor: KeepsError) -> Result:
     """Run `work` beside the main thread: there Ctrl-C would be raised in whatever callback is on, the log's too."""
     if threading.current_thread() is not threading.main_thread():
         return work()

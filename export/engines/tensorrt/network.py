@@ -28,6 +28,7 @@ import numpy as np
 import onnx
 
 from framefusion.errors import BackendError, BundleError
+from framefusion.export.engines.builder import EngineSpec
 from framefusion.export.engines.tensorrt.api import (
     Attention,
     Builder,
@@ -37,13 +38,16 @@ from framefusion.export.engines.tensorrt.api import (
     ParserError,
     Tensor,
 )
+from framefusion.export.engines.tensorrt.plain import rewrite_plain
 from framefusion.export.engines.tensorrt.profiles import read_model
-from framefusion.runtime.backends.tensorrt.library import AMPERE, Library
+from framefusion.runtime.backends.kv_cache import rows_name
+from framefusion.runtime.backends.tensorrt.library import AMPERE, Library, is_plain
 
 KV_LENGTHS = "kv_len"
 CAPACITY = "capacity"  # begins the names of cache axes in the graphs
 SMALLEST_HEAD = 16  # channels for which there are fused attention kernels; below them it is taken apart
 _CACHE = re.compile(r"past_(key|value)_(\d+)")
+_LAYERS = {"ATTENTION_INPUT", "ATTENTION_OUTPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING"}  # no plain network has them
 _TRANSPARENT = ("ELEMENTWISE", "CAST", "IDENTITY", "SHUFFLE")  # what the parser puts between a cache and its attention
 
 
@@ -62,6 +66,13 @@ class CachedAttention(NamedTuple):
     cache: int | None
 
 
+def parse_spec(library: Library, builder: Builder, spec: EngineSpec, targets: Sequence[str]) -> Parsed:
+    """A network of a graph, complete and checked: see `parse_graph` and `parse_plain`."""
+    if not is_plain(spec.options):
+        return parse_graph(library, builder, spec.graph, spec.capacities, targets)
+    return parse_plain(library, builder, spec.graph, len(spec.capacities), spec.options["one_length"])
+
+
 def parse_graph(
     library: Library, builder: Builder, graph: Path, capacities: Sequence[int], targets: Sequence[str] = ()
 ) -> Parsed:
@@ -78,16 +89,59 @@ def parse_graph(
         BundleError: the graph cannot be read, or its caches are not as many as the capacities.
         BackendError: the library refuses a node, or the network is not what the graph says.
     """
-    network = builder.create_network(1 << int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = library.module.OnnxParser(network, library.messages)
-    if not parser.parse(static_caches(graph, capacities), str(graph)):
-        errors = [_error_text(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise BackendError(f"{library.kind} {library.version} refuses {graph}: {'; '.join(errors) or library.reason()}")
+    network, parser = _parsed(library, builder, graph, static_caches(graph, capacities))
     mask_attentions(library, network)
     if any(float(target) < AMPERE for target in targets):
         spell_out_products(library, network)
     check_network(library, network, graph, len(capacities))
     return Parsed(network, parser)
+
+
+def parse_plain(library: Library, builder: Builder, graph: Path, caches: int, one_length: bool) -> Parsed:
+    """A network of a graph without the library's layers for attention, complete and checked.
+
+    Args:
+        library: what builds.
+        builder: of that library; it must outlive the network.
+        graph: ONNX with external weights.
+        caches: how many it has.
+        one_length: they are equally long.
+
+    Raises:
+        BundleError: the graph cannot be read or rewritten, or has another number of caches.
+        BackendError: the library refuses a node, or the network is not what the graph says.
+    """
+    model = read_model(graph)
+    _check_weights(graph, model)
+    given = [value.name for value in model.graph.input]
+    expected = [rows_name(value.name) if _is_cache(value) else value.name for value in model.graph.output]
+    found = sum(_CACHE.fullmatch(name) is not None for name in given)
+    if found != 2 * caches:
+        raise BundleError(f"{graph} has {found // 2} caches, {caches} capacities are given: rebuild the bundle")
+    rewrite_plain(model, graph, one_length)
+    del model.graph.value_info[:]
+    network, parser = _parsed(library, builder, graph, bytes(model.SerializeToString()))
+    problems = [f"input {name} is unused" for name in _unused(network)]
+    for wanted, tensors in ((given, inputs_of(network)), (expected, outputs_of(network))):
+        names = [tensor.name for tensor in tensors]
+        problems += [] if names == wanted else [f"it has {', '.join(names)}, not {', '.join(wanted)}"]
+    problems += [f"{kind} is no plain layer" for kind in sorted(_LAYERS & layer_kinds(network).keys())]
+    _refuse_problems(library, graph, problems)
+    return Parsed(network, parser)
+
+
+def _parsed(library: Library, builder: Builder, graph: Path, proto: bytes) -> Parsed:
+    """What the parser makes of a proto whose weights lie beside the graph."""
+    network = builder.create_network(1 << int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = library.module.OnnxParser(network, library.messages)
+    if not parser.parse(proto, str(graph)):
+        errors = [_error_text(parser.get_error(i)) for i in range(parser.num_errors)]
+        raise BackendError(f"{library.kind} {library.version} refuses {graph}: {'; '.join(errors) or library.reason()}")
+    return Parsed(network, parser)
+
+
+def _is_cache(value: onnx.ValueInfoProto) -> bool:
+    return value.name.startswith("present_")
 
 
 def static_caches(graph: Path, capacities: Sequence[int]) -> bytes:
@@ -186,6 +240,10 @@ def check_network(library: Library, network: Network, graph: Path, caches: int) 
     except RuntimeError as error:  # the bindings' class for a shape that does not follow
         problems = [f"its shapes do not follow from one another ({library.reason() or error})"]
     problems += [f"input {name} is unused" for name in _unused(network)]
+    _refuse_problems(library, graph, problems)
+
+
+def _refuse_problems(library: Library, graph: Path, problems: Sequence[str]) -> None:
     if problems:
         raise BackendError(
             f"{library.kind} {library.version} reads {graph} as something else: {'; '.join(problems)}. "

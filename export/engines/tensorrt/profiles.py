@@ -18,6 +18,9 @@ import onnx
 
 from framefusion.errors import BundleError
 from framefusion.export.engines.builder import EngineSpec
+from framefusion.export.engines.tensorrt.plain import PREFILL_SLOTS
+from framefusion.runtime.backends.tensorrt.engine import DECODE
+from framefusion.runtime.backends.tensorrt.library import PLAIN, plain_options
 from framefusion.runtime.format.engine_record import ProfileRecord
 from framefusion.runtime.format.manifest import Manifest, SegmentRecord
 from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
@@ -30,7 +33,13 @@ CODE_BYTES = 2 << 20  # of a profile: between 1.5 and 3 MB whatever the weights 
 
 
 def segment_spec(
-    folder: Path, manifest: Manifest, record: SegmentRecord, graph: str, kind: str, targets: Sequence[str]
+    folder: Path,
+    manifest: Manifest,
+    record: SegmentRecord,
+    graph: str,
+    kind: str,
+    targets: Sequence[str],
+    variant: str = "attention",
 ) -> EngineSpec:
     """The engine of a segment's prefill and decode graph, or of one of them where they differ.
 
@@ -41,11 +50,14 @@ def segment_spec(
         graph: one of its `graphs`.
         kind: of the engine.
         targets: compute capabilities.
+        variant: of the network; a plain one takes a prefill's caches as short as they are empty.
 
     Raises:
         BundleError: the bundle's dialect has no static sizes.
     """
     capacities = cache_capacities(manifest, record)
+    plain = variant == PLAIN
+    before_prefill = (PREFILL_SLOTS,) * len(capacities) if plain else capacities
     sizes: list[tuple[str, int | None]] = []
     if graph == record.prefill:
         if manifest.fixed is not None:
@@ -58,17 +70,23 @@ def segment_spec(
         else:
             sizes += [(f"prefill {size}", size) for size in record.buckets]
     if graph == record.decode:
-        sizes.append(("decode", DECODE_TOKENS))
+        sizes.append((DECODE, DECODE_TOKENS))
     axes = graph_axes(folder / graph)
-    profiles = tuple(_segment_profile(name, size, axes, capacities) for name, size in sizes)
-    return EngineSpec(folder / graph, kind, tuple(targets), manifest.model.dtype, capacities, profiles)
+    profiles = tuple(
+        _segment_profile(name, size, axes, capacities if name == DECODE else before_prefill) for name, size in sizes
+    )
+    options = plain_options(one_length=manifest.fixed is None) if plain else {}
+    return EngineSpec(folder / graph, kind, tuple(targets), manifest.model.dtype, capacities, profiles, options)
 
 
-def tower_spec(folder: Path, manifest: Manifest, kind: str, targets: Sequence[str]) -> EngineSpec:
+def tower_spec(
+    folder: Path, manifest: Manifest, kind: str, targets: Sequence[str], variant: str = "attention"
+) -> EngineSpec:
     """The engine of the vision tower."""
     axes = graph_axes(folder / manifest.vision.graph)
     profiles = tower_profiles(manifest, axes)
-    return EngineSpec(folder / manifest.vision.graph, kind, tuple(targets), manifest.model.dtype, (), profiles)
+    options = plain_options() if variant == PLAIN else {}
+    return EngineSpec(folder / manifest.vision.graph, kind, tuple(targets), manifest.model.dtype, (), profiles, options)
 
 
 def cache_capacities(manifest: Manifest, record: SegmentRecord) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ sums in another order than numpy and differs in the last bits of fp32. What is e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from framefusion.runtime.backends.base import StepBuffers
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
 from framefusion.runtime.backends.cuda.buffers import CudaBuffers, CudaMirror
+from framefusion.runtime.backends.cuda.decode.append import AppendedRows, CudaAppend
 from framefusion.runtime.backends.cuda.decode.tokens import CudaGreedyTokens
 from framefusion.runtime.backends.cuda.kernels import (
     NOTHING,
@@ -263,6 +265,10 @@ class CudaDevice(CudaBuffers):
     ) -> CudaGreedyTokens:
         """See `Device.greedy_tokens`."""
         return CudaGreedyTokens(self, self._kernels, step, rotary, table, limit)
+
+    def append(self, appended: Sequence[AppendedRows], kv_len: Buffer) -> CudaAppend:
+        """What brings new rows of keys and values into their caches."""
+        return CudaAppend(self, self._kernels, appended, device_array(kv_len))
 
 
 def reading_order(plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -186,6 +186,23 @@ __device__ void put(const W* __restrict__ rows, const int* __restrict__ index, W
     out[index[i] * width + column] = rows[i * width + column];
 }
 
+// Rows [heads, S, width] behind what a cache [heads, C, width] holds: at kv_len - S, where there is room for them. A table
+// says for each blockIdx.y where rows and cache begin, C, S, and which length counts; nothing is written beyond C.
+template <typename W>
+__device__ void append(const wide* __restrict__ table, const wide* __restrict__ kv_len, int heads, wide width) {
+  const wide* entry = table + 5 * blockIdx.y;
+  const W* rows = (const W*)entry[0];
+  W* cache = (W*)entry[1];
+  const wide slots = entry[2];
+  const wide count = entry[3];
+  const wide row = (wide)blockIdx.x * blockDim.y + threadIdx.y;
+  if (row >= heads * count) return;
+  const wide slot = kv_len[entry[4]] - count + row % count;
+  if (slot < 0 || slot >= slots) return;
+  W* out = cache + (row / count * slots + slot) * width;
+  for (wide column = threadIdx.x; column < width; column += blockDim.x) out[column] = rows[row * width + column];
+}
+
 template <typename From, typename To>
 __device__ void cast(const From* __restrict__ in, To* __restrict__ out, wide count) {
   for (wide i = (wide)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (wide)gridDim.x * blockDim.x)
@@ -362,7 +379,9 @@ FOR_TYPE(bf16, bfloat16_single, 1)
   KERNEL(take_##bytes, (const W* rows, const int* index, W* out, int count, wide width),                             \
          (take<W>(rows, index, out, count, width)))                                                                  \
   KERNEL(put_##bytes, (const W* rows, const int* index, W* out, int count, wide width),                              \
-         (put<W>(rows, index, out, count, width)))
+         (put<W>(rows, index, out, count, width)))                                                                  \
+  KERNEL(append_##bytes, (const wide* table, const wide* kv_len, int heads, wide width),                             \
+         (append<W>(table, kv_len, heads, width)))
 
 FOR_WORD(uint4, 16)
 FOR_WORD(unsigned, 4)

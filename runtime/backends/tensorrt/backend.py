@@ -23,10 +23,11 @@ from framefusion.errors import BackendError
 from framefusion.runtime.backends.base import BoundSegment
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
+from framefusion.runtime.backends.cuda.decode.append import AppendedRows
 from framefusion.runtime.backends.cuda.decode.tokens import CudaGreedyTokens
 from framefusion.runtime.backends.cuda.device import CudaDevice
 from framefusion.runtime.backends.fit import require_fit
-from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.backends.kv_cache import SegmentCache, rows_name
 from framefusion.runtime.backends.tensorrt.cache_pool import CachePool
 from framefusion.runtime.backends.tensorrt.engine import Context, Engine, Loader, RunTarget, Tensor
 from framefusion.runtime.backends.tensorrt.library import LibraryKind, load_library
@@ -37,6 +38,7 @@ from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.machine.user_cache import user_cache
 from framefusion.runtime.trust.engines import require_vouched
 
+KV_LENGTHS = "kv_len"  # input of every segment
 ALIGNMENT = 256  # bytes, of the memory for activations
 CAPTURED = 4  # graphs kept: one for each set of buffers that requests happen to get
 
@@ -192,9 +194,13 @@ class TensorRTSegment:
         if missing:
             raise BackendError(f"{engine.record.file} wants {', '.join(missing)}: compile the bundle again")
         self.inputs = {tensor.name: device_array(available[tensor.name]) for tensor in required}
+        # 1. The profile of these shapes, and the context that runs it; caches of a plain network follow the profile.
         self._shapes = {name: buffer.shape for name, buffer in self.inputs.items()}
-        self._profile = engine.profile_for(self._shapes)
+        caches = cache_buffers("past", cache) if engine.is_plain else {}
+        self._profile = engine.profile_for({name: s for name, s in self._shapes.items() if name not in caches})
+        self._shapes |= engine.cache_shapes(self._profile, {name: self._shapes[name] for name in caches})
         self._context: Context = engine.context(self._profile)
+        # 2. Buffers of all outputs, also of those that nobody wants: an engine writes every one.
         self.outputs = outputs
         written = dict(outputs) | cache_buffers("present", cache)
         results = [tensor.name for tensor in engine.tensors if not tensor.is_input]
@@ -202,15 +208,20 @@ class TensorRTSegment:
         for tensor in engine.tensors:
             if tensor.name in self._buffers:
                 _check(engine, tensor, self._buffers[tensor.name])
-        for name in set(results) - self._buffers.keys():  # an engine writes every output, also what nobody wants
+        appended = appended_rows(engine, self._shapes, cache, backend.device)
+        self._buffers |= {rows_name(name): each.rows for name, each in appended.items()}
+        for name in set(results) - self._buffers.keys():
             size = self._context.output_bytes(name, self._profile, self._shapes, backend.run_target)
             self._buffers[name] = backend.device.empty((size,), np.uint8)
+        # 3. Where an engine gives rows, the launch behind it that brings them into the caches.
+        self._append = backend.device.append(tuple(appended.values()), self.inputs[KV_LENGTHS]) if appended else None
         self._addresses = {name: buffer.address for name, buffer in sorted(self._buffers.items())}
 
     @property
     def key(self) -> object:
         """Equal for segments whose captured graphs are interchangeable."""
-        return id(self._context), self._profile, tuple(self._addresses.items())
+        appended = None if self._append is None else self._append.key
+        return id(self._context), self._profile, tuple(self._addresses.items()), appended
 
     @property
     def capturable(self) -> bool:
@@ -220,6 +231,8 @@ class TensorRTSegment:
     def run(self) -> None:
         """Enqueue a run."""
         self._context.run(self._token, self._profile, self._shapes, self._addresses, self._backend.run_target)
+        if self._append is not None:
+            self._append.run()
 
 
 def capacities(bundle: Bundle, kind: LibraryKind) -> dict[str, tuple[int, ...]]:
@@ -252,6 +265,28 @@ def kernel_file(bundle: Bundle, kind: LibraryKind, gpu: str) -> str:
 def cache_buffers(prefix: str, cache: SegmentCache | None) -> dict[str, Buffer]:
     """The buffers of a cache under the names of an engine's inputs ("past") or outputs ("present")."""
     return {} if cache is None else cache.named(prefix)
+
+
+def appended_rows(
+    engine: Engine, shapes: Mapping[str, tuple[int, ...]], cache: SegmentCache | None, device: CudaDevice
+) -> dict[str, AppendedRows]:
+    """What a plain engine gives for its caches, and where it belongs, by the caches' names as inputs; else nothing.
+
+    Raises:
+        BackendError: tokens that a prefill does not see are in the caches.
+    """
+    if not engine.is_plain or cache is None:
+        return {}
+    outputs = {tensor.name: tensor.shape for tensor in engine.tensors if not tensor.is_input}
+    appended = {}
+    for index, (name, buffer) in enumerate(cache_buffers("past", cache).items()):
+        target = device_array(buffer)
+        if cache.lengths[index // 2] and shapes[name] != target.shape:
+            raise BackendError(f"{engine.record.file} cannot continue what is in a cache: prefill it from the start")
+        (_, heads, rows, channels) = outputs[rows_name(name)]
+        shape = (1, heads, shapes["hidden"][1] if rows == -1 else rows, channels)
+        appended[name] = AppendedRows(device.empty(shape, target.dtype), target, index // 2)
+    return appended
 
 
 def _check(engine: Engine, tensor: Tensor, buffer: DeviceArray) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends.tensorrt.api import CudaEngine, ExecutionContext, RuntimeCache, RuntimeConfig
-from framefusion.runtime.backends.tensorrt.library import TYPE_NAMES, Library
+from framefusion.runtime.backends.tensorrt.library import TYPE_NAMES, Library, is_plain
 from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.storage import files
 
@@ -119,6 +119,22 @@ class Engine:
     def workspace(self) -> int:
         """Bytes of activations that its largest profile needs."""
         return int(self.engine.device_memory_size_v2)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it gives new rows of keys and values, and takes caches as long as its profiles say."""
+        return is_plain(self.record.options)
+
+    def cache_shapes(self, profile: int, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The shapes under which a profile takes caches of these shapes: whole in a step, the first slots in a prefill.
+
+        Raises:
+            BackendError: they have fewer slots.
+        """
+        taken = {name: self.profiles[profile][name][1] for name in shapes}
+        if any(taken[name][2] > shape[2] or not _same_but_slots(taken[name], shape) for name, shape in shapes.items()):
+            raise BackendError(f"{self.record.file} takes caches of {taken}, got {dict(shapes)}: compile it again")
+        return taken
 
     def profile_for(self, shapes: Mapping[str, Shape]) -> int:
         """The first profile that takes these inputs.
@@ -228,6 +244,10 @@ class RunTarget(NamedTuple):
     stream: int  # handle
     workspace: int  # address, a multiple of 256
     workspace_bytes: int
+
+
+def _same_but_slots(taken: Shape, given: Shape) -> bool:
+    return (*taken[:2], *taken[3:]) == (*given[:2], *given[3:])
 
 
 def _within(shape: Shape, least: Shape, most: Shape) -> bool:

@@ -4,8 +4,9 @@
     tensorrt-rtx  tensorrt_rtx  for any set of targets, on any machine        no             yes (runtime cache)
     tensorrt      tensorrt      for the GPU at hand, which must be there      yes            no
 
-TensorRT before 11 has attentions without cache lengths and without LOWER_RIGHT masks; it is refused. Knows no network,
-no bundle and no device memory.
+An engine's network is one of two variants. `attention` has the library's layers for attention over a cache, with its
+length and a LOWER_RIGHT mask, which TensorRT has from 11 on. `plain` has products, a mask and a softmax instead; it is
+for the TensorRT 10 of Jetsons, from 10.3 on. Older ones are refused. Knows no network, no bundle and no device memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any, Literal, get_args
 
 from framefusion.errors import BackendError
 from framefusion.installation import install_command
-from framefusion.runtime.backends.table import backend
+from framefusion.runtime.backends.fit import release
+from framefusion.runtime.backends.table import backend, engine_traits
 from framefusion.runtime.backends.tensorrt.api import Messages
 from framefusion.runtime.machine.gpu import find_gpu
 
@@ -33,13 +35,27 @@ TYPE_NAMES = {
     "INT32": "int32",
     "BOOL": "bool",
 }  # TensorRT's name of a type -> numpy's
-_NEEDED = (  # of the module: what a decoder over caches cannot be built without
-    "IAttentionInputLayer.attention",
-    "IAttention.key_value_lengths",
-    "CausalMaskKind.LOWER_RIGHT",
-    "IKVCacheUpdateLayer.cache_mode",
-    "IStreamWriter",
-)
+Variant = Literal["attention", "plain"]
+"""What an engine's network is made of; the record of an engine has it among its options where it is plain."""
+PLAIN: Variant = "plain"
+LAYERS_SINCE = (11,)  # what attention over a cache needs is there
+_NEEDED: Mapping[Variant, tuple[str, ...]] = {
+    "attention": (
+        "IAttentionInputLayer.attention",
+        "IAttention.key_value_lengths",
+        "CausalMaskKind.LOWER_RIGHT",
+        "IKVCacheUpdateLayer.cache_mode",
+        "IStreamWriter",
+    ),
+    "plain": (
+        "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+        "ExecutionContextAllocationStrategy.USER_MANAGED",
+        "IExecutionContext.set_device_memory",
+        "IExecutionContext.execute_async_v3",
+        "ICudaEngine.device_memory_size_v2",
+        "IProgressMonitor",
+    ),
+}  # of the module: what a decoder over caches cannot be built or run without
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,26 @@ class Library:
     module: ModuleType
     version: str
     messages: Messages
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The networks that it builds, the usual one first."""
+        return variants_of(self.kind, self.version)
+
+    def check_variant(self, variant: str | None) -> Variant:
+        """The network that it is to build: what a user chose, or the usual one.
+
+        Raises:
+            BackendError: it has no such layers.
+        """
+        chosen = variant or self.variants[0]
+        for known in self.variants:
+            if known == chosen:
+                return known
+        raise BackendError(
+            f"--variant {variant}: {self.kind} {self.version} has no layers for attention over a cache, which came "
+            f"with {dotted_version(LAYERS_SINCE)}: leave it out, or {install_command(self.kind, upgrade=True)}"
+        )
 
     @property
     def capabilities(self) -> Mapping[str, object]:
@@ -151,13 +187,52 @@ def load_library(kind: str) -> Library:
     except (OSError, RuntimeError) as error:
         raise BackendError(f"{name} does not load ({error}): {install_command(kind, upgrade=True)}") from None
     version = str(module.__version__)
-    missing = [path for path in _NEEDED if not _has(module, path)]
+    if too_old(kind, version):
+        oldest = dotted_version(engine_traits(kind).oldest)
+        raise BackendError(
+            f"{name} {version} is older than {oldest}, and no engine is built for it: "
+            f"{install_command(kind, upgrade=True)}; on a Jetson update JetPack, to 6.1 or later"
+        )
+    missing = [path for path in _NEEDED[variants_of(kind, version)[0]] if not _has(module, path)]
     if missing:
         raise BackendError(
-            f"{name} {version} has no {missing[0]}, without which attention over a KV cache is computed wrongly: "
+            f"{name} {version} has no {missing[0]}, without which no engine of ours is built or run rightly: "
             f"{install_command(kind, upgrade=True)}"
         )
     return Library(kind, module, version, _listener(module))  # type: ignore[arg-type]
+
+
+def variants_of(kind: str, version: str) -> tuple[Variant, ...]:
+    """The networks that a version of a library builds, the usual one first."""
+    return ("plain",) if kind == "tensorrt" and release(version) < LAYERS_SINCE else ("attention", "plain")
+
+
+def too_old(kind: str, version: str) -> bool:
+    """Whether a version of a library builds and runs nothing of ours."""
+    return release(version) < engine_traits(kind).oldest
+
+
+def plain_options(one_length: bool = False) -> dict[str, Any]:
+    """What the record of a plain engine has among its options, and so its key.
+
+    Args:
+        one_length: its caches are equally long.
+    """
+    return {
+        "variant": PLAIN,
+        "library_versions": f">={dotted_version(engine_traits('tensorrt').oldest)}",
+        "one_length": one_length,
+    }
+
+
+def is_plain(options: Mapping[str, Any]) -> bool:
+    """Whether an engine's options are those of a plain network."""
+    return options.get("variant") == PLAIN
+
+
+def dotted_version(version: Sequence[int]) -> str:
+    """(10, 3) -> "10.3" """
+    return ".".join(map(str, version))
 
 
 def dotted(target: str) -> str:

@@ -5,8 +5,9 @@
     activations  one block for all engines, which run one after another: the largest prefill's
                  tokens of its largest profile * (3 intermediate + 6 hidden) numbers; an estimate, until a loaded engine
                  gives its own figure
+                 of a plain network the scores of all pairs come on top, unless the library fuses them
     rows         hidden states of the longest prompt into a segment, out of it and compacted, with their rotary tables;
-                 one more for each layer that adds visual features
+                 one more for each layer that adds visual features; of a plain network the new rows of keys and values
 
 Numbers are in the bundle's own type. A GPU needs besides what its driver holds for any process. Loads nothing, knows no
 library. The estimate has not been compared with a GPU.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from framefusion.console.messages import in_bytes
 from framefusion.errors import BackendError
 from framefusion.runtime.backends.fit import gpu_memory
+from framefusion.runtime.backends.tensorrt.library import is_plain
 from framefusion.runtime.format.engine_record import EngineKind
 from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest
 
@@ -52,12 +54,15 @@ def engine_memory(manifest: Manifest, kind: EngineKind) -> EngineMemory:
     weights = sum(manifest.files[engine.file].size for engine in engines if engine.file in manifest.files)
     tokens = max((profile.tokens or 0 for engine in engines for profile in engine.profiles), default=0)
     width = 3 * model.intermediate_size + 6 * model.hidden_size
+    plain = any(is_plain(engine.options) for engine in engines)
+    most_layers = max(len(segment.attention_layers) for segment in manifest.segments)
+    appended = 2 * model.num_kv_heads * model.head_dim * most_layers if plain else 0
     states = _ROWS + max(segment.deepstack for segment in manifest.segments)
     return EngineMemory(
         weights=weights,
         caches=gpu_memory(manifest, kind) - weights,
         activations=tokens * width * size,
-        rows=tokens * (states * model.hidden_size + 2 * model.head_dim) * size,
+        rows=tokens * (states * model.hidden_size + 2 * model.head_dim + appended) * size,
     )
 
 

@@ -43,6 +43,7 @@ def record(**changes: Any) -> EngineRecord:
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, str]]:
     """Libraries as if they were installed: what a test of versions cannot have from a package index."""
     found = {"tensorrt_rtx": ("tensorrt_rtx_cu13", VERSION), "torch": ("torch", "2.13.0+cpu")}
+    found["tensorrt"] = ("tensorrt", "10.2.0")
     monkeypatch.setattr(engines, "installed_version", found.get)
     monkeypatch.setattr(engines, "_header", lambda *_: iter(()))  # no GPU here that a library could ask
     return found
@@ -86,11 +87,16 @@ def test_what_fits(folder: Path) -> None:
         (replace(RTX, cuda=(12, 8)), {}, ("the driver knows CUDA 12.8", "needs 13", "update the NVIDIA driver")),
         (replace(RTX, memory=10**5), {}, ("take 0.0 GB", "has 0.0 GB", "--max-kv-cache-capacity")),
         (None, {"version": "1.6.0.1"}, ("1.6.0.1", "ff-export compile", "--backend tensorrt-rtx")),
+        (
+            None,
+            {"kind": "tensorrt", "library": "tensorrt"},
+            ("tensorrt 10.2.0 is installed, and 10.3", "install -U"),
+        ),
         (None, {"library": "tensorrt_none"}, ("tensorrt_none 1.7.1.116", "is not installed")),
         (None, {"graph": "gone.onnx", "version": "1.6"}, ("--engines-only", "build the bundle again")),
         (None, {"targets": ("cpu mips64 x",), "library": "torch", "version": "2.13.0"}, ("this CPU is",)),
     ],
-    ids=["target", "release", "driver", "memory", "no-gpu", "library", "engines-only", "processor"],
+    ids=["target", "release", "driver", "memory", "no-gpu", "too-old", "library", "engines-only", "processor"],
 )
 def test_what_does_not_fit(folder: Path, gpu: GPU | None, changes: dict[str, Any], phrases: tuple[str, ...]) -> None:
     text = said(folder, gpu=gpu, **changes)

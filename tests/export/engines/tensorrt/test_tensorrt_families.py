@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.engines.tensorrt.build import build_engine
+from framefusion.export.engines.tensorrt.network import layer_kinds, parse_plain
 from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.parts import Builder
+from framefusion.runtime.backends.tensorrt.library import load_library
 from framefusion.runtime.format.engine_record import ProfileRecord
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
 from framefusion.runtime.media.visual_input import Tiles, VisualInput
+from tests.export.engines.tensorrt.test_tensorrt_plain import rewritten, run
 from tests.families import CASES
 from tests.families.case import FamilyCase, clip, picture
 from tests.families.test_families import name_of
@@ -79,3 +84,43 @@ def test_a_tower_and_a_segment(case: FamilyCase, tmp_path: Path) -> None:
     segment = build_engine(replace(spec, profiles=spec.profiles[-1:]), tmp_path / "segment")  # the decode
     assert (segment.layer_kinds["ATTENTION_INPUT"], segment.layer_kinds["KV_CACHE_UPDATE"]) == (1, 2)
     assert {"similarity", "importance"} <= {tensor.name for tensor in segment.tensors}
+    tower_graph = tmp_path / manifest.vision.graph
+    assert_plain_is_the_same(tower_graph, tower_feeds(tower_graph, manifest, shown(manifest)[-1]), 0)
+    assert_plain_is_the_same(tmp_path / record.graph, segment_feeds(tmp_path / record.graph), 1)
+
+
+def assert_plain_is_the_same(graph: Path, feeds: dict[str, Any], caches: int) -> None:
+    """What is built for TensorRT 10: parsed by the library at hand, and its numbers beside those of the graph."""
+    library = load_library("tensorrt-rtx")
+    builder = library.builder()
+    parsed = parse_plain(library, builder, graph, caches, one_length=True)
+    assert not {"ATTENTION_INPUT", "KV_CACHE_UPDATE"} & layer_kinds(parsed.network).keys()
+    model = onnx.load(str(graph))
+    found, expected = run(rewritten(model, one_length=True), feeds), run(graph, feeds)
+    compared = [name for name in expected if name in found]
+    assert len(compared) + 2 * caches == len(expected)
+    for name in compared:
+        error = np.abs(found[name].astype(np.float32) - expected[name].astype(np.float32)).max()
+        assert error <= 2e-2 * np.abs(expected[name]).max(), name  # fp16, a layer or some
+
+
+def tower_feeds(graph: Path, manifest: Manifest, visual: VisualInput) -> dict[str, Any]:
+    """Two tiles at most, in the types of the graph."""
+    tiles = visual.tiles[0]
+    call = manifest.vision.settings.call(tiles, manifest.vision.head_dim)
+    values = {"patches": tiles.values[:2], **call.inputs}
+    inputs = onnx.load(str(graph), load_external_data=False).graph.input
+    types = {value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in inputs}
+    return {name: array.astype(types[name]) for name, array in values.items()}
+
+
+def segment_feeds(graph: Path) -> dict[str, Any]:
+    """A chunk of six tokens behind five."""
+    random = np.random.default_rng(0)
+    feeds: dict[str, Any] = {"kv_len": np.array([11]), "last": np.array([5]), "previous": np.arange(6) - 1}
+    for value in onnx.load(str(graph), load_external_data=False).graph.input:
+        if value.name not in feeds:
+            axes = value.type.tensor_type.shape.dim
+            shape = [axis.dim_value or {"tokens": 6}.get(axis.dim_param, 24) for axis in axes]
+            feeds[value.name] = random.standard_normal(shape).astype(np.float16)
+    return feeds

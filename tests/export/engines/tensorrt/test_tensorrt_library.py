@@ -61,10 +61,29 @@ def test_a_library_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_library_too_old_for_caches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT 10 has attention layers, without lengths."""
+    """One of 11 whose attention layers have no lengths; and JetPack 6.0 has 8.6, which runs no network of ours."""
     old = SimpleNamespace(
-        __version__="10.16.1", IAttentionInputLayer=trt.IAttentionInputLayer, IAttention=SimpleNamespace(mask=None)
+        __version__="11.0.0", IAttentionInputLayer=trt.IAttentionInputLayer, IAttention=SimpleNamespace(mask=None)
     )
     monkeypatch.setitem(sys.modules, "tensorrt", old)
-    with pytest.raises(BackendError, match=r"tensorrt 10.16.1 has no IAttention.key_value_lengths.*pip install -U"):
+    with pytest.raises(BackendError, match=r"tensorrt 11.0.0 has no IAttention.key_value_lengths.*pip install -U"):
+        load_library("tensorrt")
+    for version in ("8.6.2", "10.2.0.19"):
+        monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=version))
+        with pytest.raises(BackendError, match=rf"tensorrt {version} is older than 10.3, .*JetPack, to 6.1 or later"):
+            load_library("tensorrt")
+
+
+def test_a_library_without_layers_for_attention_is_taken_for_plain_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What TensorRT 10.3's bindings have, and nothing of what came later."""
+    members = {name: getattr(trt, name) for name in (
+        "NetworkDefinitionCreationFlag", "ExecutionContextAllocationStrategy", "IExecutionContext", "ICudaEngine",
+        "IProgressMonitor", "ILogger")}  # fmt: skip
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0", **members))
+    library = load_library("tensorrt")
+    assert library.variants == ("plain",)
+    assert library.check_variant(None) == "plain"
+    del members["IProgressMonitor"]
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0", **members))
+    with pytest.raises(BackendError, match=r"tensorrt 10.3.0 has no IProgressMonitor"):
         load_library("tensorrt")

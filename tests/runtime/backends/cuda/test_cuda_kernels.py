@@ -170,7 +170,7 @@ def test_the_kernels_compile_for_each_gpu(capability: int) -> None:
     types, reaches = ("float32", "float16", "bfloat16"), ("wide", "single")
     wanted = {f"{kernel}_{kind}_{v}" for kernel in ("reduce", "mix", "similarity") for kind in types for v in reaches}
     wanted |= {f"{kernel}_{size}" for kernel in ("take", "put") for size in kernels.WORDS}
-    wanted |= {"choose_parts", "feed_2", "feed_4"}
+    wanted |= {"choose_parts", "feed_2", "feed_4"} | {f"append_{word}" for word in (2, 4, 16)}
     assert names == wanted | {f"cast_{kind}_{other}" for kind in types for other in types if kind != other}
     for kernel in ("reduce", "similarity"):
         entry = listing.split(f".entry {kernel}_bfloat16_wide(")[1].split(".entry ")[0]

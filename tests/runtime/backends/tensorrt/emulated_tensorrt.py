@@ -5,6 +5,9 @@ a plan names a graph of a portable bundle, ONNX Runtime runs it, and the run is 
 driver (../cuda/emulated): it happens when the host waits for it, at the addresses it was told, and can be captured.
 Stricter than the library where a mistake would go unnoticed: what was not told, or was told for another profile, is
 refused, and each run leaves NaNs in the memory for activations.
+
+With EMULATED_VERSION=10.3.0 it is `tensorrt` of that version instead, whose engines are plain: what that version's
+bindings lack is not there, and the graphs that are run are the rewritten ones.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -19,13 +23,21 @@ from typing import Any
 
 import numpy as np
 
-from framefusion.runtime.backends.fit import installed_version
+from framefusion.export.engines.builder import EngineSpec
+from framefusion.runtime.backends import fit
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.runtime.format.manifest import FileRecord
 from framefusion.storage.records import to_json
 
-NAME, KIND = "tensorrt_rtx", "tensorrt-rtx"
+OLDER = os.environ.get("EMULATED_VERSION")
+REAL = "tensorrt_rtx"
+NAME, KIND = ("tensorrt", "tensorrt") if OLDER else (REAL, "tensorrt-rtx")
+VARIANT = "plain" if OLDER else "attention"
+LACKING = (  # in tensorrt.so of 10.3.0
+    "CausalMaskKind", "ComputeCapability", "DynamicShapesKernelSpecializationStrategy", "EngineValidity",
+    "IAttention", "IAttentionInputLayer", "IKVCacheUpdateLayer", "IRuntimeCache", "IRuntimeConfig", "IStreamWriter",
+)  # fmt: skip
 CAPABILITY = "8.7"  # of the emulated GPU
 WORKSPACE = 3 << 16
 HEADER = b"emulated"
@@ -44,21 +56,22 @@ def compile_for_emulation(bundle: Bundle, folder: Path) -> Bundle:
     from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec
 
     manifest = bundle.manifest
-    specs = {manifest.vision.graph: tower_spec(bundle.folder, manifest, KIND, (CAPABILITY,))}
+    specs = {manifest.vision.graph: tower_spec(bundle.folder, manifest, KIND, (CAPABILITY,), VARIANT)}
     for segment in manifest.segments:
         for graph in segment.graphs:
-            specs[graph] = segment_spec(bundle.folder, manifest, segment, graph, KIND, (CAPABILITY,))
-    found = installed_version(NAME)
+            specs[graph] = segment_spec(bundle.folder, manifest, segment, graph, KIND, (CAPABILITY,), VARIANT)
+    found = fit.installed_version(NAME)
     assert found is not None
     engines, files = [], dict(manifest.files)
     for graph, spec in specs.items():
         path = folder / f"{graph.replace('/', '-')}.engine"
-        plan = {"graph": str(spec.graph), "capacities": spec.capacities, "profiles": to_json(spec.profiles)}
+        capacities = () if OLDER else spec.capacities  # a plain engine takes caches of other lengths in a prefill
+        plan = {"graph": str(_parsed(spec)), "capacities": capacities, "profiles": to_json(spec.profiles)}
         path.write_bytes(HEADER + json.dumps(plan).encode())
         files[str(path)] = FileRecord(path.stat().st_size, "0" * 64)
         engines.append(
             EngineRecord(
-                kind="tensorrt-rtx",
+                kind=KIND,
                 graph=graph,
                 file=str(path),
                 library=NAME,
@@ -70,21 +83,43 @@ def compile_for_emulation(bundle: Bundle, folder: Path) -> Bundle:
                 tensors=(),
                 capacities=spec.capacities,
                 weight_bytes=1,
+                options=spec.options,
             )
         )
     return bundle.with_manifest(engines=tuple(engines), files=files)
 
 
+def _parsed(spec: EngineSpec) -> Path:
+    """The graph that the library would be given, over the same weights."""
+    if not OLDER:
+        return spec.graph
+    import onnx
+
+    from framefusion.export.engines.tensorrt.plain import rewrite_plain
+
+    model = onnx.load(str(spec.graph), load_external_data=False)
+    rewrite_plain(model, spec.graph, spec.options["one_length"])
+    rewritten = spec.graph.with_suffix(".plain.onnx")
+    onnx.save(model, str(rewritten))
+    return rewritten
+
+
 def install() -> Any:
     """Put the emulation in the module's place; returns it."""
-    real: Any = importlib.import_module(NAME)
+    real: Any = importlib.import_module(REAL)
+    if OLDER:  # no such distribution is installed
+        fit.installed_version = lambda library: (NAME, str(OLDER))
 
     class Module(types.ModuleType):
         def __getattr__(self, name: str) -> Any:
+            if OLDER and name in LACKING:
+                raise AttributeError(name)
             return getattr(real, name)
 
     module: Any = Module(NAME)
     module.Runtime = Runtime
+    if OLDER:
+        module.__version__ = OLDER
     module.caches = []
     sys.modules[NAME] = module
     Runtime.module = module
@@ -149,6 +184,9 @@ class Engine:
         return RuntimeConfig(self.module)
 
     def create_execution_context(self, config: Any) -> Context:
+        if OLDER:
+            assert config == self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+            return Context(self, RuntimeCache())
         assert config.strategy == self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         specialised = self.module.DynamicShapesKernelSpecializationStrategy.EAGER
         assert config.dynamic_shapes_kernel_specialization_strategy == specialised

@@ -53,6 +53,23 @@ def test_the_tests_for_a_gpu_pass(
     assert "skipped" not in printed
 
 
+@pytest.mark.slow
+def test_plain_engines_of_an_older_library_pass_them(
+    library: Path,  # noqa: F811
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prefills over short caches, steps over whole ones, and rows that the runtime's own kernel appends."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "emulated")
+    monkeypatch.setenv("EMULATED_TENSORRT", "float32")
+    monkeypatch.setenv("EMULATED_VERSION", "10.3.0")
+    scratch = bundle.parent / "emulated-tensorrt-plain"
+    options = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", scratch)
+    printed = run(library, "-m", "pytest", *options, "tests/gpu/test_tensorrt.py", "-k", "not kernels_are_kept")
+    assert "passed" in printed
+    assert "skipped" not in printed
+
+
 @pytest.mark.parametrize("ours", PAIRS, ids=lambda kind: kind.__name__)
 def test_the_emulation_has_no_call_that_the_library_lacks(ours: type) -> None:
     real = PAIRS[ours]
