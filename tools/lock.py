@@ -26,7 +26,7 @@ OLDEST = ROOT / "constraints" / "oldest.txt"
 PROJECT = "framefusion-aot"
 EXTRA = "dev"
 """What `make demo` and `make test` install; it brings the extras export and gpu."""
-LIBRARIES = ("", "export", "gpu", "tensorrt-rtx", "signing", "server", "parquet")
+LIBRARIES = ("", "export", "gpu", "tensorrt-rtx", "openvino", "signing", "server", "parquet")
 """The base install and the extras whose lower bounds are tested; what only tests need comes from the lock."""
 OLDEST_PYTHON = "3.11"
 BOUNDED_TOOLS = ("setuptools",)

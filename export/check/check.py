@@ -17,7 +17,6 @@ fixed mode shows no scores: there the tokens themselves are compared, and up to 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from framefusion.export.check.agreement import AGAINST, LIMIT, Agreement, agreement_of, not_compared
+from framefusion.export.check.agreement import AGAINST, Agreement, agreement_of, not_compared
 from framefusion.export.check.observation import (
     DECODED,
     WHOLE,
@@ -57,11 +56,10 @@ from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline, dense_request
+from framefusion.runtime.proof.golden import MOST_SWAPPED, random_walk, rounding_limit
 
 KEPT = "kept tokens"
 SWAPPED = "share of swapped tokens"  # what is compared has limits of its own
-MOST_SWAPPED = 0.05
-ROUNDINGS = 10
 
 
 def check_bundle(
@@ -193,16 +191,12 @@ def default_tolerance(plan: BuildPlan) -> float:
     """The limit of all errors of a build, relative to the largest magnitude of the reference: see the module."""
     if plan.quantization is None:
         return tolerance_of(plan.dtype, plan.config.num_layers)
-    return _random_walk(half_unit(plan), plan.config.num_layers)
+    return random_walk(half_unit(plan), plan.config.num_layers)
 
 
 def tolerance_of(dtype: torch.dtype, layers: int) -> float:
     """The limit of relative errors behind this number of layers in a type: see the module."""
-    return LIMIT if dtype == torch.float32 else _random_walk(torch.finfo(dtype).eps / 2, layers)
-
-
-def _random_walk(half_unit: float, layers: int) -> float:
-    return 4 * half_unit * math.sqrt(ROUNDINGS / 3 * layers)
+    return rounding_limit(str(dtype).removeprefix("torch."), layers)
 
 
 class Comparison:

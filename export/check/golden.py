@@ -30,6 +30,7 @@ from framefusion.runtime.generation.embedder import Embedding
 from framefusion.runtime.proof.canned import CannedPicture, CannedRequest, text_ids
 from framefusion.runtime.proof.golden import (
     GOLDEN,
+    MOST_SWAPPED,
     VERSION,
     Golden,
     GoldenCall,
@@ -164,7 +165,7 @@ def _request(bundle: Bundle, answer: int) -> CannedRequest:
 
 def _limits(plan: BuildPlan) -> GoldenLimits:
     exact = half_unit(plan) == 0
-    return GoldenLimits(min(check.default_tolerance(plan), 0.5), 0.0 if exact else check.MOST_SWAPPED)
+    return GoldenLimits(min(check.default_tolerance(plan), 0.5), 0.0 if exact else MOST_SWAPPED)
 
 
 def _costs(rehearsal: Rehearsal, *, sparing: bool) -> list[tuple[str, float | None]]:

@@ -232,6 +232,7 @@ class BlockGraph(NamedTuple):
     dialect: str
     dtype: str
     backend: Backend
+    importance: str = "float32"  # type that it is computed in, whatever the graph's
 
 
 def empty_cache(device: Device, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:

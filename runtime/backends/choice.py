@@ -127,8 +127,9 @@ def choose(
     # 2. Engines that nobody vouches for stay in the list, with that as their problem: nothing of them is read.
     unvouched = [kind for kind in kinds if distrust(bundle, kind) is not None]
     candidates = list(options(bundle, machine or Machine.here(), unvouched))
-    # 3. Flags leave candidates out, which are not among those passed over.
-    considered = [o for o in candidates if backend in (None, o.backend) and device in (None, o.device)]
+    # 3. Flags leave candidates out, which are not among those passed over; so are those that would compute in another
+    #    type than the bundle's, unless they are named.
+    considered = [o for o in candidates if _is_meant(o, backend) and device in (None, o.device)]
     # 4. The table's order is the order of preference: the first that nothing speaks against.
     for index, option in enumerate(considered):
         if option.problem is None and objection is not None:
@@ -155,6 +156,13 @@ def options(bundle: Bundle, machine: Machine, unvouched: Collection[EngineKind] 
     for row in table.BACKENDS:
         problem = UNVOUCHED if row.name in unvouched else table.load(row.problem)(row, bundle, machine)
         yield Option(row.name, _device(row, bundle.manifest, machine), *(problem or ()))
+
+
+def _is_meant(option: Option, backend: str | None) -> bool:
+    """Whether a backend is the one that was named; where none was, whether it may be taken by itself."""
+    if backend is None:
+        return not table.backend(option.backend, option.device).computes
+    return option.backend == backend
 
 
 def _device(row: BackendKind, manifest: Manifest, machine: Machine) -> Device:

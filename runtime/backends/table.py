@@ -60,10 +60,14 @@ class BackendKind:
         engines: of its own; None where it runs the bundle's graphs themselves.
         results: device -> file of tools/bench/results that shows it on a device of that kind, with the device's name.
             Without one it is called experimental there.
+        computes: type of its products, where that is not the bundle's: then limits of errors are those of that type,
+            and it is never taken by itself.
         wrong_once: device and version where it answered wrongly without an error. Such a backend is never taken by
             itself on a device that has not reproduced the bundle's golden: framefusion.runtime.proof.
         blocks: function (device, machine, folder) -> iterator of `base.BlockGraph`: the graphs of building blocks that
             it can run here. "" where it runs engines, which are compiled first.
+        machine_problem: function (row, machine) -> what this machine lacks, whatever is to run, or None; of those that
+            have blocks.
     """
 
     name: str
@@ -75,8 +79,10 @@ class BackendKind:
     cuda_buffers: bool = True
     engines: EngineTraits | None = None
     results: Mapping[Device, str] = field(default_factory=dict)
+    computes: str = ""
     wrong_once: str = ""
     blocks: str = ""
+    machine_problem: str = ""
 
 
 _BACKENDS = "framefusion.runtime.backends"
@@ -118,6 +124,7 @@ BACKENDS: tuple[BackendKind, ...] = (
         open=f"{_BACKENDS}.onnxruntime.backend:open_backend",
         problem=f"{_BACKENDS}.onnxruntime.fit:cuda_problem",
         blocks=f"{_BACKENDS}.onnxruntime.blocks:block_graphs",
+        machine_problem=f"{_BACKENDS}.onnxruntime.fit:machine_problem",
         wrong_once="compute capability 9.0 by onnxruntime-gpu 1.31.1",
     ),
     BackendKind(
@@ -141,7 +148,29 @@ BACKENDS: tuple[BackendKind, ...] = (
         open=f"{_BACKENDS}.onnxruntime.backend:open_backend",
         problem=f"{_BACKENDS}.onnxruntime.fit:cpu_problem",
         blocks=f"{_BACKENDS}.onnxruntime.blocks:block_graphs",
+        machine_problem=f"{_BACKENDS}.onnxruntime.fit:machine_problem",
         results={"cpu": "prefill.json"},
+    ),
+    BackendKind(
+        "openvino",
+        ("cpu",),
+        library="openvino",
+        open=f"{_BACKENDS}.openvino.backend:open_backend",
+        problem=f"{_BACKENDS}.openvino.fit:problem",
+        extra="openvino",
+        blocks=f"{_BACKENDS}.openvino.blocks:block_graphs",
+        machine_problem=f"{_BACKENDS}.openvino.fit:machine_problem",
+    ),
+    BackendKind(
+        "openvino-bf16",
+        ("cpu",),
+        library="openvino",
+        open=f"{_BACKENDS}.openvino.backend:open_backend",
+        problem=f"{_BACKENDS}.openvino.fit:problem",
+        extra="openvino",
+        computes="bfloat16",
+        blocks=f"{_BACKENDS}.openvino.blocks:block_graphs_in_bf16",
+        machine_problem=f"{_BACKENDS}.openvino.fit:machine_problem",
     ),
 )
 

@@ -56,9 +56,10 @@ THREADS = _running(
 BACKEND = _running(
     "--backend",
     type=click.Choice(BACKENDS),
+    metavar="NAME",
     default="auto",
     show_default=True,
-    help="What runs the bundle; auto takes the best that it and this machine allow.",
+    help=f"What runs the bundle: {', '.join(BACKENDS[1:])}; auto takes the best that it and this machine allow.",
 )
 DEVICE = _running(
     "--device",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 
 from framefusion.runtime.machine.gpu import GPU, find_gpu
 
@@ -20,12 +22,14 @@ class Machine:
         providers: of the installed ONNX Runtime.
         onnxruntime: its version; None where it is not installed.
         bindings: cuda-bindings is installed, which buffers on a GPU need.
+        openvino: its version; None where it is not installed.
     """
 
     gpu: GPU | None
     providers: tuple[str, ...]
     onnxruntime: str | None
     bindings: bool
+    openvino: str | None = None
 
     @classmethod
     def here(cls) -> Machine:
@@ -44,7 +48,14 @@ class Machine:
                 raise KeyboardInterrupt from None  # Ctrl-C while it was loaded: nothing is missing
             providers = ()
             version = None
-        return cls(find_gpu(), providers, version, _has_bindings())
+        return cls(find_gpu(), providers, version, _has_bindings(), _version("openvino"))
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version_of(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _has_bindings() -> bool:

@@ -30,6 +30,7 @@ PACKAGES: Mapping[str, str] = {  # distribution -> what it is for
     "numpy": "everything",
     "onnxruntime": "backend onnxruntime on the CPU",
     "onnxruntime-gpu": "backend onnxruntime on CPU and GPU",
+    "openvino": "backends openvino and openvino-bf16",
     "tokenizers": "prompts",
     "av": "films",
     "pillow": "pictures",

@@ -10,8 +10,9 @@ Knows no backend.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,10 @@ MOST_PATCHES = 4096  # of the canned picture
 MOST_KEPT = 4096  # numbers of one list
 KEPT_LOGITS = 256
 KEPT_ROWS = 512  # numbers of the tower's rows
+EXACT = 1e-4  # limit of errors in fp32
+ROUNDINGS = 10  # of a layer in a half type
+MOST_SWAPPED = 0.05  # share of the kept tokens that a graph which decides by itself may choose otherwise in a half type
+_HALF_UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half of the distance of two numbers near 1
 NO_GOLDEN = "no golden: rebuild the bundle to have one"
 
 _PLACES_OF_LOGITS = 16  # streams of the generator, beside those of canned.py
@@ -167,6 +172,28 @@ def require_golden(bundle: Bundle) -> Golden:
     if not golden.runs:
         raise BundleError(f"{bundle.folder} has no golden: {golden.missing or 'the build made none'}")
     return golden
+
+
+def rounding_limit(dtype: str, layers: int) -> float:
+    """The largest error that is rounding, as a share of the largest magnitude: docs/checks.md says why.
+
+    Args:
+        dtype: in which layers compute.
+        layers: of the model.
+    """
+    return EXACT if dtype == "float32" else random_walk(_HALF_UNITS[dtype], layers)
+
+
+def random_walk(half_unit: float, layers: int) -> float:
+    """Four standard deviations of what roundings by up to half a unit add up to behind a number of layers."""
+    return 4 * half_unit * math.sqrt(ROUNDINGS / 3 * layers)
+
+
+def golden_in(golden: Golden, dtype: str, layers: int) -> Golden:
+    """A golden for a backend that computes in another type than the bundle's: its limits are that type's, if larger."""
+    numbers = max(golden.limits.numbers, min(rounding_limit(dtype, layers), 0.5))
+    swapped = max(golden.limits.swapped, 0.0 if dtype == "float32" else MOST_SWAPPED)
+    return replace(golden, limits=GoldenLimits(numbers, swapped))
 
 
 def values_of(array: NDArray[np.float32], places: NDArray[np.int64]) -> GoldenValues:

@@ -22,7 +22,7 @@ from framefusion.runtime.backends.choice import Choice, Option, choose
 from framefusion.runtime.backends.fit import Problem
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.machine.machine import Machine
-from framefusion.runtime.proof.golden import NO_GOLDEN, Golden, read_golden, require_golden
+from framefusion.runtime.proof.golden import NO_GOLDEN, Golden, golden_in, read_golden, require_golden
 from framefusion.runtime.proof.prove import Proof, facts_of, prove
 from framefusion.runtime.proof.remembered import (
     Combination,
@@ -94,9 +94,15 @@ def check_backend(
     option = choose(bundle, name, device, machine).option
     combination = combination_of(bundle, option, machine)  # as `open_proven` looks it up, with no library loaded yet
     say(f"{option.text}: running the golden's request")
-    proof = prove(bundle, Choice(option).open(bundle, threads), golden)
+    proof = prove(bundle, Choice(option).open(bundle, threads), _golden_for(option, golden, bundle))
     _keep(bundle, combination, proof)
     return option, proof
+
+
+def _golden_for(option: Option, golden: Golden, bundle: Bundle) -> Golden:
+    """The golden with the limits of what a backend computes in."""
+    computes = table.backend(option.backend, option.device).computes
+    return golden_in(golden, computes, bundle.manifest.model.num_layers) if computes else golden
 
 
 def _keep(bundle: Bundle, combination: Combination, proof: Proof) -> Verdict:
@@ -133,7 +139,7 @@ class _Judge:
             if golden is not None and golden.runs:
                 backend = Choice(option).open(self._bundle, self._threads)
                 try:
-                    proof = prove(self._bundle, backend, golden)
+                    proof = prove(self._bundle, backend, _golden_for(option, golden, self._bundle))
                 except BackendError as error:
                     if self._named:
                         raise

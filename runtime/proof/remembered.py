@@ -152,6 +152,7 @@ def _library(option: Option) -> str:
             version = version_of(name.replace("_", "-"))
         except PackageNotFoundError:
             version = " ".join(installed_version(name) or ("of", "unknown version"))
+    version = version.partition("-")[0]  # a loaded openvino appends its build
     return f"{name} {version}" + (_compiler() if row.cuda_buffers and option.device == "cuda" else "")
 
 

@@ -22,13 +22,14 @@ ORT_GOES_ON = (3, 11)
 
 def cuda_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Problem | None:
     """What keeps the CUDA provider from a bundle: a GPU, a package, the graphs, or kernels for their type."""
-    lacking = machine_problem("cuda", machine)
+    lacking = machine_problem(row, machine)
     graphs = _graph_problem(bundle.manifest)
     return lacking or graphs or _kernel_problem(bundle.manifest, machine.onnxruntime or "0")
 
 
-def machine_problem(device: Device, machine: Machine) -> Problem | None:
-    """What this machine lacks for ONNX Runtime on a device, whatever is to run: a GPU, or a package."""
+def machine_problem(row: BackendKind, machine: Machine) -> Problem | None:
+    """What this machine lacks for ONNX Runtime on a row's device, whatever is to run: a GPU, or a package."""
+    (device,) = row.devices
     if machine.onnxruntime is None:
         return "onnxruntime is not installed", "pip install onnxruntime"
     if device == "cpu":
@@ -45,7 +46,7 @@ def machine_problem(device: Device, machine: Machine) -> Problem | None:
 
 def cpu_problem(row: BackendKind, bundle: Bundle, machine: Machine) -> Problem | None:
     """What keeps the CPU provider from a bundle: the package, the graphs, or kernels for their type."""
-    lacking = machine_problem("cpu", machine)
+    lacking = machine_problem(row, machine)
     if lacking is not None or machine.onnxruntime is None:
         return lacking
     if bundle.manifest.model.dtype == "bfloat16":

@@ -35,7 +35,7 @@ _TERMS: Mapping[str, int] = {
     "importance": cases.HEAD_DIM,
 }
 _EXACT = ("present_key_0", "present_value_0")  # moved, not computed
-_IN_FP32 = ("similarity", "importance")  # whatever the type of the rows
+_IN_FP32 = ("similarity", "importance")  # whatever the type of the rows, unless a backend says otherwise
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,23 @@ class Check:
         return {"block": self.block, "case": self.case, "error": error, "limit": self.limit, "right": self.right}
 
 
-def limit_of(output: str, dtype: str) -> float:
-    """The largest error of an output in graphs of a type."""
+def limit_of(output: str, dtype: str, importance: str = "float32") -> float:
+    """The largest error of an output in graphs of a type, whose importance is computed in another."""
     if output in _EXACT:
         return 0.0
     rounding = EPSILON["float32" if output in _IN_FP32 else dtype]
+    rounding = EPSILON[importance] if output == "importance" else rounding
     return _ROUNDINGS * rounding + _TERMS.get(output, 1) * EPSILON["float32"]
 
 
-def check_graph_blocks(backend: Backend, graph: str, dtype: str) -> Iterator[Check]:
+def check_graph_blocks(backend: Backend, graph: str, dtype: str, importance: str = "float32") -> Iterator[Check]:
     """Run all cases through a graph of building blocks.
 
     Args:
         backend: that opens the graph.
         graph: its name.
         dtype: of the graph, "float16", ...
+        importance: type that the backend computes it in.
 
     Raises:
         BackendError: the backend refuses it.
@@ -98,9 +100,8 @@ def check_graph_blocks(backend: Backend, graph: str, dtype: str) -> Iterator[Che
         results = _run(backend, graph, case, cache, element)
         # 3. Compare what counts.
         for name, expected in case.expected.items():
-            yield compare(
-                cases.BLOCKS[name], case.name, _counting(results[name], expected), expected, limit_of(name, dtype)
-            )
+            limit = limit_of(name, dtype, importance)
+            yield compare(cases.BLOCKS[name], case.name, _counting(results[name], expected), expected, limit)
 
 
 def _run(

@@ -74,21 +74,21 @@ def prove_backend(name: str, device: table.Device) -> Facts:
 
 def _proven_graphs(row: table.BackendKind, device: table.Device, machine: Machine) -> Facts:
     from framefusion.runtime.backends.choice import Option
-    from framefusion.runtime.backends.onnxruntime.fit import machine_problem
     from framefusion.runtime.proof.blocks import cases
     from framefusion.runtime.proof.blocks.checks import check_graph_blocks
     from framefusion.runtime.proof.remembered import Verdict, combination_of_blocks, remember
 
-    problem = machine_problem(device, machine)
+    problem = table.load(row.machine_problem)(row, machine)
     if problem is not None:
         return _missing(*problem)
     graphs = []
     folder = Path(cases.__file__).parent
-    for dialect, dtype, backend in table.load(row.blocks)(device, machine, folder):
+    for dialect, dtype, backend, importance in table.load(row.blocks)(device, machine, folder):
         # 1. Looked up as `open_proven` does, before anything more is loaded.
         combination = combination_of_blocks(dialect, dtype, Option(row.name, device), machine)
         # 2. Proven, and remembered: what is wrong here is not taken for a bundle of this dialect and type.
-        facts = _graph(dialect, dtype, check_graph_blocks(backend, cases.graph_name(dialect, dtype), dtype))
+        name = cases.graph_name(dialect, dtype)
+        facts = _graph(dialect, dtype, check_graph_blocks(backend, name, dtype, importance))
         if facts["state"] in ("right", "wrong"):
             text = f"ff-run doctor: {facts['worst']}"
             facts["remembered"] = remember(combination, Verdict(facts["state"] == "right", text), facts)

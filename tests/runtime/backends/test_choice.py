@@ -161,7 +161,15 @@ def test_a_place_that_a_backend_does_not_have(bundle: Bundle) -> None:
 
 
 def test_the_flags_name_every_backend_and_device() -> None:
-    assert flags.BACKENDS == ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "inductor")
+    assert flags.BACKENDS == (
+        "auto",
+        "tensorrt",
+        "tensorrt-rtx",
+        "onnxruntime",
+        "inductor",
+        "openvino",
+        "openvino-bf16",
+    )
     assert flags.DEVICES == ("auto", "cuda", "cpu")
     assert table.engine_kinds() == ("tensorrt", "tensorrt-rtx", "inductor")
 
