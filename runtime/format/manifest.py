@@ -21,8 +21,13 @@ from framefusion.runtime.media.tower_kinds import TowerSettings
 from framefusion.runtime.text.prompt import PromptTemplate
 from framefusion.runtime.text.sampling import GenerationConfig
 
-SCHEMA_VERSION = 3
-OLDEST_SCHEMA = 2  # without a digest: everything else is as it was
+SCHEMA_VERSION = 4
+"""Of the manifests that are written; a field that older readers do not know raises it, so that they say "upgrade".
+
+    2   no digest
+    3   no word of what the tower takes, nor of quantised weights
+"""
+OLDEST_SCHEMA = 2
 UNKNOWN_LICENSE = "unknown"  # the hub's word where nothing is stated
 
 Mode = Literal["none", "fixed", "adaptive"]
@@ -231,7 +236,7 @@ class Manifest:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the build, in the exporter's own names
     source: SourceRecord | None = None
     engines: tuple[EngineRecord, ...] = ()  # readers of the same schema that know none leave them alone
-    quantization: QuantizationRecord | None = None  # left out where it is None: older readers refuse the key
+    quantization: QuantizationRecord | None = None
 
     @property
     def graphs(self) -> Mapping[str, int]:

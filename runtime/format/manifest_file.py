@@ -124,8 +124,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             f"{folder / MANIFEST} would not be read again ({error}): correct what it was made of"
         ) from None
     plain = to_json(written)
-    if plain["quantization"] is None:  # releases before it refuse the key
-        del plain["quantization"]
     text = json.dumps(plain | {DIGEST: digest_of(plain)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     fresh = folder / f".{MANIFEST}.{secrets.token_hex(8)}"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import typing
@@ -14,7 +15,7 @@ import pytest
 
 from framefusion.errors import BundleError
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.format.manifest import Manifest, SegmentRecord
+from framefusion.runtime.format.manifest import SCHEMA_VERSION, Manifest, SegmentRecord
 from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest, read_manifest_file, write_manifest
 from framefusion.runtime.format.manifest_rules import RULES
 from framefusion.runtime.media.tower_kinds import TowerSettings
@@ -89,11 +90,37 @@ def test_a_manifest_comes_back_as_it_was_written(bundle: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
 
 
+def test_a_new_field_raises_the_schema() -> None:
+    """A reader refuses a key that it does not know: by the schema alone it can say that it is the older one."""
+    ours = [kind for kind in records(Manifest, set()) if kind.__module__.startswith("framefusion.")]
+    fields = sorted({f"{kind.__name__}.{f.name}: {f.type}" for kind in ours for f in dataclasses.fields(kind)})
+    assert len(fields) > 80
+    digest = hashlib.sha256("\n".join(fields).encode()).hexdigest()[:16]
+    assert (SCHEMA_VERSION, digest) == (4, "4f20918908602f59"), (
+        "fields changed: raise SCHEMA_VERSION, and say here what is new"
+    )
+
+
+def test_a_manifest_of_schema_3_opens(bundle: Path, tmp_path: Path) -> None:
+    """As packages wrote it before they knew of bytes and of quantised weights."""
+
+    def forget(plain: dict[str, Any]) -> None:
+        plain["schema_version"] = 3
+        del plain["quantization"], plain["vision"]["input"]
+
+    old = edited(copied(bundle, tmp_path / "old"), forget)
+    opened = Bundle(old)
+    assert opened.sealed
+    vision = dataclasses.replace(opened.manifest.vision, input=read_manifest(bundle).vision.input)
+    newer = dataclasses.replace(opened.manifest, schema_version=SCHEMA_VERSION, vision=vision)
+    assert newer == read_manifest(bundle)
+
+
 def test_a_manifest_of_an_older_package_opens_and_inspect_says_so(bundle: Path, tmp_path: Path) -> None:
     old = in_old_layout(copied(bundle, tmp_path / "old"))
     opened = Bundle(old)
     assert not opened.sealed
-    assert dataclasses.replace(opened.manifest, schema_version=3) == read_manifest(bundle)
+    assert dataclasses.replace(opened.manifest, schema_version=SCHEMA_VERSION) == read_manifest(bundle)
     assert "of an older package" in export("inspect", old).stdout
     integrity = json.loads(export("inspect", bundle, "--json").stdout)["integrity"]
     assert integrity == {"digest": read_manifest_file(bundle).digest, "sealed": True, "signatures": []}
