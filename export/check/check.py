@@ -105,7 +105,7 @@ def check_bundle(
         cost = cost_of_quantization(theirs, floats)
     # 4. the bundle, as it will run for users
     doing("the bundle in ONNX Runtime")
-    comparison = Comparison(_compiled(bundle, effort), theirs, effort.tokens, exact=half_unit(plan) == 0)
+    comparison = Comparison(_compiled(bundle, effort), theirs, effort.tokens, exact=_is_exact(plan))
     errors = comparison.errors()
     if agreement.logits is not None and not cost:
         errors[f"dense logits {AGAINST}"] = relative_error(comparison.dense_logits, agreement.logits)
@@ -135,6 +135,11 @@ def agreement_in_floats(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore) 
     if plan.quantization is not None and plan.quantization.read:
         return not_compared("the checkpoint holds quantized weights, which its class was not run with")
     return agreement_of(plan.in_floats or plan, ours, doing)
+
+
+def _is_exact(plan: BuildPlan) -> bool:
+    """Whether the bundle computes in fp32, activations included."""
+    return plan.dtype == torch.float32 and plan.quantization is None
 
 
 def _judged(errors: Mapping[str, float], tolerance: float) -> list[dict[str, Any]]:
@@ -189,14 +194,19 @@ def _compiled(bundle: Bundle, effort: Effort) -> Pipeline:
 
 def default_tolerance(plan: BuildPlan) -> float:
     """The limit of all errors of a build, relative to the largest magnitude of the reference: see the module."""
-    if plan.quantization is None:
-        return tolerance_of(plan.dtype, plan.config.num_layers)
-    return random_walk(half_unit(plan), plan.config.num_layers)
+    return tolerance_of(plan.dtype, plan.config.num_layers, rounded=plan.quantization is not None)
 
 
-def tolerance_of(dtype: torch.dtype, layers: int) -> float:
-    """The limit of relative errors behind this number of layers in a type: see the module."""
-    return rounding_limit(str(dtype).removeprefix("torch."), layers)
+def tolerance_of(dtype: torch.dtype, layers: int, *, rounded: bool = False) -> float:
+    """The limit of relative errors behind this number of layers in a type: see the module.
+
+    Args:
+        dtype: of activations.
+        layers: that errors add up in.
+        rounded: activations enter products with quantized weights, which round them: see quantized.py.
+    """
+    half = half_unit(dtype, rounded=rounded)
+    return random_walk(half, layers) if half else rounding_limit("float32", layers)
 
 
 class Comparison:

@@ -81,7 +81,7 @@ def golden_of(bundle: Bundle, plan: BuildPlan, doing: Doing = ignore, *, may_str
         return replace(empty, missing=missing)
     # 2. The eager model in fp32, behind the runtime's own code.
     in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
-    backend = EagerBackend(eager_loaders(plan, streamed=streamed))
+    backend = EagerBackend(eager_loaders(plan, streamed=streamed, written=bundle.folder))
     # 3. A seed whose decisions are far from their thresholds, then all runs with it.
     costs = _costs(Rehearsal(in_fp32, backend, request), sparing=streamed)
     request, stable = _steady(in_fp32, backend, request, costs, plan, 1 if streamed else SEEDS)
@@ -164,7 +164,7 @@ def _request(bundle: Bundle, answer: int) -> CannedRequest:
 
 
 def _limits(plan: BuildPlan) -> GoldenLimits:
-    exact = half_unit(plan) == 0
+    exact = half_unit(plan.dtype, rounded=plan.quantization is not None) == 0
     return GoldenLimits(min(check.default_tolerance(plan), 0.5), 0.0 if exact else MOST_SWAPPED)
 
 
@@ -199,7 +199,7 @@ def _steady(
 ) -> tuple[CannedRequest, dict[str, bool]]:
     """The request of the first seed under which every run keeps the same tokens with noise on its rows, or the best."""
     reduced = [(name, cost) for name, cost in costs if cost is not None or plan.fixed is not None]
-    noise = max(HEADROOM * half_unit(plan), LEAST_NOISE)
+    noise = max(HEADROOM * half_unit(plan.dtype, rounded=plan.quantization is not None), LEAST_NOISE)
     found: tuple[int, CannedRequest, dict[str, bool]] | None = None
     for seed in range(seeds if reduced else 1):
         tried = replace(request, seed=seed)

@@ -126,7 +126,8 @@ def observe(
     # 1. the bundle's own pipeline over torch modules, which note what enters their layers
     in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
     recorder = Recorder(lambda layer: doing(f"torch, layer {layer} of {plan.config.num_layers}"))
-    eager = Pipeline(in_fp32, EagerBackend(recorder.watched(eager_loaders(plan, streamed=effort.streamed))))
+    loaders = eager_loaders(plan, streamed=effort.streamed, written=bundle.folder)
+    eager = Pipeline(in_fp32, EagerBackend(recorder.watched(loaders)))
     # 2. one prompt with one clip
     turns = [Turn("user", (Visual.VIDEO, QUESTION))]
     visuals = eager.read_visuals(turns, [draw_clip(effort.frames)], eager.manifest.sampling, Stopwatch())

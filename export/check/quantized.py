@@ -21,7 +21,6 @@ import torch
 
 from framefusion.export.check.observation import EagerRun
 from framefusion.export.families.reference.transformers_call import relative_error
-from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
 ROUNDED = 2.0**-8
@@ -45,10 +44,15 @@ class ExactBackend(OnnxRuntimeBackend):
         return content
 
 
-def half_unit(plan: BuildPlan) -> float:
-    """The rounding of an activation on its way through a layer, as a share of it; 0 in fp32."""
-    half = 0.0 if plan.dtype == torch.float32 else torch.finfo(plan.dtype).eps / 2
-    return half if plan.quantization is None else max(half, ROUNDED)
+def half_unit(dtype: torch.dtype, *, rounded: bool) -> float:
+    """The rounding of an activation on its way through a layer, as a share of it; 0 in fp32.
+
+    Args:
+        dtype: of activations.
+        rounded: they enter products with quantized weights, which round them.
+    """
+    half = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    return max(half, ROUNDED) if rounded else half
 
 
 def cost_of_quantization(ours: EagerRun, floats: EagerRun) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from framefusion.export.check import check
 from framefusion.export.check.agreement import Agreement, not_compared
 from framefusion.export.check.observation import SPARING, WHOLE, Doing, Effort, ignore, observe
 from framefusion.export.checkpoints.tensors.streaming import streamed_bytes
-from framefusion.export.checkpoints.tensors.weights import AnySource, blocks_of, stored_type
+from framefusion.export.checkpoints.tensors.weights import AnySource, QuantizedPart, blocks_of, stored_type
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.machine import CHECKING_PROCESS
 from framefusion.export.options import BuildOptions
@@ -121,21 +121,31 @@ def report(
         as `check.check_bundle`, with the method and why it was chosen.
     """
     done = {"method": scope.method, "why": scope.why}
-    if scope.method in ("full", "streamed"):
-        return check.check_bundle(folder, plan, tolerance, scope.effort, doing) | done
-    found: dict[str, Any] = {"tolerance": tolerance, "lines": [], "notes": []}
+    whole = scope.method == "full"
+    if whole or scope.method == "streamed":
+        found = check.check_bundle(folder, plan, tolerance, scope.effort, doing) | done
+        return found if plan.quantization is None else _with_weights(found, folder, plan, all_codes=whole)
+    found = {"tolerance": tolerance, "lines": [], "notes": []}
     # 1. the bundle that stands for this one, in ONNX Runtime
     if scope.substitute is not None:
         with scratch(scope.substitute) as other:
             found = check.check_bundle(other, scope.substitute, tolerance, WHOLE, doing, transformers=False)
     # 2. the weights that it does not have
-    weights = weight_report(folder, plan)
-    line = {"what": "tensors written that are not the checkpoint's", "value": len(weights["differing"]), "limit": 0.0}
-    note = f"{weights['tensors']} tensors of all files of weights, {weights['bytes'] / 1e9:.2f} GB, were read back"
-    notes = [*found["notes"], note, *weights["differing"]]
-    found |= {"lines": [*found["lines"], line], "notes": notes} | done
+    found = _with_weights(found | done, folder, plan)
     # 3. all layers in eager torch against transformers' class
     return check.with_agreement(found, _agreement(folder, plan, scope, doing))
+
+
+def _with_weights(found: dict[str, Any], folder: Path, plan: BuildPlan, *, all_codes: bool = False) -> dict[str, Any]:
+    """A report with what was read back of the files of weights."""
+    weights = weight_report(folder, plan, all_codes=all_codes)
+    line = {"what": "tensors written that are not the checkpoint's", "value": len(weights["differing"]), "limit": 0.0}
+    note = f"{weights['tensors']} tensors of all files of weights, {weights['bytes'] / 1e9:.2f} GB, were read back"
+    failures = [*found.get("failures", ()), *([line] if weights["differing"] else [])]
+    judged = {"failures": failures, "passed": not failures} if "failures" in found else {}
+    return found | judged | {
+        "lines": [*found["lines"], line], "notes": [*found["notes"], note, *weights["differing"]],
+    }  # fmt: skip
 
 
 def _agreement(folder: Path, plan: BuildPlan, scope: Scope, doing: Doing) -> Agreement:
@@ -198,8 +208,13 @@ def truncated(plan: BuildPlan, options: BuildOptions) -> BuildOptions | None:
     return smaller if record.depth is None else replace(smaller, depth=min(record.depth, layers - 2))
 
 
-def weight_report(folder: Path, plan: BuildPlan) -> dict[str, Any]:
+def weight_report(folder: Path, plan: BuildPlan, *, all_codes: bool = False) -> dict[str, Any]:
     """Compare some tensors of each file of weights with the checkpoint.
+
+    Args:
+        folder: the bundle.
+        plan: what it was built from.
+        all_codes: compare all quantized weights, which are chosen once more for it; else some of them.
 
     Returns:
         tensors and bytes compared, and the names of those that differ.
@@ -210,7 +225,8 @@ def weight_report(folder: Path, plan: BuildPlan) -> dict[str, Any]:
     for graph in plan.graphs:
         if graph.role == "decode":
             continue  # its prefill has the same file of weights
-        for name, tensor in _sampled(folder / graph.name, list(graph.shapes)):
+        codes = [name for name in graph.shapes if isinstance(graph.sources[name], QuantizedPart)] if all_codes else []
+        for name, tensor in _chosen(folder / graph.name, list(graph.shapes), codes):
             compared += 1
             size += tensor.nbytes
             if not _is_written(folder / graph.folder / WEIGHTS, tensor, plan, graph.sources[name]):
@@ -218,11 +234,12 @@ def weight_report(folder: Path, plan: BuildPlan) -> dict[str, Any]:
     return {"tensors": compared, "bytes": size, "differing": differing}
 
 
-def _sampled(graph: Path, names: Sequence[str]) -> Iterator[tuple[str, ir.ExternalTensor]]:
-    """First and last of the parameters, and some between, as the graph itself says where they are."""
+def _chosen(graph: Path, names: Sequence[str], always: Sequence[str]) -> Iterator[tuple[str, ir.ExternalTensor]]:
+    """First and last of the parameters, some between and those wanted, as the graph itself says where they are."""
     initializers = ir.load(graph).graph.initializers
     between = random.Random(str(graph.parent.name)).sample(names[1:-1], min(SAMPLES - 2, len(names[1:-1])))
-    for name in dict.fromkeys((names[0], names[-1], *between)):
+    chosen = {names[0], names[-1], *between, *always}
+    for name in (name for name in names if name in chosen):  # in their order: parts of one matrix are made together
         tensor = initializers[name].const_value
         assert isinstance(tensor, ir.ExternalTensor), name
         yield name, tensor

@@ -12,8 +12,9 @@ from torch import nn
 
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.streaming import stream
-from framefusion.export.checkpoints.tensors.weights import load_parameters
+from framefusion.export.checkpoints.tensors.weights import AnySource, load_parameters
 from framefusion.export.eager.backend import EagerBackend, Load
+from framefusion.export.eager.written import written_sources
 from framefusion.export.graphs.graph_plan import GraphModule, GraphPlan
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.parts import Builder
@@ -23,11 +24,12 @@ from framefusion.runtime.format.manifest_file import write_manifest
 from framefusion.runtime.pipeline import Pipeline
 
 
-def eager_loaders(plan: BuildPlan, *, streamed: bool = False) -> Mapping[str, Load]:
+def eager_loaders(plan: BuildPlan, *, streamed: bool = False, written: Path | None = None) -> Mapping[str, Load]:
     """What reads each graph's module with its weights, in fp32; freed with the loaders.
 
     Args:
         plan: of the graphs; its checkpoint has the weights.
+        written: a bundle of this plan, in which codes of quantized weights are; None chooses them once more.
         streamed: a layer's weights are read when it runs, each time, and memory holds no other's: see streaming.py.
 
     Returns:
@@ -36,9 +38,10 @@ def eager_loaders(plan: BuildPlan, *, streamed: bool = False) -> Mapping[str, Lo
     loaders: dict[str, Load] = {}
     by_folder: dict[str, Load] = {}
     for graph in plan.graphs:
-        load: Callable[[], GraphModule] = partial(_loaded, graph, plan.checkpoint)
+        sources = graph.sources if written is None else written_sources(graph, written)
+        load: Callable[[], GraphModule] = partial(_loaded, graph, plan.checkpoint, sources)
         if streamed:
-            load = partial(_streamed, graph, plan.checkpoint)
+            load = partial(_streamed, graph, plan.checkpoint, sources)
         elif graph.folder in by_folder:
             load = partial(_sharing, graph, by_folder[graph.folder])
         loaders[graph.name] = cache(load)
@@ -46,13 +49,13 @@ def eager_loaders(plan: BuildPlan, *, streamed: bool = False) -> Mapping[str, Lo
     return loaders
 
 
-def _loaded(graph: GraphPlan, checkpoint: Checkpoint) -> GraphModule:
-    return load_parameters(graph.module(), checkpoint, graph.sources, torch.float32)
+def _loaded(graph: GraphPlan, checkpoint: Checkpoint, sources: Mapping[str, AnySource]) -> GraphModule:
+    return load_parameters(graph.module(), checkpoint, sources, torch.float32)
 
 
-def _streamed(graph: GraphPlan, checkpoint: Checkpoint) -> GraphModule:
+def _streamed(graph: GraphPlan, checkpoint: Checkpoint, sources: Mapping[str, AnySource]) -> GraphModule:
     module = graph.module()
-    stream(module, lambda name: graph.sources[name].make(checkpoint))
+    stream(module, lambda name: sources[name].make(checkpoint))
     return module
 
 

@@ -160,7 +160,7 @@ def _suspect(bundle: Bundle, plan: BuildPlan, call: RecordedCall) -> Suspect | N
         bundle.folder / call.graph,
         plan.graph(call.graph),
         plan.dialect,
-        eager_loaders(plan)[call.graph](),
+        eager_loaders(plan, written=bundle.folder)[call.graph](),
         call.inputs | call.past,
         limit_of(bundle.manifest, call.graph),
     )

@@ -138,7 +138,7 @@ def record(bundle: Bundle, plan: BuildPlan, decode_width: int = 1) -> list[Recor
         decode_width: tokens of a step, padding included: the widest of the backends that will get the inputs.
     """
     in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
-    recorder = _Recorder(eager_loaders(plan), decode_width, bundle.manifest.vision.graph)
+    recorder = _Recorder(eager_loaders(plan, written=bundle.folder), decode_width, bundle.manifest.vision.graph)
     pipeline = Pipeline(in_fp32, recorder)
     prompt, rows = pipeline.read([Turn("user", (Visual.VIDEO, QUESTION))], [draw_clip()])
     request = pipeline.clamp_new_tokens(Request(_TOKENS), prompt)
@@ -162,7 +162,8 @@ def limit_of(manifest: Manifest, graph: str) -> float:
     """The limit of a graph's errors: that of a model with its number of layers; see `check`."""
     record = segment_of(manifest, graph)
     layers = manifest.model.num_layers if record is None else max(len(record.attention_layers), 1)
-    return tolerance_of(getattr(torch, manifest.model.dtype), layers)
+    rounded = manifest.quantization is not None and record is not None
+    return tolerance_of(getattr(torch, manifest.model.dtype), layers, rounded=rounded)
 
 
 def segment_of(manifest: Manifest, graph: str) -> SegmentRecord | None:
