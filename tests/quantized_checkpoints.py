@@ -18,7 +18,7 @@ from torch import Tensor
 
 GROUP = 16
 SINGLE = "model.safetensors"
-LINEAR = re.compile(r"(.*layers\.\d+\.(?:self_attn|mlp)\.\w+_proj)\.weight")
+LINEAR = re.compile(r".*layers\.\d+\.(self_attn|mlp|attention|feed_forward)\.\w+\.weight")
 Tensors = dict[str, Tensor]
 
 
@@ -137,14 +137,17 @@ FORMATS: dict[str, tuple[Callable[[str, Tensor], Tensors], dict[str, Any]]] = {
 
 
 def quantized(source: Path, folder: Path, name: str) -> Path:
-    """A copy of a checkpoint whose LLM's linear maps are quantized in a format."""
+    """A copy of a checkpoint whose linear maps of layers are quantized in a format, if groups divide their sides."""
     write, setting = FORMATS[name]
     shutil.copytree(source, folder)
-    tensors: Tensors = {}
-    for key, tensor in load_file(source / SINGLE).items():
-        linear = LINEAR.fullmatch(key)
-        tensors |= {key: tensor} if linear is None or "visual" in key else write(linear.group(1), tensor)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / SINGLE, {"format": "pt"})
+    for path in folder.rglob(SINGLE):
+        tensors: Tensors = {}
+        for key, tensor in load_file(path).items():
+            linear = LINEAR.fullmatch(key)
+            fits = tensor.ndim == 2 and not any(side % GROUP for side in tensor.shape)
+            plain = linear is None or not fits or "visual" in key
+            tensors |= {key: tensor} if plain else write(key.removesuffix(".weight"), tensor)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, {"format": "pt"})
     configured(folder, setting)
     return folder
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from framefusion.export.check.observation import Array, Doing, EagerRun, ignore
 from framefusion.export.families.family import load
 from framefusion.export.families.reading.configs import text_config
+from framefusion.export.families.reference.quantized import NoReferenceError, ReadableCheckpoint, readable
 from framefusion.export.families.reference.transformers_call import TransformersCall, answered, relative_error
 from framefusion.export.plan.build_plan import BuildPlan
 
@@ -48,26 +50,38 @@ def not_compared(why: str) -> Agreement:
     return Agreement({"compared": False, "why": why})
 
 
-def agreement_of(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore) -> Agreement:
+def agreement_of(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore, place: Path | None = None) -> Agreement:
     """Run transformers' class over the same prompt and compare, stage by stage.
 
     Args:
         plan: of the build.
         ours: what its torch graphs compute for a prompt.
         doing: called with what runs now.
+        place: folder on whose disk a quantized checkpoint may lie dequantized; None: that of temporary files.
 
     Raises:
         CheckFailedError: the class cannot read the checkpoint.
     """
+    family = plan.family
+    if not family.reference_logits:
+        return not_compared(f"transformers has no class for {family.name}")
+    whole = family.reference.isidentifier()  # one class reads the whole format, its quantization with it
+    try:
+        with readable(plan.checkpoint, place, doing, whole=whole) as reference:
+            return _compared(plan, ours, doing, reference)
+    except NoReferenceError as error:
+        return not_compared(str(error))
+
+
+def _compared(plan: BuildPlan, ours: EagerRun, doing: Doing, reference: ReadableCheckpoint) -> Agreement:
+    """The comparison, with the checkpoint that transformers' class is given."""
     import transformers
 
     family = plan.family
     start = time.perf_counter()
-    if not family.reference_logits:
-        return not_compared(f"transformers has no class for {family.name}")
     answer = answer_of(ours)
     call = TransformersCall(
-        plan.checkpoint,
+        reference.checkpoint,
         answered(ours.prompt, answer),
         ours.visuals,
         states=ours.states,
@@ -75,7 +89,8 @@ def agreement_of(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore) -> Agre
         num_layers=plan.options.num_decoder_layer,
         keep=1 + len(answer),
         doing=doing,
-        types=plan.stored_types(),
+        types=reference.types or plan.stored_types(),
+        dequantizing=reference.by_itself,
     )
     doing("transformers")
     logits = call.run(load(family.reference_logits))
@@ -86,6 +101,7 @@ def agreement_of(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore) -> Agre
         "version": transformers.__version__,
         "classes": list(dict.fromkeys(call.names)),
         "stand_in": family.stand_in,
+        "weights": reference.how,
         "layers": plan.config.num_layers,
         "of_layers": int(text_config(plan.checkpoint).get("num_hidden_layers") or plan.config.num_layers),
         "prompt_tokens": int(ours.prompt.token_ids.size),

@@ -51,6 +51,7 @@ from framefusion.export.families.reference.transformers_call import (
 )
 from framefusion.export.machine import available_memory as available_memory  # of the checks that need it
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.writing.journal import SCRATCH
 from framefusion.reduction.policy import ReductionState
 from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -95,7 +96,9 @@ def check_bundle(
     floats = observe(bundle, plan.in_floats or plan, effort, doing)
     # 2. transformers' class, once the eager model's weights are gone from memory
     agreement = (
-        agreement_in_floats(plan, floats, doing) if transformers else not_compared("this bundle stands for another one")
+        agreement_in_floats(plan, floats, doing, scratch_place(folder))
+        if transformers
+        else not_compared("this bundle stands for another one")
     )
     # 3. the eager model with quantized weights, where the bundle has some
     theirs = floats
@@ -121,20 +124,25 @@ def check_bundle(
     return with_agreement(found, agreement)
 
 
-def agreement_in_floats(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore) -> Agreement:
-    """The torch graphs against transformers' class: those with the checkpoint's floats, where codes are made of them.
+def agreement_in_floats(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore, place: Path | None = None) -> Agreement:
+    """The torch graphs against transformers' class: those with the checkpoint's floats, where a bundle has codes.
 
     Args:
         plan: of the bundle.
         ours: what the torch graphs of `plan.in_floats`, or of the plan where it has none, compute for a prompt.
         doing: called with what runs now.
+        place: see `agreement_of`.
 
     Raises:
         CheckFailedError: the class cannot read the checkpoint.
     """
-    if plan.quantization is not None and plan.quantization.read:
-        return not_compared("the checkpoint holds quantized weights, which its class was not run with")
-    return agreement_of(plan.in_floats or plan, ours, doing)
+    return agreement_of(plan.in_floats or plan, ours, doing, place)
+
+
+def scratch_place(folder: Path) -> Path:
+    """Where a check may write what it removes again: a build's scratch folder, else beside the bundle."""
+    scratch = folder / SCRATCH
+    return scratch if scratch.is_dir() else folder.absolute().parent
 
 
 def _is_exact(plan: BuildPlan) -> bool:

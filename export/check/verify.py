@@ -153,7 +153,7 @@ def _agreement(folder: Path, plan: BuildPlan, scope: Scope, doing: Doing) -> Agr
     if scope.uncompared:
         return not_compared(scope.uncompared)
     ours = observe(Bundle(folder), plan.in_floats or plan, replace(scope.effort, reduced=False), doing)
-    return check.agreement_in_floats(plan, ours, doing)
+    return check.agreement_in_floats(plan, ours, doing, check.scratch_place(folder))
 
 
 def memory_of_check(plan: BuildPlan) -> int:
@@ -182,7 +182,8 @@ def memory_of_streamed(plan: BuildPlan) -> int:
     layer = sum(halves.values())
     largest = max(layer, *map(streamed_bytes, modules))
     tensors = (math.prod(plan.checkpoint.shape(key)) for key in plan.checkpoint.files)
-    converted = FLOAT * sum(tensors) if len(plan.stored_types()) > 1 else 0
+    several = len(plan.stored_types()) > 1 and plan.checkpoint.quantization is None  # dequantized ones have one type
+    converted = FLOAT * sum(tensors) if several else 0
     return 2 * largest + converted + CHECKING_PROCESS
 
 

@@ -27,7 +27,7 @@ from framefusion.export.graphs.graph_plan import GraphPlan
 from framefusion.export.graphs.segments import SegmentPlan, segment_module, whole_decoder
 from framefusion.export.graphs.tower import Levels
 from framefusion.export.graphs.tracing.dialects import DIALECTS, Dialect
-from framefusion.export.options import AS_STORED, TowerInput
+from framefusion.export.options import AS_STORED, DEQUANTIZED, TowerInput
 from framefusion.export.options import BuildOptions as BuildOptions  # part of this module's interface
 from framefusion.export.plan import sizes
 from framefusion.export.plan.graphs import fixed_graphs, segment_graphs, tower_graph
@@ -135,10 +135,11 @@ class BuildPlan:
 
     @cached_property
     def in_floats(self) -> BuildPlan | None:
-        """The plan whose weights are the floats that this one's codes are chosen for; None where none are chosen."""
-        if self.options.weights is None or self.quantization is None or self.quantization.read:
+        """The plan whose weights are the floats that this one's codes stand for; None where this one has no codes."""
+        if self.quantization is None:
             return None
-        return BuildPlan(self.checkpoint, replace(self.options, weights=None))
+        weights = None if self.checkpoint.quantization is None else DEQUANTIZED
+        return BuildPlan(self.checkpoint, replace(self.options, weights=weights))
 
     @cached_property
     def segment_records(self) -> tuple[SegmentRecord, ...]:

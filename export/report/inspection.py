@@ -305,4 +305,5 @@ def comparison_summary(check: Mapping[str, Any] | None) -> str:
     classes = " and ".join(facts["classes"])
     worst = max(facts["errors"].values())
     line = f"compared with transformers {facts['version']}'s {classes}, {layers}: largest error {worst:.2g}"
-    return line + (f"; NOT compared: {facts['stand_in']}" if facts["stand_in"] else "")
+    weights = f", its weights {facts['weights']}" if facts.get("weights") else ""
+    return line + weights + (f"; NOT compared: {facts['stand_in']}" if facts["stand_in"] else "")

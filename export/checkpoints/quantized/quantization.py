@@ -48,11 +48,13 @@ class Quantization:
     """The quantized part of a checkpoint.
 
     Attributes:
+        setting: what config.json says of it.
         title: of the format: "AWQ".
         linears: key of a matrix -> the linear map that it is of.
         hidden: stored tensors that stand for them.
     """
 
+    setting: Setting
     title: str
     linears: Mapping[str, QuantizedLinear]
     hidden: frozenset[str]
@@ -114,7 +116,7 @@ def quantization_of(
             raise setting.error(f"and {name} is stored twice, as it is ({weight}) and quantized: two models are mixed")
         linears[weight] = linear
     quantization = Quantization(
-        layout.title, linears, frozenset(key for linear in linears.values() for key in linear.keys)
+        setting, layout.title, linears, frozenset(key for linear in linears.values() for key in linear.keys)
     )
     # 4. both directions: what is left alone, and what is not
     if not linears:

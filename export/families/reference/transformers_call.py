@@ -48,6 +48,7 @@ class TransformersCall:
         keep: tokens at the end whose logits are wanted.
         doing: called with what runs now.
         types: of the tensors that count, as safetensors names them; none: of all.
+        dequantizing: the checkpoint is quantized, and transformers' quantizer makes floats of it when it is loaded.
         errors: largest difference of each of `states` and of `final`, relative to transformers' largest magnitude.
         row_errors: the same of the rows that enter the first layer: those of text, and those of visuals.
         missing: parameters that a class did not get from the checkpoint; they are NaN.
@@ -64,6 +65,7 @@ class TransformersCall:
     keep: int = 1
     doing: Callable[[str], object] = lambda _: None
     types: Collection[str] = ()
+    dequantizing: bool = False
     errors: list[float] = field(default_factory=list)
     row_errors: dict[str, float] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -112,6 +114,8 @@ class TransformersCall:
         with self._refused(model_class.__name__, "read"), _quiet():
             if config is None:
                 config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+                if self.dequantizing:
+                    config.quantization_config["dequantize"] = True
             model, loading = model_class.from_pretrained(
                 folder, config=self._shortened(config), dtype=self._stored(), attn_implementation="sdpa",
                 local_files_only=True, output_loading_info=True, key_mapping=mapping or None,
