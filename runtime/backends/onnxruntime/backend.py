@@ -23,7 +23,7 @@ from framefusion.runtime.backends.base import Backend, BoundSegment
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.cuda.array import device_array
 from framefusion.runtime.backends.cuda.decode.checked import CheckedGraphs
-from framefusion.runtime.backends.fit import build_command
+from framefusion.runtime.backends.fit import one_row
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: numpy has no type of that name
-BATCHED = "gqa"  # the dialect whose graphs are free in their rows
 _SAME_AS_REQUESTED = 1
 
 
@@ -105,13 +104,7 @@ class OnnxRuntimeBackend(HostBackend):
         if self.decode_width != 1:
             return f"a step of {self.name} has {self.decode_width} tokens of one row"
         rows = {value.name: value.shape[0] for value in self.session(graph).get_inputs()}["hidden"]
-        if isinstance(rows, str):
-            return None
-        manifest = self._manifest
-        if manifest is not None and manifest.dialect != BATCHED:
-            return f"graphs of the dialect {manifest.dialect} take one row, those of {BATCHED} several"
-        command = "" if manifest is None else f", {build_command(manifest)}, with what its README.md says"
-        return f"{graph} takes one row, as it was built before there were batches: rebuild the bundle{command}"
+        return None if isinstance(rows, str) else one_row(graph, self._manifest)
 
     def _open(self, path: Path) -> Any:
         try:

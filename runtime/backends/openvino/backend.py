@@ -23,6 +23,7 @@ from framefusion.errors import BackendError, BundleError
 from framefusion.installation import install_command
 from framefusion.runtime.backends.base import Backend, empty_cache
 from framefusion.runtime.backends.buffer import Array, Buffer, float_type
+from framefusion.runtime.backends.fit import one_row
 from framefusion.runtime.backends.host import HostBackend, host_array
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.backends.openvino.operators import BLOCK, read_model, writes_in_place
@@ -94,6 +95,14 @@ class OpenVinoBackend(HostBackend):
     ) -> OpenVinoSegment:
         """See `Backend.bind`."""
         return OpenVinoSegment(self.graph(graph), inputs, outputs, cache)
+
+    def batch_refusal(self, graph: str) -> str | None:
+        """See `Backend.batch_refusal`: the graph itself says whether it is free in its rows."""
+        model, in_place = self.graph(graph)
+        if not in_place:
+            return f"the backend {self.name} copies caches here, and decodes one row at a time"
+        (rows,) = (each.get_partial_shape()[0] for each in model.inputs if "hidden" in each.names)
+        return None if rows.is_dynamic else one_row(graph, self._manifest)
 
     def graph(self, graph: str) -> CompiledGraph:
         """A graph, named by its path in the bundle."""

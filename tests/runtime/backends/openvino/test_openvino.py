@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +18,13 @@ from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.backends.openvino import operators
 from framefusion.runtime.backends.openvino.backend import IN_BF16, OpenVinoBackend
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.generation.prefill import Prefilled
 from framefusion.runtime.machine import cpu
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.proof.blocks import cases, checks
 from framefusion.runtime.proof.opening import open_proven
-from framefusion.runtime.request import Stopwatch
+from framefusion.runtime.request import Step, Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.bundles import shared
 from tests.commands import assert_refused, run
@@ -176,6 +177,36 @@ def test_several_callers_get_what_each_would_get_alone(bundle: Path) -> None:
     with ThreadPoolExecutor(len(costs)) as pool:
         together = list(pool.map(lambda cost: steps(ours, cost)[0], costs))
     assert together == alone
+
+
+@pytest.mark.parametrize("in_bf16", [False, pytest.param(True, marks=needs_bf16)])
+def test_requests_are_decoded_together(bundle: Path, in_bf16: bool) -> None:
+    """Rows of unequal lengths over shared slabs, and one that leaves while the others go on."""
+    opened = Bundle(bundle, verify=False)
+    ours = pipeline(opened, in_bf16=in_bf16)
+    assert ours.segments.batch_refusal is None
+    assert "copies caches" in (pipeline(opened, in_place=False).segments.batch_refusal or "")
+    prompt, rows = ours.read(TURNS, [clip()])
+
+    def answer(cost: float, tokens: int, batch: DecodeBatch | None) -> Iterator[Step]:
+        request = replace(endless(opened, cost), max_new_tokens=tokens)
+        prefilled = ours.prefill(prompt, rows, request, Stopwatch())
+        return ours.decode(prompt, prefilled, request, Stopwatch(), logits=True, batch=batch)
+
+    plans = ((1.0, 4), (0.5, STEPS), (0.3, STEPS))
+    alone = [[step for step in answer(*plan, None) if step.kind == "token"] for plan in plans]
+    sizes: list[int] = []
+    batch = DecodeBatch(ours.segments, sizes.append)
+    running = [answer(*plan, batch) for plan in plans]
+    together: list[list[Step]] = [[] for _ in plans]
+    for _ in range(STEPS + 2):
+        for steps, found in zip(running, together, strict=True):
+            found += [step for step in (next(steps, None),) if step is not None and step.kind == "token"]
+    assert sizes == [3] * 3 + [2] * (STEPS - 4)
+    for mine, theirs in zip(together, alone, strict=True):
+        logits, expected = (np.stack([np.asarray(step.logits) for step in steps]) for steps in (mine, theirs))
+        assert np.abs(logits - expected).max() < (5e-2 if in_bf16 else 2e-5) * np.abs(expected).max()
+        assert in_bf16 or [step.token_id for step in mine] == [step.token_id for step in theirs]
 
 
 def test_the_commands_say_what_they_run_in(bundle: Path) -> None:
