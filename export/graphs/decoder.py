@@ -40,7 +40,7 @@ from framefusion.export.graphs.graph_plan import (
     Signature,
     meta,
 )
-from framefusion.export.graphs.layers import JoinedLinear, Linear, RMSNorm, linear
+from framefusion.export.graphs.layers import JoinedLinear, RMSNorm, linear
 from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.runtime.backends.kv_cache import cache_names
 
@@ -153,10 +153,10 @@ class MlpBlock(nn.Module):
 class Head(nn.Module):
     """Final norm and vocabulary projection of the last token's hidden state."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, form: BlockFormat | None = None) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = linear(config.hidden_size, config.vocab_size, False, form)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, 1, D] -> logits [B, vocab], always fp32: sampling happens outside."""
@@ -167,14 +167,22 @@ class Head(nn.Module):
 class Segment(GraphModule):
     """A run of blocks, optionally ending in scores (similarity, importance) or in the head."""
 
-    def __init__(self, config: DecoderConfig, blocks: Sequence[Block], *, scores: bool, head: bool) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        blocks: Sequence[Block],
+        *,
+        scores: bool,
+        head: bool,
+        head_format: BlockFormat | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.plan = tuple(blocks)
         self.scores = scores
         kinds = {"attention": AttentionBlock, "mlp": MlpBlock}
         self.blocks = nn.ModuleList(kinds[block.kind](config, dict(block.formats)) for block in blocks)
-        self.head = Head(config) if head else None
+        self.head = Head(config, head_format) if head else None
         self.is_batched = False
 
     def batched(self) -> Segment:

@@ -56,7 +56,7 @@ class FixedPrefill(GraphModule):
     ) -> None:
         super().__init__()
         plan = plan or whole_decoder(config.num_layers, deepstack=config.deepstack)[0]
-        decoder = Segment(config, plan.blocks, scores=False, head=True)
+        decoder = Segment(config, plan.blocks, scores=False, head=True, head_format=plan.head_format)
         # the attributes of the plain decoder, so that both graphs name the same weights
         self.blocks = decoder.blocks
         self.head = decoder.head

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from framefusion.export.graphs.decoder import Block, DecoderConfig, Segment
+from framefusion.export.quantization.blocks import BlockFormat
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,20 @@ class SegmentPlan:
         blocks: in the order in which they run.
         scores: it ends in similarity and importance of the tokens, for a reduction.
         head: it ends in logits.
+        head_format: of the vocabulary projection's weights; None: they are floats.
     """
 
     name: str
     blocks: tuple[Block, ...]
     scores: bool
     head: bool
+    head_format: BlockFormat | None = None
 
     @property
     def structure(self) -> Hashable:
         """Segments of equal structure share one traced graph."""
-        return tuple((block.kind, block.deepstack, block.formats) for block in self.blocks), self.scores, self.head
+        blocks = tuple((block.kind, block.deepstack, block.formats) for block in self.blocks)
+        return blocks, self.scores, self.head, self.head_format
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -53,7 +57,7 @@ class SegmentPlan:
 def segment_module(config: DecoderConfig, plan: SegmentPlan) -> Segment:
     """The torch module of a segment, on the meta device."""
     with torch.device("meta"):
-        return Segment(config, plan.blocks, scores=plan.scores, head=plan.head)
+        return Segment(config, plan.blocks, scores=plan.scores, head=plan.head, head_format=plan.head_format)
 
 
 def half_layers(num_layers: int, deepstack: int = 0) -> tuple[Block, ...]:

@@ -33,7 +33,7 @@ from framefusion.export.plan import sizes
 from framefusion.export.plan.graphs import fixed_graphs, segment_graphs, tower_graph
 from framefusion.export.plan.reduction import reduction_record, segments_of
 from framefusion.export.plan.stored_weights import check_stored
-from framefusion.export.plan.weight_plan import WeightPlan, check_quantized, parse_weights
+from framefusion.export.plan.weight_plan import WeightPlan, check_quantized, parse_head, parse_weights
 from framefusion.runtime.format.manifest import (
     FixedRecord,
     Manifest,
@@ -91,6 +91,7 @@ class BuildPlan:
         self._weights = WeightPlan(
             checkpoint,
             parse_weights(options.weights),
+            parse_head(options.weights),
             self.dtype,
             self.dialect.signed_codes,
             LatestBlocks(),

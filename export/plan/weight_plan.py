@@ -3,7 +3,8 @@
     made    options say so: every linear map of every layer, from a checkpoint of floats
     read    the checkpoint holds codes: these linear maps, in the checkpoint's formats
 
-Head, embedding table and vision tower stay floats. Reads configuration and headers alone.
+Embedding table and vision tower stay floats, and so does the head unless the option says otherwise. Reads configuration
+and headers alone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from framefusion.runtime.format.manifest import QuantizationRecord, WeightFormat
 BLOCKS = {"int8": 128, "int4": 32}
 """Weights -> inputs that share a scale, where the option does not say."""
 METHOD = "search of scales"
-_OPTION = re.compile(r"(int8|int4)(?::(\d{1,4}))?(\+zero)?")
+_HEAD = "head.lm_head"
+HEAD = BlockFormat(8, 128)
+"""Of the head where it is quantized: its errors are those of logits, and no layer behind it makes them up."""
+_OPTION = re.compile(r"(int8|int4)(?::(\d{1,4}))?(\+zero)?(\+head)?")
 
 
 def parse_weights(text: str | None) -> BlockFormat | None:
@@ -46,11 +50,16 @@ def parse_weights(text: str | None) -> BlockFormat | None:
     found = _OPTION.fullmatch(text)
     if found is None:
         raise BudgetError(
-            f"--weights {text}: int8 or int4 is expected, with the size of a block (int4:64) and +zero for zero "
-            f"points; {AS_STORED} or {DEQUANTIZED} for a quantized checkpoint"
+            f"--weights {text}: int8 or int4 is expected, with the size of a block (int4:64), +zero for zero points "
+            f"and +head for the head in int8; {AS_STORED} or {DEQUANTIZED} for a quantized checkpoint"
         )
-    name, block, zero = found.groups()
+    name, block, zero, _head = found.groups()
     return BlockFormat(int(name.removeprefix("int")), int(block or BLOCKS[name]), symmetric=not zero)
+
+
+def parse_head(text: str | None) -> BlockFormat | None:
+    """The format of the head that a valid `BuildOptions.weights` names; None where it stays floats."""
+    return HEAD if text is not None and text.endswith("+head") else None
 
 
 def check_quantized(segments: Sequence[SegmentPlan], dialect: Dialect, options: BuildOptions) -> None:
@@ -74,6 +83,7 @@ class WeightPlan:
     Attributes:
         checkpoint: where floats or codes are.
         chosen: the format that codes are chosen in; None: the checkpoint's own, where it holds any, or floats.
+        head: the same for the head; None: floats.
         dtype: of the bundle.
         signed: see `BlockFormat.signed`: the dialect's packing.
         latest: see `LatestBlocks`.
@@ -81,6 +91,7 @@ class WeightPlan:
 
     checkpoint: Checkpoint
     chosen: BlockFormat | None
+    head: BlockFormat | None
     dtype: torch.dtype
     signed: bool
     latest: LatestBlocks
@@ -91,9 +102,10 @@ class WeightPlan:
         """The manifest's part on the weights of these segments; None where all are floats."""
         blocks = [block for plan in segments for block in plan.blocks]
         counts = Counter(form for block in blocks for _, form in block.formats)
+        counts.update(plan.head_format for plan in segments if plan.head_format is not None)
         if not counts:
             return None
-        linears = sum(len(LINEARS[block.kind]) for block in blocks)
+        linears = sum(len(LINEARS[block.kind]) for block in blocks) + sum(plan.head for plan in segments)
         formats = tuple(WeightFormatRecord(f.bits, f.block, f.symmetric, count) for f, count in counts.items())
         method = "as the checkpoint holds them" if self.chosen is None else METHOD
         return QuantizationRecord(method, self.chosen is None, formats, linears - sum(counts.values()))
@@ -105,23 +117,21 @@ class WeightPlan:
             plan: of the segment.
             sources: of its parameters if all of them were floats.
         """
+        recipes = self._recipes(plan, sources)
         blocks = []
         for index, block in enumerate(plan.blocks):
-            pairs = ((part, self._recipe(sources[f"blocks.{index}.{part}.weight"])) for part in LINEARS[block.kind])
+            pairs = ((part, recipes.get(f"blocks.{index}.{part}")) for part in LINEARS[block.kind])
             formats = tuple((part, recipe.form) for part, recipe in pairs if recipe is not None)
             blocks.append(replace(block, formats=formats))
-        return replace(plan, blocks=tuple(blocks))
+        head = recipes.get(_HEAD)
+        return replace(plan, blocks=tuple(blocks), head_format=None if head is None else head.form)
 
     def sources(self, plan: SegmentPlan, sources: Mapping[str, AnySource]) -> dict[str, AnySource]:
         """Where the parameters of a segment are, those of quantized linear maps among them; arguments as above."""
         found = dict(sources)
-        for index, block in enumerate(plan.blocks):
-            for part in LINEARS[block.kind]:
-                name = f"blocks.{index}.{part}"
-                recipe = self._recipe(sources[f"{name}.weight"])
-                if recipe is not None:
-                    shapes = recipe.form.shapes(1, 1)
-                    found |= {f"{name}.{kind}": QuantizedPart(recipe, kind, self.latest) for kind in shapes}
+        for name, recipe in self._recipes(plan, sources).items():
+            shapes = recipe.form.shapes(1, 1)
+            found |= {f"{name}.{kind}": QuantizedPart(recipe, kind, self.latest) for kind in shapes}
         return found
 
     def quantized_keys(self, plan: SegmentPlan, sources: Mapping[str, AnySource]) -> tuple[set[str], set[str]]:
@@ -139,6 +149,14 @@ class WeightPlan:
                 chosen |= {key for key in source.keys if self.checkpoint.is_quantized(key)}
         return coded, floats
 
+    def _recipes(self, plan: SegmentPlan, sources: Mapping[str, AnySource]) -> dict[str, Recipe]:
+        """Linear map of a segment that is quantized, by its name -> where its codes come from."""
+        names = [f"blocks.{index}.{part}" for index, block in enumerate(plan.blocks) for part in LINEARS[block.kind]]
+        found = {name: self._recipe(sources[f"{name}.weight"]) for name in names}
+        if plan.head and self.head is not None:
+            found[_HEAD] = self._codes_of(sources[f"{_HEAD}.weight"], self.head)
+        return {name: recipe for name, recipe in found.items() if recipe is not None}
+
     def _recipe(self, source: AnySource) -> Recipe | None:
         """Where the codes of a linear map come from; None: it stays floats."""
         # 1. the checkpoint's own codes go to the graph as they are
@@ -148,7 +166,7 @@ class WeightPlan:
             if form is not None:
                 return Stored(source.key, checkpoint, replace(form, signed=self.signed), source.rows)
         # 2. else those that are chosen for its floats, if that is wanted
-        if self.chosen is None:
-            return None
-        form = replace(self.chosen, signed=self.signed)
-        return Made(source, form, self.dtype, partial(search, dtype=self.dtype))
+        return None if self.chosen is None else self._codes_of(source, self.chosen)
+
+    def _codes_of(self, source: AnySource, form: BlockFormat) -> Recipe:
+        return Made(source, replace(form, signed=self.signed), self.dtype, partial(search, dtype=self.dtype))

@@ -197,12 +197,12 @@ class WeightFormatRecord:
 
 @dataclass(frozen=True)
 class QuantizationRecord:
-    """Linear maps of the decoder whose weights are in 4 or 8 bits."""
+    """Linear maps of the decoder, its head among them, whose weights are in 4 or 8 bits."""
 
     method: str  # what chose the codes
     read: bool  # the checkpoint holds them so; else this build made them of floats
     formats: tuple[WeightFormatRecord, ...]
-    floats: int  # linear maps of the decoder's layers that stay floats; head, table and tower do as well
+    floats: int  # linear maps of the decoder that stay floats; table and tower do as well
 
 
 @dataclass(frozen=True)

@@ -76,13 +76,9 @@ class Setting:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        shape = SHAPES[arguments.shape]
-        self.checkpoint = write_checkpoint(shape, arguments.work / f"{arguments.shape}-checkpoint")
+        self.checkpoint = checkpoint_of(arguments)
         self.grid = Grid(arguments.frames, *arguments.grid)
-        kind = arguments.backend if arguments.backend in engine_kinds() else None
-        options = self._options(kind)
-        parts = (arguments.shape, options.dialect, options.dtype, kind or "graphs", str(options.max_input_len))
-        bundle = Bundle(open_bundle(self.checkpoint, arguments.work / "-".join(parts), options))
+        bundle = Bundle(self.built(arguments))
         self.choice: Choice = choose(bundle, arguments.backend, arguments.device)
         self.pipeline = Pipeline(bundle, threads=arguments.threads, choice=self.choice)
         self.model = self.pipeline.manifest.model
@@ -90,12 +86,22 @@ class Setting:
         self.requests = {f"ours at cost {cost:g}": Request(arguments.new_tokens, cost=cost) for cost in arguments.costs}
         self.dense = f"ours at cost {max(arguments.costs):g}"
 
-    def _options(self, kind: EngineKind | None) -> BuildOptions:
+    @classmethod
+    def built(cls, arguments: argparse.Namespace) -> Path:
+        """The folder of the bundle, which is built if it is not there."""
+        kind = arguments.backend if arguments.backend in engine_kinds() else None
+        options = cls._options(arguments, kind)
+        parts = [arguments.shape, options.dialect, options.dtype, kind or "graphs", str(options.max_input_len)]
+        parts += [] if options.weights is None else [options.weights.replace(":", "_").replace("+", "_")]
+        return open_bundle(checkpoint_of(arguments), arguments.work / "-".join(parts), options)
+
+    @staticmethod
+    def _options(arguments: argparse.Namespace, kind: EngineKind | None) -> BuildOptions:
         """TensorRT's engines are built for this film alone: static caches and buckets beyond it would only cost."""
-        arguments = self.arguments
-        tokens = BEFORE + self.grid.size + AFTER
+        tokens = BEFORE + Grid(arguments.frames, *arguments.grid).size + AFTER
         longest = -(-(tokens + arguments.new_tokens) // BUCKET_MULTIPLE) * BUCKET_MULTIPLE
         common = {"similarity_lower_bound": 0.6, "depth": arguments.depth, "dtype": arguments.dtype, "backend": kind}
+        common["weights"] = getattr(arguments, "weights", None)  # of the benchmark that compares them
         if kind in ("tensorrt", "tensorrt-rtx"):
             sizes = {"max_input_len": longest, "max_kv_cache_capacity": longest}
             return BuildOptions.chosen(**common, **sizes, buckets=ladder(tokens, longest, 0.8 * min(arguments.costs)))
@@ -158,6 +164,11 @@ class Setting:
             with waiting.stage("decode"):
                 decode(pipeline, self.film, prefilled, request.max_new_tokens)
         return dict(waiting.seconds)
+
+
+def checkpoint_of(arguments: argparse.Namespace) -> Path:
+    """The checkpoint of random weights at the shape asked for."""
+    return write_checkpoint(SHAPES[arguments.shape], arguments.work / f"{arguments.shape}-checkpoint")
 
 
 def ladder(tokens: int, longest: int, least: float) -> tuple[int, ...]:

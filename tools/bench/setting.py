@@ -50,6 +50,7 @@ BENCHMARKS = (
     "cuda_core",
     "install_size",
     "fleet",
+    "quantised",
 )
 MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS}
 MODULES |= dict.fromkeys(("accuracy", "accuracy_brief"), "tools.accuracy")

@@ -48,7 +48,7 @@ def test_a_quantized_bundle_is_checked_with_its_codes_and_runs(built: Path) -> N
     # 3. the manifest says how weights are stored, and the golden how far a device may be off
     record = bundle.manifest.quantization
     assert record is not None
-    assert (record.read, record.floats, record.formats) == (False, 0, (WeightFormatRecord(4, 32, True, 28),))
+    assert (record.read, record.floats, record.formats) == (False, 1, (WeightFormatRecord(4, 32, True, 28),))
     assert require_golden(bundle).limits.numbers == pytest.approx(lines["dense logits"]["limit"])
     choice, _ = open_proven(bundle)
     assert choice.option.backend == "onnxruntime"

@@ -1,0 +1,122 @@
+"""Weights in floats, int8 and int4 beside each other: prefill, decode, and bytes of the files, in turn.
+
+    python -m tools.bench.quantised --write
+    python -m tools.bench.quantised --shape qwen2-7b --weights int4 --rounds 1 --new-tokens 8 --alone
+
+Weights are random, so nothing is said of accuracy (tools/accuracy.py is about that). The last command builds a 7B
+without its floats in ONNX Runtime and runs it alone; it reports the memory at the peak of build and of run, each
+in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import resource
+import statistics
+from collections.abc import Sequence
+from multiprocessing import get_context
+from typing import Any
+
+from tools.bench.prefill import median
+from tools.bench.runs import Run, Setting, add_flags, checkpoint_of, parse
+from tools.bench.setting import report, summary
+
+FLOATS = "floats"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, [1.0, 0.3])
+    parser.add_argument("--weights", type=lambda text: text.split(","), default=["int8", "int4"])
+    parser.add_argument("--alone", action="store_true", help="leave the floats out, and report memory")
+    arguments = parse(parser)
+    arguments.dtype = arguments.dtype or "float32"
+    if arguments.alone:
+        report("quantised", alone(arguments), write=arguments.write, file=f"quantised_{arguments.shape}")
+    else:
+        report("quantised", side_by_side(arguments), write=arguments.write)
+
+
+def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All weights in turn, at each cost."""
+    settings = {weights: setting_of(arguments, weights) for weights in (FLOATS, *arguments.weights)}
+    runs: dict[tuple[str, str], list[Run]] = {}
+    for turn in range(arguments.rounds + 1):
+        for weights, setting in settings.items():
+            for name, request in setting.requests.items():
+                run = setting.run(request)
+                if turn:  # the first one warms up
+                    runs.setdefault((weights, name), []).append(run)
+    figures: dict[str, Any] = settings[FLOATS].facts
+    for weights, setting in settings.items():
+        figures[weights] = {"llm_bytes": llm_bytes(setting)}
+        for name in setting.requests:
+            figures[weights][name] = ratios(runs[weights, name], runs[FLOATS, name], runs[weights, setting.dense])
+    halved = figures[FLOATS]["llm_bytes"] / (2 if arguments.dtype == "float32" else 1)
+    for weights in settings:
+        figures[weights]["bytes_of_fp16"] = figures[weights]["llm_bytes"] / halved
+    return figures
+
+
+def ratios(runs: Sequence[Run], floats: Sequence[Run], dense: Sequence[Run]) -> dict[str, Any]:
+    """Seconds, and how many times as fast as floats at this cost and as the same weights dense."""
+    return {
+        "prefill": summary([run.prefill for run in runs]),
+        "decode_per_token": summary([run.decode for run in runs]),
+        "prefill_over_floats": median(list(floats), "prefill") / median(list(runs), "prefill"),
+        "decode_over_floats": median(list(floats), "decode") / median(list(runs), "decode"),
+        "prefill_over_dense": median(list(dense), "prefill") / median(list(runs), "prefill"),
+        "kept": runs[0].lengths[-1],
+    }
+
+
+def setting_of(arguments: argparse.Namespace, weights: str) -> Setting:
+    """A bundle with these weights."""
+    return Setting(_with(arguments, weights))
+
+
+def _with(arguments: argparse.Namespace, weights: str) -> argparse.Namespace:
+    changed = copy.copy(arguments)
+    changed.weights = None if weights == FLOATS else weights
+    return changed
+
+
+def llm_bytes(setting: Setting) -> int:
+    """Files of weights of the LLM's segments; embedding table and tower are the same in all."""
+    return sum(segment.weight_bytes for segment in setting.pipeline.manifest.segments)
+
+
+def alone(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One bundle, built and run each in a process of its own; memory in bytes."""
+    (weights,) = arguments.weights
+    checkpoint_of(arguments)
+    figures: dict[str, Any] = {"weights": weights}
+    for step in (_build, _run):
+        with get_context("spawn").Pool(1) as pool:
+            figures |= pool.apply(step, (arguments, weights))
+    return figures
+
+
+def _build(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
+    Setting.built(_with(arguments, weights))
+    return {"build_peak_bytes": peak()}
+
+
+def _run(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
+    setting = setting_of(arguments, weights)
+    figures: dict[str, Any] = setting.facts | {"llm_bytes": llm_bytes(setting)}
+    for name, request in setting.requests.items():
+        runs = [setting.run(request) for _ in range(arguments.rounds)]
+        seconds = statistics.median(run.decode for run in runs)
+        figures[name] = {"prefill": summary([run.prefill for run in runs]), "tokens_per_second": 1 / seconds}
+    return figures | {"run_peak_bytes": peak()}
+
+
+def peak() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
