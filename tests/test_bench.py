@@ -53,3 +53,27 @@ def test_decode(work: Path) -> None:
         (figures[name]["kv_lengths"][-1] for name in OURS), reverse=True
     )
     assert all(figures[name]["gb_read_per_second"] > 0 for name in OURS)
+
+
+SERVE = "--shape tiny --frames 2 --grid 4x4 --costs 0.5 --clients 2 --threads 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--rounds 1 --trials 1 --new-tokens 40", "--soak 0.06 --new-tokens 8"])
+def test_serve(work: Path, flags: str) -> None:
+    pytest.importorskip("starlette")
+    command = [sys.executable, "-m", "tools.bench.serve", *SERVE.split(), *flags.split(), "--work", str(work)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout)
+    if "--soak" in flags:
+        assert figures["compared"] > 5
+        assert figures["wrong"] == 0, figures["wrong_answers"]
+        assert figures["running_at_the_end"] == 0
+        assert figures["errors_in_the_log"] == 0
+        assert figures["memory"]["samples"] > 3
+        return
+    assert figures["room"]["requests"]["cost 0.5"]["count"] > 0
+    case = figures["cost 0.5"]
+    assert (case["answers"], case["wrong"]) == (4, 0)
+    assert case["whole_ratio"] > 0
+    assert case["first_token_under_a_prefill"]["first_token"]["count"] == 1

@@ -51,6 +51,7 @@ BENCHMARKS = (
     "install_size",
     "fleet",
     "quantised",
+    "serve",
 )
 MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS}
 MODULES |= dict.fromkeys(("accuracy", "accuracy_brief"), "tools.accuracy")

@@ -1,0 +1,179 @@
+"""A long mixed load on one server: every answer is compared with the expected one, its memory is sampled.
+
+Clients ask at random: films at several costs, text alone, drawn tokens, conversations of two turns, whole answers and
+streams; some hang up in the middle, some send junk. An answer that is not the expected one is kept in the result.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+
+from tools.bench.serving.asking import Ask, Expected, ask
+from tools.bench.serving.process import Server
+
+SAMPLE_SECONDS = 5.0
+KEPT = 20  # wrong answers in the result
+JUNK: Sequence[Any] = ({}, {"messages": []}, {"messages": [{"role": "user", "content": "Hm?"}], "n": 3}, [1], "{")
+HANGS_UP = 0.1
+SENDS_JUNK = 0.05
+WARM_UP = 0.2  # share of the samples that are not in the slope
+
+
+@dataclass
+class Tally:
+    """What became of all requests. Clients of all threads add to it."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[dict[str, Any]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, kind: str, problem: Mapping[str, Any] | None = None) -> None:
+        """Count a request, and keep what was wrong with it."""
+        with self.lock:
+            self.counts[kind] += 1
+            if problem is not None:
+                self.counts["wrong"] += 1
+                if len(self.wrong) < KEPT:
+                    self.wrong.append({"kind": kind, **problem})
+
+
+def soak(
+    server: Server, pool: Sequence[tuple[Ask, Expected]], minutes: float, clients: int, seed: int
+) -> dict[str, Any]:
+    """Load a server for some minutes.
+
+    Args:
+        server: to be loaded.
+        pool: what may be asked, with the answers.
+        minutes: how long.
+        clients: how many ask at once.
+        seed: of what they ask.
+
+    Returns:
+        figures for JSON: requests by kind, wrong answers, memory.
+    """
+    tally = Tally()
+    end = time.monotonic() + 60 * minutes
+    threads = [
+        threading.Thread(target=_client, args=(server, pool, tally, end, random.Random(seed + number)), daemon=True)
+        for number in range(clients)
+    ]
+    for thread in threads:
+        thread.start()
+    # 1. Sample memory and load while they ask.
+    samples: list[tuple[float, float, float]] = []
+    begun = time.monotonic()
+    while any(thread.is_alive() for thread in threads):
+        if server.process.poll() is not None:
+            tally.add("server", {"problem": f"the server ended with {server.process.returncode}"})
+            break
+        samples.append((time.monotonic() - begun, server.resident() / 1e6, os.getloadavg()[0]))
+        time.sleep(min(SAMPLE_SECONDS, max(60 * minutes / 50, 0.1)))
+    # 2. What is left once nobody asks: nothing runs, and everything is answered.
+    alive = server.process.poll() is None
+    left = server.metric("num_requests_running") if alive else None
+    rows = server.metric("decode_batch_size_sum") if alive else 0.0
+    steps = server.metric("decode_batch_size_count") if alive else 0.0
+    requests = {kind: count for kind, count in sorted(tally.counts.items()) if kind != "wrong"}
+    return {
+        "minutes": (time.monotonic() - begun) / 60,
+        "clients": clients,
+        "requests": requests,
+        "compared": sum(count for kind, count in requests.items() if kind not in ("junk", "server")),
+        "wrong": tally.counts["wrong"],
+        "wrong_answers": tally.wrong,
+        "running_at_the_end": left,
+        "rows_a_step": rows / steps if steps else 0.0,
+        "memory": memory(samples),
+        "load": float(np.median([load for *_, load in samples])),
+    }
+
+
+def memory(samples: Sequence[tuple[float, float, float]]) -> dict[str, float]:
+    """Megabytes at the ends, at most, and how they change in an hour once the server is warm.
+
+    Args:
+        samples: seconds, megabytes, load.
+    """
+    warm = samples[round(WARM_UP * len(samples)) :]
+    seconds = np.array([at for at, *_ in warm])
+    megabytes = np.array([size for _, size, _ in warm])
+    slope = float(np.polyfit(seconds, megabytes, 1)[0]) if len(warm) > 2 else 0.0
+    thirds = np.array_split(megabytes, 3)
+    return {
+        "first_mb": samples[0][1],
+        "warm_mb": float(megabytes[0]),
+        "last_mb": float(megabytes[-1]),
+        "largest_mb": max(size for _, size, _ in samples),
+        "median_of_first_third_mb": float(np.median(thirds[0])),
+        "median_of_last_third_mb": float(np.median(thirds[2])),
+        "mb_an_hour": 3600 * slope,
+        "samples": len(samples),
+    }
+
+
+def _client(
+    server: Server, pool: Sequence[tuple[Ask, Expected]], tally: Tally, end: float, chance: random.Random
+) -> None:
+    """One client after the other in a thread, until the time is over."""
+    client = server.client()
+    while time.monotonic() < end:
+        if chance.random() < SENDS_JUNK:
+            _send_junk(server, tally, chance.choice(JUNK))
+            continue
+        (wanted, answers) = chance.choice(pool)
+        hangs_up = chance.randint(1, 6) if wanted.stream and chance.random() < HANGS_UP else None
+        try:
+            _converse(client, wanted, answers, tally, hangs_up)
+        except openai.RateLimitError:
+            tally.add("turned away")
+            time.sleep(1)
+        except (openai.OpenAIError, httpx.HTTPError) as error:
+            tally.add("failed", {"problem": f"{type(error).__name__}: {error}", "asked": str(wanted)})
+            time.sleep(1)
+
+
+def _converse(client: openai.OpenAI, wanted: Ask, answers: Expected, tally: Tally, hangs_up: int | None) -> None:
+    """Ask one question, or two, and compare."""
+    kind = "text" if wanted.film is None else f"film at cost {wanted.cost:g}"
+    kind += "" if wanted.seed is None else ", drawn"
+    messages = [wanted.first()]
+    answer = ask(client, wanted.body(messages, stream=wanted.stream), give_up_after=hangs_up)
+    if hangs_up is not None:
+        agrees = answers.first.startswith(answer.text)
+        tally.add("hung up", None if agrees else _differs(wanted, answer.text, answers.first))
+        return
+    tally.add(kind, None if answer.text == answers.first else _differs(wanted, answer.text, answers.first))
+    if len(wanted.questions) == 1 or answer.text != answers.first:
+        return
+    messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": wanted.questions[1]}]
+    answer = ask(client, wanted.body(messages, stream=wanted.stream))
+    other = answers.second if answer.cached_tokens else answers.afresh
+    name = "second turn" if answer.cached_tokens else "second turn, afresh"
+    tally.add(name, None if answer.text == other else _differs(wanted, answer.text, other))
+
+
+def _differs(wanted: Ask, found: str, other: str | None) -> dict[str, Any]:
+    return {"asked": str(wanted), "found": found, "expected": other}
+
+
+def _send_junk(server: Server, tally: Tally, body: Any) -> None:
+    content = {"content": body} if isinstance(body, str) else {"json": body}
+    headers = {"Content-Type": "application/json"}
+    try:
+        status = httpx.post(f"{server.url}/v1/chat/completions", headers=headers, timeout=60, **content).status_code
+    except httpx.HTTPError as error:
+        tally.add("junk", {"problem": f"{type(error).__name__}: {error}", "asked": str(body)})
+        return
+    tally.add("junk", None if status in (400, 429) else {"problem": f"status {status}", "asked": str(body)})
