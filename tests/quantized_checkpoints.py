@@ -49,9 +49,9 @@ def int32_codes(codes: Tensor, bits: int, order: tuple[int, ...] | None = None) 
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
 
 
-def awq(name: str, weight: Tensor) -> Tensors:
+def awq(name: str, weight: Tensor, group: int = GROUP) -> Tensors:
     """AutoAWQ's gemm layout."""
-    codes, scales, zeros = grouped(weight, 4, symmetric=False)
+    codes, scales, zeros = grouped(weight, 4, symmetric=False, group=group)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     return {
         f"{name}.qweight": int32_codes(codes.T, 4, order),
@@ -60,14 +60,14 @@ def awq(name: str, weight: Tensor) -> Tensors:
     }
 
 
-def gptq(name: str, weight: Tensor, bits: int = 4, *, symmetric: bool = True) -> Tensors:
+def gptq(name: str, weight: Tensor, bits: int = 4, *, symmetric: bool = True, group: int = GROUP) -> Tensors:
     """GPTQ's layout, format `gptq`."""
-    codes, scales, zeros = grouped(weight, bits, symmetric=symmetric)
+    codes, scales, zeros = grouped(weight, bits, symmetric=symmetric, group=group)
     return {
         f"{name}.qweight": int32_codes(codes, bits).T,
         f"{name}.qzeros": int32_codes(zeros.T - 1, bits),
         f"{name}.scales": scales.T.half(),
-        f"{name}.g_idx": torch.arange(weight.shape[1]).int() // GROUP,
+        f"{name}.g_idx": torch.arange(weight.shape[1]).int() // group,
     }
 
 
@@ -137,8 +137,19 @@ FORMATS: dict[str, tuple[Callable[[str, Tensor], Tensors], dict[str, Any]]] = {
 
 
 def quantized(source: Path, folder: Path, name: str) -> Path:
-    """A copy of a checkpoint whose linear maps of layers are quantized in a format, if groups divide their sides."""
-    write, setting = FORMATS[name]
+    """A copy of a checkpoint whose linear maps of layers are quantized in one of `FORMATS`."""
+    return written(source, folder, *FORMATS[name])
+
+
+def written(source: Path, folder: Path, write: Callable[[str, Tensor], Tensors], setting: Mapping[str, Any]) -> Path:
+    """A copy of a checkpoint whose linear maps of layers `write` quantizes if groups divide their sides.
+
+    Args:
+        source: of floats.
+        folder: of the copy.
+        write: name and matrix of a linear map -> its tensors.
+        setting: what config.json says.
+    """
     shutil.copytree(source, folder)
     for path in folder.rglob(SINGLE):
         tensors: Tensors = {}

@@ -55,6 +55,8 @@ BENCHMARKS = (
 )
 MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS}
 MODULES |= dict.fromkeys(("accuracy", "accuracy_brief"), "tools.accuracy")
+MODULES |= dict.fromkeys(("quantized_accuracy", "quantized_accuracy_brief"), "tools.quantized_accuracy")
+MODULES |= {"quantized_families": "tools.quantized_families"}
 
 
 @dataclass(frozen=True)
