@@ -16,7 +16,15 @@ from framefusion.runtime.backends.kv_cache import cache_names
 from framefusion.runtime.format.bundle_files import place, read_small
 from framefusion.runtime.format.manifest import FileRecord, Manifest, SegmentRecord
 from framefusion.runtime.format.manifest_rules import WIDTH
-from framefusion.runtime.trust.onnx_wire import OnnxModel, Tensor, Value, WireError, read_model
+from framefusion.runtime.trust.onnx_wire import (
+    QUANTIZED_PRODUCT,
+    OnnxModel,
+    QuantizedProduct,
+    Tensor,
+    Value,
+    WireError,
+    read_model,
+)
 
 MOST_BYTES = 1 << 28  # of a graph without its weights
 
@@ -50,6 +58,7 @@ _CONTRIB_ATTRIBUTES = frozenset(
 
 _FLOATS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
 _UINT8 = 2
+_SCALES = 2  # place among the inputs of a quantized product
 _INT64 = 7
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 
@@ -102,6 +111,9 @@ def _problems(folder: Path, name: str, model: OnnxModel, manifest: Manifest | No
     sizes: dict[str, int] = {}
     for tensor in model.initializers:
         yield from _misplaced(folder, name, tensor, manifest, sizes)
+    weights = {tensor.name: tensor for tensor in model.initializers}
+    for product in model.products:
+        yield from _misshapen(product, weights)
     if manifest is not None:
         yield from _misfits(model, *_expected(manifest, name))
 
@@ -137,6 +149,28 @@ def _misplaced(
             f"{label} is {ascii(length)[:30]} bytes at {ascii(offset)[:30]} of {ascii(location)[:60]}, which has "
             f"{sizes[location]}; its shape takes {needed}"
         )
+
+
+def _misshapen(product: QuantizedProduct, weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """Packed codes of another size than the attributes say: a kernel that packs them anew reads by the attributes."""
+    inputs, outputs, bits, block = (product.numbers.get(name, 0) for name in ("K", "N", "bits", "block_size"))
+    if bits not in (4, 8) or block < 16 or block & (block - 1):
+        yield f"{QUANTIZED_PRODUCT} has codes of {bits} bits in blocks of {block}"
+        return
+    blocks = -(-inputs // block)
+    expected = {1: (outputs, blocks, block * bits // 8), 2: (outputs, blocks), 3: (outputs, -(-blocks * bits // 8))}
+    if len(product.inputs) not in (3, 4):
+        yield f"{QUANTIZED_PRODUCT} has {len(product.inputs)} inputs"
+        return
+    for index, name in enumerate(product.inputs[1:], 1):
+        tensor = weights.get(name)
+        if tensor is None:
+            yield f"{QUANTIZED_PRODUCT} takes {ascii(name)[:60]}, which is no weight"
+        elif tensor.shape != expected[index] or (tensor.dtype == _UINT8) != (index != _SCALES):
+            yield (
+                f"{ascii(name)[:60]} has type {tensor.dtype} and shape {tensor.shape}, a product of {inputs} with "
+                f"{outputs} in {bits} bits needs {expected[index]}"
+            )
 
 
 def _digits(text: str) -> int | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 MOST_FIELDS = 1 << 21  # of all messages of a file: those of a 7B model have a twentieth
 _MOST_NUMBERS = 64  # of a shape or an attribute
+QUANTIZED_PRODUCT = "MatMulNBits"
 _VARINT = 0
 _FIXED64 = 1
 _BYTES = 2
@@ -56,6 +57,13 @@ class Attribute(NamedTuple):
     value: int | None
 
 
+class QuantizedProduct(NamedTuple):
+    """A node that multiplies by packed codes, whose kernel takes their number from its attributes."""
+
+    inputs: tuple[str, ...]  # activations, codes, scales, zero points; "" where it lacks one
+    numbers: dict[str, int]  # attribute -> its integer
+
+
 @dataclass
 class OnnxModel:
     """The parts of a model that are read."""
@@ -66,6 +74,7 @@ class OnnxModel:
     initializers: list[Tensor] = field(default_factory=list)
     inputs: dict[str, Value] = field(default_factory=dict)
     outputs: dict[str, Value] = field(default_factory=dict)
+    products: list[QuantizedProduct] = field(default_factory=list)
     nodes: int = 0
 
 
@@ -130,8 +139,11 @@ class _Reader:
         operator: str | None = None
         domain: str | None = None
         attributes: list[tuple[str, list[int]]] = []
+        inputs: list[FieldValue] = []
         for number, value in self._fields(span, "node", {1, 2, 3, 4, 5, 6, 7, 9}):
-            if number == 4:  # op_type
+            if number == 1:  # input
+                inputs.append(value)
+            elif number == 4:  # op_type
                 operator = self._again(operator, value, "operator")
             elif number == 7:  # domain
                 domain = self._again(domain, value, "domain")
@@ -141,6 +153,11 @@ class _Reader:
         self._model.operators.add((domain or "", operator or ""))
         if operator == "Constant":
             return  # its attribute is a value, and may be any
+        if operator == QUANTIZED_PRODUCT:
+            numbers = {name: values[0] for name, values in attributes if len(values) == 1}
+            if len(numbers) != len(attributes):
+                raise WireError(f"a {QUANTIZED_PRODUCT} states an attribute twice, or not in one number")
+            self._model.products.append(QuantizedProduct(tuple(map(self._text, inputs)), numbers))
         for name, values in attributes:
             for integer in values or (None,):
                 self._model.attributes.add(Attribute(domain or "", operator or "", name, integer))
