@@ -1,6 +1,7 @@
-"""The run of a batch: films decoded ahead in processes of their own, answered one after the other, written at once.
+"""The run of a batch: films decoded ahead in processes of their own, answered one by one or a few together, written at
+once.
 
-    questions -> [ decoded ahead | decoded ahead | ... ] -> engine -> a line
+    questions -> [ decoded ahead | decoded ahead | ... ] -> prefill, one at a time -> a token for each -> a line
 
 A film that cannot be shown costs its line and nothing else. Knows no flag.
 """
@@ -9,19 +10,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any
 
-from framefusion.errors import FrameFusionError
+from framefusion.errors import BackendError, FrameFusionError
 from framefusion.runtime.batch.answers import AnswerFile
 from framefusion.runtime.batch.questions import BatchQuestion
+from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.pipeline import Pipeline
-from framefusion.runtime.request import Generation, PrefillReport, Request
+from framefusion.runtime.request import Generation, PrefillReport, Request, Step
 from framefusion.runtime.server.media.decoding import Decoded
 from framefusion.runtime.server.media.reader import MediaReader
 from framefusion.runtime.server.protocol.parts import MediaPart
@@ -59,6 +62,33 @@ class Prepared:
     seconds: float
 
 
+@dataclass(eq=False)
+class _Running:
+    """A question that is being answered.
+
+    Attributes:
+        question: its.
+        future: its films.
+        steps: of its answer, once those are decoded.
+        taken: the steps so far.
+        answer: once it is over, if there is one.
+        row: its line, once it is over.
+    """
+
+    question: BatchQuestion
+    future: Future[Prepared]
+    prepared: Prepared = field(init=False)
+    steps: Generator[Step, None, None] | None = None
+    taken: list[Step] = field(default_factory=list)
+    answer: Generation | None = None
+    row: dict[str, Any] | None = None
+
+    def close(self) -> None:
+        """Free what an answer holds that is not taken to its end."""
+        if self.steps is not None:
+            self.steps.close()
+
+
 class BatchRun:
     """Answers questions with one pipeline.
 
@@ -69,6 +99,10 @@ class BatchRun:
         request: how questions are answered that do not say themselves.
         model: name of the bundle.
         decoders: films that are decoded at once.
+        together: questions that are answered at once: prefilled one after the other, their tokens in one call.
+
+    Raises:
+        BackendError: several together, by a backend that takes the tokens of one answer at a time.
     """
 
     def __init__(
@@ -79,13 +113,19 @@ class BatchRun:
         request: Request,
         model: str,
         decoders: int,
+        together: int = 1,
     ) -> None:
+        refusal = pipeline.segments.batch_refusal if together > 1 else None
+        if refusal is not None:
+            raise BackendError(f"{together} questions cannot be answered together: {refusal}; leave --together out")
         self._pipeline = pipeline
         self._plain_reader = plain_reader
         self._openai_reader = openai_reader
         self._request = request
         self._model = model
         self._decoders = decoders
+        self._together = together
+        self._batch = DecodeBatch(pipeline.segments) if together > 1 else None
 
     def run(self, questions: Iterator[BatchQuestion], answers: AnswerFile, report: Callable[[Totals], None]) -> Totals:
         """Answer what is not answered yet.
@@ -117,7 +157,7 @@ class BatchRun:
     def rows(
         self, questions: Iterable[BatchQuestion], totals: Totals | None = None
     ) -> Iterator[tuple[BatchQuestion, dict[str, Any]]]:
-        """Each question with its line, in their order.
+        """Each question with its line: in their order, or as they are done where several are answered together.
 
         Args:
             questions: taken as they are needed: a few ahead of the one that is answered.
@@ -127,20 +167,35 @@ class BatchRun:
             FrameFusionError: see `run`.
         """
         totals = totals or Totals()
+        remaining = iter(questions)
         pending: deque[tuple[BatchQuestion, Future[Prepared]]] = deque()
+        running: list[_Running] = []
         ending = Event()
         threads = ThreadPoolExecutor(self._decoders, "ahead")
         try:
-            for question in questions:
+            while True:
                 # 1. Decode ahead, no more than fits.
-                pending.append((question, threads.submit(self._prepare, question, ending.is_set)))
-                if len(pending) >= self._decoders + AHEAD:
-                    yield self._answer(pending.popleft(), totals)
-            # 2. The last ones.
-            while pending:
-                yield self._answer(pending.popleft(), totals)
+                places = self._decoders + AHEAD + self._together - 1 - len(running) - len(pending)
+                for question in islice(remaining, places):
+                    pending.append((question, threads.submit(self._prepare, question, ending.is_set)))
+                # 2. Begin what there is room for; what is not decoded yet is waited for where nothing else is to do.
+                while pending and len(running) < self._together and (not running or pending[0][1].done()):
+                    running.append(_Running(*pending.popleft()))
+                    self._advance(running[-1])
+                if not running:
+                    return
+                # 3. A token for each; who has the last one gets a line.
+                for answering in running:
+                    if answering.row is None:
+                        self._advance(answering)
+                done = [answering for answering in running if answering.row is not None]
+                running = [answering for answering in running if answering.row is None]
+                for answering in done:
+                    yield answering.question, self._counted(answering, totals)
         finally:
             ending.set()
+            for answering in running:
+                answering.close()
             threads.shutdown(cancel_futures=True)
 
     def _prepare(self, question: BatchQuestion, is_ending: Callable[[], bool]) -> Prepared:
@@ -154,35 +209,53 @@ class BatchRun:
             media = reader.decode(opened, images, is_ending)
         return Prepared(question, media, time.monotonic() - start)
 
-    def _answer(
-        self, pending: tuple[BatchQuestion, Future[Prepared]], totals: Totals
-    ) -> tuple[BatchQuestion, dict[str, Any]]:
-        """One line: an answer, or the error that this question's sender can mend."""
-        question, future = pending
+    def _advance(self, answering: _Running) -> None:
+        """The next step of an answer; its line where it was the last one, or where its sender can mend the error."""
         try:
-            prepared = future.result()
-            answer = self._generate(prepared)
+            if answering.steps is None:
+                answering.prepared = answering.future.result()
+                answering.steps = self._steps(answering.prepared)
+            step = next(answering.steps, None)
+            if step is not None:
+                answering.taken.append(step)
+                return
+            answering.answer = self._generation(answering.prepared, answering.taken)
+            answering.row = self._row(answering.prepared, answering.answer)
         except FrameFusionError as error:
             if not error.sender_fault:
                 raise
+            answering.row = self._error_row(answering.question, error)
+
+    def _counted(self, answering: _Running, totals: Totals) -> dict[str, Any]:
+        """The line of an answer that is over, which the totals count."""
+        assert answering.row is not None
+        answer = answering.answer
+        if answer is None:
             totals.failed += 1
-            return question, self._error_row(question, error)
+            return answering.row
         totals.answered += 1
         totals.visual_tokens += answer.visual_tokens
         totals.kept_tokens += answer.kept_tokens
         for stage, seconds in answer.seconds.items():
             totals.stages[stage] = totals.stages.get(stage, 0.0) + seconds
-        return question, self._row(prepared, answer)
+        return answering.row
 
-    def _generate(self, prepared: Prepared) -> Generation:
-        """The answer, with the seconds of decoding in it."""
+    def _steps(self, prepared: Prepared) -> Generator[Step, None, None]:
+        """The steps of an answer, beside others where several are answered together."""
         chat = prepared.question.chat
         turns = [
             Turn(message.role, [part.kind if isinstance(part, MediaPart) else part for part in message.parts])
             for message in chat.messages
         ]
         request = chat.request if prepared.question.openai else over(prepared.question, self._request)
-        answer = self._pipeline.generate(turns, [media.media for media in prepared.media], request)
+        media = [media.media for media in prepared.media]
+        if self._batch is None:
+            return self._pipeline.stream(turns, media, request)
+        return self._pipeline.session(batch=self._batch).stream(turns, media, request)
+
+    def _generation(self, prepared: Prepared, steps: Sequence[Step]) -> Generation:
+        """The answer, with the seconds of decoding in it."""
+        answer = Generation.from_steps(steps)
         seconds = {"media": prepared.seconds, **answer.seconds}
         seconds.pop("video", None)
         return replace(answer, seconds=seconds)

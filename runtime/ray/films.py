@@ -44,6 +44,7 @@ class FilmAnswers:
         prompt: of rows without one.
         request: how rows are answered that do not say themselves.
         decoders: films that are decoded at once.
+        together: rows that are answered at once, see `BatchRun`.
         threads: of one operator on the CPU; None takes those that Ray gave the actor (OMP_NUM_THREADS).
 
     Raises:
@@ -57,13 +58,16 @@ class FilmAnswers:
         request: Request | None = None,
         decoders: int = 1,
         threads: int | None = None,
+        together: int = 1,
     ) -> None:
         start_decoders()
         given = os.environ.get("OMP_NUM_THREADS", "0")
         self._defaults = Defaults(prompt)
         self._pipeline = Pipeline(bundle, threads=int(given) if threads is None else threads)
         reader = batch_reader(self._pipeline.manifest, local_files(), decoders)
-        self._run = BatchRun(self._pipeline, reader, reader, request or Request(), Path(bundle).name, decoders)
+        self._run = BatchRun(
+            self._pipeline, reader, reader, request or Request(), Path(bundle).name, decoders, together
+        )
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a batch.

@@ -86,6 +86,14 @@ LOG_SECONDS = 30.0
     help="Processes that decode films ahead; default: half of the cores.",
 )
 @option(
+    "--together",
+    section="Load",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    help="Questions that are answered at once, their tokens in one call; a run that is killed repeats as many.",
+)
+@option(
     "--images-as-video",
     section="What is asked",
     is_flag=True,
@@ -173,7 +181,7 @@ def _run(bundle: Path, name: str, running: dict[str, Any], request: Any, flags: 
     sampling = manifest.sampling.overridden(flags["fps"], flags["max_frames"])
     plain_reader = batch_reader(manifest, local_files(), decoders, sampling)
     openai_reader = batch_reader(manifest, openai_policy, decoders, sampling)
-    run = BatchRun(pipeline, plain_reader, openai_reader, request, name, decoders)
+    run = BatchRun(pipeline, plain_reader, openai_reader, request, name, decoders, flags["together"])
     return run, pipeline
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from framefusion.errors import BackendError
 from framefusion.runtime.pipeline import Pipeline, Request
 from tests.bundles import shared
 from tests.films import write_film, write_picture
@@ -61,6 +62,31 @@ def answers(path: Path) -> dict[str, Any]:
     named = {row["id"]: row for row in rows}
     assert len(named) == len(rows)
     return named
+
+
+@pytest.mark.parametrize("together", [2, 5])
+def test_questions_answered_together_get_what_each_gets_alone(
+    films: Path, script: Path, tmp_path: Path, together: int
+) -> None:
+    facts = run(script, films, tmp_path / "together.jsonl", "--together", together, "--decoders", 2)
+    assert (facts["answered"], facts["failed"]) == (FILMS + 1, 2)
+    run(script, films, tmp_path / "alone.jsonl")
+    both = [answers(tmp_path / name) for name in ("together.jsonl", "alone.jsonl")]
+    for rows in both:
+        for row in rows.values():
+            row.pop("seconds", None)
+    assert both[0] == both[1]
+
+
+def test_answers_one_at_a_time_where_a_backend_knows_no_more(tmp_path: Path) -> None:
+    from tests.commands import assert_refused
+    from tests.commands import run as invoke
+
+    write_picture(tmp_path / "picture.png")
+    output = tmp_path / "out.jsonl"
+    refused = invoke("batch", shared("portable"), tmp_path, "-p", "What?", "-o", output, "--together", 2)
+    assert_refused(refused, BackendError, "2 questions cannot be answered together", "leave --together out")
+    assert not output.exists()
 
 
 def test_every_film_has_its_line_and_bad_ones_cost_no_more(films: Path, script: Path, tmp_path: Path) -> None:
