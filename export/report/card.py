@@ -21,6 +21,7 @@ from framefusion.export.report.inspection import (
     comparison_summary,
     licence,
     reduction_facts,
+    weight_facts,
 )
 from framefusion.reducers import DEFAULT
 from framefusion.runtime.format.manifest import Manifest, SourceRecord
@@ -102,6 +103,7 @@ def _origin(manifest: Manifest, source: SourceRecord) -> str:
         ("licence", licence(source)),
         ("family", f"{model.family} ({model.model_type})"),
         ("layers, hidden size, type", f"{model.num_layers}, {model.hidden_size}, {model.dtype}"),
+        *([("weights", weight_facts(manifest)["text"])] if manifest.quantization else []),
     ]
     return _table(("", ""), rows)
 

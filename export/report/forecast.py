@@ -6,22 +6,28 @@ the build follow from constants measured on two cores and a disk of 0.27 GB/s (t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from framefusion.console.messages import in_bytes, table
 from framefusion.console.progress import in_time
+from framefusion.errors import BudgetError
 from framefusion.export.build import sizes_of
 from framefusion.export.check.golden import GoldenEffort, golden_effort
 from framefusion.export.check.verify import Scope, scope_of
+from framefusion.export.checkpoints.tensors.weights import QuantizedPart
 from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.tensorrt.build import build_memory
 from framefusion.export.engines.tensorrt.profiles import CODE_BYTES
 from framefusion.export.machine import TRACING_PROCESS, free_disk
-from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
-from framefusion.export.report.inspection import TEXT, reduction_facts, span
+from framefusion.export.options import DEQUANTIZED
+from framefusion.export.plan.build_plan import WEIGHTS as WEIGHTS_FILE
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.report.inspection import TEXT, reduction_facts, span, weight_facts
 from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
 from framefusion.export.writing.staging import SPARE
 from framefusion.runtime.backends.table import engine_traits
@@ -35,6 +41,10 @@ BYTES_A_SECOND = 180e6  # read, converted, hashed, written and on the disk
 COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eight profiles, a 7B's
 TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
 NEW_TOKENS = 128
+SEARCHED_A_SECOND = 8e6  # weights in 4 bits whose scales one core searches
+CODE_BYTES_OF_SEARCH = 3  # of each weight of the largest matrix: its code, packed and not, and what stands between
+WEIGHTS = ("int8", "int4", "int8+head", "int4+head")
+"""Values of --weights whose bytes a plan says beside its own."""
 
 
 def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str, Any]:
@@ -71,6 +81,7 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
         "limits": asdict(plan.limits),
         "reduction": reduction_facts(manifest),
         "segments": [_segment(manifest, index) for index in range(len(manifest.segments))],
+        "weights": weight_facts(manifest) | {"choices": _choices(plan)},
         "files": _files(sizes),
         "bytes": total,
         "kv_bytes_per_token": sum(_slot(manifest) * len(s.attention_layers) for s in manifest.segments),
@@ -90,6 +101,22 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
     }  # fmt: skip
 
 
+def _choices(plan: BuildPlan) -> dict[str, int]:
+    """--weights, or a type of floats -> bytes of the LLM's weights; what the options do not allow is left out."""
+    floats = None if plan.checkpoint.quantization is None else DEQUANTIZED
+    choices: dict[str, dict[str, Any]] = {
+        "float32": {"weights": floats, "dtype": "float32"},
+        "float16": {"weights": floats, "dtype": "float16"},
+    }
+    choices |= {weights: {"weights": weights} for weights in WEIGHTS}
+    found = {}
+    for name, changes in choices.items():
+        with suppress(BudgetError):
+            other = BuildPlan(plan.checkpoint, replace(plan.options, **changes))
+            found[name] = sum(record.weight_bytes for record in other.segment_records)
+    return found
+
+
 def predicted(plan: BuildPlan, sizes: Mapping[str, int]) -> Manifest:
     """The manifest as far as it is known now: no graph, no hash."""
     files = {name: FileRecord(size, "") for name, size in _files(sizes).items()}
@@ -100,7 +127,7 @@ def _files(sizes: Mapping[str, int]) -> dict[str, int]:
     """File of the bundle -> bytes."""
     single = {"embedding": EMBEDDING_FILE, "tokenizer": TOKENIZER_FILE}
     single[ENGINES] = ENGINES
-    return {single.get(part, f"{part}/{WEIGHTS}"): size for part, size in sizes.items() if part != "check"}
+    return {single.get(part, f"{part}/{WEIGHTS_FILE}"): size for part, size in sizes.items() if part != "check"}
 
 
 def _check(scope: Scope, scratch: int) -> dict[str, Any]:
@@ -159,14 +186,27 @@ def _build_memory(plan: BuildPlan) -> int:
     keys: set[str] = set()
     for graph in plan.graphs:
         keys.update(*(source.keys for source in graph.sources.values()))
-    return TRACING_PROCESS + max(plan.checkpoint.nbytes(key) for key in keys if key in plan.checkpoint)
+    searched = CODE_BYTES_OF_SEARCH * max(_searched(plan), default=0)
+    return TRACING_PROCESS + searched + max(plan.checkpoint.nbytes(key) for key in keys if key in plan.checkpoint)
+
+
+def _searched(plan: BuildPlan) -> list[int]:
+    """Weights of each matrix that codes are chosen for."""
+    if plan.in_floats is None:
+        return []
+    graphs = [graph for graph in plan.graphs if graph.role != "decode"]  # its prefill has the same weights
+    parts = [(shape, graph.sources[name]) for graph in graphs for name, shape in graph.shapes.items()]
+    codes = [(shape, part) for shape, part in parts if isinstance(part, QuantizedPart) and part.part == "packed"]
+    return [math.prod(shape) * 8 // part.recipe.form.bits for shape, part in codes]
 
 
 def _seconds(plan: BuildPlan, size: int, scope: Scope | None, golden: GoldenEffort) -> float:
     """Of everything but engines: writing this many bytes, tracing, the check, the golden."""
     traced = {graph.structure: len(graph.sources) for graph in plan.graphs}
     canned = 0.0 if golden.missing else _checkpoint_bytes(plan) / GOLDEN_A_SECOND
-    return size / BYTES_A_SECOND + TRACING * sum(traced.values()) + _checking(plan, scope) + canned
+    times = 2 if scope is not None and scope.method == "full" else 1  # the check chooses all codes once more
+    searched = times * sum(_searched(plan)) / SEARCHED_A_SECOND
+    return searched + size / BYTES_A_SECOND + TRACING * sum(traced.values()) + _checking(plan, scope) + canned
 
 
 def _engine_lines(engines: Mapping[str, Any] | None) -> list[str]:
@@ -211,6 +251,7 @@ def render(facts: Mapping[str, Any]) -> str:
     head = [
         f"{facts['checkpoint']}: {facts['family']}, {model['num_layers']} layers, hidden {model['hidden_size']}, "
         f"vocabulary {model['vocab_size']}, to be built in {model['dtype']}, dialect {facts['dialect']}",
+        f"weights: {facts['weights']['text']}",
         f"reduction: {facts['reduction']['text']}",
         f"KV cache: {in_bytes(facts['kv_bytes_per_token'])} a token, all segments together",
     ]
@@ -219,6 +260,7 @@ def render(facts: Mapping[str, Any]) -> str:
         for row in facts["segments"]
     ]
     files = [(name, size, in_bytes(size)) for name, size in facts["files"].items()]
+    choices = [(name, size, in_bytes(size)) for name, size in facts["weights"]["choices"].items()]
     tail = [
         f"memory of the build: about {in_bytes(memory['build'])}",
         f"memory of a run, {prompt['input_len']} tokens of prompt and {prompt['max_new_tokens']} new ones: "
@@ -233,4 +275,5 @@ def render(facts: Mapping[str, Any]) -> str:
     ]
     blocks = ["\n".join(head), table(("segment", "MLPs", "attentions", "KV a token"), rows)]
     blocks += [table(("file", "bytes", ""), [*files, ("total", facts["bytes"], in_bytes(facts["bytes"]))])]
+    blocks += [table(("LLM's weights by --weights or --dtype", "bytes", ""), choices)]
     return "\n\n".join([*blocks, "\n".join(tail)])

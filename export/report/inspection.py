@@ -53,6 +53,7 @@ def report(folder: Path, prompt: PromptSize) -> dict[str, Any]:
         "integrity": integrity_facts(folder),
         "source": None if manifest.source is None else asdict(manifest.source),
         "model": asdict(manifest.model),
+        "weights": weight_facts(manifest),
         "dialect": manifest.dialect,
         "limits": asdict(manifest.limits),
         "reduction": reduction_facts(manifest, prompt.cost),
@@ -87,6 +88,21 @@ def reduction_facts(manifest: Manifest, cost: float | None = None) -> dict[str, 
     by = f" by {record.reducer}" if record.mode == "adaptive" and record.reducer != DEFAULT else ""
     calls = list(manifest.calls) if record.mode == "adaptive" else []
     return asdict(record) | {"cost": cost, "text": f"{record.mode}{by}, {describe_cost(cost)}", "calls": calls}
+
+
+def weight_facts(manifest: Manifest) -> dict[str, Any]:
+    """How the weights of the LLM's linear maps are stored."""
+    record = manifest.quantization
+    if record is None:
+        return {"text": f"{manifest.model.dtype}", "quantization": None}
+    parts = [
+        f"{f.linears} in int{f.bits}, blocks of {f.block}{'' if f.symmetric else ' with zero points'}"
+        for f in record.formats
+    ]
+    floats = [f"{record.floats} in {manifest.model.dtype}"] if record.floats else []
+    origin = record.method if record.read else f"made by {record.method}"
+    text = f"of the LLM's linear maps {' and '.join([*parts, *floats])}; {origin}"
+    return {"text": text, "quantization": asdict(record)}
 
 
 def padding(buckets: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -176,6 +192,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"vocabulary {model['vocab_size']}, {model['dtype']}",
         *_source_lines(facts["source"]),
         *render_integrity(facts["integrity"]),
+        f"weights: {facts['weights']['text']}",
         f"reduction: {facts['reduction']['text']}",
         *_reducer_lines(facts["reduction"]),
         f"dialect: {facts['dialect']}",
