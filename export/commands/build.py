@@ -133,8 +133,10 @@ def _built_report(built: Built) -> dict[str, Any]:
     from framefusion.export.report.inspection import bytes_by_part, reduction_facts
 
     manifest = built.manifest
+    source = manifest.source
     return {
         "bundle": str(built.folder),
+        "quantized_checkpoint": None if source is None else source.quantization,
         "reduction": reduction_facts(manifest),
         "bytes": bytes_by_part(built.folder, manifest),
         "check": dict(manifest.check) or None,
@@ -146,6 +148,8 @@ def _render_built(report: dict[str, Any]) -> str:
     size = console.in_bytes(sum(report["bytes"].values()))
     check = report["check"]
     lines = [f"{report['bundle']}: {size}, reduction {report['reduction']['text']}"]
+    if report["quantized_checkpoint"]:
+        lines.append(f"quantized checkpoint: {report['quantized_checkpoint']}")
     from framefusion.export.report.inspection import comparison_summary, render_comparison
 
     compared = f"{comparison_summary(None)} (--no-check)" if check is None else render_comparison(check)

@@ -57,7 +57,7 @@ class BuildPlan:
         family, tower, config, embedding_key: what the checkpoint's configuration and headers say.
         dialect, template, sampling, preprocessing: how graphs are said, and how prompts and films are read.
         limits, reduction, fixed: the manifest's records; `fixed` is None outside the fixed mode.
-        stored_weights: what becomes of a quantized checkpoint's weights, a sentence; "" for one of floats.
+        stored_weights: how a checkpoint's weights are quantized, and what is made of them; "" for one of floats.
         segments: where the decoder is cut.
         graphs: every graph of the bundle, the segments' first, then the tower's.
 

@@ -29,7 +29,7 @@ def check_stored(
         floats: keys of its quantized matrices that would be floats.
 
     Returns:
-        what becomes of the quantized weights, a sentence for people; "" where nothing is quantized.
+        how the weights are quantized, and what is made of them, for people; "" where nothing is quantized.
 
     Raises:
         BudgetError: naming the flags among which to choose.
@@ -40,10 +40,10 @@ def check_stored(
             raise BudgetError(f"{checkpoint.folder} holds floats: --weights {options.weights} is for quantized weights")
         return ""
     if options.weights not in (None, AS_STORED):
-        what = (
-            f"floats in {options.dtype}" if options.weights == DEQUANTIZED else f"quantized again ({options.weights})"
+        floats_of = f"made floats in {options.dtype}"
+        return (
+            f"{quantization}; {floats_of if options.weights == DEQUANTIZED else f'quantized again, {options.weights}'}"
         )
-        return f"quantized weights ({quantization}) became {what}"
     reason = _reason(quantization, options, dialect, floats)
     if reason:
         raise BudgetError(
@@ -51,9 +51,9 @@ def check_stored(
             f"build with {_ways(quantization, options, dialect, floats)}"
         )
     left = len(quantization.linears) - len(set(coded))
-    beside = f"; {left} outside of the LLM's layers became floats in {options.dtype}" if left else ""
-    unrounded = "; activations are not rounded as its format does" if quantization.activations else ""
-    return f"quantized weights ({quantization}) were taken as they are stored{beside}{unrounded}"
+    beside = f", {left} outside of the LLM's layers as floats in {options.dtype}" if left else ""
+    unrounded = ", activations not rounded" if quantization.activations else ""
+    return f"{quantization}; taken as they are stored{beside}{unrounded}"
 
 
 def _reason(quantization: Quantization, options: BuildOptions, dialect: Dialect, floats: Collection[str]) -> str:

@@ -99,6 +99,7 @@ def _origin(manifest: Manifest, source: SourceRecord) -> str:
     model = manifest.model
     rows = [
         ("base model", base_model(source)),
+        *([("quantized checkpoint", source.quantization)] if source.quantization else []),
         ("SHA-256 of config.json", source.config_sha256),
         ("licence", licence(source)),
         ("family", f"{model.family} ({model.model_type})"),

@@ -77,6 +77,7 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
         "checkpoint": str(plan.checkpoint.folder),
         "family": plan.family.name,
         "model": asdict(manifest.model),
+        "quantized_checkpoint": plan.stored_weights or None,
         "dialect": plan.dialect.name,
         "limits": asdict(plan.limits),
         "reduction": reduction_facts(manifest),
@@ -252,6 +253,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"{facts['checkpoint']}: {facts['family']}, {model['num_layers']} layers, hidden {model['hidden_size']}, "
         f"vocabulary {model['vocab_size']}, to be built in {model['dtype']}, dialect {facts['dialect']}",
         f"weights: {facts['weights']['text']}",
+        *([f"quantized checkpoint: {facts['quantized_checkpoint']}"] if facts["quantized_checkpoint"] else []),
         f"reduction: {facts['reduction']['text']}",
         f"KV cache: {in_bytes(facts['kv_bytes_per_token'])} a token, all segments together",
     ]

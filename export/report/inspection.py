@@ -210,7 +210,8 @@ def _source_lines(source: Mapping[str, Any] | None) -> list[str]:
     if source is None:
         return []
     record = SourceRecord(**source)
-    return [f"base model: {base_model(record)}", f"licence: {licence(record)}"]
+    quantized = [] if record.quantization is None else [f"quantized checkpoint: {record.quantization}"]
+    return [f"base model: {base_model(record)}", *quantized, f"licence: {licence(record)}"]
 
 
 def _reducer_lines(reduction: Mapping[str, Any]) -> list[str]:

@@ -99,7 +99,7 @@ class Builder:
             files=files,
             fixed=plan.fixed,
             options=to_json(plan.options),
-            source=source_record(plan.checkpoint.origin),
+            source=source_record(plan.checkpoint.origin, plan.stored_weights),
             quantization=plan.quantization,
         )
 

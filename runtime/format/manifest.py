@@ -25,7 +25,7 @@ SCHEMA_VERSION = 4
 """Of the manifests that are written; a field that older readers do not know raises it, so that they say "upgrade".
 
     2   no digest
-    3   no word of what the tower takes, nor of quantised weights
+    3   no word of what the tower takes, nor of quantised weights, the checkpoint's among them
 """
 OLDEST_SCHEMA = 2
 UNKNOWN_LICENSE = "unknown"  # the hub's word where nothing is stated
@@ -183,6 +183,7 @@ class SourceRecord:
     license: str = UNKNOWN_LICENSE  # as the hub writes it
     license_name: str | None = None  # where `license` is "other"
     license_link: str | None = None
+    quantization: str | None = None  # how its weights are quantized, and what the build made of them
 
 
 @dataclass(frozen=True)

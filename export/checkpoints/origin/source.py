@@ -30,8 +30,12 @@ class License(NamedTuple):
     license_link: str | None = None
 
 
-def source_record(origin: Origin) -> SourceRecord:
+def source_record(origin: Origin, quantization: str = "") -> SourceRecord:
     """The manifest's part on the checkpoint.
+
+    Args:
+        origin: of the checkpoint.
+        quantization: how its weights are quantized, and what the build made of them; "" where they are not.
 
     Raises:
         OSError: config.json is gone.
@@ -42,6 +46,7 @@ def source_record(origin: Origin) -> SourceRecord:
         revision=origin.revision,
         commit=origin.commit,
         config_sha256=sha256_of(origin.folder / "config.json"),
+        quantization=quantization or None,
         **license_of(origin.folder)._asdict(),
     )
 

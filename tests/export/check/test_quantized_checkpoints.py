@@ -16,6 +16,7 @@ from framefusion.export.checkpoints.quantized.dequantized import write_dequantiz
 from framefusion.export.families.reference import quantized as reference
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.report.card import card
 from tests.export.check.test_agreement import agreement, failing
 from tests.families import CASES
 from tests.families.case import FamilyCase
@@ -45,7 +46,7 @@ def test_every_family_reads_quantized_checkpoints(case: FamilyCase, tmp_path: Pa
     case.write(plain, case.variants[0])
     plan = BuildPlan(Checkpoint(quantized(plain, tmp_path / "gptq", "gptq")), DEQUANTIZED)
     assert plan.checkpoint.quantization is not None
-    assert plan.stored_weights.startswith("quantized weights (GPTQ: 4 bits")
+    assert plan.stored_weights.startswith("GPTQ: 4 bits")
     found = agreement(plan, tmp_path / "bundle")
     assert found.facts["compared"]
     assert failing(found) == []
@@ -94,5 +95,10 @@ def test_codes_are_checked_as_they_run(checkpoint: Path, tmp_path: Path, name: s
     assert report["transformers"]["compared"]
     assert built.manifest.quantization is not None
     assert built.manifest.quantization.read
+    assert built.manifest.source is not None
+    assert str(built.manifest.source.quantization).endswith(
+        "with zero points in 28 linear maps; taken as they are stored"
+    )
+    assert "with zero points in 28 linear maps" in card(built.manifest)
     assert check.reference_of(report["transformers"]) == "transformers Qwen2VLForConditionalGeneration"
     assert not list(tmp_path.glob(".check-*"))

@@ -47,6 +47,11 @@ def agrees(checkpoint: Checkpoint, expected: torch.Tensor) -> None:
     assert checkpoint.nbytes("m.weight") == matrix.nbytes
     assert torch.equal(matrix, expected)
     assert torch.equal(checkpoint.tensor("m.weight", slice(13, 38)), expected[13:38])
+    codes = checkpoint.quantized("m.weight")
+    if codes is not None:  # what a graph gets is the same matrix, before its one rounding
+        assert codes.format == checkpoint.quantized_format("m.weight")
+        ulps = 0.0 if expected.dtype != torch.float32 else 3e-7  # bitsandbytes multiplies in another order
+        assert torch.allclose(codes.dequantize(expected.dtype), expected, rtol=ulps, atol=0)
 
 
 def test_awq(tmp_path: Path) -> None:
