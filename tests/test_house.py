@@ -339,6 +339,7 @@ REPLACED = {
     "export/writing/parts.py": {"copyfile"},
     "export/checkpoints/text/tokenizer_file.py": {"write_text"},
     "export/engines/cache.py": {"copyfile"},  # to a free name
+    "export/engines/inductor/blocks.py": {"write_bytes"},  # into a temporary folder of the doctor's
     "export/engines/inductor/build.py": {"unlink"},  # beside an unfinished engine of the cache, which is locked
     "export/engines/tensorrt/build.py": {"unlink"},
     "runtime/backends/cuda/kernels.py": {"mkstemp", "unlink"},  # fresh files of the user's cache

@@ -226,12 +226,28 @@ class Backend(Protocol):
         """What runs bound segments one after the other, again and again."""
 
 
+class GraphRunner(Protocol):
+    """The part of a `Backend` that runs one graph."""
+
+    @property
+    def device(self) -> Device:
+        """See `Backend.device`."""
+
+    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
+        """See `Backend.cache`."""
+
+    def bind(
+        self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
+    ) -> BoundSegment:
+        """See `Backend.bind`."""
+
+
 class BlockGraph(NamedTuple):
     """A graph of building blocks, which is proven before there is a bundle, and what runs it."""
 
-    dialect: str
+    dialect: str  # of the graph, or what an engine's network is made of; "" where there is one kind alone
     dtype: str
-    backend: Backend
+    backend: GraphRunner
     importance: str = "float32"  # type that it is computed in, whatever the graph's
 
 

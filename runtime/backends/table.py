@@ -31,6 +31,8 @@ class EngineTraits:
         dialects: of graphs that an engine can be compiled from, the usual one first; () takes any.
         dtypes: of these graphs, the usual one first; () takes any.
         oldest: version of the library that builds and runs any of them; () takes any.
+        blocks: function (kind, device, folder) -> iterator of `base.BlockGraph`: engines of the building blocks,
+            compiled here, for `ff-run doctor --engines`. "" where none are.
         header: function (file, record) -> why the library refuses an engine by its first bytes, and whether compiling
             it again mends that, or None. "" where no library reads headers.
     """
@@ -42,6 +44,7 @@ class EngineTraits:
     dialects: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     oldest: tuple[int, ...] = ()
+    blocks: str = ""
     header: str = ""
 
 
@@ -97,6 +100,7 @@ BACKENDS: tuple[BackendKind, ...] = (
         extra="tensorrt",
         engines=EngineTraits(
             builder=f"{_ENGINES}.tensorrt.build:TensorRTBuilder",
+            blocks=f"{_ENGINES}.tensorrt.blocks:block_graphs",
             needs="needs tensorrt of this version and an NVIDIA driver; no torch",
             dialects=("portable",),
             dtypes=("float16", "bfloat16"),
@@ -111,6 +115,7 @@ BACKENDS: tuple[BackendKind, ...] = (
         extra="tensorrt-rtx",
         engines=EngineTraits(
             builder=f"{_ENGINES}.tensorrt.build:TensorRTBuilder",
+            blocks=f"{_ENGINES}.tensorrt.blocks:block_graphs",
             needs="needs tensorrt_rtx of this release and an NVIDIA driver; no torch",
             dialects=("portable",),
             dtypes=("float16", "bfloat16"),
@@ -136,6 +141,7 @@ BACKENDS: tuple[BackendKind, ...] = (
         cuda_buffers=False,
         engines=EngineTraits(
             builder=f"{_ENGINES}.inductor.build:InductorBuilder",
+            blocks=f"{_ENGINES}.inductor.blocks:block_graphs",
             needs="needs libtorch of this version (pip install torch)",
             traced=True,
             weights_inside=False,

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from framefusion.console import messages as console
-from framefusion.console.help import Command
+from framefusion.console.help import Command, option
 from framefusion.console.terminal import PATIENCE, activity
 from framefusion.errors import CheckFailedError
 
@@ -15,19 +15,23 @@ _STATES = {"right": "ready", "absent": "no GPU", "unproven": "loads", "wrong": "
 _MENDED = ("missing", "wrong", "failed")
 
 
-@click.command(cls=Command, examples=("ff-run doctor", "ff-run doctor --json"))
+@click.command(cls=Command, examples=("ff-run doctor", "ff-run doctor --json", "ff-run doctor --engines"))
+@option(
+    "--engines", is_flag=True, help="Compile small engines, too, where torch or a builder is there, and prove them."
+)
 @console.json_option
 @click.pass_context
-def doctor(ctx: click.Context) -> None:
+def doctor(ctx: click.Context, engines: bool) -> None:
     """Say what this machine has for running bundles, what is missing, and whether what is there computes right.
 
     Needs no bundle. Each backend runs attention over a cache, norm, rotary and scores, each device moves, adds up and
-    reduces rows, and numpy says what is right. Exit code 17 where something that is installed is wrong or fails.
+    reduces rows, and numpy says what is right. Engines are compiled with --engines alone, which takes a minute. Exit
+    code 17 where something that is installed is wrong or fails.
     """
     from framefusion.runtime.proof.doctor import examine
 
     with activity("proving what is installed", after=PATIENCE):
-        report = examine()
+        report = examine(engines=engines)
     console.show(report, _render)
     if not report["right"]:
         broken = [proof["name"] for proof in report["proofs"] if proof["state"] in ("wrong", "failed")]

@@ -25,6 +25,7 @@ from framefusion.runtime.proof.blocks.child import MARK
 SCHEMA = 1
 CHILD = "framefusion.runtime.proof.blocks.child"
 PATIENCE = 120.0  # seconds for a proof; each takes one or two, the first load of a library of CUDA ten
+ENGINE_PATIENCE = 400.0  # seconds where an engine is compiled before it is proven
 AT_ONCE = 2
 PACKAGES: Mapping[str, str] = {  # distribution -> what it is for
     "numpy": "everything",
@@ -44,15 +45,17 @@ PACKAGES: Mapping[str, str] = {  # distribution -> what it is for
     "transformers": "ff-export",
 }
 BROKEN = ("wrong", "failed")
+_ENGINES = "engines"  # the child's word for compiling some
 
 Facts = dict[str, Any]
 
 
-def examine(patience: float = PATIENCE) -> Facts:
+def examine(patience: float = PATIENCE, engines: bool = False) -> Facts:
     """Look at everything.
 
     Args:
         patience: seconds that a proof may take.
+        engines: compile engines of the building blocks, too, where that is possible here, and prove them.
 
     Returns:
         Plain values; docs/checks.md lists them.
@@ -64,9 +67,9 @@ def examine(patience: float = PATIENCE) -> Facts:
         [] if gpu.get("state") not in BROKEN else [_of_job("driver", ("device", "cuda"), gpu | {"seconds": seconds})]
     )
     # 2. Each proof, a few at once.
-    jobs = list(_jobs(has_gpu="capability" in gpu))
+    jobs = list(_jobs(has_gpu="capability" in gpu, engines=engines))
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = pool.map(lambda job: run_child(job[1], patience), jobs)
+        found = pool.map(lambda job: run_child(job[1], patience if _ENGINES not in job[1] else ENGINE_PATIENCE), jobs)
         proofs = driver + [
             _of_job(name, arguments, facts) for (name, arguments), facts in zip(jobs, found, strict=True)
         ]
@@ -85,14 +88,15 @@ def examine(patience: float = PATIENCE) -> Facts:
 def _of_job(name: str, arguments: Sequence[str], facts: Facts) -> Facts:
     """A finding with what it is about."""
     backend = arguments[1] if arguments[0] == "backend" else None
-    return {"name": name, "kind": arguments[0], "backend": backend, "device": arguments[-1]} | facts
+    device = arguments[1] if backend is None else arguments[2]
+    return {"name": name, "kind": arguments[0], "backend": backend, "device": device} | facts
 
 
-def _jobs(*, has_gpu: bool) -> list[tuple[str, tuple[str, ...]]]:
+def _jobs(*, has_gpu: bool, engines: bool = False) -> list[tuple[str, tuple[str, ...]]]:
     """All proofs, the devices first; the arguments are the child's."""
     devices = [("rows on cpu", ("device", "cpu")), ("rows on cuda", ("device", "cuda"))]
     backends = [
-        (f"{row.name} on {device}", ("backend", row.name, device))
+        (f"{row.name} on {device}", ("backend", row.name, device, *([_ENGINES] if engines and row.engines else [])))
         for row in table.BACKENDS
         for device in row.devices
         if has_gpu or device == "cpu" or len(row.devices) == 1

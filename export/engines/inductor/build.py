@@ -127,11 +127,10 @@ def specs(folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVIC
     Raises:
         BackendError: there is no C++ compiler, or no such device.
     """
-    target, options = _target(device)
+    target, options = target_of(device)
     model = manifest.model
     heads = plan.config.num_heads, model.num_kv_heads, model.head_dim
-    form = choose(Geometry(*heads, getattr(torch, model.dtype), device))
-    attention = {"attention": form, "caches": "cut" if FORMS[form].is_cut else "whole"}
+    attention = attention_options(Geometry(*heads, getattr(torch, model.dtype), device))
     if device in JOINED:
         attention["products"] = "joined"
     return {
@@ -142,6 +141,16 @@ def specs(folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVIC
         )
         for graph in plan.graphs
     }
+
+
+def attention_options(geometry: Geometry) -> dict[str, Any]:
+    """The form of attention that is taken on a device, and whether it is shown caches that are cut.
+
+    Raises:
+        BackendError: see `choose`.
+    """
+    form = choose(geometry)
+    return {"attention": form, "caches": "cut" if FORMS[form].is_cut else "whole"}
 
 
 def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFacts:
@@ -267,8 +276,12 @@ def compiler() -> str:
     return (result.stdout.splitlines() or [name])[0]
 
 
-def _target(device: str) -> tuple[str, dict[str, Any]]:
-    """What engines are compiled for here, and the options that decide their bytes: compiler and instructions."""
+def target_of(device: str) -> tuple[str, dict[str, Any]]:
+    """What engines are compiled for here, and the options that decide their bytes: compiler and instructions.
+
+    Raises:
+        BackendError: there is no such device, or no compiler.
+    """
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is unknown to inductor engines; known are {', '.join(DEVICES)}")
     options: dict[str, Any] = {"compiler": compiler()}

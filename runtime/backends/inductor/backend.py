@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from framefusion.errors import BackendError, BundleError
-from framefusion.runtime.backends.base import BoundSegment, empty_cache
+from framefusion.runtime.backends.base import BoundSegment, Device, empty_cache
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.cuda.decode.checked import CheckedGraphs
 from framefusion.runtime.backends.fit import require_fit
@@ -110,9 +110,7 @@ class InductorBackend(HostBackend):
                 f"there, or compile with --device {self._device_name}"
             )
         try:
-            # without its locks between threads, whose events no CUDA graph can hold: one request runs at a time
-            load = importlib.import_module("torch._inductor").aoti_load_package
-            package = load(str(path), run_single_threaded=self._device_name != _CPU)
+            package = load_package(path, self._device_name)
             places = parse_json(package.get_metadata()[PLACES].encode())
             tensors = self._tensors(self._weights_of(record.graph, places["file"]), places["tensors"], record.dtype)
             package.load_constants(tensors, check_full_update=True, user_managed=True)
@@ -162,10 +160,7 @@ class InductorBackend(HostBackend):
 
     def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
         """Caches of zeros of these shapes, slot after slot in memory: [1, C, Hkv, hd] as [1, Hkv, C, hd]."""
-        cache = empty_cache(self.device, [(1, slots, heads, hd) for _, heads, slots, hd in shapes], dtype)
-        keys = [_swapped(buffer) for buffer in cache.keys]
-        values = [_swapped(buffer) for buffer in cache.values]
-        return SegmentCache(keys, values, cache.lengths)
+        return slotwise_cache(self.device, shapes, dtype)
 
     def bind(
         self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
@@ -266,6 +261,20 @@ class InductorSegment:
             name: argument[:, :, : lengths[int(name.rsplit("_", 1)[1])]] if name.startswith("past_") else argument
             for name, argument in self._arguments.items()
         }
+
+
+def load_package(path: Path, device: str) -> Any:
+    """A package as torch runs it: without its locks between threads, whose events no CUDA graph can hold."""
+    load = importlib.import_module("torch._inductor").aoti_load_package
+    return load(str(path), run_single_threaded=device != _CPU)
+
+
+def slotwise_cache(device: Device, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
+    """Caches of zeros of these shapes, slot after slot in memory: [1, C, Hkv, hd] as [1, Hkv, C, hd]."""
+    cache = empty_cache(device, [(1, slots, heads, hd) for _, heads, slots, hd in shapes], dtype)
+    keys = [_swapped(buffer) for buffer in cache.keys]
+    values = [_swapped(buffer) for buffer in cache.values]
+    return SegmentCache(keys, values, cache.lengths)
 
 
 def _swapped(buffer: Buffer) -> Buffer:

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -174,6 +175,18 @@ def open_backend(bundle: Bundle, name: LibraryKind, device: str, threads: int) -
     return TensorRTBackend(bundle, name)
 
 
+class Runner(Protocol):
+    """Where engines run: their device, its stream, and the block for activations."""
+
+    @property
+    def device(self) -> CudaDevice:
+        """Of all buffers."""
+
+    @property
+    def run_target(self) -> RunTarget:
+        """Of the next run."""
+
+
 class TensorRTSegment:
     """An engine bound to buffers that this object keeps alive, as `BoundSegment` says."""
 
@@ -183,7 +196,7 @@ class TensorRTSegment:
         inputs: Mapping[str, Buffer],
         outputs: Mapping[str, Buffer],
         cache: SegmentCache | None,
-        backend: TensorRTBackend,
+        backend: Runner,
     ) -> None:
         self._backend = backend
         self._cache = cache

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framefusion.reduction.plan import merge_plan, prune_plan
-from framefusion.runtime.backends.base import Backend, Device
+from framefusion.runtime.backends.base import Device, GraphRunner
 from framefusion.runtime.backends.buffer import Buffer, float_type
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.proof.blocks import cases, reference
 from framefusion.runtime.proof.blocks.cases import Case
 
@@ -35,6 +36,7 @@ _TERMS: Mapping[str, int] = {
     "importance": cases.HEAD_DIM,
 }
 _EXACT = ("present_key_0", "present_value_0")  # moved, not computed
+_RECORD = SegmentRecord("blocks", "blocks", (0,), 0, scores=True, head=False, weight_bytes=0, buckets=None)
 _IN_FP32 = ("similarity", "importance")  # whatever the type of the rows, unless a backend says otherwise
 
 
@@ -75,7 +77,7 @@ def limit_of(output: str, dtype: str, importance: str = "float32") -> float:
     return _ROUNDINGS * rounding + _TERMS.get(output, 1) * EPSILON["float32"]
 
 
-def check_graph_blocks(backend: Backend, graph: str, dtype: str, importance: str = "float32") -> Iterator[Check]:
+def check_graph_blocks(backend: GraphRunner, graph: str, dtype: str, importance: str = "float32") -> Iterator[Check]:
     """Run all cases through a graph of building blocks.
 
     Args:
@@ -93,8 +95,9 @@ def check_graph_blocks(backend: Backend, graph: str, dtype: str, importance: str
     for case in cases.block_cases(element):
         # 1. The first case of a prompt begins with slots that hold anything; the others go on with what is there.
         if case.cache is not None:
-            keys, values = (backend.device.upload(part) for part in case.cache)
-            cache = SegmentCache([keys], [values], np.zeros(1, np.int64))
+            cache = backend.cache(_RECORD, [part.shape for part in case.cache[:1]], element)
+            for target, part in zip((cache.keys[0], cache.values[0]), case.cache, strict=True):
+                backend.device.copy(target, backend.device.upload(part))
         assert cache is not None, "the first case has a cache"
         # 2. Run it as a segment is run: every buffer bound, caches in place.
         results = _run(backend, graph, case, cache, element)
@@ -105,7 +108,7 @@ def check_graph_blocks(backend: Backend, graph: str, dtype: str, importance: str
 
 
 def _run(
-    backend: Backend, graph: str, case: Case, cache: SegmentCache, element: np.dtype[Any]
+    backend: GraphRunner, graph: str, case: Case, cache: SegmentCache, element: np.dtype[Any]
 ) -> dict[str, NDArray[Any]]:
     device = backend.device
     length = case.inputs["hidden"].shape[1]

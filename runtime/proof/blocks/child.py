@@ -3,6 +3,7 @@
     python -m framefusion.runtime.proof.blocks.child gpu
     python -m framefusion.runtime.proof.blocks.child device cuda
     python -m framefusion.runtime.proof.blocks.child backend onnxruntime cpu
+    python -m framefusion.runtime.proof.blocks.child backend inductor cpu engines
 
 Its last line begins with MARK and is one JSON object. A library that does not load is such an object, too.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 MARK = "FRAMEFUSION-DOCTOR "
 Facts = dict[str, Any]
-UNPROVEN = "it runs compiled engines: a bundle with some is proven by ff-run check BUNDLE"
+UNPROVEN = (
+    "it runs compiled engines: ff-run check BUNDLE proves those of a bundle, ff-run doctor --engines compiles one"
+)
 
 
 def gpu() -> Facts:
@@ -60,8 +64,14 @@ def prove_device(device: str) -> Facts:
     )
 
 
-def prove_backend(name: str, device: table.Device) -> Facts:
-    """All graphs that a backend can run here; where it runs engines, whether its library loads."""
+def prove_backend(name: str, device: table.Device, engines: str = "") -> Facts:
+    """All graphs that a backend can run here; where it runs engines, whether its library loads.
+
+    Args:
+        name: of the backend.
+        device: where it runs.
+        engines: any word has an engine compiled and proven, too.
+    """
     from framefusion.runtime.backends.fit import NO_GPU
     from framefusion.runtime.machine.machine import Machine
 
@@ -69,7 +79,12 @@ def prove_backend(name: str, device: table.Device) -> Facts:
     machine = Machine.here()
     if device == "cuda" and machine.gpu is None:
         return _absent(*NO_GPU)
-    return _proven_graphs(row, device, machine) if row.blocks else _engine_library(row, device, machine)
+    if row.blocks:
+        return _proven_graphs(row, device, machine)
+    facts = _engine_library(row, device, machine)
+    if not engines or facts["state"] != "unproven":
+        return facts
+    return facts | _proven_engines(row, device)
 
 
 def _proven_graphs(row: table.BackendKind, device: table.Device, machine: Machine) -> Facts:
@@ -105,6 +120,34 @@ def _engine_library(row: table.BackendKind, device: table.Device, machine: Machi
         return _missing(*no_bindings())
     library = importlib.import_module(row.library)
     return {"state": "unproven", "problem": UNPROVEN, "version": str(library.__version__), "graphs": []}
+
+
+def _proven_engines(row: table.BackendKind, device: table.Device) -> Facts:
+    """An engine of each kind of network, compiled here; why none could be, where that is so."""
+    from framefusion.errors import FrameFusionError
+    from framefusion.runtime.proof.blocks import cases
+    from framefusion.runtime.proof.blocks.checks import check_graph_blocks
+
+    if row.engines is None or not row.engines.blocks:
+        return _not_compiled(f"{row.name} compiles none of building blocks")
+    graphs = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            # 1. What compiles is another part of this package, which needs more than what runs.
+            for graph in table.load(row.engines.blocks)(row.name, device, Path(folder)):
+                # 2. Proven as the graphs of ONNX Runtime are; a bundle's engines are proven by its golden all the same.
+                name = cases.graph_name("portable", graph.dtype)
+                checks = check_graph_blocks(graph.backend, name, graph.dtype, graph.importance)
+                graphs.append(_graph(graph.dialect, graph.dtype, checks))
+        except ImportError as error:
+            return _not_compiled(f"{error.name or error} is not installed: {install_command('export')}")
+        except FrameFusionError as error:
+            return _not_compiled(" ".join(str(error).split())[:400])
+    return _judged(graphs)
+
+
+def _not_compiled(reason: str) -> Facts:
+    return {"state": "unproven", "problem": f"no engine could be compiled here to prove it: {reason}"}
 
 
 def _graph(dialect: str, dtype: str, checks: Iterable[Check]) -> Facts:

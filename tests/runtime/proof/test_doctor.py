@@ -15,6 +15,7 @@ from framefusion.errors import CheckFailedError
 from framefusion.runtime.backends import table
 from framefusion.runtime.proof import doctor
 from framefusion.runtime.proof.blocks.child import MARK
+from tests.versions import needs_torch
 from tests.wheel import ROOT
 
 
@@ -76,6 +77,21 @@ def test_a_library_that_is_missing_comes_with_its_command(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@needs_torch
+def test_an_engine_is_compiled_and_proven_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a minute of a compiler; without one the line says why nothing could be proven, and is no failure."""
+    facts = doctor.run_child(("backend", "inductor", "cpu", "engines"), 300)
+    assert facts["state"] == "right", facts
+    (graph,) = facts["graphs"]
+    assert graph["dtype"] == "float32"
+    assert len(graph["checks"]) > 30
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    facts = doctor.run_child(("backend", "inductor", "cpu", "engines"), 300)
+    assert facts["state"] == "unproven"
+    assert "no engine could be compiled here to prove it: inductor needs a C++ compiler" in facts["problem"]
+
+
+@pytest.mark.slow
 def test_what_hangs_is_ended() -> None:
     facts = doctor.run_child(("device", "cpu"), 0.01)
     assert facts["state"] == "failed"
@@ -100,6 +116,14 @@ def test_what_is_not_there_is_not_wrong() -> None:
     assert not sound("failed")
     assert not sound("missing", "onnxruntime", "cpu")
     assert sound("missing", "inductor", "cpu")
+
+
+def test_engines_are_compiled_where_that_is_asked_for_alone() -> None:
+    jobs = dict(doctor._jobs(has_gpu=True, engines=True))
+    assert jobs["inductor on cuda"] == ("backend", "inductor", "cuda", "engines")
+    assert jobs["onnxruntime on cpu"] == ("backend", "onnxruntime", "cpu")
+    assert doctor._of_job("x", jobs["inductor on cuda"], {})["device"] == "cuda"
+    assert not any("engines" in arguments for _, arguments in doctor._jobs(has_gpu=True))
 
 
 def test_every_backend_has_a_line() -> None:

@@ -65,9 +65,7 @@ def compile_for_emulation(bundle: Bundle, folder: Path) -> Bundle:
     engines, files = [], dict(manifest.files)
     for graph, spec in specs.items():
         path = folder / f"{graph.replace('/', '-')}.engine"
-        capacities = () if OLDER else spec.capacities  # a plain engine takes caches of other lengths in a prefill
-        plan = {"graph": str(_parsed(spec)), "capacities": capacities, "profiles": to_json(spec.profiles)}
-        path.write_bytes(HEADER + json.dumps(plan).encode())
+        write_plan(spec, path, spec.graph.parent)
         files[str(path)] = FileRecord(path.stat().st_size, "0" * 64)
         engines.append(
             EngineRecord(
@@ -89,7 +87,14 @@ def compile_for_emulation(bundle: Bundle, folder: Path) -> Bundle:
     return bundle.with_manifest(engines=tuple(engines), files=files)
 
 
-def _parsed(spec: EngineSpec) -> Path:
+def write_plan(spec: EngineSpec, path: Path, beside: Path) -> None:
+    """What stands for an engine; a rewritten graph is written into a folder, with the weights of the graph."""
+    capacities = () if OLDER else spec.capacities  # a plain engine takes caches of other lengths in a prefill
+    plan = {"graph": str(_parsed(spec, beside)), "capacities": capacities, "profiles": to_json(spec.profiles)}
+    path.write_bytes(HEADER + json.dumps(plan).encode())
+
+
+def _parsed(spec: EngineSpec, beside: Path) -> Path:
     """The graph that the library would be given, over the same weights."""
     if not OLDER:
         return spec.graph
@@ -99,7 +104,7 @@ def _parsed(spec: EngineSpec) -> Path:
 
     model = onnx.load(str(spec.graph), load_external_data=False)
     rewrite_plain(model, spec.graph, spec.options["one_length"])
-    rewritten = spec.graph.with_suffix(".plain.onnx")
+    rewritten = beside / f"{spec.graph.stem}.plain.onnx"
     onnx.save(model, str(rewritten))
     return rewritten
 

@@ -70,6 +70,38 @@ def test_plain_engines_of_an_older_library_pass_them(
     assert "skipped" not in printed
 
 
+BLOCKS = """
+import sys, tempfile
+from pathlib import Path
+from tests.runtime.backends.tensorrt import emulated_tensorrt as emulated
+emulated.install()
+from framefusion.export.engines.builder import EngineFacts
+from framefusion.export.engines.tensorrt import blocks
+from framefusion.runtime.backends.tensorrt.library import Library
+from framefusion.runtime.proof.blocks.child import prove_backend
+Library.check_targets = lambda library, targets: tuple(targets)  # that of the emulated GPU is none of tensorrt_rtx
+def build(spec, path, library):
+    emulated.write_plan(spec, path, path.parent)
+    return EngineFacts(path.stat().st_size, None, spec.targets, (), {}, 0.0)
+blocks.build_engine = build
+found = prove_backend(emulated.KIND, "cuda", "engines")
+print(found["state"], found["problem"], [(g["dialect"], g["dtype"], len(g["checks"])) for g in found["graphs"]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["", "10.3.0"])
+def test_the_doctor_proves_engines_of_the_blocks(
+    library: Path,  # noqa: F811
+    version: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All cases through the backend's own segments, over caches that the rows are appended to where they are plain."""
+    monkeypatch.setenv("EMULATED_VERSION", version)
+    kind = "plain" if version else "attention"
+    assert run(library, "-c", BLOCKS).strip() == f"right  [('{kind}', 'float16', 44)]"
+
+
 @pytest.mark.parametrize("ours", PAIRS, ids=lambda kind: kind.__name__)
 def test_the_emulation_has_no_call_that_the_library_lacks(ours: type) -> None:
     real = PAIRS[ours]
