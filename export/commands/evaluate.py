@@ -54,6 +54,7 @@ def evaluate_command(
     output: Path | None,
     limit: int | None,
     jobs: int,
+    against: str | None,
     **setup: Any,
 ) -> None:
     """Answer a file of questions under every reducer and cost, and report accuracy with intervals.
@@ -63,6 +64,7 @@ def evaluate_command(
     """
     try:
         with activity(LOADING):
+            from framefusion.export.evaluate.against.counterpart import counterpart
             from framefusion.export.evaluate.answering import Setup, default_condition
             from framefusion.export.evaluate.evaluation import conditions, render
             from framefusion.export.evaluate.evaluation import evaluate as run
@@ -76,8 +78,12 @@ def evaluate_command(
         open_checkpoint(model, opened.revision)
     default = default_condition(opened)
     under = conditions(reducer or (default.reducer,), cost or (1.0, default.cost))
+    other = None
+    if against is not None:
+        with CountLines(f"questions, {Path(against).name}") as count:
+            other = counterpart(against, opened, question_list, under, jobs=jobs, on_progress=count)
     with CountLines("questions") as count:
-        report = run(opened, question_list, under, output=output, jobs=jobs, on_progress=count)
+        report = run(opened, question_list, under, output=output, jobs=jobs, on_progress=count, against=other)
     console.show({"file": str(questions)} | report, render)
 
 

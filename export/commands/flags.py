@@ -227,6 +227,13 @@ EVAL_OPTIONS = (
         option(
             "--seed", type=LAYER, default=0, show_default=True, help="Number that fixes what reducers draw by chance."
         ),
+        _flag(
+            "--against",
+            str,
+            "Another bundle or checkpoint, or the file that --output wrote of it: points lost against it on the same "
+            "questions, and what is kept otherwise.",
+            "none",
+        ),
     ),
     *sectioned(
         "Where it runs",

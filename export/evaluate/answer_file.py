@@ -178,11 +178,7 @@ class AnswerFile:
         self._had_output = os.path.lexists(self._output)
         if not self._had_output:
             return
-        try:
-            whole = json.loads(files.read_file(self._output, _LARGEST))
-            rows = whole.pop("answers")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise EvaluationError(f"{self.output} is no evaluation: choose another file with -o") from None
+        whole, rows = _whole(self._output, f"{self.output} is no evaluation: choose another file with -o")
         self._take(self._output, whole, rows)
 
     def _take_over(self, handle: int) -> None:
@@ -206,13 +202,7 @@ class AnswerFile:
         for name, mine in self.identity.items():
             if head.get(name) != mine:
                 raise self._other(name, head.get(name), mine)
-        try:
-            for row in rows:
-                fields = {name: value for name, value in row.items() if name not in ("question", "reducer", "cost")}
-                answer = Answer(**{**fields, "outcomes": tuple(fields.get("outcomes", ()))})
-                self.answers[row["question"], row["reducer"], row["cost"]] = answer
-        except (KeyError, TypeError, AttributeError):
-            raise EvaluationError(f"{path} holds an answer that is none: choose another file, or remove it") from None
+        self.answers |= _answers(path, rows)
         self.opened(str(head.get("engine")), head.get("note"))
 
     def _other(self, name: str, theirs: object, mine: object) -> EvaluationError:
@@ -224,6 +214,38 @@ class AnswerFile:
             f"{self.output} holds another evaluation, its {name} is {theirs!r}, asked is {mine!r}: "
             "choose another file with -o, or remove it and what stands beside it as .partial"
         )
+
+
+def read_answers(path: Path) -> tuple[Mapping[str, Any], dict[Key, Answer]]:
+    """What a finished evaluation says of itself, and its answers.
+
+    Raises:
+        EvaluationError: the file holds none.
+    """
+    whole, rows = _whole(path, f"{path} is no evaluation: give a file that `ff-export eval -o` has written")
+    return whole, _answers(path, rows)
+
+
+def _whole(path: Path, otherwise: str) -> tuple[dict[str, Any], list[Any]]:
+    """A finished evaluation without its answers, and these; `otherwise` is said of any other file."""
+    try:
+        whole = json.loads(files.read_file(path, _LARGEST))
+        rows = whole.pop("answers")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise EvaluationError(otherwise) from None
+    return whole, rows
+
+
+def _answers(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[Key, Answer]:
+    answers: dict[Key, Answer] = {}
+    try:
+        for row in rows:
+            fields = {name: value for name, value in row.items() if name not in ("question", "reducer", "cost")}
+            answer = Answer(**{**fields, "outcomes": tuple(fields.get("outcomes", ()))})
+            answers[row["question"], row["reducer"], row["cost"]] = answer
+    except (KeyError, TypeError, AttributeError):
+        raise EvaluationError(f"{path} holds an answer that is none: choose another file, or remove it") from None
+    return answers
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from framefusion.export.evaluate.questions import Question
 from framefusion.export.options import LIVE
 from framefusion.reduction.policy import CallRecord
@@ -46,6 +48,7 @@ class Answer:
     visual_tokens: int  # of the prompt
     visual_left: int  # of them in the last layer
     outcomes: tuple[str, ...] = ()  # what the reducer could not do as asked
+    kept: str = ""  # a bit for each visual token of the prompt, whether the last layer holds it, in hex; "": not known
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,13 @@ def outcomes_of(calls: Sequence[CallRecord]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(call.outcome for call in calls if call.outcome))
 
 
+def kept_bits(generation: Generation) -> str:
+    """See `Answer.kept`."""
+    bits = np.zeros(generation.visual_tokens, np.uint8)
+    bits[generation.kept(-1, visual=True)] = 1
+    return np.packbits(bits).tobytes().hex()
+
+
 class PipelineAnswerer(Answerer):
     """The runtime's pipeline, over compiled graphs or those of eager torch: our own prompt and preprocessing."""
 
@@ -156,7 +166,8 @@ class PipelineAnswerer(Answerer):
                 dense = generation
             left = generation.kv_lengths[-1] - text_tokens
             outcomes = outcomes_of(generation.reduction)
-            yield Answer(generation.text, generation.cost, generation.visual_tokens, left, outcomes)
+            kept = kept_bits(generation)
+            yield Answer(generation.text, generation.cost, generation.visual_tokens, left, outcomes, kept)
 
     def _run_of(self, question: Question, condition: Condition) -> tuple[Pipeline, Request]:
         """The pipeline that answers under a condition, and what it is to do."""

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from framefusion.console import messages as console
 from framefusion.errors import BackendError, EvaluationError, FrameFusionError
+from framefusion.export.evaluate.against.beside import Counterpart, beside, check_complete, render_beside
 from framefusion.export.evaluate.answer_file import AnswerFile
 from framefusion.export.evaluate.answering import DENSE, Answer, Answerer, Condition, Setup, fingerprint
 from framefusion.export.evaluate.open import open_answerer
@@ -69,6 +70,7 @@ def evaluate(
     output: Path | None = None,
     jobs: int = 1,
     on_progress: OnProgress | None = None,
+    against: Counterpart | None = None,
 ) -> dict[str, Any]:
     """Answer every question under every condition and report.
 
@@ -79,12 +81,14 @@ def evaluate(
         output: file that gets the report and all answers; a question that has its answer there is not run again.
         jobs: processes, each with the model.
         on_progress: see `OnProgress`.
+        against: another model, which the report sets beside this one, question by question: see against/counterpart.py.
 
     Returns:
         What FILE gets, answers left out: see docs/evaluation.md.
 
     Raises:
-        EvaluationError: a question stands there twice, or the output holds another evaluation.
+        EvaluationError: a question stands there twice, the output holds another evaluation, or the other model has no
+            answer to a question.
         FrameFusionError: a question or condition cannot be answered; the question is named.
     """
     # 1. A question is known by what it says and shows: two of a key would be counted as one.
@@ -92,8 +96,10 @@ def evaluate(
     if len(by_key) < len(questions):
         repeated = Counter(question.key for question in questions).most_common(1)[0][0]
         raise EvaluationError(f"question {by_key[repeated].name} is asked more than once: ask each only once")
+    if against is not None:
+        check_complete(against, by_key, conditions)
     # 2. Answers that are there are kept only if model and setup are the same: a mixed table would show neither.
-    settings = {name: value for name, value in asdict(setup).items() if name not in SEPARATE}
+    settings = settings_of(setup)
     with AnswerFile(output, {"model": fingerprint(setup), "setup": settings}) as kept:
         # 3. Only what is missing is answered, so that an interrupted run goes on.
         missing_of = {key: kept.missing(key, conditions) for key in by_key}
@@ -109,8 +115,15 @@ def evaluate(
         # 5. The report is made of the file's answers, old and new alike.
         result = {"model": setup.model, "sha256": kept.identity["model"], "engine": kept.engine, "note": kept.note}
         result |= {"setup": settings} | report(by_key, conditions, kept)
+        if against is not None:
+            result["against"] = beside(by_key, conditions, kept.answers, against)
         kept.finish(result)
     return result
+
+
+def settings_of(setup: Setup) -> dict[str, Any]:
+    """What of a setup changes answers, and is not the model."""
+    return {name: value for name, value in asdict(setup).items() if name not in SEPARATE}
 
 
 # --- Answering ------------------------------------------------------------------------------------------------------
@@ -242,6 +255,8 @@ def render(result: Mapping[str, Any]) -> str:
     if result["paired"]:
         lines += ["", "The same questions: the first's % less the second's, Newcombe's interval, McNemar's exact p"]
         lines.append(_compared(result["paired"]))
+    if "against" in result:
+        lines += ["", *render_beside(result["against"])]
     return "\n".join(lines)
 
 

@@ -99,3 +99,22 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, object]:
         "interval": [round(low, 6), round(high, 6)],
         "p": mcnemar(first_only, second_only),
     }
+
+
+def kept_alike(mine: Sequence[str], theirs: Sequence[str]) -> list[float] | None:
+    """Of each question the share of the tokens that another model keeps which are kept here, too.
+
+    Args:
+        mine: a bit for each visual token, in hex (`answering.Answer.kept`), one text a question.
+        theirs: of the other model.
+
+    Returns:
+        None where a text is missing or the two are of different numbers of tokens: there is nothing to compare.
+    """
+    if any(not ours or len(ours) != len(others) for ours, others in zip(mine, theirs, strict=True)):
+        return None
+    shares = []
+    for ours, others in zip(mine, theirs, strict=True):
+        both = (int(ours, 16) & int(others, 16)).bit_count()
+        shares.append(both / max(int(others, 16).bit_count(), 1))
+    return shares
