@@ -65,7 +65,8 @@ PAIRS = _list_of(_list_of(_whole(1, 100_000), 2, 2), 4_096)
 TYPES: Mapping[str, _Kind] = MappingProxyType(
     dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"), WIDTH)
     | dict.fromkeys(("num_heads", "embed_dim", "out_hidden_size", "in_channels", "in_chans", "num_channels"), WIDTH)
-    | dict.fromkeys(("query_num", "num_position_embeddings", "spatial_merge_size", "temporal_patch_size"), WIDTH)
+    | dict.fromkeys(("query_num", "num_position_embeddings", "temporal_patch_size"), WIDTH)
+    | {"spatial_merge_size": _whole(1, 64)}
     | dict.fromkeys(("num_hidden_layers", "depth"), DEPTH)
     | {"vocab_size": _whole(1, 1 << 31), "max_position_embeddings": _whole(1, 1 << 31)}
     | {"sliding_window": _whole(0, 1 << 31), "max_window_layers": _whole(0, 1 << 31)}

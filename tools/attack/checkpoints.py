@@ -2,8 +2,9 @@
 
     python -m tools.attack.checkpoints --trials 2000 --seed 0
 
-A tiny checkpoint of every family is written; config.json, an index or the header of a safetensors file is changed, and
-a build is planned, which reads all but the numbers. Prints one JSON object; exit code 1 where a trial failed.
+A tiny checkpoint of every family and of every quantized format is written; config.json, an index or the header of a
+safetensors file is changed, and a build is planned, which reads all but the numbers; of quantized ones these, too.
+Prints one JSON object; exit code 1 where a trial failed.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def attack(trials: int, seed: int, folders: Sequence[Path] = ()) -> dict[str, An
     Args:
         trials: how many.
         seed: of all that is random.
-        folders: whole checkpoints; none writes a tiny one of every family, and one in shards.
+        folders: whole checkpoints; none writes a tiny one of every family, one in shards, and one in every format of
+            quantized ones.
 
     Returns:
         how many were planned and refused, the trials that ended otherwise, the slowest and the memory.
@@ -82,8 +84,9 @@ def attack(trials: int, seed: int, folders: Sequence[Path] = ()) -> dict[str, An
 
 
 def written(place: Path) -> Iterator[Path]:
-    """A tiny checkpoint of every family, and one in shards."""
+    """A tiny checkpoint of every family, one in shards, and one in every format of quantized ones."""
     from tests.families import CASES
+    from tests.quantized_checkpoints import FORMATS, quantized
     from tests.random_checkpoint import random_checkpoint
 
     for case in CASES:
@@ -92,6 +95,9 @@ def written(place: Path) -> Iterator[Path]:
         case.write(folder, case.variants[0])
         yield folder
     yield random_checkpoint(place / "sharded", max_shard_size="60KB")
+    plain = random_checkpoint(place / "plain", layers=2)
+    for name in FORMATS:
+        yield quantized(plain, place / name, name)
 
 
 def spoil(folder: Path, chance: random.Random) -> str:
@@ -159,7 +165,13 @@ def outcome_of(folder: Path) -> tuple[str, str | None]:
     """What planning a checkpoint came to, and what was wrong with that."""
     try:
         with _alarm():
-            Builder(BuildPlan(Checkpoint(folder), BuildOptions(cost=0.5))).sizes()
+            checkpoint = Checkpoint(folder)
+            quantized = checkpoint.quantization.linears if checkpoint.quantization is not None else {}
+            weights = "dequantized" if quantized else None
+            Builder(BuildPlan(checkpoint, BuildOptions(cost=0.5, weights=weights))).sizes()
+            for key in quantized:  # what headers have proven must be enough to read the numbers
+                checkpoint.tensor(key)
+                checkpoint.quantized(key)
     except FrameFusionError as error:
         return "refused", None if str(error).isprintable() else f"not printable: {error!r:.200}"
     except (Exception, TooSlowError) as error:  # any other is what the attack looks for

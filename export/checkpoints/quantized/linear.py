@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from framefusion.console.plain_text import printable
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.tensors.tensor_file import DTYPES, TensorEntry
 from framefusion.export.quantization.blocks import BITS, LEAST_BLOCK, MOST_BLOCK, BlockFormat, BlockQuantized
@@ -101,7 +102,7 @@ class QuantizedLinear(ABC):
 
     def damaged(self, why: str) -> CheckpointError:
         """The error for values that cannot be weights."""
-        return CheckpointError(f"{why}: the checkpoint is damaged, download it again")
+        return CheckpointError(f"{printable(why)}: the checkpoint is damaged, download it again")
 
     def checked_scales(self, key: str, scales: Tensor) -> Tensor:
         """Scales that are finite and not all zero."""

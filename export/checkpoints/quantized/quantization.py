@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from framefusion.console.plain_text import printable
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.files import present
 from framefusion.export.checkpoints.quantized.formats.awq import Awq
@@ -173,8 +174,8 @@ def _refuse_unnamed(folder: Path, keys: Iterable[str]) -> None:
     found = next((key for key in keys if _QUANTIZED.search(key)), None)
     if found is not None:
         raise CheckpointError(
-            f"{folder} is quantized (its tensor {found} says so, though config.json does not): take config.json from "
-            f"where the weights are from, or {BEFORE}"
+            f"{folder} is quantized (its tensor {printable(found)} says so, though config.json does not): "
+            f"take config.json from where the weights are from, or {BEFORE}"
         )
 
 

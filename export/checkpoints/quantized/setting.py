@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from framefusion.console.plain_text import printable
 from framefusion.errors import CheckpointError
 
 KEYS = ("quantization_config", "compression_config", "quantization")
@@ -39,7 +40,7 @@ class Setting:
 
     def error(self, why: str) -> CheckpointError:
         """An error that says that the checkpoint is quantized, by what, and what is wrong with that."""
-        return CheckpointError(f"{self.folder} is quantized ({method_of(self.values)}: {self.place}), {why}")
+        return CheckpointError(f"{self.folder} is quantized ({method_of(self.values)}: {self.place}), {printable(why)}")
 
     def section(self, key: str) -> Setting | None:
         """An object within this one; None where it is absent or null."""
@@ -101,8 +102,8 @@ class Setting:
 def method_of(values: object) -> str:
     """What quantized a model, and to how many bits, by the object of config.json; at most 60 characters."""
     if not isinstance(values, Mapping):
-        return str(values)[:40]
+        return printable(str(values)[:40])
     name = values.get("quant_method") or values.get("quant_algo") or values.get("mode") or "an unnamed method"
     counts = [values[key] for key in ("bits", "w_bit", "weight_bits") if type(values.get(key)) is int]
     bits = next(iter(counts), None)
-    return str(name)[:40] + (f", {bits} bits" if bits else "")
+    return printable(str(name)[:40]) + (f", {bits} bits" if bits else "")
