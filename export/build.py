@@ -18,7 +18,7 @@ from typing import Any
 
 import framefusion
 from framefusion.console.progress import Meter, Progress
-from framefusion.errors import CheckFailedError, InterruptedBuildError, StorageError
+from framefusion.errors import BudgetError, CheckFailedError, InterruptedBuildError, StorageError
 from framefusion.export.check.golden import golden_of, write_golden
 from framefusion.export.check.observation import Doing, ignore
 from framefusion.export.check.verify import Scope, report, scope_of
@@ -26,6 +26,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.engines.compile import Compiled, compile_engines, with_engines, without_graphs, write_checksums
 from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.jobs import checked_builder
+from framefusion.export.evaluate.acceptance.loss import Acceptance, check_loss, points_lost
 from framefusion.export.options import BuildOptions, Resources
 from framefusion.export.plan.build_plan import BuildPlan, identity_of, replan
 from framefusion.export.report.card import write_card
@@ -35,7 +36,7 @@ from framefusion.export.writing.parts import Builder
 from framefusion.export.writing.staging import Staging
 from framefusion.runtime.backends.table import engine_traits
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.format.manifest import SCHEMA_VERSION, FileRecord, Manifest
+from framefusion.runtime.format.manifest import SCHEMA_VERSION, FileRecord, LossRecord, Manifest
 from framefusion.runtime.format.manifest_file import MANIFEST, write_manifest
 from framefusion.runtime.proof.golden import GOLDEN
 from framefusion.storage import files
@@ -62,6 +63,7 @@ def build(
     tolerance: float | None = None,
     progress: Progress | None = None,
     resources: Resources | None = None,
+    acceptance: Acceptance | None = None,
 ) -> Built:
     """Build a bundle, check it against the eager model, compile its engines if any, and give it its name.
 
@@ -74,16 +76,26 @@ def build(
         tolerance: largest error that passes the check, see `check.check_bundle`; None takes its default.
         progress: called with each part and its bytes; `check` and `engines` are the last parts.
         resources: what the compilation of engines may take.
+        acceptance: what quantized weights may cost in answers; a second bundle, of floats, is built for it meanwhile.
 
     Raises:
-        CheckFailedError: the bundle does not reproduce the eager model; its parts stay in NAME.partial.
+        CheckFailedError: the bundle does not reproduce the eager model, or loses more answers than is accepted; its
+            parts stay in NAME.partial.
+        BudgetError: an acceptance was given, and no weights are quantized by this build.
         FrameFusionError: see `framefusion.errors`; nothing half-written has the output's name.
     """
     try:
         # 1. plan: everything that configuration and headers can be refused for is refused here, in a second
         plan = BuildPlan(checkpoint, options)
         return build_planned(
-            plan, output, force=force, verify=verify, tolerance=tolerance, progress=progress, resources=resources
+            plan,
+            output,
+            force=force,
+            verify=verify,
+            tolerance=tolerance,
+            progress=progress,
+            resources=resources,
+            acceptance=acceptance,
         )
     except KeyboardInterrupt:
         raise InterruptedBuildError("interrupted before anything was written: run the same command again") from None
@@ -98,6 +110,7 @@ def build_planned(
     tolerance: float | None = None,
     progress: Progress | None = None,
     resources: Resources | None = None,
+    acceptance: Acceptance | None = None,
     golden: bool = True,
 ) -> Built:
     """Carry a plan out; arguments and errors are those of `build`.
@@ -108,6 +121,8 @@ def build_planned(
     options = plan.options
     if options.engines is not None:
         checked_builder(options.engines, options.dialect, options.dtype)
+    if acceptance is not None and plan.in_floats is None:
+        raise BudgetError("--max-points-lost compares weights that this build quantizes with floats: give --weights")
     scope = scope_of(plan) if verify else None
     # 2. stage: parts of an interrupted build of the same thing are taken over
     key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
@@ -123,6 +138,10 @@ def build_planned(
             scratch = partial(scratch_bundle, staged.scratch, meter)
             checked = report(staged.folder, plan, scope, tolerance, scratch, meter.doing)
             manifest = replace(manifest, check=_passed(checked, staged.folder))
+        if acceptance is not None:
+            assert manifest.quantization is not None
+            losses = _losses(plan, staged, meter, acceptance)
+            manifest = replace(manifest, quantization=replace(manifest.quantization, losses=losses))
         # 5. golden: what the eager model makes of a canned request, so that every device can be compared with it
         if golden:
             meter.begin(GOLDEN_PART)
@@ -178,6 +197,21 @@ def scratch_bundle(place: Path, meter: Meter, plan: BuildPlan) -> Iterator[Path]
         raise KeyboardInterrupt from None  # what it says is of the scratch bundle
     finally:
         files.remove_scratch(folder)
+
+
+def _losses(plan: BuildPlan, staged: Staging, meter: Meter, acceptance: Acceptance) -> tuple[LossRecord, ...]:
+    """What quantized weights cost in answers, within what is accepted."""
+    assert plan.in_floats is not None
+    with scratch_bundle(staged.scratch, meter, plan.in_floats) as floats:
+        meter.doing("questions")
+        answered = partial(_count, meter)
+        rows = points_lost(staged.folder, floats, acceptance.questions, answered)
+    check_loss(rows, acceptance.points, staged.folder)
+    return rows
+
+
+def _count(meter: Meter, done: int, total: int) -> None:
+    meter.doing(f"question {done} of {total}")
 
 
 def _write_parts(plan: BuildPlan, staged: Staging, meter: Meter) -> Manifest:

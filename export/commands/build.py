@@ -19,6 +19,7 @@ from framefusion.console.progress import in_time, progress_lines
 from framefusion.console.terminal import activity
 from framefusion.errors import BackendError, BudgetError
 from framefusion.export.commands.flags import (
+    ACCEPTANCE,
     BUNDLE_REVISION,
     CHECKPOINT_REVISION,
     ENGINE_KIND,
@@ -40,6 +41,7 @@ LOADING = "loading torch"
 if TYPE_CHECKING:
     from framefusion.export.build import Built
     from framefusion.export.checkpoints.checkpoint import Checkpoint
+    from framefusion.export.evaluate.acceptance.loss import Acceptance
     from framefusion.export.options import BuildOptions, Resources
     from framefusion.export.plan.build_plan import BuildPlan
     from framefusion.runtime.format.manifest import Manifest
@@ -71,7 +73,7 @@ if TYPE_CHECKING:
     help="Film whose tokens set the schedule's shares (fixed); repeatable; default: no film.",
 )
 @option("--no-check", is_flag=True, section=IN_CHECK, help="Do not compare the bundle with the eager model.")
-@options_of(*sectioned(IN_CHECK, TOLERANCE))
+@options_of(*sectioned(IN_CHECK, TOLERANCE, *ACCEPTANCE))
 def build_command(
     checkpoint: str,
     output: Path,
@@ -80,6 +82,8 @@ def build_command(
     force: bool,
     no_check: bool,
     tolerance: float | None,
+    questions: Path | None,
+    max_points_lost: float | None,
     jobs: int | None,
     engine_cache: Path | None,
     engine_cache_limit: float | None,
@@ -94,15 +98,28 @@ def build_command(
 
     options = BuildOptions.chosen(**fields)
     limits = _resources(jobs, engine_cache, engine_cache_limit)
+    accepted = _acceptance(questions, max_points_lost)
     _check_output(output, force)  # before anything is downloaded
     source = open_checkpoint(checkpoint, revision)
     options = _calibrated(source, options, clips)
     with progress_lines() as progress:
         settings = {"force": force, "verify": not no_check, "tolerance": tolerance, "resources": limits}
-        built = _build(source, output, options, progress=progress, **settings)
+        built = _build(source, output, options, progress=progress, acceptance=accepted, **settings)
     console.show(_built_report(built), _render_built)
     if not console.wants_json():
         console.log(_next_command(built))
+
+
+def _acceptance(questions: Path | None, points: float | None) -> Acceptance | None:
+    """What quantized weights may cost in answers; the file is read before anything is downloaded."""
+    if (questions is None) != (points is None):
+        raise BudgetError("--questions and --max-points-lost belong together: give both, or none")
+    if questions is None or points is None:
+        return None
+    from framefusion.export.evaluate.acceptance.loss import Acceptance
+    from framefusion.export.evaluate.questions import read_questions
+
+    return Acceptance(tuple(read_questions(questions, None)), points)
 
 
 def _check_output(output: Path, force: bool) -> None:

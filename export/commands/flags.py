@@ -200,6 +200,16 @@ BUNDLE_REVISION = _flag("--revision", str, "Branch, tag or commit of that id on 
 TOLERANCE = _flag(
     "--tolerance", FINITE, "Largest error that passes, relative to the reference's maximum.", "by --dtype"
 )
+ACCEPTANCE = (
+    _flag("--questions", FILE, "Questions that quantized weights are judged by: see docs/evaluation.md.", "none"),
+    _flag(
+        "--max-points-lost",
+        _Finite(min=0),
+        "Hundredths of the questions that quantized weights may answer wrongly where floats are right; more end the "
+        "build.",
+        "not compared",
+    ),
+)
 EVAL_OPTIONS = (
     *sectioned(
         "What is asked",

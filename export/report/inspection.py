@@ -101,7 +101,9 @@ def weight_facts(manifest: Manifest) -> dict[str, Any]:
     ]
     floats = [f"{record.floats} in {manifest.model.dtype}"] if record.floats else []
     origin = record.method if record.read else f"made by {record.method}"
-    text = f"of the LLM's linear maps {' and '.join([*parts, *floats])}; {origin}"
+    lost = [f"{loss.points:+.1f} at cost {loss.cost:g} ({loss.low:+.1f} to {loss.high:+.1f})" for loss in record.losses]
+    points = f"; points lost on {record.losses[0].questions} questions: {', '.join(lost)}" if lost else ""
+    text = f"of the LLM's linear maps {' and '.join([*parts, *floats])}; {origin}{points}"
     return {"text": text, "quantization": asdict(record)}
 
 

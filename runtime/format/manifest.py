@@ -197,6 +197,20 @@ class WeightFormatRecord:
 
 
 @dataclass(frozen=True)
+class LossRecord:
+    """What quantized weights cost in answers to a user's questions, under one reducer and cost."""
+
+    reducer: str
+    cost: float
+    questions: int
+    right_in_floats: int
+    right_quantized: int
+    points: float  # hundredths of the questions; less than 0 where more answers are right
+    low: float
+    high: float  # 95 % interval of the points
+
+
+@dataclass(frozen=True)
 class QuantizationRecord:
     """Linear maps of the decoder, its head among them, whose weights are in 4 or 8 bits."""
 
@@ -204,6 +218,7 @@ class QuantizationRecord:
     read: bool  # the checkpoint holds them so; else this build made them of floats
     formats: tuple[WeightFormatRecord, ...]
     floats: int  # linear maps of the decoder that stay floats; table and tower do as well
+    losses: tuple[LossRecord, ...] = ()  # empty where no questions were given
 
 
 @dataclass(frozen=True)

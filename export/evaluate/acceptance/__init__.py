@@ -1,0 +1,1 @@
+"""Whether a bundle answers as well as another one, before it is published."""
