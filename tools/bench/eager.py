@@ -70,6 +70,13 @@ class Eager:
                 decode.append(self._now() - start)
         return prefill, statistics.median(decode)
 
+    def run_watched(self) -> tuple[tuple[float, float], int]:
+        """`run` with every token, and the most bytes that torch held on the GPU meanwhile; 0 on the CPU."""
+        if self._device == "cpu":
+            return self.run(), 0
+        self._torch.cuda.reset_peak_memory_stats()
+        return self.run(), int(self._torch.cuda.max_memory_allocated())
+
     def _now(self) -> float:
         if self._device != "cpu":
             self._torch.cuda.synchronize()

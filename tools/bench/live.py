@@ -5,7 +5,8 @@
 The limit is the ratio of floating point operations at the tokens actually kept. "Not layers" is the time inside the
 hooks (labels, scores, plans, gathers, masks) over the prefill: everything that the layers of a smaller prompt would not
 need. `--clock cpu` counts seconds of one thread's work, which other work on the machine hardly changes. Random
-weights, the film and the ways to count are those of tools.bench.prefill.
+weights, the film and the ways to count are those of tools.bench.prefill. On a GPU a prefill is timed from start to end,
+and what the hooks take of it is not: their launches run on after them.
 """
 
 from __future__ import annotations
@@ -57,21 +58,23 @@ def main() -> None:
     shape = SHAPES[arguments.shape]
     checkpoint = write_checkpoint(shape, arguments.work / f"{arguments.shape}-checkpoint")
     model = geometry(shape)
-    film = draw_film(model, Grid(arguments.frames, 16, 8), before=10, after=22)
+    film = draw_film(model, Grid(arguments.frames, *arguments.grid), before=10, after=22)
     seconds, threads = (time.thread_time, 1) if arguments.clock == "cpu" else (time.perf_counter, arguments.threads)
-    eager = Eager(checkpoint, film, threads, seconds)
+    on_cpu = arguments.device == "cpu"
+    eager = Eager(checkpoint, film, threads, seconds, arguments.new_tokens, arguments.device, arguments.dtype)
     clock = HookClock(seconds)
     names: dict[str, float | None] = {"dense": None} | {f"cost {cost:g}": cost for cost in arguments.costs}
     prefill: dict[str, list[float]] = {name: [] for name in names}
     decode: dict[str, list[float]] = {name: [] for name in names}
     hooks: dict[str, list[float]] = {name: [] for name in names}
     records: dict[str, Any] = {}
+    memory: dict[str, int] = {}
     for turn in range(arguments.rounds + 1):
         for name, cost in names.items():
             handle = None if cost is None else apply_framefusion(eager.model, cost, 0.6, depth=arguments.depth)
             clock.prefill = 0.0
             with nullcontext() if handle is None else handle.labels(film.prompt.labels):
-                prefill_s, decode_s = eager.run()
+                (prefill_s, decode_s), memory[name] = eager.run_watched()
                 hooks_s = clock.prefill
             if handle is not None:
                 (records[name],) = handle.last
@@ -85,6 +88,8 @@ def main() -> None:
         "tokens": len(film.hidden),
         "threads": threads,
         "clock": arguments.clock,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
         "rounds": arguments.rounds,
         "dense": {"prefill": summary(prefill["dense"]), "decode_per_token": summary(decode["dense"])},
     }
@@ -102,8 +107,10 @@ def main() -> None:
             "speed_up": dense / timing["median_s"],
             "flop_limit": limit,
             "share_of_limit": dense / timing["median_s"] / limit,
-            "not_layers_share": summary(hooks[name])["median_s"],
+            "not_layers_share": summary(hooks[name])["median_s"] if on_cpu else None,
         }
+    if not on_cpu:
+        figures["peak_memory_bytes"] = memory
     report("live", figures, write=arguments.write)
 
 
@@ -129,7 +136,11 @@ def geometry(shape: Shape) -> ModelRecord:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b")
-    parser.add_argument("--frames", type=int, default=16, help="temporal grids of 128 tokens")
+    parser.add_argument("--frames", type=int, default=16, help="temporal grids")
+    parser.add_argument("--grid", type=lambda text: tuple(map(int, text.split("x"))), default=(16, 8), help="HxW")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--costs", type=lambda text: [float(x) for x in text.split(",")], default=[0.5, 0.3])
     parser.add_argument("--depth", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=5)

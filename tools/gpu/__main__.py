@@ -10,6 +10,7 @@ into its limit; the results of the others are kept all the same.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -41,8 +42,11 @@ def run(step: Step, seconds: float) -> dict[str, Any]:
         os.killpg(process.pid, signal.SIGKILL)  # a benchmark starts compilers
         output, errors = process.communicate()
         return {"outcome": f"ended after {seconds:.0f} s", "output": (output + errors)[-_TAIL:]}
-    taken = {"seconds": round(time.monotonic() - start, 1)}
+    taken: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1)}
     if process.returncode:
+        if step.is_json:  # a doctor that finds something wrong says what, and so does a benchmark that ends late
+            with contextlib.suppress(ValueError):
+                taken["figures"] = json.loads(output)
         return taken | {"outcome": f"failed with exit code {process.returncode}", "output": (output + errors)[-_TAIL:]}
     try:
         return taken | {"outcome": "done", "figures": json.loads(output) if step.is_json else output[-_TAIL:]}

@@ -6,12 +6,14 @@ Knows no process and no file.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 TINY = ("--frames", "6", "--grid", "4x4", "--depth", "1", "--rounds", "1", "--new-tokens", "4", "--threads", "1")
 PAPER = ("--frames", "64", "--grid", "14x15", "--rounds", "3", "--new-tokens", "17")
 """The paper's speed setting: 13440 visual tokens, and 32 of text."""
+LIVE_TINY = ("--frames", "6", "--grid", "4x4", "--depth", "1", "--rounds", "1", "--new-tokens", "4", "--threads", "1")
+LIVE_PAPER = ("--frames", "64", "--grid", "14x15", "--rounds", "3", "--new-tokens", "9", "--costs", "0.5,0.3,0.1")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ def steps(device: str, shape: str, work: Path) -> list[Step]:
     attention = ("--shape", shape, "--device", device, "--tokens", "64" if is_tiny else "4096")
     dtype = "float32" if device == "cpu" else "bfloat16"
 
+    live_sizes = ("--shape", shape, "--device", device, "--work", str(work), *(LIVE_TINY if is_tiny else LIVE_PAPER))
+    live = (*live_sizes, "--dtype", dtype)
+
     def bench(name: str, module: str, limit_s: int, *flags: str, modules: tuple[str, ...]) -> Step:
         return Step(name, (python, "-m", f"tools.bench.{module}", *flags), limit_s, modules)
 
@@ -57,15 +62,21 @@ def steps(device: str, shape: str, work: Path) -> list[Step]:
     inductor = ("--backend", "inductor", *sizes, "--costs", "1,0.3", "--dtype", dtype)
     onnxruntime = ("--backend", "onnxruntime", *sizes, "--costs", "1,0.3")
     module = ("onnxruntime",)
-    return [
-        # 1. What is wrong there makes every figure worthless.
-        Step("tests", (*tests, "-k", "not film"), 120, (*cuda, "pytest", "hypothesis"), on_gpu=True, is_json=False),
+    patience = 1 if device == "cuda" else 5  # a CPU that only tries the steps may be slow
+    doctor = "from framefusion.start import ff_run; ff_run()"
+    listed = [
+        # 1. What is wrong there makes every figure worthless: backends beside numpy, then each kernel and call.
+        Step("doctor", (python, "-c", doctor, "doctor", "--json"), 40),
+        Step("tests", (*tests, "-k", "not film"), 90, (*cuda, "pytest", "hypothesis"), on_gpu=True, is_json=False),
         # 2. The parts: kernels of the reduction against a copy, forms of attention, products.
-        Step("kernels", (python, "-m", "tools.bench.kernels"), 90, cuda, on_gpu=True),
-        bench("attention", "attention", 120, *attention, "--dtype", dtype, modules=("torch",)),
-        # 3. The whole: prefill and decode against eager torch. The second of a backend finds its bundle there.
-        bench("inductor prefill", "prefill", 330, *inductor, modules=("torch", "transformers")),
-        bench("inductor decode", "decode", 120, *inductor, modules=("torch", "transformers")),
-        bench("onnxruntime prefill", "prefill", 150, *onnxruntime, modules=("torch", "transformers", *module)),
-        bench("onnxruntime decode", "decode", 90, *onnxruntime, modules=("torch", "transformers", *module)),
+        Step("kernels", (python, "-m", "tools.bench.kernels"), 50, cuda, on_gpu=True),
+        bench("attention", "attention", 80, *attention, "--dtype", dtype, modules=("torch",)),
+        # 3. The live model, which needs no build.
+        bench("live", "live", 120, *live, modules=("torch", "transformers")),
+        # 4. The whole: prefill and decode against eager torch. The second of a backend finds its bundle there.
+        bench("inductor prefill", "prefill", 300, *inductor, modules=("torch", "transformers")),
+        bench("inductor decode", "decode", 80, *inductor, modules=("torch", "transformers")),
+        bench("onnxruntime prefill", "prefill", 90, *onnxruntime, modules=("torch", "transformers", *module)),
+        bench("onnxruntime decode", "decode", 50, *onnxruntime, modules=("torch", "transformers", *module)),
     ]
+    return [replace(step, limit_s=patience * step.limit_s) for step in listed]

@@ -11,7 +11,7 @@ Knows no bundle and no library.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def check_graph_blocks(backend: GraphRunner, graph: str, dtype: str, importance:
     for case in cases.block_cases(element):
         # 1. The first case of a prompt begins with slots that hold anything; the others go on with what is there.
         if case.cache is not None:
-            cache = backend.cache(_RECORD, [part.shape for part in case.cache[:1]], element)
+            cache = backend.cache(replace(_RECORD, graph=graph), [part.shape for part in case.cache[:1]], element)
             for target, part in zip((cache.keys[0], cache.values[0]), case.cache, strict=True):
                 backend.device.copy(target, backend.device.upload(part))
         assert cache is not None, "the first case has a cache"
