@@ -5,6 +5,7 @@ Knows no graph and no family. What a checkpoint holds is its own business: see `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -52,8 +53,22 @@ class Made:
         return outputs, inputs
 
     def blocks(self, checkpoint: Reader) -> BlockQuantized:
-        """The matrix; [out, in]."""
-        return self.quantizer(self.source.make(checkpoint).T, self.form)
+        """The matrix; [out, in].
+
+        Raises:
+            CheckpointError: it has no codes, naming its tensors.
+        """
+        weight = self.source.make(checkpoint).T
+        names = ", ".join(self.keys)
+        largest = max(abs(float(bound)) for bound in weight.aminmax()) if weight.numel() else 0.0
+        if not math.isfinite(largest):
+            raise CheckpointError(f"{names} has a weight that is infinite or no number, for which there is no code")
+        if largest / (self.form.middle - 1) > torch.finfo(self.dtype).max:
+            name = str(self.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{names} has weights up to {largest:.3g}, whose scales {name} cannot hold: build with --dtype float32"
+            )
+        return self.quantizer(weight, self.form)
 
 
 @runtime_checkable
