@@ -11,7 +11,9 @@ import pytest
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
+from framefusion.runtime.backends.openvino.backend import OpenVinoBackend
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.machine import cpu
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
 from tools.tiny import clips
@@ -48,6 +50,26 @@ def test_answers_mean_something(bundle: Bundle) -> None:
             right[name] += pipeline.answer(prompt, rows, request).text.strip() == clip.answer
     assert right["dense"] > 0.85 * QUESTIONS
     assert right["framefusion"] > right["random"]
+
+
+def test_openvino_says_the_same(bundle: Bundle) -> None:
+    """In fp32 token by token; in bf16 all but a few answers: two that are as likely may change places."""
+    pytest.importorskip("openvino", reason="it is not installed: pip install openvino")
+    theirs = Pipeline(bundle, threads=1)
+    folder = bundle.folder
+    ours = Pipeline(bundle, OpenVinoBackend(folder, threads=1, manifest=bundle.manifest))
+    has_bf16 = bool({"avx512_bf16", "amx_bf16"} & cpu.features())
+    in_bf16 = Pipeline(bundle, OpenVinoBackend(folder, threads=1, in_bf16=has_bf16, manifest=bundle.manifest))
+    agree = 0
+    requests = [*REQUESTS.values(), Request(8, cost=0.5), Request(8, cost=0.1)]
+    for seed in range(clips.HELD_OUT + 700_000, clips.HELD_OUT + 700_010):
+        clip = clips.draw_clip(seed)
+        turns = [Turn("user", (Visual.VIDEO, clip.question))]
+        for request in requests:
+            expected = theirs.generate(turns, [clip.frames], request)
+            assert ours.generate(turns, [clip.frames], request).token_ids == expected.token_ids
+            agree += in_bf16.generate(turns, [clip.frames], request).text == expected.text
+    assert agree >= 0.94 * 10 * len(requests)
 
 
 def test_a_film_file_gives_the_answer_of_its_frames(bundle: Bundle, tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.families import FAMILIES
 from framefusion.export.options import BuildOptions
 from framefusion.reduction import tracks
+from framefusion.runtime.backends.openvino.backend import OpenVinoBackend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.generation.decode import Decoder
 from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.machine.machine import Machine
 from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.video.frames import Video, read_video
 from framefusion.runtime.media.visual_input import Rows, VisualInput
@@ -166,7 +168,10 @@ def test_bundles(case: FamilyCase, variant: str, tmp_path: Path) -> None:
     assert built.manifest.check["passed"]
     subject = Subject(case, folder, Pipeline(Bundle(built.folder), threads=1), case.reference(folder))
     bundle = subject.pipeline.bundle
-    assert prove(bundle, subject.pipeline.backend, require_golden(bundle)).right
+    golden = require_golden(bundle)
+    assert prove(bundle, subject.pipeline.backend, golden).right
+    if variant == case.variants[0] and Machine.here().openvino is not None:  # held to the same numbers and limits
+        assert prove(bundle, OpenVinoBackend(bundle.folder, threads=1, manifest=bundle.manifest), golden).right
     for name in CONVERSATIONS if variant in (case.variants[0], *case.thorough) else ("video",):
         conversation = read_conversation(subject, name)
         compare_prompt(subject, conversation)

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -41,6 +42,7 @@ SEED = 0
 BENCHMARKS = (
     "prefill",
     "decode",
+    "backends",
     "kernels",
     "attention",
     "memory",
@@ -220,9 +222,18 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,
+        "openvino": installed_version("openvino"),
         "gpu": None if gpu is None else asdict(gpu),
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def installed_version(distribution: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> str:
