@@ -140,10 +140,17 @@ class OpenVinoBackend(HostBackend):
         return CompiledGraph(openvino.Core().compile_model(model, "CPU", self._settings), writes_in_place(model))
 
     @property
+    def _rounded_together(self) -> int:
+        """Activations that are rounded to 8 bits with one scale, as the graphs say: a block of a product's weights."""
+        quantization = None if self._manifest is None else self._manifest.quantization
+        return 0 if quantization is None else min((record.block for record in quantization.formats), default=0)
+
+    @property
     def _settings(self) -> dict[str, Any]:
         """What would otherwise be chosen by OpenVINO: types, one request at a time, and threads that no core keeps."""
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self._computes,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": self._rounded_together,
             "KV_CACHE_PRECISION": _KEYS_AND_VALUES[self._stored],
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,

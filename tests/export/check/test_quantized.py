@@ -16,10 +16,12 @@ from framefusion.export.check.verify import weight_report
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.runtime.backends.openvino.backend import OpenVinoBackend, open_backend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import WeightFormatRecord
 from framefusion.runtime.proof.golden import require_golden
 from framefusion.runtime.proof.opening import open_proven
+from framefusion.runtime.proof.prove import prove
 
 TRAINED = Path(__file__).parents[2] / "models" / "tiny_qwen2_vl"
 INT4 = BuildOptions(weights="int4", num_decoder_layer=4, depth=2, cost=0.5)
@@ -52,6 +54,19 @@ def test_a_quantized_bundle_is_checked_with_its_codes_and_runs(built: Path) -> N
     assert require_golden(bundle).limits.numbers == pytest.approx(lines["dense logits"]["limit"])
     choice, _ = open_proven(bundle)
     assert choice.option.backend == "onnxruntime"
+
+
+@pytest.mark.slow
+def test_openvino_reads_the_codes_and_rounds_activations_a_block(built: Path) -> None:
+    pytest.importorskip("openvino", reason="it is not installed: pip install openvino")
+    bundle = Bundle(built)
+    backend = open_backend(bundle, "openvino", "cpu", 1)
+    proof = prove(bundle, backend, require_golden(bundle))
+    assert proof.right
+    assert proof.worst.error > 1e-4  # in fp32 without that rounding it is nearer
+    assert isinstance(backend, OpenVinoBackend)
+    compiled = backend.graph("segments/rest/graph.onnx").model
+    assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 32
 
 
 @pytest.mark.slow
