@@ -6,8 +6,9 @@ every checkpoint variant and every kind of conversation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from framefusion.export.options import BuildOptions
 from framefusion.reduction import tracks
 from framefusion.runtime.backends.openvino.backend import OpenVinoBackend
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.generation.decode import Decoder
 from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.generation.token_rows import TokenRows
@@ -33,7 +35,7 @@ from framefusion.runtime.media.visual_input import Rows, VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.proof.golden import require_golden
 from framefusion.runtime.proof.prove import prove
-from framefusion.runtime.request import Stopwatch
+from framefusion.runtime.request import Step, Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families import CASES
 from tests.families.case import CONVERSATIONS, FamilyCase, Media, Reference, clip, picture, relative_error
@@ -178,6 +180,7 @@ def test_bundles(case: FamilyCase, variant: str, tmp_path: Path) -> None:
         compare_features(subject, conversation)
         compare_answers(subject, conversation)
         compare_reduced(subject, conversation)
+    compare_batched(subject, conversation)
 
 
 def compare_prompt(subject: Subject, conversation: Conversation) -> None:
@@ -240,3 +243,23 @@ def compare_reduced(subject: Subject, conversation: Conversation) -> None:
     kept = prefill(pipeline.segments, conversation.rows, reduction, 1, Stopwatch()).kept[-1]
     assert set(np.flatnonzero(prompt.labels == tracks.TEXT)) <= set(kept.tolist())
     assert len(kept) < prompt.token_ids.size
+
+
+def compare_batched(subject: Subject, conversation: Conversation) -> None:
+    """Dense and reduced side by side in a batch, each as it is alone, whatever the family has in its layers."""
+    pipeline = subject.pipeline
+    generation = replace(pipeline.manifest.generation, eos_token_ids=(), do_sample=False)
+    requests = [Request(new_tokens, cost=cost, generation=generation) for new_tokens, cost in ((4, 1.0), (6, COST))]
+
+    def steps(request: Request, batch: DecodeBatch | None) -> Iterator[Step]:
+        stopwatch = Stopwatch()
+        prefilled = pipeline.prefill(conversation.prompt, conversation.rows, request, stopwatch)
+        return pipeline.decode(conversation.prompt, prefilled, request, stopwatch, logits=True, batch=batch)
+
+    batch = DecodeBatch(pipeline.segments)
+    rounds = zip_longest(*(steps(request, batch) for request in requests))
+    for ours, alone in zip(zip(*rounds, strict=True), (steps(request, None) for request in requests), strict=True):
+        for step, reference in zip((step for step in ours if step is not None), alone, strict=True):
+            assert step.token_id == reference.token_id
+            np.testing.assert_array_equal(step.logits, reference.logits)
+    assert len(batch) == 0

@@ -4,8 +4,9 @@
     python -m tools.bench.serve --soak 120 --write     # two hours of mixed load: results/serve_soak.json
 
 A server in a process of its own, asked by the openai package. Each client asks about a film of its own; rounds of one
-after the other and of all at once take turns. Answers of both are compared with those of a pipeline that has no server
-and no batch. "decoding" counts the tokens while every request runs, "whole" all of a round, its prefills included.
+after the other and of all at once take turns. Their answers are compared with each other, the first one with that of a
+pipeline that has no server and no batch, too. "decoding" counts the tokens while every request runs, "whole" all of a
+round, its prefills included.
 """
 
 from __future__ import annotations
@@ -131,42 +132,50 @@ def _measure(
 
 def _answers(
     bundle: Path, threads: int, asks: Mapping[float, Sequence[Ask]]
-) -> tuple[dict[float, list[str]], dict[str, Any]]:
-    """By cost: the text of each answer, and how many such requests the cache has room for."""
+) -> tuple[dict[float, str], dict[str, Any]]:
+    """By cost: the text of the first answer, and how many such requests the cache has room for."""
     room: dict[str, Any] = {}
-    answers: dict[float, list[str]] = {}
+    answers: dict[float, str] = {}
     with Pipeline(Bundle(bundle), threads=threads) as pipeline:
         slot = slot_bytes(pipeline.manifest)
-        for cost, wanted in asks.items():
-            found = [expected(pipeline, each) for each in wanted]
-            answers[cost] = [each.first for each in found]
-            slots = [sum(length + wanted[0].new_tokens for length in each.report.kv_lengths) for each in found]
-            size = float(np.mean(slots)) * slot
-            room[f"cost {cost:g}"] = {"count": int(GIGABYTES * 2**30 / size), "mb_each": size / 2**20,
-                                      "prompt_tokens": found[0].report.prompt_tokens,
-                                      "reached": found[0].report.cost}  # fmt: skip
+        for cost, (wanted, *_) in asks.items():
+            found = expected(pipeline, wanted)
+            answers[cost] = found.first
+            size = slot * sum(length + wanted.new_tokens for length in found.report.kv_lengths)
+            room[f"cost {cost:g}"] = {"count": GIGABYTES * 2**30 // size, "mb_each": size / 2**20,
+                                      "prompt_tokens": found.report.prompt_tokens,
+                                      "reached": found.report.cost}  # fmt: skip
     return answers, room
 
 
-def _throughput(server: Server, asks: Sequence[Ask], texts: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Tokens a second of one client after the other and of all at once."""
+def _throughput(server: Server, asks: Sequence[Ask], text: str, rounds: int) -> dict[str, Any]:
+    """Tokens a second of one client after the other and of all at once.
+
+    Args:
+        server: that is asked.
+        asks: one of each client.
+        text: the answer to the first one, without a server.
+        rounds: of each kind.
+    """
     alone: list[dict[str, float]] = []
     together: list[dict[str, float]] = []
     gaps: list[float] = []
-    wrong = 0
+    texts: list[list[str]] = []  # of each round
     for _ in range(rounds):
         client = server.client()
         begun = time.perf_counter()
         answers = [ask(client, each.body([each.first()], stream=True)) for each in asks]
         alone.append(_rates(answers, time.perf_counter() - begun, at_once=False))
-        wrong += sum(answer.text != text for answer, text in zip(answers, texts, strict=True))
+        texts.append([answer.text for answer in answers])
         begun = time.perf_counter()
         with ThreadPoolExecutor(len(asks)) as threads:
             answers = list(threads.map(lambda each: ask(server.client(), each.body([each.first()], stream=True)), asks))
         together.append(_rates(answers, time.perf_counter() - begun, at_once=True))
-        wrong += sum(answer.text != text for answer, text in zip(answers, texts, strict=True))
+        texts.append([answer.text for answer in answers])
         for answer in answers:
             gaps += np.diff(answer.times).tolist()
+    right = [text, *texts[0][1:]]
+    wrong = sum(found != other for several in texts for found, other in zip(several, right, strict=True))
     figures: dict[str, Any] = {"one_after_the_other": _medians(alone), "at_once": _medians(together)}
     for name in ("whole", "decoding"):
         key = f"{name}_tokens_per_second"

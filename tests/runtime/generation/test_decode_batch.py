@@ -59,9 +59,9 @@ class Bench:
             self.alone[key] = [step for step in steps if step.kind == "token"]
         return self.alone[key][: plan.new_tokens]
 
-    @staticmethod
-    def request(plan: Plan, new_tokens: int) -> Request:
-        return Request(new_tokens, cost=plan.cost)
+    def request(self, plan: Plan, new_tokens: int) -> Request:
+        fixed = self.pipeline.manifest.reduction.mode == "fixed"  # its cost is built in
+        return Request(new_tokens, cost=None if fixed else plan.cost)
 
 
 @cache
@@ -69,7 +69,9 @@ def bench_of(name: str, folder: Path) -> Bench:
     pipeline = Pipeline(Bundle(shared(name), verify=False), threads=1)
     films = [write_film(folder / f"{frames}.mp4", seed=frames, frames=frames) for frames in (4, 12)]
     turns = [Turn("user", (Visual.VIDEO, "What happens?")), Turn("user", (Visual.VIDEO, "And then " * 9))]
-    prompts = [pipeline.read([turn], [film]) for turn, film in zip(turns, films, strict=True)]
+    pairs = list(zip(turns, films, strict=True))[: 1 if name.startswith("fixed") else 2]  # the longer one does not fit
+    prompts = [pipeline.read([turn], [film]) for turn, film in pairs]
+    prompts += prompts[: 2 - len(prompts)]
     prompts.append(pipeline.read("Hello"))
     return Bench(pipeline, prompts)
 
@@ -89,9 +91,7 @@ def run(bench: Bench, plans: list[Plan], order: Iterator[float] | None = None) -
     while waiting or running:
         while waiting and waiting[0].begins <= number:
             plan = waiting.pop(0)
-            if bench.pipeline.manifest.reduction.mode == "adaptive":
-                steps = bench.steps(plan.prompt, bench.request(plan, plan.new_tokens), batch)
-            running.append((plan, steps, number))
+            running.append((plan, bench.steps(plan.prompt, bench.request(plan, plan.new_tokens), batch), number))
         stay = []
         for plan, steps, begun in running:
             if plan.cancelled_after is not None and number - begun >= plan.cancelled_after:
@@ -128,6 +128,13 @@ def test_requests_of_unequal_lengths_are_decoded_together(bench: Bench) -> None:
     assert len(batch) == 0
     assert batch.nbytes == 0
     run(bench, plans)
+
+
+@pytest.mark.slow
+def test_layers_of_a_fixed_bundle_have_lengths_of_their_own(tmp_path: Path) -> None:
+    """One segment, whose static prefill reduces inside: its decode graph is free in its rows."""
+    bench = bench_of("fixed-gqa", tmp_path)
+    run(bench, [Plan(prompt, 1.0, new_tokens, begins, None) for prompt, new_tokens, begins in ((0, 9, 0), (2, 6, 1))])
 
 
 PLANS = st.builds(
