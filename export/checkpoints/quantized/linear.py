@@ -24,7 +24,7 @@ from framefusion.export.checkpoints.tensors.tensor_file import DTYPES, TensorEnt
 from framefusion.export.quantization.blocks import BITS, LEAST_BLOCK, MOST_BLOCK, BlockFormat, BlockQuantized
 
 USUAL_BLOCK = 128  # for a scale that serves a whole row
-_AT_ONCE = 1 << 24  # bytes of fp32 that are computed at a time
+_AT_ONCE = 1 << 22  # bytes of fp32 that are computed at a time
 
 
 class Stored(Protocol):
