@@ -24,7 +24,12 @@ The peak of a process is the sum of these, or what is there while the vision tow
     while the tower runs: process, all weights, the tower's activations, patches of the video and its features
 
 Frames at the film's own size are not in it: they are gone before the first graph runs. The constants were measured with
-ONNX Runtime on the CPU. Knows no other backend.
+ONNX Runtime on the CPU.
+
+Of a GPU only what is certain is forecast, `GpuMemory`: weights and caches in the bundle's type, and the embedding
+table, which the first greedy answer copies there where it takes no more than an eighth of what is free: see
+`Embedding.upload`.
+Activations are the library's. Knows no other backend.
 """
 
 from __future__ import annotations
@@ -67,6 +72,47 @@ class MemoryPlan:
         """Bytes at the peak: while generating, or while the tower runs."""
         generating = self.process + self.weights + self.embedding + self.activations + self.rows + self.caches
         return max(generating, self.vision_peak)
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes that a GPU holds of a bundle while it answers, by what takes them; activations come on top."""
+
+    weights: int
+    caches: int
+    embedding: int  # only where there is room enough; else the host gives a row a step
+
+    @property
+    def least(self) -> int:
+        """Without the table, which may stay on the host."""
+        return self.weights + self.caches
+
+    @property
+    def total(self) -> int:
+        """With it."""
+        return self.least + self.embedding
+
+
+def gpu_plan(manifest: Manifest, tokens: int, max_new_tokens: int) -> GpuMemory:
+    """What a GPU holds for a prompt and its answer, each segment with the whole prompt in its caches.
+
+    Args:
+        manifest: of the bundle.
+        tokens: of the prompt.
+        max_new_tokens: of the answer.
+    """
+    lengths = worst_lengths(manifest, tokens)
+    return GpuMemory(
+        weights=sum(manifest.graphs.values()),
+        caches=sum(cache_bytes(manifest, index, n, max_new_tokens) for index, n in enumerate(lengths)),
+        embedding=table_bytes(manifest),
+    )
+
+
+def table_bytes(manifest: Manifest) -> int:
+    """Bytes of the embedding table on a device, in the bundle's type; rows that no token names stay on the host."""
+    record = manifest.embedding
+    return record.rows * record.width * FLOAT_BYTES[manifest.model.dtype]
 
 
 def memory_plan(

@@ -10,6 +10,7 @@ from framefusion.runtime.backends import table as backends
 from framefusion.runtime.backends.fit import gpu_memory, is_cpu
 from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.memory import table_bytes
 from framefusion.storage.records import to_json
 
 
@@ -35,6 +36,7 @@ def _kind_facts(manifest: Manifest, engines: Sequence[EngineRecord]) -> dict[str
         "experimental": device not in backends.backend(first.kind, device).results,
         "engines": rows,
         "device_bytes": gpu_memory(manifest, first.kind),
+        "embedding_bytes": 0 if device == "cpu" else table_bytes(manifest),
         "one_token_profile_bytes": one_token if any(engine.profiles for engine in engines) else None,
         "graphs_kept": all(engine.graph in manifest.files for engine in engines),
         **total,
@@ -84,7 +86,11 @@ def engine_block(facts: Mapping[str, Any]) -> str:
             "decoding runs two tokens wide on the same weights; a profile of one token would copy them, "
             f"{in_bytes(facts['one_token_profile_bytes'])} more"
         )
-    tail.append(f"engines and caches take at least {in_bytes(facts['device_bytes'])} on the device")
+    table_line = ""
+    if facts["embedding_bytes"]:
+        table_line = f"; the embedding table {in_bytes(facts['embedding_bytes'])} more, where an eighth of what is free"
+        table_line += " takes it"
+    tail.append(f"engines and caches take at least {in_bytes(facts['device_bytes'])} on the device{table_line}")
     if not facts["graphs_kept"]:
         tail.append("the graphs were left out (--engines-only): no run on the CPU, no check, no further engines")
     if facts["experimental"]:

@@ -30,9 +30,9 @@ from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.report.inspection import TEXT, reduction_facts, span, weight_facts
 from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
 from framefusion.export.writing.staging import SPARE
-from framefusion.runtime.backends.table import engine_traits
+from framefusion.runtime.backends.table import backend, engine_traits
 from framefusion.runtime.format.manifest import FLOAT_BYTES, FileRecord, Manifest
-from framefusion.runtime.memory import expected_lengths, memory_plan
+from framefusion.runtime.memory import expected_lengths, gpu_plan, memory_plan
 
 CHECKED_A_SECOND = 40e6  # bytes of the checkpoint that a streamed check compares: 360 s of one core for a 7B
 COMPARED_A_SECOND = 80e6  # without the runs in ONNX Runtime
@@ -92,6 +92,7 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
             "run": {name: memory.total for name, memory in plans.items()},
             "check": None if scope is None else scope.memory,
             "golden": None if golden.missing else golden.memory,
+            "gpu": _gpu(manifest, plan, tokens),
         },
         "check": None if scope is None else _check(scope, checked),
         "golden": {"streamed": golden.streamed, "missing": golden.missing},
@@ -164,6 +165,15 @@ def _engines(plan: BuildPlan, size: int) -> dict[str, Any] | None:
     }
 
 
+def _gpu(manifest: Manifest, plan: BuildPlan, tokens: int) -> dict[str, int] | None:
+    """What a GPU holds of a run at least, and with the embedding table; None where nothing is built for one."""
+    options = plan.options.engines
+    if options is None or (options.device == "cpu" and "cpu" in backend(options.kind).devices):
+        return None
+    memory = gpu_plan(manifest, tokens, NEW_TOKENS)
+    return asdict(memory) | {"least": memory.least, "total": memory.total}
+
+
 def _segment(manifest: Manifest, index: int) -> dict[str, Any]:
     record = manifest.segments[index]
     first = sum(segment.num_mlps for segment in manifest.segments[:index])
@@ -208,6 +218,16 @@ def _seconds(plan: BuildPlan, size: int, scope: Scope | None, golden: GoldenEffo
     times = 2 if scope is not None and scope.method == "full" else 1  # the check chooses all codes once more
     searched = times * sum(_searched(plan)) / SEARCHED_A_SECOND
     return searched + size / BYTES_A_SECOND + TRACING * sum(traced.values()) + _checking(plan, scope) + canned
+
+
+def _gpu_lines(gpu: Mapping[str, int] | None) -> list[str]:
+    if gpu is None:
+        return []
+    return [
+        f"of it on a GPU: {in_bytes(gpu['least'])} (weights {in_bytes(gpu['weights'])}, caches "
+        f"{in_bytes(gpu['caches'])}), activations besides; the embedding table {in_bytes(gpu['embedding'])} more where "
+        "an eighth of what is free takes it"
+    ]
 
 
 def _engine_lines(engines: Mapping[str, Any] | None) -> list[str]:
@@ -267,6 +287,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"memory of the build: about {in_bytes(memory['build'])}",
         f"memory of a run, {prompt['input_len']} tokens of prompt and {prompt['max_new_tokens']} new ones: "
         f"{in_bytes(memory['run']['expected'])} expected, {in_bytes(memory['run']['worst'])} at worst",
+        *_gpu_lines(memory["gpu"]),
         *_engine_lines(facts["engines"]),
         _check_line(check, memory["check"]),
         _golden_line(facts["golden"], memory["golden"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from framefusion.errors import PromptError
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.format.manifest_file import read_manifest
-from framefusion.runtime.memory import expected_lengths, memory_plan
+from framefusion.runtime.memory import expected_lengths, gpu_plan, memory_plan, table_bytes
 from tests.films import write_film
 from tests.random_checkpoint import random_checkpoint
 from tests.versions import needs_torch
@@ -49,6 +50,17 @@ def test_what_is_dropped_is_saved(manifest: Manifest) -> None:
     worst, expected = memory_plan(manifest, 300, 200), memory_plan(manifest, 300, 200, lengths=lengths)
     assert expected.caches < worst.caches
     assert expected.weights == worst.weights
+
+
+def test_a_gpu_may_hold_the_embedding_table(manifest: Manifest) -> None:
+    """As many bytes as the device is given for it, in the bundle's type."""
+    plan = gpu_plan(manifest, 300, 20)
+    rows = manifest.embedding.rows * manifest.model.hidden_size
+    assert plan.embedding == table_bytes(manifest) == 4 * rows
+    assert table_bytes(replace(manifest, model=replace(manifest.model, dtype="float16"))) == 2 * rows
+    assert plan.weights == sum(manifest.graphs.values())
+    assert plan.caches == memory_plan(manifest, 300, 200, 20).caches
+    assert (plan.least, plan.total) == (plan.weights + plan.caches, plan.weights + plan.caches + plan.embedding)
 
 
 def test_text_alone_runs_no_tower(manifest: Manifest) -> None:

@@ -122,6 +122,18 @@ def test_the_command_says_it_in_tables(checkpoint: Path, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_for_a_gpu_says_what_lies_on_it(checkpoint: Path, tmp_path: Path) -> None:
+    options = BuildOptions.chosen(backend="tensorrt-rtx")
+    facts = forecast(BuildPlan(Checkpoint(checkpoint), options), tmp_path / "out", verify=False)
+    gpu = facts["memory"]["gpu"]
+    assert gpu["total"] == gpu["weights"] + gpu["caches"] + gpu["embedding"]
+    assert gpu["embedding"] == facts["model"]["vocab_size"] * facts["model"]["hidden_size"] * 2
+    assert "of it on a GPU: " in render(facts)
+    on_cpu = forecast(BuildPlan(Checkpoint(checkpoint), BuildOptions()), tmp_path / "out", verify=False)
+    assert on_cpu["memory"]["gpu"] is None
+    assert "GPU" not in render(on_cpu)
+
+
 def test_what_a_build_refuses_the_plan_refuses(checkpoint: Path) -> None:
     assert_refused(export("plan", checkpoint, "--cost", 3), errors.BudgetError, "3")
     assert_refused(export("plan", checkpoint / "no"), errors.CheckpointError, "no")
