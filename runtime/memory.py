@@ -28,8 +28,7 @@ ONNX Runtime on the CPU.
 
 Of a GPU only what is certain is forecast, `GpuMemory`: weights and caches in the bundle's type, and the embedding
 table, which the first greedy answer copies there where it takes no more than an eighth of what is free: see
-`Embedding.upload`.
-Activations are the library's. Knows no other backend.
+`Embedding.upload`. Activations are the library's. Knows no other backend.
 """
 
 from __future__ import annotations

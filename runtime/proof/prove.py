@@ -3,6 +3,7 @@
     vision tower   rows of the canned picture
     each run       kept tokens and the scores behind them, logits behind the prompt and behind each token of the answer
     in parts       the last segment's prefill in parts, where the backend would do that to a long prompt
+    chosen         the tokens that a device takes by itself, from the largest logit on, against its own logits
 
 Errors are shares of the golden's largest magnitude. Two scores may be nearer to each other than rounding: where a
 device keeps other tokens than the golden, the golden's decisions are repeated there and the scores behind them
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from framefusion.errors import BackendError
 from framefusion.reduction.plan import Plan, Scores
 from framefusion.reduction.policy import Decision, ReductionState
 from framefusion.reduction.tracks import DISSIMILAR, FloatArray
 from framefusion.runtime.backends.base import Backend
+from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.proof.golden import (
     Golden,
@@ -106,12 +109,31 @@ def prove(bundle: Bundle, backend: Backend, golden: Golden) -> Proof:
     if dense is not None and backend.chunk is not None and _has_parts(bundle):
         answer = rehearsal.answer(None, chunk=-(-golden.request.length // PARTS), decode=False)
         stages.append(_logits(f"{dense.name}, in parts: logits", answer.logits, dense.logits[:1], rehearsal, golden))
+    # 4. The tokens that the device chooses by itself, where it is not the host that chooses them.
+    if backend.device is not HOST and all(stage.right for stage in stages):
+        stages.append(_chosen(rehearsal, golden))
     return Proof(tuple(stages), time.perf_counter() - start)
 
 
 def _has_parts(bundle: Bundle) -> bool:
     """Whether the last segment takes any number of tokens: see `segments.chunks_of`."""
     return bundle.manifest.reduction.mode != "fixed" and bundle.manifest.segments[-1].buckets is None
+
+
+def _chosen(rehearsal: Rehearsal, golden: Golden) -> Stage:
+    """How far the logits of the tokens that a device chose lie below the largest, of which both may be off."""
+    what = "tokens chosen on the device"
+    limit = golden.limits.numbers
+    try:
+        chosen = rehearsal.chosen()
+    except BackendError as error:
+        return Stage(what, float("inf"), limit, str(error))
+    worst = 0.0
+    for token, logits in zip(chosen.tokens, chosen.logits, strict=True):
+        is_token = 0 <= token < logits.size
+        behind = float(logits.max() - logits[token]) if is_token else np.inf
+        worst = _largest(worst, behind / float(np.abs(logits).max()) / 2)
+    return Stage(what, worst, limit)
 
 
 def _tower(rehearsal: Rehearsal, tower: GoldenTower, golden: Golden) -> Stage:

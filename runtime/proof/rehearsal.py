@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from framefusion.reduction.policy import Decision, ReductionState
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.bundle import Bundle
-from framefusion.runtime.generation.decode import Decoder
+from framefusion.runtime.generation.decode import Decoder, GreedyDecoder
 from framefusion.runtime.generation.embedder import Embedder, Embedding
 from framefusion.runtime.generation.fixed_prefill import prefill_fixed
-from framefusion.runtime.generation.prefill import prefill, start_reduction
+from framefusion.runtime.generation.prefill import Prefilled, prefill, start_reduction
 from framefusion.runtime.generation.segments import Segments
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.proof.canned import CannedPicture, CannedRequest
@@ -39,6 +39,14 @@ class Answer:
     kept: list[NDArray[np.int64]]  # for each segment: places in the prompt of the tokens that entered it
     decisions: list[Decision]  # of each call that decided; the static graph of the fixed mode shows none
     logits: list[NDArray[np.float32]]  # [V] behind the prompt, then behind each token of the answer
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a device chose by itself, and the logits that it had to choose from."""
+
+    tokens: list[int]
+    logits: list[NDArray[np.float32]]  # [V] each
 
 
 class Rehearsal:
@@ -112,25 +120,56 @@ class Rehearsal:
         segments = Segments(self.manifest, backend)
         decisions: list[Decision] = []
         # 1. Prefill, reduced as a request of this cost would be.
-        rows = self.rows(noise)
-        new = self.request.answer
-        if self.manifest.reduction.mode == "fixed":
-            done = prefill_fixed(segments, rows, self.prompt.labels, new, Stopwatch())
-        else:
-            reduction = self.reduction(cost, bound)
-            if reduction is not None:
-                reduction.observer = decisions.append
-                reduction = reduction if following is None else following(reduction)
-            done = prefill(segments, rows, reduction, new, Stopwatch())
+        reduction = self.reduction(cost, bound)
+        if reduction is not None:
+            reduction.observer = decisions.append
+            reduction = reduction if following is None else following(reduction)
+        done = self._prefilled(segments, reduction, noise)
         logits = [done.logits.astype(np.float32)]
         kept = [np.asarray(places).copy() for places in done.kept]
         if not decode:
             return Answer(kept, decisions, logits)
         # 2. Decode over the caches that it left, of another length in each segment.
-        places = decode_positions(self.prompt.token_ids.size, self.prompt.rope_delta, new)
-        cos, sin = self._embedder.rope(places)
+        new = self.request.answer
+        cos, sin = self._rotary()
         hidden = self._table(self.request.answer_ids(self.manifest))
         decoder = Decoder(segments, done.caches)
         steps = (decoder.step(hidden[step], cos[step], sin[step]) for step in range(new))
         logits += [row.astype(np.float32) for row in steps]  # copied: a step overwrites what the last one gave
         return Answer(kept, decisions, logits)
+
+    def chosen(self) -> Chosen:
+        """Prefill with every token, and have the device choose the answer; then the same tokens step by step.
+
+        Raises:
+            BackendError: the backend fails, or the device chose otherwise than its own logits say.
+        """
+        segments = Segments(self.manifest, self._backend)
+        rotary = self._rotary()
+        device = self._backend.device
+        # 1. As an answer of the largest logits is made: the table on the device where there is room, tokens alone here.
+        done = self._prefilled(segments, None)
+        tokens = [int(done.logits.argmax())]
+        table = self._table.upload(device, segments.float_type)
+        decoder = Decoder(segments, done.caches)
+        greedy = GreedyDecoder(decoder, self._table, table, rotary, self.manifest.model.vocab_size)
+        for _ in range(self.request.answer):
+            tokens.append(greedy.step(tokens[-1]))
+        # 2. The logits behind the very tokens that were chosen.
+        decoder = Decoder(segments, self._prefilled(segments, None).caches)
+        hidden = self._table(np.array(tokens))
+        cos, sin = rotary
+        steps = (decoder.step(hidden[step], cos[step], sin[step]) for step in range(self.request.answer))
+        return Chosen(tokens[1:], [row.astype(np.float32) for row in steps])
+
+    def _prefilled(self, segments: Segments, reduction: ReductionState | None, noise: float = 0.0) -> Prefilled:
+        rows = self.rows(noise)
+        new = self.request.answer
+        if self.manifest.reduction.mode == "fixed":
+            return prefill_fixed(segments, rows, self.prompt.labels, new, Stopwatch())
+        return prefill(segments, rows, reduction, new, Stopwatch())
+
+    def _rotary(self) -> tuple[Array, Array]:
+        """Tables of the tokens of the answer.  [N, hd/2] twice"""
+        prompt = self.prompt
+        return self._embedder.rope(decode_positions(prompt.token_ids.size, prompt.rope_delta, self.request.answer))

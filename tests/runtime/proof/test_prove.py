@@ -19,10 +19,12 @@ from tests.runtime.bundle_edits import copied, edited, resealed
 from tests.runtime.proof.wrong_backends import (
     AnswersNaN,
     BlursTheTower,
+    Chooses,
     Honest,
     LosesImportance,
     LosesNumbers,
     MisplacesSimilarity,
+    Misreads,
     ScalesACache,
 )
 
@@ -46,6 +48,15 @@ def test_onnxruntime_on_the_cpu_is_right(bundle: Path) -> None:
     assert names[-1] == "dense, in parts: logits"
     assert proof.worst.error < 2e-5  # the limit is not what makes it right
     assert proof.text.startswith("right, largest error ")
+
+
+def test_tokens_that_a_device_chooses_are_compared_with_its_own_logits(bundle: Path) -> None:
+    right = proof_of(bundle, Chooses)
+    assert right.right
+    assert (right.stages[-1].what, right.stages[-1].error) == ("tokens chosen on the device", 0.0)
+    wrong = proof_of(bundle, Misreads)
+    assert wrong_in(wrong) == {"tokens chosen on the device"}
+    assert 0.1 < wrong.stages[-1].error <= 1
 
 
 def test_weights_of_another_checkpoint_in_one_segment(bundle: Path, tmp_path: Path) -> None:

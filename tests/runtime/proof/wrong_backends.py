@@ -9,6 +9,7 @@ import numpy as np
 
 from framefusion.errors import BackendError
 from framefusion.runtime.backends.base import BoundSegment
+from framefusion.runtime.backends.host import HostDevice
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend, OnnxRuntimeSegment
 from framefusion.runtime.bundle import Bundle
@@ -74,6 +75,61 @@ class Rewritten:
         self._inner.run()
         if self._owner.output in self.outputs:
             self._owner.change(self.outputs[self._owner.output])
+
+
+class ChoosingDevice(HostDevice):
+    """The CPU as a device that chooses tokens by itself."""
+
+
+class MisreadingDevice(ChoosingDevice):
+    """From its fourth token on it takes the smallest logit in place of the largest."""
+
+    def greedy_tokens(self, *arguments: Any) -> Any:
+        """The host's, which reads another logit."""
+        return Misreading(super().greedy_tokens(*arguments))
+
+
+class Misreading:
+    """Choices that are right three times."""
+
+    feeds_rows = False
+    runs_ahead = False
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._pulled = 0
+        self.inputs = inner.inputs
+        self.outputs = inner.outputs
+
+    def run(self) -> None:
+        """As it is."""
+        self._inner.run()
+
+    def request(self) -> None:
+        """As it is."""
+        self._inner.request()
+
+    def pull(self) -> tuple[int, float]:
+        """The token, or the worst one."""
+        (token, largest) = self._inner.pull()
+        self._pulled += 1
+        return (token, largest) if self._pulled < 4 else (int(self.inputs["logits"].argmin()), largest)
+
+
+class Chooses(Honest):
+    """Tokens are chosen by the device."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.device = ChoosingDevice()
+
+
+class Misreads(Honest):
+    """Tokens are chosen by a device that chooses wrongly."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.device = MisreadingDevice()
 
 
 class MisplacesSimilarity(Rewrites):
