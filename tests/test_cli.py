@@ -87,7 +87,18 @@ assert "torch" not in sys.modules
 
 def test_every_build_option_has_its_flag() -> None:
     flags = {parameter.name: parameter.opts for parameter in ff_export.commands["build"].params}
-    for other in ("checkpoint", "output", "revision", "clips", "force", "no_check", "tolerance", "json"):
+    for other in (
+        "checkpoint",
+        "output",
+        "revision",
+        "clips",
+        "force",
+        "no_check",
+        "tolerance",
+        "json",
+        "questions",
+        "max_points_lost",
+    ):
         del flags[other]
     for resource in ("jobs", "engine_cache", "engine_cache_limit"):
         del flags[resource]

@@ -106,6 +106,11 @@ def build_command(
         settings = {"force": force, "verify": not no_check, "tolerance": tolerance, "resources": limits}
         built = _build(source, output, options, progress=progress, acceptance=accepted, **settings)
     console.show(_built_report(built), _render_built)
+    if accepted is not None and built.manifest.quantization is not None:
+        from framefusion.export.evaluate.acceptance.loss import doubt
+
+        if sentence := doubt(built.manifest.quantization.losses, accepted.points):
+            console.log(sentence)
     if not console.wants_json():
         console.log(_next_command(built))
 
@@ -147,13 +152,14 @@ def _build(source: Checkpoint, output: Path, options: BuildOptions, **settings: 
 
 
 def _built_report(built: Built) -> dict[str, Any]:
-    from framefusion.export.report.inspection import bytes_by_part, reduction_facts
+    from framefusion.export.report.inspection import bytes_by_part, reduction_facts, weight_facts
 
     manifest = built.manifest
     source = manifest.source
     return {
         "bundle": str(built.folder),
         "quantized_checkpoint": None if source is None else source.quantization,
+        "weights": weight_facts(manifest),
         "reduction": reduction_facts(manifest),
         "bytes": bytes_by_part(built.folder, manifest),
         "check": dict(manifest.check) or None,
@@ -167,6 +173,8 @@ def _render_built(report: dict[str, Any]) -> str:
     lines = [f"{report['bundle']}: {size}, reduction {report['reduction']['text']}"]
     if report["quantized_checkpoint"]:
         lines.append(f"quantized checkpoint: {report['quantized_checkpoint']}")
+    if report["weights"]["quantization"] is not None:
+        lines.append(f"weights: {report['weights']['text']}")
     from framefusion.export.report.inspection import comparison_summary, render_comparison
 
     compared = f"{comparison_summary(None)} (--no-check)" if check is None else render_comparison(check)

@@ -109,3 +109,14 @@ def check_loss(losses: Sequence[LossRecord], points: float, folder: Path) -> Non
         f"{worst.low:.1f} to {worst.high:.1f}), --max-points-lost is {points:g}; it was not published: take int8, "
         "smaller blocks or +zero, or allow more"
     )
+
+
+def doubt(losses: Sequence[LossRecord], points: float) -> str:
+    """A sentence where so few questions do not show that no more is lost than is accepted; "" where they do."""
+    widest = max(losses, key=lambda loss: loss.high)
+    if widest.high <= points:
+        return ""
+    return (
+        f"{widest.questions} questions do not show that at most {points:g} points are lost: at cost {widest.cost:g} "
+        f"the 95 % interval reaches {widest.high:.1f}; more questions make it narrower"
+    )

@@ -9,7 +9,7 @@ import pytest
 from framefusion.errors import BudgetError, CheckFailedError, EvaluationError
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.evaluate.acceptance.loss import Acceptance, check_loss, points_lost
+from framefusion.export.evaluate.acceptance.loss import Acceptance, check_loss, doubt, points_lost
 from framefusion.export.evaluate.questions import Question, read_questions
 from framefusion.export.options import BuildOptions
 from framefusion.export.report.inspection import weight_facts
@@ -27,6 +27,14 @@ def test_only_more_than_is_allowed_is_refused(tmp_path: Path) -> None:
     check_loss([loss(-1), loss(2)], 2.0, tmp_path)
     with pytest.raises(CheckFailedError, match=r"loses 3\.0 points at cost 0\.3 .* 90 .* 87 quantized"):
         check_loss([loss(3), loss(2)], 2.0, tmp_path)
+
+
+def test_what_few_questions_do_not_show_is_said() -> None:
+    assert doubt([loss(-1), loss(-3)], 3.0) == ""
+    assert (
+        "100 questions do not show that at most 2 points are lost: at cost 0.3 the 95 % interval reaches 3.0"
+        in doubt([loss(-1), loss(-3)], 2.0)
+    )
 
 
 def test_no_question_and_no_quantized_weights_are_refused(tmp_path: Path) -> None:
