@@ -115,7 +115,7 @@ def check_bundle(
     # 5. every error beside its limit: tokens have limits that no type changes
     lines = _judged(errors, tolerance)
     notes = [*comparison.notes, *([cost_note(cost)] if cost else [])]
-    if plan.quantization is not None and not effort.streamed:
+    if plan.rounds_activations and not effort.streamed:
         exact_lines, exact_notes = _exact(bundle, plan, theirs)
         lines += exact_lines
         notes += exact_notes
@@ -147,7 +147,7 @@ def scratch_place(folder: Path) -> Path:
 
 def _is_exact(plan: BuildPlan) -> bool:
     """Whether the bundle computes in fp32, activations included."""
-    return plan.dtype == torch.float32 and plan.quantization is None
+    return plan.dtype == torch.float32 and not plan.rounds_activations
 
 
 def _judged(errors: Mapping[str, float], tolerance: float) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ def _compiled(bundle: Bundle, effort: Effort) -> Pipeline:
 
 def default_tolerance(plan: BuildPlan) -> float:
     """The limit of all errors of a build, relative to the largest magnitude of the reference: see the module."""
-    return tolerance_of(plan.dtype, plan.config.num_layers, rounded=plan.quantization is not None)
+    return tolerance_of(plan.dtype, plan.config.num_layers, rounded=plan.rounds_activations)
 
 
 def tolerance_of(dtype: torch.dtype, layers: int, *, rounded: bool = False) -> float:

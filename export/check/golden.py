@@ -164,7 +164,7 @@ def _request(bundle: Bundle, answer: int) -> CannedRequest:
 
 
 def _limits(plan: BuildPlan) -> GoldenLimits:
-    exact = half_unit(plan.dtype, rounded=plan.quantization is not None) == 0
+    exact = half_unit(plan.dtype, rounded=plan.rounds_activations) == 0
     return GoldenLimits(min(check.default_tolerance(plan), 0.5), 0.0 if exact else MOST_SWAPPED)
 
 
@@ -199,7 +199,7 @@ def _steady(
 ) -> tuple[CannedRequest, dict[str, bool]]:
     """The request of the first seed under which every run keeps the same tokens with noise on its rows, or the best."""
     reduced = [(name, cost) for name, cost in costs if cost is not None or plan.fixed is not None]
-    noise = max(HEADROOM * half_unit(plan.dtype, rounded=plan.quantization is not None), LEAST_NOISE)
+    noise = max(HEADROOM * half_unit(plan.dtype, rounded=plan.rounds_activations), LEAST_NOISE)
     found: tuple[int, CannedRequest, dict[str, bool]] | None = None
     for seed in range(seeds if reduced else 1):
         tried = replace(request, seed=seed)

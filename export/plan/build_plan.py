@@ -99,7 +99,7 @@ class BuildPlan:
         )
         self.segments = tuple(map(self._formatted, segments_of(self.reduction, self.config)))
         self.stored_weights = check_stored(checkpoint, options, self.dialect, *self._quantized_keys())
-        check_quantized(self.segments, self.dialect, options)
+        check_quantized(self.segments, options)
         # 5. the prompts
         self.template = self.family.template(checkpoint)
         reading.check_placeholders(checkpoint, self.template, checkpoint.shape(self.embedding_key)[0])
@@ -133,6 +133,11 @@ class BuildPlan:
     def quantization(self) -> QuantizationRecord | None:
         """The manifest's part on weights in 4 or 8 bits; None where all are floats."""
         return self._weights.record(self.segments)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether products with quantized weights round activations to 8 bits, as kernels of the dialect do."""
+        return self.quantization is not None and self.dialect.rounds_activations
 
     @cached_property
     def in_floats(self) -> BuildPlan | None:

@@ -14,6 +14,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.quantized.quantization import Quantization
 from framefusion.export.graphs.tracing.dialects import Dialect
 from framefusion.export.options import AS_STORED, DEQUANTIZED, BuildOptions
+from framefusion.runtime.backends.table import engine_traits
 
 
 def check_stored(
@@ -58,9 +59,7 @@ def check_stored(
 
 def _reason(quantization: Quantization, options: BuildOptions, dialect: Dialect, floats: Collection[str]) -> str:
     """Why the weights cannot be taken as they are; "" where they can."""
-    if "matmul_nbits" not in dialect.translations:
-        return f"graphs of the dialect {dialect.name} have no such weights"
-    if options.backend is not None:
+    if options.backend is not None and not engine_traits(options.backend).quantized:
         return f"{options.backend} engines are not compiled of such weights"
     if floats:
         linear = quantization.linears[min(floats)]
@@ -73,7 +72,7 @@ def _reason(quantization: Quantization, options: BuildOptions, dialect: Dialect,
 def _ways(quantization: Quantization, options: BuildOptions, dialect: Dialect, floats: Collection[str]) -> str:
     """The flags that such a checkpoint can be built with."""
     ways = [f"--weights {DEQUANTIZED} (floats of --dtype)"]
-    if "matmul_nbits" in dialect.translations and options.backend is None:
+    if options.backend is None or engine_traits(options.backend).quantized:
         if not floats and quantization.activations:
             ways.append(f"--weights {AS_STORED} (its codes as they are, activations not rounded)")
         ways.append("--weights int8 or int4 (quantized again; the check measures what that costs)")

@@ -22,11 +22,11 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource, LatestBlocks, QuantizedPart, Recipe, Source
 from framefusion.export.graphs.decoder import LINEARS
 from framefusion.export.graphs.segments import SegmentPlan
-from framefusion.export.graphs.tracing.dialects import Dialect
 from framefusion.export.options import AS_STORED, DEQUANTIZED, BuildOptions
 from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.recipes import CodeReader, Made, Stored
 from framefusion.export.quantization.search import search
+from framefusion.runtime.backends.table import engine_traits
 from framefusion.runtime.format.manifest import QuantizationRecord, WeightFormatRecord
 
 BLOCKS = {"int8": 128, "int4": 32}
@@ -62,17 +62,16 @@ def parse_head(text: str | None) -> BlockFormat | None:
     return HEAD if text is not None and text.endswith("+head") else None
 
 
-def check_quantized(segments: Sequence[SegmentPlan], dialect: Dialect, options: BuildOptions) -> None:
+def check_quantized(segments: Sequence[SegmentPlan], options: BuildOptions) -> None:
     """Refuse what cannot run weights in these formats.
 
     Raises:
-        BudgetError: the dialect or the engines cannot.
+        BudgetError: the engines cannot.
     """
-    if not any(block.formats for plan in segments for block in plan.blocks):
+    formats = {form for plan in segments for block in plan.blocks for _, form in block.formats}
+    if not formats:
         return
-    if "matmul_nbits" not in dialect.translations:
-        raise BudgetError(f"weights in 4 or 8 bits have no form in dialect {dialect.name}: build with --dialect gqa")
-    if options.backend is not None:
+    if options.backend is not None and not engine_traits(options.backend).quantized:
         raise BudgetError(f"{options.backend} engines are not compiled of weights in 4 or 8 bits: leave --backend out")
 
 
@@ -130,8 +129,7 @@ class WeightPlan:
         """Where the parameters of a segment are, those of quantized linear maps among them; arguments as above."""
         found = dict(sources)
         for name, recipe in self._recipes(plan, sources).items():
-            shapes = recipe.form.shapes(1, 1)
-            found |= {f"{name}.{kind}": QuantizedPart(recipe, kind, self.latest) for kind in shapes}
+            found |= {f"{name}.{kind}": QuantizedPart(recipe, kind, self.latest) for kind in recipe.form.parts}
         return found
 
     def quantized_keys(self, plan: SegmentPlan, sources: Mapping[str, AnySource]) -> tuple[set[str], set[str]]:
@@ -163,10 +161,12 @@ class WeightPlan:
         checkpoint = self.checkpoint
         if self.keeps_codes and isinstance(source, Source) and isinstance(checkpoint, CodeReader):
             form = checkpoint.quantized_format(source.key)
-            if form is not None:
+            if form is not None and (form.symmetric or not self.signed):
                 return Stored(source.key, checkpoint, replace(form, signed=self.signed), source.rows)
         # 2. else those that are chosen for its floats, if that is wanted
         return None if self.chosen is None else self._codes_of(source, self.chosen)
 
     def _codes_of(self, source: AnySource, form: BlockFormat) -> Recipe:
+        if self.signed and not form.symmetric:
+            raise BudgetError("the portable dialect has no zero points, as TensorRT has none: leave +zero out")
         return Made(source, replace(form, signed=self.signed), self.dtype, partial(search, dtype=self.dtype))

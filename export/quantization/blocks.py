@@ -78,8 +78,27 @@ class BlockFormat:
         """B, blocks of a row of so many weights."""
         return -(-inputs // self.block)
 
+    @property
+    def positive(self) -> bool:
+        """Whether scales have to be above 0: TensorRT takes others of INT4 alone."""
+        return self.signed and self.bits == 8
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Parameters of a linear map."""
+        return ("packed", "scales") if self.symmetric else ("packed", "scales", "zero_points")
+
     def shapes(self, outputs: int, inputs: int) -> dict[Part, tuple[int, ...]]:
-        """Packed parameters and their shapes: see the module."""
+        """Packed parameters and their shapes: see the module.
+
+        Raises:
+            CheckpointError: signed codes end within a block, which their graphs cannot say.
+        """
+        if self.signed and inputs % self.block:
+            raise CheckpointError(
+                f"rows of {inputs} weights end within a block of {self.block}, which the portable dialect cannot say: "
+                "take a size that divides them (--weights int4:16), or --dialect gqa"
+            )
         count = self.blocks(inputs)
         shapes: dict[Part, tuple[int, ...]] = {
             "packed": (outputs, count, self.block * self.bits // 8),
@@ -159,6 +178,9 @@ class BlockQuantized:
 
         Args:
             signed: see `BlockFormat.signed`.
+
+        Raises:
+            CheckpointError: signed codes of 8 bits have a scale below 0.
         """
         form = BlockFormat(self.bits, self.block, self.zero_points is None, signed)
         count = self.scales.shape[1]
@@ -167,10 +189,16 @@ class BlockQuantized:
         tail = count * self.block - self.codes.shape[1]
         if tail and self.zero_points is not None:
             codes[:, -1, self.block - tail :] = self.zero_points[:, -1:]
+        scales = self.scales
+        if signed:
+            if form.positive and bool((scales < 0).any()):
+                raise CheckpointError("a scale of INT8 is below 0, which TensorRT refuses: build with --dialect gqa")
+            codes = torch.where((scales == 0)[..., None], form.middle, codes)  # 0 times a scale that is none
+            scales = torch.where(scales == 0, 1, scales)
         # 2. two's complement is the same bits with the highest turned
         packed = pack_bits(codes ^ form.middle if signed else codes, self.bits)
         zeros = None if self.zero_points is None else pack_bits(self.zero_points, self.bits)
-        return Packed(packed, self.scales, zeros)
+        return Packed(packed, scales, zeros)
 
 
 def unpack(packed: Packed, form: BlockFormat, inputs: int) -> BlockQuantized:

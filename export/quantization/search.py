@@ -116,10 +116,13 @@ def _starts(blocks: Tensor, form: BlockFormat) -> Iterator[_Grid]:
         high = blocks.amax(-1, keepdim=True)
         low = blocks.amin(-1, keepdim=True)
         extreme = torch.where(high >= -low, high, low)
+        if form.positive:  # the extra code is always below
+            extreme = -torch.maximum(-low, high * (form.middle / (form.middle - 1)))
         middle = torch.full_like(extreme, form.middle)
         for share in shares:
             yield _Grid(extreme * (share / -form.middle), middle)  # the further side takes the extra code
-        yield _Grid(extreme / (form.middle - 1), middle)  # nothing is clipped
+        if not form.positive:
+            yield _Grid(extreme / (form.middle - 1), middle)  # nothing is clipped
         return
     high = blocks.amax(-1, keepdim=True).clamp(min=0)
     low = blocks.amin(-1, keepdim=True).clamp(max=0)

@@ -30,6 +30,7 @@ class EngineTraits:
         weights_inside: an engine holds its weights; else it is given the bundle's own files of weights.
         dialects: of graphs that an engine can be compiled from, the usual one first; () takes any.
         dtypes: of these graphs, the usual one first; () takes any.
+        quantized: it compiles linear maps with weights in 4 or 8 bits.
         oldest: version of the library that builds and runs any of them; () takes any.
         blocks: function (kind, device, folder) -> iterator of `base.BlockGraph`: engines of the building blocks,
             compiled here, for `ff-run doctor --engines`. "" where none are.
@@ -43,6 +44,7 @@ class EngineTraits:
     weights_inside: bool = True
     dialects: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
+    quantized: bool = False
     oldest: tuple[int, ...] = ()
     blocks: str = ""
     header: str = ""
@@ -119,6 +121,7 @@ BACKENDS: tuple[BackendKind, ...] = (
             needs="needs tensorrt_rtx of this release and an NVIDIA driver; no torch",
             dialects=("portable",),
             dtypes=("float16", "bfloat16"),
+            quantized=True,
             header=f"{_BACKENDS}.tensorrt.fit:header_problem",
         ),
     ),

@@ -29,12 +29,12 @@ from framefusion.runtime.trust.onnx_wire import (
 MOST_BYTES = 1 << 28  # of a graph without its weights
 
 _STANDARD = (
-    "Abs Add And ArgMax Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div Einsum Equal "
-    "Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid "
-    "HardSwish Identity IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not Or Pad Pow "
-    "RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape RotaryEmbedding "
-    "Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Split Sqrt Squeeze Sub Sum Swish Tanh "
-    "TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor "
+    "Abs Add And ArgMax Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum "
+    "DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater "
+    "GreaterOrEqual HardSigmoid HardSwish Identity IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mod "
+    "Mul Neg Not Or Pad Pow Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape "
+    "RMSNormalization RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax "
+    "Split Sqrt Squeeze Sub Sum Swish Tanh TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor "
 )
 STANDARD = frozenset(_STANDARD.split())
 CONTRIB = frozenset({"GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "QuickGelu"})
@@ -60,7 +60,24 @@ _FLOATS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's nu
 _UINT8 = 2
 _SCALES = 2  # place among the inputs of a quantized product
 _INT64 = 7
-_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+_INT4 = 22
+_BYTES: Mapping[int, float] = {
+    1: 4,
+    2: 1,
+    3: 1,
+    4: 2,
+    5: 2,
+    6: 4,
+    7: 8,
+    9: 1,
+    10: 2,
+    11: 8,
+    12: 4,
+    13: 8,
+    16: 2,
+    _INT4: 0.5,
+}
+"""Type of a tensor -> bytes of a number."""
 
 Sizes = tuple[int | None, ...]
 """A shape; None where any size will do."""
@@ -127,7 +144,7 @@ def _misplaced(
     if width is None or any(size < 0 for size in tensor.shape) or len(tensor.shape) > 16:
         yield f"{label} has type {tensor.dtype} and shape {tensor.shape}"
         return
-    needed = math.prod(tensor.shape) * width
+    needed = math.ceil(math.prod(tensor.shape) * width)
     external = tensor.external
     if external is None:
         if tensor.inline is not None and tensor.inline != needed:

@@ -96,6 +96,9 @@ _MATMUL_NBITS = declare_op(_contrib, "MatMulNBits", {"A": "T", "B": "Q", "scales
 _MATMUL_NBITS_ZEROS = declare_op(
     _contrib, "MatMulNBits", {"A": "T", "B": "Q", "scales": "T", "zero_points": "Q"}, ("Y",), _NBITS
 )
+_DEQUANTIZE = declare_op(
+    _op24, "DequantizeLinear", {"x": "Q", "x_scale": "T"}, ("y",), {"axis": _INT, "block_size": _INT}
+)
 _QUICK_GELU = declare_op(_contrib, "QuickGelu", {"X": "T"}, ("Y",), {"alpha": _FLOAT})
 
 
@@ -178,6 +181,15 @@ def contrib_matmul_nbits(
     if zeros is None:
         return _MATMUL_NBITS(x, packed, scales, **sizes)
     return _MATMUL_NBITS_ZEROS(x, packed, scales, zeros, **sizes)
+
+
+def portable_matmul_nbits(
+    x: Symbol, packed: Symbol, scales: Symbol, zeros: Symbol, bits: int, block: int, inputs: int, signed: bool
+) -> Symbol:
+    """Weights of whole numbers, which engines fuse with the product: `retype_codes` says what they are typed as."""
+    assert signed  # a plan takes signed codes for this dialect alone, and they have no zero points
+    assert zeros is None
+    return _op.MatMul(x, _op.Transpose(_DEQUANTIZE(packed, scales, axis=1, block_size=block), perm=[1, 0]))
 
 
 def contrib_swish(x: Symbol, alpha: float) -> Symbol:
@@ -265,6 +277,7 @@ class Dialect:
         opset: the lowest that has its operators: older runtimes refuse newer ones.
         head_dim_multiple: of the channels of a head, as its kernels need them.
         signed_codes: see `BlockFormat.signed`.
+        rounds_activations: its products with quantized weights round activations to 8 bits; else these are floats.
         batches: its attention takes rows of unequal lengths, so a segment's graph is free in them.
     """
 
@@ -274,6 +287,7 @@ class Dialect:
     opset: int
     head_dim_multiple: int = 1
     signed_codes: bool = False
+    rounds_activations: bool = True
     batches: bool = False
 
     def table(self) -> dict[Any, Translation]:
@@ -309,12 +323,15 @@ DIALECTS = {
                 "cache_attention": portable_cache_attention,
                 "full_attention": portable_full_attention,
                 "masked_attention": portable_masked_attention,
+                "matmul_nbits": portable_matmul_nbits,
                 "swish": portable_swish,
                 "similarity": similarity,
                 "importance": importance,
             },
             exact_shapes=False,
             opset=24,
+            signed_codes=True,
+            rounds_activations=False,
         ),
     )
 }

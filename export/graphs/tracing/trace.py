@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -89,6 +90,7 @@ def trace(module: GraphModule, dialect: Dialect, dtype: torch.dtype = torch.floa
     for name, axes in signature.axes.items():
         for axis, symbol in axes.items():
             _set_axis(exported.model, name, axis, symbol)
+    _retype_codes(exported.model)
     # 5. nothing of this machine, so that equal graphs are equal files
     return Traced(_plain(exported.model), exported.exported_program)
 
@@ -102,6 +104,27 @@ def _typed(module: GraphModule, arguments: tuple[Any, ...], dtype: torch.dtype) 
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return copy.deepcopy(module).to(dtype), tree_map(typed, arguments)
+
+
+def _retype_codes(model: ir.Model) -> None:
+    """Say of the codes that DequantizeLinear reads what they are: INT4 or INT8 [out, in], the same bits as before.
+
+    torch has no tensors of 4 bits, so a trace holds uint8 [out, B, block * bits / 8]; in a file both are the codes of a
+    row one behind the other, two in a byte with the first in its lower half.
+    """
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear":
+            continue
+        (packed, scales) = node.inputs[:2]
+        assert packed is not None
+        assert packed.shape is not None
+        assert scales is not None
+        assert scales.shape is not None
+        outputs, blocks = scales.shape.numpy()
+        inputs = blocks * node.attributes["block_size"].as_int()
+        bits = 8 * math.prod(packed.shape.numpy()) // (outputs * inputs)
+        packed.dtype = {4: ir.DataType.INT4, 8: ir.DataType.INT8}[bits]
+        packed.shape = ir.Shape((outputs, inputs))
 
 
 def _rename(values: Sequence[ir.Value], names: Sequence[str]) -> None:
@@ -140,8 +163,8 @@ def save_graph(model: ir.Model, path: Path, weights_file: str, placements: Mappi
             continue  # a constant of the graph itself
         place = placements[name]
         assert value.dtype is not None
+        assert value.shape is not None  # that of the parameter, but for codes
         value.const_value = ir.ExternalTensor(
-            weights_file, place.offset, place.length, value.dtype, shape=ir.Shape(place.shape), name=name,
-            base_dir=path.parent,
-        )  # fmt: skip
+            weights_file, place.offset, place.length, value.dtype, shape=value.shape, name=name, base_dir=path.parent
+        )
     ir.save(model, path)

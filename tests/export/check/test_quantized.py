@@ -112,6 +112,8 @@ def test_the_plan_counts_codes_as_bytes() -> None:
         ({"weights": "int5"}, BudgetError, "int8 or int4 is expected"),
         ({"weights": "int4:48"}, CheckpointError, "blocks of 48 weights"),
         ({"weights": "int4", "backend": "inductor"}, BudgetError, "inductor engines are not compiled"),
+        ({"weights": "int4+zero", "dialect": "portable"}, BudgetError, "has no zero points, as TensorRT has none"),
+        ({"weights": "int4:256", "dialect": "portable"}, CheckpointError, "rows of 128 weights end within a block"),
     ],
 )
 def test_what_no_kernel_has_is_refused_before_anything_is_read(

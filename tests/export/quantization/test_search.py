@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 from torch import Tensor
 
+from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.quantization.blocks import BlockFormat
+from framefusion.export.quantization.blocks import BlockFormat, unpack
 from framefusion.export.quantization.rounding import round_to_nearest
 from framefusion.export.quantization.search import search
 
@@ -66,3 +68,19 @@ def test_blocks_of_zeros_and_short_rows_are_exact_zeros() -> None:
         for chosen in (search(weight, BlockFormat(4, 32, symmetric)), round_to_nearest(weight, BlockFormat(4, 32))):
             assert torch.equal(chosen.dequantize()[[0, 2]], torch.zeros(2, 40))
             assert torch.isfinite(chosen.dequantize()).all()
+
+
+def test_signed_codes_of_8_bits_have_scales_above_zero(weight: Tensor) -> None:
+    """TensorRT refuses others, but of INT4 (test_tensorrt_quantized.py)."""
+    zeros = torch.cat([weight, torch.zeros_like(weight[:3])])
+    for bits in (4, 8):
+        form = BlockFormat(bits, 32, signed=True)
+        found = search(zeros, form)
+        packed = found.pack(signed=True)
+        assert (packed.scales != 0).all()
+        assert bits == 4 or (packed.scales > 0).all()
+        assert torch.equal(unpack(packed, form, zeros.shape[1]).dequantize(), found.dequantize())
+        unsigned = error(search(weight, BlockFormat(bits, 32)).dequantize(), weight)
+        assert error(found.dequantize()[:-3], weight) < 1.05 * unsigned
+    with pytest.raises(CheckpointError, match="a scale of INT8 is below 0"):
+        replace(found, scales=-found.scales).pack(signed=True)
