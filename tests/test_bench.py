@@ -22,8 +22,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench")
 
 
-def measured(name: str, work: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", f"tools.bench.{name}", *TINY.split(), "--work", str(work)]
+def measured(name: str, work: Path, *more: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"tools.bench.{name}", *TINY.split(), "--work", str(work), *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -44,6 +44,20 @@ def test_prefill(work: Path) -> None:
         assert figures[name]["flop_limit"] >= 1
     table = numbers.on_gpu(figures)
     assert all(name in table for name in OURS)
+
+
+@pytest.mark.slow
+def test_backends(work: Path) -> None:
+    pytest.importorskip("openvino", reason="it is not installed: pip install openvino")
+    names = ("onnxruntime:float32", "openvino:float32")
+    figures = measured("backends", work, "--contenders", ",".join(names))
+    assert tuple(figures["contenders"]) == names
+    for contender in figures["contenders"].values():
+        for name in OURS:
+            assert contender[name]["logits_relative_error"] < 1e-4
+            assert contender[name]["kv_lengths"] == figures["contenders"][names[0]][name]["kv_lengths"]
+        assert contender["memory"]["anonymous_answered_mb"] > 0
+    assert all(f"`{name.partition(':')[0]}`" in numbers.backends(figures) for name in names)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
 PAPER = {"dense": 1900.6, "cost 0.7": 1547.2, "cost 0.5": 1317.3, "cost 0.3": 1111.8}
 TYPES_AT = 0.3  # cost of the table by types
-PAGES = ("README.md", "docs/numbers.md", "docs/families.md", "docs/batch.md")
+PAGES = ("README.md", "docs/numbers.md", "docs/families.md", "docs/batch.md", "docs/engines.md")
 
 
 def main() -> None:
@@ -123,6 +123,33 @@ def prefill(result: dict[str, Any]) -> str:
         f"{result['dense_speed_up_over_eager']:.2f} times as fast as eager torch on this machine: what it gains in the "
         f"matrix products ({products['onnxruntime']} GFLOP/s against {products['torch']}), its attention over the "
         "whole prompt mostly loses again."
+    )
+
+
+def backends(result: dict[str, Any]) -> str:
+    """Backends of one machine side by side, each beside the first."""
+    costs = [f"ours at cost {cost:g}" for cost in result["costs"]]
+    rows = []
+    for name, contender in result["contenders"].items():
+        memory = contender["memory"]
+        dense = contender[costs[0]]
+        prefills = [f"{each['prefill']['median_s']:.2f} ({each['prefill_speed_up']:.2f}x)" for each in
+                    (contender[cost] for cost in costs)]  # fmt: skip
+        rows.append(
+            (
+                f"`{name.partition(':')[0]}`", contender["dtype"], contender["computes"], *prefills,
+                f"{1000 * dense['decode_per_token']['median_s']:.0f} ({dense['decode_speed_up']:.2f}x)",
+                f"{dense['logits_relative_error']:.1e}",
+                f"{memory['anonymous_answered_mb']:.0f} + {memory['mapped_answered_mb']:.0f}",
+            )
+        )  # fmt: skip
+    seconds = [f"prefill s, cost {cost:g}" for cost in result["costs"]]
+    names = ("", "bundle", "products", *seconds, "decode ms", "error of logits", "memory MB: its own + mapped")
+    return (
+        f"{result['tokens']} tokens, {result['shape']} shape, {result['threads']} threads, in turn in one process "
+        f"(`{result['command']}`; {machine(result)}, openvino {result['machine']['openvino']}, load "
+        f"{result['machine']['load_before']:g} beside it). Speed-ups and errors are against the first; memory is what "
+        f"a process of its own grows by, from its imports to its first dense answer:\n\n{table(names, rows)}"
     )
 
 
@@ -280,6 +307,7 @@ def table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
+    "backends": lambda: backends(load("backends")),
     "figures": figures,
     "checkpoints": checkpoints,
     "numbers": numbers,

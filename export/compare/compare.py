@@ -20,6 +20,7 @@ from framefusion.errors import BackendError, FrameFusionError
 from framefusion.export.compare.worker import DENSE, TRANSFORMERS, Outcome, Task, Way, serve
 from framefusion.export.machine import available_memory
 from framefusion.runtime.backends.choice import options
+from framefusion.runtime.backends.table import backend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.commands.measure.bench import faster, spread
 from framefusion.runtime.machine.machine import Machine
@@ -38,7 +39,10 @@ def ways_of(bundle: Bundle, costs: Sequence[float]) -> list[Way]:
         raise BackendError("only a bundle of --reduction adaptive answers at several costs: leave --bundle out")
     untrusted = [engine.kind for engine in bundle.manifest.engines if distrust(bundle, engine.kind) is not None]
     here = [option for option in options(bundle, Machine.here(), untrusted) if option.device == "cpu"]
-    engines = [TRANSFORMERS, *reversed([option.backend for option in here if option.problem is None])]
+    runs = [option.backend for option in here if option.problem is None]
+    # A way is a process with all weights: of the backends that run the graphs themselves the best is taken.
+    graphs = [name for name in runs if backend(name, "cpu").engines is None]
+    engines = [TRANSFORMERS, *reversed([name for name in runs if name not in graphs[1:]])]
     return [Way(engine, cost) for engine in engines for cost in dict.fromkeys((DENSE, *costs))]
 
 

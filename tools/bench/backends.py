@@ -52,6 +52,7 @@ def main() -> None:
     figures: dict[str, Any] = first.facts
     for fact in ("backend", "dtype", "captured_decode"):
         del figures[fact]
+    figures["costs"] = arguments.costs
     figures["contenders"] = {
         name: {
             "backend": setting.choice.facts,
