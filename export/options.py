@@ -54,8 +54,8 @@ class BuildOptions:
         total_pixels: most pixels of all frames of a video together (Qwen2-VL, Qwen2.5-VL).
         resize_rounding: how often a resized picture is rounded to whole levels (Qwen-VL).
         tower_input: what the vision tower's graph takes: pictures in bytes, which it normalises, or floats that are.
-        backend, target_sm, engines_only, device, variant: the engines that are compiled of the graphs, see
-            `EngineOptions`.
+        backend, target_sm, engines_only, device, variant, max_autotune: the engines that are compiled of the graphs,
+            see `EngineOptions`.
     """
 
     reduction: Mode = "adaptive"
@@ -90,13 +90,16 @@ class BuildOptions:
     engines_only: bool = False
     device: Device = "cpu"
     variant: Variant | None = None
+    max_autotune: bool = False
 
     @property
     def engines(self) -> EngineOptions | None:
         """What is compiled of the graphs; None leaves them to ONNX Runtime."""
         if self.backend is None:
             return None
-        return EngineOptions(self.backend, self.target_sm or (), self.engines_only, self.device, self.variant)
+        return EngineOptions(
+            self.backend, self.target_sm or (), self.engines_only, self.device, self.variant, self.max_autotune
+        )
 
     @staticmethod
     def chosen(**fields: Any) -> BuildOptions:
@@ -110,7 +113,7 @@ class BuildOptions:
             traits = engine_traits(given["backend"])
             usual = {"dialect": traits.dialects[:1], "dtype": traits.dtypes[:1]}
             return BuildOptions(**{name: value for name, values in usual.items() for value in values} | given)
-        about_engines = [name for name in ("target_sm", "engines_only", "variant") if given.get(name)]
+        about_engines = [name for name in ("target_sm", "engines_only", "variant", "max_autotune") if given.get(name)]
         if about_engines:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in about_engines)
             verb = "are" if len(about_engines) > 1 else "is"
@@ -129,6 +132,7 @@ class EngineOptions:
         device: what inductor compiles for; the others compile for GPUs alone.
         variant: what TensorRT's networks are made of, see runtime/backends/tensorrt/library.py; None takes what the
             installed version has.
+        max_autotune: let inductor time several kernels for each product, and take the fastest.
     """
 
     kind: EngineKind
@@ -136,6 +140,7 @@ class EngineOptions:
     engines_only: bool = False
     device: Device = "cpu"
     variant: Variant | None = None
+    max_autotune: bool = False
 
 
 @dataclass(frozen=True)

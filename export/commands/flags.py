@@ -103,6 +103,11 @@ TARGETS = (
         "What TensorRT's networks are made of: layers for attention over a cache (from 11 on), or plain products.",
         "what the installed version has",
     ),
+    option(
+        "--max-autotune",
+        is_flag=True,
+        help="Let inductor time several kernels for each product on its GPU, which takes long; without: torch's own.",
+    ),
     option("--engines-only", is_flag=True, help="Leave out the graphs and weights that engines stand for."),
 )
 ENGINE_RESOURCES = (

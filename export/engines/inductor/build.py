@@ -37,7 +37,7 @@ from framefusion.export.engines.inductor.attention import FORMS
 from framefusion.export.engines.inductor.choice import Geometry, choose
 from framefusion.export.engines.inductor.graph import export, flattened, kinds_of
 from framefusion.export.engines.inductor.join import join_products
-from framefusion.export.graphs.graph_plan import GraphModule, Signature
+from framefusion.export.graphs.graph_plan import EXAMPLE_LENGTH, GraphModule, Signature
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
 from framefusion.runtime.backends.inductor.backend import KIND, PLACES
 from framefusion.runtime.format.engine_record import EngineKind, TensorRecord
@@ -53,6 +53,8 @@ DEVICES = ("cpu", "cuda")
 _PEAK = 1_000_000_000  # bytes of a process with torch, and of the compiler it starts, measured: 0.47 GB each
 JOINED = ("cuda",)
 """Devices for which query, key and value are one product, and gate and up: see join.py."""
+MAX_AUTOTUNE = "max_autotune"  # among the options of an engine, where it was asked for: tokens it was tuned for
+TUNED_TOKENS = 1024
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 """Kernels of attention that an engine may call: none of them writes the scores of all pairs out."""
 _NO_KERNEL = ("No viable backend", "No available kernel")
@@ -103,7 +105,7 @@ class InductorBuilder:
                 f"{self._kind} traces the graphs from the checkpoint's configuration: say with --checkpoint which one "
                 f"{bundle.folder} was built from"
             )
-        return specs(bundle.folder, bundle.manifest, plan, options.device)
+        return specs(bundle.folder, bundle.manifest, plan, options.device, max_autotune=options.max_autotune)
 
     def estimate_memory(self, spec: EngineSpec) -> int:
         """Bytes at the peak of a build, the same for every graph: weights are mapped and never read."""
@@ -115,7 +117,9 @@ class InductorBuilder:
         return build_engine(spec, target, progress)
 
 
-def specs(folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVICES[0]) -> dict[str, InductorSpec]:
+def specs(
+    folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVICES[0], *, max_autotune: bool = False
+) -> dict[str, InductorSpec]:
     """What to compile for each graph of a bundle.
 
     Args:
@@ -123,11 +127,14 @@ def specs(folder: Path, manifest: Manifest, plan: BuildPlan, device: str = DEVIC
         manifest: its manifest.
         plan: of the checkpoint that it was built from, with the options in its manifest.
         device: what the engines are to run on; the machine has it.
+        max_autotune: time several kernels for each product, and keep the fastest; of the record and the key then.
 
     Raises:
         BackendError: there is no C++ compiler, or no such device.
     """
     target, options = target_of(device)
+    if max_autotune:
+        options[MAX_AUTOTUNE] = TUNED_TOKENS
     model = manifest.model
     heads = plan.config.num_heads, model.num_kv_heads, model.head_dim
     attention = attention_options(Geometry(*heads, getattr(torch, model.dtype), device))
@@ -166,11 +173,12 @@ def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFac
         module = spec.module()
         dtype = getattr(torch, spec.dtype)
         places = give_weights(module, spec.graph, dtype, spec.device, join="products" in spec.options)
-        program = export(module, dtype, spec.device, spec.options.get("attention", "masked"))
+        tokens = spec.options.get(MAX_AUTOTUNE, EXAMPLE_LENGTH)
+        program = export(module, dtype, spec.device, spec.options.get("attention", "masked"), tokens)
         progress(0.2)
         unfinished = target.with_name(target.name + SUFFIX)  # torch wants the suffix
         try:
-            _compile(program, unfinished, places)
+            _compile(program, unfinished, places, max_autotune=MAX_AUTOTUNE in spec.options)
             os.replace(unfinished, target)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -231,11 +239,14 @@ def _alone() -> Iterator[None]:
         yield  # one token and one slot are sizes like others, which is what the patch says
 
 
-def _compile(program: torch.export.ExportedProgram, target: Path, places: Mapping[str, Any]) -> None:
+def _compile(
+    program: torch.export.ExportedProgram, target: Path, places: Mapping[str, Any], *, max_autotune: bool = False
+) -> None:
     settings = {
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.metadata": {PLACES: json.dumps(places)},
         "cpp.dynamic_threads": True,  # as many as the machine has that runs it, not this one
+        "max_autotune": max_autotune,  # what it found is in torch's own cache, for the next compilation
     }
     with _compiler_errors(), sdpa_kernel(FUSED):
         torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=settings)

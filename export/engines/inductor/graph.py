@@ -7,6 +7,7 @@ inputs alone (attention.py): what is left can be compiled to code that calls no 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from framefusion.export.eager.backend import call_by_name
 from framefusion.export.engines.inductor.attention import cache_attention
-from framefusion.export.graphs.graph_plan import GraphModule, Signature
+from framefusion.export.graphs.graph_plan import EXAMPLE_LENGTH, GraphModule, Signature
 from framefusion.ops import static_reduction
 from framefusion.ops.kernels import KERNELS
 
@@ -56,7 +57,7 @@ PLAIN = KERNELS | static_reduction.DECOMPOSITIONS
 
 
 def export(
-    module: GraphModule, dtype: torch.dtype, device: str, attention: str = "masked"
+    module: GraphModule, dtype: torch.dtype, device: str, attention: str = "masked", tokens: int = EXAMPLE_LENGTH
 ) -> torch.export.ExportedProgram:
     """The graph in plain torch.
 
@@ -65,12 +66,14 @@ def export(
         dtype: of all inputs that are floats.
         device: as torch names it.
         attention: its form, of attention.FORMS.
+        tokens: of the example, which the sizes that stay free are tuned for; a tower's are its own.
     """
     flat = Flat(module)
     signature = flat.signature
     # 1. example inputs that lie as those of a run will
-    pairs = zip(signature.inputs, signature.arguments, strict=True)
-    arguments = tuple(_example(name, argument, dtype, device) for name, argument in pairs)
+    more = tokens - EXAMPLE_LENGTH if "hidden" in signature.inputs else 0
+    rows = zip(signature.inputs, signature.arguments, signature.dynamic_shapes, strict=True)
+    arguments = tuple(_example(name, _lengthened(argument, free, more), dtype, device) for name, argument, free in rows)
     # 2. the program, flat, with the sizes free that the signature says are
     shapes = (signature.dynamic_shapes,) if any(signature.dynamic_shapes) else None
     program = torch.export.export(flat, arguments, dynamic_shapes=shapes, strict=False)
@@ -91,6 +94,13 @@ def kinds_of(program: torch.export.ExportedProgram) -> dict[str, int]:
     ours = sorted(name for name in counts if name.startswith("framefusion"))
     assert not ours, f"{', '.join(ours)} has no kernel in plain torch"
     return dict(sorted(counts.items()))
+
+
+def _lengthened(argument: Tensor, free: Any, more: int) -> Tensor:
+    """An example with more tokens and slots: its free axes that are at least as long as an example's tokens."""
+    axes = free or {}
+    shape = [size + more * (axis in axes and size >= EXAMPLE_LENGTH) for axis, size in enumerate(argument.shape)]
+    return argument.new_empty(shape)
 
 
 def _example(name: str, argument: Tensor, dtype: torch.dtype, device: str) -> Tensor:

@@ -66,6 +66,8 @@ class TensorRTBuilder:
         """See `EngineBuilder.check`."""
         self._library.check_targets(options.targets)
         self._library.check_variant(options.variant)
+        if options.max_autotune:
+            raise BackendError(f"--max-autotune is not for {self._kind}, which times kernels by itself: leave it")
 
     def specs(self, bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) -> dict[str, EngineSpec]:
         """See `EngineBuilder.specs`; the checkpoint is not needed."""

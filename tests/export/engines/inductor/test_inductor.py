@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,14 @@ from framefusion.export.check.check import Comparison, relative_error, tolerance
 from framefusion.export.check.observation import DECODED, draw_clip, observe, run
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.pipeline import eager_loaders
+from framefusion.export.engines.cache import key_of
 from framefusion.export.engines.compile import compile_bundle
 from framefusion.export.engines.inductor import build as inductor
 from framefusion.export.engines.inductor.attention import FORMS, cache_attention
 from framefusion.export.engines.inductor.choice import LENGTHS, PREFERRED, Geometry, choose, measured
 from framefusion.export.engines.inductor.graph import PLAIN, export, flattened, kinds_of
 from framefusion.export.engines.inductor.join import join_products
+from framefusion.export.engines.jobs import components_of
 from framefusion.export.options import BuildOptions, EngineOptions, Resources
 from framefusion.export.plan.build_plan import BuildPlan, replan
 from framefusion.ops.kernels import KERNELS
@@ -203,6 +206,37 @@ def test_without_a_gpu_none_is_compiled_for(bundle: Path, plan: BuildPlan) -> No
         inductor.specs(bundle, Bundle(bundle).manifest, plan, "cuda")
     with pytest.raises(BackendError, match=r"device 'tpu' is unknown .* cpu, cuda"):
         inductor.specs(bundle, Bundle(bundle).manifest, plan, "tpu")
+
+
+def test_autotuning_is_of_the_record_and_of_the_key(
+    bundle: Path, plan: BuildPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off without the flag; with it the compiler is told, and no engine of the one is taken for one of the other."""
+    manifest = Bundle(bundle).manifest
+    monkeypatch.setattr(inductor, "choose", lambda _: "split")
+    name = "segments/rest/graph.onnx"
+    (plain, tuned) = (inductor.specs(bundle, manifest, plan, "cpu", max_autotune=tune)[name] for tune in (False, True))
+    assert "max_autotune" not in plain.options
+    assert tuned.options == {**plain.options, "max_autotune": inductor.TUNED_TOKENS}
+    assert key_of(components_of(manifest, name, plain)) != key_of(components_of(manifest, name, tuned))
+    told: list[Any] = []
+
+    def keep(_: Any, arguments: Any, **__: Any) -> Any:
+        told.append(arguments)
+        return SimpleNamespace(run_decompositions=lambda _: None)
+
+    monkeypatch.setattr(torch.export, "export", keep)
+    for tokens in (9, inductor.TUNED_TOKENS):  # what kernels are timed for
+        export(plain.module(), torch.float32, "meta", "split", tokens)
+    (short, long) = ([tuple(argument.shape) for argument in arguments] for arguments in told)
+    assert short[0][1] == 9
+    assert long[0][1] == inductor.TUNED_TOKENS
+    assert [(a, b) for a, b in zip(short, long, strict=True) if len(a) == 4 and b[2] - a[2] != 1015] == []
+    told.clear()
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **given: told.append(given))
+    for spec in (plain, tuned):
+        inductor._compile(None, tmp_path / "e", {}, max_autotune="max_autotune" in spec.options)  # type: ignore[arg-type]
+    assert [given["inductor_configs"]["max_autotune"] for given in told] == [False, True]
 
 
 class ThreeDimensionalMask(torch.nn.Module):

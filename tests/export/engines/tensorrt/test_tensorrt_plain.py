@@ -252,6 +252,8 @@ def test_a_plain_engine_is_built_with_and_without_a_stream(graph: Path, tmp_path
 def test_the_variant_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     builder = TensorRTBuilder("tensorrt-rtx")
     builder.check(EngineOptions("tensorrt-rtx", ("86",), variant="plain"))
+    with pytest.raises(BackendError, match=r"--max-autotune is not for tensorrt-rtx"):
+        builder.check(EngineOptions("tensorrt-rtx", ("86",), max_autotune=True))
     from framefusion.runtime.backends.tensorrt.library import Library, too_old, variants_of
 
     assert variants_of("tensorrt", "10.3.0") == variants_of("tensorrt", "10.13.3.9") == ("plain",)
