@@ -213,9 +213,9 @@ def _uncompiled(source: Checkpoint, folder: Path, threads: int) -> Pipeline:
     import torch
 
     from framefusion.export.eager.pipeline import eager_pipeline
-    from framefusion.export.options import BuildOptions
     from framefusion.export.plan.build_plan import BuildPlan
+    from framefusion.export.plan.stored_weights import eager_options
 
     if threads:
         torch.set_num_threads(threads)
-    return eager_pipeline(BuildPlan(source, BuildOptions()), folder)
+    return eager_pipeline(BuildPlan(source, eager_options(source)), folder)

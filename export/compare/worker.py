@@ -264,7 +264,7 @@ class TransformersWay:
             raise no_whole_class(self._checkpoint)
         try:
             model = model_class.from_pretrained(self._checkpoint.folder, dtype=dtype, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:  # quantized weights ask for packages of their own
             raise CheckpointError(f"transformers cannot load {self._checkpoint.folder}: {error}") from None
         return model.eval()
 

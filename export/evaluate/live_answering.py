@@ -27,8 +27,8 @@ from framefusion.export.evaluate.answering import (
     outcomes_of,
 )
 from framefusion.export.evaluate.questions import Question
-from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.plan.stored_weights import eager_options
 from framefusion.interface import apply_framefusion, remove_framefusion
 from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.video.frames import Video
@@ -48,7 +48,7 @@ class TransformersAnswerer(Answerer):
         self.setup = setup
         self.engine = engine_of(TRANSFORMERS)
         self.processor = load_processor(checkpoint.folder)
-        self.sampling = setup.sampling(BuildPlan(checkpoint, BuildOptions()).sampling)
+        self.sampling = setup.sampling(BuildPlan(checkpoint, eager_options(checkpoint)).sampling)
         self.model = load_model(checkpoint.folder)
 
     def answers(self, question: Question, conditions: Sequence[Condition]) -> Iterator[Answer]:
@@ -137,12 +137,16 @@ def load_model(folder: Path) -> Any:
 
     Raises:
         CheckpointError: transformers has no class for it.
+        BackendError: its weights are quantized, and a package that reads them is missing.
     """
     from transformers import AutoModelForImageTextToText
 
     try:
         load: Any = AutoModelForImageTextToText.from_pretrained
         model = load(folder, dtype=torch.float32, trust_remote_code=False)
+    except ImportError as error:
+        cause = str(error).strip().splitlines()[0]
+        raise BackendError(f"transformers cannot load {folder} ({cause})") from None
     except (OSError, ValueError) as error:
         cause = str(error).strip().splitlines()[0]
         raise CheckpointError(

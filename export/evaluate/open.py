@@ -58,11 +58,11 @@ def open_answerer(setup: Setup) -> Answerer:
 
 def _eager(checkpoint: Checkpoint, setup: Setup, note: str | None) -> Answerer:
     from framefusion.export.eager.pipeline import eager_pipeline
-    from framefusion.export.options import BuildOptions
     from framefusion.export.plan.build_plan import BuildPlan
+    from framefusion.export.plan.stored_weights import eager_options
 
     parts = tempfile.TemporaryDirectory()  # stays as long as the answerer
-    pipeline = eager_pipeline(BuildPlan(checkpoint, BuildOptions()), Path(parts.name) / "parts")
+    pipeline = eager_pipeline(BuildPlan(checkpoint, eager_options(checkpoint)), Path(parts.name) / "parts")
     answerer = PipelineAnswerer(pipeline, setup, engine_of(EAGER))
     answerer.parts = parts
     answerer.note = note

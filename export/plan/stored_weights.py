@@ -57,6 +57,11 @@ def check_stored(
     return f"{quantization}; taken as they are stored{beside}{unrounded}"
 
 
+def eager_options(checkpoint: Checkpoint) -> BuildOptions:
+    """Options of a checkpoint that runs in eager torch, where nothing is built: quantized weights as floats."""
+    return BuildOptions(weights=None if checkpoint.quantization is None else DEQUANTIZED)
+
+
 def _reason(quantization: Quantization, options: BuildOptions, dialect: Dialect, floats: Collection[str]) -> str:
     """Why the weights cannot be taken as they are; "" where they can."""
     if options.backend is not None and not engine_traits(options.backend).quantized:

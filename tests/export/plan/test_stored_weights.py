@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from framefusion.errors import BudgetError, CheckpointError
+from framefusion.errors import BackendError, BudgetError, CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.evaluate.live_answering import load_model
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.plan.stored_weights import eager_options
 from framefusion.export.quantization.recipes import Stored
 from tests.quantized_checkpoints import FORMATS, SINGLE, configured, grouped, int32_codes, quantized
 
@@ -53,6 +56,23 @@ def test_every_format_is_planned_or_asks_for_an_option(checkpoint: Path, tmp_pat
     again = BuildPlan(source, BuildOptions(weights="int8"))
     assert coded(again) == set()
     assert again.stored_weights.endswith("; quantized again, int8")
+
+
+@pytest.mark.slow
+def test_what_runs_in_eager_torch_takes_floats(checkpoint: Path, tmp_path: Path) -> None:
+    """An evaluation of a checkpoint builds nothing, so no option is asked for."""
+    source = Checkpoint(quantized(checkpoint, tmp_path / "fp8", "fp8"))
+    assert coded(BuildPlan(source, eager_options(source))) == set()
+    assert eager_options(Checkpoint(checkpoint)) == BuildOptions()
+
+
+@pytest.mark.slow
+def test_packages_that_transformers_wants_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("gptqmodel"):
+        pytest.skip("it is installed: transformers loads such checkpoints")
+    folder = quantized(checkpoint, tmp_path / "awq", "awq")
+    with pytest.raises(BackendError, match=r"transformers cannot load .*gptqmodel"):
+        load_model(folder)
 
 
 @pytest.mark.slow
