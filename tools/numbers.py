@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.export.families import FAMILIES
+from tools import quantized_tables
 from tools.tiny.clips import STAY, STAYS, Span
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,14 @@ RESULTS = ROOT / "tools" / "bench" / "results"
 PAPER = {"dense": 1900.6, "cost 0.7": 1547.2, "cost 0.5": 1317.3, "cost 0.3": 1111.8}
 NOT_MEASURED = "Their seconds side by side: `python -m tools.bench.backends --write`, then `python -m tools.numbers`."
 TYPES_AT = 0.3  # cost of the table by types
-PAGES = ("README.md", "docs/numbers.md", "docs/families.md", "docs/batch.md", "docs/engines.md")
+PAGES = (
+    "README.md",
+    "docs/numbers.md",
+    "docs/families.md",
+    "docs/batch.md",
+    "docs/engines.md",
+    "docs/quantisation.md",
+)
 
 
 def main() -> None:
@@ -314,6 +322,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "numbers": numbers,
     "families": families,
     "fleet": lambda: fleet(load("fleet")),
+    "quantised answers": lambda: quantized_tables.answers(load("quantized_accuracy")),
+    "quantised reduction": lambda: quantized_tables.kept(load("quantized_accuracy")),
 }
 
 

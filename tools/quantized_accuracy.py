@@ -9,7 +9,8 @@ every case, and each format is compared with fp32 on the same questions:
     answers     right or not, with the interval of the paired difference
     kept        the visual tokens that the last layer holds, beside those of fp32
     decisions   the calls of fp32's reduction repeated, with what the format's own scores would have decided at each:
-                how often a threshold and how often a rank goes the other way, before one change leads to the next
+                how often a threshold and how often a rank goes the other way, before one change leads to the next;
+                and whether the answer is right then, so that weights and decisions are told apart
 
 With --work bundles and answers stay in a folder, and an interrupted run goes on from there.
 """
@@ -210,7 +211,8 @@ class Answerer:
                 row |= {"text": mine.text, "right": question.is_right(mine.text)}
                 row |= compared(mine, reference)
                 if name != FLOATS and case.cost < 1:
-                    row["decisions"] = redecided(pipeline, prompt, rows, case, mine, reference)
+                    row["decisions"], text = redecided(pipeline, prompt, rows, case, mine, reference)
+                    row["right_by_floats_decisions"] = question.is_right(text)
                 found.append(row)
         return found
 
@@ -240,18 +242,21 @@ def compared(mine: Observed, theirs: Observed) -> dict[str, Any]:
 
 def redecided(
     pipeline: Pipeline, prompt: Prompt, rows: TokenRows, case: Case, mine: Observed, theirs: Observed
-) -> list[dict[str, Any]]:
-    """The decisions of fp32 beside those of this format's scores over the same tokens."""
-    request = request_of(case, pipeline)
+) -> tuple[list[dict[str, Any]], str]:
+    """The decisions of fp32 beside those of this format's scores over the same tokens, and the answer by the former."""
+    request = pipeline.clamp_new_tokens(request_of(case, pipeline), prompt)
     policy = pipeline.reduction(prompt, request)
     assert policy is not None  # the cost is below 1
     state = Redecided(policy, theirs.decisions)
     if plans_of(mine) == plans_of(theirs):  # it decided so by itself: no need to run it again
         for decision in theirs.decisions:
             state.step(decision.similarity, decision.importance)
+        text = mine.text
     else:
-        prefill(pipeline.segments, rows, state, request.max_new_tokens, Stopwatch())
-    return [asdict(redecision) for redecision in state.redecisions if redecision.kind != "none"]
+        stopwatch = Stopwatch()
+        prefilled = prefill(pipeline.segments, rows, state, request.max_new_tokens, stopwatch)
+        text = Generation.from_steps(pipeline.decode(prompt, prefilled, request, stopwatch)).text
+    return [asdict(redecision) for redecision in state.redecisions if redecision.kind != "none"], text
 
 
 def plans_of(observed: Observed) -> list[list[int]]:
@@ -281,6 +286,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 facts["against_floats"] = paired(floats, right)
                 facts["other_texts"] = sum(row["text"] != text for row, text in zip(mine, texts, strict=True))
                 facts |= kept_facts(mine, floats)
+                if all("right_by_floats_decisions" in row for row in mine):
+                    facts["right_by_floats_decisions"] = sum(row["right_by_floats_decisions"] for row in mine)
             found.append(facts)
     return {"questions": len({row["question"] for row in rows}), "formats": found}
 

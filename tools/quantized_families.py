@@ -65,7 +65,7 @@ def measure(case: FamilyCase, work: Path, films: int) -> list[dict[str, Any]]:
                 reference = theirs.setdefault((seed, under), mine)
                 row = {"text": mine.text, "right": mine.text == reference.text, **compared(mine, reference)}
                 if name != FLOATS:
-                    row["decisions"] = redecided(pipeline, prompt, hidden, under, mine, reference)
+                    row["decisions"], _ = redecided(pipeline, prompt, hidden, under, mine, reference)
                 rows[under].append(row)
         if name == FLOATS:
             continue

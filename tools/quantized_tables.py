@@ -1,0 +1,122 @@
+"""The tables of docs/quantisation.md on answers and kept tokens, of what tools.quantized_accuracy has measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+KINDS = ("merge by threshold", "merge by rank", "prune by rank")
+
+
+def answers(result: dict[str, Any]) -> str:
+    """Right answers by format and cost, then what each format loses."""
+    rows = [row for row in result["formats"] if row["bound"] is None and row["reducer"] == "framefusion"]
+    costs = list(dict.fromkeys(row["cost"] for row in rows))
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    cells = {(row["format"], row["cost"]): row for row in rows}
+    shares = [(name, *(share(cells[name, cost]) for cost in costs)) for name in formats]
+    lost = [(name, *(difference(cells[name, cost]) for cost in costs)) for name in formats[1:]]
+    head = ("", *(f"cost {cost:g}" for cost in costs))
+    return (
+        f"Right answers in %, {result['questions']} questions about {result['clips']} clips, with 95 % intervals "
+        f"(`{result['command']}`):\n\n{table(head, shares)}\n\n"
+        "Points lost against fp32 on the same questions, with Newcombe's 95 % interval of paired differences; bold "
+        f"where it does not reach 0:\n\n{table(head, lost)}"
+    )
+
+
+def kept(result: dict[str, Any]) -> str:
+    """What is kept otherwise than in fp32, which decisions are turned, and what both have to do with right answers."""
+    rows = [row for row in result["formats"] if row["format"] != "float32" and row["cost"] < 1]
+    cases = list(dict.fromkeys(case_of(row) for row in rows))
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    cells = {(row["format"], case_of(row)): row for row in rows}
+    head = ("", *map(named, cases))
+    agree = [(name, *(f"{100 * cells[name, case]['agree']:.2f}" for case in cases)) for name in formats]
+    inside = [case for case in cases if any(cells[name, case]["flips"].keys() - {"merge by rank"} for name in formats)]
+    flips = [(name, *(turned(cells[name, case]["flips"]) for case in inside)) for name in formats]
+    apart = [(name, *(both(cells[name, case]) for case in inside)) for name in formats]
+    deep = result["deep_questions"]
+    is_led = any("right_by_floats_decisions" in row for row in rows)
+    led = (
+        ", then points lost on all of them by these weights with fp32's decisions in place of theirs" if is_led else ""
+    )
+    return (
+        "Visual tokens of fp32's last layer that the last layer holds here, too, in %, mean of the questions (the "
+        f"first {deep} where a bound or another reducer is named):\n\n{table(head, agree)}\n\n"
+        "Decisions that these scores turn, over the tokens that fp32 had kept at that call: of the tokens that might "
+        "go, in %, by threshold / merged by rank / pruned by rank:\n\n"
+        f"{table(('', *map(named, inside)), flips)}\n\n"
+        f"Questions that keep other tokens than fp32 (and points lost on them), then those that keep the same{led}:\n\n"
+        f"{table(('', *map(named, inside)), apart)}"
+    )
+
+
+def families(result: dict[str, Any]) -> str:
+    """Tokens kept alike in tiny checkpoints of every family."""
+    rows = result["families"]
+    cases = list(dict.fromkeys((row["cost"], row["bound"]) for row in rows))
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    names = list(dict.fromkeys(row["family"] for row in rows))
+    cells = {(row["family"], row["format"], row["cost"], row["bound"]): row for row in rows}
+    head = ("", *formats)
+    parts = []
+    for cost, bound in cases:
+        lines = [
+            (f"`{name}`", *(f"{100 * cells[name, form, cost, bound]['agree']:.2f}" for form in formats))
+            for name in names
+        ]
+        parts.append(f"{named(('framefusion', cost, bound))}:\n\n{table(head, lines)}")
+    return (
+        f"Visual tokens of fp32's last layer that are held here, too, in %: tiny checkpoints of random weights, "
+        f"{result['films']} films each (`{result['command']}`).\n\n" + "\n\n".join(parts)
+    )
+
+
+def case_of(row: dict[str, Any]) -> tuple[str, float, float | None]:
+    return row["reducer"], row["cost"], row["bound"]
+
+
+def named(case: tuple[str, float, float | None]) -> str:
+    reducer, cost, bound = case
+    by = "" if reducer == "framefusion" else f"{reducer}, "
+    return f"{by}cost {cost:g}" + ("" if bound is None else f", bound {bound:g}")
+
+
+def share(row: dict[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def difference(row: dict[str, Any]) -> str:
+    pair = row["against_floats"]
+    low, high = pair["interval"]
+    text = f"{100 * pair['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def turned(flips: dict[str, dict[str, int]]) -> str:
+    shares = []
+    for kind in KINDS:
+        found = flips.get(kind)
+        shares.append("-" if found is None else f"{100 * found['tokens_otherwise'] / found['tokens']:.2f}")
+    return " / ".join(shares)
+
+
+def both(row: dict[str, Any]) -> str:
+    parts = []
+    for name in ("other_kept", "same_kept"):
+        facts = row[name]
+        count = facts["questions"]
+        lost = 100 * (facts["right_in_floats"] - facts["right"]) / max(count, 1)
+        parts.append(f"{count} ({lost:+.1f})" if count else "0")
+    led = row.get("right_by_floats_decisions")
+    if led is not None:
+        floats = row["same_kept"]["right_in_floats"] + row["other_kept"]["right_in_floats"]
+        parts.append(f"by fp32's decisions {100 * (floats - led) / row['questions']:+.1f}")
+    return ", ".join(parts)
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
