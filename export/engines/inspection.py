@@ -78,6 +78,9 @@ def engine_block(facts: Mapping[str, Any]) -> str:
         code = f"weights take {in_bytes(facts['weight_bytes'])}, once for all profiles and targets; {code}"
         code += f", {facts['beyond_weights'] / facts['weight_bytes']:.1%} of the weights"
     tail = [code]
+    variants = sorted({str(row["options"]["variant"]) for row in facts["engines"] if "variant" in row["options"]})
+    if variants:
+        tail.append(f"networks are {', '.join(variants)}: without the library's layers for attention over a cache")
     buckets = sum(row["profile_bytes"] for row in facts["engines"] if row["capacities"])
     if buckets:
         tail.append(f"one bucket more costs about {in_bytes(buckets)}, one target more next to nothing")

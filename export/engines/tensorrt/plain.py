@@ -91,6 +91,8 @@ class _Rewriter:
         }
         # 1. Emit every node again, or what stands for it; shared masks come before whoever needs them first.
         for node in self._model.graph.node:
+            if node.domain not in ("", "ai.onnx"):
+                raise self._unknown(node, f"is of the domain {node.domain}")
             if node.op_type in translations:
                 self._require_known(node)
                 translations[node.op_type](node)

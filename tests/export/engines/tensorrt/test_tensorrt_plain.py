@@ -169,6 +169,10 @@ def test_what_is_not_translated_is_refused_by_name() -> None:
     with pytest.raises(BundleError, match=r"is not the causal attention over a cache"):
         rewritten(model)
     model = cached(2, 1)
+    model.graph.node[0].domain = "com.microsoft"
+    with pytest.raises(BundleError, match=r"\(Constant\) of graph.onnx is of the domain com.microsoft"):
+        rewritten(model)
+    model = cached(2, 1)
     model.graph.node[-1].input[6] = "kv_len"  # another length than that of the scatter
     with pytest.raises(BundleError, match=r"is not the causal attention over a cache"):
         rewritten(model)
