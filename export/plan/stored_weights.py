@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 from framefusion.errors import BudgetError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.quantized.linear import GroupedLinear
 from framefusion.export.checkpoints.quantized.quantization import Quantization
 from framefusion.export.graphs.tracing.dialects import Dialect
 from framefusion.export.options import AS_STORED, DEQUANTIZED, BuildOptions
@@ -49,7 +50,7 @@ def check_stored(
     if reason:
         raise BudgetError(
             f"{checkpoint.folder} is quantized ({quantization}), and {reason}: "
-            f"build with {_ways(quantization, options, dialect, floats)}"
+            f"build with {_ways(quantization, options, floats)}"
         )
     left = len(quantization.linears) - len(set(coded))
     beside = f", {left} outside of the LLM's layers as floats in {options.dtype}" if left else ""
@@ -68,13 +69,15 @@ def _reason(quantization: Quantization, options: BuildOptions, dialect: Dialect,
         return f"{options.backend} engines are not compiled of such weights"
     if floats:
         linear = quantization.linears[min(floats)]
+        if dialect.signed_codes and isinstance(linear, GroupedLinear) and not linear.symmetric:
+            return f"graphs of the dialect {dialect.name} have no zero points, as TensorRT has none"
         return f"{linear.module} ({linear.description}) has no form of equal numbers in a graph"
     if quantization.activations and options.weights is None:
         return "its format rounds activations as well, which no graph here does"
     return ""
 
 
-def _ways(quantization: Quantization, options: BuildOptions, dialect: Dialect, floats: Collection[str]) -> str:
+def _ways(quantization: Quantization, options: BuildOptions, floats: Collection[str]) -> str:
     """The flags that such a checkpoint can be built with."""
     ways = [f"--weights {DEQUANTIZED} (floats of --dtype)"]
     if options.backend is None or engine_traits(options.backend).quantized:

@@ -76,12 +76,22 @@ def test_packages_that_transformers_wants_are_named(checkpoint: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_what_has_no_such_graphs_asks_for_floats(checkpoint: Path, tmp_path: Path) -> None:
+def test_graphs_without_zero_points_ask_for_an_option(checkpoint: Path, tmp_path: Path) -> None:
+    """TensorRT's graphs take what is symmetric as it is stored, and nothing else without a word."""
     source = Checkpoint(quantized(checkpoint, tmp_path / "awq", "awq"))
-    with pytest.raises(BudgetError, match=r"portable have no such weights: build with --weights dequantized") as e:
+    with pytest.raises(BudgetError, match=r"dialect portable have no zero points.*--weights dequantized.*int8 or int4"):
         BuildPlan(source, BuildOptions(dialect="portable"))
-    assert "int4" not in str(e.value)
     BuildPlan(source, BuildOptions(dialect="portable", weights="dequantized"))
+    symmetric = Checkpoint(quantized(checkpoint, tmp_path / "gptq", "gptq"))
+    assert len(coded(BuildPlan(symmetric, BuildOptions(dialect="portable")))) == 28
+
+
+@pytest.mark.slow
+def test_engines_without_such_weights_ask_for_floats(checkpoint: Path, tmp_path: Path) -> None:
+    source = Checkpoint(quantized(checkpoint, tmp_path / "gptq", "gptq"))
+    with pytest.raises(BudgetError, match=r"inductor engines are not compiled of such weights") as error:
+        BuildPlan(source, BuildOptions(backend="inductor"))
+    assert "int4" not in str(error.value)
 
 
 @pytest.mark.slow
