@@ -88,6 +88,8 @@ def test_serve(work: Path, flags: str) -> None:
         return
     assert figures["room"]["requests"]["cost 0.5"]["count"] > 0
     case = figures["cost 0.5"]
-    assert (case["answers"], case["wrong"]) == (4, 0)
+    assert (case["answers"], case["wrong"]) == (8, 0)
     assert case["whole_ratio"] > 0
+    assert case["decoding_ratio"] > 0
+    assert "at cost 0.5" in numbers.serving(figures)
     assert case["first_token_under_a_prefill"]["first_token"]["count"] == 1

@@ -28,6 +28,7 @@ PAGES = (
     "docs/batch.md",
     "docs/engines.md",
     "docs/quantisation.md",
+    "docs/server.md",
 )
 
 
@@ -160,6 +161,49 @@ def backends(result: dict[str, Any]) -> str:
         f"{result['machine']['load_before']:g} beside it). Speed-ups and errors are against the first; memory is what "
         f"a process of its own grows by, from its imports to its first dense answer:\n\n{table(names, rows)}"
     )
+
+
+def serving(result: dict[str, Any]) -> str:
+    """Several clients of a server at once beside one after the other, first tokens, and room in the cache."""
+    rows = []
+    for name, case in result.items():
+        if not name.startswith("cost "):
+            continue
+        alone = case["one_after_the_other"]
+        together = case["at_once"]
+        waiting = case["first_token_under_a_prefill"]["first_token"]
+        quiet = case["first_token_under_a_prefill"]["first_token_with_nobody_else"]
+        rows.append(
+            (
+                f"at {name}",
+                *(f"{alone[f'{part}_tokens_per_second']:.1f} -> {together[f'{part}_tokens_per_second']:.1f} "
+                  f"({case[f'{part}_ratio']:.1f}x)" for part in ("decoding", "whole")),
+                f"{waiting['p50_s']:.2f}", f"{waiting['p95_s']:.2f}", f"{quiet['p50_s']:.2f}",
+                str(result["room"]["requests"][name]["count"]),
+            )
+        )  # fmt: skip
+    gigabytes = result["room"]["gigabytes"]
+    names = (
+        "", "decoding, tokens/s", "prefills included, tokens/s", "first token under a prefill s, p50", "p95",
+        "with nobody else", f"requests in {gigabytes} GB",
+    )  # fmt: skip
+    wrong = sum(case["wrong"] for name, case in result.items() if name.startswith("cost "))
+    answers = sum(case["answers"] for name, case in result.items() if name.startswith("cost "))
+    return (
+        f"{result['clients']} clients one after the other -> at once, {result['shape']} shape, films of "
+        f"{result['film']}, answers of {result['new_tokens']} tokens, {result['threads']} threads "
+        f"(`{result['command']}`; {machine(result)}):\n\n{table(names, rows)}\n\n"
+        f'{wrong} of {answers} answers were not those of the request alone. "Decoding" is of second questions, whose '
+        "films are in the caches. A first token is that of a short question which comes while a film is decoded and "
+        "prefilled."
+    )
+
+
+def serving_or_how() -> str:
+    """The table, or how to measure it."""
+    if (RESULTS / "serve.json").is_file():
+        return serving(load("serve"))
+    return "Not measured on this version yet: `python -m tools.bench.serve --write`."
 
 
 def on_gpu(result: dict[str, Any]) -> str:
@@ -324,6 +368,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "fleet": lambda: fleet(load("fleet")),
     "quantised answers": lambda: quantized_tables.answers(load("quantized_accuracy")),
     "quantised reduction": lambda: quantized_tables.kept(load("quantized_accuracy")),
+    "serving": serving_or_how,
 }
 
 

@@ -3,10 +3,10 @@
     python -m tools.bench.serve --write                # throughput, first tokens, room: results/serve.json
     python -m tools.bench.serve --soak 120 --write     # two hours of mixed load: results/serve_soak.json
 
-A server in a process of its own, asked by the openai package. Each client asks about a film of its own; rounds of one
-after the other and of all at once take turns. Their answers are compared with each other, the first one with that of a
-pipeline that has no server and no batch, too. "decoding" counts the tokens while every request runs, "whole" all of a
-round, its prefills included.
+A server in a process of its own, asked by the openai package. Each client asks about a film of its own, then a second
+question about it; rounds of one after the other and of all at once take turns. Their answers are compared with each
+other, and the first client's with those of a pipeline that has no server and no batch. "whole" counts answers about
+films, prefills included; "decoding" those to second questions, whose films are in the caches of their conversations.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _measure(
     arguments: argparse.Namespace, bundle: Path, films: Sequence[Path], folder: Path, flags: Sequence[object]
 ) -> dict[str, Any]:
     """Throughput, first tokens and room at each cost."""
-    asks = {cost: [Ask(film, (QUESTIONS[n % 4],), cost, arguments.new_tokens) for n, film in enumerate(films)]
+    asks = {cost: [Ask(film, (QUESTIONS[n % 4], SECOND), cost, arguments.new_tokens) for n, film in enumerate(films)]
             for cost in arguments.costs}  # fmt: skip
     # 1. The answers of a pipeline by itself, and what they hold in the caches.
     _say("answers by themselves")
@@ -132,15 +132,15 @@ def _measure(
 
 def _answers(
     bundle: Path, threads: int, asks: Mapping[float, Sequence[Ask]]
-) -> tuple[dict[float, str], dict[str, Any]]:
-    """By cost: the text of the first answer, and how many such requests the cache has room for."""
+) -> tuple[dict[float, Expected], dict[str, Any]]:
+    """By cost: the answers to the first client, and how many such requests the cache has room for."""
     room: dict[str, Any] = {}
-    answers: dict[float, str] = {}
+    answers: dict[float, Expected] = {}
     with Pipeline(Bundle(bundle), threads=threads) as pipeline:
         slot = slot_bytes(pipeline.manifest)
         for cost, (wanted, *_) in asks.items():
             found = expected(pipeline, wanted)
-            answers[cost] = found.first
+            answers[cost] = found
             size = slot * sum(length + wanted.new_tokens for length in found.report.kv_lengths)
             room[f"cost {cost:g}"] = {"count": GIGABYTES * 2**30 // size, "mb_each": size / 2**20,
                                       "prompt_tokens": found.report.prompt_tokens,
@@ -148,64 +148,66 @@ def _answers(
     return answers, room
 
 
-def _throughput(server: Server, asks: Sequence[Ask], text: str, rounds: int) -> dict[str, Any]:
+def _throughput(server: Server, asks: Sequence[Ask], reference: Expected, rounds: int) -> dict[str, Any]:
     """Tokens a second of one client after the other and of all at once.
 
     Args:
         server: that is asked.
         asks: one of each client.
-        text: the answer to the first one, without a server.
+        reference: the answers to the first one, without a server.
         rounds: of each kind.
     """
-    alone: list[dict[str, float]] = []
-    together: list[dict[str, float]] = []
+    ways = {"one_after_the_other": 1, "at_once": len(asks)}
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     gaps: list[float] = []
-    texts: list[list[str]] = []  # of each round
+    texts: list[list[str | None]] = []  # of each round
     for _ in range(rounds):
-        client = server.client()
-        begun = time.perf_counter()
-        answers = [ask(client, each.body([each.first()], stream=True)) for each in asks]
-        alone.append(_rates(answers, time.perf_counter() - begun, at_once=False))
-        texts.append([answer.text for answer in answers])
-        begun = time.perf_counter()
-        with ThreadPoolExecutor(len(asks)) as threads:
-            answers = list(threads.map(lambda each: ask(server.client(), each.body([each.first()], stream=True)), asks))
-        together.append(_rates(answers, time.perf_counter() - begun, at_once=True))
-        texts.append([answer.text for answer in answers])
-        for answer in answers:
-            gaps += np.diff(answer.times).tolist()
-    right = [text, *texts[0][1:]]
+        for name, clients in ways.items():
+            # 1. The films: one prefill each, and an answer.
+            first, seconds = _all(server, [each.body([each.first()], stream=True) for each in asks], clients)
+            # 2. The second questions, behind caches that hold the films: little but decoding.
+            bodies = [_second(each, answer.text) for each, answer in zip(asks, first, strict=True)]
+            second, later = _all(server, bodies, clients)
+            if not all(answer.cached_tokens for answer in second):
+                raise SystemExit("a conversation was not continued: its caches went for room")
+            rates[name].append(_rates(first, seconds, second, later))
+            texts.append([answer.text for answer in (*first, *second)])
+            if clients > 1:
+                gaps += [gap for answer in first for gap in np.diff(answer.times).tolist()]
+    right = list(texts[0])
+    right[0] = reference.first
+    right[len(asks)] = reference.second
     wrong = sum(found != other for several in texts for found, other in zip(several, right, strict=True))
-    figures: dict[str, Any] = {"one_after_the_other": _medians(alone), "at_once": _medians(together)}
-    for name in ("whole", "decoding"):
-        key = f"{name}_tokens_per_second"
-        figures[f"{name}_ratio"] = figures["at_once"][key] / figures["one_after_the_other"][key]
-    return figures | {"between_pieces_at_once": percentiles(gaps), "wrong": wrong, "answers": 2 * rounds * len(asks)}
+    figures: dict[str, Any] = {name: _medians(measured) for name, measured in rates.items()}
+    for part in ("whole", "decoding"):
+        (alone, together) = (figures[name][f"{part}_tokens_per_second"] for name in ways)
+        figures[f"{part}_ratio"] = together / alone
+    answers = sum(map(len, texts))
+    return figures | {"between_pieces_at_once": percentiles(gaps), "wrong": wrong, "answers": answers}
 
 
-def _rates(answers: Sequence[Answer], seconds: float, *, at_once: bool) -> dict[str, float]:
-    """Tokens a second over a round, and while all requests of it decode.
+def _all(server: Server, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[list[Answer], float]:
+    """Ask all of them, so many at a time; the answers, and the seconds until the last one is there."""
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(clients) as threads:
+        answers = list(threads.map(lambda body: ask(server.client(), body), bodies))
+    return answers, time.perf_counter() - begun
 
-    Args:
-        answers: of a round.
-        seconds: of it.
-        at_once: they ran side by side.
-    """
-    tokens = sum(answer.new_tokens for answer in answers)
-    if at_once:  # from the last one's first piece to the end of the first one that ends
-        begin = max(answer.first for answer in answers)
-        end = min(answer.last for answer in answers)
-        shares = [sum(begin < at <= end for at in answer.times) / max(len(answer.times), 1) for answer in answers]
-        decoded = sum(share * answer.new_tokens for share, answer in zip(shares, answers, strict=True))
-        span = end - begin
-    else:
-        decoded = float(sum(answer.new_tokens - 1 for answer in answers))
-        span = sum(answer.last - answer.first for answer in answers)
+
+def _second(wanted: Ask, answer: str) -> dict[str, Any]:
+    """The second question of a conversation."""
+    said = [{"role": "assistant", "content": answer}, {"role": "user", "content": SECOND}]
+    return wanted.body([wanted.first(), *said], stream=True)
+
+
+def _rates(first: Sequence[Answer], seconds: float, second: Sequence[Answer], later: float) -> dict[str, float]:
+    """Tokens a second of answers about films, prefills included, and of those to second questions."""
     return {
-        "whole_tokens_per_second": tokens / seconds,
-        "decoding_tokens_per_second": decoded / span if span > 0 else 0.0,
+        "whole_tokens_per_second": sum(answer.new_tokens for answer in first) / seconds,
+        "decoding_tokens_per_second": sum(answer.new_tokens for answer in second) / later,
         "seconds": seconds,
-        "first_token_median_s": float(np.median([answer.to_first for answer in answers])),
+        "decoding_seconds": later,
+        "first_token_median_s": float(np.median([answer.to_first for answer in first])),
     }
 
 
@@ -219,7 +221,7 @@ def _under_prefill(server: Server, asks: Sequence[Ask], trials: int) -> dict[str
     client = server.client()
     short = Ask(None, ("Hello",), 1.0, 8)
     quiet = [ask(client, short.body([short.first()], stream=True)).to_first for _ in range(trials)]
-    film = Ask(asks[0].film, asks[0].questions, asks[0].cost, 1)
+    film = Ask(asks[0].film, asks[0].questions[:1], asks[0].cost, 1)
     usual = ask(client, film.body([film.first()], stream=True))
     found: list[float] = []
     films: list[float] = []
