@@ -67,7 +67,7 @@ class ChatJob(Job):
     """One request for an answer, once its media are decoded.
 
     Attributes:
-        conversation: that it continues, nobody else's meanwhile.
+        conversation: that it continues, nobody else's meanwhile; gone once the job is finished.
         turns, files: what is new.
         request: how it is answered.
         keys: of all turns, with which the conversation is found again.
@@ -77,7 +77,7 @@ class ChatJob(Job):
         show: keep what a drawing of the answer needs.
     """
 
-    conversation: Conversation
+    conversation: Conversation = field(repr=False)
     turns: Sequence[Turn]
     files: Sequence[Source]
     request: Request
@@ -151,6 +151,7 @@ class ChatJob(Job):
         if self._ended:
             self.conversation.turns = (*self.keys, answer_key("".join(self._text)))
         self.service.conversations.give_back(self.conversation)
+        del self.conversation  # its caches are large, and whoever holds the job still needs none of them
         self._put(error)
         with suppress(RuntimeError):  # the loop is closed: nobody counts any more
             self._loop.call_soon_threadsafe(self._on_finished)

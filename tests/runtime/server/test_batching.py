@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from framefusion.runtime.pipeline import Pipeline
+from framefusion.runtime.session import Session
 from tests.bundles import shared
 from tests.runtime.server.conftest import serving
 from tests.runtime.server.test_ends import LONG, metric, send
@@ -36,3 +40,45 @@ def test_requests_are_decoded_together_or_in_turns_which_is_said_once(tmp_path: 
     else:
         assert rows == steps == 0
         assert said.count("requests decode in turns, not together: graphs of the dialect portable take one row") == 1
+
+
+def test_what_was_answered_keeps_no_caches(pipeline: Pipeline) -> None:
+    """Caches go when the last request or conversation of theirs does, and wait for no collector of garbage."""
+    import httpx
+
+    from framefusion.runtime.server.app import Access, create_app
+    from framefusion.runtime.server.media.policy import MediaPolicy
+    from framefusion.runtime.server.media.reader import MediaReader
+    from framefusion.runtime.server.service import Service, ServiceSettings
+
+    policy = MediaPolicy()
+    reader = MediaReader(policy, pipeline.manifest.preprocessing, pipeline.manifest.sampling, decoders=1)
+    service = Service(pipeline, reader, ServiceSettings("tiny", cache_budget=200_000))
+    app = create_app(service, Access(("127.0.0.1",), None, 1 << 20))
+
+    async def ask(client: httpx.AsyncClient, number: int) -> None:
+        message = {"role": "user", "content": f"{number} is a number. " * 9}
+        body = {"messages": [message], "max_tokens": 4, "stream": number % 2 == 0}
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+
+    async def run() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
+            for turn in range(4):
+                await asyncio.gather(*(ask(client, 8 * turn + number) for number in range(8)))
+            while service.engine.running:
+                await asyncio.sleep(0.01)
+        return sum(type(each) is Session for each in gc.get_objects())
+
+    gc.collect()
+    before = sum(type(each) is Session for each in gc.get_objects())
+    gc.disable()
+    service.start()
+    try:
+        left = asyncio.run(run())
+        kept = len(service.conversations)
+        evicted = service.conversations.evicted
+    finally:
+        gc.enable()
+        service.close()
+    assert evicted > 8
+    assert left - before == kept
