@@ -14,6 +14,8 @@ from typing import Any
 
 from framefusion.console.progress import CountLines
 from framefusion.export.options import BuildOptions
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.families import CASES
@@ -56,7 +58,9 @@ def measure(case: FamilyCase, work: Path, films: int) -> list[dict[str, Any]]:
     found = []
     for name, options in FORMATS.items():
         folder = open_bundle(checkpoint, work / name, BuildOptions(**options))
-        pipeline = Pipeline(folder, threads=1)
+        bundle = Bundle(folder)
+        backend = OnnxRuntimeBackend(folder, manifest=bundle.manifest, threads=1)  # compared here, not proven
+        pipeline = Pipeline(bundle, backend)
         rows: dict[Case, list[dict[str, Any]]] = {under: [] for under in UNDER}
         for seed in range(films):
             prompt, hidden = pipeline.read([Turn("user", (Visual.VIDEO, QUESTION))], [clip(12, seed=seed)])

@@ -23,6 +23,7 @@ from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.generation.embedder import Embedding
+from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.proof.golden import Golden, logit_places, require_golden
 from framefusion.runtime.proof.prove import Proof, prove
 from framefusion.storage.records import from_json
@@ -255,3 +256,16 @@ def test_rounding_is_told_from_a_wrong_answer(bundle: Path, checkpoint: Path, mo
     assert "chosen otherwise, by scores that are within the limit" in noted
     strict = replace(golden, limits=replace(golden.limits, numbers=1e-6))
     assert not prove(tied, RoundsSimilarity(tied), strict).right
+
+
+@pytest.mark.slow
+def test_a_quantised_bundle_of_layers_that_amplify_opens(tmp_path: Path) -> None:
+    """Its check passes and its golden refused it: 0.071 behind a decoded token where a random walk says 0.057."""
+    from tests.families.qwen2_vl import Qwen2VLCase
+
+    case = Qwen2VLCase()
+    (tmp_path / "checkpoint").mkdir()
+    case.write(tmp_path / "checkpoint", case.variants[0])
+    options = BuildOptions(weights="int4:32")
+    folder = build(Checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", options, verify=False).folder
+    assert Pipeline(folder, threads=1).choice is not None
