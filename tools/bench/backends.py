@@ -39,6 +39,7 @@ def main() -> None:
     if arguments.memory_of is not None:
         print(json.dumps(memory_of(arguments)))
         return
+    memory = {name: memory_in_a_process(name) for name in arguments.contenders}  # while nothing else is open
     settings = {name: setting_of(arguments, name) for name in arguments.contenders}
     runs: dict[str, dict[str, list[Run]]] = {name: {} for name in settings}
     for turn in range(arguments.rounds + 1):
@@ -58,7 +59,7 @@ def main() -> None:
             "backend": setting.choice.facts,
             "dtype": setting.model.dtype,
             "computes": table.backend(setting.choice.option.backend).computes or setting.model.dtype,
-            "memory": memory_in_a_process(name),
+            "memory": memory[name],
         }
         | {cost: figures_of(measured, expected[cost]) for cost, measured in runs[name].items()}
         for name, setting in settings.items()
