@@ -85,9 +85,8 @@ def test_dequantized_is_the_same_model_without_a_word_of_quantization(checkpoint
         assert torch.equal(tensor, source.tensor(key).float())
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq8"])
-def test_codes_are_checked_as_they_run(checkpoint: Path, tmp_path: Path, name: str) -> None:
-    source = Checkpoint(quantized(checkpoint, tmp_path / name, name))
+def test_codes_are_checked_as_they_run(checkpoint: Path, tmp_path: Path) -> None:
+    source = Checkpoint(quantized(checkpoint, tmp_path / "awq", "awq"))
     options = BuildOptions(cost=0.5, similarity_lower_bound=0.9, depth=1, max_input_len=512)
     built = build(source, tmp_path / "bundle", options)
     report = built.manifest.check

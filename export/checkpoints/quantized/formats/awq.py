@@ -51,7 +51,8 @@ class Awq(Layout):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         setting.integer("bits" if "bits" in setting.values else "w_bit", known=(BITS,))
-        setting.text("version", "gemm", known=("gemm",))
+        for key in ("version", "checkpoint_format", "format"):  # the latter two are GPTQModel's
+            setting.text(key, "gemm", known=("gemm",))
         self._group = setting.integer("group_size" if "group_size" in setting.values else "q_group_size")
         self._symmetric = not setting.flag("zero_point", True)
         self._left = self.names(setting.names("modules_to_not_convert"), within=True)

@@ -122,8 +122,8 @@ class CompressedTensors(Layout):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        status = setting.text("quantization_status", "compressed", known=("compressed",))
-        assert status == "compressed"
+        # older writers call it frozen; what is stored proves itself below
+        setting.text("quantization_status", "compressed", known=("compressed", "frozen"))
         if setting.values.get("kv_cache_scheme"):
             raise setting.error(f"and its KV cache too (kv_cache_scheme), whose scales are not read: {BEFORE}")
         for key in ("sparsity_config", "transform_config"):

@@ -138,6 +138,7 @@ def plain(tensors: Tensors, _: Any) -> bool:
         ("bnb_nf4", changed("weight.quant_map", lambda table: table.flip(0)), "quant_map that is not NF4's"),
         # what is not read
         ("awq", says(version="gemv"), r"version 'gemv' is not read, gemm are"),
+        ("awq", says(checkpoint_format="gemv_fast"), r"checkpoint_format 'gemv_fast' is not read, gemm are"),
         ("awq", says(bits=3), r"bits 3 is not read"),
         ("awq", says(bits="4"), r"bits is '4', a whole number is expected"),
         ("awq", says(group_size=None), r"group_size is None"),
@@ -145,7 +146,7 @@ def plain(tensors: Tensors, _: Any) -> bool:
         ("gptq_4_sym", says(bits=3), r"bits 3 is not read, 4 and 8 are"),
         ("gptq_4_sym", says(dynamic={"+:.*": {"adapter": {}}}), r"dynamic says .*adapter.* which is not read"),
         ("ct_w4_group_sym", says(kv_cache_scheme={"num_bits": 8}), r"kv_cache_scheme"),
-        ("ct_w4_group_sym", says(quantization_status="frozen"), r"quantization_status 'frozen' is not read"),
+        ("ct_w4_group_sym", says(quantization_status="initialized"), r"quantization_status .* is not read"),
         ("ct_w4_group_sym", says(sparsity_config={"format": "sparse-24-bitmask"}), r"sparsity_config changes the"),
         ("ct_w4_group_sym", says(config_groups={}), r"config_groups are missing"),
         ("ct_fp8_block", says(format="nvfp4-pack-quantized"), r"and the whole in 'nvfp4"),
