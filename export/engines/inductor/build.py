@@ -39,7 +39,7 @@ from framefusion.export.engines.inductor.graph import export, flattened, kinds_o
 from framefusion.export.engines.inductor.join import join_products
 from framefusion.export.graphs.graph_plan import EXAMPLE_LENGTH, GraphModule, Signature
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
-from framefusion.runtime.backends.inductor.backend import KIND, PLACES
+from framefusion.runtime.backends.inductor.backend import KIND, PLACES, load_package
 from framefusion.runtime.format.engine_record import EngineKind, TensorRecord
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.machine import cpu
@@ -97,6 +97,11 @@ class InductorBuilder:
             )
         if options.variant:
             raise BackendError(f"--variant is not for {self._kind}, whose networks are all of one kind: leave it")
+        if options.max_autotune and options.device == DEVICES[0]:
+            raise BackendError(
+                "--max-autotune is for GPUs: on a CPU torch's own products are the fastest, and the others repack "
+                "weights, which no engine holds: leave it"
+            )
 
     def specs(self, bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) -> dict[str, InductorSpec]:
         """See `EngineBuilder.specs`; the checkpoint is needed."""
@@ -179,6 +184,8 @@ def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFac
         unfinished = target.with_name(target.name + SUFFIX)  # torch wants the suffix
         try:
             _compile(program, unfinished, places, max_autotune=MAX_AUTOTUNE in spec.options)
+            if MAX_AUTOTUNE in spec.options:
+                _require_own_weights(unfinished, places, spec.device)
             os.replace(unfinished, target)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -250,6 +257,20 @@ def _compile(
     }
     with _compiler_errors(), sdpa_kernel(FUSED):
         torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=settings)
+
+
+def _require_own_weights(package: Path, places: Mapping[str, Any], device: str) -> None:
+    """Refuse kernels that were chosen for weights in another layout: an engine is given those of the bundle alone.
+
+    Raises:
+        BackendError: there are such.
+    """
+    others = set(load_package(package, device).get_constant_fqns()) - set(places["tensors"])
+    if others:
+        named = ", ".join(sorted(others)[:3])
+        raise BackendError(
+            f"--max-autotune chose kernels that repack weights ({named}), which no engine holds: leave it"
+        )
 
 
 @contextmanager

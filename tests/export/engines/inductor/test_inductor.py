@@ -239,6 +239,23 @@ def test_autotuning_is_of_the_record_and_of_the_key(
     assert [given["inductor_configs"]["max_autotune"] for given in told] == [False, True]
 
 
+def test_autotuning_is_refused_where_its_kernels_repack_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU at once; elsewhere by what the package wants to be given, since an engine with more would not open."""
+    builder = inductor.InductorBuilder("inductor")
+    builder.check(EngineOptions("inductor", device="cuda", max_autotune=True))
+    with pytest.raises(BackendError, match=r"--max-autotune is for GPUs"):
+        builder.check(EngineOptions("inductor", max_autotune=True))
+    package = SimpleNamespace(get_constant_fqns=lambda: ["module.a", "constant30"])
+    monkeypatch.setattr(inductor, "load_package", lambda *_: package)
+    places = {"tensors": {"module.a": [0, [1]], "constant30": [4, [1]]}}
+    inductor._require_own_weights(tmp_path, places, "cuda")
+    del places["tensors"]["constant30"]
+    with pytest.raises(BackendError, match=r"repack weights \(constant30\), which no engine holds"):
+        inductor._require_own_weights(tmp_path, places, "cuda")
+
+
 class ThreeDimensionalMask(torch.nn.Module):
     """Attention that no fused kernel of a CPU takes."""
 
