@@ -15,7 +15,7 @@ from typing import Any
 
 from framefusion.console.messages import in_bytes, table
 from framefusion.console.progress import in_time
-from framefusion.errors import BudgetError
+from framefusion.errors import BudgetError, CheckpointError
 from framefusion.export.build import sizes_of
 from framefusion.export.check.golden import GoldenEffort, golden_effort
 from framefusion.export.check.verify import Scope, scope_of
@@ -113,7 +113,7 @@ def _choices(plan: BuildPlan) -> dict[str, int]:
     choices |= {weights: {"weights": weights} for weights in WEIGHTS}
     found = {}
     for name, changes in choices.items():
-        with suppress(BudgetError):
+        with suppress(BudgetError, CheckpointError):
             other = BuildPlan(plan.checkpoint, replace(plan.options, **changes))
             found[name] = sum(record.weight_bytes for record in other.segment_records)
     return found

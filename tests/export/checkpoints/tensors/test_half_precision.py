@@ -28,6 +28,7 @@ from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.graphs.tracing.trace import trace
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest_file import read_manifest, write_manifest
 from framefusion.runtime.memory import memory_plan
@@ -167,7 +168,7 @@ def test_the_runtime_refuses_bfloat16(bundle: Path, tmp_path: Path) -> None:
     model = dataclasses.replace(manifest.model, dtype="bfloat16")
     write_manifest(folder, dataclasses.replace(manifest, model=model))
     with pytest.raises(BackendError, match=r"bfloat16, the CPU runtime runs float32 and float16 \(.* --dtype float16"):
-        Pipeline(Bundle(folder))
+        choose(Bundle(folder), "onnxruntime")  # by name: OpenVINO runs bfloat16
 
 
 def test_half_the_bytes_in_caches_and_all_of_them_in_weights(bundle: Path) -> None:
