@@ -29,7 +29,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16"},
     "int8": {"weights": "int8"},
     "int4:32": {"weights": "int4:32"},
-    "int4:128": {"weights": "int4:128"},
     "int4:128+zero": {"weights": "int4:128+zero"},
 }
 BOUND = 0.97  # so that calls inside the LLM decide, too

@@ -68,8 +68,8 @@ def families(result: dict[str, Any]) -> str:
         ]
         parts.append(f"{named(('framefusion', cost, bound))}:\n\n{table(head, lines)}")
     return (
-        f"Visual tokens of fp32's last layer that are held here, too, in %: tiny checkpoints of random weights, "
-        f"{result['films']} films each (`{result['command']}`).\n\n" + "\n\n".join(parts)
+        f"Visual tokens of fp32's last layer that are held here, too, in %: {result['films']} films each "
+        f"(`{result['command']}`).\n\n" + "\n\n".join(parts)
     )
 
 
