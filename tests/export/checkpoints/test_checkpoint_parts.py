@@ -101,9 +101,11 @@ def test_one_file_for_all_parts_wins(folder: Path) -> None:
 
 
 def test_errors_name_the_file_of_the_part(folder: Path) -> None:
+    config = (folder / "llm/config.json").read_text()
     (folder / "llm/config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"llm/config\.json is not readable"):
         Checkpoint(folder).part_config("llm")
+    (folder / "llm/config.json").write_text(config)  # it says whether weights are quantised, and so is read before them
     (folder / "llm/model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"llm holds neither model\.safetensors nor"):
         _ = Checkpoint(folder).files
