@@ -30,6 +30,7 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.engine_record import ProfileRecord
 from tests.bundles import shared
 from tests.export.engines.tensorrt.tensorrt_graphs import REST, TINY, tiny_segment, write_segment
+from tests.versions import needs_portable
 
 Array = NDArray[Any]
 EXACT = 2e-6  # of the largest value: fp32 sums in another order
@@ -142,6 +143,7 @@ def cached(heads: int, kv: int, head: int = 8, length: Any = "tokens") -> onnx.M
     return model_of(nodes, inputs, {"y": (FLOAT, [1, heads, length, head])} | outputs)
 
 
+@needs_portable
 @pytest.mark.parametrize(("heads", "kv"), [(2, 2), (6, 2), (7, 1)])
 @pytest.mark.parametrize(("length", "held", "slots"), [(5, 5, 16), (4, 9, 16), (1, 16, 16), (2, 12, 12)])
 def test_attention_over_a_cache(heads: int, kv: int, length: int, held: int, slots: int) -> None:
