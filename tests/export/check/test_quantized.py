@@ -11,6 +11,7 @@ import pytest
 
 from framefusion.errors import BudgetError, CheckpointError
 from framefusion.export.build import build
+from framefusion.export.check.golden import ROUNDED_HEADROOM
 from framefusion.export.check.quantized import EXACT
 from framefusion.export.check.verify import weight_report
 from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -51,7 +52,8 @@ def test_a_quantized_bundle_is_checked_with_its_codes_and_runs(built: Path) -> N
     record = bundle.manifest.quantization
     assert record is not None
     assert (record.read, record.floats, record.formats) == (False, 1, (WeightFormatRecord(4, 32, True, 28),))
-    assert require_golden(bundle).limits.numbers == pytest.approx(lines["dense logits"]["limit"])
+    limit = ROUNDED_HEADROOM * lines["dense logits"]["limit"]  # the worst of many vectors, not of one prompt
+    assert require_golden(bundle).limits.numbers == pytest.approx(limit)
     choice, _ = open_proven(bundle)
     assert choice.option.backend == "onnxruntime"
 

@@ -44,7 +44,7 @@ def test_requests_are_decoded_together_or_in_turns_which_is_said_once(tmp_path: 
 
 def test_what_was_answered_keeps_no_caches(pipeline: Pipeline) -> None:
     """Caches go when the last request or conversation of theirs does, and wait for no collector of garbage."""
-    import httpx
+    import httpx2
 
     from framefusion.runtime.server.app import Access, create_app
     from framefusion.runtime.server.media.policy import MediaPolicy
@@ -56,13 +56,13 @@ def test_what_was_answered_keeps_no_caches(pipeline: Pipeline) -> None:
     service = Service(pipeline, reader, ServiceSettings("tiny", cache_budget=200_000))
     app = create_app(service, Access(("127.0.0.1",), None, 1 << 20))
 
-    async def ask(client: httpx.AsyncClient, number: int) -> None:
+    async def ask(client: httpx2.AsyncClient, number: int) -> None:
         message = {"role": "user", "content": f"{number} is a number. " * 9}
         body = {"messages": [message], "max_tokens": 4, "stream": number % 2 == 0}
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
 
     async def run() -> int:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
             for turn in range(4):
                 await asyncio.gather(*(ask(client, 8 * turn + number) for number in range(8)))
             while service.engine.running:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import openai
 import psutil
 
@@ -45,7 +45,7 @@ class Server:
 
     def metric(self, name: str) -> float:
         """One of /metrics, by its name without the prefix."""
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx2.get(f"{self.url}/metrics").text
         found = re.search(rf"^framefusion:{re.escape(name)} (\S+)$", text, re.MULTILINE)
         if found is None:
             raise ValueError(f"/metrics has no {name}")

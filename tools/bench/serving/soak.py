@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 
@@ -139,7 +139,7 @@ def _client(
         except openai.RateLimitError:
             tally.add("turned away")
             time.sleep(1)
-        except (openai.OpenAIError, httpx.HTTPError) as error:
+        except (openai.OpenAIError, httpx2.HTTPError) as error:
             tally.add("failed", {"problem": f"{type(error).__name__}: {error}", "asked": str(wanted)})
             time.sleep(1)
 
@@ -172,8 +172,8 @@ def _send_junk(server: Server, tally: Tally, body: Any) -> None:
     content = {"content": body} if isinstance(body, str) else {"json": body}
     headers = {"Content-Type": "application/json"}
     try:
-        status = httpx.post(f"{server.url}/v1/chat/completions", headers=headers, timeout=60, **content).status_code
-    except httpx.HTTPError as error:
+        status = httpx2.post(f"{server.url}/v1/chat/completions", headers=headers, timeout=60, **content).status_code
+    except httpx2.HTTPError as error:
         tally.add("junk", {"problem": f"{type(error).__name__}: {error}", "asked": str(body)})
         return
     tally.add("junk", None if status in (400, 429) else {"problem": f"status {status}", "asked": str(body)})
