@@ -28,9 +28,11 @@ from framefusion.runtime.request import Step, Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.bundles import shared
 from tests.commands import assert_refused, run
-from tests.families.case import clip
 
 pytest.importorskip("openvino", reason="it is not installed: pip install openvino")
+pytest.importorskip("torch")  # what draws the clip imports it
+from tests.families.case import clip
+
 pytestmark = pytest.mark.slow
 HAS_BF16 = bool({"avx512_bf16", "amx_bf16"} & cpu.features())
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no products in bfloat16")
