@@ -169,6 +169,7 @@ BACKENDS: tuple[BackendKind, ...] = (
         extra="openvino",
         blocks=f"{_BACKENDS}.openvino.blocks:block_graphs",
         machine_problem=f"{_BACKENDS}.openvino.fit:machine_problem",
+        results={"cpu": "backends.json"},
     ),
     BackendKind(
         "openvino-bf16",
@@ -180,6 +181,7 @@ BACKENDS: tuple[BackendKind, ...] = (
         computes="bfloat16",
         blocks=f"{_BACKENDS}.openvino.blocks:block_graphs_in_bf16",
         machine_problem=f"{_BACKENDS}.openvino.fit:machine_problem",
+        results={"cpu": "backends.json"},
     ),
 )
 
