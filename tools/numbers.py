@@ -368,6 +368,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "fleet": lambda: fleet(load("fleet")),
     "quantised answers": lambda: quantized_tables.answers(load("quantized_accuracy")),
     "quantised families": lambda: quantized_tables.families(load("quantized_families")),
+    "quantised speed": lambda: quantized_tables.speed(load("quantised")),
     "quantised reduction": lambda: quantized_tables.kept(load("quantized_accuracy")),
     "serving": serving_or_how,
 }

@@ -120,3 +120,28 @@ def both(row: dict[str, Any]) -> str:
 def table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def speed(result: dict[str, Any]) -> str:
+    """Seconds and bytes of each way to store the weights, those of floats first."""
+    rows = []
+    for name, weights in result.items():
+        if not isinstance(weights, dict) or "bytes_of_fp16" not in weights:
+            continue
+        dense = weights["ours at cost 1"]
+        reduced = weights["ours at cost 0.3"]
+        cells = [f"{weights['bytes_of_fp16']:.2f}"]
+        for case in (dense, reduced):
+            prefill = case["prefill"]["median_s"]
+            decode = 1000 * case["decode_per_token"]["median_s"]
+            cells.append(f"{prefill:.2f} s ({case['prefill_over_floats']:.2f}x)")
+            cells.append(f"{decode:.1f} ms ({case['decode_over_floats']:.2f}x)")
+        rows.append((f"`{name}`", *cells, f"{reduced['prefill_over_dense']:.2f}x"))
+    names = (
+        "", "bytes of fp16", "prefill, cost 1", "decode", "prefill, cost 0.3", "decode, cost 0.3", "cost 0.3 over 1",
+    )  # fmt: skip
+    heading = (
+        f"{result['tokens']} tokens, {result['shape']} shape, {result['threads']} threads, in turn "
+        f"(`{result['command']}`), medians of {result['rounds']} rounds, speed-ups over floats in brackets"
+    )
+    return f"{heading}:\n\n{table(names, rows)}"
