@@ -66,13 +66,56 @@ class Thumbnails:
     rows: int
 
 
-class _Group(NamedTuple):
-    """What one thumbnail would show."""
+class _Candidate(NamedTuple):
+    """What one thumbnail would show, small."""
 
-    media: Video | NDArray[np.uint8]
-    frame: int
+    group: int  # its number among all groups of frames and pictures
+    pixels: NDArray[np.uint8]  # [h, w, 3]
+    place: tuple[float, float, float, float]
+    size: tuple[int, int]
     panels: tuple[PanelRows, ...]
-    rule: Preprocessing
+    name: str
+
+
+class ThumbnailCollector:
+    """Takes films and pictures one after the other, so that none has to wait for the next with its pixels.
+
+    How many there will be is known at the end only. So each gives as many small pictures as could be shown of it if it
+    were the only one, and of all these the evenly spread ones are drawn at the end. What is evenly spread over several
+    films is off by half the distance of two small pictures at most.
+
+    Args:
+        rule: of all films and pictures of the prompt.
+    """
+
+    def __init__(self, rule: Preprocessing) -> None:
+        self._rule = rule
+        self._candidates: list[_Candidate] = []
+        self._groups = 0
+        self._rows = 0
+
+    def add(self, shown: Video | NDArray[np.uint8]) -> None:
+        """The next film as it was sampled, whole or shrunk, or picture [H, W, 3]; its pixels are not kept."""
+        # 1. Which rows look at the same frames: they are drawn over one picture.
+        (height, width) = shown.frames.shape[1:3] if isinstance(shown, Video) else shown.shape[:2]
+        panels = self._rule.panels(height, width, len(shown.frames) if isinstance(shown, Video) else None)
+        by_frame: dict[int, list[PanelRows]] = {}
+        for panel in panels:
+            by_frame.setdefault(panel.frames[0], []).append(PanelRows(panel.boxes, self._rows))
+            self._rows += len(panel.boxes)
+        # 2. A few of them, the first and the last among these.
+        groups = list(by_frame.items())
+        for index in _evenly_spread(len(groups)):
+            (frame, over) = groups[index]
+            self._candidates.append(_small(self._groups + index, shown, frame, tuple(over), self._rule))
+        self._groups += len(groups)
+
+    def thumbnails(self) -> Thumbnails:
+        """Those of all that was added, `MOST` at most."""
+        numbers = np.array([candidate.group for candidate in self._candidates])
+        nearest = [int(np.abs(numbers - group).argmin()) for group in _evenly_spread(self._groups)]
+        shown = tuple(_drawn(self._candidates[index]) for index in dict.fromkeys(nearest))
+        return Thumbnails(shown, self._groups, self._rows)
 
 
 def thumbnails(media: Sequence[Video | NDArray[np.uint8]], rule: Preprocessing) -> Thumbnails:
@@ -82,34 +125,34 @@ def thumbnails(media: Sequence[Video | NDArray[np.uint8]], rule: Preprocessing) 
         media: films as they were sampled, whole or shrunk, and pictures [H, W, 3].
         rule: of all of them.
     """
-    # 1. Which rows look at the same frames: they are drawn over one picture.
-    groups: list[_Group] = []
-    rows = 0
+    collector = ThumbnailCollector(rule)
     for shown in media:
-        (height, width) = shown.frames.shape[1:3] if isinstance(shown, Video) else shown.shape[:2]
-        panels = rule.panels(height, width, len(shown.frames) if isinstance(shown, Video) else None)
-        by_frame: dict[int, list[PanelRows]] = {}
-        for panel in panels:
-            by_frame.setdefault(panel.frames[0], []).append(PanelRows(panel.boxes, rows))
-            rows += len(panel.boxes)
-        groups += [_Group(shown, frame, tuple(over), rule) for frame, over in by_frame.items()]
-    # 2. A few of them, the first and the last among these.
-    chosen = np.unique(np.linspace(0, len(groups) - 1, min(MOST, len(groups))).round().astype(int)) if groups else ()
-    return Thumbnails(tuple(_thumbnail(groups[index]) for index in chosen), len(groups), rows)
+        collector.add(shown)
+    return collector.thumbnails()
 
 
-def _thumbnail(group: _Group) -> Thumbnail:
+def _evenly_spread(count: int) -> list[int]:
+    """`MOST` of so many at most, ascending, the first and the last among them."""
+    if not count:
+        return []
+    chosen: list[int] = np.unique(np.linspace(0, count - 1, min(MOST, count)).round().astype(int)).tolist()
+    return chosen
+
+
+def _small(
+    group: int, shown: Video | NDArray[np.uint8], number: int, panels: tuple[PanelRows, ...], rule: Preprocessing
+) -> _Candidate:
+    """A frame, or a picture, in the size of a thumbnail."""
     from PIL import Image
 
     place = WHOLE
-    if isinstance(group.media, Video):
-        film = group.media
-        (tall, wide) = film.frames.shape[1:3]
-        frame = film.shrunk[0][group.frame] if film.shrunk else film.frames[group.frame]
-        place = group.rule.shrunk_place(tall, wide) if film.shrunk else WHOLE
-        name = f"{film.times[group.frame]:.1f} s"
+    if isinstance(shown, Video):
+        (tall, wide) = shown.frames.shape[1:3]
+        frame = shown.shrunk[0][number] if shown.shrunk else shown.frames[number]
+        place = rule.shrunk_place(tall, wide) if shown.shrunk else WHOLE
+        name = f"{shown.times[number]:.1f} s"
     else:
-        frame = group.media
+        frame = shown
         (tall, wide) = frame.shape[:2]
         name = "picture"
     # The picture as it was, not as a family squeezes it.
@@ -120,6 +163,12 @@ def _thumbnail(group: _Group) -> Thumbnail:
     # A mean over every pixel would take ten times as long: some lines, some columns, then the mean of four.
     lines = np.ascontiguousarray(frame[:: max(frame.shape[0] // (2 * size[1]), 1)])
     twice = Image.fromarray(lines).resize((2 * size[0], 2 * size[1]), _NEAREST)
+    return _Candidate(group, np.asarray(twice.resize(size, _BOX)), place, (wide, tall), panels, name)
+
+
+def _drawn(candidate: _Candidate) -> Thumbnail:
+    from PIL import Image
+
     file = io.BytesIO()
-    twice.resize(size, _BOX).save(file, "JPEG", quality=QUALITY)
-    return Thumbnail(file.getvalue(), place, (wide, tall), group.panels, name)
+    Image.fromarray(candidate.pixels).save(file, "JPEG", quality=QUALITY)
+    return Thumbnail(file.getvalue(), candidate.place, candidate.size, candidate.panels, candidate.name)
