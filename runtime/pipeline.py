@@ -20,14 +20,12 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.concurrency.step_runner import gather_answer
 from framefusion.runtime.format.manifest import Manifest, ReductionRecord
 from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
-from framefusion.runtime.generation.stages import Media as Media
 from framefusion.runtime.generation.stages import Stages, prefill_report
 from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.generation.visuals.reading import Media as Media
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.sources import Source
-from framefusion.runtime.media.tiles.thumbnails import thumbnails
-from framefusion.runtime.media.video.frames import facts_of_films
 from framefusion.runtime.proof.opening import open_proven
 from framefusion.runtime.request import Generation as Generation
 from framefusion.runtime.request import Request as Request
@@ -58,6 +56,8 @@ class Pipeline(Stages):
         threads: of one operator on the CPU; 0 takes the physical cores.
         choice: among the backends; None takes the best that is right on this device: see runtime/proof.
         limits: of the files that are read; None takes `MediaLimits()`.
+        overlap: decode the next film of a request while the tower has the one before it; None does where graphs run on
+            a device, or `threads` leaves cores free. Answers are the same.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Pipeline(Stages):
         threads: int = 0,
         choice: Choice | None = None,
         limits: MediaLimits | None = None,
+        overlap: bool | None = None,
     ) -> None:
         if not isinstance(bundle, Bundle):
             bundle = Bundle(bundle)
@@ -76,7 +77,7 @@ class Pipeline(Stages):
         if backend is None and choice is not None:
             backend = choice.open(bundle, threads)
         assert backend is not None  # it was given, or there is a choice
-        super().__init__(bundle, backend, limits or MediaLimits())
+        super().__init__(bundle, backend, limits or MediaLimits(), overlap)
 
     def __repr__(self) -> str:
         state = f"on {self.backend.name}" if "backend" in vars(self) else "closed"
@@ -120,9 +121,9 @@ class Pipeline(Stages):
         """
         turns, files = read_conversation(turns, files)
         with self.runner.turn():
-            visuals = self.read_visuals(turns, files, sampling or self.manifest.sampling, Stopwatch())
-            prompt = self.prompt(turns, visuals)
-            return prompt, self.embed(prompt, [self.encode_visual(visual) for visual in visuals])
+            read = self.read_media(turns, files, sampling or self.manifest.sampling, Stopwatch())
+            prompt = self.prompt(turns, read.visuals)
+            return prompt, self.embed(prompt, self.encode_rest(read.visuals, read.rows))
 
     def stream(
         self,
@@ -163,26 +164,24 @@ class Pipeline(Stages):
         stopwatch = Stopwatch()
         request = request or Request()
         turns, files = read_conversation(turns, files)
-        # 1. Files to frames, no larger than the family shows them: a film's own pixels would fill the memory.
-        media = self.decode_media(turns, files, sampling or self.manifest.sampling, stopwatch, whole=False)
-        videos = facts_of_films(media)
-        # 2. Frames to patches and pieces of the prompt; pixels are large, and spent: thumbnails stay with the answer.
-        visuals = self.preprocess(media, stopwatch)
-        shown = thumbnails(media, self.preprocessor(media))
-        del media
-        # 3. Turns to token ids, labels and positions; refuse what is too long before the vision tower has worked.
-        prompt = self.prompt(turns, visuals)
+        # 1. File after file to frames, patches and pieces of the prompt: pixels are large, and spent before the next.
+        read = self.read_media(turns, files, sampling or self.manifest.sampling, stopwatch)
+        # 2. Turns to token ids, labels and positions; refuse what is too long before the tower has had the last film.
+        prompt = self.prompt(turns, read.visuals)
         request = self.with_default_cost(self.clamp_new_tokens(request, prompt), visuals_of(turns))
-        # 4. Patches to visual tokens, and all tokens to rows on the device; features are large, and spent.
+        videos = read.videos
+        shown = read.thumbnails
+        # 3. Patches to visual tokens, and all tokens to rows on the device; features are large, and spent.
         with stopwatch.stage("vision"):
-            visual_rows = [self.encode_visual(visual) for visual in visuals]
+            visual_rows = self.encode_rest(read.visuals, read.rows)
+        del read
         with stopwatch.stage("embed"):
             rows = self.embed(prompt, visual_rows)
-        del visuals, visual_rows
-        # 5. Rows through the segments, reduced between them: what stays is in the caches.
+        del visual_rows
+        # 4. Rows through the segments, reduced between them: what stays is in the caches.
         prefilled = self.prefill(prompt, rows, request, stopwatch)
         del rows
-        # 6. Logits to tokens and text, one step each.
+        # 5. Logits to tokens and text, one step each.
         report = prefill_report(prompt, prefilled, videos, shown)
         yield from self.decode(prompt, prefilled, request, stopwatch, report=report, logits=logits)
 

@@ -17,15 +17,17 @@ from dataclasses import dataclass, replace
 
 from framefusion.errors import PromptError
 from framefusion.reduction import tracks
+from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.concurrency.step_runner import gather_answer
 from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.generation.prefill import Prefilled
 from framefusion.runtime.generation.stages import Stages, prefill_report
+from framefusion.runtime.generation.visuals.reading import without_pixels
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.sources import Source
-from framefusion.runtime.media.tiles.thumbnails import Thumbnails, thumbnails
-from framefusion.runtime.media.video.frames import VideoFacts, facts_of_films
+from framefusion.runtime.media.tiles.thumbnails import Thumbnails
+from framefusion.runtime.media.video.frames import VideoFacts
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.memory import cache_bytes, slot_bytes
 from framefusion.runtime.request import Generation, PrefillReport, Request, Step, Stopwatch
@@ -41,7 +43,8 @@ class _NextTurn:
 
     turns: tuple[Turn, ...]
     files: tuple[Source, ...]
-    visuals: tuple[VisualInput, ...]  # of all turns; those whose rows are in the caches have no pixels any more
+    visuals: tuple[VisualInput, ...]  # of all turns; those that the tower had have no pixels any more
+    rows: tuple[Buffer | None, ...]  # of the tower, for the last visuals, those that are not in the caches
     prompt: Prompt
     start: int  # the first token that is not in the caches
     restart: str | None
@@ -50,7 +53,7 @@ class _NextTurn:
 
     def without_pixels(self) -> _NextTurn:
         """What is needed to lay out the conversation again."""
-        return replace(self, visuals=tuple(replace(visual, tiles=(), rows=None) for visual in self.visuals))
+        return replace(self, visuals=tuple(without_pixels(visual) for visual in self.visuals), rows=())
 
 
 class Session:
@@ -198,13 +201,13 @@ class Session:
         following = self._prepare(turns, files, stopwatch)
         prompt = following.prompt
         tail = prompt.tail(following.start)
-        pairs = zip(visuals_of(following.turns), following.visuals, strict=True)
-        new = [kind for kind, visual in pairs if visual.tiles]
+        cached = len(following.visuals) - len(following.rows)
+        new = visuals_of(following.turns)[cached:]
         request = stages.with_default_cost(stages.clamp_new_tokens(request, prompt), new)
         self._check_bytes(following.start, tail.token_ids.size, request.max_new_tokens)
         # 2. Embed what is new: films of earlier turns are in the caches and pass the tower no more.
         with stopwatch.stage("vision"):
-            visual_rows = [stages.encode_visual(visual) for visual in following.visuals if visual.tiles]
+            visual_rows = stages.encode_rest(following.visuals[cached:], following.rows)
         with stopwatch.stage("embed"):
             rows = stages.embed(tail, visual_rows)
             rows = replace(rows, origin=rows.origin + following.start)
@@ -248,23 +251,23 @@ class Session:
         conversation = (*self.turns, *added)
         earlier = visuals_of(self.turns)
         shown = visuals_of(added)
-        media = stages.decode_media(added, files, self._sampling, stopwatch, whole=False, others=earlier)
-        visuals = tuple(stages.preprocess(media, stopwatch, before=earlier))
-        videos = facts_of_films(media)
-        pictures = thumbnails(media, stages.preprocessor(media, earlier))
-        del media
+        read = stages.read_media(added, files, self._sampling, stopwatch, before=earlier)
+        visuals = read.visuals
+        rows = read.rows
         start = 0
         restart = self._restart_reason(earlier, shown)
         if restart is None:
-            prompt = stages.prompt(conversation, [*self._visuals, *visuals], TOO_LONG)
-            start, restart = self._reusable(prompt)
-            visuals = (*self._visuals, *visuals)
-        if restart is not None:
-            again = stages.decode_media(self.turns, self.files, self._sampling, stopwatch, whole=False, others=shown)
-            fresh = visuals[-len(shown) :] if shown else ()
-            visuals = (*stages.preprocess(again, stopwatch, after=shown), *fresh)
+            visuals = (*self._visuals, *read.visuals)
             prompt = stages.prompt(conversation, visuals, TOO_LONG)
-        return _NextTurn(conversation, (*self.files, *files), visuals, prompt, start, restart, videos, pictures)
+            start, restart = self._reusable(prompt)
+        if restart is not None:
+            again = stages.read_media(self.turns, self.files, self._sampling, stopwatch, after=shown)
+            visuals = (*again.visuals, *read.visuals)
+            rows = (*again.rows, *read.rows)
+            prompt = stages.prompt(conversation, visuals, TOO_LONG)
+        return _NextTurn(
+            conversation, (*self.files, *files), visuals, rows, prompt, start, restart, read.videos, read.thumbnails
+        )
 
     def _restart_reason(self, earlier: Sequence[Visual], shown: Sequence[Visual]) -> str | None:
         """Why nothing can be reused, whatever the prompt says; None in the first turn, too."""

@@ -187,12 +187,15 @@ class Backend(Protocol):
         decode_width: tokens of a decode step; those behind the first are padding.
         chunk: most tokens at a time in the last segment's prefill, where it takes any number; None runs all at once.
         continues: a prefill may follow tokens that are in the caches.
+        host_threads: of this machine's CPU that an operator takes; 0 takes the physical cores, None none: a device
+            computes.
     """
 
     name: str
     decode_width: int
     chunk: int | None
     continues: bool
+    host_threads: int | None
 
     @property
     def device(self) -> Device:

@@ -1,6 +1,6 @@
 """The stages of a request over one bundle, one method each; what puts them in order is above.
 
-    decode_media -> preprocess -> prompt -> encode_visual -> embed -> prefill -> activate, decode
+    visuals/media_stages.py -> prompt -> embed -> prefill -> activate, decode
 
 Holds no state of a request. Knows no conversation of several turns over the same caches (session.py).
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +32,10 @@ from framefusion.runtime.generation.fixed_prefill import prefill_fixed
 from framefusion.runtime.generation.prefill import Prefilled, prefill, start_reduction
 from framefusion.runtime.generation.segments import Rows, Segments
 from framefusion.runtime.generation.token_rows import TokenRows
-from framefusion.runtime.media.frame_sampling import FrameSampling
+from framefusion.runtime.generation.visuals.media_stages import MediaStages, leaves_cores_free
 from framefusion.runtime.media.media_file import MediaLimits
-from framefusion.runtime.media.preprocess import Preprocessing
-from framefusion.runtime.media.sources import Source, as_image, as_video
 from framefusion.runtime.media.tiles.thumbnails import Thumbnails
-from framefusion.runtime.media.video.frames import Video, VideoFacts
+from framefusion.runtime.media.video.frames import VideoFacts
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.request import KeptTokens, PrefillReport, Request, ShownRows, Step, Stopwatch
 from framefusion.runtime.text.positions import decode_positions
@@ -46,35 +43,34 @@ from framefusion.runtime.text.prompt import (
     Prompt,
     Turn,
     Visual,
-    as_turns,
     check_length,
     check_texts,
     layout_texts,
-    visuals_of,
 )
 from framefusion.runtime.text.prompt_layout import build_prompt
 from framefusion.runtime.text.sampling import Sampler
 from framefusion.runtime.text.tokenizer import StoppableText, Tokenizer
 
-Media = Video | NDArray[np.uint8]
-"""A video as it was sampled, or an image [H, W, 3]."""
 SAMPLE_LESS = "sample fewer frames, lower max_pixels"
 
 
-class Stages:
+class Stages(MediaStages):
     """What each stage of a request needs of a bundle, opened once.
 
     Args:
         bundle: read and verified.
         backend: what executes the graphs.
         limits: of the files that are read.
+        overlap: decode the next film of a request while the tower has the one before it; None does where
+            `leaves_cores_free` says so.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, limits: MediaLimits) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, limits: MediaLimits, overlap: bool | None = None) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.backend = backend
         self.limits = limits
+        self.overlaps = leaves_cores_free(backend) if overlap is None else overlap
         self.runner = runner_of(backend)
         layout = layout_texts(self.manifest.prompt, self.manifest.preprocessing)
         self.tokenizer = Tokenizer.from_file(place(bundle.folder, TOKENIZER), layout)
@@ -82,92 +78,6 @@ class Stages:
         self.embedder = Embedder(self.manifest, self.embedding, backend)
         self.segments = Segments(self.manifest, backend)
         backend.open(bundle.graphs)
-
-    def read_visuals(
-        self, turns: Sequence[Turn], files: Sequence[Source], sampling: FrameSampling, stopwatch: Stopwatch
-    ) -> list[VisualInput]:
-        """What the turns show, in their order, preprocessed: `decode_media`, then `preprocess`."""
-        return self.preprocess(self.decode_media(turns, files, sampling, stopwatch, whole=False), stopwatch)
-
-    def decode_media(
-        self,
-        turns: Sequence[Turn],
-        files: Sequence[Source],
-        sampling: FrameSampling,
-        stopwatch: Stopwatch,
-        whole: bool = True,
-        others: Sequence[Visual] = (),
-    ) -> list[Media]:
-        """Videos and images that the turns show, in their order, as they are in the files.
-
-        Args:
-            turns: of the conversation.
-            files: one source for each Visual of the turns.
-            sampling: of a video's frames.
-            stopwatch: gets the stage "video".
-            whole: keep frames of films at their size, or only as large as the family shows them.
-            others: what the conversation shows in turns that are not given.
-
-        Raises:
-            PromptError: turns and files disagree.
-            VideoError: a file is none of a kind that is read, is damaged or beyond `limits`.
-        """
-        turns = as_turns(turns)
-        kinds = visuals_of(turns)
-        if isinstance(files, (str, bytes, Path)):
-            raise PromptError(f"files is one name, {str(files)[:120]!r}: give a list of what the turns show")
-        if len(kinds) != len(files):
-            raise PromptError(
-                f"the conversation shows {len(kinds)} video(s) and image(s), {len(files)} were given: "
-                "give one source for each Visual of the turns"
-            )
-        shrink = self.manifest.preprocessing.for_images([*kinds, *others].count(Visual.IMAGE)).shrink
-        media: list[Media] = []
-        for kind, file in zip(kinds, files, strict=True):
-            with stopwatch.stage("video"):
-                if kind is Visual.VIDEO:
-                    media.append(as_video(file, sampling, self.limits, None if whole else shrink))
-                else:
-                    media.append(as_image(file, self.limits))
-        return media
-
-    def preprocessor(self, media: Sequence[Media], others: Sequence[Visual] = ()) -> Preprocessing:
-        """What turns the videos and images of one conversation into patches; their number may change how."""
-        images = sum(not isinstance(shown, Video) for shown in media)
-        return self.manifest.preprocessing.for_images(images + others.count(Visual.IMAGE))
-
-    def preprocess(
-        self,
-        media: Sequence[Media],
-        stopwatch: Stopwatch,
-        *,
-        before: Sequence[Visual] = (),
-        after: Sequence[Visual] = (),
-    ) -> list[VisualInput]:
-        """Patches and pieces of the prompt for videos and images of one conversation.
-
-        Args:
-            media: decoded.
-            stopwatch: gets the stage "preprocess".
-            before: what the conversation shows before these: videos and images are numbered.
-            after: what it shows behind them.
-
-        Raises:
-            VideoError: a picture cannot be shown to this family.
-        """
-        visuals = list[VisualInput]()
-        videos = before.count(Visual.VIDEO)
-        images = before.count(Visual.IMAGE)
-        preprocessor = self.preprocessor(media, [*before, *after])
-        for shown in media:
-            with stopwatch.stage("preprocess"):
-                if isinstance(shown, Video):
-                    visuals.append(preprocessor.video(shown, videos))
-                    videos += 1
-                else:
-                    visuals.append(preprocessor.image(shown, images))
-                    images += 1
-        return visuals
 
     def prompt(self, turns: Sequence[Turn], visuals: Sequence[VisualInput], remedy: str = SAMPLE_LESS) -> Prompt:
         """Tokens, labels and positions of a conversation; a refusal of its length names the remedy.
@@ -179,10 +89,6 @@ class Stages:
         prompt = build_prompt(self.manifest.prompt, self.tokenizer, turns, visuals, self.manifest.embedding.extra)
         check_length(prompt, self.manifest.limits.max_input_len, remedy)
         return prompt
-
-    def encode_visual(self, visual: VisualInput) -> Buffer:
-        """Rows [1+K, n, D] of one video or image: see `Embedder.encode_visual`."""
-        return self.embedder.encode_visual(visual)
 
     def embed(self, prompt: Prompt, visual_rows: Sequence[Buffer]) -> TokenRows:
         """Rows of all S tokens of a prompt, with their rotary tables: see `Embedder.embed`."""

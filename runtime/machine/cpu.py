@@ -1,7 +1,8 @@
-"""Which processor this is and which vector instructions it has, as the kernel lists them. Knows no engine."""
+"""Which processor this is, its vector instructions as the kernel lists them, and its cores. Knows no engine."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -33,3 +34,9 @@ def model_name(cpuinfo: Path = _CPUINFO) -> str:
     names = ("model name", "Model", "CPU part")  # x86; boards with ARM; ARM alone
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return next((found[name] for name in names if found.get(name)), "")
+
+
+def available_cores() -> int:
+    """Logical cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

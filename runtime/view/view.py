@@ -22,8 +22,9 @@ from framefusion.reduction import tracks
 from framefusion.reduction.budget import describe_cost
 from framefusion.reduction.policy import CallRecord, Decision
 from framefusion.runtime.format.manifest import Manifest
-from framefusion.runtime.generation.stages import Media, prefill_report
+from framefusion.runtime.generation.stages import prefill_report
 from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.generation.visuals.reading import Media
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing, resize
 from framefusion.runtime.media.sources import Source

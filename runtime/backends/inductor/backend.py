@@ -77,10 +77,12 @@ class InductorBackend(HostBackend):
         self._graphs: CheckedGraphs | None
         if device == _CPU:
             super().__init__()
+            self.host_threads = threads
             self._graphs = None
         else:
             there = TorchDevice(device, bundle.manifest.model.float_type)
             super().__init__(chunk=None, device=there)  # no mask is computed that a shorter chunk would save
+            self.host_threads = None
             self._graphs = CheckedGraphs(there)
         if threads:
             self._torch.set_num_threads(threads)

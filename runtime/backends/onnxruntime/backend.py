@@ -74,6 +74,7 @@ class OnnxRuntimeBackend(HostBackend):
         super().__init__(decode_width)
         self._folder = folder
         self._threads = threads
+        self.host_threads = threads
         self._manifest = manifest
         self._mapped = mapped
         self._sessions: dict[str, Any] = {}
@@ -164,6 +165,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         super().__init__(folder, manifest=manifest)
         self.device = device
         self.chunk = None
+        self.host_threads = None
         self._cuda = device
         self._graphs = CheckedGraphs(device)
 

@@ -74,6 +74,7 @@ class OpenVinoBackend(HostBackend):
         self._computes = "bf16" if in_bf16 or dtype == "bfloat16" else "f32"
         self._stored = "bfloat16" if in_bf16 else dtype  # type of the caches that are written in place
         self._threads = threads
+        self.host_threads = threads
         self._in_place = in_place
         self._manifest = manifest
         self._graphs: dict[str, CompiledGraph] = {}

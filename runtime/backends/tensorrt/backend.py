@@ -61,6 +61,7 @@ class TensorRTBackend:
 
     decode_width = 2
     chunk: int | None = None
+    host_threads: int | None = None
     continues = False  # no engine has shown yet that a bucket behind a cache gives the same numbers
 
     def __init__(

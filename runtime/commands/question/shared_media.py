@@ -6,19 +6,18 @@ Each conversation is answered as if it were alone (`Pipeline.stream`). Knows no 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 
-from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.generation.stages import Stages, prefill_report
+from framefusion.runtime.generation.visuals.reading import without_pixels
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.sources import Source
-from framefusion.runtime.media.video.frames import facts_of_films
 from framefusion.runtime.request import Request, Step, Stopwatch
 from framefusion.runtime.text.prompt import Turn, visuals_of
 
 
 class SharedMedia:
-    """The videos and images of conversations that differ in what is said. Files are read now, the tower runs at need.
+    """The videos and images of conversations that differ in what is said. Files are read now; the tower runs at need
+    for the last of them, and for the others while the next one is decoded, where `stages.overlaps`.
 
     Args:
         stages: of a pipeline.
@@ -32,12 +31,12 @@ class SharedMedia:
 
     def __init__(self, stages: Stages, turns: Sequence[Turn], files: Sequence[Source], sampling: FrameSampling) -> None:
         stopwatch = Stopwatch()
-        media = stages.decode_media(turns, files, sampling, stopwatch, whole=False)
+        read = stages.read_media(turns, files, sampling, stopwatch)
         self._stages = stages
-        self._videos = facts_of_films(media)
-        self._visuals = stages.preprocess(media, stopwatch)
+        self._videos = read.videos
+        self._visuals = read.visuals
         self._reading: Stopwatch | None = stopwatch
-        self._rows: list[Buffer] | None = None
+        self._rows = read.rows
 
     def stream(self, turns: Sequence[Turn], request: Request) -> Generator[Step, None, None]:
         """Answer a conversation that shows them, as `Pipeline.stream` does.
@@ -59,11 +58,11 @@ class SharedMedia:
         stopwatch = self._reading or Stopwatch()
         self._reading = None
         with stopwatch.stage("vision"):
-            if self._rows is None:
-                self._rows = [stages.encode_visual(visual) for visual in self._visuals]
-                self._visuals = [replace(visual, tiles=(), rows=None) for visual in self._visuals]  # pixels are large
+            visual_rows = stages.encode_rest(self._visuals, self._rows)
+        self._rows = tuple(visual_rows)
+        self._visuals = tuple(without_pixels(visual) for visual in self._visuals)
         with stopwatch.stage("embed"):
-            rows = stages.embed(prompt, self._rows)
+            rows = stages.embed(prompt, visual_rows)
         # 3. The rest is as in `Pipeline.stream`.
         prefilled = stages.prefill(prompt, rows, request, stopwatch)
         del rows

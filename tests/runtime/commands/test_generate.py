@@ -77,7 +77,7 @@ def test_each_answer_is_as_if_it_were_alone(
 ) -> None:
     """Though a film is read and encoded once for all questions about it."""
     calls: list[str] = []
-    for name in ("decode_media", "encode_visual"):
+    for name in ("read_media", "encode_visual"):
         method = getattr(Stages, name)
 
         def counted(self: Stages, *given: Any, _name: str = name, _method: Any = method, **named: Any) -> Any:
@@ -92,7 +92,7 @@ def test_each_answer_is_as_if_it_were_alone(
     assert [(line["files"], line["prompt"]) for line in lines] == [
         ([str(path)], question) for path in shown for question in QUESTIONS
     ]
-    assert sorted(calls) == ["decode_media"] * 3 + ["encode_visual"] * 3
+    assert sorted(calls) == ["encode_visual"] * 3 + ["read_media"] * 3
     kinds = {".mp4": Visual.VIDEO, ".png": Visual.IMAGE}
     for line in lines:
         path = Path(line["files"][0])

@@ -6,8 +6,9 @@ Decodes nothing. PyAV is imported on first use; what FFmpeg reports becomes a Vi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,19 @@ DEMUXERS = (
     "rm,wtv,dv,ivf,h264,hevc,vvc,av1,obu,m4v,h263,h261,vc1,cavsvideo,avs2,avs3,dirac,mjpeg,yuv4mpegpipe,swf,dhav,nsv,"
     "nuv,pva,ty,amv,flic,roq,smk,bink,jpegxl_anim,mp3,aac,flac,wav,aiff,caf,ape,tak,tta,wv,ac3,eac3,dts,amr"
 )
+
+
+_is_ended: ContextVar[Callable[[], bool]] = ContextVar("is_ended", default=lambda: False)
+
+
+@contextmanager
+def ended_by(is_ended: Callable[[], bool]) -> Iterator[None]:
+    """Films that are read within, in this thread, end with an error between two frames once `is_ended` says so."""
+    token = _is_ended.set(is_ended)
+    try:
+        yield
+    finally:
+        _is_ended.reset(token)
 
 
 @contextmanager
@@ -76,11 +90,13 @@ def _check_kind(source: Path, container: InputContainer) -> None:
 
 
 def check_deadline(source: Path, deadline: float) -> None:
-    """Refuse a film that takes longer to read than allowed.
+    """Refuse a film that takes longer to read than allowed, or that nobody waits for any more.
 
     Raises:
-        VideoError: time.monotonic() is past `deadline`.
+        VideoError: time.monotonic() is past `deadline`, or `ended_by` says so.
     """
+    if _is_ended.get()():
+        raise VideoError(f"{source} is not wanted any more")
     if time.monotonic() > deadline:
         raise VideoError(
             f"{source} takes longer to read than its limit allows: cut it or scale it down, or raise --max-film-seconds"

@@ -1,0 +1,132 @@
+"""Films and pictures of one conversation on their way to the tower, one after the other: each is spent before the next.
+
+    decoded film -> patches, pieces of the prompt, thumbnails, facts -> (rows of the tower, while the next is decoded)
+
+Decodes nothing and lays out no prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framefusion.runtime.backends.buffer import Buffer
+from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.runtime.media.tiles.thumbnails import ThumbnailCollector, Thumbnails
+from framefusion.runtime.media.video.frames import Video, VideoFacts, facts_of_films
+from framefusion.runtime.media.visual_input import VisualInput
+from framefusion.runtime.request import Stopwatch
+from framefusion.runtime.text.prompt import Visual
+
+Media = Video | NDArray[np.uint8]
+"""A video as it was sampled, or an image [H, W, 3]."""
+
+
+class VisualStages(Protocol):
+    """The stages that what is shown passes through."""
+
+    def preprocessor(self, media: Sequence[Media], others: Sequence[Visual] = ()) -> Preprocessing:
+        """See `Stages.preprocessor`."""
+
+    def preprocess(
+        self,
+        media: Sequence[Media],
+        stopwatch: Stopwatch,
+        *,
+        before: Sequence[Visual] = (),
+        after: Sequence[Visual] = (),
+    ) -> list[VisualInput]:
+        """See `Stages.preprocess`."""
+
+    def encode_visual(self, visual: VisualInput) -> Buffer:
+        """See `Embedder.encode_visual`."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReadMedia:
+    """What a conversation shows, in its order, ready for its prompt to be laid out.
+
+    Attributes:
+        visuals: pieces of the prompt, with patches where the tower has not had them.
+        rows: of the tower, [1+K, n, D] each; None where it has not had the patches.
+        videos: the facts of the films.
+        thumbnails: of all.
+    """
+
+    visuals: tuple[VisualInput, ...]
+    rows: tuple[Buffer | None, ...]
+    videos: tuple[VideoFacts, ...]
+    thumbnails: Thumbnails
+
+
+class VisualReading:
+    """Takes what a conversation shows as it is decoded.
+
+    Args:
+        stages: of a pipeline.
+        kinds: of all that is shown, in order.
+        stopwatch: gets the stages "preprocess" and "vision".
+        most_rows: with more rows than these the prompt is known to be too long, and the tower is spared.
+        before: what the conversation shows before these.
+        after: what it shows behind them.
+    """
+
+    def __init__(
+        self,
+        stages: VisualStages,
+        kinds: Sequence[Visual],
+        stopwatch: Stopwatch,
+        most_rows: int,
+        before: Sequence[Visual] = (),
+        after: Sequence[Visual] = (),
+    ) -> None:
+        self._stages = stages
+        self._kinds = tuple(kinds)
+        self._stopwatch = stopwatch
+        self._most_rows = most_rows
+        self._before = tuple(before)
+        self._after = tuple(after)
+        self._visuals: list[VisualInput] = []
+        self._rows: list[Buffer | None] = []
+        self._videos: list[VideoFacts] = []
+        self._thumbnails = ThumbnailCollector(stages.preprocessor((), (*before, *kinds, *after)))
+
+    def take(self, shown: Media) -> None:
+        """The next video or image: cut into patches. Its own pixels are not kept.
+
+        Raises:
+            VideoError: it cannot be shown to this family.
+        """
+        number = len(self._visuals)
+        before = (*self._before, *self._kinds[:number])
+        after = (*self._kinds[number + 1 :], *self._after)
+        self._visuals += self._stages.preprocess([shown], self._stopwatch, before=before, after=after)
+        self._rows.append(None)
+        self._videos += facts_of_films([shown])
+        self._thumbnails.add(shown)
+
+    def encode(self) -> None:
+        """Run the tower for what was taken last, unless the prompt is too long already; its patches are not kept.
+
+        Raises:
+            BackendError: the backend refuses or fails.
+        """
+        if sum(visual.num_rows for visual in self._visuals) > self._most_rows:
+            return
+        with self._stopwatch.stage("vision"):
+            self._rows[-1] = self._stages.encode_visual(self._visuals[-1])
+        self._visuals[-1] = without_pixels(self._visuals[-1])
+
+    def result(self) -> ReadMedia:
+        """All that was taken."""
+        thumbnails = self._thumbnails.thumbnails()
+        return ReadMedia(tuple(self._visuals), tuple(self._rows), tuple(self._videos), thumbnails)
+
+
+def without_pixels(visual: VisualInput) -> VisualInput:
+    """What is needed to lay out the prompt again; patches are large, and spent once the tower had them."""
+    return replace(visual, tiles=(), rows=None)
