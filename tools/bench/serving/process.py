@@ -53,14 +53,42 @@ class Server:
 
     def resident(self) -> int:
         """Bytes of memory of the server and of the processes that decode films for it."""
+        return self.memory().resident
+
+    def memory(self) -> Memory:
+        """What the server and the processes that decode films for it hold, of which kind."""
         server = psutil.Process(self.process.pid)
-        return sum(_resident(process) for process in (server, *server.children(recursive=True)))
+        of_server = _resident(server)
+        of_decoders = sum(_resident(process) for process in server.children(recursive=True))
+        return Memory(of_server + of_decoders, _anonymous(server), of_decoders)
+
+
+@dataclass
+class Memory:
+    """Bytes.
+
+    Attributes:
+        resident: of the server and its decoders, pages of mapped files included.
+        anonymous: of the server alone without mapped files: what a leak would grow.
+        decoders: resident, of the processes that decode films.
+    """
+
+    resident: int
+    anonymous: int
+    decoders: int
 
 
 def _resident(process: psutil.Process) -> int:
     try:
         return int(process.memory_info().rss)
     except psutil.NoSuchProcess:  # a decoder that ended meanwhile
+        return 0
+
+
+def _anonymous(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss - process.memory_info().shared)
+    except psutil.NoSuchProcess:
         return 0
 
 

@@ -6,6 +6,7 @@ streams; some hang up in the middle, some send junk. An answer that is not the e
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import threading
@@ -18,9 +19,10 @@ from typing import Any
 import httpx2
 import numpy as np
 import openai
+import psutil
 
 from tools.bench.serving.asking import Ask, Expected, ask
-from tools.bench.serving.process import Server
+from tools.bench.serving.process import Memory, Server
 
 SAMPLE_SECONDS = 5.0
 KEPT = 20  # wrong answers in the result
@@ -28,6 +30,26 @@ JUNK: Sequence[Any] = ({}, {"messages": []}, {"messages": [{"role": "user", "con
 HANGS_UP = 0.1
 SENDS_JUNK = 0.05
 WARM_UP = 0.2  # share of the samples that are not in the slope
+PARTS = 24  # of the series in the result
+
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass
+class Sample:
+    """What a server holds at a time.
+
+    Attributes:
+        seconds: since the load began.
+        memory: of the server and its decoders.
+        cache: share of its cache of keys and values that is taken.
+        load: of the machine, in processes that run.
+    """
+
+    seconds: float
+    memory: Memory
+    cache: float
+    load: float
 
 
 @dataclass
@@ -72,13 +94,13 @@ def soak(
     for thread in threads:
         thread.start()
     # 1. Sample memory and load while they ask.
-    samples: list[tuple[float, float, float]] = []
+    samples: list[Sample] = []
     begun = time.monotonic()
     while any(thread.is_alive() for thread in threads):
         if server.process.poll() is not None:
             tally.add("server", {"problem": f"the server ended with {server.process.returncode}"})
             break
-        samples.append((time.monotonic() - begun, server.resident() / 1e6, os.getloadavg()[0]))
+        samples.append(_sample(server, time.monotonic() - begun))
         time.sleep(min(SAMPLE_SECONDS, max(60 * minutes / 50, 0.1)))
     # 2. What is left once nobody asks: nothing runs, and everything is answered.
     alive = server.process.poll() is None
@@ -96,30 +118,59 @@ def soak(
         "running_at_the_end": left,
         "rows_a_step": rows / steps if steps else 0.0,
         "memory": memory(samples),
-        "load": float(np.median([load for *_, load in samples])),
+        "load": float(np.median([sample.load for sample in samples])),
     }
 
 
-def memory(samples: Sequence[tuple[float, float, float]]) -> dict[str, float]:
+def _sample(server: Server, seconds: float) -> Sample:
+    """Memory and load now. A server that has just ended has neither; the caller sees that it ended."""
+    try:
+        memory = server.memory()
+        used = server.metric("kv_cache_usage_perc")
+    except (psutil.NoSuchProcess, httpx2.HTTPError):
+        return Sample(seconds, Memory(0, 0, 0), math.nan, os.getloadavg()[0])
+    return Sample(seconds, memory, used, os.getloadavg()[0])
+
+
+def memory(samples: Sequence[Sample]) -> dict[str, Any]:
     """Megabytes at the ends, at most, and how they change in an hour once the server is warm.
 
-    Args:
-        samples: seconds, megabytes, load.
+    The series has a median for each of its parts: what the server and its decoders hold, what of it a leak would grow
+    (no mapped files, no decoders), and how full the cache of keys and values is.
     """
     warm = samples[round(WARM_UP * len(samples)) :]
-    seconds = np.array([at for at, *_ in warm])
-    megabytes = np.array([size for _, size, _ in warm])
-    slope = float(np.polyfit(seconds, megabytes, 1)[0]) if len(warm) > 2 else 0.0
+    seconds = np.array([sample.seconds for sample in warm])
+    megabytes = np.array([sample.memory.resident / 1e6 for sample in warm])
+    anonymous = np.array([sample.memory.anonymous / 1e6 for sample in warm])
     thirds = np.array_split(megabytes, 3)
     return {
-        "first_mb": samples[0][1],
+        "first_mb": samples[0].memory.resident / 1e6,
         "warm_mb": float(megabytes[0]),
         "last_mb": float(megabytes[-1]),
-        "largest_mb": max(size for _, size, _ in samples),
+        "largest_mb": max(sample.memory.resident for sample in samples) / 1e6,
         "median_of_first_third_mb": float(np.median(thirds[0])),
         "median_of_last_third_mb": float(np.median(thirds[2])),
-        "mb_an_hour": 3600 * slope,
+        "mb_an_hour": _an_hour(seconds, megabytes),
+        "anonymous_mb_an_hour": _an_hour(seconds, anonymous),
+        "anonymous_mb_an_hour_of_the_second_half": _an_hour(*(part[len(warm) // 2 :] for part in (seconds, anonymous))),
         "samples": len(samples),
+        "series": [_part(list(part)) for part in np.array_split(np.array(samples, object), min(PARTS, len(samples)))],
+    }
+
+
+def _an_hour(seconds: FloatArray, megabytes: FloatArray) -> float:
+    """The slope of a straight line through them."""
+    return 3600 * float(np.polyfit(seconds, megabytes, 1)[0]) if len(seconds) > 2 else 0.0
+
+
+def _part(samples: Sequence[Sample]) -> dict[str, float]:
+    """Medians of a part of a load."""
+    return {
+        "minute": round(samples[-1].seconds / 60, 1),
+        "resident_mb": round(float(np.median([sample.memory.resident for sample in samples])) / 1e6),
+        "anonymous_mb": round(float(np.median([sample.memory.anonymous for sample in samples])) / 1e6),
+        "decoders_mb": round(float(np.median([sample.memory.decoders for sample in samples])) / 1e6),
+        "cache": round(float(np.median([sample.cache for sample in samples])), 3),
     }
 
 
