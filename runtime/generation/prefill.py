@@ -163,7 +163,11 @@ def _cache(
 def _bind(
     segments: Segments, record: SegmentRecord, rows: TokenRows, reduction: ReductionState | None, cache: SegmentCache
 ) -> tuple[list[BoundSegment], Outputs]:
-    """The runs that make up a segment's prefill: one, or chunks of which only the last gives an output."""
+    """The runs that make up a segment's prefill: one, or chunks of which only the last binds an output.
+
+    ONNX Runtime runs the head in the others all the same, for a row each: it has no way to leave out what nobody binds
+    (1.24 and 1.32 run every node, whatever `only_execute_path_to_fetches` says).
+    """
     length = rows.length
     device = segments.device
     size = bucket_for(record, length)

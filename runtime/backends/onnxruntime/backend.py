@@ -244,7 +244,6 @@ class OnnxRuntimeSegment:
         self._addresses: list[tuple[str, int, tuple[int, ...]]] = []
         self._options = ort.RunOptions()
         self._options.log_severity_level = 4  # as for the session
-        self._options.only_execute_path_to_fetches = True  # a chunk whose logits nobody wants has no head
         if place[0] != "cpu":  # what follows is on the same stream: nothing has to wait here
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         names = {value.name for value in session.get_inputs()}  # a graph drops inputs it has no use for
