@@ -34,7 +34,6 @@ _RELEASE = 3  # numbers of a version that two builds of one release share
 Problem = tuple[str, str]
 """What is wrong, with its figures; and what mends it."""
 
-BATCHED = "gqa"  # the dialect whose graphs are free in their rows
 NO_ENGINE = "no such engine in the bundle"
 NO_GPU: Problem = ("there is no NVIDIA GPU here", "run on a machine with a GPU and its driver")
 
@@ -161,8 +160,6 @@ def build_command(manifest: Manifest) -> str:
 
 def one_row(graph: str, manifest: Manifest | None) -> str:
     """Why a graph that is not free in its rows is not, and what mends that; None knows of no bundle."""
-    if manifest is not None and manifest.dialect != BATCHED:
-        return f"graphs of the dialect {manifest.dialect} take one row, those of {BATCHED} several"
     command = "" if manifest is None else f", {build_command(manifest)}, with what its README.md says"
     return f"{graph} takes one row, as it was built before there were batches: rebuild the bundle{command}"
 

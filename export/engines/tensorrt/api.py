@@ -43,6 +43,12 @@ class Layer(Protocol):
         """Feed another value."""
 
 
+class Shuffle(Layer, Protocol):
+    """A layer that reshapes."""
+
+    reshape_dims: tuple[int, ...]
+
+
 class Attention(Protocol):
     """A fused attention; its inputs are queries, keys, values and a mask."""
 
@@ -83,8 +89,14 @@ class Network(Protocol):
     def add_elementwise(self, left: Tensor, right: Tensor, operation: object, /) -> Layer:
         """Two tensors, broadcast."""
 
+    def add_gather(self, tensor: Tensor, indices: Tensor, axis: int, /) -> Layer:
+        """What indices say of an axis."""
+
     def add_reduce(self, tensor: Tensor, operation: object, axes: int, keep: bool, /) -> Layer:
         """Over the axes whose bits are set."""
+
+    def add_shuffle(self, tensor: Tensor, /) -> Shuffle:
+        """In another shape."""
 
     def add_slice(
         self, tensor: Tensor, start: tuple[int, ...], shape: tuple[int, ...], stride: tuple[int, ...], /

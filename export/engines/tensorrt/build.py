@@ -28,7 +28,8 @@ from framefusion.export.engines.tensorrt.api import (
     Tensor,
     TimingCache,
 )
-from framefusion.export.engines.tensorrt.network import inputs_of, layer_kinds, outputs_of, parse_spec
+from framefusion.export.engines.tensorrt.network import parse_spec
+from framefusion.export.engines.tensorrt.network_check import inputs_of, layer_kinds, outputs_of
 from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec, weight_bytes
 from framefusion.runtime.backends.table import engine_traits
 from framefusion.runtime.backends.tensorrt.library import AMPERE, TYPE_NAMES, Library, is_plain, load_library

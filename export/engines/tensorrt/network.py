@@ -7,9 +7,10 @@
 
            past_key_j -> KV_CACHE_UPDATE -> (scale) -> ATTENTION_INPUT      key_value_lengths <- int32(kv_len)[j]
 
+       of a graph that is free in its rows the lengths are [layers, rows], and those of j are a row of them;
        j is read from the cache that feeds the attention, never from the order of the layers
     4. where a target is older than Ampere, products in fp32 become factors and a sum: the library has none for Turing
-    5. everything is read back from the finished network and refused if it is not so (`check_network`)
+    5. everything is read back from the finished network and refused if it is not so (network_check.py)
 
 The parser's factor on the keys is left: the compiler folds it (the same kernels with and without it). Knows no profile
 and no bundle.
@@ -17,38 +18,37 @@ and no bundle.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 
 from framefusion.errors import BackendError, BundleError
 from framefusion.export.engines.builder import EngineSpec
-from framefusion.export.engines.tensorrt.api import (
-    Attention,
-    Builder,
-    Layer,
-    Network,
-    Parser,
-    ParserError,
-    Tensor,
+from framefusion.export.engines.tensorrt.api import Builder, Network, Parser, ParserError, Tensor
+from framefusion.export.engines.tensorrt.network_check import (
+    KV_LENGTHS,
+    attentions_of,
+    check_network,
+    input_of,
+    inputs_of,
+    kind_of,
+    layer_kinds,
+    layers_of,
+    outputs_of,
+    refuse_problems,
+    unused_inputs,
 )
 from framefusion.export.engines.tensorrt.plain import rewrite_plain
-from framefusion.export.engines.tensorrt.profiles import read_model
+from framefusion.export.engines.tensorrt.profiles import most_rows, one_row_axes, read_model
 from framefusion.runtime.backends.kv_cache import rows_name
 from framefusion.runtime.backends.tensorrt.library import AMPERE, Library, is_plain
 
-KV_LENGTHS = "kv_len"
-CAPACITY = "capacity"  # begins the names of cache axes in the graphs
+CAPACITY = "capacity"  # begins the names of cache axes in the graphs, behind it the layer
 SMALLEST_HEAD = 16  # channels for which there are fused attention kernels; below them it is taken apart
-_CACHE = re.compile(r"past_(key|value)_(\d+)")
 _LAYERS = {"ATTENTION_INPUT", "ATTENTION_OUTPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING"}  # no plain network has them
-_TRANSPARENT = ("ELEMENTWISE", "CAST", "IDENTITY", "SHUFFLE")  # what the parser puts between a cache and its attention
 
 
 class Parsed(NamedTuple):
@@ -58,23 +58,22 @@ class Parsed(NamedTuple):
     parser: Parser
 
 
-class CachedAttention(NamedTuple):
-    """An attention and the layer whose cache it reads; None where it reads none."""
-
-    attention: Attention
-    name: str
-    cache: int | None
-
-
 def parse_spec(library: Library, builder: Builder, spec: EngineSpec, targets: Sequence[str]) -> Parsed:
     """A network of a graph, complete and checked: see `parse_graph` and `parse_plain`."""
+    one_row = most_rows(spec.profiles) == 1
     if not is_plain(spec.options):
-        return parse_graph(library, builder, spec.graph, spec.capacities, targets)
-    return parse_plain(library, builder, spec.graph, len(spec.capacities), spec.options["one_length"])
+        return parse_graph(library, builder, spec.graph, spec.capacities, targets, one_row=one_row)
+    return parse_plain(library, builder, spec.graph, len(spec.capacities), spec.options["one_length"], one_row=one_row)
 
 
 def parse_graph(
-    library: Library, builder: Builder, graph: Path, capacities: Sequence[int], targets: Sequence[str] = ()
+    library: Library,
+    builder: Builder,
+    graph: Path,
+    capacities: Sequence[int],
+    targets: Sequence[str] = (),
+    *,
+    one_row: bool = True,
 ) -> Parsed:
     """A network of a graph, complete and checked.
 
@@ -84,12 +83,13 @@ def parse_graph(
         graph: ONNX with external weights.
         capacities: slots of each layer's cache, in the graph's order.
         targets: compute capabilities that it is going to be built for.
+        one_row: it takes one row alone; else as many as its profiles say.
 
     Raises:
         BundleError: the graph cannot be read, or its caches are not as many as the capacities.
         BackendError: the library refuses a node, or the network is not what the graph says.
     """
-    network, parser = _parsed(library, builder, graph, static_caches(graph, capacities))
+    network, parser = _parsed(library, builder, graph, static_caches(graph, capacities, one_row=one_row))
     mask_attentions(library, network)
     if any(float(target) < AMPERE for target in targets):
         spell_out_products(library, network)
@@ -97,7 +97,9 @@ def parse_graph(
     return Parsed(network, parser)
 
 
-def parse_plain(library: Library, builder: Builder, graph: Path, caches: int, one_length: bool) -> Parsed:
+def parse_plain(
+    library: Library, builder: Builder, graph: Path, caches: int, one_length: bool, *, one_row: bool = True
+) -> Parsed:
     """A network of a graph without the library's layers for attention, complete and checked.
 
     Args:
@@ -106,6 +108,7 @@ def parse_plain(library: Library, builder: Builder, graph: Path, caches: int, on
         graph: ONNX with external weights.
         caches: how many it has.
         one_length: they are equally long.
+        one_row: see `parse_graph`.
 
     Raises:
         BundleError: the graph cannot be read or rewritten, or has another number of caches.
@@ -115,18 +118,20 @@ def parse_plain(library: Library, builder: Builder, graph: Path, caches: int, on
     _check_weights(graph, model)
     given = [value.name for value in model.graph.input]
     expected = [rows_name(value.name) if _is_cache(value) else value.name for value in model.graph.output]
-    found = sum(_CACHE.fullmatch(name) is not None for name in given)
+    found = sum(name.startswith(("past_key_", "past_value_")) for name in given)
     if found != 2 * caches:
         raise BundleError(f"{graph} has {found // 2} caches, {caches} capacities are given: rebuild the bundle")
     rewrite_plain(model, graph, one_length)
+    if one_row:
+        _fix_axes(model, one_row_axes(caches))
     del model.graph.value_info[:]
     network, parser = _parsed(library, builder, graph, bytes(model.SerializeToString()))
-    problems = [f"input {name} is unused" for name in _unused(network)]
+    problems = [f"input {name} is unused" for name in unused_inputs(network)]
     for wanted, tensors in ((given, inputs_of(network)), (expected, outputs_of(network))):
         names = [tensor.name for tensor in tensors]
         problems += [] if names == wanted else [f"it has {', '.join(names)}, not {', '.join(wanted)}"]
     problems += [f"{kind} is no plain layer" for kind in sorted(_LAYERS & layer_kinds(network).keys())]
-    _refuse_problems(library, graph, problems)
+    refuse_problems(library, graph, problems)
     return Parsed(network, parser)
 
 
@@ -144,22 +149,25 @@ def _is_cache(value: onnx.ValueInfoProto) -> bool:
     return value.name.startswith("present_")
 
 
-def static_caches(graph: Path, capacities: Sequence[int]) -> bytes:
-    """The graph's proto with the cache axes as numbers; weights stay in their file."""
+def static_caches(graph: Path, capacities: Sequence[int], *, one_row: bool = True) -> bytes:
+    """The graph's proto with the cache axes as numbers, and with one row those of rows; weights stay in their file."""
     model = read_model(graph)
-    caches = 0
-    for value in (*model.graph.input, *model.graph.output):
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param.startswith(CAPACITY):
-                index = int(value.name.rsplit("_", 1)[1])
-                caches = max(caches, index + 1)
-                if index < len(capacities):
-                    axis.dim_value = capacities[index]  # clears dim_param, which is of the same oneof
+    caches = sum(value.name.startswith("past_key_") for value in model.graph.input)
     if caches != len(capacities):
         raise BundleError(f"{graph} has {caches} caches, {len(capacities)} capacities are given: rebuild the bundle")
     _check_weights(graph, model)
+    sizes = {f"{CAPACITY}_{j}": capacity for j, capacity in enumerate(capacities)}
+    _fix_axes(model, sizes | (one_row_axes(caches) if one_row else {}))
     del model.graph.value_info[:]  # said with the symbols that are numbers now
     return bytes(model.SerializeToString())
+
+
+def _fix_axes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
+    """Make free axes numbers, by their names."""
+    for value in (*model.graph.input, *model.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in sizes:
+                axis.dim_value = sizes[axis.dim_param]  # clears dim_param, which is of the same oneof
 
 
 def _check_weights(graph: Path, model: onnx.ModelProto) -> None:
@@ -180,7 +188,9 @@ def _check_weights(graph: Path, model: onnx.ModelProto) -> None:
 def mask_attentions(library: Library, network: Network) -> None:
     """Give every attention over a cache its valid length and its mask; leave the others alone."""
     module = library.module
-    lengths = {tensor.name: tensor for tensor in inputs_of(network)}.get(KV_LENGTHS)
+    given = {tensor.name: tensor for tensor in inputs_of(network)}
+    lengths = given.get(KV_LENGTHS)
+    layers = sum(name.startswith("past_key_") for name in given)
     in_32_bits: Tensor | None = None
     for attention, name, cache in attentions_of(module, network):
         smallest = min(int(attention.get_input(i).shape[-1]) for i in range(2))
@@ -191,8 +201,20 @@ def mask_attentions(library: Library, network: Network) -> None:
             raise BackendError(f"attention {name} reads cache {cache}, and the graph has no {KV_LENGTHS}: rebuild it")
         if in_32_bits is None:
             in_32_bits = network.add_cast(lengths, module.int32).get_output(0)
-        attention.key_value_lengths = network.add_slice(in_32_bits, (cache,), (1,), (1,)).get_output(0)
+            if lengths.shape[0] == -1:
+                by_layer = network.add_shuffle(in_32_bits)
+                by_layer.reshape_dims = (layers, -1)
+                in_32_bits = by_layer.get_output(0)
+        attention.key_value_lengths = _lengths_of(network, in_32_bits, cache)
         attention.causal_kind = module.CausalMaskKind.LOWER_RIGHT
+
+
+def _lengths_of(network: Network, lengths: Tensor, cache: int) -> Tensor:
+    """Those of one cache, a number a row of the batch: [layers] -> [1], [layers, B] -> [B]."""
+    if len(lengths.shape) == 1:
+        return network.add_slice(lengths, (cache,), (1,), (1,)).get_output(0)
+    index = network.add_constant((), np.array(cache, np.int32)).get_output(0)
+    return network.add_gather(lengths, index, 0).get_output(0)
 
 
 def spell_out_products(library: Library, network: Network) -> None:
@@ -203,10 +225,10 @@ def spell_out_products(library: Library, network: Network) -> None:
     module = library.module
     for layer in layers_of(network):
         out = layer.get_output(0)
-        if _kind(layer) != "MATRIX_MULTIPLY" or out.dtype != module.float32:
+        if kind_of(layer) != "MATRIX_MULTIPLY" or out.dtype != module.float32:
             continue
-        left = _input(layer, 0)
-        right = _input(layer, 1)
+        left = input_of(layer, 0)
+        right = input_of(layer, 1)
         rank = len(left.shape)
         factors = (_unsqueezed(network, left, rank), _unsqueezed(network, right, rank - 2))
         products = network.add_elementwise(*factors, module.ElementWiseOperation.PROD).get_output(0)
@@ -221,166 +243,6 @@ def spell_out_products(library: Library, network: Network) -> None:
 def _unsqueezed(network: Network, tensor: Tensor, axis: int) -> Tensor:
     place = network.add_constant((1,), np.array([axis], np.int64)).get_output(0)
     return network.add_unsqueeze(tensor, place).get_output(0)
-
-
-def check_network(library: Library, network: Network, graph: Path, caches: int) -> None:
-    """Refuse a network that would compute something else than its graph, without an error at run time.
-
-    1. every cache is updated in place and read by one attention, with its own valid length and LOWER_RIGHT
-    2. an attention that reads no cache has neither; and no input is unused
-
-    Raises:
-        BackendError: names the layer.
-    """
-    try:
-        problems = [
-            *_wrong_attentions(library.module, network, caches),
-            *_wrong_updates(library.module, network, caches),
-        ]
-    except RuntimeError as error:  # the bindings' class for a shape that does not follow
-        problems = [f"its shapes do not follow from one another ({library.reason() or error})"]
-    problems += [f"input {name} is unused" for name in _unused(network)]
-    _refuse_problems(library, graph, problems)
-
-
-def _refuse_problems(library: Library, graph: Path, problems: Sequence[str]) -> None:
-    if problems:
-        raise BackendError(
-            f"{library.kind} {library.version} reads {graph} as something else: {'; '.join(problems)}. "
-            "No engine was built; upgrade framefusion-aot, or build with a version of the library that it knows"
-        )
-
-
-def inputs_of(network: Network) -> list[Tensor]:
-    """Its input tensors."""
-    return [network.get_input(i) for i in range(network.num_inputs)]
-
-
-def outputs_of(network: Network) -> list[Tensor]:
-    """Its output tensors."""
-    return [network.get_output(i) for i in range(network.num_outputs)]
-
-
-def layers_of(network: Network) -> list[Layer]:
-    """All layers."""
-    return [network.get_layer(i) for i in range(network.num_layers)]
-
-
-def layer_kinds(network: Network) -> dict[str, int]:
-    """How many layers of each kind: KV_CACHE_UPDATE, MATRIX_MULTIPLY, ..."""
-    return dict(sorted(Counter(_kind(layer) for layer in layers_of(network)).items()))
-
-
-def attentions_of(module: ModuleType, network: Network) -> Iterator[CachedAttention]:
-    """All attentions, each with the index of the cache that its keys come from."""
-    makers = _makers(network)
-    for layer in layers_of(network):
-        if _kind(layer) == "ATTENTION_INPUT":
-            attention = _as(layer, module.IAttentionInputLayer).attention
-            yield CachedAttention(attention, layer.name, _cache_of(attention.get_input(1), makers, "key"))
-
-
-def _wrong_attentions(module: ModuleType, network: Network, caches: int) -> Iterator[str]:
-    makers = _makers(network)
-    read = list[int]()
-    for attention, name, cache in attentions_of(module, network):
-        kind = attention.causal_kind
-        lengths = attention.key_value_lengths
-        if cache is None:
-            if kind != module.CausalMaskKind.NONE or lengths is not None:
-                yield f"attention {name} reads no cache and has a causal mask or lengths"
-            continue
-        read.append(cache)
-        if kind != module.CausalMaskKind.LOWER_RIGHT:
-            yield f"attention {name} has causal mask {kind.name}, not LOWER_RIGHT"
-        if lengths is None:
-            yield f"attention {name} has no valid length"
-        elif _length_index(module, lengths, makers) != cache:
-            yield f"attention {name} reads cache {cache} and the valid length of another"
-        if _cache_of(attention.get_input(2), makers, "value") != cache:
-            yield f"attention {name} takes keys of cache {cache} and values of another"
-    if sorted(read) != list(range(caches)):
-        yield f"attentions read the caches {sorted(read)} of {caches}"
-
-
-def _wrong_updates(module: ModuleType, network: Network, caches: int) -> Iterator[str]:
-    input_names = {tensor.name for tensor in inputs_of(network)}
-    output_names = {tensor.name for tensor in outputs_of(network)}
-    updated: list[str] = []
-    for layer in layers_of(network):
-        if _kind(layer) != "KV_CACHE_UPDATE":
-            continue
-        before = _input(layer, 0)
-        after = layer.get_output(0)
-        if (
-            before.name not in input_names
-            or after.name not in output_names
-            or after.name != before.name.replace("past", "present")
-        ):
-            yield f"cache update {layer.name} writes {before.name} to {after.name}, not in place"
-        if before.dtype != after.dtype or tuple(before.shape) != tuple(after.shape) or -1 in before.shape:
-            yield f"cache update {layer.name} changes type or shape of {before.name}, or has no static one"
-        updated.append(before.name)
-    expected = sorted(f"past_{part}_{j}" for j in range(caches) for part in ("key", "value"))
-    if sorted(updated) != expected:
-        yield f"the caches that are updated are {sorted(updated)}, not {expected}"
-
-
-def _unused(network: Network) -> list[str]:
-    used = {tensor.name for layer in layers_of(network) for tensor in _feeds(layer)}
-    return [tensor.name for tensor in inputs_of(network) if tensor.name not in used]
-
-
-def _cache_of(tensor: Tensor, makers: Mapping[str, Layer], part: str) -> int | None:
-    """Index of the cache that a tensor is, up to a factor; None where it comes from elsewhere."""
-    maker = makers.get(tensor.name)
-    if maker is None:
-        return None
-    if _kind(maker) == "KV_CACHE_UPDATE":
-        match = _CACHE.fullmatch(_input(maker, 0).name)
-        return int(match[2]) if match and match[1] == part else None
-    if _kind(maker) not in _TRANSPARENT:
-        return None
-    caches = (_cache_of(feed, makers, part) for feed in _feeds(maker))
-    return next((cache for cache in caches if cache is not None), None)
-
-
-def _length_index(module: ModuleType, lengths: Tensor, makers: Mapping[str, Layer]) -> int | None:
-    """j of int32(kv_len)[j : j + 1]; None for anything else."""
-    cut = makers.get(lengths.name)
-    if cut is None or _kind(cut) != "SLICE" or lengths.dtype != module.int32 or tuple(lengths.shape) != (1,):
-        return None
-    cast = makers.get(_input(cut, 0).name)
-    if cast is None or _kind(cast) != "CAST" or _input(cast, 0).name != KV_LENGTHS:
-        return None
-    return int(_as(cut, module.ISliceLayer).start[0])
-
-
-def _makers(network: Network) -> dict[str, Layer]:
-    """Tensor -> the layer it comes out of."""
-    return {layer.get_output(i).name: layer for layer in layers_of(network) for i in range(layer.num_outputs)}
-
-
-def _feeds(layer: Layer) -> list[Tensor]:
-    """Tensors that go into a layer; optional ones that are not given are left out."""
-    return [tensor for i in range(layer.num_inputs) if (tensor := layer.get_input(i)) is not None]
-
-
-def _input(layer: Layer, index: int) -> Tensor:
-    """An input that every layer of its kind has."""
-    tensor = layer.get_input(index)
-    assert tensor is not None, f"{layer.name} has no input {index}"
-    return tensor
-
-
-def _kind(layer: Layer) -> str:
-    return str(layer.type.name)
-
-
-def _as(layer: Layer, kind: type) -> Any:
-    """The layer as its own class: the bindings give all layers as the class they share."""
-    layer.__class__ = kind
-    return layer
 
 
 def _error_text(error: ParserError) -> str:

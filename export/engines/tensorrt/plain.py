@@ -120,7 +120,7 @@ class _Rewriter:
         axis.dim_param = f"rows_{value.name.rsplit('_', 1)[1]}"
 
     def _tensor_scatter(self, node: onnx.NodeProto) -> None:
-        """[1, Hkv, C, hd], rows [1, Hkv, S, hd] -> both, one behind the other."""
+        """[B, Hkv, C, hd], rows [B, Hkv, S, hd] -> both, one behind the other."""
         past, rows, _ = node.input
         self._scatters[node.output[0]] = node
         self._renamed[rows] = rows_name(past)
@@ -134,7 +134,7 @@ class _Rewriter:
             self._cache_attention(node, scatter)
 
     def _cache_attention(self, node: onnx.NodeProto, scatter: onnx.NodeProto) -> None:
-        """Queries [1, H, S, hd] over a cache and the rows behind it, lower right causal."""
+        """Queries [B, H, S, hd] over a cache and the rows behind it, lower right causal."""
         query, _, value = node.input[:3]
         attributes = _attributes(node)
         minus = self._makers.get(scatter.input[2])
@@ -154,7 +154,7 @@ class _Rewriter:
         heads = self._split_heads(query, node)
         groups = heads // kv_heads
         dtype = past.elem_type
-        # 1. Heads that share keys as rows of one product: no key is copied. [1, H, S, hd] -> [1, Hkv, g S, hd]
+        # 1. Heads that share keys as rows of one product: no key is copied. [B, H, S, hd] -> [B, Hkv, g S, hd]
         scaled = self._scaled(query, attributes.get("scale", 1 / math.sqrt(head)), dtype)
         folded = self._emit("Reshape", [scaled, self._ints(0, kv_heads, -1, head)]) if groups > 1 else scaled
         # 2. One mask for all layers whose caches are equally long.
@@ -200,25 +200,27 @@ class _Rewriter:
         return self._emit("Mul", [query, self._number_of(scale, dtype)])
 
     def _mask(self, query: str, scatter: onnx.NodeProto, groups: int, dtype: int) -> str:
-        """What is added to the scores.  [1, 1, g S, C + S]"""
+        """What is added to the scores.  [B, 1, g S, C + S]"""
         past, _, start = scatter.input
         rows = self._rows_of(query)
         known = (rows, "" if self._one_length else start, str(groups), str(dtype))
         if known not in self._shared:
             number = self._number_of
             slots = self._axis(past, 2)
-            causal = self._causal(rows, dtype)
-            written = self._emit("Less", [self._range(slots), start])  # [C]
+            repeated = [self._axis(start, 0), self._ints(groups), rows]  # B, g, S
+            # 1. Of the cache, what each row of the batch has written. [C] < [B, 1] -> [B, C] -> [B, g, S, C]
+            lengths = self._emit("Unsqueeze", [start, self._ints(1)])
+            written = self._emit("Less", [self._range(slots), lengths])
             before = self._emit("Where", [written, number(0.0, dtype), number(_MASKED[dtype], dtype)])
-            # [C] and [S, S] -> [S, C + S] -> [g, S, C + S]
-            every = self._emit("Expand", [before, self._emit("Concat", [rows, slots], axis=0)])
-            mask = self._emit("Concat", [every, causal], axis=1)
-            if groups > 1:
-                repeated = self._emit("Concat", [self._ints(groups), self._shape(mask)], axis=0)
-                mask = self._emit("Expand", [mask, repeated])
+            before = self._emit("Unsqueeze", [before, self._ints(1, 2)])
+            held = self._emit("Expand", [before, self._emit("Concat", [*repeated, slots], axis=0)])
+            # 2. Of the new tokens, what is not behind. [S, S] -> [B, g, S, S]
+            new = self._emit("Expand", [self._causal(rows, dtype), self._emit("Concat", [*repeated, rows], axis=0)])
+            # 3. One behind the other, heads that share keys as rows of one product.
+            mask = self._emit("Concat", [held, new], axis=3)
             columns = self._emit("Add", [slots, rows])
-            whole = self._emit("Concat", [self._ints(1, 1, -1), columns], axis=0)
-            self._shared[known] = self._emit("Reshape", [mask, whole])
+            whole = self._emit("Concat", [self._ints(0, 1, -1), columns], axis=0)
+            self._shared[known] = self._emit("Reshape", [mask, whole]) if groups > 1 else mask
         return self._shared[known]
 
     def _causal(self, rows: str, dtype: int) -> str:
@@ -242,9 +244,6 @@ class _Rewriter:
         if known not in self._shared:
             self._shared[known] = self._emit("Shape", [value], start=axis, end=axis + 1)
         return self._shared[known]
-
-    def _shape(self, value: str) -> str:
-        return self._emit("Shape", [value])
 
     def _range(self, count: str) -> str:
         """0, 1, ... of a number [1]"""

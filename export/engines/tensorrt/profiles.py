@@ -28,6 +28,7 @@ from framefusion.runtime.media.tower_kinds import Range
 
 DECODE_TOKENS = 2
 CACHE_MULTIPLE = 16
+BATCH = "batch"  # name of the axis of rows
 STRETCH = 4  # the largest picture of a profile over the smallest
 CODE_BYTES = 2 << 20  # of a profile: between 1.5 and 3 MB whatever the weights (TensorRT-RTX 1.7)
 
@@ -131,15 +132,31 @@ def weight_bytes(graph: Path) -> int:
 
 
 def _segment_profile(
-    name: str, tokens: int | None, axes: Mapping[str, Sequence[int | str]], capacities: Sequence[int]
+    name: str, tokens: int | None, axes: Mapping[str, Sequence[int | str]], capacities: Sequence[int], rows: int = 1
 ) -> ProfileRecord:
     """One shape for each input; the fixed prefill has no free axis but the caches'."""
     sizes = {f"capacity_{j}": size for j, size in enumerate(capacities)} | ({"tokens": tokens} if tokens else {})
+    sizes |= row_axes(rows, len(capacities))
     shapes = {
         value: (tuple(axis if isinstance(axis, int) else sizes[axis] for axis in shape),)
         for value, shape in axes.items()
     }
     return ProfileRecord(name, tokens or shapes["hidden"][0][1], shapes)
+
+
+def row_axes(rows: int, layers: int) -> dict[str, int]:
+    """Axes of a graph that is free in its rows, by their names: see export/graphs/decoder.py."""
+    return {BATCH: rows, "lengths": rows * layers}
+
+
+def one_row_axes(layers: int) -> dict[str, int]:
+    """The same of a single row."""
+    return row_axes(1, layers)
+
+
+def most_rows(profiles: Sequence[ProfileRecord]) -> int:
+    """Rows that the largest of a segment's profiles takes at once; 1 where there are none."""
+    return max((shapes[-1][0] for profile in profiles for shapes in [profile.shapes.get("hidden", ((1,),))]), default=1)
 
 
 def tower_profiles(manifest: Manifest, axes: Mapping[str, Sequence[int | str]]) -> tuple[ProfileRecord, ...]:

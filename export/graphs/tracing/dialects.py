@@ -138,7 +138,10 @@ def gqa_cache_attention(
 def portable_cache_attention(
     query: Symbol, key: Symbol, value: Symbol, past_key: Symbol, past_value: Symbol, kv_len: Symbol, heads: int, kv: int
 ) -> Symbol:
-    """Scatter the new rows into the cache at kv_len - S, then attend to the first kv_len of it, lower right causal."""
+    """Scatter the new rows into the cache at kv_len - S, then attend to the first kv_len of it, lower right causal.
+
+    Each row of a batch has a length of its own, and so a place in its cache.
+    """
     length = _op.Shape(query, start=1, end=2)
     start = _op.Sub(kv_len, length)
 
@@ -223,6 +226,16 @@ def batched_similarity(hidden: Symbol, previous: Symbol) -> Symbol:
     return _similarity(_flattened(hidden), previous)
 
 
+def _first_row(x: Symbol) -> Symbol:
+    """[B, S, D] -> [S, D]: of several rows nobody reads any scores."""
+    return _op.Squeeze(_op.Slice(x, _ints(0), _ints(1), _ints(0)), _ints(0))
+
+
+def first_row_similarity(hidden: Symbol, previous: Symbol) -> Symbol:
+    """As above, of the first row alone: a static shape of several rows says as many tokens as one of a single row."""
+    return _similarity(_first_row(hidden), previous)
+
+
 def _similarity(hidden: Symbol, previous: Symbol) -> Symbol:
     rows = _op.Cast(hidden, to=FLOAT32)
     index = _op.Max(previous, _ints(0))
@@ -245,6 +258,11 @@ def importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, 
 def batched_importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, kv: int) -> Symbol:
     """As above, in a graph that runs several rows as well."""
     return _importance(_flattened, query, key, last, rows, heads, kv)
+
+
+def first_row_importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, kv: int) -> Symbol:
+    """As above, of the first row alone."""
+    return _importance(_first_row, query, key, last, rows, heads, kv)
 
 
 def _importance(
@@ -325,13 +343,14 @@ DIALECTS = {
                 "masked_attention": portable_masked_attention,
                 "matmul_nbits": portable_matmul_nbits,
                 "swish": portable_swish,
-                "similarity": similarity,
-                "importance": importance,
+                "similarity": first_row_similarity,
+                "importance": first_row_importance,
             },
             exact_shapes=False,
             opset=24,
             signed_codes=True,
             rounds_activations=False,
+            batches=True,
         ),
     )
 }

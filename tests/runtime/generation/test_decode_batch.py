@@ -21,6 +21,7 @@ from framefusion.runtime.request import Request, Step, Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.bundles import shared
 from tests.films import write_film
+from tests.versions import needs_portable
 
 COSTS = (1.0, 0.6, 0.3)
 MOST = 12  # new tokens
@@ -131,9 +132,10 @@ def test_requests_of_unequal_lengths_are_decoded_together(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_layers_of_a_fixed_bundle_have_lengths_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["fixed-gqa", pytest.param("fixed", marks=needs_portable)])
+def test_layers_of_a_fixed_bundle_have_lengths_of_their_own(name: str, tmp_path: Path) -> None:
     """One segment, whose static prefill reduces inside: its decode graph is free in its rows."""
-    bench = bench_of("fixed-gqa", tmp_path)
+    bench = bench_of(name, tmp_path)
     run(bench, [Plan(prompt, 1.0, new_tokens, begins, None) for prompt, new_tokens, begins in ((0, 9, 0), (2, 6, 1))])
 
 
@@ -158,6 +160,16 @@ def test_whatever_runs_beside_a_request_its_tokens_are_those_of_itself_alone(
     batch = run(bench, plans, order)
     assert len(batch) == 0
     assert batch.nbytes == 0
+
+
+@needs_portable
+@pytest.mark.slow
+def test_graphs_of_the_portable_dialect_decode_together(tmp_path: Path) -> None:
+    """Standard operators over caches of unequal lengths: each request gets the logits that it gets alone."""
+    bench = bench_of("portable-512", tmp_path)
+    plans = [Plan(prompt, cost, 9 - 2 * place, place, None) for place, (prompt, cost) in enumerate(
+        ((0, 1.0), (1, 0.3), (2, 1.0), (0, 0.6)))]  # fmt: skip
+    run(bench, plans)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.session import Session
 from tests.bundles import shared
+from tests.runtime.bundle_edits import copied, of_one_row
 from tests.runtime.server.conftest import serving
 from tests.runtime.server.test_ends import LONG, metric, send
 
@@ -20,10 +21,13 @@ pytest.importorskip("starlette")
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("dialect", ["gqa", "portable"])
-def test_requests_are_decoded_together_or_in_turns_which_is_said_once(tmp_path: Path, dialect: str) -> None:
+@pytest.mark.parametrize("kind", ["gqa", "portable", "of one row"])
+def test_requests_are_decoded_together_or_in_turns_which_is_said_once(tmp_path: Path, kind: str) -> None:
     """A step has all requests that run, and whoever asks for a batch where there is none learns what brings one."""
-    bundle = shared("bundle" if dialect == "gqa" else "portable-512")
+    bundle = shared("portable-512" if kind == "portable" else "bundle")
+    if kind == "of one row":
+        pytest.importorskip("onnx")
+        bundle = of_one_row(copied(bundle, tmp_path / "bundle"))
     asks = {**LONG, "stream": False, "max_tokens": 100, "temperature": 0}
     with serving(tmp_path, bundle=bundle) as server:
         alone = [json.loads(send(server, asks).read())["choices"] for _ in range(2)]
@@ -34,12 +38,13 @@ def test_requests_are_decoded_together_or_in_turns_which_is_said_once(tmp_path: 
     assert answers == [alone[0]] * 6
     assert alone[0] == alone[1]
     said = server.log.read_text()
-    if dialect == "gqa":
+    if kind != "of one row":
         assert rows > 2 * steps > 0
         assert "in turns" not in said
     else:
         assert rows == steps == 0
-        assert said.count("requests decode in turns, not together: graphs of the dialect portable take one row") == 1
+        assert said.count("requests decode in turns, not together: segments/") == 1
+        assert "takes one row, as it was built before there were batches: rebuild the bundle" in said
 
 
 def test_what_was_answered_keeps_no_caches(pipeline: Pipeline) -> None:

@@ -46,6 +46,7 @@ def spec_of(
 ) -> EngineSpec:
     """Static profiles of these sizes."""
     axis_sizes = {f"capacity_{j}": size for j, size in enumerate(capacities)}
+    axis_sizes |= {"batch": 1, "lengths": len(capacities)}
     profiles = []
     for size in sizes:
         shapes = {

@@ -16,7 +16,8 @@ from onnx import helper
 
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.engines.tensorrt.build import build_engine
-from framefusion.export.engines.tensorrt.network import layer_kinds, parse_plain
+from framefusion.export.engines.tensorrt.network import parse_plain
+from framefusion.export.engines.tensorrt.network_check import layer_kinds
 from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
@@ -117,10 +118,11 @@ def tower_feeds(graph: Path, manifest: Manifest, visual: VisualInput) -> dict[st
 def segment_feeds(graph: Path) -> dict[str, Any]:
     """A chunk of six tokens behind five."""
     random = np.random.default_rng(0)
+    sizes = {"tokens": 6, "batch": 1}
     feeds: dict[str, Any] = {"kv_len": np.array([11]), "last": np.array([5]), "previous": np.arange(6) - 1}
     for value in onnx.load(str(graph), load_external_data=False).graph.input:
         if value.name not in feeds:
             axes = value.type.tensor_type.shape.dim
-            shape = [axis.dim_value or {"tokens": 6}.get(axis.dim_param, 24) for axis in axes]
+            shape = [axis.dim_value or sizes.get(axis.dim_param, 24) for axis in axes]
             feeds[value.name] = random.standard_normal(shape).astype(np.float16)
     return feeds

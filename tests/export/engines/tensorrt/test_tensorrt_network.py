@@ -12,14 +12,14 @@ from onnx import TensorProto, helper
 
 from framefusion.errors import BackendError, BundleError
 from framefusion.export.engines.tensorrt import network as tensorrt_network
-from framefusion.export.engines.tensorrt.network import (
+from framefusion.export.engines.tensorrt.network import parse_graph
+from framefusion.export.engines.tensorrt.network_check import (
     attentions_of,
     check_network,
     inputs_of,
     layer_kinds,
     layers_of,
     outputs_of,
-    parse_graph,
 )
 from framefusion.runtime.backends.tensorrt.library import Library, load_library
 from tests.export.engines.tensorrt.tensorrt_graphs import renamed, shapes_of, tiny_segment
@@ -38,10 +38,10 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_segment(tmp_path_factory)
 
 
-@pytest.fixture
-def network(library: Library, graph: Path) -> Iterator[Any]:
+@pytest.fixture(params=[True, False], ids=["one row", "rows"])
+def network(request: pytest.FixtureRequest, library: Library, graph: Path) -> Iterator[Any]:
     builder = library.builder()
-    parsed = parse_graph(library, builder, graph, CAPACITIES)
+    parsed = parse_graph(library, builder, graph, CAPACITIES, one_row=request.param)
     yield parsed.network
     del parsed  # before the builder
 
@@ -67,6 +67,8 @@ def test_every_attention_gets_its_length_and_its_mask(network: Any) -> None:
         assert attention.causal_kind == trt.CausalMaskKind.LOWER_RIGHT
         assert attention.key_value_lengths is not None
         assert attention.key_value_lengths.dtype == trt.int32
+        rows = next(tensor.shape[0] for tensor in inputs_of(network) if tensor.name == "hidden")
+        assert tuple(attention.key_value_lengths.shape) == (rows,)
         assert not attention.decomposable
     kinds = layer_kinds(network)
     assert kinds["KV_CACHE_UPDATE"] == 2 * kinds["ATTENTION_INPUT"] == 4

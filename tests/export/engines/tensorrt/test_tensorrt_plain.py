@@ -216,7 +216,7 @@ def test_a_network_without_layers_for_attention(graph: Path, monkeypatch: pytest
 def plain_spec(graph: Path, capacity: int) -> EngineSpec:
     profiles = []
     for name, tokens, slots in (("prefill 32", 32, PREFILL_SLOTS), ("decode", 2, capacity)):
-        sizes = {"tokens": tokens, "capacity_0": slots, "capacity_1": slots}
+        sizes = {"tokens": tokens, "capacity_0": slots, "capacity_1": slots, "batch": 1, "lengths": 2}
         shapes = {value: (tuple(axis if isinstance(axis, int) else sizes[axis] for axis in axes),)
                   for value, axes in graph_axes(graph).items()}  # fmt: skip
         profiles.append(ProfileRecord(name, tokens, shapes))
@@ -274,15 +274,19 @@ def test_the_variant_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", ["fixed", "portable"])
-def test_whole_graphs_give_what_they_gave(name: str, tmp_path: Path) -> None:
-    """Every graph of a bundle: segments with scores, a static prefill that reduces inside, its decode, the tower."""
+def test_whole_graphs_give_what_they_gave(name: str, rows: int, tmp_path: Path) -> None:
+    """Every graph of a bundle: segments with scores, a static prefill that reduces inside, its decode, the tower.
+
+    Rows of a batch have a token each, behind caches of their own lengths.
+    """
     folder = shared(name)
     graphs = [path for path in sorted(folder.rglob("*.onnx")) if not path.name.endswith(".plain.onnx")]
     for path in graphs:
         model = onnx.load(str(path))
         one_length = name == "portable"
-        feeds = feeds_of(model, name == "fixed" and path.name == "graph.onnx")
+        feeds = feeds_of(model, name == "fixed" and path.name == "graph.onnx", rows)
         if "label" in feeds:
             feeds["kv_len"][:] = static_lengths(folder)
         found = run(rewritten(model, one_length), feeds)
@@ -290,11 +294,12 @@ def test_whole_graphs_give_what_they_gave(name: str, tmp_path: Path) -> None:
         for output, values in expected.items():
             if output.startswith("present_"):
                 layer = int(output.rsplit("_", 1)[1])
-                end = int(feeds["kv_len"][layer])
-                rows = found["rows_" + output.partition("_")[2]]
-                written = values[:, :, end - rows.shape[2] : end]
-                np.testing.assert_allclose(rows, written, rtol=0, atol=1e-5 * np.abs(written).max())
-            else:
+                batch = values.shape[0]
+                new = found["rows_" + output.partition("_")[2]]
+                ends = feeds["kv_len"].reshape(-1, batch)[layer]
+                written = np.stack([values[row, :, end - new.shape[2] : end] for row, end in enumerate(ends)])
+                np.testing.assert_allclose(new, written, rtol=0, atol=1e-5 * np.abs(written).max())
+            elif rows == 1 or output in ("hidden_out", "logits"):  # of several rows nobody reads scores
                 np.testing.assert_allclose(found[output], values, rtol=0, atol=1e-5 * max(np.abs(values).max(), 1))
     assert len(graphs) >= 3
 
@@ -305,9 +310,11 @@ def static_lengths(folder: Path) -> tuple[int, ...]:
     return fixed.lengths
 
 
-def feeds_of(model: onnx.ModelProto, static: bool) -> dict[str, Array]:
-    """Drawn inputs: a chunk of six tokens behind five, or a static prefill of which all are valid."""
-    sizes = {"tokens": 6, "grids": 2, "patches": 16}
+def feeds_of(model: onnx.ModelProto, static: bool, rows: int = 1) -> dict[str, Array]:
+    """Drawn inputs: a chunk of six tokens behind five, a token of each row, or a static prefill, of which all count."""
+    tokens = 6 if rows == 1 else 1
+    layers = sum(value.name.startswith("past_key_") for value in model.graph.input)
+    sizes = {"tokens": tokens, "grids": 2, "patches": 16, "batch": rows, "lengths": rows * layers}
     feeds: dict[str, Array] = {}
     random = np.random.default_rng(0)
     for value in model.graph.input:
@@ -320,9 +327,9 @@ def feeds_of(model: onnx.ModelProto, static: bool) -> dict[str, Array]:
         else:
             feeds[value.name] = np.zeros(shape, np.int64)
     if "kv_len" in feeds:
-        feeds["kv_len"][:] = 11
-        feeds["last"][:] = 5
-        feeds |= {"previous": np.maximum(np.arange(6) - 3, -1)} if "previous" in feeds else {}
+        feeds["kv_len"][:] = 11 + 2 * (np.arange(feeds["kv_len"].size) % rows)
+        feeds["last"][:] = tokens - 1
+        feeds |= {"previous": np.maximum(np.arange(tokens) - 3, -1)} if "previous" in feeds else {}
     if static and "label" in feeds:
         length = feeds["label"].size
         feeds["label"] = np.arange(length) % 16

@@ -8,7 +8,8 @@ import pytest
 
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.engines.tensorrt.network import layer_kinds, layers_of, parse_graph
+from framefusion.export.engines.tensorrt.network import parse_graph
+from framefusion.export.engines.tensorrt.network_check import layer_kinds, layers_of
 from framefusion.export.options import BuildOptions
 from framefusion.runtime.backends.tensorrt.library import load_library
 from framefusion.runtime.bundle import Bundle
