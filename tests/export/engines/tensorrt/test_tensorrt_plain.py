@@ -22,6 +22,7 @@ from framefusion.export.engines.builder import EngineSpec
 from framefusion.export.engines.tensorrt import network as tensorrt_network
 from framefusion.export.engines.tensorrt.build import TensorRTBuilder, build_engine
 from framefusion.export.engines.tensorrt.network import parse_plain
+from framefusion.export.engines.tensorrt.network_check import layer_kinds, outputs_of
 from framefusion.export.engines.tensorrt.plain import BLOCK, PREFILL_SLOTS, rewrite_plain
 from framefusion.export.engines.tensorrt.profiles import graph_axes
 from framefusion.export.options import EngineOptions
@@ -193,12 +194,12 @@ def test_a_network_without_layers_for_attention(graph: Path, monkeypatch: pytest
     library = load_library("tensorrt-rtx")
     builder = library.builder()
     network, parser = parse_plain(library, builder, graph, 2, one_length=True)
-    kinds = tensorrt_network.layer_kinds(network)
+    kinds = layer_kinds(network)
     assert {"MATRIX_MULTIPLY", "SOFTMAX"} <= kinds.keys()
     assert (
         not {"ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "LOOP", "PLUGIN_V2", "PLUGIN_V3"} & kinds.keys()
     )
-    shapes = {tensor.name: tuple(tensor.shape) for tensor in tensorrt_network.outputs_of(network)}
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in outputs_of(network)}
     assert shapes["rows_key_1"] == (1, 1, -1, 16)
     with pytest.raises(BundleError, match="has 2 caches, 1 capacities are given"):
         parse_plain(library, builder, graph, 1, one_length=True)
