@@ -9,18 +9,28 @@ MatMulNBits rounds the activations of a block to 127 steps of its largest one, h
 type of that precision, so the limit is worked out as for half precision (check.py). Two ways of rounding agree to 1e-6
 in one product, and no further than the rounding itself behind many layers: a number near the middle of two steps goes
 either way, and the next layers round that difference in turn. Therefore 3, which has no such numbers.
+
+How far such kernels may be off the golden is measured at the build (golden.py): its request through torch graphs whose
+quantized linear maps round activations as kernels that are known do (`ROUNDINGS`), on any machine alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from torch import Tensor, nn
 
 from framefusion.export.check.observation import EagerRun
+from framefusion.export.eager.backend import Load
 from framefusion.export.families.reference.transformers_call import relative_error
+from framefusion.export.graphs.graph_plan import GraphModule
+from framefusion.export.graphs.layers import QuantizedLinear
+from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
 ROUNDED = 2.0**-8
@@ -28,6 +38,11 @@ ROUNDED = 2.0**-8
 EXACT = "activations in floats: "
 EXACT_TOKENS = 3  # of an answer: without whole numbers a token takes a hundred times as long
 _IN_FLOATS = 1  # accuracy_level: fp32
+_LAST_BITS = 2.0**-19
+"""A relative change of activations as another order of sums makes it: numbers near the middle of two steps turn."""
+
+RoundActivations = Callable[[Tensor, BlockFormat], Tensor]
+"""Activations [..., in] as a kernel for weights of a format rounds them."""
 
 
 class ExactBackend(OnnxRuntimeBackend):
@@ -42,6 +57,71 @@ class ExactBackend(OnnxRuntimeBackend):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         content: bytes = model.SerializeToString()
         return content
+
+
+def rounded_by_block(activations: Tensor, form: BlockFormat) -> Tensor:
+    """127 steps to the largest of a block: ONNX Runtime's MLAS on x86 and most Arm, OpenVINO.  [..., in]"""
+    inputs = activations.shape[-1]
+    count = form.blocks(inputs)
+    missing = count * form.block - inputs
+    padded = nn.functional.pad(activations, (0, missing))
+    blocked = padded.reshape(*activations.shape[:-1], count, form.block)
+    steps = blocked.abs().amax(-1, keepdim=True) / 127
+    codes = (blocked / torch.where(steps == 0, 1, steps)).round()
+    return (codes * steps).flatten(-2)[..., :inputs]
+
+
+def rounded_in_last_bits(activations: Tensor, form: BlockFormat) -> Tensor:
+    """The same behind sums in another order: other instructions, another number of rows at a time.  [..., in]"""
+    channels = torch.arange(activations.shape[-1], dtype=torch.float32)
+    return rounded_by_block(activations * (1 + _LAST_BITS * torch.sin(channels)), form)
+
+
+def rounded_by_row(activations: Tensor, form: BlockFormat) -> Tensor:
+    """255 steps from a row's smallest to its largest: KleidiAI's kernels on Arm.  [..., in]"""
+    low = activations.amin(-1, keepdim=True).clamp(max=0)
+    steps = (activations.amax(-1, keepdim=True).clamp(min=0) - low) / 255
+    steps = torch.where(steps == 0, 1, steps)
+    zero = (-low / steps).round()
+    return ((activations / steps + zero).round().clamp(0, 255) - zero) * steps
+
+
+ROUNDINGS: tuple[RoundActivations, ...] = (rounded_by_block, rounded_in_last_bits, rounded_by_row)
+"""How kernels that are known round activations."""
+
+
+class Rounder:
+    """Rounds what enters quantized linear maps of torch graphs while `rounding` is set.
+
+    Args:
+        dtype: of the bundle, which what enters and leaves them is rounded to as well.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.rounding: RoundActivations | None = None
+        self._dtype = dtype
+
+    def watched(self, loaders: Mapping[str, Load]) -> Mapping[str, Load]:
+        """The same loaders, of modules with this object's hooks."""
+        return {graph: partial(self._watched, loader) for graph, loader in loaders.items()}
+
+    def _watched(self, loader: Load) -> GraphModule:
+        module = loader()
+        for part in module.modules():
+            if isinstance(part, QuantizedLinear):
+                part.register_forward_pre_hook(self._enter)
+                part.register_forward_hook(self._leave)
+        return module
+
+    def _enter(self, linear: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        assert isinstance(linear, QuantizedLinear)
+        if self.rounding is None:
+            return None
+        (activations,) = arguments
+        return (self.rounding(activations.to(self._dtype).float(), linear.form),)
+
+    def _leave(self, _linear: nn.Module, _arguments: tuple[Tensor, ...], result: Tensor) -> Tensor | None:
+        return None if self.rounding is None else result.to(self._dtype).float()
 
 
 def half_unit(dtype: torch.dtype, *, rounded: bool) -> float:

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +24,12 @@ from framefusion.runtime.format.bundle_files import place, read_small
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.proof.canned import CannedPicture, CannedRequest, drawn_indices, text_ids
 from framefusion.storage.bounded_json import JsonError, parse_json
-from framefusion.storage.records import RecordError, Rule, Rules, from_json
+from framefusion.storage.records import RecordError, Rule, Rules, from_json, to_json
 
 GOLDEN = "golden.json"
 VERSION = 1
+MEASURED_VERSION = 2  # with limits that were measured
+VERSIONS = (VERSION, MEASURED_VERSION)
 MOST_BYTES = 1 << 21
 MOST_TOKENS = 1024  # of the canned prompt
 MOST_ANSWER = 64
@@ -85,16 +88,41 @@ class GoldenTower:
 
 
 @dataclass(frozen=True)
+class MeasuredLimits:
+    """Largest errors of kernels that round activations to 8 bits, worked out from what such rounding did at the build.
+
+    Attributes:
+        tower: of its rows, which no such kernel computes.
+        similarity, importance: of scores.
+        pooled: of the logits behind the answer's tokens, of all runs together: root mean square of the errors as a
+            share of that of the logits. Many numbers say more than the worst: where that one may be off by a tenth,
+            this is two hundredths.
+    """
+
+    tower: float
+    similarity: float
+    importance: float
+    pooled: float
+
+
+@dataclass(frozen=True)
 class GoldenLimits:
     """Largest errors that are rounding, as shares of the largest magnitude; why they are what they are: docs/checks.md.
 
     Attributes:
-        numbers: of logits, scores and tower rows.
+        numbers: of logits; and of scores and tower rows where nothing was measured.
         swapped: share of the kept tokens that a graph which decides by itself may choose otherwise.
+        measured: of quantized weights; None in floats and in goldens of older builds.
     """
 
     numbers: float
     swapped: float
+    measured: MeasuredLimits | None = None
+
+    def of(self, what: str) -> float:
+        """The limit of "tower", "similarity", "importance" or of anything else, which is `numbers`."""
+        limit: float = getattr(self.measured, what, self.numbers)
+        return limit
 
 
 @dataclass(frozen=True)
@@ -118,6 +146,7 @@ RULES: Rules = {
         "runs": Rule(items=8),
     },
     GoldenLimits: {"numbers": Rule(0, 0.5, above=True), "swapped": Rule(0, 0.5)},
+    MeasuredLimits: dict.fromkeys(("tower", "similarity", "importance", "pooled"), Rule(0, 0.5, above=True)),
     GoldenRun: {
         "name": Rule(characters=40), "cost": Rule(0, 1, above=True), "kept": Rule(0, MOST_TOKENS - 1, items=MOST_KEPT),
         "calls": Rule(items=256), "similarity_lower_bound": Rule(-1, 1), "logits": Rule(items=MOST_ANSWER + 1),
@@ -151,8 +180,8 @@ def read_golden(bundle: Bundle) -> Golden | None:
     try:
         raw = parse_json(read_small(path, MOST_BYTES), most_bytes=MOST_BYTES)
         golden = from_json(Golden, raw, rules=RULES)
-        if golden.version != VERSION:
-            raise RecordError(f"version {golden.version}, this package reads {VERSION}")
+        if golden.version not in VERSIONS:
+            raise RecordError(f"version {golden.version}, this package reads {VERSION} and {MEASURED_VERSION}")
         for problem in _problems(golden, bundle.manifest):
             raise RecordError(problem)
     except (OSError, JsonError, RecordError) as error:
@@ -191,9 +220,22 @@ def random_walk(half_unit: float, layers: int) -> float:
 
 def golden_in(golden: Golden, dtype: str, layers: int) -> Golden:
     """A golden for a backend that computes in another type than the bundle's: its limits are that type's, if larger."""
-    numbers = max(golden.limits.numbers, min(rounding_limit(dtype, layers), 0.5))
-    swapped = max(golden.limits.swapped, 0.0 if dtype == "float32" else MOST_SWAPPED)
+    limits = golden.limits
+    swapped = max(limits.swapped, 0.0 if dtype == "float32" else MOST_SWAPPED)
+    if dtype == "float32":  # which what was measured holds for
+        return replace(golden, limits=replace(limits, numbers=max(limits.numbers, EXACT), swapped=swapped))
+    # a half type rounds everything, quantized weights' activations once more
+    roundings = 1 if limits.measured is None else 2
+    numbers = max(limits.numbers, min(roundings * rounding_limit(dtype, layers), 0.5))
     return replace(golden, limits=GoldenLimits(numbers, swapped))
+
+
+def golden_to_json(golden: Golden) -> dict[str, Any]:
+    """What golden.json holds: without measured limits as older packages read it, too."""
+    plain: dict[str, Any] = to_json(golden)
+    if golden.limits.measured is None:
+        del plain["limits"]["measured"]
+    return plain
 
 
 def values_of(array: NDArray[np.float32], places: NDArray[np.int64]) -> GoldenValues:

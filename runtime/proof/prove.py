@@ -2,6 +2,7 @@
 
     vision tower   rows of the canned picture
     each run       kept tokens and the scores behind them, logits behind the prompt and behind each token of the answer
+    together       logits behind the tokens of all answers as one number, where limits were measured (quantized weights)
     in parts       the last segment's prefill in parts, where the backend would do that to a long prompt
     chosen         the tokens that a device takes by itself, from the largest logit on, against its own logits
 
@@ -13,7 +14,7 @@ compared, so that rounding is told from a wrong answer. Which backend is taken i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ from framefusion.runtime.proof.golden import (
 from framefusion.runtime.proof.rehearsal import Answer, Rehearsal
 
 PARTS = 3  # of a prefill in parts
+TOWER = "rows of the vision tower"
+TOGETHER = "decoded logits of all runs together"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ class Stage:
     error: float
     limit: float
     note: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What kind of number was compared, whatever the run: "similarity", "importance", "logits", or `what`."""
+        kind = self.what.rpartition(": ")[2]
+        return "logits" if kind == "decoded logits" else kind
 
     @property
     def right(self) -> bool:
@@ -102,8 +111,13 @@ def prove(bundle: Bundle, backend: Backend, golden: Golden) -> Proof:
     if golden.tower is not None:
         stages.append(_tower(rehearsal, golden.tower, golden))
     # 2. The request under each cost: prefill, reduction, decode over the caches it leaves.
+    answers: list[tuple[Answer, GoldenRun]] = []
     for run in golden.runs:
-        stages += _run(rehearsal, run, golden)
+        answer, found = _run(rehearsal, run, golden)
+        stages += found
+        answers += [] if answer is None else [(answer, run)]
+    if golden.limits.measured is not None and answers:
+        stages.append(_together(answers, rehearsal, golden, golden.limits.measured.pooled))
     # 3. The prefill in parts, as a long prompt would be run.
     dense = next((run for run in golden.runs if run.cost is None), None)
     if dense is not None and backend.chunk is not None and _has_parts(bundle):
@@ -141,11 +155,11 @@ def _tower(rehearsal: Rehearsal, tower: GoldenTower, golden: Golden) -> Stage:
     error = (
         np.inf if rows.shape != tower.shape else _error(rows, row_places(golden.request.seed, rows.size), tower.rows)
     )
-    return Stage("rows of the vision tower", float(error), golden.limits.numbers)
+    return Stage(TOWER, float(error), golden.limits.of("tower"))
 
 
-def _run(rehearsal: Rehearsal, run: GoldenRun, golden: Golden) -> Iterator[Stage]:
-    """Kept tokens, scores and logits of one run."""
+def _run(rehearsal: Rehearsal, run: GoldenRun, golden: Golden) -> tuple[Answer | None, list[Stage]]:
+    """Kept tokens, scores and logits of one run; the answer, where its logits are comparable."""
     limits = golden.limits
     answer = rehearsal.answer(run.cost, run.similarity_lower_bound)
     others = _differing(answer.kept, run.kept)
@@ -155,20 +169,32 @@ def _run(rehearsal: Rehearsal, run: GoldenRun, golden: Golden) -> Iterator[Stage
     if others and run.calls:
         # The device chose otherwise: repeat the golden's decisions, and see whether its scores are within rounding.
         answer, errors = _repeated(rehearsal, run)
-        if not _differing(answer.kept, run.kept) and all(error <= limits.numbers for error in errors.values()):
+        if not _differing(answer.kept, run.kept) and all(error <= limits.of(name) for name, error in errors.items()):
             note = f"{others} of {kept} chosen otherwise, by scores that are within the limit"
             others = 0
     in_graph = rehearsal.manifest.reduction.mode == "fixed"
     if others and in_graph:
         note = "logits of other tokens say nothing: not compared"
+    stages = []
     if others or in_graph or run.cost is not None:
-        yield Stage(f"{run.name}: kept tokens", others / 2 / kept, limits.swapped if in_graph else 0.0, note)
-    for name, error in errors.items():
-        yield Stage(f"{run.name}: {name}", error, limits.numbers)
+        stages.append(Stage(f"{run.name}: kept tokens", others / 2 / kept, limits.swapped if in_graph else 0.0, note))
+    stages += [Stage(f"{run.name}: {name}", error, limits.of(name)) for name, error in errors.items()]
     if others and in_graph:
-        return
-    yield _logits(f"{run.name}: logits", answer.logits[:1], run.logits[:1], rehearsal, golden)
-    yield _logits(f"{run.name}: decoded logits", answer.logits[1:], run.logits[1:], rehearsal, golden)
+        return None, stages
+    stages.append(_logits(f"{run.name}: logits", answer.logits[:1], run.logits[:1], rehearsal, golden))
+    stages.append(_logits(f"{run.name}: decoded logits", answer.logits[1:], run.logits[1:], rehearsal, golden))
+    return answer, stages
+
+
+def _together(answers: Sequence[tuple[Answer, GoldenRun]], rehearsal: Rehearsal, golden: Golden, limit: float) -> Stage:
+    """Root mean square of the errors of all logits behind an answer's tokens, as a share of that of the logits."""
+    places = logit_places(golden.request.seed, rehearsal.manifest)
+    squares = []
+    for answer, run in answers:
+        for logits, expected in zip(answer.logits[1:], run.logits[1:], strict=True):
+            values = np.array(expected.values)
+            squares.append(float(np.square(logits[places] - values).mean() / np.square(values).mean()))
+    return Stage(TOGETHER, float(np.sqrt(np.mean(squares))), limit)
 
 
 def _repeated(rehearsal: Rehearsal, run: GoldenRun) -> tuple[Answer, dict[str, float]]:
