@@ -43,8 +43,8 @@ class BuildOptions:
         dtype: of the graphs: weights, activations and caches. The embedding table stays as it is stored.
         weights: of the decoder's layers: None for floats of `dtype`, or for the codes of a quantized checkpoint if
             graphs can have them; "int8" or "int4", with the size of a block behind a colon ("int4:64"), "+zero" for
-            zero points and "+head" for the head in int8; of a quantized checkpoint alone AS_STORED, its codes though
-            its format rounds activations too, or DEQUANTIZED, floats of `dtype`.
+            zero points, and "+head" or "+head4" for the head in int8 or int4; of a quantized checkpoint alone
+            AS_STORED, its codes though its format rounds activations too, or DEQUANTIZED, floats of `dtype`.
         num_decoder_layer: take only the first layers, for a smoke test.
         fps, max_frames, min_pixels, max_pixels: sampling of frames and their size.
         mm_spatial_pool_mode: how the patches of a frame are pooled (LLaVA).

@@ -150,7 +150,7 @@ SIZES = (
         "weights",
         str,
         "Weights of the LLM's layers in int8 or int4, such as int4, int4:64 (weights of a block), int4+zero (with "
-        "zero points) or int4+head (the head in int8).",
+        "zero points), int4+head (the head in int8) or int4+head4 (in int4).",
         "floats of --dtype, or as the checkpoint holds them",
     ),
     _field("dialect", str, "How the graphs say attention: gqa (ONNX Runtime) or portable.", "with --backend portable"),

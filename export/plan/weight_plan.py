@@ -34,8 +34,8 @@ BLOCKS = {"int8": 128, "int4": 32}
 METHOD = "search of scales"
 _HEAD = "head.lm_head"
 HEAD = BlockFormat(8, 128)
-"""Of the head where it is quantized: its errors are those of logits, and no layer behind it makes them up."""
-_OPTION = re.compile(r"(int8|int4)(?::(\d{1,4}))?(\+zero)?(\+head)?")
+"""Of a head in int8: its errors are those of logits, and no layer behind it makes them up."""
+_OPTION = re.compile(r"(int8|int4)(?::(\d{1,4}))?(\+zero)?(\+head4?)?")
 
 
 def parse_weights(text: str | None) -> BlockFormat | None:
@@ -51,7 +51,7 @@ def parse_weights(text: str | None) -> BlockFormat | None:
     if found is None:
         raise BudgetError(
             f"--weights {text}: int8 or int4 is expected, with the size of a block (int4:64), +zero for zero points "
-            f"and +head for the head in int8; {AS_STORED} or {DEQUANTIZED} for a quantized checkpoint"
+            f"and +head or +head4 for the head in int8 or int4; {AS_STORED} or {DEQUANTIZED} for a quantized checkpoint"
         )
     name, block, zero, _head = found.groups()
     return BlockFormat(int(name.removeprefix("int")), int(block or BLOCKS[name]), symmetric=not zero)
@@ -59,7 +59,10 @@ def parse_weights(text: str | None) -> BlockFormat | None:
 
 def parse_head(text: str | None) -> BlockFormat | None:
     """The format of the head that a valid `BuildOptions.weights` names; None where it stays floats."""
-    return HEAD if text is not None and text.endswith("+head") else None
+    layers = parse_weights(text)
+    if text is None or layers is None or "+head" not in text:
+        return None
+    return BlockFormat(4, layers.block) if text.endswith("+head4") else HEAD
 
 
 def check_quantized(segments: Sequence[SegmentPlan], options: BuildOptions) -> None:

@@ -43,7 +43,7 @@ TRACING = 0.024  # seconds for each parameter of a graph; equal segments are tra
 NEW_TOKENS = 128
 SEARCHED_A_SECOND = 8e6  # weights in 4 bits whose scales one core searches
 CODE_BYTES_OF_SEARCH = 3  # of each weight of the largest matrix: its code, packed and not, and what stands between
-WEIGHTS = ("int8", "int4", "int8+head", "int4+head")
+WEIGHTS = ("int8", "int4", "int8+head", "int4+head", "int4+head4")
 """Values of --weights whose bytes a plan says beside its own."""
 
 
