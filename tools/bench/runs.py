@@ -29,6 +29,7 @@ from framefusion.runtime.media.visual_input import BytePatches, Grid, Tiles, Vis
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.positions import decode_positions
+from tools.bench.big_checkpoint import BigShape, write_big_checkpoint
 from tools.bench.eager import Eager
 from tools.bench.setting import SEED, SHAPES, Film, draw_film, open_bundle, write_checkpoint
 
@@ -93,7 +94,8 @@ class Setting:
         options = cls._options(arguments, kind)
         parts = [arguments.shape, options.dialect, options.dtype, kind or "graphs", str(options.max_input_len)]
         parts += [] if options.weights is None else [options.weights.replace(":", "_").replace("+", "_")]
-        return open_bundle(checkpoint_of(arguments), arguments.work / "-".join(parts), options)
+        folder = arguments.work / "-".join(parts)
+        return open_bundle(checkpoint_of(arguments), folder, options, golden=getattr(arguments, "golden", True))
 
     @staticmethod
     def _options(arguments: argparse.Namespace, kind: EngineKind | None) -> BuildOptions:
@@ -167,8 +169,14 @@ class Setting:
 
 
 def checkpoint_of(arguments: argparse.Namespace) -> Path:
-    """The checkpoint of random weights at the shape asked for."""
-    return write_checkpoint(SHAPES[arguments.shape], arguments.work / f"{arguments.shape}-checkpoint")
+    """The checkpoint of random weights at the shape asked for; large ones are never whole in memory."""
+    shape = SHAPES[arguments.shape]
+    folder: Path = arguments.work / f"{arguments.shape}-checkpoint"
+    if shape.tied:
+        return write_checkpoint(shape, folder)
+    if not (folder / "config.json").is_file():
+        write_big_checkpoint(BigShape(shape, *shape.tower), folder)
+    return folder
 
 
 def ladder(tokens: int, longest: int, least: float) -> tuple[int, ...]:

@@ -21,9 +21,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.export.build import build
+from framefusion.export.build import build_planned
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.plan.build_plan import BuildOptions
+from framefusion.export.plan.build_plan import BuildOptions, BuildPlan
 from framefusion.runtime.backends.base import Device
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.host import HOST
@@ -141,10 +141,17 @@ def special_ids() -> dict[str, int]:
     return {token["content"]: token["id"] for token in added}
 
 
-def open_bundle(checkpoint: Path, folder: Path, options: BuildOptions) -> Path:
-    """Build a bundle unless it stands there already. Not checked against eager: the benchmark compares outputs."""
+def open_bundle(checkpoint: Path, folder: Path, options: BuildOptions, *, golden: bool = True) -> Path:
+    """Build a bundle unless it stands there already. Not checked against eager: the benchmark compares outputs.
+
+    Args:
+        checkpoint: what to read.
+        folder: of the bundle.
+        options: see `BuildOptions`.
+        golden: let the eager model answer as well, which takes longer than all else where weights are quantized.
+    """
     if not folder.exists():
-        build(Checkpoint(checkpoint), folder, options, verify=False)
+        build_planned(BuildPlan(Checkpoint(checkpoint), options), folder, verify=False, golden=golden)
     return folder
 
 
