@@ -93,7 +93,9 @@ void answer(const std::string& bundle, const std::string& request, int threads, 
   Tensor capacities = load("capacities"), lengths = load("lengths"), cos = load("decode_cos"), sin = load("decode_sin");
   const int64_t size = sizes.as<int64_t>()[0], width = sizes.as<int64_t>()[1], kv_heads = sizes.as<int64_t>()[2];
   const int64_t head_dim = sizes.as<int64_t>()[3], vocabulary = sizes.as<int64_t>()[4], left = sizes.as<int64_t>()[5];
+  const int64_t known = sizes.as<int64_t>()[6];  // a head may have more rows than there are tokens
   const auto type = cos.type;
+  if (cos.shape[0] < 1 || known < 1 || known > vocabulary) throw std::runtime_error("the request asks for no token");
   Embedding table{std::ifstream(bundle + "/embedding.bin", std::ios::binary), load("table_type").as<int64_t>()[0], width,
                   type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
 
@@ -143,9 +145,9 @@ void answer(const std::string& bundle, const std::string& request, int threads, 
   for (;; ++steps) {
     const float* scores = logits.as<float>();
     if (logits_file != nullptr) kept.write(logits.bytes.data(), logits.bytes.size());
-    if (!std::all_of(scores, scores + vocabulary, [](float score) { return std::isfinite(score); }))
+    if (!std::all_of(scores, scores + known, [](float score) { return std::isfinite(score); }))
       throw std::runtime_error("the logits are not numbers");
-    const int64_t token = std::max_element(scores, scores + vocabulary) - scores;
+    const int64_t token = std::max_element(scores, scores + known) - scores;
     std::printf(steps == 0 ? "%lld" : " %lld", static_cast<long long>(token));
     const int64_t* end = ends.as<int64_t>() + ends.shape[0];
     if (steps + 1 == cos.shape[0] || std::find(ends.as<int64_t>(), const_cast<int64_t*>(end), token) != end) break;

@@ -22,9 +22,10 @@ from framefusion.runtime.generation.fixed_prefill import fixed_call
 from framefusion.runtime.generation.stages import Stages
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.visual_input import BytePatches
-from framefusion.runtime.request import Stopwatch
+from framefusion.runtime.request import Request, Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import FIRST_EXTRA
+from framefusion.runtime.text.sampling import GenerationConfig
 
 Arrays = dict[str, NDArray[Any]]
 TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
@@ -47,6 +48,12 @@ def main() -> int:
         if len(arguments.question) != 3:
             parser.error("a film, a question and a folder are wanted")
         film, question, folder = arguments.question
+        if passed_over := other_settings(stages.manifest.generation):
+            print(
+                f"warning: the program takes the likeliest token, the bundle asks for {', '.join(passed_over)}: "
+                "answers may differ from those of ff-run",
+                file=sys.stderr,
+            )
         write(request(stages, film, question, arguments.max_new_tokens), stages.bundle.digest, Path(folder))
     except FrameFusionError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -79,6 +86,7 @@ def request(stages: Stages, film: str, question: str, max_new_tokens: int) -> Ar
     takes_bytes = manifest.vision.input == "uint8"
     patches = tiles.patches.levels if takes_bytes and isinstance(tiles.patches, BytePatches) else tiles.values
     prompt = stages.prompt(turns, [visual])
+    max_new_tokens = stages.clamp_new_tokens(Request(max_new_tokens), prompt).max_new_tokens
     # 3. The sizes of the prefill, which follow from the labels, and the rotary tables of the prompt and the answer.
     prefill = fixed_call(manifest, tracks.request_labels(prompt.labels))
     size = fixed.max_text + fixed.max_visual
@@ -93,7 +101,10 @@ def request(stages: Stages, film: str, question: str, max_new_tokens: int) -> Ar
         prompt.token_ids < 0, manifest.embedding.rows + FIRST_EXTRA - prompt.token_ids, prompt.token_ids
     )
     embedded[prompt.row_places] = -1
-    sizes = [size, model.hidden_size, model.num_kv_heads, model.head_dim, model.vocab_size, size - sum(fixed.drops)]
+    known = min(model.vocab_size, stages.tokenizer.vocab_size)  # no training ever said what lies behind
+    sizes = [
+        size, model.hidden_size, model.num_kv_heads, model.head_dim, model.vocab_size, size - sum(fixed.drops), known
+    ]  # fmt: skip
     arrays: Arrays = {f"vision/{name}": array for name, array in {"patches": patches, **call.inputs}.items()}
     arrays |= {f"prefill/{name}": array for name, array in (tables | prefill.vectors).items()}
     arrays |= {
@@ -105,9 +116,19 @@ def request(stages: Stages, film: str, question: str, max_new_tokens: int) -> Ar
         "lengths": np.array(prefill.lengths),
         "decode_cos": next_cos,
         "decode_sin": next_sin,
-        "ends": np.array(manifest.generation.eos_token_ids, np.int64),
+        "ends": np.array(manifest.generation.eos_token_ids or (), np.int64),
     }
     return {name: typed(array, model.float_type) for name, array in arrays.items()}
+
+
+def other_settings(config: GenerationConfig) -> list[str]:
+    """What a bundle's generation settings ask for beside the token of the largest logit, by name."""
+    if config.takes_largest:
+        return []
+    bans = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "no_repeat_ngram_size", "min_new_tokens")
+    names = [name for name in bans if getattr(config, name)]
+    names += ["repetition_penalty"] if config.repetition_penalty not in (None, 1) else []
+    return names + ([] if config.greedy else ["do_sample"])
 
 
 def pad(table: NDArray[np.float32], size: int) -> NDArray[np.float32]:
