@@ -9,7 +9,7 @@ Each part is written, hashed and journaled before the next.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,12 +23,13 @@ from framefusion.export.check.golden import golden_of, write_golden
 from framefusion.export.check.observation import Doing, ignore
 from framefusion.export.check.verify import Scope, report, scope_of
 from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.kv_scales import measure_scales
 from framefusion.export.engines.compile import Compiled, compile_engines, with_engines, without_graphs, write_checksums
 from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.jobs import checked_builder
 from framefusion.export.evaluate.acceptance.loss import Acceptance, check_loss, points_lost
 from framefusion.export.options import BuildOptions, Resources
-from framefusion.export.plan.build_plan import BuildPlan, identity_of, replan
+from framefusion.export.plan.build_plan import BuildPlan, identities, identity_of, replan
 from framefusion.export.report.card import write_card
 from framefusion.export.writing import staging
 from framefusion.export.writing.journal import CHECKSUMS
@@ -64,6 +65,7 @@ def build(
     progress: Progress | None = None,
     resources: Resources | None = None,
     acceptance: Acceptance | None = None,
+    films: Sequence[Path] = (),
 ) -> Built:
     """Build a bundle, check it against the eager model, compile its engines if any, and give it its name.
 
@@ -76,7 +78,9 @@ def build(
         tolerance: largest error that passes the check, see `check.check_bundle`; None takes its default.
         progress: called with each part and its bytes; `check` and `engines` are the last parts.
         resources: what the compilation of engines may take.
-        acceptance: what quantized weights may cost in answers; a second bundle, of floats, is built for it meanwhile.
+        acceptance: what codes in place of floats may cost in answers; a second bundle, of floats, is built for it
+            meanwhile.
+        films: that scales of KV caches in int8 are measured on, see `measure_scales`.
 
     Raises:
         CheckFailedError: the bundle does not reproduce the eager model, or loses more answers than is accepted; its
@@ -96,6 +100,7 @@ def build(
             progress=progress,
             resources=resources,
             acceptance=acceptance,
+            films=films,
         )
     except KeyboardInterrupt:
         raise InterruptedBuildError("interrupted before anything was written: run the same command again") from None
@@ -112,6 +117,7 @@ def build_planned(
     resources: Resources | None = None,
     acceptance: Acceptance | None = None,
     golden: bool = True,
+    films: Sequence[Path] = (),
 ) -> Built:
     """Carry a plan out; arguments and errors are those of `build`.
 
@@ -122,15 +128,20 @@ def build_planned(
     if options.engines is not None:
         checked_builder(options.engines, options.dialect, options.dtype)
     if acceptance is not None and plan.in_floats is None:
-        raise BudgetError("--max-points-lost compares weights that this build quantizes with floats: give --weights")
+        raise BudgetError(
+            "--max-points-lost compares what this build quantizes with floats: give --weights or --kv-cache-dtype"
+        )
     scope = scope_of(plan) if verify else None
     # 2. stage: parts of an interrupted build of the same thing are taken over
-    key = staging.identity(options, identity_of(checkpoint), framefusion.__version__, SCHEMA_VERSION)
+    origin = {**identity_of(checkpoint), "films": identities(films)} if films else identity_of(checkpoint)
+    key = staging.identity(options, origin, framefusion.__version__, SCHEMA_VERSION)
     with Staging(output, key, force=force, progress=progress, checkpoint=checkpoint.folder) as staged:
         staged.forget(CARD)
         if verify:
             staged.forget(GOLDEN_PART)  # a build without the check may have left it out
         meter = Meter(progress, sizes_of(plan, scope))
+        if plan.kv_scales is not None:
+            measure_scales(plan, staged.scratch, films, meter.doing)
         # 3. write: each part is hashed and journaled before the next
         manifest = _write_parts(plan, staged, meter)
         # 4. check: before engines, which take the longest and inherit every fault
@@ -139,9 +150,7 @@ def build_planned(
             checked = report(staged.folder, plan, scope, tolerance, scratch, meter.doing)
             manifest = replace(manifest, check=_passed(checked, staged.folder))
         if acceptance is not None:
-            assert manifest.quantization is not None
-            losses = _losses(plan, staged, meter, acceptance)
-            manifest = replace(manifest, quantization=replace(manifest.quantization, losses=losses))
+            manifest = with_losses(manifest, _losses(plan, staged, meter, acceptance))
         # 5. golden: what the eager model makes of a canned request, so that every device can be compared with it
         if golden:
             meter.begin(GOLDEN_PART)
@@ -157,6 +166,14 @@ def build_planned(
         # 8. publish: only now the output has its name
         staged.publish()
     return Built(staged.output, manifest)
+
+
+def with_losses(manifest: Manifest, losses: tuple[LossRecord, ...]) -> Manifest:
+    """A manifest that says what codes cost in answers: those of weights, or of caches where weights are floats."""
+    if manifest.quantization is not None:
+        return replace(manifest, quantization=replace(manifest.quantization, losses=losses))
+    assert manifest.kv_cache is not None  # one of the two has codes
+    return replace(manifest, kv_cache=replace(manifest.kv_cache, losses=losses))
 
 
 def sizes_of(plan: BuildPlan, scope: Scope | None) -> dict[str, int]:

@@ -13,6 +13,7 @@ from framefusion.runtime.format.manifest import Mode
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "float16", "bfloat16"]
+KvCacheDType = Literal["int8"]
 TowerInput = Literal["uint8", "float"]
 AS_STORED = "stored"
 DEQUANTIZED = "dequantized"
@@ -45,6 +46,8 @@ class BuildOptions:
             graphs can have them; "int8" or "int4", with the size of a block behind a colon ("int4:64"), "+zero" for
             zero points, and "+head" or "+head4" for the head in int8 or int4; of a quantized checkpoint alone
             AS_STORED, its codes though its format rounds activations too, or DEQUANTIZED, floats of `dtype`.
+        kv_cache_dtype: of the KV caches: None for that of `dtype`; "int8" for codes, by a scale of each channel of a
+            head that the build measures.
         num_decoder_layer: take only the first layers, for a smoke test.
         fps, max_frames, min_pixels, max_pixels: sampling of frames and their size.
         mm_spatial_pool_mode: how the patches of a frame are pooled (LLaVA).
@@ -73,6 +76,7 @@ class BuildOptions:
     max_text_len: int = DEFAULT_TEXT
     dtype: DType = "float32"
     weights: str | None = None
+    kv_cache_dtype: KvCacheDType | None = None
     num_decoder_layer: int | None = None
     fps: float | None = None
     max_frames: int | None = None

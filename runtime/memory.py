@@ -15,7 +15,8 @@ The peak of a process is the sum of these, or what is there while the vision tow
     rows         outside the arena: hidden states of the prompt, into a segment and out of it, with their rotary tables,
                  tokens * (3 hidden + head_dim) * 4 bytes; a hidden state more for each layer that adds visual features,
                  and for each of those that one segment takes
-    caches       keys and values, 2 * heads * head_dim * 4 bytes a layer and slot; slots: tokens there + new ones
+    caches       keys and values, 2 * heads * head_dim * 4 bytes a layer and slot, 1 byte where they are in int8; slots:
+                 tokens there + new ones
 
     in float16   rows and caches take 2 bytes a number, and the fp32 rows that were embedded stay beside them. ONNX
                  Runtime's CPU kernels multiply in fp32: weights are held widened, activations have their cast beside
@@ -242,4 +243,4 @@ def cache_bytes(manifest: Manifest, index: int, length: int, max_new_tokens: int
 def slot_bytes(manifest: Manifest) -> int:
     """Bytes of one token's key and value in one layer."""
     model = manifest.model
-    return 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
+    return 2 * model.num_kv_heads * model.head_dim * manifest.cache_number_bytes

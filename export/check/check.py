@@ -38,6 +38,7 @@ from framefusion.export.check.observation import (
     run,
 )
 from framefusion.export.check.quantized import (
+    CODED,
     EXACT,
     EXACT_TOKENS,
     ExactBackend,
@@ -105,7 +106,7 @@ def check_bundle(
     cost: dict[str, Any] = {}
     if plan.in_floats is not None:
         theirs = observe(bundle, plan, effort, doing, tokens=floats.dense.tokens)
-        cost = cost_of_quantization(theirs, floats)
+        cost = cost_of_quantization(theirs, floats, _codes_of(plan))
     # 4. the bundle, as it will run for users
     doing("the bundle in ONNX Runtime")
     comparison = Comparison(_compiled(bundle, effort), theirs, effort.tokens, exact=_is_exact(plan))
@@ -146,8 +147,17 @@ def scratch_place(folder: Path) -> Path:
 
 
 def _is_exact(plan: BuildPlan) -> bool:
-    """Whether the bundle computes in fp32, activations included."""
-    return plan.dtype == torch.float32 and not plan.rounds_activations
+    """Whether the bundle computes in fp32, activations and caches included."""
+    return plan.dtype == torch.float32 and not plan.rounds_activations and plan.kv_scales is None
+
+
+def _codes_of(plan: BuildPlan) -> str:
+    """What of a plan is in codes, and what it is compared with."""
+    caches = "KV caches in int8 against floats"
+    weights = "quantized weights against the checkpoint's"
+    if plan.kv_scales is None:
+        return weights
+    return caches if plan.quantization is None else f"{weights}, and {caches}"
 
 
 def _judged(errors: Mapping[str, float], tolerance: float) -> list[dict[str, Any]]:
@@ -162,9 +172,10 @@ def _judged(errors: Mapping[str, float], tolerance: float) -> list[dict[str, Any
 def _exact(bundle: Bundle, plan: BuildPlan, theirs: EagerRun) -> tuple[list[dict[str, Any]], list[str]]:
     """The bundle's graphs with activations in floats: lines of a report, and notes."""
     pipeline = Pipeline(bundle, ExactBackend(bundle.folder, manifest=bundle.manifest))
-    comparison = Comparison(pipeline, theirs, EXACT_TOKENS, exact=plan.dtype == torch.float32)
+    exact = plan.dtype == torch.float32 and plan.kv_scales is None
+    comparison = Comparison(pipeline, theirs, EXACT_TOKENS, exact=exact)
     errors = comparison.errors()
-    limit = tolerance_of(plan.dtype, plan.config.num_layers)
+    limit = tolerance_of(plan.dtype, plan.config.num_layers, coded_caches=plan.kv_scales is not None)
     return _judged({EXACT + what: value for what, value in errors.items()}, limit), comparison.notes
 
 
@@ -202,19 +213,22 @@ def _compiled(bundle: Bundle, effort: Effort) -> Pipeline:
 
 def default_tolerance(plan: BuildPlan) -> float:
     """The limit of all errors of a build, relative to the largest magnitude of the reference: see the module."""
-    return tolerance_of(plan.dtype, plan.config.num_layers, rounded=plan.rounds_activations)
+    coded = plan.kv_scales is not None
+    return tolerance_of(plan.dtype, plan.config.num_layers, rounded=plan.rounds_activations, coded_caches=coded)
 
 
-def tolerance_of(dtype: torch.dtype, layers: int, *, rounded: bool = False) -> float:
+def tolerance_of(dtype: torch.dtype, layers: int, *, rounded: bool = False, coded_caches: bool = False) -> float:
     """The limit of relative errors behind this number of layers in a type: see the module.
 
     Args:
         dtype: of activations.
         layers: that errors add up in.
         rounded: activations enter products with quantized weights, which round them: see quantized.py.
+        coded_caches: KV caches are in int8.
     """
     half = half_unit(dtype, rounded=rounded)
-    return random_walk(half, layers) if half else rounding_limit("float32", layers)
+    limit = random_walk(half, layers) if half else rounding_limit("float32", layers)
+    return max(limit, CODED) if coded_caches else limit
 
 
 class Comparison:

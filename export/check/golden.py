@@ -26,7 +26,7 @@ from framefusion.export.check.observation import Doing, ignore
 from framefusion.export.check.quantized import ROUNDINGS, Rounder, half_unit
 from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.eager.backend import EagerBackend
-from framefusion.export.eager.pipeline import eager_loaders
+from framefusion.export.eager.pipeline import eager_loaders, in_fp32
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reduction.policy import Decision
 from framefusion.runtime.bundle import Bundle
@@ -70,6 +70,7 @@ MEASURED = 2
 to at most 1.6 times it in eleven families."""
 MOST = 0.5  # of a limit: an error of that size says nothing any more
 LEAST_NOISE = 1e-5  # as a share of a row's scale: a layer of fp32 adds more than one rounding
+CODED_NOISE = 4e-4  # what codes of a cache that go the other way were seen to change, see `quantized.CODED`
 LEFT_OUT = "the eager model is larger than the memory that was free, and --no-check leaves out what reads it again"
 PICTURE = (56, 84)  # pixels, before the family's preprocessing
 
@@ -93,13 +94,13 @@ def golden_of(bundle: Bundle, plan: BuildPlan, doing: Doing = ignore, *, may_str
     if missing:
         return replace(empty, missing=missing)
     # 2. The eager model in fp32, behind the runtime's own code.
-    in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
+    floats = in_fp32(bundle, plan)
     rounder = Rounder(plan.dtype)
     backend = EagerBackend(rounder.watched(eager_loaders(plan, streamed=streamed, written=bundle.folder)))
     # 3. A seed whose decisions are far from their thresholds, then all runs with it.
-    costs = _costs(Rehearsal(in_fp32, backend, request), sparing=streamed)
-    request, stable = _steady(in_fp32, backend, request, costs, plan, 1 if streamed else SEEDS)
-    rehearsal = Rehearsal(in_fp32, backend, request)
+    costs = _costs(Rehearsal(floats, backend, request), sparing=streamed)
+    request, stable = _steady(floats, backend, request, costs, plan, 1 if streamed else SEEDS)
+    rehearsal = Rehearsal(floats, backend, request)
     runs = []
     for name, cost in costs:
         doing(f"golden, {name}")
@@ -183,7 +184,7 @@ def _request(bundle: Bundle, answer: int) -> CannedRequest:
 
 
 def _limits(plan: BuildPlan) -> GoldenLimits:
-    exact = half_unit(plan.dtype, rounded=plan.rounds_activations) == 0
+    exact = half_unit(plan.dtype, rounded=plan.rounds_activations) == 0 and plan.kv_scales is None
     headroom = ROUNDED_HEADROOM if plan.rounds_activations else 1
     return GoldenLimits(min(headroom * check.default_tolerance(plan), 0.5), 0.0 if exact else MOST_SWAPPED)
 
@@ -258,6 +259,7 @@ def _steady(
     """The request of the first seed under which every run keeps the same tokens with noise on its rows, or the best."""
     reduced = [(name, cost) for name, cost in costs if cost is not None or plan.fixed is not None]
     noise = max(HEADROOM * half_unit(plan.dtype, rounded=plan.rounds_activations), LEAST_NOISE)
+    noise = noise if plan.kv_scales is None else max(noise, CODED_NOISE)
     found: tuple[int, CannedRequest, dict[str, bool]] | None = None
     for seed in range(seeds if reduced else 1):
         tried = replace(request, seed=seed)

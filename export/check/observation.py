@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from framefusion.export.eager.backend import EagerBackend, Load
-from framefusion.export.eager.pipeline import eager_loaders
+from framefusion.export.eager.pipeline import eager_loaders, in_fp32
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.graphs.graph_plan import GraphModule
 from framefusion.export.plan.build_plan import BuildPlan
@@ -124,10 +124,9 @@ def observe(
         tokens: of the dense run's answer; None takes the likeliest ones.
     """
     # 1. the bundle's own pipeline over torch modules, which note what enters their layers
-    in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
     recorder = Recorder(lambda layer: doing(f"torch, layer {layer} of {plan.config.num_layers}"))
     loaders = eager_loaders(plan, streamed=effort.streamed, written=bundle.folder)
-    eager = Pipeline(in_fp32, EagerBackend(recorder.watched(loaders)))
+    eager = Pipeline(in_fp32(bundle, plan), EagerBackend(recorder.watched(loaders)))
     # 2. one prompt with one clip
     turns = [Turn("user", (Visual.VIDEO, QUESTION))]
     visuals = eager.read_visuals(turns, [draw_clip(effort.frames)], eager.manifest.sampling, Stopwatch())

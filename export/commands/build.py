@@ -70,7 +70,8 @@ if TYPE_CHECKING:
     multiple=True,
     type=FOLDER,
     section=IN_REDUCTION,
-    help="Film whose tokens set the schedule's shares (fixed); repeatable; default: no film.",
+    help="Film whose tokens set the schedule's shares (fixed), or the scales of --kv-cache-dtype int8; repeatable; "
+    "default: no film, or drawn clips.",
 )
 @option("--no-check", is_flag=True, section=IN_CHECK, help="Do not compare the bundle with the eager model.")
 @options_of(*sectioned(IN_CHECK, TOLERANCE, *ACCEPTANCE))
@@ -104,12 +105,14 @@ def build_command(
     options = _calibrated(source, options, clips)
     with progress_lines() as progress:
         settings = {"force": force, "verify": not no_check, "tolerance": tolerance, "resources": limits}
-        built = _build(source, output, options, progress=progress, acceptance=accepted, **settings)
+        films = clips if options.kv_cache_dtype else ()
+        built = _build(source, output, options, progress=progress, acceptance=accepted, films=films, **settings)
     console.show(_built_report(built), _render_built)
-    if accepted is not None and built.manifest.quantization is not None:
+    if accepted is not None:
         from framefusion.export.evaluate.acceptance.loss import doubt
 
-        if sentence := doubt(built.manifest.quantization.losses, accepted.points):
+        codes = built.manifest.quantization or built.manifest.kv_cache
+        if codes is not None and (sentence := doubt(codes.losses, accepted.points)):
             console.log(sentence)
     if not console.wants_json():
         console.log(_next_command(built))
@@ -135,10 +138,13 @@ def _check_output(output: Path, force: bool) -> None:
 
 def _calibrated(source: Checkpoint, options: BuildOptions, clips: tuple[Path, ...]) -> BuildOptions:
     """The options with the schedule that suits the clips, if there are any."""
-    if not clips:
+    if not clips or options.kv_cache_dtype is not None:  # scales are measured by the build itself
         return options
     if options.reduction != "fixed":
-        raise BudgetError(f"--calibrate sets the schedule of --reduction fixed, not of {options.reduction}")
+        raise BudgetError(
+            f"--calibrate sets the schedule of --reduction fixed, not of {options.reduction}, and the scales of "
+            "--kv-cache-dtype int8"
+        )
     from framefusion.export.eager.calibrate import calibrate
 
     with activity(f"running {len(clips)} films to set the schedule by"):
@@ -152,7 +158,7 @@ def _build(source: Checkpoint, output: Path, options: BuildOptions, **settings: 
 
 
 def _built_report(built: Built) -> dict[str, Any]:
-    from framefusion.export.report.inspection import bytes_by_part, reduction_facts, weight_facts
+    from framefusion.export.report.inspection import bytes_by_part, cache_facts, reduction_facts, weight_facts
 
     manifest = built.manifest
     source = manifest.source
@@ -160,6 +166,7 @@ def _built_report(built: Built) -> dict[str, Any]:
         "bundle": str(built.folder),
         "quantized_checkpoint": None if source is None else source.quantization,
         "weights": weight_facts(manifest),
+        "kv_cache": cache_facts(manifest),
         "reduction": reduction_facts(manifest),
         "bytes": bytes_by_part(built.folder, manifest),
         "check": dict(manifest.check) or None,
@@ -175,6 +182,8 @@ def _render_built(report: dict[str, Any]) -> str:
         lines.append(f"quantized checkpoint: {report['quantized_checkpoint']}")
     if report["weights"]["quantization"] is not None:
         lines.append(f"weights: {report['weights']['text']}")
+    if report["kv_cache"]["quantization"] is not None:
+        lines.append(f"KV cache: {report['kv_cache']['text']}")
     from framefusion.export.report.inspection import comparison_summary, render_comparison
 
     compared = f"{comparison_summary(None)} (--no-check)" if check is None else render_comparison(check)

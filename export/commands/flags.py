@@ -24,6 +24,7 @@ from framefusion.export.options import (
     BuildOptions,
     Device,
     DType,
+    KvCacheDType,
     TowerInput,
     Variant,
 )
@@ -152,6 +153,12 @@ SIZES = (
         "Weights of the LLM's layers in int8 or int4, such as int4, int4:64 (weights of a block), int4+zero (with "
         "zero points), int4+head (the head in int8) or int4+head4 (in int4).",
         "floats of --dtype, or as the checkpoint holds them",
+    ),
+    _field(
+        "kv_cache_dtype",
+        click.Choice(get_args(KvCacheDType)),
+        "Type of the KV caches: codes by scales that the build measures on films (--calibrate).",
+        "that of --dtype",
     ),
     _field("dialect", str, "How the graphs say attention: gqa (ONNX Runtime) or portable.", "with --backend portable"),
     _field(

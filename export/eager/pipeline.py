@@ -83,6 +83,17 @@ def uncompiled_bundle(plan: BuildPlan, folder: Path) -> Bundle:
     return Bundle(folder)
 
 
+def in_fp32(bundle: Bundle, plan: BuildPlan) -> Bundle:
+    """A bundle whose buffers fit the torch graphs of a plan: floats are in fp32, and caches are what the plan has.
+
+    Args:
+        bundle: of this plan, or of the one that has codes for this one's floats.
+        plan: whose graphs are run.
+    """
+    cached = None if plan.kv_scales is None else plan.kv_scales.record
+    return bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"), kv_cache=cached)
+
+
 def eager_pipeline(plan: BuildPlan, folder: Path) -> Pipeline:
     """A pipeline in fp32 over the torch graphs of a plan.
 
@@ -91,5 +102,4 @@ def eager_pipeline(plan: BuildPlan, folder: Path) -> Pipeline:
         folder: gets the embedding table and the tokenizer, and must stay as long as the pipeline; must not exist.
     """
     bundle = uncompiled_bundle(plan, folder)
-    in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
-    return Pipeline(in_fp32, EagerBackend(eager_loaders(plan)))
+    return Pipeline(in_fp32(bundle, plan), EagerBackend(eager_loaders(plan)))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import framefusion
 from framefusion.console.progress import Meter, Progress
-from framefusion.errors import InterruptedBuildError
+from framefusion.errors import BundleError, InterruptedBuildError
 from framefusion.export.engines.builder import EngineBuilder
 from framefusion.export.engines.cache import EngineCache, Fetched, default_folder
 from framefusion.export.engines.jobs import (
@@ -36,7 +36,7 @@ from framefusion.export.machine import available_memory, peak_memory
 from framefusion.export.options import EngineOptions, Resources
 from framefusion.export.writing.amendment import Amendment
 from framefusion.export.writing.journal import CHECKSUMS
-from framefusion.runtime.backends.fit import other_files
+from framefusion.runtime.backends.fit import first_engines, other_files
 from framefusion.runtime.backends.table import engine_traits
 from framefusion.runtime.bundle import Bundle, file_record
 from framefusion.runtime.format.bundle_files import sha256_of, verify_files
@@ -140,6 +140,8 @@ def compile_engines(
     manifest = bundle.manifest
     # 1. Refuse what cannot be compiled while that costs nothing: graphs, library, targets, names in the bundle.
     bundle.require_graphs()
+    if manifest.kv_cache is not None:
+        raise BundleError(f"{bundle.folder}: {first_engines(bundle.folder, manifest, options.kind)}")
     builder = checked_builder(options, manifest.dialect, manifest.model.dtype)
     jobs = plan_jobs(bundle, options, plan, builder)
     report_name = f"{FOLDER}/{options.kind}/{REPORT}"

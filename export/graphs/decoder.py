@@ -12,7 +12,7 @@ Inputs of a segment, in order; B is 1, or free where the graph is batched, in wh
                                            the first layer, then of the second: [A] for one row
     previous    [S]                int64   scores: previous token of the track, -1 for none
     last        [1]                int64   scores or head: index of the last real token
-    past_key_j, past_value_j       [B, Hkv, C_j, hd]   one pair for each attention block j
+    past_key_j, past_value_j       [B, Hkv, C_j, hd]   one pair for each attention block j, int8 where caches are
     deepstack   [n, S, D]          float   n of its MLPs are those of the first layers, which add visual features
 
 Outputs: hidden [B, S, D] or logits fp32 [B, vocab]; similarity and importance, fp32 [S], with scores; present_key_j and
@@ -30,7 +30,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import framefusion.ops.kernels  # noqa: F401  (registers the ops)
+import framefusion.ops.kernels
+import framefusion.ops.kv_cache  # noqa: F401  (registers the ops, as does the one before)
 from framefusion.export.graphs.graph_plan import (
     EXAMPLE_BATCH,
     EXAMPLE_CAPACITY,
@@ -40,7 +41,7 @@ from framefusion.export.graphs.graph_plan import (
     Signature,
     meta,
 )
-from framefusion.export.graphs.layers import JoinedLinear, RMSNorm, linear
+from framefusion.export.graphs.layers import JoinedLinear, RMSNorm, linear, weight
 from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.runtime.backends.kv_cache import cache_names
 
@@ -66,6 +67,7 @@ class DecoderConfig:
     mlp_bias: bool = False  # of gate, up and down (Llama)
     qk_norm: bool = False  # RMSNorm of each head before RoPE (Qwen3)
     importance_rows: int = 1  # query rows the importance is averaged over; a fact of the family
+    kv_cache_dtype: str | None = None  # "int8": codes by scales that are weights; None: caches in the graph's type
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,9 @@ class AttentionBlock(nn.Module):
         self.o = linear(width, config.hidden_size, config.out_bias, formats.get("o"))
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        scale = (1, config.num_kv_heads, 1, config.head_dim)
+        self.key_scale = weight(*scale) if config.kv_cache_dtype else None
+        self.value_scale = weight(*scale) if config.kv_cache_dtype else None
 
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key after RoPE, and value, of hidden [B, S, D]."""
@@ -125,9 +130,15 @@ class AttentionBlock(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return hidden, (query, key) for the importance, and the present caches."""
         query, key, value = self.project(hidden, *rope)
-        out, present_key, present_value = torch.ops.framefusion.cache_attention(
-            query, key, value, *past, kv_len, self.num_heads, self.num_kv_heads
-        )
+        heads = (self.num_heads, self.num_kv_heads)
+        if self.key_scale is None:
+            attended = torch.ops.framefusion.cache_attention(query, key, value, *past, kv_len, *heads)
+        else:
+            scales = (self.key_scale, self.value_scale)
+            attended = torch.ops.framefusion.quantized_cache_attention(
+                query, key, value, *past, *scales, kv_len, *heads
+            )
+        (out, present_key, present_value) = attended
         return hidden + self.o(out), (query, key), (present_key, present_value)
 
 
@@ -286,7 +297,8 @@ CACHE_SHAPES = ({2: FREE}, {2: FREE})
 def example_cache(config: DecoderConfig, capacity: int, batch: int = 1) -> tuple[Tensor, Tensor]:
     """Key and value cache [batch, Hkv, capacity, hd] of one layer, as example inputs."""
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-    return meta(*shape), meta(*shape)
+    dtype = torch.int8 if config.kv_cache_dtype else torch.float32
+    return meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
 
 
 def cache_axes(layers: int) -> dict[str, dict[int, str]]:

@@ -5,7 +5,7 @@ Reads no weight and writes nothing; `build.py` carries a plan out, `check.py` re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +27,12 @@ from framefusion.export.graphs.graph_plan import GraphPlan
 from framefusion.export.graphs.segments import SegmentPlan, segment_module, whole_decoder
 from framefusion.export.graphs.tower import Levels
 from framefusion.export.graphs.tracing.dialects import DIALECTS, Dialect
+from framefusion.export.graphs.tracing.kv_cache import OPSET as KV_CACHE_OPSET
 from framefusion.export.options import AS_STORED, DEQUANTIZED, TowerInput
 from framefusion.export.options import BuildOptions as BuildOptions  # part of this module's interface
 from framefusion.export.plan import sizes
 from framefusion.export.plan.graphs import fixed_graphs, segment_graphs, tower_graph
+from framefusion.export.plan.kv_cache import KvScales, check_kv_cache
 from framefusion.export.plan.reduction import reduction_record, segments_of
 from framefusion.export.plan.stored_weights import check_stored
 from framefusion.export.plan.weight_plan import WeightPlan, check_quantized, parse_head, parse_weights
@@ -59,6 +61,7 @@ class BuildPlan:
         limits, reduction, fixed: the manifest's records; `fixed` is None outside the fixed mode.
         stored_weights: how a checkpoint's weights are quantized, and what is made of them; "" for one of floats.
         segments: where the decoder is cut.
+        kv_scales: of KV caches in int8, before they are measured and behind it; None where caches are floats.
         graphs: every graph of the bundle, the segments' first, then the tower's.
 
     Raises:
@@ -75,9 +78,12 @@ class BuildPlan:
         # 2. geometry, from configuration and headers
         self.tower: TowerPlan = self.family.plan_tower(checkpoint)
         config = decoders.decoder_config(checkpoint, self.family, options.num_decoder_layer)
-        self.config: DecoderConfig = replace(config, deepstack=self.tower.deepstack)
+        cached = options.kv_cache_dtype
+        self.config: DecoderConfig = replace(config, deepstack=self.tower.deepstack, kv_cache_dtype=cached)
         self.embedding_key = decoders.embedding_key(checkpoint, self.family)
         self.dialect = _dialect(options.dialect, self.config.head_dim)
+        if cached is not None:
+            self.dialect = replace(self.dialect, opset=max(self.dialect.opset, KV_CACHE_OPSET))
         # 3. what is read of films, which decides how long an input may be
         self.sampling: FrameSampling = self.family.sampling(checkpoint).overridden(options.fps, options.max_frames)
         self.preprocessing = self._preprocessing()
@@ -88,6 +94,8 @@ class BuildPlan:
         # 4. the reduction, which decides where the decoder is cut
         self.reduction = reduction_record(self.family, self.config, options)
         self.fixed = self._fixed()
+        check_kv_cache(options, self.dialect)
+        self.kv_scales = None if cached is None else KvScales(self.config, self.dtype)
         self._weights = WeightPlan(
             checkpoint,
             parse_weights(options.weights),
@@ -141,11 +149,11 @@ class BuildPlan:
 
     @cached_property
     def in_floats(self) -> BuildPlan | None:
-        """The plan whose weights are the floats that this one's codes stand for; None where this one has no codes."""
-        if self.quantization is None:
+        """The plan with floats for codes, of weights and of caches; None where this one has no codes."""
+        if self.quantization is None and self.kv_scales is None:
             return None
         weights = None if self.checkpoint.quantization is None else DEQUANTIZED
-        return BuildPlan(self.checkpoint, replace(self.options, weights=weights))
+        return BuildPlan(self.checkpoint, replace(self.options, weights=weights, kv_cache_dtype=None))
 
     @cached_property
     def segment_records(self) -> tuple[SegmentRecord, ...]:
@@ -270,7 +278,8 @@ class BuildPlan:
 
     def sources(self, plan: SegmentPlan) -> dict[str, AnySource]:
         """Where the parameters of a segment are in the checkpoint."""
-        return self._weights.sources(plan, decoders.decoder_sources(self.checkpoint, self.family, plan))
+        found = self._weights.sources(plan, decoders.decoder_sources(self.checkpoint, self.family, plan))
+        return found if self.kv_scales is None else found | dict(self.kv_scales.sources(plan.blocks))
 
     def _quantized_keys(self) -> tuple[set[str], set[str]]:
         """Keys of the decoder's quantized matrices, over all layers: see `WeightPlan.quantized_keys`."""
@@ -312,6 +321,11 @@ def identity_of(checkpoint: Checkpoint) -> Mapping[str, object]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
+def identities(films: Sequence[Path]) -> list[list[object]]:
+    """The same for films: their names, sizes and times, in order."""
+    return [[film.name, film.stat().st_size, film.stat().st_mtime_ns] for film in films]
+
+
 def replan(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> BuildPlan:
     """The plan that a bundle was built by.
 
@@ -332,4 +346,8 @@ def replan(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> BuildPla
                 f"{checkpoint.folder} has {name} {theirs[name]}, the bundle was built from one with {value}: "
                 "give the checkpoint that it was built from"
             )
+    if plan.kv_scales is not None and manifest.kv_cache is not None:  # not measured again: those that it computes with
+        plan.kv_scales.record = manifest.kv_cache
+        for segment, record in zip(plan.segments, plan.segment_records, strict=True):
+            plan.kv_scales.read(folder, plan.graph(record.prefill), segment.blocks)
     return plan

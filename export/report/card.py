@@ -18,6 +18,7 @@ from framefusion.export.options import BuildOptions
 from framefusion.export.report.inspection import (
     base_model,
     bytes_of_files,
+    cache_facts,
     comparison_summary,
     licence,
     reduction_facts,
@@ -105,6 +106,7 @@ def _origin(manifest: Manifest, source: SourceRecord) -> str:
         ("family", f"{model.family} ({model.model_type})"),
         ("layers, hidden size, type", f"{model.num_layers}, {model.hidden_size}, {model.dtype}"),
         *([("weights", weight_facts(manifest)["text"])] if manifest.quantization else []),
+        *([("KV cache", cache_facts(manifest)["text"])] if manifest.kv_cache else []),
     ]
     return _table(("", ""), rows)
 

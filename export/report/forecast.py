@@ -27,12 +27,12 @@ from framefusion.export.machine import TRACING_PROCESS, free_disk
 from framefusion.export.options import DEQUANTIZED
 from framefusion.export.plan.build_plan import WEIGHTS as WEIGHTS_FILE
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.report.inspection import TEXT, reduction_facts, span, weight_facts
+from framefusion.export.report.inspection import TEXT, cache_facts, reduction_facts, span, weight_facts
 from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
 from framefusion.export.writing.staging import SPARE
 from framefusion.runtime.backends.table import backend, engine_traits
-from framefusion.runtime.format.manifest import FLOAT_BYTES, FileRecord, Manifest
-from framefusion.runtime.memory import expected_lengths, gpu_plan, memory_plan
+from framefusion.runtime.format.manifest import FileRecord, Manifest
+from framefusion.runtime.memory import expected_lengths, gpu_plan, memory_plan, slot_bytes
 
 CHECKED_A_SECOND = 40e6  # bytes of the checkpoint that a streamed check compares: 360 s of one core for a 7B
 COMPARED_A_SECOND = 80e6  # without the runs in ONNX Runtime
@@ -85,7 +85,8 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
         "weights": weight_facts(manifest) | {"choices": _choices(plan)},
         "files": _files(sizes),
         "bytes": total,
-        "kv_bytes_per_token": sum(_slot(manifest) * len(s.attention_layers) for s in manifest.segments),
+        "kv_cache": cache_facts(manifest),
+        "kv_bytes_per_token": sum(slot_bytes(manifest) * len(s.attention_layers) for s in manifest.segments),
         "prompt": {"input_len": tokens, "visual_len": visual, "max_new_tokens": NEW_TOKENS},
         "memory": {
             "build": _build_memory(plan),
@@ -182,14 +183,8 @@ def _segment(manifest: Manifest, index: int) -> dict[str, Any]:
         "mlp_layers": list(range(first, first + record.num_mlps)),
         "attention_layers": list(record.attention_layers),
         "weight_bytes": record.weight_bytes,
-        "kv_bytes_per_token": _slot(manifest) * len(record.attention_layers),
+        "kv_bytes_per_token": slot_bytes(manifest) * len(record.attention_layers),
     }
-
-
-def _slot(manifest: Manifest) -> int:
-    """Bytes of one token's key and value in one layer."""
-    model = manifest.model
-    return 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES[model.dtype]
 
 
 def _build_memory(plan: BuildPlan) -> int:
@@ -275,7 +270,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"weights: {facts['weights']['text']}",
         *([f"quantized checkpoint: {facts['quantized_checkpoint']}"] if facts["quantized_checkpoint"] else []),
         f"reduction: {facts['reduction']['text']}",
-        f"KV cache: {in_bytes(facts['kv_bytes_per_token'])} a token, all segments together",
+        f"KV cache: {facts['kv_cache']['text']}",
     ]
     rows = [
         (row["name"], span(row["mlp_layers"]), span(row["attention_layers"]), in_bytes(row["kv_bytes_per_token"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from framefusion.export.engines.inspection import engine_block, engine_facts
 from framefusion.export.report.integrity import integrity_facts, render_integrity
 from framefusion.reducers import DEFAULT
 from framefusion.reduction.budget import describe_cost
-from framefusion.runtime.format.manifest import UNKNOWN_LICENSE, FileRecord, Manifest, SourceRecord
+from framefusion.runtime.format.manifest import UNKNOWN_LICENSE, FileRecord, LossRecord, Manifest, SourceRecord
 from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest
-from framefusion.runtime.memory import MemoryPlan, expected_lengths, memory_plan
+from framefusion.runtime.memory import MemoryPlan, expected_lengths, memory_plan, slot_bytes
 
 TEXT = 64  # tokens of text in a prompt of which only the length is given
 
@@ -54,6 +54,7 @@ def report(folder: Path, prompt: PromptSize) -> dict[str, Any]:
         "source": None if manifest.source is None else asdict(manifest.source),
         "model": asdict(manifest.model),
         "weights": weight_facts(manifest),
+        "kv_cache": cache_facts(manifest),
         "dialect": manifest.dialect,
         "limits": asdict(manifest.limits),
         "reduction": reduction_facts(manifest, prompt.cost),
@@ -101,10 +102,29 @@ def weight_facts(manifest: Manifest) -> dict[str, Any]:
     ]
     floats = [f"{record.floats} in {manifest.model.dtype}"] if record.floats else []
     origin = record.method if record.read else f"made by {record.method}"
-    lost = [f"{loss.points:+.1f} at cost {loss.cost:g} ({loss.low:+.1f} to {loss.high:+.1f})" for loss in record.losses]
-    points = f"; points lost on {record.losses[0].questions} questions: {', '.join(lost)}" if lost else ""
-    text = f"of the LLM's linear maps {' and '.join([*parts, *floats])}; {origin}{points}"
+    text = f"of the LLM's linear maps {' and '.join([*parts, *floats])}; {origin}{_points(record.losses)}"
     return {"text": text, "quantization": asdict(record)}
+
+
+def cache_facts(manifest: Manifest) -> dict[str, Any]:
+    """How keys and values are stored, and what a token of them takes in all layers together."""
+    size = slot_bytes(manifest) * manifest.model.num_layers
+    record = manifest.kv_cache
+    facts = {"dtype": manifest.model.dtype, "bytes_per_token": size, "quantization": None}
+    text = f"{in_bytes(size)} a token, all segments together"
+    if record is None:
+        return facts | {"text": f"{manifest.model.dtype}, {text}"}
+    measured = "not measured yet"
+    if record.tokens:
+        measured = f"measured on {record.tokens} tokens, {record.clipped:.3%} of a further film's numbers beyond them"
+    text = f"{record.dtype}, {text}; a scale for each channel, {measured}{_points(record.losses)}"
+    return facts | {"dtype": record.dtype, "quantization": asdict(record), "text": text}
+
+
+def _points(losses: Sequence[LossRecord]) -> str:
+    """What was lost in answers; "" where nobody asked."""
+    lost = [f"{loss.points:+.1f} at cost {loss.cost:g} ({loss.low:+.1f} to {loss.high:+.1f})" for loss in losses]
+    return f"; points lost on {losses[0].questions} questions: {', '.join(lost)}" if lost else ""
 
 
 def padding(buckets: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -195,6 +215,7 @@ def render(facts: Mapping[str, Any]) -> str:
         *_source_lines(facts["source"]),
         *render_integrity(facts["integrity"]),
         f"weights: {facts['weights']['text']}",
+        f"KV cache: {facts['kv_cache']['text']}",
         f"reduction: {facts['reduction']['text']}",
         *_reducer_lines(facts["reduction"]),
         f"dialect: {facts['dialect']}",

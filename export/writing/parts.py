@@ -101,6 +101,7 @@ class Builder:
             options=to_json(plan.options),
             source=source_record(plan.checkpoint.origin, plan.stored_weights),
             quantization=plan.quantization,
+            kv_cache=None if plan.kv_scales is None else plan.kv_scales.record,
         )
 
     def _write_graphs(self, part: str, folder: Path) -> dict[str, FileRecord]:

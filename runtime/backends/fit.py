@@ -43,6 +43,16 @@ def no_bindings() -> Problem:
     return "cuda-bindings is not installed", install_command("gpu")
 
 
+def no_int8_caches(what: str, manifest: Manifest) -> Problem | None:
+    """What keeps a backend with caches of floats alone from a bundle."""
+    if manifest.kv_cache is None:
+        return None
+    return (
+        f"the bundle's KV caches are in {manifest.kv_cache.dtype}, which {what} is not shown to run",
+        "take --backend onnxruntime on the CPU, or build the bundle again without --kv-cache-dtype",
+    )
+
+
 @dataclass(frozen=True)
 class Fit:
     """What is known of one engine on one machine."""
@@ -141,6 +151,11 @@ def compile_command(folder: Path, manifest: Manifest, kind: EngineKind, targets:
 def first_engines(folder: Path, manifest: Manifest, kind: EngineKind) -> str:
     """How a bundle without engines of a kind comes to them: compiled of its graphs, where those are fit for it."""
     traits = table.engine_traits(kind)
+    if manifest.kv_cache is not None:
+        return (
+            f"its graphs have KV caches in {manifest.kv_cache.dtype}, {kind} takes floats: build another bundle "
+            f"without --kv-cache-dtype, {build_command(manifest)} --backend {kind}"
+        )
     fits = (not traits.dialects or manifest.dialect in traits.dialects) and (
         not traits.dtypes or manifest.model.dtype in traits.dtypes
     )

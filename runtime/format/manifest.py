@@ -21,11 +21,12 @@ from framefusion.runtime.media.tower_kinds import TowerSettings
 from framefusion.runtime.text.prompt import PromptTemplate
 from framefusion.runtime.text.sampling import GenerationConfig
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Of the manifests that are written; a field that older readers do not know raises it, so that they say "upgrade".
 
     2   no digest
     3   no word of what the tower takes, nor of quantised weights, the checkpoint's among them
+    4   no word of KV caches in another type than the bundle's
 """
 OLDEST_SCHEMA = 2
 UNKNOWN_LICENSE = "unknown"  # the hub's word where nothing is stated
@@ -51,7 +52,9 @@ class ModelRecord:
     rope_theta: float
     mrope_section: tuple[int, ...] | None
     importance_rows: int
-    dtype: str  # of hidden states, rotary tables, caches and weights: a name of FLOAT_BYTES
+    dtype: (
+        str  # of hidden states, rotary tables, weights, and of caches where there is no KvCacheRecord: of FLOAT_BYTES
+    )
     mrope_interleaved: bool = False  # the axes take turns channel by channel (Qwen3-VL), instead of three blocks
 
     @property
@@ -222,6 +225,16 @@ class QuantizationRecord:
 
 
 @dataclass(frozen=True)
+class KvCacheRecord:
+    """KV caches as codes, by scales of each channel of a head that are in the graphs."""
+
+    dtype: Literal["int8"]
+    tokens: int  # that the scales were measured on
+    clipped: float  # share of the numbers of further tokens that lie beyond the codes
+    losses: tuple[LossRecord, ...] = ()  # of a bundle whose weights are floats; empty where no questions were given
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """What one file of the bundle must be."""
 
@@ -253,6 +266,17 @@ class Manifest:
     source: SourceRecord | None = None
     engines: tuple[EngineRecord, ...] = ()  # readers of the same schema that know none leave them alone
     quantization: QuantizationRecord | None = None
+    kv_cache: KvCacheRecord | None = None
+
+    @property
+    def cache_type(self) -> type[np.generic]:
+        """numpy's type of the caches; see `ModelRecord.float_type`, where they are floats."""
+        return self.model.float_type if self.kv_cache is None else np.int8
+
+    @property
+    def cache_number_bytes(self) -> int:
+        """Bytes of a number of the caches."""
+        return FLOAT_BYTES[self.model.dtype] if self.kv_cache is None else 1
 
     @property
     def graphs(self) -> Mapping[str, int]:

@@ -30,7 +30,19 @@ def check_manifest(manifest: Manifest) -> None:
     Raises:
         RecordError: with the place and both values.
     """
-    for check in (_model, _limits, _reduction, _segments, _files, _vision, _pictures, _prompt, _engines, _report):
+    for check in (
+        _model,
+        _limits,
+        _reduction,
+        _caches,
+        _segments,
+        _files,
+        _vision,
+        _pictures,
+        _prompt,
+        _engines,
+        _report,
+    ):
         for where, problem in check(manifest):
             raise RecordError(f"{where}: {problem}")
 
@@ -48,6 +60,14 @@ def _model(manifest: Manifest) -> Iterator[Problem]:
         yield "model.mrope_section", f"{section} are no three parts of {model.head_dim // 2} pairs of channels"
     if manifest.dialect not in DIALECTS:
         yield "dialect", f"expected one of {', '.join(DIALECTS)}, found {ascii(manifest.dialect)[:60]}"
+
+
+def _caches(manifest: Manifest) -> Iterator[Problem]:
+    """Caches in another type are those of the graphs that say so, and no engine has such."""
+    if manifest.kv_cache is None:
+        return
+    if manifest.dialect != "gqa" or manifest.fixed is not None or manifest.engines:
+        yield "kv_cache", f"caches in {manifest.kv_cache.dtype} are of the dialect gqa, without engines and schedule"
 
 
 def _limits(manifest: Manifest) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from framefusion.runtime.format.manifest import (
     EmbeddingRecord,
     FileRecord,
     FixedRecord,
+    KvCacheRecord,
     Limits,
     LossRecord,
     Manifest,
@@ -126,6 +127,7 @@ RULES: Rules = {
         **dict.fromkeys(("points", "low", "high"), _between(-100, 100)),
     },
     WeightFormatRecord: {"bits": _between(4, 8), "block": _between(16, 256), "linears": _between(1, LINEARS)},
+    KvCacheRecord: {"tokens": _COUNT, "clipped": _SHARE, "losses": Rule(items=64)},
     FileRecord: {"size": _BYTES, "sha256": Rule(pattern="[0-9a-f]{64}")},
     EngineRecord: {
         "graph": _NAME,

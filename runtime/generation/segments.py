@@ -36,6 +36,7 @@ class Segments:
         self.backend = backend
         self.device = backend.device
         self.float_type = manifest.model.float_type
+        self.cache_type = manifest.cache_type
 
     def outputs(self, record: SegmentRecord, size: int) -> Outputs:
         """Buffers for what a segment gives for `size` tokens."""
@@ -51,7 +52,7 @@ class Segments:
         """An empty cache of a segment, with at least as many slots for each of its attention layers."""
         model = self.manifest.model
         shapes = [(1, model.num_kv_heads, capacity, model.head_dim) for capacity in capacities]
-        return self.backend.cache(record, shapes, self.float_type)
+        return self.backend.cache(record, shapes, self.cache_type)
 
     def extend(self, record: SegmentRecord, cache: SegmentCache, capacities: Sequence[int]) -> None:
         """Give a cache at least as many slots for each layer, in place; what it holds is copied if it has fewer."""

@@ -17,7 +17,9 @@ from framefusion.runtime.format.bundle_files import place, read_small
 from framefusion.runtime.format.manifest import FileRecord, Manifest, SegmentRecord
 from framefusion.runtime.format.manifest_rules import WIDTH
 from framefusion.runtime.trust.onnx_wire import (
+    CACHE_ATTENTION,
     QUANTIZED_PRODUCT,
+    CacheAttention,
     OnnxModel,
     QuantizedProduct,
     Tensor,
@@ -31,7 +33,7 @@ MOST_BYTES = 1 << 28  # of a graph without its weights
 _STANDARD = (
     "Abs Add And ArgMax Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum "
     "DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater "
-    "GreaterOrEqual HardSigmoid HardSwish Identity IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mod "
+    "GreaterOrEqual HardSigmoid HardSwish Identity If IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mod "
     "Mul Neg Not Or Pad Pow Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape "
     "RMSNormalization RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax "
     "Split Sqrt Squeeze Sub Sum Swish Tanh TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor "
@@ -49,15 +51,19 @@ _RANGES: Mapping[str, tuple[int, int]] = {
     "bits": (4, 8),
     "block_size": (16, 256),
     "accuracy_level": (1, 4),
+    "kv_cache_bit_width": (8, 8),
 }
 """Integers that attributes may be, by name; others have 32 bits. ONNX Runtime crashes at some that are beyond."""
 _CONTRIB_ATTRIBUTES = frozenset(
     {"num_heads", "kv_num_heads", "alpha", "K", "N", "bits", "block_size", "accuracy_level"}
+    | {"k_quant_type", "v_quant_type", "kv_cache_bit_width"}
 )
 """Those of operators that are not standard: the others choose code that no build has run."""
 
 _FLOATS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
 _UINT8 = 2
+_INT8 = 3
+_BRANCHES = ["else_branch", "then_branch"]
 _SCALES = 2  # place among the inputs of a quantized product
 _INT64 = 7
 _INT4 = 22
@@ -125,12 +131,17 @@ def _problems(folder: Path, name: str, model: OnnxModel, manifest: Manifest | No
             yield f"{ascii(attribute)[:60]} of {operator} is {value}, it may be {least} to {most}"
         if domain and attribute not in _CONTRIB_ATTRIBUTES:
             yield f"{operator} has {ascii(attribute)[:60]}, which no build writes"
+    for choice in model.choices:
+        if sorted(choice.branches) != _BRANCHES or len(set(choice.outputs)) > 1:
+            yield f"If has the branches {ascii(choice.branches)[:80]} with {choice.outputs} outputs"
     sizes: dict[str, int] = {}
     for tensor in model.initializers:
         yield from _misplaced(folder, name, tensor, manifest, sizes)
     weights = {tensor.name: tensor for tensor in model.initializers}
     for product in model.products:
         yield from _misshapen(product, weights)
+    for attention in model.attentions:
+        yield from _misread(attention, model)
     if manifest is not None:
         yield from _misfits(model, *_expected(manifest, name))
 
@@ -190,6 +201,24 @@ def _misshapen(product: QuantizedProduct, weights: Mapping[str, Tensor]) -> Iter
             )
 
 
+def _misread(attention: CacheAttention, model: OnnxModel) -> Iterator[str]:
+    """Caches of another type than the attributes say: the kernel reads their memory by the attributes, and beyond it.
+
+    Caches are inputs of the graph, or products, which no kernel gives in whole numbers of 8 bits.
+    """
+    codes = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+    stated = {name: attention.texts.get(name) for name in codes}
+    is_quantized = stated == codes and attention.numbers.get("kv_cache_bit_width") == 8
+    if not is_quantized and (any(stated.values()) or "kv_cache_bit_width" in attention.numbers):
+        yield f"{CACHE_ATTENTION} has caches that are {ascii(stated)[:80]}"
+    for name in filter(None, attention.past):
+        if name in model.inputs:
+            if (model.inputs[name].dtype == _INT8) != is_quantized:
+                yield f"{CACHE_ATTENTION} reads {ascii(name)[:60]}, of type {model.inputs[name].dtype}, as another one"
+        elif is_quantized or model.producers.get(name) != {"Mul"}:
+            yield f"{CACHE_ATTENTION} takes {ascii(name)[:60]}, which is no cache"
+
+
 def _digits(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
@@ -230,7 +259,8 @@ def _segment(
     rows = Value(kind, (1, free, model.hidden_size))
     inputs: dict[str, Value | None] = {"hidden": rows, "kv_len": Value(_INT64, (layers,))}
     inputs |= dict.fromkeys(("cos", "sin"), Value(kind, (1, free, half)))
-    cache = Value(kind, (1, model.num_kv_heads, free, model.head_dim))
+    cached = kind if manifest.kv_cache is None else _INT8
+    cache = Value(cached, (1, model.num_kv_heads, free, model.head_dim))
     inputs |= dict.fromkeys(cache_names("past", layers), cache)
     outputs: dict[str, Value | None] = dict.fromkeys(cache_names("present", layers), cache)
     vector = Value(_INT64, (free,))

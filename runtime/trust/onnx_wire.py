@@ -14,11 +14,13 @@ from typing import NamedTuple
 MOST_FIELDS = 1 << 21  # of all messages of a file: those of a 7B model have a twentieth
 _MOST_NUMBERS = 64  # of a shape or an attribute
 QUANTIZED_PRODUCT = "MatMulNBits"
+CACHE_ATTENTION = "GroupQueryAttention"
 _VARINT = 0
 _FIXED64 = 1
 _BYTES = 2
 _FIXED32 = 5
 _WIDTH = {_FIXED64: 8, _FIXED32: 4}
+_PAST = slice(3, 5)  # among the inputs of an attention over caches
 
 
 Span = tuple[int, int]
@@ -57,6 +59,21 @@ class Attribute(NamedTuple):
     value: int | None
 
 
+class CacheAttention(NamedTuple):
+    """A node that reads caches, whose kernel takes their type from its attributes."""
+
+    past: tuple[str, ...]  # of keys and of values
+    numbers: dict[str, int]  # attribute -> its integer
+    texts: dict[str, str]  # attribute -> its text
+
+
+class Choice(NamedTuple):
+    """A node that runs one of two subgraphs, whose nodes are among the model's."""
+
+    branches: tuple[str, ...]  # attributes that are subgraphs
+    outputs: tuple[int, ...]  # of each of them
+
+
 class QuantizedProduct(NamedTuple):
     """A node that multiplies by packed codes, whose kernel takes their number from its attributes."""
 
@@ -75,6 +92,9 @@ class OnnxModel:
     inputs: dict[str, Value] = field(default_factory=dict)
     outputs: dict[str, Value] = field(default_factory=dict)
     products: list[QuantizedProduct] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    attentions: list[CacheAttention] = field(default_factory=list)
+    producers: dict[str, set[str]] = field(default_factory=dict)  # value -> operators that give one of that name
     nodes: int = 0
 
 
@@ -82,15 +102,26 @@ def read_model(content: bytes) -> OnnxModel:
     """Read a model.
 
     Raises:
-        WireError: it is no model, or holds functions, subgraphs, sparse tensors, training, or unknown fields.
+        WireError: it is no model, or holds functions, subgraphs other than branches of an If that hold none
+            themselves, sparse tensors, training, or unknown fields.
     """
     return _Reader(content).model()
+
+
+class _AttributeFields(NamedTuple):
+    """What one attribute states."""
+
+    name: str
+    numbers: list[int]
+    text: str | None
+    graph: Span | None
 
 
 class _Reader:
     def __init__(self, content: bytes) -> None:
         self._content = content
         self._left = MOST_FIELDS
+        self._in_branch = False
         self._model = OnnxModel()
 
     def model(self) -> OnnxModel:
@@ -138,11 +169,14 @@ class _Reader:
     def _node(self, span: FieldValue) -> None:
         operator: str | None = None
         domain: str | None = None
-        attributes: list[tuple[str, list[int]]] = []
+        attributes: list[_AttributeFields] = []
         inputs: list[FieldValue] = []
+        outputs: list[FieldValue] = []
         for number, value in self._fields(span, "node", {1, 2, 3, 4, 5, 6, 7, 9}):
             if number == 1:  # input
                 inputs.append(value)
+            elif number == 2:  # output
+                outputs.append(value)
             elif number == 4:  # op_type
                 operator = self._again(operator, value, "operator")
             elif number == 7:  # domain
@@ -151,16 +185,50 @@ class _Reader:
                 attributes.append(self._attribute(value))
         self._model.nodes += 1
         self._model.operators.add((domain or "", operator or ""))
+        for name in map(self._text, outputs):
+            self._model.producers.setdefault(name, set()).add(operator or "")
+        branches = [(each.name, each.graph) for each in attributes if each.graph is not None]
+        if branches:
+            self._choice(f"{domain or ''}.{operator}", branches)
         if operator == "Constant":
             return  # its attribute is a value, and may be any
         if operator == QUANTIZED_PRODUCT:
-            numbers = {name: values[0] for name, values in attributes if len(values) == 1}
+            numbers = _numbers_of(attributes)
             if len(numbers) != len(attributes):
                 raise WireError(f"a {QUANTIZED_PRODUCT} states an attribute twice, or not in one number")
             self._model.products.append(QuantizedProduct(tuple(map(self._text, inputs)), numbers))
-        for name, values in attributes:
-            for integer in values or (None,):
-                self._model.attributes.add(Attribute(domain or "", operator or "", name, integer))
+        if operator == CACHE_ATTENTION:
+            numbers = _numbers_of(attributes)
+            texts = {each.name: each.text for each in attributes if each.text is not None}
+            if len({each.name for each in attributes}) != len(attributes):
+                raise WireError(f"a {CACHE_ATTENTION} states an attribute twice")
+            past = tuple(map(self._text, inputs[_PAST]))
+            self._model.attentions.append(CacheAttention(past, numbers, texts))
+        for each in attributes:
+            for integer in each.numbers or (None,):
+                self._model.attributes.add(Attribute(domain or "", operator or "", each.name, integer))
+
+    def _choice(self, operator: str, branches: list[tuple[str, Span]]) -> None:
+        """The subgraphs of a node: only an If may have some, and what they hold is the model's."""
+        if operator != ".If" or self._in_branch:
+            raise WireError(f"a node {ascii(operator)[:60]} holds a subgraph, or one lies within another")
+        self._in_branch = True
+        outputs = [self._branch(span) for _, span in branches]
+        self._in_branch = False
+        self._model.choices.append(Choice(tuple(name for name, _ in branches), tuple(outputs)))
+
+    def _branch(self, span: Span) -> int:
+        """The nodes of a subgraph without inputs and weights of its own; returns how many outputs it has."""
+        outputs = 0
+        for number, value in self._fields(span, "branch", {1, 2, 10, 12, 13}):
+            if number == 1:  # node
+                self._node(value)
+            elif number == 12:  # output
+                self._value(value)
+                outputs += 1
+            else:  # name, doc_string, value_info
+                self._span(value)
+        return outputs
 
     def _again(self, before: str | None, value: FieldValue, what: str) -> str:
         """A text that a node states once; `before` is what it was until here."""
@@ -168,23 +236,31 @@ class _Reader:
             raise WireError(f"a node states its {what} twice")
         return self._text(value)
 
-    def _attribute(self, span: FieldValue) -> tuple[str, list[int]]:
-        """The name of an attribute, and its integers."""
+    def _attribute(self, span: FieldValue) -> _AttributeFields:
+        """The name of an attribute with its integers, its text or its subgraph."""
         tensors = 0
+        graph: Span | None = None
+        text: str | None = None
         name: str | None = None
         values: list[int] = []
-        for number, value in self._fields(span, "attribute", {1, 2, 3, 4, 5, 7, 8, 9, 13, 20}):
+        for number, value in self._fields(span, "attribute", {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20}):
             if number == 5:  # t
                 tensors += 1
                 if tensors > 1 or self._tensor(value).external is not None:
                     raise WireError("an attribute's numbers lie in another file")
             elif number == 1:  # name
                 name = self._again(name, value, "attribute's name")
+            elif number == 6:  # g
+                if graph is not None:
+                    raise WireError("an attribute states its graph twice")
+                graph = self._span(value)
+            elif number == 4:  # s
+                text = self._again(text, value, "attribute's text")
             elif number in (3, 8):  # i, ints
                 values += self._numbers(value)
                 if len(values) > _MOST_NUMBERS:
                     raise WireError(f"an attribute has more than {_MOST_NUMBERS} numbers")
-        return name or "", values
+        return _AttributeFields(name or "", values, text, graph)
 
     def _tensor(self, span: FieldValue) -> Tensor:
         name = ""
@@ -326,3 +402,8 @@ class _Reader:
         if not isinstance(value, tuple):
             raise WireError("bytes were expected")
         return value
+
+
+def _numbers_of(attributes: list[_AttributeFields]) -> dict[str, int]:
+    """Attribute -> its integer, of those that have one."""
+    return {each.name: each.numbers[0] for each in attributes if len(each.numbers) == 1}

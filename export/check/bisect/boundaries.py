@@ -8,7 +8,7 @@ no node and no dialect.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from framefusion.export.check.check import relative_error, tolerance_of
 from framefusion.export.check.observation import QUESTION, draw_clip
 from framefusion.export.eager.backend import EagerBackend, EagerSegment, Load
-from framefusion.export.eager.pipeline import eager_loaders
+from framefusion.export.eager.pipeline import eager_loaders, in_fp32
 from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.backends.base import Backend, Device
@@ -138,9 +138,8 @@ def record(bundle: Bundle, plan: BuildPlan, decode_width: int = 1) -> list[Recor
         plan: of the bundle.
         decode_width: tokens of a step, padding included: the widest of the backends that will get the inputs.
     """
-    in_fp32 = bundle.with_manifest(model=replace(bundle.manifest.model, dtype="float32"))
     recorder = _Recorder(eager_loaders(plan, written=bundle.folder), decode_width, bundle.manifest.vision.graph)
-    pipeline = Pipeline(in_fp32, recorder)
+    pipeline = Pipeline(in_fp32(bundle, plan), recorder)
     prompt, rows = pipeline.read([Turn("user", (Visual.VIDEO, QUESTION))], [draw_clip()])
     request = pipeline.clamp_new_tokens(Request(_TOKENS), prompt)
     prefilled = pipeline.prefill(prompt, rows, request, Stopwatch())
@@ -165,7 +164,8 @@ def limit_of(manifest: Manifest, graph: str) -> float:
     layers = manifest.model.num_layers if record is None else max(len(record.attention_layers), 1)
     is_coded = manifest.quantization is not None and record is not None
     rounded = is_coded and DIALECTS[manifest.dialect].rounds_activations
-    return tolerance_of(getattr(torch, manifest.model.dtype), layers, rounded=rounded)
+    coded = manifest.kv_cache is not None and record is not None
+    return tolerance_of(getattr(torch, manifest.model.dtype), layers, rounded=rounded, coded_caches=coded)
 
 
 def segment_of(manifest: Manifest, graph: str) -> SegmentRecord | None:
@@ -183,7 +183,7 @@ def run(call: RecordedCall, backend: Backend, manifest: Manifest) -> dict[str, A
     outputs = {
         name: device.zeros(array.shape, array.dtype if name in ALWAYS else float_type) for name, array in given.items()
     }
-    cache = None if record is None else _filled(call, backend, record, float_type)
+    cache = None if record is None else _filled(call, backend, record, manifest)
     backend.bind(call.graph, inputs, outputs, cache).run()
     found = {name: np.asarray(device.download(buffer)) for name, buffer in outputs.items()}
     found |= {} if cache is None else _caches("present", cache, call.inputs["kv_len"], device)
@@ -195,12 +195,12 @@ def typed(array: Array, float_type: Any) -> Array:
     return np.ascontiguousarray(array.astype(float_type) if array.dtype == np.float32 else array)
 
 
-def _filled(call: RecordedCall, backend: Backend, record: SegmentRecord, float_type: Any) -> SegmentCache:
+def _filled(call: RecordedCall, backend: Backend, record: SegmentRecord, manifest: Manifest) -> SegmentCache:
     """Caches that hold what was in the recorded ones."""
     shapes = [call.past[f"past_key_{j}"].shape for j in range(len(record.attention_layers))]
-    cache = backend.cache(record, shapes, float_type)
+    cache = backend.cache(record, shapes, manifest.cache_type)
     for name, buffer in cache.named("past").items():
-        past = backend.device.upload(typed(call.past[name], float_type))
+        past = backend.device.upload(typed(call.past[name], manifest.model.float_type))
         backend.device.copy(buffer[:, :, : past.shape[2]], past)
     return cache
 

@@ -17,6 +17,7 @@ import onnx
 import torch
 from onnxscript.values import Op, Opset
 
+from framefusion.export.graphs.tracing import kv_cache
 from framefusion.reduction.tracks import DISSIMILAR
 
 Symbol = Any  # a symbolic tensor of the exporter
@@ -28,6 +29,7 @@ _contrib = Opset("com.microsoft", 1)
 _Schema = onnx.defs.OpSchema
 _INT = _Schema.AttrType.INT
 _FLOAT = _Schema.AttrType.FLOAT
+_GRAPH = _Schema.AttrType.GRAPH
 INT32 = int(onnx.TensorProto.INT32)
 INT64 = int(onnx.TensorProto.INT64)
 FLOAT32 = int(onnx.TensorProto.FLOAT)
@@ -42,6 +44,7 @@ def declare_op(
         "M": ["tensor(int32)"],
         "N": ["tensor(int64)"],
         "Q": ["tensor(uint8)"],
+        "B": ["tensor(bool)"],
     }
     used = {"T", *inputs.values()}
     schema = _Schema(
@@ -64,6 +67,10 @@ _GQA = declare_op(
     ("output", "present_key", "present_value"),
     {"num_heads": _INT, "kv_num_heads": _INT},
 )
+_IF = declare_op(
+    _op, "If", {"cond": "B"}, ("output", "present_key", "present_value"),
+    {"then_branch": _GRAPH, "else_branch": _GRAPH},
+)  # fmt: skip
 _MULTI_HEAD = declare_op(
     _contrib, "MultiHeadAttention", dict.fromkeys(("query", "key", "value"), "T"), ("output",), {"num_heads": _INT}
 )
@@ -133,6 +140,31 @@ def gqa_cache_attention(
     before = _op.Cast(_op.Sub(kv_len, _ints(1)), to=INT32)
     total = _op.Cast(_op.ReduceMax(kv_len, keepdims=1), to=INT32)
     return _GQA(query, key, value, past_key, past_value, before, total, num_heads=heads, kv_num_heads=kv)
+
+
+def gqa_quantized_cache_attention(
+    query: Symbol,
+    key: Symbol,
+    value: Symbol,
+    past_key: Symbol,
+    past_value: Symbol,
+    key_scale: Symbol,
+    value_scale: Symbol,
+    kv_len: Symbol,
+    heads: int,
+    kv: int,
+) -> Symbol:
+    """As above over caches in int8: a branch for one token, another for a prompt (kv_cache.py)."""
+    before = _op.Cast(_op.Sub(kv_len, _ints(1)), to=INT32)
+    total = _op.Cast(_op.ReduceMax(kv_len, keepdims=1), to=INT32)
+    scales = tuple(_op.Cast(scale, to=FLOAT32) for scale in (key_scale, value_scale))
+    arguments = ((query, key, value), (past_key, past_value), scales, (before, total), heads, kv)
+    is_one = _op.Equal(_op.Shape(query, start=1, end=2), _ints(1))
+    return _IF(
+        is_one,
+        then_branch=kv_cache.one_token("one_token", *arguments),
+        else_branch=kv_cache.many_tokens("many_tokens", *arguments),
+    )
 
 
 def portable_cache_attention(
@@ -296,6 +328,7 @@ class Dialect:
         head_dim_multiple: of the channels of a head, as its kernels need them.
         signed_codes: see `BlockFormat.signed`.
         rounds_activations: its products with quantized weights round activations to 8 bits; else these are floats.
+        quantized_caches: it has attention over caches in int8, in operators of `kv_cache.OPSET`.
         batches: its attention takes rows of unequal lengths, so a segment's graph is free in them.
     """
 
@@ -307,6 +340,7 @@ class Dialect:
     signed_codes: bool = False
     rounds_activations: bool = True
     batches: bool = False
+    quantized_caches: bool = False
 
     def table(self) -> dict[Any, Translation]:
         """As torch's exporter wants it: overload -> function."""
@@ -322,6 +356,7 @@ DIALECTS = {
             _COMMON
             | {
                 "cache_attention": gqa_cache_attention,
+                "quantized_cache_attention": gqa_quantized_cache_attention,
                 "full_attention": contrib_full_attention,
                 "masked_attention": contrib_masked_attention,
                 "matmul_nbits": contrib_matmul_nbits,
@@ -333,6 +368,7 @@ DIALECTS = {
             opset=23,
             head_dim_multiple=8,
             batches=True,
+            quantized_caches=True,
         ),
         Dialect(  # standard operators of opset 24: TensorScatter + Attention, static buckets
             "portable",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from framefusion.installation import install_command
-from framefusion.runtime.backends.fit import Problem, release
+from framefusion.runtime.backends.fit import Problem, no_int8_caches, release
 from framefusion.runtime.backends.table import BackendKind
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest
@@ -41,8 +41,9 @@ def _graph_problem(row: BackendKind, manifest: Manifest) -> Problem | None:
             f"OpenVINO has no TensorScatter, which graphs of the dialect {manifest.dialect} have",
             "build the bundle again with --dialect gqa",
         )
-    if "bfloat16" not in (row.computes, manifest.model.dtype):
-        return None
+    cached = no_int8_caches("OpenVINO", manifest)
+    if cached is not None or "bfloat16" not in (row.computes, manifest.model.dtype):
+        return cached
     if manifest.fixed is not None:
         return (
             "OpenVINO computes what decides in a graph in float32 and the rest of this one in bfloat16, and has no "

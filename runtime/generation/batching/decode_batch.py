@@ -117,7 +117,7 @@ class DecodeBatch:
                 for layer, length in enumerate(cache.lengths):
                     for buffers in (cache.keys, cache.values):
                         held = buffers[layer][:, :, :length]
-                        buffers[layer] = device.empty(held.shape, self._segments.float_type)
+                        buffers[layer] = device.empty(held.shape, self._segments.cache_type)
                         device.copy(buffers[layer], held)
             # 2. The last row takes its place.
             last = self._rows.pop()
@@ -196,7 +196,7 @@ class DecodeBatch:
     def _slab(self, record: SegmentRecord, rows: int, slots: Sequence[int]) -> SegmentCache:
         model = self._segments.manifest.model
         shapes = [(rows, model.num_kv_heads, most, model.head_dim) for most in slots]
-        return self._segments.backend.cache(record, shapes, self._segments.float_type)
+        return self._segments.backend.cache(record, shapes, self._segments.cache_type)
 
     def _replace(self, index: int, larger: SegmentCache) -> None:
         """Move the rows of a segment to another slab, a layer at a time: no more than one is there twice."""
