@@ -52,6 +52,7 @@ def _built(verify: bool = False, **options: Any) -> Callable[[Path], object]:
 RECIPES: dict[str, Callable[[Path], object]] = {
     "checkpoint": lambda folder: random_checkpoint(folder, pixels=112 * 112),
     "bundle": _built(verify=True, **ADAPTIVE, max_input_len=512),
+    "int8-caches": _built(**ADAPTIVE, max_input_len=512, kv_cache_dtype="int8"),
     "portable": _built(**PORTABLE, **ADAPTIVE, max_input_len=192),
     "portable-512": _built(**PORTABLE, **ADAPTIVE, max_input_len=512),
     "fixed": _built(**PORTABLE, **FIXED, similarity_lower_bound=0.9, depth=1, max_text_len=64, max_input_len=192),

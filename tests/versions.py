@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 from packaging.version import Version
 
-from framefusion.runtime.backends.onnxruntime.fit import PORTABLE_SINCE
+from framefusion.runtime.backends.onnxruntime.fit import INT8_CACHES_SINCE, PORTABLE_SINCE
 
 
 def needs(package: str, least: str, reason: str) -> pytest.MarkDecorator:
@@ -26,5 +26,7 @@ def needs(package: str, least: str, reason: str) -> pytest.MarkDecorator:
 
 PORTABLE = ".".join(map(str, PORTABLE_SINCE["cpu"]))
 needs_portable = needs("onnxruntime", PORTABLE, "its attention of the portable dialect is wrong or lacking")
+INT8_CACHES = ".".join(map(str, INT8_CACHES_SINCE))
+needs_int8_caches = needs("onnxruntime", INT8_CACHES, "its attention takes no caches in int8")
 needs_torch = needs("torch", "0", "the reference that this test compares with, or what it builds with")
 needs_transformers = needs("transformers", "0", "the reference that this test compares with")

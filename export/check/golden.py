@@ -110,11 +110,11 @@ def golden_of(bundle: Bundle, plan: BuildPlan, doing: Doing = ignore, *, may_str
     doing("golden, vision tower")
     reference = f"eager torch {torch.__version__} in fp32, {plan.config.num_layers} layers"
     golden = replace(empty, reference=reference, request=request, runs=tuple(runs), tower=_tower(bundle, rehearsal))
-    # 4. What kernels that round activations may be off by.
+    # 4. What kernels that round activations may be off by; the tower has no caches that are codes.
     if not plan.rounds_activations:
-        return golden
+        return golden if plan.kv_scales is None else _with_tower_limit(golden, plan)
     doing("golden, rounded activations")
-    return _measured(golden, plan, in_fp32, backend, rounder, sparing=streamed)
+    return _measured(golden, plan, floats, backend, rounder, sparing=streamed)
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,14 @@ def _limits(plan: BuildPlan) -> GoldenLimits:
     return GoldenLimits(min(headroom * check.default_tolerance(plan), 0.5), 0.0 if exact else MOST_SWAPPED)
 
 
+def _with_tower_limit(golden: Golden, plan: BuildPlan) -> Golden:
+    """The golden with the limit of floats for the tower, and its own for all that follows attention over codes."""
+    numbers = golden.limits.numbers
+    tower = check.tolerance_of(plan.dtype, plan.config.num_layers)
+    limits = replace(golden.limits, measured=MeasuredLimits(tower, numbers, numbers, numbers))
+    return replace(golden, version=MEASURED_VERSION, limits=limits)
+
+
 def _measured(
     golden: Golden, plan: BuildPlan, bundle: Bundle, backend: EagerBackend, rounder: Rounder, *, sparing: bool
 ) -> Golden:
@@ -217,10 +225,12 @@ def _measured(
         return golden
     # 3. no limit is below that of floats, which what is not quantized keeps
     floats = check.tolerance_of(plan.dtype, plan.config.num_layers)
+    coded = plan.kv_scales is not None
+    least = check.tolerance_of(plan.dtype, plan.config.num_layers, coded_caches=coded)
 
     def limit(kind: str) -> float:
         found = MEASURED * worst.get(kind, 0.0)
-        return min(max(found, floats), MOST) if math.isfinite(found) else MOST
+        return min(max(found, least), MOST) if math.isfinite(found) else MOST
 
     measured = MeasuredLimits(floats, limit("similarity"), limit("importance"), limit(TOGETHER))
     limits = GoldenLimits(limit("logits"), golden.limits.swapped, measured)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from framefusion.errors import PromptError
-from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.format.manifest import KvCacheRecord, Manifest
 from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.memory import expected_lengths, gpu_plan, memory_plan, table_bytes
 from tests.films import write_film
@@ -42,6 +42,15 @@ def test_caches_are_those_of_the_slots(manifest: Manifest) -> None:
     slot = 2 * manifest.model.num_kv_heads * manifest.model.head_dim * 4
     assert plan.lengths == (300, 300, 300)
     assert plan.caches == manifest.model.num_layers * 320 * slot
+
+
+def test_caches_in_int8_take_a_byte_a_number(manifest: Manifest) -> None:
+    codes = replace(manifest, kv_cache=KvCacheRecord("int8", 100, 0.0))
+    plan = memory_plan(codes, 300, 200, 20)
+    floats = memory_plan(manifest, 300, 200, 20)
+    assert 4 * plan.caches == floats.caches
+    assert replace(plan, caches=floats.caches, caches_by_segment=floats.caches_by_segment) == floats
+    assert 4 * gpu_plan(codes, 300, 20).caches == gpu_plan(manifest, 300, 20).caches
 
 
 def test_what_is_dropped_is_saved(manifest: Manifest) -> None:

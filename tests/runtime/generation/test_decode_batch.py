@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from framefusion.errors import PromptError
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.generation.batching.decode_batch import SLOTS, DecodeBatch
+from framefusion.runtime.memory import slot_bytes
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.request import Request, Step, Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.bundles import shared
 from tests.films import write_film
-from tests.versions import needs_portable
+from tests.versions import needs_int8_caches, needs_portable
 
 COSTS = (1.0, 0.6, 0.3)
 MOST = 12  # new tokens
@@ -137,6 +138,24 @@ def test_layers_of_a_fixed_bundle_have_lengths_of_their_own(name: str, tmp_path:
     """One segment, whose static prefill reduces inside: its decode graph is free in its rows."""
     bench = bench_of(name, tmp_path)
     run(bench, [Plan(prompt, 1.0, new_tokens, begins, None) for prompt, new_tokens, begins in ((0, 9, 0), (2, 6, 1))])
+
+
+@pytest.mark.slow
+@needs_int8_caches
+def test_caches_in_int8_are_moved_and_shared_as_they_are(tmp_path: Path) -> None:
+    """Also where one leaves and another takes its place in slabs of codes."""
+    bench = bench_of("int8-caches", tmp_path)
+    plans = [Plan(0, 1.0, 9, 0, None), Plan(1, 0.3, 4, 1, 2), Plan(2, 1.0, 6, 2, None), Plan(1, 0.6, 5, 5, None)]
+    batch = run(bench, plans)
+    assert (len(batch), batch.nbytes) == (0, 0)
+    step = bench.steps(0, bench.request(plans[0], 4), batch)
+    next(step)
+    next(step)
+    assert batch.nbytes > 0
+    floats = bench_of("bundle", tmp_path).pipeline.manifest
+    codes = bench.pipeline.manifest
+    assert slot_bytes(floats) == 4 * slot_bytes(codes)
+    step.close()
 
 
 PLANS = st.builds(
