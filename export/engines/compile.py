@@ -94,6 +94,8 @@ def compile_bundle(
     with Amendment(folder) as amendment:
         # 2. Compare the files that engines are compiled from: an engine's key speaks of their hashes.
         bundle = Bundle(folder, verify=False)
+        if bundle.manifest.kv_cache is not None:
+            raise BundleError(f"{folder}: {first_engines(folder, bundle.manifest, options.kind)}")
         verify_files(folder, other_files(bundle.manifest))
         # 3. Compile into a scratch folder, so that an end at any point leaves the bundle as it was.
         compiled = compile_engines(
@@ -140,8 +142,6 @@ def compile_engines(
     manifest = bundle.manifest
     # 1. Refuse what cannot be compiled while that costs nothing: graphs, library, targets, names in the bundle.
     bundle.require_graphs()
-    if manifest.kv_cache is not None:
-        raise BundleError(f"{bundle.folder}: {first_engines(bundle.folder, manifest, options.kind)}")
     builder = checked_builder(options, manifest.dialect, manifest.model.dtype)
     jobs = plan_jobs(bundle, options, plan, builder)
     report_name = f"{FOLDER}/{options.kind}/{REPORT}"

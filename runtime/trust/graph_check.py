@@ -16,7 +16,7 @@ from framefusion.runtime.backends.kv_cache import cache_names
 from framefusion.runtime.format.bundle_files import place, read_small
 from framefusion.runtime.format.manifest import FileRecord, Manifest, SegmentRecord
 from framefusion.runtime.format.manifest_rules import WIDTH
-from framefusion.runtime.trust.onnx_wire import (
+from framefusion.runtime.trust.onnx_model import (
     CACHE_ATTENTION,
     QUANTIZED_PRODUCT,
     CacheAttention,
@@ -24,9 +24,8 @@ from framefusion.runtime.trust.onnx_wire import (
     QuantizedProduct,
     Tensor,
     Value,
-    WireError,
-    read_model,
 )
+from framefusion.runtime.trust.onnx_wire import WireError, read_model
 
 MOST_BYTES = 1 << 28  # of a graph without its weights
 

@@ -16,8 +16,8 @@ from framefusion.runtime.trust.graph_check import check_graph
 onnx = pytest.importorskip("onnx", reason="it is not installed: it makes the graphs that are refused")
 helper = pytest.importorskip("onnx.helper")
 
-CODED = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-HEADS = {"num_heads": 4, "kv_num_heads": 2}
+CODED: dict[str, Any] = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+HEADS: dict[str, Any] = {"num_heads": 4, "kv_num_heads": 2}
 FLOAT, INT8, UINT8 = 1, 3, 2
 INPUTS = ["q", "k", "v", "past_key_0", "past_value_0", "before", "total"]
 
