@@ -23,7 +23,7 @@ from framefusion.runtime.concurrency.step_runner import gather_answer
 from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.generation.prefill import Prefilled
 from framefusion.runtime.generation.stages import Stages, prefill_report
-from framefusion.runtime.generation.visuals.reading import without_pixels
+from framefusion.runtime.generation.visuals.reading import VisualReading, without_pixels
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.media.tiles.thumbnails import Thumbnails
@@ -133,6 +133,7 @@ class Session:
         request: Request | None = None,
         *,
         logits: bool = False,
+        reading: VisualReading | None = None,
     ) -> Generator[Step, None, None]:
         """Say something and get the answer step by step, as `Pipeline.stream` gives it.
 
@@ -141,13 +142,14 @@ class Session:
             files: the videos and images that are new, in order.
             request: limits, reduction and sampling of tokens for this turn; None takes the session's.
             logits: give those of each token, too, a copy.
+            reading: has taken these very files behind those of earlier turns, for whoever decodes them by itself.
 
         Raises:
             PromptError: the conversation is longer than the bundle takes, or needs more cache than `max_cache_bytes`,
                 or the turn before is not over.
             VideoError, BudgetError: see `framefusion.errors`.
         """
-        return self._stages.runner.steps(self._steps(turns, files, request, logits))
+        return self._stages.runner.steps(self._steps(turns, files, request, logits, reading))
 
     async def aask(
         self,
@@ -180,25 +182,35 @@ class Session:
         return self._stages.runner.async_steps(self._steps(turns, files, request, logits))
 
     def _steps(
-        self, turns: Conversation, files: Sequence[Source], request: Request | None, logits: bool
+        self,
+        turns: Conversation,
+        files: Sequence[Source],
+        request: Request | None,
+        logits: bool,
+        reading: VisualReading | None = None,
     ) -> Generator[Step, None, None]:
         """A turn, while no other one is taken; only one thread at a time is in here."""
         if self._running:
             raise PromptError("a turn of this session is not over: take its steps to the end, or close it")
         self._running = True
         try:
-            yield from self._take_turn(turns, files, request or self.request, logits)
+            yield from self._take_turn(turns, files, request or self.request, logits, reading)
         finally:
             self._running = False
 
     def _take_turn(
-        self, turns: Conversation, files: Sequence[Source], request: Request, logits: bool
+        self,
+        turns: Conversation,
+        files: Sequence[Source],
+        request: Request,
+        logits: bool,
+        reading: VisualReading | None,
     ) -> Generator[Step, None, None]:
         """The steps of `stream`."""
         stages = self._stages
         stopwatch = Stopwatch()
         # 1. Lay out the whole conversation and find what of it is in the caches; refuse what does not fit.
-        following = self._prepare(turns, files, stopwatch)
+        following = self._prepare(turns, files, stopwatch, reading)
         prompt = following.prompt
         tail = prompt.tail(following.start)
         cached = len(following.visuals) - len(following.rows)
@@ -242,7 +254,9 @@ class Session:
                 for cache, before in zip(self._caches, lengths, strict=True):
                     cache.lengths[:] = before
 
-    def _prepare(self, turns: Conversation, files: Sequence[Source], stopwatch: Stopwatch) -> _NextTurn:
+    def _prepare(
+        self, turns: Conversation, files: Sequence[Source], stopwatch: Stopwatch, reading: VisualReading | None
+    ) -> _NextTurn:
         """Media, prompt and what of it can be reused."""
         stages = self._stages
         first = not self.turns
@@ -251,7 +265,12 @@ class Session:
         conversation = (*self.turns, *added)
         earlier = visuals_of(self.turns)
         shown = visuals_of(added)
-        read = stages.read_media(added, files, self._sampling, stopwatch, before=earlier)
+        if reading is None:
+            read = stages.read_media(added, files, self._sampling, stopwatch, before=earlier)
+        else:
+            read = reading.result()
+            for stage, seconds in reading.seconds.items():
+                stopwatch.add(stage, seconds)
         visuals = read.visuals
         rows = read.rows
         start = 0

@@ -22,12 +22,14 @@ from typing import Any, TypeVar
 
 from framefusion.errors import ClosedError, RequestError
 from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
+from framefusion.runtime.generation.visuals.reading import VisualReading
 from framefusion.runtime.media.sources import Source
 from framefusion.runtime.memory import slot_bytes
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.request import Generation, PrefillReport, Request, Step
 from framefusion.runtime.server.conversations import Conversation, Conversations, TurnKey, answer_key, turn_keys
 from framefusion.runtime.server.engine import Engine, Job
+from framefusion.runtime.server.media.ahead import ReadingAhead
 from framefusion.runtime.server.media.reader import MediaReader
 from framefusion.runtime.server.metrics import Metrics
 from framefusion.runtime.server.protocol.parts import MediaPart
@@ -75,6 +77,7 @@ class ChatJob(Job):
         since: when the request came, on `time.monotonic`'s clock.
         media_seconds: that fetching and decoding took.
         show: keep what a drawing of the answer needs.
+        reading: has taken the files, if they were read while others were decoded.
     """
 
     conversation: Conversation = field(repr=False)
@@ -87,6 +90,7 @@ class ChatJob(Job):
     service: Service
     media_seconds: float = 0.0
     show: bool = False
+    reading: VisualReading | None = None
     report: PrefillReport | None = None
     new_tokens: int = 0
 
@@ -110,7 +114,7 @@ class ChatJob(Job):
 
     def start(self) -> Generator[Step, None, None]:
         """The answer's steps."""
-        return self.conversation.session.stream(self.turns, self.files, self.request)
+        return self.conversation.session.stream(self.turns, self.files, self.request, reading=self.reading)
 
     def give(self, step: Step) -> None:
         """Count a step, and hand it on."""
@@ -151,6 +155,8 @@ class ChatJob(Job):
         if self._ended:
             self.conversation.turns = (*self.keys, answer_key("".join(self._text)))
         self.service.conversations.give_back(self.conversation)
+        if self.reading is not None:
+            self.reading.give_up()
         del self.conversation  # its caches are large, and whoever holds the job still needs none of them
         self._put(error)
         with suppress(RuntimeError):  # the loop is closed: nobody counts any more
@@ -214,6 +220,7 @@ class Service:
         batch = None if self.turns_reason else DecodeBatch(segments, lambda rows: self.metrics.decoded(rows))
         self.conversations = Conversations(self.pipeline, settings.cache_budget, batch)
         self.engine = Engine(settings.max_running, settings.cache_budget, self.conversations.make_room)
+        self.ahead = ReadingAhead(self.pipeline, self.reader, self.engine)
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "num_requests_running": ("Requests that are decoded.", lambda: self.engine.running),
             "num_requests_waiting": ("Requests before their prefill.", lambda: self.admitted - self.engine.running),
@@ -318,8 +325,12 @@ class Service:
                 begun = len(conversation.turns)
                 shown = sum(_shows(turn) for turn in turns[:begun])
                 images = sum(part.part.kind is Visual.IMAGE for part in parts)
-                # 3. Decode what is new.
-                decoded = await self._apart(self.reader.decode, parts[shown:], images, cancelled)
+                # 3. Decode what is new; the tower may have a film while the next one is decoded.
+                reading = self.ahead.begin(conversation.session, turns[begun:])
+                if reading is None:
+                    decoded = await self._apart(self.reader.decode, parts[shown:], images, cancelled)
+                else:
+                    decoded = await self.ahead.decode(reading, parts[shown:], images, cancelled)
             except BaseException:
                 self.conversations.give_back(conversation)
                 raise
@@ -333,8 +344,9 @@ class Service:
             warnings,
             since,
             self,
-            media_seconds=time.monotonic() - begun_at,
+            media_seconds=time.monotonic() - begun_at - (sum(reading.seconds.values()) if reading else 0.0),
             show=chat.show,
+            reading=reading,
         )
         self.engine.submit(job)
         return job

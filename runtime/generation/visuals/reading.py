@@ -94,6 +94,12 @@ class VisualReading:
         self._rows: list[Buffer | None] = []
         self._videos: list[VideoFacts] = []
         self._thumbnails = ThumbnailCollector(stages.preprocessor((), (*before, *kinds, *after)))
+        self.is_spent = False  # whoever asked has the result, or wants none
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage, so far."""
+        return self._stopwatch.seconds
 
     def take(self, shown: Media) -> None:
         """The next video or image: cut into patches. Its own pixels are not kept.
@@ -122,9 +128,23 @@ class VisualReading:
         self._visuals[-1] = without_pixels(self._visuals[-1])
 
     def result(self) -> ReadMedia:
-        """All that was taken."""
+        """All that was taken. It is the caller's now: nothing of it is kept here.
+
+        Raises:
+            ValueError: less was taken than is shown, or it was given up.
+        """
+        if len(self._visuals) != len(self._kinds):
+            raise ValueError(f"{len(self._visuals)} of {len(self._kinds)} films and pictures were taken")
         thumbnails = self._thumbnails.thumbnails()
-        return ReadMedia(tuple(self._visuals), tuple(self._rows), tuple(self._videos), thumbnails)
+        read = ReadMedia(tuple(self._visuals), tuple(self._rows), tuple(self._videos), thumbnails)
+        self.give_up()
+        return read
+
+    def give_up(self) -> None:
+        """Keep nothing: patches and rows are large."""
+        self._visuals = []
+        self._rows = []
+        self.is_spent = True
 
 
 def without_pixels(visual: VisualInput) -> VisualInput:

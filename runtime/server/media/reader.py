@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
@@ -129,6 +129,15 @@ class MediaReader:
             VideoError: one cannot be decoded within the limits.
             RequestError: nobody waits any more.
         """
+        pending = self.begin(parts, images, cancelled)
+        try:
+            return [future.result() for future in pending]
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def begin(self, parts: Sequence[OpenPart], images: int, cancelled: Callable[[], bool]) -> list[Future[Decoded]]:
+        """`decode`, not waited for: whoever leaves has the others cancelled, and `cancelled` say so."""
         shrink = self._preprocessing.for_images(images).shrink
         jobs = []
         for part in parts:
@@ -141,12 +150,7 @@ class MediaReader:
                 )
             )  # fmt: skip
         within = _Budget(self._request_bytes, lambda: self._closing.is_set() or cancelled())
-        pending = [self._decoders.submit(within.decode, job, _NEVER * self._cpu_seconds) for job in jobs]
-        try:
-            return [future.result() for future in pending]
-        finally:
-            for future in pending:
-                future.cancel()
+        return [self._decoders.submit(within.decode, job, _NEVER * self._cpu_seconds) for job in jobs]
 
 
 class _Budget:
