@@ -149,6 +149,11 @@ def test_what_does_not_belong_together_or_is_damaged_is_refused(program: Path, f
     other = run(program, shared("fixed-gqa"), folder)
     assert (other.returncode, other.stdout) == (1, "")
     assert "another bundle" in other.stderr
+    digest = (folder / "bundle.txt").read_text()
+    for damaged in ("", digest[:-1]):
+        (folder / "bundle.txt").write_text(damaged)
+        assert "another bundle" in run(program, shared("fixed"), folder).stderr
+    (folder / "bundle.txt").write_text(digest)
     places = folder / "places.npy"
     places.write_bytes(places.read_bytes()[:-8])
     cut = run(program, shared("fixed"), folder)

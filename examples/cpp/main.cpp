@@ -82,7 +82,8 @@ void answer(const std::string& bundle, const std::string& request, int threads, 
   Graph decode(env, options, bundle + "/segments/decoder/decode.onnx");
 
   // 2. The request, which is one bundle's, and the embedding table.
-  if (text_of(bundle + "/manifest.json").find(text_of(request + "/bundle.txt")) == std::string::npos)
+  const std::string digest = text_of(request + "/bundle.txt");
+  if (digest.size() != 64 || text_of(bundle + "/manifest.json").find('"' + digest + '"') == std::string::npos)
     throw std::runtime_error("the request was made for another bundle");
   auto load = [&](const std::string& name) { return read_npy(request + "/" + name + ".npy"); };
   std::map<std::string, Tensor> given;
