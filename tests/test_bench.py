@@ -69,6 +69,16 @@ def test_decode(work: Path) -> None:
     assert all(figures[name]["gb_read_per_second"] > 0 for name in OURS)
 
 
+@pytest.mark.slow
+def test_overlap(work: Path) -> None:
+    pytest.importorskip("av")
+    figures = measured("overlap", work, "--films", "2", "--seconds", "2", "--threads-of", "1,2")
+    for result in figures["results"].values():
+        assert result["speed_up"] == result["speed_ups"][0] > 0
+        assert set(result["one_film_alone"]) == {"video", "preprocess", "vision"}
+    assert "| 1 threads |" in numbers.overlap(figures)
+
+
 SERVE = "--shape tiny --frames 2 --grid 4x4 --costs 0.5 --clients 2 --threads 1"
 
 

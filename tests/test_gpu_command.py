@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.versions import needs_torch
-from tools.gpu.__main__ import reason_to_skip, run
+from tools.gpu.__main__ import check_names, reason_to_skip, run
 from tools.gpu.steps import Step, steps
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +33,12 @@ def test_what_a_machine_lacks_is_said() -> None:
     assert reason_to_skip(python(""), "cpu", ["other"], 60) == "not among --only"
     assert reason_to_skip(python(""), "cpu", [], 0.5) == "no time is left"
     assert reason_to_skip(python(""), "cpu", ["try"], 60) is None
+
+
+def test_a_step_that_there_is_not_is_no_step_left_out() -> None:
+    check_names(["kernels", "inductor decode"], ["kernels", "inductor decode", "live"])
+    with pytest.raises(SystemExit, match="--only: 'kernel' is no step: choose among kernels, live"):
+        check_names(["kernels", "kernel"], ["kernels", "live"])
 
 
 @pytest.mark.slow

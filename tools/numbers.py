@@ -27,6 +27,7 @@ PAGES = (
     "docs/families.md",
     "docs/batch.md",
     "docs/engines.md",
+    "docs/films.md",
     "docs/quantisation.md",
     "docs/server.md",
 )
@@ -291,6 +292,25 @@ def fleet(result: dict[str, Any]) -> str:
     return f"{heading}:\n\n{lines}\n\n`{result['command']}`, {machine(result)}"
 
 
+def overlap(result: dict[str, Any]) -> str:
+    """Several films of one request, the next one decoded while the tower has one, beside one after the other."""
+    rows = [
+        (
+            threads, row["default"],
+            *(f"{row[way]['median_s']:.2f} / {row[way]['min_s']:.2f}" for way in ("one_after_the_other", "overlapped")),
+            f"{row['speed_up']:.2f}x / {row['speed_up_of_minima']:.2f}x", f"{row['cpu_seconds_ratio']:.2f}",
+            *(f"{row['one_film_alone'][stage]['min_s']:.2f}" for stage in ("video", "vision")),
+        )
+        for threads, row in result["results"].items()
+    ]  # fmt: skip
+    head = ("an operator takes", "by default", "one after the other s", "overlapped s", "speed-up", "processor time")
+    return (
+        f"{result['films']} films of {result['film_size']}, files to rows, in turn: medians / minima of "
+        f"{result['rounds']} rounds (`{result['command']}`; {machine(result)})."
+        f"\n\n{table((*head, 'one film: decoding s', 'tower s'), rows)}"
+    )
+
+
 def accuracy(result: dict[str, Any], stay: Span = STAY) -> str:
     """Reducers by costs, then by types at one cost, then FrameFusion beside each other one."""
     rows = result["accuracy"]
@@ -365,6 +385,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "checkpoints": checkpoints,
     "numbers": numbers,
     "families": families,
+    "overlap": lambda: overlap(load("overlap")),
     "fleet": lambda: fleet(load("fleet")),
     "quantised answers": lambda: quantized_tables.answers(load("quantized_accuracy")),
     "quantised families": lambda: quantized_tables.families(load("quantized_families")),

@@ -54,6 +54,7 @@ BENCHMARKS = (
     "fleet",
     "quantised",
     "serve",
+    "overlap",
 )
 MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS}
 MODULES |= dict.fromkeys(("accuracy", "accuracy_brief"), "tools.accuracy")
@@ -77,6 +78,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(64, 128, 4, 4, 2, 512, True),  # to try the benchmarks themselves
+    "tower": Shape(64, 128, 4, 4, 2, 512, True, (4, 384, 6)),  # where a tower is measured, and one that a CPU can run
     "qwen2-0.5b": Shape(896, 4864, 24, 14, 2, 151936, True),
     "qwen2-1.5b": Shape(1536, 8960, 28, 12, 2, 151936, True),
     "qwen2-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),

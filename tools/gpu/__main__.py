@@ -66,6 +66,16 @@ def reason_to_skip(step: Step, device: str, only: list[str], left_s: float) -> s
     return None if left_s > 1 else "no time is left"
 
 
+def check_names(only: list[str], names: list[str]) -> None:
+    """Refuse `--only` of what is no step: all would be left out, and that is no failure.
+
+    Raises:
+        SystemExit: with the names that there are.
+    """
+    if unknown := [name for name in only if name not in names]:
+        sys.exit(f"--only: {', '.join(map(repr, unknown))} is no step: choose among {', '.join(names)}")
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -95,7 +105,9 @@ def main() -> None:
     end = time.monotonic() + 60 * arguments.minutes
     results: dict[str, Any] = {"device": name, "shape": arguments.shape, "commit": commit(), "machine": machine()}
     results["steps"] = {}
-    for step in steps(device, arguments.shape, arguments.work):
+    listed = steps(device, arguments.shape, arguments.work)
+    check_names(arguments.only, [step.name for step in listed])
+    for step in listed:
         left_s = end - time.monotonic()
         problem = reason_to_skip(step, device, arguments.only, left_s)
         outcome = {"outcome": f"left out: {problem}"} if problem else run(step, min(step.limit_s, left_s))

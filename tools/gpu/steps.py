@@ -61,22 +61,26 @@ def steps(device: str, shape: str, work: Path) -> list[Step]:
     tests = (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu/test_cuda_device.py")
     inductor = ("--backend", "inductor", *sizes, "--costs", "1,0.3", "--dtype", dtype)
     onnxruntime = ("--backend", "onnxruntime", *sizes, "--costs", "1,0.3")
+    rounds = ("--rounds", "1" if is_tiny else "2")
+    films = ("--films", "2", "--seconds", "2" if is_tiny else "8", *rounds, "--threads-of", "1")
     module = ("onnxruntime",)
     patience = 1 if device == "cuda" else 5  # a CPU that only tries the steps may be slow
     doctor = "from framefusion.start import ff_run; ff_run()"
     listed = [
         # 1. What is wrong there makes every figure worthless: backends beside numpy, then each kernel and call.
-        Step("doctor", (python, "-c", doctor, "doctor", "--json"), 40),
-        Step("tests", (*tests, "-k", "not film"), 90, (*cuda, "pytest", "hypothesis"), on_gpu=True, is_json=False),
+        Step("doctor", (python, "-c", doctor, "doctor", "--json"), 35),
+        Step("tests", (*tests, "-k", "not film"), 80, (*cuda, "pytest", "hypothesis"), on_gpu=True, is_json=False),
         # 2. The parts: kernels of the reduction against a copy, forms of attention, products.
-        Step("kernels", (python, "-m", "tools.bench.kernels"), 50, cuda, on_gpu=True),
-        bench("attention", "attention", 80, *attention, "--dtype", dtype, modules=("torch",)),
+        Step("kernels", (python, "-m", "tools.bench.kernels"), 45, cuda, on_gpu=True),
+        bench("attention", "attention", 70, *attention, "--dtype", dtype, modules=("torch",)),
         # 3. The live model, which needs no build.
-        bench("live", "live", 120, *live, modules=("torch", "transformers")),
+        bench("live", "live", 110, *live, modules=("torch", "transformers")),
         # 4. The whole: prefill and decode against eager torch. The second of a backend finds its bundle there.
         bench("inductor prefill", "prefill", 300, *inductor, modules=("torch", "transformers")),
         bench("inductor decode", "decode", 80, *inductor, modules=("torch", "transformers")),
-        bench("onnxruntime prefill", "prefill", 90, *onnxruntime, modules=("torch", "transformers", *module)),
-        bench("onnxruntime decode", "decode", 50, *onnxruntime, modules=("torch", "transformers", *module)),
+        # 5. Films on their way to the tower, in that bundle: the next one decoded while the tower has one.
+        bench("films", "overlap", 60, *inductor, *films, modules=("torch", "transformers", "av")),
+        bench("onnxruntime prefill", "prefill", 80, *onnxruntime, modules=("torch", "transformers", *module)),
+        bench("onnxruntime decode", "decode", 40, *onnxruntime, modules=("torch", "transformers", *module)),
     ]
     return [replace(step, limit_s=patience * step.limit_s) for step in listed]
