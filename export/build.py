@@ -30,6 +30,7 @@ from framefusion.export.engines.jobs import checked_builder
 from framefusion.export.evaluate.acceptance.loss import Acceptance, check_loss, points_lost
 from framefusion.export.options import BuildOptions, Resources
 from framefusion.export.plan.build_plan import BuildPlan, identities, identity_of, replan
+from framefusion.export.quantization.code_store import CodeStore
 from framefusion.export.report.card import write_card
 from framefusion.export.writing import staging
 from framefusion.export.writing.journal import CHECKSUMS
@@ -66,6 +67,7 @@ def build(
     resources: Resources | None = None,
     acceptance: Acceptance | None = None,
     films: Sequence[Path] = (),
+    codes: CodeStore | None = None,
 ) -> Built:
     """Build a bundle, check it against the eager model, compile its engines if any, and give it its name.
 
@@ -81,6 +83,7 @@ def build(
         acceptance: what codes in place of floats may cost in answers; a second bundle, of floats, is built for it
             meanwhile.
         films: that scales of KV caches in int8 are measured on, see `measure_scales`.
+        codes: chosen by films, with `options`: see `calibrated_codes.calibrated_codes`.
 
     Raises:
         CheckFailedError: the bundle does not reproduce the eager model, or loses more answers than is accepted; its
@@ -90,7 +93,7 @@ def build(
     """
     try:
         # 1. plan: everything that configuration and headers can be refused for is refused here, in a second
-        plan = BuildPlan(checkpoint, options)
+        plan = BuildPlan(checkpoint, options, codes)
         return build_planned(
             plan,
             output,

@@ -29,16 +29,21 @@ from framefusion.export.check.agreement import Agreement, not_compared
 from framefusion.export.check.observation import SPARING, WHOLE, Doing, Effort, ignore, observe
 from framefusion.export.checkpoints.tensors.streaming import streamed_bytes
 from framefusion.export.checkpoints.tensors.weights import AnySource, QuantizedPart, blocks_of, stored_type
+from framefusion.export.eager.written import written_sources
 from framefusion.export.graphs.decoder import Segment
+from framefusion.export.graphs.graph_plan import GraphPlan
 from framefusion.export.machine import CHECKING_PROCESS
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
+from framefusion.export.quantization.blocks import Packed, unpack
+from framefusion.export.quantization.code_store import Calibrated
 from framefusion.reducers import load_reducer
 from framefusion.reduction.budget import cost_of_shares
 from framefusion.runtime.bundle import Bundle
 
 FEWEST_LAYERS = 4  # a segment of each kind: first, middle and last
 SAMPLES = 8  # tensors of a file that are read back
+MOST_MOVED = 0.5  # of a matrix by error feedback, as a share of its norm: 0.1 to 0.2 in 4 bits, 1.4 is another matrix
 FLOAT = 4  # bytes: the eager model is in fp32, and ONNX Runtime's CPU kernels multiply fp16 in fp32
 
 
@@ -81,7 +86,7 @@ def scope_of(plan: BuildPlan) -> Scope:
     if needed <= free:
         if runs:
             return Scope("full", memory=needed)
-        return Scope("in float32", untried, BuildPlan(plan.checkpoint, options), memory=needed)
+        return Scope("in float32", untried, BuildPlan(plan.checkpoint, options, plan.codes), memory=needed)
     # 3. else with the weights on the disk; a static graph computes its whole length, which takes too long that way
     least = memory_of_streamed(heaviest)
     uncompared = "" if least <= free else f"it needs {least / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
@@ -90,7 +95,7 @@ def scope_of(plan: BuildPlan) -> Scope:
     # 4. else the first layers, built as a bundle of their own; else the weights are read back and nothing is run
     short = f"the full check needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     smaller = truncated(plan, options)
-    substitute = None if smaller is None else BuildPlan(plan.checkpoint, smaller)
+    substitute = None if smaller is None else BuildPlan(plan.checkpoint, smaller, plan.codes)
     part = 0 if substitute is None else memory_of_check(substitute)
     if substitute is None or part > free:
         return Scope("weights", f"the graphs were not run: {short}", None, SPARING, uncompared, least)
@@ -230,9 +235,27 @@ def weight_report(folder: Path, plan: BuildPlan, *, all_codes: bool = False) -> 
         for name, tensor in _chosen(folder / graph.name, list(graph.shapes), codes):
             compared += 1
             size += tensor.nbytes
-            if not _is_written(folder / graph.folder / WEIGHTS, tensor, plan, graph.sources[name]):
+            source = graph.sources[name]
+            if isinstance(source, QuantizedPart) and isinstance(source.recipe, Calibrated):
+                if source.part == "packed" and not _stands_for(folder, graph, name, source.recipe, plan):
+                    differing.append(f"{graph.name}: {name} is another matrix than {', '.join(source.keys)}")
+                if source.recipe.store is None:
+                    continue  # its codes cannot be chosen once more without the films
+            if not _is_written(folder / graph.folder / WEIGHTS, tensor, plan, source):
                 differing.append(f"{graph.name}: {name}")
     return {"tensors": compared, "bytes": size, "differing": differing}
+
+
+def _stands_for(folder: Path, graph: GraphPlan, name: str, recipe: Calibrated, plan: BuildPlan) -> bool:
+    """Whether written codes stand for the checkpoint's matrix: error feedback moves it, and not far."""
+    prefix = name.removesuffix("packed")
+    written = written_sources(graph, folder)
+    parts = {part: written[prefix + part].make(plan.checkpoint) for part in recipe.form.parts}
+    _, inputs = recipe.shape(plan.checkpoint)
+    packed = Packed(parts["packed"], parts["scales"], parts.get("zero_points"))
+    ours = unpack(packed, recipe.form, inputs).dequantize()
+    theirs = recipe.made.source.make(plan.checkpoint).T.float()
+    return bool((ours - theirs).norm() <= MOST_MOVED * theirs.norm())
 
 
 def _chosen(graph: Path, names: Sequence[str], always: Sequence[str]) -> Iterator[tuple[str, ir.ExternalTensor]]:

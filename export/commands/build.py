@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from framefusion.console import messages as console
 from framefusion.console.help import Command, option, sectioned
 from framefusion.console.progress import in_time, progress_lines
 from framefusion.console.terminal import activity
-from framefusion.errors import BackendError, BudgetError
+from framefusion.errors import BackendError, BudgetError, StorageError
 from framefusion.export.commands.flags import (
     ACCEPTANCE,
     BUNDLE_REVISION,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from framefusion.export.evaluate.acceptance.loss import Acceptance
     from framefusion.export.options import BuildOptions, Resources
     from framefusion.export.plan.build_plan import BuildPlan
+    from framefusion.export.quantization.code_store import CodeStore
     from framefusion.runtime.format.manifest import Manifest
 
 # --- build ------------------------------------------------------------------------------------------------------------
@@ -70,8 +72,8 @@ if TYPE_CHECKING:
     multiple=True,
     type=FOLDER,
     section=IN_REDUCTION,
-    help="Film whose tokens set the schedule's shares (fixed), or the scales of --kv-cache-dtype int8; repeatable; "
-    "default: no film, or drawn clips.",
+    help="Film whose tokens set the schedule (fixed), whose activations choose the codes of --weights int8 and int4, "
+    "and that the scales of --kv-cache-dtype int8 are measured on; repeatable; default: no film, or drawn clips.",
 )
 @option("--no-check", is_flag=True, section=IN_CHECK, help="Do not compare the bundle with the eager model.")
 @options_of(*sectioned(IN_CHECK, TOLERANCE, *ACCEPTANCE))
@@ -103,10 +105,10 @@ def build_command(
     _check_output(output, force)  # before anything is downloaded
     source = open_checkpoint(checkpoint, revision)
     options = _calibrated(source, options, clips)
-    with progress_lines() as progress:
-        settings = {"force": force, "verify": not no_check, "tolerance": tolerance, "resources": limits}
-        films = clips if options.kv_cache_dtype else ()
-        built = _build(source, output, options, progress=progress, acceptance=accepted, films=films, **settings)
+    with _codes(source, options, clips, output) as (options, chosen), progress_lines() as progress:
+        settings: dict[str, Any] = {"force": force, "verify": not no_check, "tolerance": tolerance, "resources": limits}
+        settings |= {"films": clips if options.kv_cache_dtype else (), "codes": chosen}
+        built = _build(source, output, options, progress=progress, acceptance=accepted, **settings)
     console.show(_built_report(built), _render_built)
     if accepted is not None:
         from framefusion.export.evaluate.acceptance.loss import doubt
@@ -140,15 +142,48 @@ def _calibrated(source: Checkpoint, options: BuildOptions, clips: tuple[Path, ..
     """The options with the schedule that suits the clips, if there are any."""
     if not clips or options.kv_cache_dtype is not None:  # scales are measured by the build itself
         return options
+    if options.reduction != "fixed" and _chooses_codes(options):
+        return options
     if options.reduction != "fixed":
         raise BudgetError(
-            f"--calibrate sets the schedule of --reduction fixed, not of {options.reduction}, and the scales of "
-            "--kv-cache-dtype int8"
+            f"--calibrate sets the schedule of --reduction fixed, not of {options.reduction}, chooses the codes of "
+            "--weights int8 or int4, and measures the scales of --kv-cache-dtype int8: give one of these"
         )
     from framefusion.export.eager.calibrate import calibrate
 
     with activity(f"running {len(clips)} films to set the schedule by"):
         return calibrate(source, options, list(clips))
+
+
+def _chooses_codes(options: BuildOptions) -> bool:
+    from framefusion.export.plan.weight_plan import parse_weights
+
+    return parse_weights(options.weights) is not None
+
+
+@contextmanager
+def _codes(
+    source: Checkpoint, options: BuildOptions, clips: tuple[Path, ...], output: Path
+) -> Iterator[tuple[BuildOptions, CodeStore | None]]:
+    """The options with the films' digests, and the codes that they chose, which lie beside the output meanwhile."""
+    if not clips or not _chooses_codes(options):
+        yield options, None
+        return
+    from framefusion.export.eager.calibrated_codes import calibrated_codes
+    from framefusion.storage import files
+
+    folder = output.absolute().with_name(f".{output.name}.calibration")
+    files.remove_scratch(folder)  # of a build that was killed
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written ({error.strerror}): codes wait there for the build") from None
+    try:
+        with activity(f"running {len(clips)} films to choose codes by"):
+            named, codes = calibrated_codes(source, options, clips, folder)
+        yield named, codes
+    finally:
+        files.remove_scratch(folder)
 
 
 def _build(source: Checkpoint, output: Path, options: BuildOptions, **settings: Any) -> Built:

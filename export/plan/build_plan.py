@@ -36,6 +36,7 @@ from framefusion.export.plan.kv_cache import KvScales, check_kv_cache
 from framefusion.export.plan.reduction import reduction_record, segments_of
 from framefusion.export.plan.stored_weights import check_stored
 from framefusion.export.plan.weight_plan import WeightPlan, check_quantized, parse_head, parse_weights
+from framefusion.export.quantization.code_store import CodeStore
 from framefusion.runtime.format.manifest import (
     FixedRecord,
     Manifest,
@@ -56,6 +57,7 @@ class BuildPlan:
 
     Attributes:
         checkpoint, options: what it is worked out from.
+        codes: of its weights that were chosen by films; None where none were, or where nothing is to be written.
         family, tower, config, embedding_key: what the checkpoint's configuration and headers say.
         dialect, template, sampling, preprocessing: how graphs are said, and how prompts and films are read.
         limits, reduction, fixed: the manifest's records; `fixed` is None outside the fixed mode.
@@ -68,9 +70,10 @@ class BuildPlan:
         UnknownFamilyError, CheckpointError, BudgetError, ReducerError: before anything is written.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: BuildOptions) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: BuildOptions, codes: CodeStore | None = None) -> None:
         self.checkpoint = checkpoint
         self.options = options
+        self.codes = codes
         # 1. whose checkpoint it is, and whether it may be read at all
         self.family: Family = family_of(checkpoint.config)
         checkpoint.check_readable()
@@ -104,6 +107,8 @@ class BuildPlan:
             self.dialect.signed_codes,
             LatestBlocks(),
             keeps_codes=options.weights in (None, AS_STORED),
+            calibrated=options.calibrated_by is not None,
+            store=codes,
         )
         self.segments = tuple(map(self._formatted, segments_of(self.reduction, self.config)))
         self.stored_weights = check_stored(checkpoint, options, self.dialect, *self._quantized_keys())
@@ -153,7 +158,8 @@ class BuildPlan:
         if self.quantization is None and self.kv_scales is None:
             return None
         weights = None if self.checkpoint.quantization is None else DEQUANTIZED
-        return BuildPlan(self.checkpoint, replace(self.options, weights=weights, kv_cache_dtype=None))
+        floats = replace(self.options, weights=weights, calibrated_by=None, kv_cache_dtype=None)
+        return BuildPlan(self.checkpoint, floats)
 
     @cached_property
     def segment_records(self) -> tuple[SegmentRecord, ...]:

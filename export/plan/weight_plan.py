@@ -24,14 +24,16 @@ from framefusion.export.graphs.decoder import LINEARS
 from framefusion.export.graphs.segments import SegmentPlan
 from framefusion.export.options import AS_STORED, DEQUANTIZED, BuildOptions
 from framefusion.export.quantization.blocks import BlockFormat
+from framefusion.export.quantization.code_store import Calibrated, CodeStore
 from framefusion.export.quantization.recipes import CodeReader, Made, Stored
 from framefusion.export.quantization.search import search
 from framefusion.runtime.backends.table import engine_traits
-from framefusion.runtime.format.manifest import QuantizationRecord, WeightFormatRecord
+from framefusion.runtime.format.manifest import CalibrationRecord, QuantizationRecord, WeightFormatRecord
 
 BLOCKS = {"int8": 128, "int4": 32}
 """Weights -> inputs that share a scale, where the option does not say."""
 METHOD = "search of scales"
+FEEDBACK = "error feedback over calibration films"
 _HEAD = "head.lm_head"
 HEAD = BlockFormat(8, 128)
 """Of a head in int8: its errors are those of logits, and no layer behind it makes them up."""
@@ -99,6 +101,9 @@ class WeightPlan:
     latest: LatestBlocks
     keeps_codes: bool = True
     """A quantized checkpoint's own codes are taken where kernels have such; else all of them become floats first."""
+    calibrated: bool = False
+    """Codes were chosen by films: they are in `store`, or nothing but shapes is wanted."""
+    store: CodeStore | None = None
 
     def record(self, segments: Sequence[SegmentPlan]) -> QuantizationRecord | None:
         """The manifest's part on the weights of these segments; None where all are floats."""
@@ -109,8 +114,12 @@ class WeightPlan:
             return None
         linears = sum(len(LINEARS[block.kind]) for block in blocks) + sum(plan.head for plan in segments)
         formats = tuple(WeightFormatRecord(f.bits, f.block, f.symmetric, count) for f, count in counts.items())
-        method = "as the checkpoint holds them" if self.chosen is None else METHOD
-        return QuantizationRecord(method, self.chosen is None, formats, linears - sum(counts.values()))
+        chosen_by = FEEDBACK if self.calibrated else METHOD
+        method = "as the checkpoint holds them" if self.chosen is None else chosen_by
+        record = QuantizationRecord(method, self.chosen is None, formats, linears - sum(counts.values()))
+        if self.store is None:
+            return record
+        return replace(record, calibration=CalibrationRecord(self.store.films, self.store.rows))
 
     def formatted(self, plan: SegmentPlan, sources: Mapping[str, AnySource]) -> SegmentPlan:
         """A segment with the formats of its weights.
@@ -154,6 +163,12 @@ class WeightPlan:
         """Linear map of a segment that is quantized, by its name -> where its codes come from."""
         names = [f"blocks.{index}.{part}" for index, block in enumerate(plan.blocks) for part in LINEARS[block.kind]]
         found = {name: self._recipe(sources[f"{name}.weight"]) for name in names}
+        if self.calibrated:
+            layers = {f"blocks.{index}": block.layer for index, block in enumerate(plan.blocks)}
+            for name, recipe in found.items():
+                if isinstance(recipe, Made):
+                    place, _, part = name.rpartition(".")
+                    found[name] = Calibrated(recipe, f"{layers[place]}.{part}", self.store)
         if plan.head and self.head is not None:
             found[_HEAD] = self._codes_of(sources[f"{_HEAD}.weight"], self.head)
         return {name: recipe for name, recipe in found.items() if recipe is not None}

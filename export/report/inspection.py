@@ -102,6 +102,8 @@ def weight_facts(manifest: Manifest) -> dict[str, Any]:
     ]
     floats = [f"{record.floats} in {manifest.model.dtype}"] if record.floats else []
     origin = record.method if record.read else f"made by {record.method}"
+    if record.calibration is not None:
+        origin += f" ({len(record.calibration.films)} of them, {record.calibration.rows} rows)"
     text = f"of the LLM's linear maps {' and '.join([*parts, *floats])}; {origin}{_points(record.losses)}"
     return {"text": text, "quantization": asdict(record)}
 

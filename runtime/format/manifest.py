@@ -214,6 +214,14 @@ class LossRecord:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """Films that codes were chosen by."""
+
+    films: tuple[str, ...]  # SHA-256 of each, in order
+    rows: int  # of all of them that entered the first layer
+
+
+@dataclass(frozen=True)
 class QuantizationRecord:
     """Linear maps of the decoder, its head among them, whose weights are in 4 or 8 bits."""
 
@@ -222,6 +230,7 @@ class QuantizationRecord:
     formats: tuple[WeightFormatRecord, ...]
     floats: int  # linear maps of the decoder that stay floats; table and tower do as well
     losses: tuple[LossRecord, ...] = ()  # empty where no questions were given
+    calibration: CalibrationRecord | None = None  # None: codes were chosen by the weights alone
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from framefusion.reduction.budget import FixedSchedule
 from framefusion.runtime.format.engine_record import EngineRecord, ProfileRecord, TensorRecord
 from framefusion.runtime.format.manifest import (
+    CalibrationRecord,
     EmbeddingRecord,
     FileRecord,
     FixedRecord,
@@ -120,6 +121,7 @@ RULES: Rules = {
         "floats": _between(0, LINEARS),
         "losses": Rule(items=64),
     },
+    CalibrationRecord: {"films": Rule(items=4096, pattern="[0-9a-f]{64}"), "rows": _between(0, 1 << 40)},
     LossRecord: {
         "reducer": Rule(characters=200),
         "cost": _between(0, 1, above=True),

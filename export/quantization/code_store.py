@@ -1,0 +1,86 @@
+"""Codes that were chosen before a build and wait in a folder, a file for each matrix. Knows no way to choose any."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from framefusion.errors import CheckpointError
+from framefusion.export.checkpoints.tensors.weights import Reader
+from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
+from framefusion.export.quantization.recipes import Made
+
+
+@dataclass(frozen=True)
+class CodeStore:
+    """The codes of a decoder's linear maps.
+
+    Attributes:
+        folder: with a file for each matrix.
+        films: SHA-256 of each film that they were chosen by.
+        rows: that entered the first linear map.
+    """
+
+    folder: Path
+    films: tuple[str, ...]
+    rows: int = 0
+
+    def write(self, name: str, blocks: BlockQuantized) -> None:
+        """Keep the codes of a matrix."""
+        tensors = {"codes": blocks.codes, "scales": blocks.scales.contiguous()}
+        zeros = {} if blocks.zero_points is None else {"zero_points": blocks.zero_points}
+        save_file(tensors | zeros, self.folder / f"{name}.safetensors")
+
+    def read(self, name: str, form: BlockFormat) -> BlockQuantized:
+        """The codes of a matrix."""
+        tensors = load_file(self.folder / f"{name}.safetensors")
+        return BlockQuantized(tensors["codes"], tensors["scales"], tensors.get("zero_points"), form.bits, form.block)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """Codes of a matrix of floats that were chosen by films.
+
+    Attributes:
+        made: the same matrix and format, whose quantizer is not used.
+        name: of the matrix in the store.
+        store: None where there are no codes, since nothing but shapes is wanted.
+    """
+
+    made: Made
+    name: str
+    store: CodeStore | None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the tensors that are read."""
+        return self.made.keys
+
+    @property
+    def form(self) -> BlockFormat:
+        """How it is stored."""
+        return self.made.form
+
+    @property
+    def types(self) -> Collection[str]:
+        """Floats, as any other parameter."""
+        return self.made.types
+
+    def shape(self, headers: Reader) -> tuple[int, int]:
+        """Outputs and inputs, from the headers alone."""
+        return self.made.shape(headers)
+
+    def blocks(self, checkpoint: Reader) -> BlockQuantized:
+        """The matrix; [out, in].
+
+        Raises:
+            CheckpointError: the films that chose its codes are not at hand.
+        """
+        if self.store is None:
+            raise CheckpointError(
+                f"the codes of {', '.join(self.keys)} were chosen by calibration films: build with --calibrate"
+            )
+        return self.store.read(self.name, self.form)
