@@ -254,7 +254,7 @@ def _stands_for(folder: Path, graph: GraphPlan, name: str, recipe: Calibrated, p
     _, inputs = recipe.shape(plan.checkpoint)
     packed = Packed(parts["packed"], parts["scales"], parts.get("zero_points"))
     ours = unpack(packed, recipe.form, inputs).dequantize()
-    theirs = recipe.made.source.make(plan.checkpoint).T.float()
+    theirs = recipe.matrix.source.make(plan.checkpoint).T.float()
     return bool((ours - theirs).norm() <= MOST_MOVED * theirs.norm())
 
 

@@ -283,8 +283,8 @@ class _Lockstep:
             # 2. their codes
             for name, form in formats.items():
                 source = half.sources[f"{half.prefix}{name}.weight"]
-                made = Made(source, form, self._plan.dtype, self._choose(gram, self._plan.dtype))
-                blocks = made.blocks(self._plan.checkpoint)
+                recipe = Made(source, form, self._plan.dtype, self._choose(gram, self._plan.dtype))
+                blocks = recipe.blocks(self._plan.checkpoint)
                 self._store.write(f"{half.block.layer}.{name}", blocks)
                 linear = half.module.get_submodule(name)
                 assert isinstance(linear, Linear)

@@ -45,33 +45,33 @@ class Calibrated:
     """Codes of a matrix of floats that were chosen by films.
 
     Attributes:
-        made: the same matrix and format, whose quantizer is not used.
+        matrix: and its format, whose quantizer is not used.
         name: of the matrix in the store.
         store: None where there are no codes, since nothing but shapes is wanted.
     """
 
-    made: Made
+    matrix: Made
     name: str
     store: CodeStore | None
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Names of the tensors that are read."""
-        return self.made.keys
+        return self.matrix.keys
 
     @property
     def form(self) -> BlockFormat:
         """How it is stored."""
-        return self.made.form
+        return self.matrix.form
 
     @property
     def types(self) -> Collection[str]:
         """Floats, as any other parameter."""
-        return self.made.types
+        return self.matrix.types
 
     def shape(self, headers: Reader) -> tuple[int, int]:
         """Outputs and inputs, from the headers alone."""
-        return self.made.shape(headers)
+        return self.matrix.shape(headers)
 
     def blocks(self, checkpoint: Reader) -> BlockQuantized:
         """The matrix; [out, in].
