@@ -25,6 +25,7 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.machine import CHECKING_PROCESS
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.quantization.code_store import CodeStore
 from framefusion.reduction.budget import cost_of_shares
 from tests.bundles import COST
 from tests.random_checkpoint import random_checkpoint
@@ -46,8 +47,8 @@ def planned_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     layers: list[int] = []
     plan = BuildPlan.__init__
 
-    def counted(self: BuildPlan, checkpoint: Checkpoint, options: BuildOptions) -> None:
-        plan(self, checkpoint, options)
+    def counted(self: BuildPlan, checkpoint: Checkpoint, options: BuildOptions, *codes: CodeStore | None) -> None:
+        plan(self, checkpoint, options, *codes)
         layers.append(self.config.num_layers)
 
     monkeypatch.setattr(BuildPlan, "__init__", counted)
