@@ -19,7 +19,12 @@ import numpy as np
 from framefusion.export.check.observation import Array, Doing, EagerRun, ignore
 from framefusion.export.families.family import load
 from framefusion.export.families.reading.configs import text_config
-from framefusion.export.families.reference.quantized import NoReferenceError, ReadableCheckpoint, readable
+from framefusion.export.families.reference.quantized import (
+    NoReferenceError,
+    ReadableCheckpoint,
+    readable,
+    scratch_bytes,
+)
 from framefusion.export.families.reference.transformers_call import TransformersCall, answered, relative_error
 from framefusion.export.plan.build_plan import BuildPlan
 
@@ -62,15 +67,23 @@ def agreement_of(plan: BuildPlan, ours: EagerRun, doing: Doing = ignore, place: 
     Raises:
         CheckFailedError: the class cannot read the checkpoint.
     """
-    family = plan.family
-    if not family.reference_logits:
-        return not_compared(f"transformers has no class for {family.name}")
-    whole = family.reference.isidentifier()  # one class reads the whole format, its quantization with it
+    if not plan.family.reference_logits:
+        return not_compared(f"transformers has no class for {plan.family.name}")
     try:
-        with readable(plan.checkpoint, place, doing, whole=whole) as reference:
+        with readable(plan.checkpoint, place, doing, whole=_is_whole(plan)) as reference:
             return _compared(plan, ours, doing, reference)
     except NoReferenceError as error:
         return not_compared(str(error))
+
+
+def scratch_of_agreement(plan: BuildPlan) -> int:
+    """Bytes of the disk that the comparison takes meanwhile, for a quantized checkpoint in floats."""
+    return scratch_bytes(plan.checkpoint, whole=_is_whole(plan)) if plan.family.reference_logits else 0
+
+
+def _is_whole(plan: BuildPlan) -> bool:
+    """Whether one class of transformers reads the whole format, its quantization with it."""
+    return plan.family.reference.isidentifier()
 
 
 def _compared(plan: BuildPlan, ours: EagerRun, doing: Doing, reference: ReadableCheckpoint) -> Agreement:

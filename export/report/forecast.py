@@ -17,6 +17,7 @@ from framefusion.console.messages import in_bytes, table
 from framefusion.console.progress import in_time
 from framefusion.errors import BudgetError, CheckpointError
 from framefusion.export.build import sizes_of
+from framefusion.export.check.agreement import scratch_of_agreement
 from framefusion.export.check.golden import GoldenEffort, golden_effort
 from framefusion.export.check.verify import Scope, scope_of
 from framefusion.export.checkpoints.tensors.weights import QuantizedPart
@@ -24,7 +25,7 @@ from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.tensorrt.build import build_memory
 from framefusion.export.engines.tensorrt.profiles import CODE_BYTES
 from framefusion.export.machine import TRACING_PROCESS, free_disk
-from framefusion.export.options import DEQUANTIZED
+from framefusion.export.options import AS_STORED, DEQUANTIZED
 from framefusion.export.plan.build_plan import WEIGHTS as WEIGHTS_FILE
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.report.inspection import TEXT, cache_facts, reduction_facts, span, weight_facts
@@ -62,7 +63,9 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
     golden = golden_effort(plan, may_stream=verify)
     sizes = sizes_of(plan, scope)
     manifest = predicted(plan, sizes)
-    checked = sizes.pop("check", 0)
+    dequantized = scratch_of_agreement(plan) if scope is not None and not scope.uncompared else 0
+    written = sizes.pop("check", 0)
+    checked = max(written, dequantized)  # one is gone before the other is written
     engines = _engines(plan, sizes.get(ENGINES, 0))
     total = sum(sizes.values())
     free = free_disk(output)
@@ -95,7 +98,7 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
             "golden": None if golden.missing else golden.memory,
             "gpu": _gpu(manifest, plan, tokens),
         },
-        "check": None if scope is None else _check(scope, checked),
+        "check": None if scope is None else _check(scope, written, dequantized),
         "golden": {"streamed": golden.streamed, "missing": golden.missing},
         "engines": engines,
         "seconds": _seconds(plan, total + checked, scope, golden) + (engines["seconds"] if engines else 0),
@@ -111,7 +114,8 @@ def _choices(plan: BuildPlan) -> dict[str, int]:
         "float32": {"weights": floats, "dtype": "float32"},
         "float16": {"weights": floats, "dtype": "float16"},
     }
-    choices |= {weights: {"weights": weights} for weights in WEIGHTS}
+    stored = () if plan.checkpoint.quantization is None else (AS_STORED,)
+    choices |= {weights: {"weights": weights} for weights in (*stored, *WEIGHTS)}
     found = {}
     for name, changes in choices.items():
         with suppress(BudgetError, CheckpointError):
@@ -133,9 +137,10 @@ def _files(sizes: Mapping[str, int]) -> dict[str, int]:
     return {single.get(part, f"{part}/{WEIGHTS_FILE}"): size for part, size in sizes.items() if part != "check"}
 
 
-def _check(scope: Scope, scratch: int) -> dict[str, Any]:
+def _check(scope: Scope, scratch: int, dequantized: int) -> dict[str, Any]:
     compared = {"compared": not scope.uncompared} | ({"why": scope.uncompared} if scope.uncompared else {})
-    return {"method": scope.method, "why": scope.why, "scratch_bytes": scratch, "transformers": compared}
+    return {"method": scope.method, "why": scope.why, "scratch_bytes": scratch,
+            "dequantized_bytes": dequantized, "transformers": compared}  # fmt: skip
 
 
 def _checking(plan: BuildPlan, scope: Scope | None) -> float:
@@ -247,6 +252,8 @@ def _check_line(check: Mapping[str, Any] | None, memory: int | None) -> str:
     why = check["transformers"].get("why")
     if why:
         compared = f"NOT compared with transformers: {why}"
+    if check["dequantized_bytes"]:
+        compared += f", over {in_bytes(check['dequantized_bytes'])} of floats that lie on the disk meanwhile"
     return f"check: {scope or 'full'}; memory about {in_bytes(memory)}; {compared}"
 
 

@@ -78,7 +78,7 @@ def readable(
             checkpoint, True, how=f"dequantized by transformers' own quantizer ({quantization.title})"
         )
         return
-    size = dequantized_bytes(checkpoint)
+    size = scratch_bytes(checkpoint, whole=whole)
     place = Path(tempfile.gettempdir()) if place is None else place
     free = free_disk(place)
     if size + SPARE > free:
@@ -96,6 +96,13 @@ def readable(
         )
     finally:
         files.remove_scratch(folder)
+
+
+def scratch_bytes(checkpoint: Checkpoint, *, whole: bool) -> int:
+    """Bytes of the disk that `readable` takes meanwhile; 0 where it writes nothing. Arguments are its."""
+    if checkpoint.quantization is None or (whole and _dequantizes(checkpoint)):
+        return 0
+    return dequantized_bytes(checkpoint)
 
 
 def _dequantizes(checkpoint: Checkpoint) -> bool:

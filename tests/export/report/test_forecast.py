@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ from framefusion.export.check import check
 from framefusion.export.check.golden import LEFT_OUT, golden_of
 from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.quantized.dequantized import dequantized_bytes
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.report.forecast import forecast, render
+from framefusion.export.writing.staging import SPARE
 from framefusion.runtime.bundle import Bundle
+from tests import quantized_checkpoints
 from tests.commands import assert_refused, export
 from tools.bench.big_checkpoint import BIG_SHAPES, tensors_of, write_big_checkpoint
 
 GB = 1e9
 SHAPE = BIG_SHAPES["72b"]
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +142,24 @@ def test_a_plan_for_a_gpu_says_what_lies_on_it(checkpoint: Path, tmp_path: Path)
 def test_what_a_build_refuses_the_plan_refuses(checkpoint: Path) -> None:
     assert_refused(export("plan", checkpoint, "--cost", 3), errors.BudgetError, "3")
     assert_refused(export("plan", checkpoint / "no"), errors.CheckpointError, "no")
+
+
+def test_a_quantized_checkpoint_is_planned_as_it_is_stored_and_with_its_floats_on_the_disk(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """GPTQ, which transformers dequantizes on no CPU: what the check writes for it is part of the disk."""
+    quantized_checkpoints.written(checkpoint, tmp_path / "gptq", partial(quantized_checkpoints.gptq, group=32), GPTQ)
+    plan = BuildPlan(Checkpoint(tmp_path / "gptq"), BuildOptions(cost=0.4))
+    facts = forecast(plan, tmp_path)
+    choices = facts["weights"]["choices"]
+    assert list(choices)[:4] == ["float32", "float16", "stored", "int8"]
+    assert choices["stored"] == sum(record.weight_bytes for record in plan.segment_records)
+    size = facts["check"]["dequantized_bytes"]
+    assert size == dequantized_bytes(plan.checkpoint) > 0
+    assert facts["disk"]["needed"] == facts["bytes"] + size + SPARE
+    assert "of floats that lie on the disk meanwhile" in render(facts)
+    # 2. without the check nothing is written for it, and floats need none
+    assert forecast(plan, tmp_path, verify=False)["disk"]["needed"] == facts["bytes"] + SPARE
+    floats = forecast(BuildPlan(Checkpoint(checkpoint), BuildOptions(cost=0.4)), tmp_path)
+    assert "stored" not in floats["weights"]["choices"]
+    assert floats["check"]["dequantized_bytes"] == 0
