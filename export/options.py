@@ -24,6 +24,8 @@ DEFAULT_NEW_TOKENS = 1024
 DEFAULT_DEPTH = 7  # merging of the published models ends within the first handful of layers
 LIVE = ("transformers", "eager")
 """What runs a checkpoint that is evaluated without a build: transformers' own model, or our graphs in eager torch."""
+MAX_BATCH_SIZE = 8  # as --max-running of a server
+MOST_ROWS = 64
 CACHE_LIMIT = 64_000_000_000  # bytes of engines that stay in a cache
 
 
@@ -58,8 +60,8 @@ class BuildOptions:
         total_pixels: most pixels of all frames of a video together (Qwen2-VL, Qwen2.5-VL).
         resize_rounding: how often a resized picture is rounded to whole levels (Qwen-VL).
         tower_input: what the vision tower's graph takes: pictures in bytes, which it normalises, or floats that are.
-        backend, target_sm, engines_only, device, variant, max_autotune: the engines that are compiled of the graphs,
-            see `EngineOptions`.
+        backend, target_sm, engines_only, device, variant, max_autotune, max_batch_size: the engines that are compiled
+            of the graphs, see `EngineOptions`.
     """
 
     reduction: Mode = "adaptive"
@@ -97,6 +99,7 @@ class BuildOptions:
     device: Device = "cpu"
     variant: Variant | None = None
     max_autotune: bool = False
+    max_batch_size: int | None = None
 
     @property
     def engines(self) -> EngineOptions | None:
@@ -104,7 +107,13 @@ class BuildOptions:
         if self.backend is None:
             return None
         return EngineOptions(
-            self.backend, self.target_sm or (), self.engines_only, self.device, self.variant, self.max_autotune
+            self.backend,
+            self.target_sm or (),
+            self.engines_only,
+            self.device,
+            self.variant,
+            self.max_autotune,
+            self.max_batch_size,
         )
 
     @staticmethod
@@ -119,7 +128,8 @@ class BuildOptions:
             traits = engine_traits(given["backend"])
             usual = {"dialect": traits.dialects[:1], "dtype": traits.dtypes[:1]}
             return BuildOptions(**{name: value for name, values in usual.items() for value in values} | given)
-        about_engines = [name for name in ("target_sm", "engines_only", "variant", "max_autotune") if given.get(name)]
+        names = ("target_sm", "engines_only", "variant", "max_autotune", "max_batch_size")
+        about_engines = [name for name in names if given.get(name)]
         if about_engines:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in about_engines)
             verb = "are" if len(about_engines) > 1 else "is"
@@ -139,6 +149,7 @@ class EngineOptions:
         variant: what TensorRT's networks are made of, see runtime/backends/tensorrt/library.py; None takes what the
             installed version has.
         max_autotune: let inductor time several kernels for each product, and take the fastest.
+        max_batch_size: most requests that an engine of TensorRT decodes in one step; None takes MAX_BATCH_SIZE.
     """
 
     kind: EngineKind
@@ -147,6 +158,7 @@ class EngineOptions:
     device: Device = "cpu"
     variant: Variant | None = None
     max_autotune: bool = False
+    max_batch_size: int | None = None
 
 
 @dataclass(frozen=True)

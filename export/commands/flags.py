@@ -21,6 +21,8 @@ from framefusion.export.options import (
     DEFAULT_INPUT,
     DEFAULT_NEW_TOKENS,
     LIVE,
+    MAX_BATCH_SIZE,
+    MOST_ROWS,
     BuildOptions,
     Device,
     DType,
@@ -108,6 +110,12 @@ TARGETS = (
         "--max-autotune",
         is_flag=True,
         help="Let inductor time several kernels for each product on its GPU, which takes long; without: torch's own.",
+    ),
+    _field(
+        "max_batch_size",
+        click.IntRange(min=1, max=MOST_ROWS),
+        "Requests that TensorRT's engines decode in one step at most; 1 compiles engines of one row.",
+        str(MAX_BATCH_SIZE),
     ),
     option("--engines-only", is_flag=True, help="Leave out the graphs and weights that engines stand for."),
 )

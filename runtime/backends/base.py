@@ -189,6 +189,8 @@ class Backend(Protocol):
         continues: a prefill may follow tokens that are in the caches.
         host_threads: of this machine's CPU that an operator takes; 0 takes the physical cores, None none: a device
             computes.
+        batch_sizes: the numbers of rows that a step of several may have, ascending; None takes any number. Where they
+            are given, slabs have the most rows and all slots from the beginning, and a step of fewer rows is padded.
     """
 
     name: str
@@ -196,6 +198,7 @@ class Backend(Protocol):
     chunk: int | None
     continues: bool
     host_threads: int | None
+    batch_sizes: Sequence[int] | None
 
     @property
     def device(self) -> Device:

@@ -195,6 +195,7 @@ class HostBackend:
     name = "host"
     continues = True
     host_threads: int | None = 0
+    batch_sizes: Sequence[int] | None = None
 
     def __init__(self, decode_width: int = 1, chunk: int | None = CHUNK, device: Device = HOST) -> None:
         self.decode_width = decode_width

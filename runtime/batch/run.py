@@ -118,6 +118,12 @@ class BatchRun:
         refusal = pipeline.segments.batch_refusal if together > 1 else None
         if refusal is not None:
             raise BackendError(f"{together} questions cannot be answered together: {refusal}; leave --together out")
+        most = pipeline.segments.max_batch_size if together > 1 else None
+        if most is not None and together > most:
+            raise BackendError(
+                f"{together} questions cannot be answered together: the engines decode {most} at most, so --together "
+                f"{most}, or compile with a larger --max-batch-size"
+            )
         self._pipeline = pipeline
         self._plain_reader = plain_reader
         self._openai_reader = openai_reader

@@ -73,6 +73,21 @@ class Segments:
         reasons = (refusal(record.decode) for record in self.manifest.segments)
         return next((reason for reason in reasons if reason is not None), None)
 
+    @property
+    def batch_sizes(self) -> Sequence[int] | None:
+        """See `Backend.batch_sizes`."""
+        sizes: Sequence[int] | None = getattr(self.backend, "batch_sizes", None)
+        return sizes
+
+    @property
+    def max_batch_size(self) -> int | None:
+        """Rows of a step at most; None takes any number."""
+        return None if self.batch_sizes is None else max(self.batch_sizes, default=1)
+
+    def padded_batch_size(self, rows: int) -> int:
+        """Rows of the smallest step that takes so many."""
+        return rows if self.batch_sizes is None else next(size for size in self.batch_sizes if size >= rows)
+
     def slots(self, length: int, max_new_tokens: int) -> int:
         """Slots for a prompt of `length` tokens and its answer; padding of the last step is written, too."""
         return length + max_new_tokens + self.backend.decode_width - 1

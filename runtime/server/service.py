@@ -219,7 +219,10 @@ class Service:
         self.turns_reason = segments.batch_refusal
         batch = None if self.turns_reason else DecodeBatch(segments, lambda rows: self.metrics.decoded(rows))
         self.conversations = Conversations(self.pipeline, settings.cache_budget, batch)
-        self.engine = Engine(settings.max_running, settings.cache_budget, self.conversations.make_room)
+        most = settings.max_running
+        if batch is not None and segments.max_batch_size is not None:
+            most = min(most, segments.max_batch_size)
+        self.engine = Engine(most, settings.cache_budget, self.conversations.make_room)
         self.ahead = ReadingAhead(self.pipeline, self.reader, self.engine)
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "num_requests_running": ("Requests that are decoded.", lambda: self.engine.running),

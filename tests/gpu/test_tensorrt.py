@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +25,13 @@ from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.backends.tensorrt.backend import TensorRTBackend, TensorRTSegment
 from framefusion.runtime.backends.tensorrt.library import LibraryKind, load_library
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.generation.decode import Decoder, GreedyDecoder
 from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.proof.golden import require_golden
 from framefusion.runtime.proof.prove import prove
-from framefusion.runtime.request import Stopwatch
+from framefusion.runtime.request import Step, Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.bundles import COST
@@ -213,6 +215,132 @@ def test_steps_are_replayed_from_a_captured_graph(ours: Pipeline, film: Path, mo
     backend.forget_graphs()
     np.testing.assert_array_equal(watched(ours, QUESTIONS[0], film)["logits"], replayed)
     assert not backend.captured
+
+
+def steps_of(
+    pipeline: Pipeline, request: Request, film: Path | None, question: str, batch: DecodeBatch | None
+) -> Iterator[Step]:
+    """Token steps of a request, by itself or in a batch."""
+    turn = Turn("user", (question,) if film is None else (Visual.VIDEO, question))
+    laid_out, rows = pipeline.read([turn], [] if film is None else [film])
+    stopwatch = Stopwatch()
+    done = pipeline.prefill(laid_out, rows, request, stopwatch)
+    steps = pipeline.decode(laid_out, done, request, stopwatch, logits=True, batch=batch)
+    return (replace(step, logits=np.array(step.logits)) for step in steps if step.kind == "token")
+
+
+def assert_alike(found: Sequence[Step], expected: Sequence[Step], limit: float) -> None:
+    """The same tokens with logits this near; a token that rounding decides ends the comparison."""
+    for ours, theirs in zip(found, expected, strict=False):
+        assert apart(ours.logits, theirs.logits) <= limit
+        if ours.token_id != theirs.token_id:
+            assert not EXACT
+            return
+
+
+def test_requests_are_decoded_together(ours: Pipeline, film: Path) -> None:
+    """Drawn joins and leaves: a row has what its request has by itself, in fp32 bit for bit, whoever is there."""
+    assert ours.segments.batch_refusal is None
+    assert ours.segments.max_batch_size == 8
+    generation = replace(ours.manifest.generation, eos_token_ids=())
+    kinds = [
+        (film, QUESTIONS[0], 12),
+        (None, "Hello", 9),
+        (film, QUESTIONS[1], 4),
+        (None, "What do you see there?", 14),
+    ]
+    alone, in_a_batch = [], []
+    for shown, question, count in kinds:
+        request = Request(count, generation=generation)
+        alone.append(list(steps_of(ours, request, shown, question, None)))
+        in_a_batch.append(list(steps_of(ours, request, shown, question, DecodeBatch(ours.segments))))
+        assert_alike(in_a_batch[-1], alone[-1], NEAR)
+        assert len(in_a_batch[-1]) == count
+    random = np.random.default_rng(0)
+    rows: list[int] = []
+    batch = DecodeBatch(ours.segments, rows.append)
+    running: list[tuple[int, Iterator[Step], list[Step]]] = []
+    for number in range(60):
+        while len(running) < 8 and number < 40 and random.random() < 0.7:
+            kind = int(random.integers(len(kinds)))
+            (shown, question, count) = kinds[kind]
+            running.append((kind, steps_of(ours, Request(count, generation=generation), shown, question, batch), []))
+        for each in list(running):
+            (kind, steps, found) = each
+            if random.random() < 0.1:  # a consumer that is slow: its row is not fed
+                continue
+            step = next(steps, None)
+            found += [] if step is None else [step]
+            if step is None or random.random() < 0.02:  # at its end, or given up
+                steps.close()  # type: ignore[attr-defined]
+                assert_alike(found, in_a_batch[kind], 0.0 if EXACT else NEAR)
+                running.remove(each)
+    for kind, steps, found in running:
+        found += steps
+        assert_alike(found, in_a_batch[kind], 0.0 if EXACT else NEAR)
+        assert len(found) == kinds[kind][2]
+    assert max(rows) > 4
+    assert len(batch) == 0
+
+
+def test_a_step_of_a_batch_is_replayed_for_each_number_of_rows(ours: Pipeline) -> None:
+    """Slabs stay where they are: who joins a batch as large as one before finds its graph."""
+    device: Any = ours.backend.device
+    generation = replace(ours.manifest.generation, eos_token_ids=())
+    batch = DecodeBatch(ours.segments)
+    launches: list[int] = []
+    for _ in range(2):
+        running = [steps_of(ours, Request(8, generation=generation), None, f"Hello {n}", batch) for n in range(3)]
+        for steps in running:
+            next(steps)
+        for _ in range(4):
+            with Calls(device) as calls:
+                for steps in running:
+                    next(steps)
+            launches.append(calls["cuGraphLaunch"])
+        for steps in running:
+            steps.close()  # type: ignore[attr-defined]
+    assert launches == [0, 1, 1, 1, *[1] * 4]
+
+
+def test_more_requests_than_an_engine_has_rows_are_refused(ours: Pipeline) -> None:
+    batch = DecodeBatch(ours.segments)
+    rows = []
+    for _ in range(8):
+        prompt, content = ours.read("Hello")
+        rows.append(batch.join(ours.prefill(prompt, content, Request(4), Stopwatch()).caches))
+    prompt, content = ours.read("Hello")
+    with pytest.raises(BackendError, match=r"8 requests are decoded, .*--max-batch-size"):
+        batch.join(ours.prefill(prompt, content, Request(4), Stopwatch()).caches)
+    for row in rows:
+        row.leave()
+    assert len(batch) == 0
+
+
+@pytest.mark.skipif(not EMULATED, reason="engines of one row would be compiled for it")
+def test_engines_of_one_row_answer_and_say_what_brings_more(
+    portable: Path, ours: Pipeline, kind: LibraryKind, tmp_path: Path
+) -> None:
+    from tests.runtime.backends.tensorrt.emulated_tensorrt import compile_for_emulation
+
+    one_row = compile_for_emulation(Bundle(portable, verify=False), tmp_path, 1)
+    backend = TensorRTBackend(one_row, kind, kernels=tmp_path)
+    pipeline = Pipeline(one_row, backend)
+    refusal = pipeline.segments.batch_refusal
+    assert refusal is not None
+    assert refusal.startswith(f"the engines of {kind} decode one row: compile them with several, ff-export compile")
+    (found, expected) = (list(steps_of(each, Request(4), None, "Hello", None)) for each in (pipeline, ours))
+    assert_alike(found, expected, NEAR)
+
+
+def test_slabs_that_have_no_room_are_declined(
+    ours: Pipeline, kind: LibraryKind, bundle: Bundle, kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = TensorRTBackend(bundle, kind, kernels=kernels)
+    monkeypatch.setattr(CudaDevice, "free_memory", lambda device: 1)
+    refusal = backend.batch_refusal(bundle.manifest.segments[0].decode)
+    assert refusal is not None
+    assert re.match(r"the caches of 8 requests take .*, .* has 1 B free: compile with a smaller --max-batch", refusal)
 
 
 def test_caches_are_allocated_once(ours: Pipeline, film: Path) -> None:

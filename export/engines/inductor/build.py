@@ -97,6 +97,8 @@ class InductorBuilder:
             )
         if options.variant:
             raise BackendError(f"--variant is not for {self._kind}, whose networks are all of one kind: leave it")
+        if options.max_batch_size is not None:
+            raise BackendError(f"--max-batch-size is for TensorRT, {self._kind} has no such limit: leave it")
         if options.max_autotune and options.device == DEVICES[0]:
             raise BackendError(
                 "--max-autotune is for GPUs: on a CPU torch's own products are the fastest, and the others repack "

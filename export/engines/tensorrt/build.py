@@ -76,7 +76,9 @@ class TensorRTBuilder:
         targets = self._library.check_targets(options.targets)
         variant = self._library.check_variant(options.variant)
         specs = {
-            graph: segment_spec(bundle.folder, manifest, segment, graph, self._kind, targets, variant)
+            graph: segment_spec(
+                bundle.folder, manifest, segment, graph, self._kind, targets, variant, options.max_batch_size
+            )
             for segment in manifest.segments
             for graph in segment.graphs
         }

@@ -9,8 +9,10 @@
 
        of a graph that is free in its rows the lengths are [layers, rows], and those of j are a row of them;
        j is read from the cache that feeds the attention, never from the order of the layers
-    4. where a target is older than Ampere, products in fp32 become factors and a sum: the library has none for Turing
-    5. everything is read back from the finished network and refused if it is not so (network_check.py)
+    4. where it takes several rows, a prompt's last token is taken twice: else the products behind it would be of one
+       row in a prefill and of several in a batch, and have their weights twice, those of the head among them
+    5. where a target is older than Ampere, products in fp32 become factors and a sum: the library has none for Turing
+    6. everything is read back from the finished network and refused if it is not so (network_check.py)
 
 The parser's factor on the keys is left: the compiler folds it (the same kernels with and without it). Knows no profile
 and no bundle.
@@ -46,6 +48,8 @@ from framefusion.export.engines.tensorrt.profiles import most_rows, one_row_axes
 from framefusion.runtime.backends.kv_cache import rows_name
 from framefusion.runtime.backends.tensorrt.library import AMPERE, Library, is_plain
 
+LAST = "last"  # input: index of the last token
+_SAME_INDICES = ("Reshape", "Squeeze", "Cast", "Identity")  # what an exporter puts between indices and a Gather
 CAPACITY = "capacity"  # begins the names of cache axes in the graphs, behind it the layer
 SMALLEST_HEAD = 16  # channels for which there are fused attention kernels; below them it is taken apart
 _LAYERS = {"ATTENTION_INPUT", "ATTENTION_OUTPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING"}  # no plain network has them
@@ -114,18 +118,11 @@ def parse_plain(
         BundleError: the graph cannot be read or rewritten, or has another number of caches.
         BackendError: the library refuses a node, or the network is not what the graph says.
     """
-    model = read_model(graph)
-    _check_weights(graph, model)
-    given = [value.name for value in model.graph.input]
-    expected = [rows_name(value.name) if _is_cache(value) else value.name for value in model.graph.output]
-    found = sum(name.startswith(("past_key_", "past_value_")) for name in given)
-    if found != 2 * caches:
-        raise BundleError(f"{graph} has {found // 2} caches, {caches} capacities are given: rebuild the bundle")
-    rewrite_plain(model, graph, one_length)
-    if one_row:
-        _fix_axes(model, one_row_axes(caches))
-    del model.graph.value_info[:]
-    network, parser = _parsed(library, builder, graph, bytes(model.SerializeToString()))
+    original = read_model(graph).graph
+    given = [value.name for value in original.input]
+    expected = [rows_name(value.name) if _is_cache(value) else value.name for value in original.output]
+    rewritten = plain_graph(graph, caches, one_length, one_row=one_row)
+    network, parser = _parsed(library, builder, graph, rewritten)
     problems = [f"input {name} is unused" for name in unused_inputs(network)]
     for wanted, tensors in ((given, inputs_of(network)), (expected, outputs_of(network))):
         names = [tensor.name for tensor in tensors]
@@ -158,8 +155,48 @@ def static_caches(graph: Path, capacities: Sequence[int], *, one_row: bool = Tru
     _check_weights(graph, model)
     sizes = {f"{CAPACITY}_{j}": capacity for j, capacity in enumerate(capacities)}
     _fix_axes(model, sizes | (one_row_axes(caches) if one_row else {}))
+    if not one_row:
+        take_last_twice(model)
     del model.graph.value_info[:]  # said with the symbols that are numbers now
     return bytes(model.SerializeToString())
+
+
+def plain_graph(graph: Path, caches: int, one_length: bool, *, one_row: bool = True) -> bytes:
+    """The graph's proto in the operators of older libraries, free in its caches; weights stay in their file."""
+    model = read_model(graph)
+    _check_weights(graph, model)
+    found = sum(value.name.startswith("past_key_") for value in model.graph.input)
+    if found != caches:
+        raise BundleError(f"{graph} has {found} caches, {caches} capacities are given: rebuild the bundle")
+    rewrite_plain(model, graph, one_length)
+    if one_row:
+        _fix_axes(model, one_row_axes(caches))
+    else:
+        take_last_twice(model)
+    del model.graph.value_info[:]
+    return bytes(model.SerializeToString())
+
+
+def take_last_twice(model: onnx.ModelProto) -> None:
+    """Have the hidden states of a prompt's last token twice, of which the head's output is the first: [B, 2, D]."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    twice = onnx.helper.make_node("Concat", [LAST, LAST], [f"{LAST}/twice"], name=f"{LAST}/twice", axis=0)
+    picks = [node for node in model.graph.node if node.op_type == "Gather" and _axis_of(node) == 1]
+    picked = False
+    for node in picks:
+        place = 1
+        while node.input[place] in makers and makers[node.input[place]].op_type in _SAME_INDICES:
+            node = makers[node.input[place]]
+            place = 0
+        if node.input[place] == LAST:
+            node.input[place] = twice.output[0]
+            picked = True
+    if picked:
+        model.graph.node.insert(0, twice)
+
+
+def _axis_of(node: onnx.NodeProto) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), 0)
 
 
 def _fix_axes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:

@@ -1,8 +1,9 @@
 """What decides the bytes of an engine: a graph, its caches, and the sizes that it is built for. No library, no GPU.
 
 A segment has static profiles: one for each prefill bucket, one for a decode of two tokens, the second of which is
-padding. They share the weights and each costs its code alone, CODE_BYTES. A profile of one token would get a copy of
-all weights.
+padding, and one for a token of each of 2, 4, 8 requests, whose rows are padded up to the next of these. They share the
+weights and each costs its code alone, CODE_BYTES. A profile of one token would get a copy of all weights. Ranges of
+rows would be compiled for each number of them on the user's GPU, and cost as much code as two static shapes.
 
 A tower has ranges, because pictures come in many sizes: a profile for each stretch of sizes, a quarter of the next.
 The number of pictures at once is free within PATCHES_AT_ONCE patches, so one stretch never asks for the memory of many
@@ -19,6 +20,7 @@ import onnx
 from framefusion.errors import BundleError
 from framefusion.export.engines.builder import EngineSpec
 from framefusion.export.engines.tensorrt.plain import PREFILL_SLOTS
+from framefusion.export.options import MAX_BATCH_SIZE
 from framefusion.runtime.backends.tensorrt.engine import DECODE
 from framefusion.runtime.backends.tensorrt.library import PLAIN, plain_options
 from framefusion.runtime.format.engine_record import ProfileRecord
@@ -41,6 +43,7 @@ def segment_spec(
     kind: str,
     targets: Sequence[str],
     variant: str = "attention",
+    max_batch_size: int | None = None,
 ) -> EngineSpec:
     """The engine of a segment's prefill and decode graph, or of one of them where they differ.
 
@@ -52,29 +55,33 @@ def segment_spec(
         kind: of the engine.
         targets: compute capabilities.
         variant: of the network; a plain one takes a prefill's caches as short as they are empty.
+        max_batch_size: most requests that it decodes in a step; None takes MAX_BATCH_SIZE, or 1 where the graph was
+            built before there were batches.
 
     Raises:
-        BundleError: the bundle's dialect has no static sizes.
+        BundleError: the bundle's dialect has no static sizes, or its graphs have one row.
     """
     capacities = cache_capacities(manifest, record)
     plain = variant == PLAIN
     before_prefill = (PREFILL_SLOTS,) * len(capacities) if plain else capacities
-    sizes: list[tuple[str, int | None]] = []
+    sizes: list[tuple[str, int | None, int]] = []
+    axes = graph_axes(folder / graph)
     if graph == record.prefill:
         if manifest.fixed is not None:
-            sizes.append(("prefill", None))
+            sizes.append(("prefill", None, 1))
         elif record.buckets is None:
             raise BundleError(
                 f"{folder} is of the {manifest.dialect} dialect, which has no static sizes for {kind} to be built for: "
                 "build it with --dialect portable"
             )
         else:
-            sizes += [(f"prefill {size}", size) for size in record.buckets]
+            sizes += [(f"prefill {size}", size, 1) for size in record.buckets]
     if graph == record.decode:
-        sizes.append((DECODE, DECODE_TOKENS))
-    axes = graph_axes(folder / graph)
+        sizes.append((DECODE, DECODE_TOKENS, 1))
+        sizes += [(f"{DECODE} {rows} rows", 1, rows) for rows in _batch_sizes(folder / graph, axes, max_batch_size)]
     profiles = tuple(
-        _segment_profile(name, size, axes, capacities if name == DECODE else before_prefill) for name, size in sizes
+        _segment_profile(name, size, axes, capacities if name.startswith(DECODE) else before_prefill, rows)
+        for name, size, rows in sizes
     )
     options = plain_options(one_length=manifest.fixed is None) if plain else {}
     return EngineSpec(folder / graph, kind, tuple(targets), manifest.model.dtype, capacities, profiles, options)
@@ -142,6 +149,22 @@ def _segment_profile(
         for value, shape in axes.items()
     }
     return ProfileRecord(name, tokens or shapes["hidden"][0][1], shapes)
+
+
+def batch_sizes(most: int) -> tuple[int, ...]:
+    """Rows of the profiles of a step for up to so many requests: powers of two and the most; none for one request."""
+    return tuple(sorted({most, *(1 << power for power in range(1, most.bit_length()))})) if most > 1 else ()
+
+
+def _batch_sizes(graph: Path, axes: Mapping[str, Sequence[int | str]], max_batch_size: int | None) -> tuple[int, ...]:
+    """The same, of a graph that may have one row."""
+    is_batched = axes["hidden"][0] == BATCH
+    if max_batch_size is not None and max_batch_size > 1 and not is_batched:
+        raise BundleError(
+            f"{graph} takes one row, as it was built before there were batches: rebuild the bundle, or leave out "
+            "--max-batch-size"
+        )
+    return batch_sizes(max_batch_size or MAX_BATCH_SIZE) if is_batched else ()
 
 
 def row_axes(rows: int, layers: int) -> dict[str, int]:

@@ -29,7 +29,7 @@ class DeviceArray:
         room: rows behind the last that lie in the same allocation and belong to nobody else.
     """
 
-    __slots__ = ("address", "dtype", "owner", "room", "shape", "strides")
+    __slots__ = ("__weakref__", "address", "dtype", "owner", "room", "shape", "strides")
 
     def __init__(
         self,

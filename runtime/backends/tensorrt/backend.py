@@ -2,8 +2,9 @@
 
 Everything is on one stream of the device. Activations of all engines share one block; caches are allocated once at the
 engines' static length and updated in place; a decode step through all segments is captured as one CUDA graph and
-replayed. An engine decodes two tokens at a time, because a profile of one token would have its own copy of the
-weights: the second is padding. One request at a time: contexts and the block for activations are shared.
+replayed. An engine decodes two tokens of a request, because a profile of one token would have its own copy of the
+weights: the second is padding; or one token of each of 2, 4, 8 requests, by profiles of so many rows. One run at a
+time: contexts and the block for activations are shared.
 
 No GPU has run this yet: its rows of the table of backends name no result.
 """
@@ -14,12 +15,14 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from framefusion.console.messages import in_bytes
 from framefusion.errors import BackendError
 from framefusion.runtime.backends.base import BoundSegment
 from framefusion.runtime.backends.buffer import Buffer
@@ -27,12 +30,12 @@ from framefusion.runtime.backends.cuda.array import DeviceArray, device_array
 from framefusion.runtime.backends.cuda.decode.append import AppendedRows
 from framefusion.runtime.backends.cuda.decode.tokens import CudaGreedyTokens
 from framefusion.runtime.backends.cuda.device import CudaDevice
-from framefusion.runtime.backends.fit import require_fit
+from framefusion.runtime.backends.fit import compile_command, require_fit
 from framefusion.runtime.backends.kv_cache import SegmentCache, rows_name
 from framefusion.runtime.backends.tensorrt.cache_pool import CachePool
 from framefusion.runtime.backends.tensorrt.engine import Context, Engine, Loader, RunTarget, Tensor
 from framefusion.runtime.backends.tensorrt.library import LibraryKind, load_library
-from framefusion.runtime.backends.tensorrt.memory import engine_memory, require_room
+from framefusion.runtime.backends.tensorrt.memory import common_batch_sizes, engine_memory, require_room
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.machine.gpu import find_gpu
@@ -41,7 +44,7 @@ from framefusion.runtime.trust.engines import require_vouched
 
 KV_LENGTHS = "kv_len"  # input of every segment
 ALIGNMENT = 256  # bytes, of the memory for activations
-CAPTURED = 4  # graphs kept: one for each set of buffers that requests happen to get
+CAPTURED = 4  # graphs kept: one for each set of buffers that requests happen to get, and one for each size of a batch
 
 
 class TensorRTBackend:
@@ -76,7 +79,9 @@ class TensorRTBackend:
         self.bundle = bundle
         self._gpu = gpu.name
         self.device = device or CudaDevice(bundle.manifest.model.float_type)
-        require_room(engine_memory(bundle.manifest, kind), self.device.free_memory(), gpu.name, bundle.manifest)
+        plan = engine_memory(bundle.manifest, kind)
+        require_room(plan.one_request, self.device.free_memory(), gpu.name, bundle.manifest)
+        self.batch_sizes: Sequence[int] | None = common_batch_sizes(bundle.manifest, kind)
         self._kind: LibraryKind = kind
         self.loader = Loader(library, (kernels or kernel_folder()) / kernel_file(bundle, kind, gpu.name))
         self._engines: dict[str, Engine] = {}
@@ -101,7 +106,7 @@ class TensorRTBackend:
         if size <= self._run_target.workspace_bytes:
             return
         plan = replace(engine_memory(self.bundle.manifest, self._kind), weights=0, activations=size + ALIGNMENT)
-        require_room(plan, self.device.free_memory(), self._gpu, self.bundle.manifest)
+        require_room(plan.one_request, self.device.free_memory(), self._gpu, self.bundle.manifest)
         self._workspace = self.device.empty((size + ALIGNMENT,), np.uint8)
         self._run_target = RunTarget(self.device.stream, -(-self._workspace.address // ALIGNMENT) * ALIGNMENT, size)
         self.forget_graphs()  # they know the block before
@@ -135,8 +140,22 @@ class TensorRTBackend:
         return self._run_target
 
     def batch_refusal(self, graph: str) -> str | None:
-        """See `Backend.batch_refusal`: profiles of several rows are not compiled yet."""
-        return f"engines of {self.name} have one row"
+        """See `Backend.batch_refusal`: what was compiled says so, and the memory that is free for the slabs."""
+        return self._batch_refusal
+
+    @cached_property
+    def _batch_refusal(self) -> str | None:
+        if not self.batch_sizes:
+            command = compile_command(self.bundle.folder, self.bundle.manifest, self._kind)
+            return f"the engines of {self.name} decode one row: compile them with several, {command} --max-batch-size 8"
+        slabs = engine_memory(self.bundle.manifest, self._kind).slabs
+        free = self.device.free_memory()
+        if slabs <= free:
+            return None
+        return (
+            f"the caches of {max(self.batch_sizes)} requests take {in_bytes(slabs)}, {self._gpu} has {in_bytes(free)} "
+            "free: compile with a smaller --max-batch-size, or build with a smaller --max-kv-cache-capacity"
+        )
 
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
         """Run bound segments in turn: once as they are, then captured as one CUDA graph and replayed.
@@ -167,7 +186,7 @@ class TensorRTBackend:
             self._graphs[key] = self.device.capture(run)
         except BackendError:
             self._captures = False
-        if len(self._graphs) > CAPTURED:
+        if len(self._graphs) > CAPTURED + len(self.batch_sizes or ()):
             self._graphs.popitem(last=False)
 
 
@@ -222,13 +241,13 @@ class TensorRTSegment:
         for tensor in engine.tensors:
             if tensor.name in self._buffers:
                 _check(engine, tensor, self._buffers[tensor.name])
-        appended = appended_rows(engine, self._shapes, cache, backend.device)
-        self._buffers |= {rows_name(name): each.rows for name, each in appended.items()}
+        (rows, appended) = appended_rows(engine, self._shapes, cache, backend.device)
+        self._buffers |= {rows_name(name): buffer for name, buffer in rows.items()}
         for name in set(results) - self._buffers.keys():
             size = self._context.output_bytes(name, self._profile, self._shapes, backend.run_target)
             self._buffers[name] = backend.device.empty((size,), np.uint8)
         # 3. Where an engine gives rows, the launch behind it that brings them into the caches.
-        self._append = backend.device.append(tuple(appended.values()), self.inputs[KV_LENGTHS]) if appended else None
+        self._append = backend.device.append(appended, self.inputs[KV_LENGTHS]) if appended else None
         self._addresses = {name: buffer.address for name, buffer in sorted(self._buffers.items())}
 
     @property
@@ -283,24 +302,31 @@ def cache_buffers(prefix: str, cache: SegmentCache | None) -> dict[str, Buffer]:
 
 def appended_rows(
     engine: Engine, shapes: Mapping[str, tuple[int, ...]], cache: SegmentCache | None, device: CudaDevice
-) -> dict[str, AppendedRows]:
-    """What a plain engine gives for its caches, and where it belongs, by the caches' names as inputs; else nothing.
+) -> tuple[dict[str, DeviceArray], list[AppendedRows]]:
+    """What a plain engine gives for its caches, by the caches' names as inputs, and where each row of it belongs.
+
+    Another engine gives nothing.
 
     Raises:
         BackendError: tokens that a prefill does not see are in the caches.
     """
+    given: dict[str, DeviceArray] = {}
+    appended: list[AppendedRows] = []
     if not engine.is_plain or cache is None:
-        return {}
+        return given, appended
     outputs = {tensor.name: tensor.shape for tensor in engine.tensors if not tensor.is_input}
-    appended = {}
     for index, (name, buffer) in enumerate(cache_buffers("past", cache).items()):
         target = device_array(buffer)
         if cache.lengths[index // 2] and shapes[name] != target.shape:
             raise BackendError(f"{engine.record.file} cannot continue what is in a cache: prefill it from the start")
-        (_, heads, rows, channels) = outputs[rows_name(name)]
-        shape = (1, heads, shapes["hidden"][1] if rows == -1 else rows, channels)
-        appended[name] = AppendedRows(device.empty(shape, target.dtype), target, index // 2)
-    return appended
+        (_, heads, tokens, channels) = outputs[rows_name(name)]
+        batch = shapes["hidden"][0]
+        shape = (batch, heads, shapes["hidden"][1] if tokens == -1 else tokens, channels)
+        given[name] = device.empty(shape, target.dtype)
+        for row in range(batch):  # kv_len has the lengths of all rows in the first layer, then in the second
+            part = slice(row, row + 1)
+            appended.append(AppendedRows(given[name][part], target[part], index // 2 * batch + row))
+    return given, appended
 
 
 def _check(engine: Engine, tensor: Tensor, buffer: DeviceArray) -> None:

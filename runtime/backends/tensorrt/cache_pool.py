@@ -13,19 +13,18 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from framefusion.errors import PromptError
-from framefusion.runtime.backends.base import Device, empty_cache
+from framefusion.runtime.backends.base import Device
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import SegmentRecord
 
-Buffers = tuple[list[Buffer], list[Buffer]]
-
 
 class CachePool:
-    """The caches of a bundle's segments.
+    """The caches of a bundle's segments, and the slabs of requests that are decoded together.
 
-    A request's caches return when nobody holds them any more. Who still holds those of an earlier request keeps them,
-    and the next request gets new ones: two prefills may stand side by side where there is memory for both.
+    A buffer returns when nobody holds it any more: at the end of a request, or when its tokens were moved into a slab.
+    Who still holds those of an earlier request keeps them, and the next request gets new ones: two prefills may stand
+    side by side where there is memory for both.
 
     Args:
         device: where they lie.
@@ -35,10 +34,10 @@ class CachePool:
     def __init__(self, device: Device, capacities: Mapping[str, Sequence[int]]) -> None:
         self._device = device
         self._capacities = capacities
-        self._free: dict[str, list[Buffers]] = {}
+        self._free: dict[object, list[Buffer]] = {}  # by their place: a request finds the addresses of the one before
 
     def take(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
-        """Caches for a request that asks for `shapes`, each [1, Hkv, C, hd]; theirs may be longer.
+        """Caches for a request that asks for `shapes`, each [1, Hkv, C, hd], or a slab of more rows; all may be longer.
 
         Raises:
             PromptError: a layer needs more slots than there are.
@@ -50,13 +49,17 @@ class CachePool:
                     f"layer {layer} needs {shape[2]} slots of KV cache, the engine has {most}: ask for fewer new "
                     "tokens or frames, or build with a larger --max-kv-cache-capacity"
                 )
-        free = self._free.setdefault(record.name, [])
-        keys, values = free.pop() if free else self._allocate(shapes, slots, dtype)
-        cache = SegmentCache(keys, values, np.zeros(len(slots), np.int64))
-        weakref.finalize(cache, free.append, (keys, values)).atexit = False
-        return cache
-
-    def _allocate(self, shapes: Sequence[tuple[int, ...]], slots: Sequence[int], dtype: DTypeLike) -> Buffers:
         full = [(*shape[:2], most, shape[3]) for shape, most in zip(shapes, slots, strict=True)]
-        cache = empty_cache(self._device, full, dtype)
-        return cache.keys, cache.values
+        (keys, values) = (
+            [self._lend((record.name, part, layer, shape[0]), shape, dtype) for layer, shape in enumerate(full)]
+            for part in ("keys", "values")
+        )
+        return SegmentCache(keys, values, np.zeros(len(slots), np.int64))
+
+    def _lend(self, place: object, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        """A view of a buffer that comes back here when the view is gone."""
+        free = self._free.setdefault(place, [])
+        buffer = free.pop() if free else self._device.zeros(shape, dtype)
+        lent = buffer[...]
+        weakref.finalize(lent, free.append, buffer).atexit = False
+        return lent

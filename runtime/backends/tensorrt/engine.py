@@ -20,7 +20,7 @@ from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.storage import files
 
 Shape = tuple[int, ...]
-DECODE = "decode"  # name of the profile of one step
+DECODE = "decode"  # begins the names of profiles of a step; that of one row has no other name
 
 
 class Tensor(NamedTuple):
@@ -100,7 +100,7 @@ class Loader:
 
 
 class Engine:
-    """A loaded engine and its contexts: one for prefills, whose profile changes, and one for decoding, whose does not.
+    """A loaded engine and its contexts: one for prefills, whose profile changes, and one for each profile of a step.
 
     A captured graph reads memory of the context it was captured from, so that context keeps its profile.
     """
@@ -113,7 +113,7 @@ class Engine:
         inputs = [tensor.name for tensor in self.tensors if tensor.is_input]
         count = engine.num_optimization_profiles
         self.profiles = tuple({name: self._shapes(name, index) for name in inputs} for index in range(count))
-        self._contexts: dict[bool, Context] = {}
+        self._contexts: dict[int | None, Context] = {}  # by the profile of a step; None: of prefills
 
     @property
     def workspace(self) -> int:
@@ -153,10 +153,11 @@ class Engine:
 
     def context(self, profile: int) -> Context:
         """The context that a profile runs in."""
-        decodes = any(record.name == DECODE for record in self.record.profiles[profile : profile + 1])
-        if decodes not in self._contexts:
-            self._contexts[decodes] = Context(self.loader.context(self.engine), self)
-        return self._contexts[decodes]
+        is_step = any(record.name.startswith(DECODE) for record in self.record.profiles[profile : profile + 1])
+        place = profile if is_step else None
+        if place not in self._contexts:
+            self._contexts[place] = Context(self.loader.context(self.engine), self)
+        return self._contexts[place]
 
     def forget(self) -> None:
         """See `Context.forget`."""
@@ -244,6 +245,12 @@ class RunTarget(NamedTuple):
     stream: int  # handle
     workspace: int  # address, a multiple of 256
     workspace_bytes: int
+
+
+def batch_sizes(engine: EngineRecord) -> tuple[int, ...]:
+    """Rows that its steps of several may have, ascending; none of an engine that decodes one at a time."""
+    steps = [profile.shapes["hidden"] for profile in engine.profiles if profile.name.startswith(DECODE)]
+    return tuple(sorted(shapes[0][0] for shapes in steps if shapes[0][0] > 1))
 
 
 def _same_but_slots(taken: Shape, given: Shape) -> bool:

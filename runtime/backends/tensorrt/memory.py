@@ -6,6 +6,7 @@
                  tokens of its largest profile * (3 intermediate + 6 hidden) numbers; an estimate, until a loaded engine
                  gives its own figure
                  of a plain network the scores of all pairs come on top, unless the library fuses them
+    slabs        of engines that decode several requests in a step: as many rows of caches, from the first batch on
     rows         hidden states of the longest prompt into a segment, out of it and compacted, with their rotary tables;
                  one more for each layer that adds visual features; of a plain network the new rows of keys and values
 
@@ -15,11 +16,12 @@ library. The estimate has not been compared with a GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from framefusion.console.messages import in_bytes
 from framefusion.errors import BackendError
 from framefusion.runtime.backends.fit import gpu_memory
+from framefusion.runtime.backends.tensorrt.engine import batch_sizes
 from framefusion.runtime.backends.tensorrt.library import is_plain
 from framefusion.runtime.format.engine_record import EngineKind
 from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest
@@ -35,14 +37,20 @@ class EngineMemory:
     caches: int
     activations: int
     rows: int
+    slabs: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.caches + self.activations + self.rows
+        return self.weights + self.caches + self.activations + self.rows + self.slabs
+
+    @property
+    def one_request(self) -> EngineMemory:
+        """Without what requests that are decoded together share."""
+        return replace(self, slabs=0)
 
     def __str__(self) -> str:
-        parts = ("weights", "caches", "activations", "rows")
+        parts = ["weights", "caches", "activations", "rows"] + ["slabs"] * (self.slabs > 0)
         return ", ".join(f"{part} {in_bytes(getattr(self, part))}" for part in parts)
 
 
@@ -58,12 +66,21 @@ def engine_memory(manifest: Manifest, kind: EngineKind) -> EngineMemory:
     most_layers = max(len(segment.attention_layers) for segment in manifest.segments)
     appended = 2 * model.num_kv_heads * model.head_dim * most_layers if plain else 0
     states = _ROWS + max(segment.deepstack for segment in manifest.segments)
+    caches = gpu_memory(manifest, kind) - weights
     return EngineMemory(
         weights=weights,
-        caches=gpu_memory(manifest, kind) - weights,
+        caches=caches,
+        slabs=caches * max(common_batch_sizes(manifest, kind), default=0),
         activations=tokens * width * size,
         rows=tokens * (states * model.hidden_size + 2 * model.head_dim + appended) * size,
     )
+
+
+def common_batch_sizes(manifest: Manifest, kind: EngineKind) -> tuple[int, ...]:
+    """Rows of a step that all segments' engines of a kind have profiles for, ascending; none where one has none."""
+    graphs = {segment.decode for segment in manifest.segments}
+    sizes = [set(batch_sizes(e)) for e in manifest.engines if e.kind == kind and e.graph in graphs]
+    return tuple(sorted(set.intersection(*sizes))) if sizes else ()
 
 
 def require_room(plan: EngineMemory, free: int, gpu: str, manifest: Manifest) -> None:

@@ -33,7 +33,9 @@ class FedRow(Protocol):
 
 
 class BatchStep:
-    """One step of B rows, bound to its buffers: it is written, then run, as often as the rows stay the same.
+    """One step of B rows, bound to its buffers: it is written, then run, as often as the slabs stay the same.
+
+    Rows that it has too many are padding: they write the first slot of a row that nobody has.
 
     Args:
         segments: of the bundle.
@@ -45,6 +47,7 @@ class BatchStep:
         # 1. Buffers that every segment reads: the host writes them.
         model = segments.manifest.model
         device = segments.device
+        self._count = count
         half = model.head_dim // 2
         widths = {"hidden": model.hidden_size, "cos": half, "sin": half}
         self._rows = {name: device.mirror((count, 1, width), model.float_type) for name, width in widths.items()}
@@ -77,8 +80,10 @@ class BatchStep:
             for mirror, values in zip(self._rows.values(), row.inputs or (), strict=False):
                 mirror.host[row.index, 0] = values
         for index, layers in enumerate(self._layers):
-            lengths = np.stack([row.caches[index].lengths for row in rows], axis=1) + 1  # [A, B]
-            self._lengths.host[index, : layers * len(rows)] = lengths.ravel()
+            lengths = np.ones((layers, self._count), np.int64)  # [A, B]
+            for place, row in enumerate(rows):
+                lengths[:, place] += row.caches[index].lengths
+            self._lengths.host[index, : lengths.size] = lengths.ravel()
         for mirror in (*self._rows.values(), self._lengths):
             mirror.push()
 

@@ -5,20 +5,22 @@
                                 slab 0, C slots         slab 1                   slab 2
 
 A slab is one buffer [R, Hkv, C, hd] for the keys of a layer and one for its values. A row's caches are moved in when it
-joins and out when it leaves, and the last row takes the place of one that left: a step copies no cache. Rows are fed as
-their tokens are chosen; the first that wants its logits runs a step for all that were fed. So whoever drives requests
-in rounds has them decoded together and need not know. Knows no sampling and no request.
+joins and out when it leaves, and the last row takes the place of one that left: a step copies no cache. Engines of
+static shapes have slabs of one size, allocated once, and steps of some numbers of rows, each of which is bound once.
+Rows are fed as their tokens are chosen; the first that wants its logits runs a step for all that were fed. So whoever
+drives requests in rounds has them decoded together and need not know. Knows no sampling and no request.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from threading import RLock
 
 import numpy as np
 
-from framefusion.errors import PromptError
+from framefusion.errors import BackendError, PromptError
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.generation.batching.batch_step import BatchStep
@@ -40,9 +42,7 @@ class BatchRow:
         self.caches = caches
         self.seconds = 0.0
         self.index = index
-        self.capacities = [
-            np.array(cache.capacities) for cache in caches
-        ]  # before it joined: those of slabs are larger
+        self.capacities = [np.array(cache.capacities) - batch.spare for cache in caches]  # it may fill so many slots
         self._batch = batch
         self.inputs: tuple[Rows, Rows, Rows] | None = None  # of the step that comes: [D], [hd/2], [hd/2]
         self.scores: Rows | None = None  # [V] of the last step, until they are taken
@@ -80,8 +80,10 @@ class DecodeBatch:
         self._on_step = on_step
         self._rows: list[BatchRow] = []
         self._slabs: list[SegmentCache] = []  # of each segment; lengths are the rows'
-        self._step: BatchStep | None = None  # bound for so many rows in these slabs
+        self._steps: dict[int, BatchStep] = {}  # by their rows, bound to these slabs
         self._lock = RLock()
+        self.spare = 0 if segments.batch_sizes is None else 1
+        """Slots that a row of static size keeps free, for the step in which it is not fed; others get one more."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -96,9 +98,17 @@ class DecodeBatch:
 
         Args:
             caches: of each segment; they become views of the slabs, and grow by a token with each step.
+
+        Raises:
+            BackendError: there are as many rows as a step may have.
         """
         with self._lock:
-            self._step = None
+            most = self._segments.max_batch_size
+            if most is not None and len(self._rows) == most:
+                raise BackendError(
+                    f"{most} requests are decoded, the engines take no more in a step: wait for one of them, or "
+                    "compile with a larger --max-batch-size"
+                )
             row = BatchRow(self, len(self._rows), caches)
             self._resize([*self._rows, row])
             self._move(row, row.index)
@@ -110,7 +120,6 @@ class DecodeBatch:
         with self._lock:
             if row not in self._rows:
                 return
-            self._step = None
             # 1. What the row holds goes with it.
             device = self._segments.device
             for cache in row.caches:
@@ -145,13 +154,17 @@ class DecodeBatch:
         # 1. A step overwrites the logits of the one before: rows that did not take theirs keep a copy.
         for row in self._rows:
             row.scores = None if row.scores is None else row.scores.copy()
-        # 2. Bind once for these rows, then write what differs from step to step.
-        if self._step is None:
-            slabs = [part(slab, slice(0, len(self._rows))) for slab in self._slabs]
-            self._step = BatchStep(self._segments, slabs, len(self._rows))
-        self._step.write(self._rows)
+        # 2. Bind once for so many rows, then write what differs from step to step.
+        count = self._segments.padded_batch_size(len(self._rows))
+        if count not in self._steps:
+            if self._segments.batch_sizes is None:
+                self._steps = {}  # there may be any number of others
+            slabs = [part(slab, slice(0, count)) for slab in self._slabs]
+            self._steps[count] = BatchStep(self._segments, slabs, count)
+        step = self._steps[count]
+        step.write(self._rows)
         # 3. Run, and count the tokens of those that were fed.
-        logits = self._step.run()
+        logits = step.run()
         fed = [row for row in self._rows if row.inputs is not None]
         seconds = time.perf_counter() - begun
         for row in fed:
@@ -175,15 +188,23 @@ class DecodeBatch:
 
     def _resize(self, rows: Sequence[BatchRow]) -> None:
         """Let the slabs fit these rows: as they are, larger, or smaller where less than a quarter is needed."""
+        most_rows = self._segments.max_batch_size
+        records = self._segments.manifest.segments
+        if most_rows is not None:  # one size for good
+            if not self._slabs:
+                slots = [(capacities + self.spare).tolist() for capacities in rows[0].capacities]
+                self._slabs = [self._slab(*each) for each in zip(records, repeat(most_rows), slots)]
+            return
         if not rows:
+            self._steps = {}
             self._slabs = []
             return
         count = 1 << (len(rows) - 1).bit_length()
-        records = self._segments.manifest.segments
         for index, record in enumerate(records):
             most = np.max([row.capacities[index] for row in rows], axis=0) + 1  # a row that is not fed has a free slot
             slots = (-(-most // SLOTS) * SLOTS).tolist()
             if index == len(self._slabs):
+                self._steps = {}
                 self._slabs.append(self._slab(record, count, slots))
                 continue
             slab = self._slabs[index]
@@ -201,6 +222,7 @@ class DecodeBatch:
     def _replace(self, index: int, larger: SegmentCache) -> None:
         """Move the rows of a segment to another slab, a layer at a time: no more than one is there twice."""
         device = self._segments.device
+        self._steps = {}
         old = self._slabs[index]
         for layer in range(len(old.keys)):
             for before, after, name in ((old.keys, larger.keys, "keys"), (old.values, larger.values, "values")):

@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +16,24 @@ import torch
 
 from framefusion.errors import BackendError, StorageError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.engines.builder import EngineSpec
+from framefusion.export.engines.builder import EngineFacts, EngineSpec
+from framefusion.export.engines.tensorrt import network as tensorrt_network
 from framefusion.export.engines.tensorrt.build import build_engine, estimate_memory
-from framefusion.export.engines.tensorrt.profiles import CODE_BYTES, graph_axes, weight_bytes
+from framefusion.export.engines.tensorrt.profiles import CODE_BYTES, graph_axes, row_axes, weight_bytes
 from framefusion.export.graphs.tracing.trace import trace
 from framefusion.export.options import BuildOptions, EngineOptions
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.runtime.backends.tensorrt.library import plain_options
 from framefusion.runtime.bundle import file_record
 from framefusion.runtime.format.engine_record import ProfileRecord
-from tests.export.engines.tensorrt.tensorrt_graphs import LOOKED_AT, TINY, tiny_segment, write_graph, write_segment
+from tests.export.engines.tensorrt.tensorrt_graphs import (
+    LOOKED_AT,
+    REST,
+    TINY,
+    tiny_segment,
+    write_graph,
+    write_segment,
+)
 from tests.wheel import ROOT
 
 pytest.importorskip("tensorrt_rtx")
@@ -40,17 +50,17 @@ class StopError(Exception):
 
 def spec_of(
     graph: Path,
-    sizes: tuple[int, ...],
+    sizes: Sequence[int | tuple[int, int]],
     targets: tuple[str, ...] = ("8.6",),
     capacities: tuple[int, ...] = (CAPACITY, CAPACITY),
 ) -> EngineSpec:
-    """Static profiles of these sizes."""
+    """Static profiles of these sizes: tokens of one row, or tokens and rows."""
     axis_sizes = {f"capacity_{j}": size for j, size in enumerate(capacities)}
-    axis_sizes |= {"batch": 1, "lengths": len(capacities)}
     profiles = []
-    for size in sizes:
+    for size, rows in ((size, 1) if isinstance(size, int) else size for size in sizes):
+        axis_sizes |= {"tokens": size} | row_axes(rows, len(capacities))
         shapes = {
-            name: (tuple(axis if isinstance(axis, int) else (axis_sizes | {"tokens": size})[axis] for axis in shape),)
+            name: (tuple(axis if isinstance(axis, int) else axis_sizes[axis] for axis in shape),)
             for name, shape in graph_axes(graph).items()
         }
         profiles.append(ProfileRecord(f"{size}", size, shapes))
@@ -178,6 +188,35 @@ def test_profiles_share_the_weights_and_targets_cost_nothing(dtype: str, tmp_pat
     assert weights < single_profile < built < weights + 3 * 2 * CODE_BYTES
     assert abs(single - built - weights) < 2 * CODE_BYTES
     assert abs(size((48, 32, 2), ("8.6", "8.9", "12.0")) - built) < built / 100
+
+
+BATCHES = ((1, 2), (1, 4), (1, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["attention", "plain"])
+def test_steps_of_several_rows_share_the_weights_those_of_the_head_included(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt's last token is taken twice; taken once, the last MLP and the head had their weights twice."""
+    graph = write_segment(tmp_path / "graph.onnx", replace(WIDE, vocab_size=4096), REST)
+    options = plain_options(one_length=True) if variant == "plain" else {}
+
+    def built(sizes: Sequence[int | tuple[int, int]]) -> EngineFacts:
+        return build_engine(replace(spec_of(graph, sizes), options=options), tmp_path / "e")
+
+    one_row = built((48, 2))
+    several = built((48, 2, *BATCHES))
+    assert 0 < several.size - one_row.size < len(BATCHES) * 2 * CODE_BYTES
+    shapes = {tensor.name: tensor.shape for tensor in several.tensors}
+    assert (shapes["hidden"], shapes["kv_len"], shapes["logits"]) == ((-1, -1, 768), (-1,), (-1, 4096))
+    assert {tensor.name: tensor.shape for tensor in one_row.tensors}["hidden"] == (1, -1, 768)
+    if variant == "attention":
+        assert several.layer_kinds["KV_CACHE_UPDATE"] == one_row.layer_kinds["KV_CACHE_UPDATE"] == 4
+        assert shapes["past_key_1"] == (-1, 2, CAPACITY, 128)
+    monkeypatch.setattr(tensorrt_network, "take_last_twice", lambda model: None)
+    head = 2 * 768 * 4096  # bytes
+    assert built((48, 2, *BATCHES)).size > several.size + head
 
 
 @pytest.mark.slow

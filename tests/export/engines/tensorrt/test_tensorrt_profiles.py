@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from framefusion.errors import BundleError, VideoError
 from framefusion.export.engines.tensorrt import profiles as tensorrt_profiles
-from framefusion.export.engines.tensorrt.profiles import cache_capacities, segment_spec, tower_profiles
+from framefusion.export.engines.tensorrt.profiles import cache_capacities, most_rows, segment_spec, tower_profiles
+from framefusion.runtime.backends.tensorrt.engine import batch_sizes
 from framefusion.runtime.families.minicpmv import MiniCpmVPreprocessing, layout_of
 from framefusion.runtime.families.nvila import NvilaPreprocessing, ScalesSettings
 from framefusion.runtime.families.qwen2_5_vl import WindowSettings, windows_of
@@ -64,6 +65,39 @@ def test_a_profile_for_each_bucket_and_a_decode_of_two(axes: None) -> None:
         assert profile.shapes["past_key_1"] == ((1, 1, 128, 4),)
         assert profile.shapes["kv_len"] == ((2,),)
     assert (spec.graph, spec.targets, spec.capacities) == (Path("b/g.onnx"), ("8.6",), (128, 128))
+
+
+BATCHED = {"hidden": ("batch", "tokens", 8), "kv_len": ("lengths",), "past_key_0": ("batch", 1, "capacity_0", 4),
+           "past_key_1": ("batch", 1, "capacity_1", 4)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("most", "rows"), [(None, (2, 4, 8)), (1, ()), (2, (2,)), (6, (2, 4, 6)), (16, (2, 4, 8, 16)), (8, (2, 4, 8))]
+)
+@pytest.mark.parametrize("variant", ["attention", "plain"])
+def test_a_step_of_several_requests_has_a_profile_for_each_power_of_two(
+    monkeypatch: pytest.MonkeyPatch, most: int | None, rows: tuple[int, ...], variant: str
+) -> None:
+    monkeypatch.setattr(tensorrt_profiles, "graph_axes", lambda graph: BATCHED)
+    spec = segment_spec(Path("b"), manifest(), segment(), "g.onnx", "tensorrt-rtx", ("8.6",), variant, most)
+    single = len(BUCKETS) + 1
+    assert [profile.shapes["hidden"][0][0] for profile in spec.profiles[:single]] == [1] * single
+    steps = spec.profiles[single:]
+    assert [(profile.name, profile.tokens) for profile in steps] == [(f"decode {n} rows", 1) for n in rows]
+    for profile, count in zip(steps, rows, strict=True):
+        assert profile.shapes["hidden"] == ((count, 1, 8),)
+        assert profile.shapes["past_key_1"] == ((count, 1, 128, 4),)
+        assert profile.shapes["kv_len"] == ((2 * count,),)
+    assert most_rows(spec.profiles) == max(rows, default=1)
+    record: Any = SimpleNamespace(profiles=spec.profiles)
+    assert batch_sizes(record) == rows
+
+
+def test_a_graph_of_one_row_is_compiled_for_one_request_unless_more_are_asked_for(axes: None) -> None:
+    record = segment()
+    assert most_rows(segment_spec(Path("b"), manifest(), record, "g.onnx", "tensorrt", (), max_batch_size=1).profiles)
+    with pytest.raises(BundleError, match=r"b/g.onnx takes one row, .*: rebuild the bundle, or leave out --max-batch"):
+        segment_spec(Path("b"), manifest(), record, "g.onnx", "tensorrt", (), max_batch_size=2)
 
 
 def test_caches_have_room_for_the_padding_of_a_decode_and_of_the_largest_bucket() -> None:

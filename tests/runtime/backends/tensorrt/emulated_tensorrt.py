@@ -51,7 +51,7 @@ _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _kept: list[Any] = []  # what the driver may still call
 
 
-def compile_for_emulation(bundle: Bundle, folder: Path) -> Bundle:
+def compile_for_emulation(bundle: Bundle, folder: Path, max_batch_size: int | None = None) -> Bundle:
     """A portable bundle with an emulated engine for each graph; the engines are written to `folder`."""
     from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec
 
@@ -59,7 +59,9 @@ def compile_for_emulation(bundle: Bundle, folder: Path) -> Bundle:
     specs = {manifest.vision.graph: tower_spec(bundle.folder, manifest, KIND, (CAPABILITY,), VARIANT)}
     for segment in manifest.segments:
         for graph in segment.graphs:
-            specs[graph] = segment_spec(bundle.folder, manifest, segment, graph, KIND, (CAPABILITY,), VARIANT)
+            specs[graph] = segment_spec(
+                bundle.folder, manifest, segment, graph, KIND, (CAPABILITY,), VARIANT, max_batch_size
+            )
     found = fit.installed_version(NAME)
     assert found is not None
     engines, files = [], dict(manifest.files)
@@ -88,25 +90,24 @@ def compile_for_emulation(bundle: Bundle, folder: Path) -> Bundle:
 
 
 def write_plan(spec: EngineSpec, path: Path, beside: Path) -> None:
-    """What stands for an engine; a rewritten graph is written into a folder, with the weights of the graph."""
-    capacities = () if OLDER else spec.capacities  # a plain engine takes caches of other lengths in a prefill
-    plan = {"graph": str(_parsed(spec, beside)), "capacities": capacities, "profiles": to_json(spec.profiles)}
+    """What stands for an engine; the graph that is parsed is written into a folder, with the weights of the graph."""
+    plan = {"graph": str(_parsed(spec, beside)), "profiles": to_json(spec.profiles)}
     path.write_bytes(HEADER + json.dumps(plan).encode())
 
 
 def _parsed(spec: EngineSpec, beside: Path) -> Path:
     """The graph that the library would be given, over the same weights."""
-    if not OLDER:
-        return spec.graph
-    import onnx
+    from framefusion.export.engines.tensorrt.network import plain_graph, static_caches
+    from framefusion.export.engines.tensorrt.profiles import most_rows
 
-    from framefusion.export.engines.tensorrt.plain import rewrite_plain
-
-    model = onnx.load(str(spec.graph), load_external_data=False)
-    rewrite_plain(model, spec.graph, spec.options["one_length"])
-    rewritten = beside / f"{spec.graph.stem}.plain.onnx"
-    onnx.save(model, str(rewritten))
-    return rewritten
+    one_row = most_rows(spec.profiles) == 1
+    if OLDER:
+        content = plain_graph(spec.graph, len(spec.capacities), spec.options["one_length"], one_row=one_row)
+    else:
+        content = static_caches(spec.graph, spec.capacities, one_row=one_row)
+    parsed = beside / f"{spec.graph.stem}.{VARIANT}.onnx"
+    parsed.write_bytes(content)
+    return parsed
 
 
 def install() -> Any:
@@ -178,8 +179,7 @@ class Engine:
         return getattr(self.module.DataType, _TYPES[self._value(name).type][0])
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        static = {f"capacity_{j}": size for j, size in enumerate(self.plan["capacities"])}
-        return tuple(axis if isinstance(axis, int) else static.get(axis, -1) for axis in self._value(name).shape)
+        return tuple(axis if isinstance(axis, int) else -1 for axis in self._value(name).shape)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         shapes = self.plan["profiles"][profile]["shapes"][name]
