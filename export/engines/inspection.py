@@ -8,6 +8,7 @@ from typing import Any
 from framefusion.console.messages import in_bytes, table
 from framefusion.runtime.backends import table as backends
 from framefusion.runtime.backends.fit import gpu_memory, is_cpu
+from framefusion.runtime.backends.tensorrt.memory import common_batch_sizes, engine_memory
 from framefusion.runtime.format.engine_record import EngineRecord
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.memory import table_bytes
@@ -25,6 +26,7 @@ def _kind_facts(manifest: Manifest, engines: Sequence[EngineRecord]) -> dict[str
     rows = [_engine_facts(manifest, engine) for engine in engines]
     total = {name: sum(row[name] for row in rows) for name in ("bytes", "weight_bytes", "beyond_weights")}
     device: backends.Device = "cpu" if is_cpu(first) else "cuda"
+    sizes = common_batch_sizes(manifest, first.kind)
     one_token = sum(row["weight_bytes"] for row in rows if row["capacities"])
     return {
         "kind": first.kind,
@@ -36,6 +38,8 @@ def _kind_facts(manifest: Manifest, engines: Sequence[EngineRecord]) -> dict[str
         "experimental": device not in backends.backend(first.kind, device).results,
         "engines": rows,
         "device_bytes": gpu_memory(manifest, first.kind),
+        "max_batch_size": max(sizes, default=1),
+        "batch_bytes": engine_memory(manifest, first.kind).slabs,
         "embedding_bytes": 0 if device == "cpu" else table_bytes(manifest),
         "one_token_profile_bytes": one_token if any(engine.profiles for engine in engines) else None,
         "graphs_kept": all(engine.graph in manifest.files for engine in engines),
@@ -94,6 +98,11 @@ def engine_block(facts: Mapping[str, Any]) -> str:
         table_line = f"; the embedding table {in_bytes(facts['embedding_bytes'])} more, where an eighth of what is free"
         table_line += " takes it"
     tail.append(f"engines and caches take at least {in_bytes(facts['device_bytes'])} on the device{table_line}")
+    if facts["max_batch_size"] > 1:
+        tail.append(
+            f"up to {facts['max_batch_size']} requests are decoded in a step, by {in_bytes(facts['batch_bytes'])} more "
+            "of caches, from the first batch on"
+        )
     if not facts["graphs_kept"]:
         tail.append("the graphs were left out (--engines-only): no run on the CPU, no check, no further engines")
     if facts["experimental"]:

@@ -23,9 +23,9 @@ from framefusion.export.check.verify import Scope, scope_of
 from framefusion.export.checkpoints.tensors.weights import QuantizedPart
 from framefusion.export.engines.jobs import FOLDER as ENGINES
 from framefusion.export.engines.tensorrt.build import build_memory
-from framefusion.export.engines.tensorrt.profiles import CODE_BYTES
+from framefusion.export.engines.tensorrt.profiles import CODE_BYTES, batch_sizes
 from framefusion.export.machine import TRACING_PROCESS, free_disk
-from framefusion.export.options import AS_STORED, DEQUANTIZED
+from framefusion.export.options import AS_STORED, DEQUANTIZED, MAX_BATCH_SIZE
 from framefusion.export.plan.build_plan import WEIGHTS as WEIGHTS_FILE
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.report.inspection import TEXT, cache_facts, reduction_facts, span, weight_facts
@@ -161,7 +161,8 @@ def _engines(plan: BuildPlan, size: int) -> dict[str, Any] | None:
         return None
     inside = engine_traits(options.kind).weights_inside
     heaviest = max(graph.weight_bytes for graph in plan.graphs)
-    profiles = len(plan.buckets() or (0,)) + 1  # a fixed prefill has one
+    steps = 1 + len(batch_sizes(options.max_batch_size or MAX_BATCH_SIZE))
+    profiles = len(plan.buckets() or (0,)) + steps  # a fixed prefill has one
     return {
         "kind": options.kind,
         "targets": list(options.targets),

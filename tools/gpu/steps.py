@@ -59,6 +59,8 @@ def steps(device: str, shape: str, work: Path) -> list[Step]:
         return Step(name, (python, "-m", f"tools.bench.{module}", *flags), limit_s, modules)
 
     tests = (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu/test_cuda_device.py")
+    engines = (python, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu/test_tensorrt.py")
+    batches = "together or replayed or rows or allocated or golden"
     inductor = ("--backend", "inductor", *sizes, "--costs", "1,0.3", "--dtype", dtype)
     onnxruntime = ("--backend", "onnxruntime", *sizes, "--costs", "1,0.3")
     rounds = ("--rounds", "1" if is_tiny else "2")
@@ -73,13 +75,15 @@ def steps(device: str, shape: str, work: Path) -> list[Step]:
         # 2. The parts: kernels of the reduction against a copy, forms of attention, products.
         Step("kernels", (python, "-m", "tools.bench.kernels"), 45, cuda, on_gpu=True),
         bench("attention", "attention", 70, *attention, "--dtype", dtype, modules=("torch",)),
-        # 3. The live model, which needs no build.
-        bench("live", "live", 110, *live, modules=("torch", "transformers")),
-        # 4. The whole: prefill and decode against eager torch. The second of a backend finds its bundle there.
-        bench("inductor prefill", "prefill", 300, *inductor, modules=("torch", "transformers")),
+        # 3. TensorRT's engines of a tiny bundle: the golden, and requests in a batch against each by itself.
+        Step("engines", (*engines, "-k", batches), 60, (*cuda, "pytest", "torch"), on_gpu=True, is_json=False),
+        # 4. The live model, which needs no build.
+        bench("live", "live", 100, *live, modules=("torch", "transformers")),
+        # 5. The whole: prefill and decode against eager torch. The second of a backend finds its bundle there.
+        bench("inductor prefill", "prefill", 260, *inductor, modules=("torch", "transformers")),
         bench("inductor decode", "decode", 80, *inductor, modules=("torch", "transformers")),
-        # 5. Films on their way to the tower, in that bundle: the next one decoded while the tower has one.
-        bench("films", "overlap", 60, *inductor, *films, modules=("torch", "transformers", "av")),
+        # 6. Films on their way to the tower, in that bundle: the next one decoded while the tower has one.
+        bench("films", "overlap", 50, *inductor, *films, modules=("torch", "transformers", "av")),
         bench("onnxruntime prefill", "prefill", 80, *onnxruntime, modules=("torch", "transformers", *module)),
         bench("onnxruntime decode", "decode", 40, *onnxruntime, modules=("torch", "transformers", *module)),
     ]

@@ -249,7 +249,7 @@ class RunTarget(NamedTuple):
 
 def batch_sizes(engine: EngineRecord) -> tuple[int, ...]:
     """Rows that its steps of several may have, ascending; none of an engine that decodes one at a time."""
-    steps = [profile.shapes["hidden"] for profile in engine.profiles if profile.name.startswith(DECODE)]
+    steps = [profile.shapes["hidden"] for profile in engine.profiles if profile.name.startswith(f"{DECODE} ")]
     return tuple(sorted(shapes[0][0] for shapes in steps if shapes[0][0] > 1))
 
 
