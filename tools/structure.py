@@ -62,7 +62,7 @@ BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "tensorrt": ("tensorrt",),
         "tensorrt-rtx": ("tensorrt-rtx", "tensorrt_rtx"),
         "inductor": ("inductor",),
-        "openvino": ("openvino", "openvino-bf16"),
+        "openvino": ("openvino", "openvino-bf16", "openvino-int8-kv"),
     }
 )
 """Kind of a backend -> the literals that mean it."""

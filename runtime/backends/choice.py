@@ -161,7 +161,8 @@ def options(bundle: Bundle, machine: Machine, unvouched: Collection[EngineKind] 
 def _is_meant(option: Option, backend: str | None) -> bool:
     """Whether a backend is the one that was named; where none was, whether it may be taken by itself."""
     if backend is None:
-        return not table.backend(option.backend, option.device).computes
+        row = table.backend(option.backend, option.device)
+        return not (row.computes or row.caches)
     return option.backend == backend
 
 

@@ -49,7 +49,8 @@ def no_int8_caches(what: str, manifest: Manifest) -> Problem | None:
         return None
     return (
         f"the bundle's KV caches are in {manifest.kv_cache.dtype}, which {what} is not shown to run",
-        "take --backend onnxruntime on the CPU, or build the bundle again without --kv-cache-dtype",
+        "take --backend onnxruntime on the CPU; or build the bundle again without --kv-cache-dtype, which --backend "
+        "openvino-int8-kv runs with caches of 8 bits",
     )
 
 

@@ -67,6 +67,8 @@ class BackendKind:
             Without one it is called experimental there.
         computes: type of its products, where that is not the bundle's: then limits of errors are those of that type,
             and it is never taken by itself.
+        caches: type of its KV caches, where that is not the bundle's: then limits of errors are those of a type of 8
+            bits, and it is never taken by itself.
         wrong_once: device and version where it answered wrongly without an error. Such a backend is never taken by
             itself on a device that has not reproduced the bundle's golden: framefusion.runtime.proof.
         blocks: function (device, machine, folder) -> iterator of `base.BlockGraph`: the graphs of building blocks that
@@ -85,6 +87,7 @@ class BackendKind:
     engines: EngineTraits | None = None
     results: Mapping[Device, str] = field(default_factory=dict)
     computes: str = ""
+    caches: str = ""
     wrong_once: str = ""
     blocks: str = ""
     machine_problem: str = ""
@@ -182,6 +185,16 @@ BACKENDS: tuple[BackendKind, ...] = (
         blocks=f"{_BACKENDS}.openvino.blocks:block_graphs_in_bf16",
         machine_problem=f"{_BACKENDS}.openvino.fit:machine_problem",
         results={"cpu": "backends.json"},
+    ),
+    BackendKind(
+        "openvino-int8-kv",
+        ("cpu",),
+        library="openvino",
+        open=f"{_BACKENDS}.openvino.backend:open_backend",
+        problem=f"{_BACKENDS}.openvino.fit:problem",
+        extra="openvino",
+        caches="uint8",
+        machine_problem=f"{_BACKENDS}.openvino.fit:machine_problem",
     ),
 )
 

@@ -94,6 +94,7 @@ class Setting:
         options = cls._options(arguments, kind)
         parts = [arguments.shape, options.dialect, options.dtype, kind or "graphs", str(options.max_input_len)]
         parts += [] if options.weights is None else [options.weights.replace(":", "_").replace("+", "_")]
+        parts += [] if options.kv_cache_dtype is None else [f"caches_{options.kv_cache_dtype}"]
         folder = arguments.work / "-".join(parts)
         return open_bundle(checkpoint_of(arguments), folder, options, golden=getattr(arguments, "golden", True))
 
@@ -104,6 +105,7 @@ class Setting:
         longest = -(-(tokens + arguments.new_tokens) // BUCKET_MULTIPLE) * BUCKET_MULTIPLE
         common = {"similarity_lower_bound": 0.6, "depth": arguments.depth, "dtype": arguments.dtype, "backend": kind}
         common["weights"] = getattr(arguments, "weights", None)  # of the benchmark that compares them
+        common["kv_cache_dtype"] = getattr(arguments, "kv_cache_dtype", None)  # of another one
         if kind in ("tensorrt", "tensorrt-rtx"):
             sizes = {"max_input_len": longest, "max_kv_cache_capacity": longest}
             return BuildOptions.chosen(**common, **sizes, buckets=ladder(tokens, longest, 0.8 * min(arguments.costs)))

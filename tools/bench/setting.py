@@ -51,6 +51,7 @@ BENCHMARKS = (
     "frames",
     "cuda_core",
     "install_size",
+    "kv_cache",
     "fleet",
     "quantised",
     "serve",

@@ -4,6 +4,9 @@ A graph is read as it is, and given attention that writes into its caches (opera
 caches that a run gives are copied back. Weights are mapped while a graph is compiled; what matrix products read later
 are OpenVINO's own copies, in the order and the type that the processor takes.
 
+Caches are in the type of the products, or in 8 bits where the backend's name says so: codes of OpenVINO's own, with a
+scale and a zero point for each token of a head, in front of them in its slot.
+
 Products are computed in fp32, or in bf16 where the bundle is in bf16 or the backend's name says so: never in a type
 that OpenVINO prefers by itself, which on processors with bf16 is that.
 """
@@ -32,11 +35,14 @@ from framefusion.runtime.format.manifest import Manifest, SegmentRecord
 from framefusion.runtime.trust.graph_check import check_graph
 
 IN_BF16 = "openvino-bf16"
+WITH_CODES = "openvino-int8-kv"
+PARAMETERS = 8
+"""Bytes of a slot in 8 bits beside its codes: scale and zero point in fp32."""
 CHUNK = 2048
 """Tokens of the last segment's prefill at a time. OpenVINO computes all outputs of a graph, so every part but the last
 computes logits that nobody reads: a part is long enough for them not to count."""
 _OTHER = "take another --backend"
-_KEYS_AND_VALUES: Mapping[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_KEYS_AND_VALUES: Mapping[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}
 
 
 class CompiledGraph(NamedTuple):
@@ -54,6 +60,7 @@ class OpenVinoBackend(HostBackend):
         dtype: of its graphs.
         threads: of one operator; 0 lets OpenVINO take the physical cores.
         in_bf16: compute in bf16 what is in another type.
+        coded_caches: caches are in 8 bits, a code for each number and scales for each token of a head.
         in_place: write into caches where OpenVINO can; without it they are copied, as where it cannot.
         manifest: of the bundle; graphs are compared with it. None compares them with the files beside them alone.
     """
@@ -65,14 +72,17 @@ class OpenVinoBackend(HostBackend):
         threads: int = 0,
         *,
         in_bf16: bool = False,
+        coded_caches: bool = False,
         in_place: bool = True,
         manifest: Manifest | None = None,
     ) -> None:
         super().__init__(chunk=CHUNK)
-        self.name = IN_BF16 if in_bf16 else "openvino"
+        self.name = WITH_CODES if coded_caches else IN_BF16 if in_bf16 else "openvino"
         self._folder = folder
         self._computes = "bf16" if in_bf16 or dtype == "bfloat16" else "f32"
-        self._stored = "bfloat16" if in_bf16 else dtype  # type of the caches that are written in place
+        stored = "bfloat16" if in_bf16 else dtype
+        self._stored = "uint8" if coded_caches else stored  # type of the caches that are written in place
+        self._beside = PARAMETERS if coded_caches else 0
         self._threads = threads
         self.host_threads = threads
         self._in_place = in_place
@@ -85,10 +95,10 @@ class OpenVinoBackend(HostBackend):
             self.graph(graph)
 
     def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
-        """Caches of zeros with whole blocks of slots, in the type in which attention is computed."""
+        """Caches of zeros with whole blocks of slots, in the type in which attention is computed, or of codes."""
         if not self.graph(record.prefill).in_place:
             return empty_cache(self.device, shapes, dtype)
-        whole = [(*shape[:2], -(-shape[2] // BLOCK) * BLOCK, *shape[3:]) for shape in shapes]
+        whole = [(*shape[:2], -(-shape[2] // BLOCK) * BLOCK, shape[3] + self._beside) for shape in shapes]
         return empty_cache(self.device, whole, float_type(self._stored))
 
     def bind(
@@ -119,6 +129,8 @@ class OpenVinoBackend(HostBackend):
             raise BackendError(f"openvino is not installed: {install_command('openvino')}") from None
         try:
             graph = self._compiled_in_place(path) or self._compiled(path, in_place=False)
+        except BackendError:
+            raise
         except Exception as error:  # OpenVINO's exceptions share no base class
             raise BundleError(
                 f"{path} cannot be loaded by openvino {openvino.__version__} ({_message(error)}): rebuild"
@@ -132,12 +144,14 @@ class OpenVinoBackend(HostBackend):
         """None where caches are to be copied: another release's operator, or a processor that has no kernel for it."""
         with suppress(RuntimeError):
             return self._compiled(path, in_place=True) if self._in_place else None
+        if self._beside:
+            raise BackendError(f"openvino copies caches here, and {self.name} writes into them: {_OTHER}")
         return None
 
     def _compiled(self, path: Path, *, in_place: bool) -> CompiledGraph:
         import openvino
 
-        model = read_model(str(path), in_place=in_place)
+        model = read_model(str(path), in_place=in_place, beside=self._beside)
         return CompiledGraph(openvino.Core().compile_model(model, "CPU", self._settings), writes_in_place(model))
 
     @property
@@ -157,6 +171,7 @@ class OpenVinoBackend(HostBackend):
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
         }
+        settings |= {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"} if self._beside else {}  # else keys are no rows of tokens
         return settings | ({"INFERENCE_NUM_THREADS": self._threads} if self._threads else {})
 
 
@@ -165,12 +180,13 @@ def open_backend(bundle: Bundle, name: str, device: str, threads: int) -> Backen
 
     Args:
         bundle: read and verified.
-        name: of the row of the table: it says in which type products are computed.
+        name: of the row of the table: it says in which type products are computed, and caches are.
         device: "cpu".
         threads: of one operator; 0 takes the physical cores.
     """
     manifest = bundle.manifest
-    return OpenVinoBackend(bundle.folder, manifest.model.dtype, threads, in_bf16=name == IN_BF16, manifest=manifest)
+    kind = {"in_bf16": name == IN_BF16, "coded_caches": name == WITH_CODES}
+    return OpenVinoBackend(bundle.folder, manifest.model.dtype, threads, **kind, manifest=manifest)
 
 
 class OpenVinoSegment:

@@ -24,13 +24,14 @@ _CONTRIB = "com.microsoft"
 _PAGED = "PagedAttentionExtension"
 
 
-def read_model(path: str, *, in_place: bool) -> Any:
+def read_model(path: str, *, in_place: bool, beside: int = 0) -> Any:
     """A graph as OpenVINO's model.
 
     Args:
         path: of the ONNX file.
         in_place: parameters of caches keep their names and get the shape [blocks, 1, 32, hd], results of caches are
             gone. Without it both are as the graph has them.
+        beside: bytes of each slot beside its numbers, where caches are codes; 0 where they are floats.
 
     Raises:
         RuntimeError: it cannot be read so.
@@ -44,7 +45,7 @@ def read_model(path: str, *, in_place: bool) -> Any:
         core.add_extension(ConversionExtension("GroupQueryAttention", _CONTRIB, _attention))
     model = core.read_model(path)
     if in_place:
-        _use_blocks(model)
+        _use_blocks(model, beside)
     return model
 
 
@@ -130,7 +131,7 @@ def _last_inputs(longest: Any) -> list[Any]:
     return [*first, sinks, *eviction, token_types, *biases]
 
 
-def _use_blocks(model: Any) -> None:
+def _use_blocks(model: Any, beside: int) -> None:
     """Parameters of caches as blocks of one head, and no results of caches."""
     import openvino
 
@@ -142,7 +143,7 @@ def _use_blocks(model: Any) -> None:
                 model.remove_result(target.get_node())
         for index in (3, 4):
             parameter = node.input(index).get_source_output().get_node()
-            width = parameter.get_partial_shape()[3]
+            width = parameter.get_partial_shape()[3].get_length() + beside
             parameter.set_partial_shape(openvino.PartialShape([-1, 1, BLOCK, width]))
             parameter.set_element_type(openvino.Type.dynamic)  # else a cache of another type is converted: a copy
     model.validate_nodes_and_infer_types()

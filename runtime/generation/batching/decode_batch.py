@@ -126,7 +126,7 @@ class DecodeBatch:
                 for layer, length in enumerate(cache.lengths):
                     for buffers in (cache.keys, cache.values):
                         held = buffers[layer][:, :, :length]
-                        buffers[layer] = device.empty(held.shape, self._segments.cache_type)
+                        buffers[layer] = device.empty(held.shape, held.dtype)
                         device.copy(buffers[layer], held)
             # 2. The last row takes its place.
             last = self._rows.pop()

@@ -169,6 +169,7 @@ def test_the_flags_name_every_backend_and_device() -> None:
         "inductor",
         "openvino",
         "openvino-bf16",
+        "openvino-int8-kv",
     )
     assert flags.DEVICES == ("auto", "cuda", "cpu")
     assert table.engine_kinds() == ("tensorrt", "tensorrt-rtx", "inductor")
