@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 pytest.importorskip("openvino", reason="it is not installed: what this file tests")
+pytest.importorskip("torch")  # what draws the clip imports it
 
 from framefusion.errors import BackendError
 from framefusion.runtime.backends.choice import choose
@@ -24,7 +25,8 @@ from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.proof.opening import check_backend
 from framefusion.runtime.request import Request, Step, Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
-from tests.runtime.backends.openvino.test_openvino import TURNS, clip, endless, reference
+from tests.families.case import clip
+from tests.runtime.backends.openvino.test_openvino import TURNS, endless, reference
 
 pytestmark = pytest.mark.slow
 STEPS = 6
