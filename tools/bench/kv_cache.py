@@ -48,22 +48,22 @@ def main() -> None:
         bundles = {name: built(work, chosen, f"caches-{name}") for name, chosen in options.items()}
         manifests = {name: read_manifest(folder) for name, folder in bundles.items()}
         figures: dict[str, Any] = {"caches": {name: cache_facts(manifest) for name, manifest in manifests.items()}}
-        asked = questions(arguments.questions, clips.STAY)
-        figures["errors"] = errors(bundles, asked[: arguments.films])
-        rows = answered(bundles, asked, 0, work / "caches.jsonl", arguments.jobs)
+        question_list = questions(arguments.questions, clips.STAY)
+        figures["errors"] = errors(bundles, question_list[: arguments.films])
+        rows = answered(bundles, question_list, 0, work / "caches.jsonl", arguments.jobs)
         figures |= {"clips": "lasting"} | of_answers(rows)
     if arguments.rounds:
         figures["speed"] = speed(arguments)
     report("kv_cache", figures, write=arguments.write)
 
 
-def errors(bundles: dict[str, Path], asked: Sequence[Question]) -> dict[str, Any]:
+def errors(bundles: dict[str, Path], question_list: Sequence[Question]) -> dict[str, Any]:
     """How far logits are from those with caches of floats, relative to the largest, over the same tokens."""
     floats = Pipeline(bundles[FLOATS], threads=1)
     codes = Pipeline(bundles[CODES], threads=1)
-    found: dict[str, Any] = {"films": len(asked), "tokens": DECODED}
+    found: dict[str, Any] = {"films": len(question_list), "tokens": DECODED}
     for cost in COSTS:
-        pairs = [pair_of(floats, codes, question, cost) for question in asked]
+        pairs = [pair_of(floats, codes, question, cost) for question in question_list]
         steps = [list(zip([a.logits, *a.decoded], [b.logits, *b.decoded], strict=True)) for a, b in pairs]
         first = [relative_error(*film[0]) for film in steps]
         last = [relative_error(*film[-1]) for film in steps]
@@ -92,16 +92,16 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     runs: dict[tuple[str, str], list[Run]] = {}
     for turn in range(arguments.rounds + 1):
         for name, setting in settings.items():
-            for asked, request in setting.requests.items():
+            for label, request in setting.requests.items():
                 found = setting.run(request)
                 if turn:  # the first one warms up
-                    runs.setdefault((name, asked), []).append(found)
+                    runs.setdefault((name, label), []).append(found)
     figures: dict[str, Any] = settings[FLOATS].facts
     for name, setting in settings.items():
         figures[name] = {"bytes_per_token": cache_facts(setting.pipeline.manifest)["bytes_per_token"]}
-        for asked in setting.requests:
-            mine = runs[name, asked]
-            figures[name][asked] = {
+        for label in setting.requests:
+            mine = runs[name, label]
+            figures[name][label] = {
                 "prefill": summary([each.prefill for each in mine]),
                 "decode_per_token": summary([each.decode for each in mine]),
                 "held": mine[0].lengths[-1],
