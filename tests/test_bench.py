@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tools import numbers
+from tools import numbers, quantized_tables
 
 ROOT = Path(__file__).parents[1]
 TINY = "--shape tiny --frames 6 --grid 4x4 --depth 1 --rounds 1 --threads 1 --new-tokens 4 --costs 1,0.5,0.3"
@@ -77,6 +77,16 @@ def test_overlap(work: Path) -> None:
         assert result["speed_up"] == result["speed_ups"][0] > 0
         assert set(result["one_film_alone"]) == {"video", "preprocess", "vision"}
     assert "| 1 threads |" in numbers.overlap(figures)
+
+
+@pytest.mark.slow
+def test_quantised_steps(work: Path) -> None:
+    contenders = ("onnxruntime:floats", "onnxruntime:int4+head", "onnxruntime:int4+head4")
+    figures = measured("quantised_steps", work, "--contenders", ",".join(contenders), "--tokens", "40")
+    (floats, int8_head, int4_head) = (figures["contenders"][name] for name in contenders)
+    assert floats["llm_bytes"] > int8_head["llm_bytes"] > int4_head["llm_bytes"]
+    assert all(figures["contenders"][name]["40 tokens"]["least_s"] > 0 for name in contenders)
+    assert "`int4+head4`" in quantized_tables.steps([figures])
 
 
 SERVE = "--shape tiny --frames 2 --grid 4x4 --costs 0.5 --clients 2 --threads 1"

@@ -145,3 +145,39 @@ def speed(result: dict[str, Any]) -> str:
         f"(`{result['command']}`), medians of {result['rounds']} rounds, speed-ups over floats in brackets"
     )
     return f"{heading}:\n\n{table(names, rows)}"
+
+
+def steps(results: Sequence[dict[str, Any]]) -> str:
+    """Decode steps by the processor's seconds on one thread, a table for each shape."""
+    return "\n\n".join(_steps(result) for result in results)
+
+
+def _steps(result: dict[str, Any]) -> str:
+    contenders = result["contenders"]
+    lengths = [name for name in next(iter(contenders.values())) if name.endswith("tokens")]
+    rows = []
+    for name, contender in contenders.items():
+        backend, _, weights = name.partition(":")
+        cells = [f"{contender['llm_bytes'] / 1e9:.2f} GB"]
+        cells += [f"{1000 * contender[at]['least_s']:.1f} ms ({contender[at]['over_first']:.2f}x)" for at in lengths]
+        rows.append((f"`{weights}`", backend, *cells))
+    heading = (
+        f"{result['shape']} shape (`{result['command']}`), the processor's seconds of a decode step on one thread, the "
+        f"least of {result['rounds']} rounds in turn"
+    )
+    return f"{heading}:\n\n{table(('weights', 'backend', 'LLM', *(f'behind {at}' for at in lengths)), rows)}"
+
+
+def int8_linear(result: dict[str, Any]) -> str:
+    """Seconds of one linear map of each form, by rows."""
+    forms = result["forms"]
+    lengths = list(next(iter(forms.values())))
+    floats = next(iter(forms.values()))
+    rows = []
+    for name, form in forms.items():
+        cells = [
+            f"{1000 * form[at]['least_s']:.2f} ms ({floats[at]['least_s'] / form[at]['least_s']:.2f}x)"
+            for at in lengths
+        ]
+        rows.append((name, *cells, f"{100 * form[lengths[-1]]['error']:.1f} %"))
+    return table(("weights", *lengths, "error"), rows)

@@ -16,15 +16,22 @@ import resource
 import statistics
 from collections.abc import Sequence
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from framefusion.export.plan import weight_plan
+from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
 from framefusion.export.quantization.rounding import round_to_nearest
+from framefusion.runtime.pipeline import Pipeline
 from tools.bench.prefill import median
 from tools.bench.runs import Run, Setting, add_flags, checkpoint_of, parse
 from tools.bench.setting import report, summary
 
 FLOATS = "floats"
+ROWS = 1024  # whose codes are chosen at a time
 
 
 def main() -> None:
@@ -39,9 +46,11 @@ def main() -> None:
     if arguments.nearest:
         round_to_nearest_only()
     if arguments.alone:
-        report("quantised", alone(arguments), write=arguments.write, file=f"quantised_{arguments.shape}")
+        report("quantised", alone(arguments), write=arguments.write, file=f"quantised_alone_{arguments.shape}")
     else:
-        report("quantised", side_by_side(arguments), write=arguments.write)
+        shape = arguments.shape
+        file = "quantised" if shape == "qwen2-0.5b" else f"quantised_{shape}"
+        report("quantised", side_by_side(arguments), write=arguments.write, file=file)
 
 
 def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -56,7 +65,7 @@ def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:
                     runs.setdefault((weights, name), []).append(run)
     figures: dict[str, Any] = settings[FLOATS].facts
     for weights, setting in settings.items():
-        figures[weights] = {"llm_bytes": llm_bytes(setting)}
+        figures[weights] = {"llm_bytes": llm_bytes(setting.pipeline)}
         for name in setting.requests:
             figures[weights][name] = ratios(runs[weights, name], runs[FLOATS, name], runs[weights, setting.dense])
     halved = figures[FLOATS]["llm_bytes"] / (2 if arguments.dtype == "float32" else 1)
@@ -88,9 +97,9 @@ def _with(arguments: argparse.Namespace, weights: str) -> argparse.Namespace:
     return changed
 
 
-def llm_bytes(setting: Setting) -> int:
+def llm_bytes(pipeline: Pipeline) -> int:
     """Files of weights of the LLM's segments; embedding table and tower are the same in all."""
-    return sum(segment.weight_bytes for segment in setting.pipeline.manifest.segments)
+    return sum(segment.weight_bytes for segment in pipeline.manifest.segments)
 
 
 def alone(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -106,7 +115,17 @@ def alone(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def round_to_nearest_only() -> None:
     """Choose codes in this process without a search, which takes a core a quarter of an hour for a 7B."""
-    vars(weight_plan).update(search=round_to_nearest, METHOD="rounding to the nearest")
+    vars(weight_plan).update(search=nearest, METHOD="rounding to the nearest")
+
+
+def nearest(weight: Tensor, form: BlockFormat, dtype: torch.dtype) -> BlockQuantized:
+    """`round_to_nearest`, some rows at a time as a search has them.  [out, in]"""
+    starts = range(0, len(weight), ROWS)
+    parts = [round_to_nearest(weight[start : start + ROWS], form, dtype) for start in starts]
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    codes = torch.cat([part.codes for part in parts])
+    scales = torch.cat([part.scales for part in parts])
+    return BlockQuantized(codes, scales, torch.cat(zeros) if zeros else None, form.bits, form.block)
 
 
 def _build(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
@@ -117,13 +136,22 @@ def _build(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
+    before = resident()
     setting = setting_of(arguments, weights)
-    figures: dict[str, Any] = setting.facts | {"llm_bytes": llm_bytes(setting)}
+    figures: dict[str, Any] = setting.facts | {"llm_bytes": llm_bytes(setting.pipeline)}
+    figures["imports_bytes"] = before  # of torch and the exporter, which a runtime has not
+    figures["opened_bytes"] = resident()
     for name, request in setting.requests.items():
         runs = [setting.run(request) for _ in range(arguments.rounds)]
         seconds = statistics.median(run.decode for run in runs)
         figures[name] = {"prefill": summary([run.prefill for run in runs]), "tokens_per_second": 1 / seconds}
     return figures | {"run_peak_bytes": peak()}
+
+
+def resident() -> int:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def peak() -> int:

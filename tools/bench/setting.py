@@ -54,6 +54,8 @@ BENCHMARKS = (
     "kv_cache",
     "fleet",
     "quantised",
+    "quantised_steps",
+    "int8_linear",
     "serve",
     "overlap",
 )
