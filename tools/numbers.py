@@ -379,12 +379,6 @@ def table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def shapes_of(name: str) -> list[dict[str, Any]]:
-    """The results of a benchmark at each shape that it was run at, the smallest first."""
-    files = [name, *(f"{name}_{shape}" for shape in ("qwen2-1.5b", "qwen2-7b"))]
-    return [load(file) for file in files if (RESULTS / f"{file}.json").is_file()]
-
-
 TABLES: Mapping[str, Callable[[], str]] = {
     "backends": lambda: backends(load("backends")) if (RESULTS / "backends.json").is_file() else NOT_MEASURED,
     "figures": figures,
@@ -393,14 +387,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "overlap": lambda: overlap(load("overlap")),
     "fleet": lambda: fleet(load("fleet")),
-    "quantised answers": lambda: quantized_tables.answers(load("quantized_accuracy")),
-    "quantised families": lambda: quantized_tables.families(load("quantized_families")),
-    "quantised speed": lambda: "\n\n".join(map(quantized_tables.speed, shapes_of("quantised"))),
-    "int8 linear": lambda: quantized_tables.int8_linear(load("int8_linear")),
-    "quantised steps": lambda: quantized_tables.steps(shapes_of("quantised_steps")),
-    "quantised reduction": lambda: quantized_tables.kept(load("quantized_accuracy")),
     "serving": serving_or_how,
-}
+} | quantized_tables.tables(load)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The tables of docs/quantisation.md on answers and kept tokens, of what tools.quantized_accuracy has measured."""
+"""The tables of docs/quantisation.md: answers and kept tokens, seconds and bytes, from the results of benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 KINDS = ("merge by threshold", "merge by rank", "prune by rank")
@@ -159,13 +160,32 @@ def _steps(result: dict[str, Any]) -> str:
     for name, contender in contenders.items():
         backend, _, weights = name.partition(":")
         cells = [f"{contender['llm_bytes'] / 1e9:.2f} GB"]
-        cells += [f"{1000 * contender[at]['least_s']:.1f} ms ({contender[at]['over_first']:.2f}x)" for at in lengths]
+        for at in lengths:
+            ratio = f" ({contender[at]['over_first']:.2f}x)" if len(contenders) > 1 else ""
+            cells.append(f"{1000 * contender[at]['least_s']:.1f} ms{ratio}")
         rows.append((f"`{weights}`", backend, *cells))
     heading = (
         f"{result['shape']} shape (`{result['command']}`), the processor's seconds of a decode step on one thread, the "
         f"least of {result['rounds']} rounds in turn"
     )
     return f"{heading}:\n\n{table(('weights', 'backend', 'LLM', *(f'behind {at}' for at in lengths)), rows)}"
+
+
+def memory(result: dict[str, Any]) -> str:
+    """What a large bundle took when it was built and answered alone."""
+    reduced = result["ours at cost 0.3"]
+    rows = [
+        ("weights of the LLM's files", f"{result['llm_bytes'] / 1e9:.2f} GB"),
+        ("peak of building, one process", f"{result['build_peak_bytes'] / 1e9:.2f} GB"),
+        ("opened", f"{result['opened_bytes'] / 1e9:.2f} GB"),
+        ("peak of answering", f"{result['run_peak_bytes'] / 1e9:.2f} GB"),
+        ("of these the benchmark's imports", f"{result['imports_bytes'] / 1e9:.2f} GB"),
+        (f"prefill of {result['tokens']} tokens at cost 0.3", f"{reduced['prefill']['median_s']:.0f} s"),
+        ("tokens a second behind it", f"{reduced['tokens_per_second']:.2f}"),
+    ]
+    load = result["machine"]["load_before"]
+    heading = f"{result['shape']} shape, `{result['weights']}` (`{result['command']}`), with a load of {load} beside it"
+    return f"{heading}:\n\n{table(('', ''), rows)}"
 
 
 def int8_linear(result: dict[str, Any]) -> str:
@@ -181,3 +201,29 @@ def int8_linear(result: dict[str, Any]) -> str:
         ]
         rows.append((name, *cells, f"{100 * form[lengths[-1]]['error']:.1f} %"))
     return table(("weights", *lengths, "error"), rows)
+
+
+def tables(load: Callable[[str], dict[str, Any]]) -> dict[str, Callable[[], str]]:
+    """The tables of the page by their names there.
+
+    Args:
+        load: reads the results of a benchmark; raises FileNotFoundError where it was not run.
+    """
+
+    def of_shapes(name: str) -> list[dict[str, Any]]:
+        """The results at each shape that a benchmark was run at, the smallest first."""
+        found = []
+        for file in (name, f"{name}_qwen2-1.5b", f"{name}_qwen2-7b"):
+            with suppress(FileNotFoundError):
+                found.append(load(file))
+        return found
+
+    return {
+        "quantised memory": lambda: memory(load("quantised_alone_qwen2-7b")),
+        "quantised answers": lambda: answers(load("quantized_accuracy")),
+        "quantised families": lambda: families(load("quantized_families")),
+        "quantised reduction": lambda: kept(load("quantized_accuracy")),
+        "quantised speed": lambda: "\n\n".join(map(speed, of_shapes("quantised"))),
+        "quantised steps": lambda: steps(of_shapes("quantised_steps")),
+        "int8 linear": lambda: int8_linear(load("int8_linear")),
+    }
