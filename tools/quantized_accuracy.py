@@ -79,11 +79,13 @@ DEEP = (Case("framefusion", 0.3, 0.97), Case("framefusion", 0.1, 0.9), Case("fas
 def main() -> None:
     arguments = parse()
     with working_folder(arguments.work) as work:
-        bundles = {name: make(work) for name, make in FORMATS.items()}
+        bundles = {name: make(work) for name, make in (HEADS if arguments.heads else FORMATS).items()}
         question_list = questions(arguments.questions, clips.STAYS[arguments.clips])
         rows = answered(bundles, question_list, arguments.deep, work / f"{arguments.clips}.jsonl", arguments.jobs)
     figures = {"clips": arguments.clips, "deep_questions": arguments.deep} | summary(rows)
-    report(RESULTS[arguments.clips], figures, write=arguments.write)
+    report(
+        RESULTS[arguments.clips], figures, write=arguments.write, file="quantized_heads" if arguments.heads else None
+    )
 
 
 # --- Bundles --------------------------------------------------------------------------------------------------------
@@ -113,6 +115,13 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
     "AWQ, 128": lambda work: read(work, "awq", quantized_checkpoints.awq, AWQ),
 }
 """Name -> how its bundle is made in a folder."""
+HEADS: dict[str, Callable[[Path], Path]] = {
+    FLOATS: FORMATS[FLOATS],
+    "int8+head4": lambda work: built(work, BuildOptions(weights="int8+head4"), "int8+head4"),
+    "int4:32+head": lambda work: built(work, BuildOptions(weights="int4:32+head"), "int4_32+head"),
+    "int4:32+head4": lambda work: built(work, BuildOptions(weights="int4:32+head4"), "int4_32+head4"),
+}
+"""The same with quantized heads."""
 
 
 # --- Answers --------------------------------------------------------------------------------------------------------
@@ -326,6 +335,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--deep", type=int, default=300, help="of these, asked under the cases of DEEP, too")
     parser.add_argument("--clips", choices=tuple(clips.STAYS), default="lasting", help="how long objects are seen")
+    parser.add_argument("--heads", action="store_true", help="quantized heads in place of the other formats")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--work", type=Path, help="bundles and answers; kept")
     parser.add_argument("--write", action="store_true", help="write tools/bench/results/quantized_accuracy*.json")

@@ -221,6 +221,7 @@ def tables(load: Callable[[str], dict[str, Any]]) -> dict[str, Callable[[], str]
     return {
         "quantised memory": lambda: memory(load("quantised_alone_qwen2-7b")),
         "quantised answers": lambda: answers(load("quantized_accuracy")),
+        "quantised heads": lambda: answers(load("quantized_heads")),
         "quantised families": lambda: families(load("quantized_families")),
         "quantised reduction": lambda: kept(load("quantized_accuracy")),
         "quantised speed": lambda: "\n\n".join(map(speed, of_shapes("quantised"))),
