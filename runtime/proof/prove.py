@@ -4,6 +4,7 @@
     each run       kept tokens and the scores behind them, logits behind the prompt and behind each token of the answer
     together       logits behind the tokens of all answers as one number, where limits were measured (quantized weights)
     in parts       the last segment's prefill in parts, where the backend would do that to a long prompt
+    rows at once   runs that join and leave one batch, each beside itself alone, where the backend batches
     chosen         the tokens that a device takes by itself, from the largest logit on, against its own logits
 
 Errors are shares of the golden's largest magnitude. Two scores may be nearer to each other than rounding: where a
@@ -123,7 +124,10 @@ def prove(bundle: Bundle, backend: Backend, golden: Golden) -> Proof:
     if dense is not None and backend.chunk is not None and _has_parts(bundle):
         answer = rehearsal.answer(None, chunk=-(-golden.request.length // PARTS), decode=False)
         stages.append(_logits(f"{dense.name}, in parts: logits", answer.logits, dense.logits[:1], rehearsal, golden))
-    # 4. The tokens that the device chooses by itself, where it is not the host that chooses them.
+    # 4. Requests of unequal lengths in one call, as a server decodes them.
+    if rehearsal.batch_size > 1 and golden.runs:
+        stages.append(_in_a_batch(rehearsal, golden))
+    # 5. The tokens that the device chooses by itself, where it is not the host that chooses them.
     if backend.device is not HOST and all(stage.right for stage in stages):
         stages.append(_chosen(rehearsal, golden))
     return Proof(tuple(stages), time.perf_counter() - start)
@@ -150,6 +154,19 @@ def _chosen(rehearsal: Rehearsal, golden: Golden) -> Stage:
     return Stage(what, worst, limit)
 
 
+def _in_a_batch(rehearsal: Rehearsal, golden: Golden) -> Stage:
+    """The first run, the last and the first once more in one batch, as far as each is from itself alone."""
+    runs = [golden.runs[index] for index in (0, -1, 0)[: rehearsal.batch_size]]
+    settings = [(run.cost, run.similarity_lower_bound) for run in runs]
+    alone = [rehearsal.alone(*setting).logits[1:] for setting in settings]
+    found = rehearsal.together(settings)
+    pairs = [pair for rows in zip(found, alone, strict=True) for pair in zip(*rows, strict=True)]
+    errors = [float(np.abs(ours - theirs).max()) / float(np.abs(theirs).max()) for ours, theirs in pairs]
+    are_equal = all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+    note = "" if are_equal else "not bit for bit those of each row alone"
+    return Stage(f"{len(runs)} rows at once: decoded logits", _largest(0.0, *errors), golden.limits.numbers, note)
+
+
 def _tower(rehearsal: Rehearsal, tower: GoldenTower, golden: Golden) -> Stage:
     rows = rehearsal.tower(tower.picture)
     error = (
@@ -161,7 +178,7 @@ def _tower(rehearsal: Rehearsal, tower: GoldenTower, golden: Golden) -> Stage:
 def _run(rehearsal: Rehearsal, run: GoldenRun, golden: Golden) -> tuple[Answer | None, list[Stage]]:
     """Kept tokens, scores and logits of one run; the answer, where its logits are comparable."""
     limits = golden.limits
-    answer = rehearsal.answer(run.cost, run.similarity_lower_bound)
+    answer = rehearsal.alone(run.cost, run.similarity_lower_bound)
     others = _differing(answer.kept, run.kept)
     kept = sum(map(len, run.kept))
     errors = _score_errors(answer.decisions, run.calls) if not others else {}

@@ -7,7 +7,7 @@ compares. Judges nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from framefusion.reduction.policy import Decision, ReductionState
 from framefusion.runtime.backends.base import Backend
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.batching.decode_batch import BatchRow, DecodeBatch
 from framefusion.runtime.generation.decode import Decoder, GreedyDecoder
 from framefusion.runtime.generation.embedder import Embedder, Embedding
 from framefusion.runtime.generation.fixed_prefill import prefill_fixed
@@ -27,6 +28,7 @@ from framefusion.runtime.proof.canned import CannedPicture, CannedRequest
 from framefusion.runtime.request import Request, Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 
+ROWS = 3  # of a batch that is proven
 Array = NDArray[Any]
 Following = Callable[[ReductionState], ReductionState]
 """What a reduction's state is replaced with before it begins."""
@@ -65,6 +67,7 @@ class Rehearsal:
         self._backend = backend
         self._table = Embedding(bundle.folder, self.manifest.embedding)
         self._embedder = Embedder(self.manifest, self._table, backend)
+        self._alone: dict[tuple[float | None, float | None], Answer] = {}
 
     def tower(self, picture: CannedPicture) -> Array:
         """Rows of the vision tower.  [1+K, n, D]"""
@@ -137,6 +140,54 @@ class Rehearsal:
         steps = (decoder.step(hidden[step], cos[step], sin[step]) for step in range(new))
         logits += [row.astype(np.float32) for row in steps]  # copied: a step overwrites what the last one gave
         return Answer(kept, decisions, logits)
+
+    def alone(self, cost: float | None, bound: float | None) -> Answer:
+        """The same as a user gets it, run once; see `answer`."""
+        if (cost, bound) not in self._alone:
+            self._alone[cost, bound] = self.answer(cost, bound)
+        return self._alone[cost, bound]
+
+    @property
+    def batch_size(self) -> int:
+        """Requests that are decoded together in a proof; 0 where the backend takes one at a time."""
+        segments = Segments(self.manifest, self._backend)
+        return 0 if segments.batch_refusal is not None else min(ROWS, segments.max_batch_size or ROWS)
+
+    def together(self, settings: Sequence[tuple[float | None, float | None]]) -> list[list[NDArray[np.float32]]]:
+        """Prefill requests one after the other and decode them in one batch, each from a step later on than the last.
+
+        Args:
+            settings: cost and bound of each, as for `answer`.
+
+        Returns:
+            Of each the logits [V] behind each token of the answer.
+
+        Raises:
+            BackendError: the backend refuses or fails.
+        """
+        segments = Segments(self.manifest, self._backend)
+        batch = DecodeBatch(segments)
+        (cos, sin) = self._rotary()
+        hidden = self._table(self.request.answer_ids(self.manifest))
+        rows: list[BatchRow] = []
+        logits: list[list[NDArray[np.float32]]] = [[] for _ in settings]
+        for number in range(len(settings) + self.request.answer - 1):
+            # 1. One more request joins those that run.
+            if number < len(settings):
+                done = self._prefilled(segments, self.reduction(*settings[number]))
+                rows.append(batch.join(done.caches))
+            running = [index for index, row in enumerate(rows) if number - index < self.request.answer]
+            # 2. All are fed, then one step has the logits of all.
+            for index in running:
+                step = number - index
+                rows[index].feed(hidden[step], cos[step], sin[step])
+            for index in running:
+                logits[index].append(rows[index].logits().astype(np.float32))
+            # 3. Who is done leaves, and another takes its place.
+            for index in running:
+                if number - index == self.request.answer - 1:
+                    rows[index].leave()
+        return logits
 
     def chosen(self) -> Chosen:
         """Prefill with every token, and have the device choose the answer; then the same tokens step by step.

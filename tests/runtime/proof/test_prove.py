@@ -20,6 +20,7 @@ from tests.runtime.proof.wrong_backends import (
     AnswersNaN,
     BlursTheTower,
     Chooses,
+    ConfusesRows,
     Honest,
     LosesImportance,
     LosesNumbers,
@@ -45,7 +46,8 @@ def test_onnxruntime_on_the_cpu_is_right(bundle: Path) -> None:
     assert names[:3] == ["rows of the vision tower", "dense: logits", "dense: decoded logits"]
     assert "cost 0.3: importance" in names
     assert "cost 0.4: similarity" in names
-    assert names[-1] == "dense, in parts: logits"
+    assert names[-2:] == ["dense, in parts: logits", "3 rows at once: decoded logits"]
+    assert (proof.stages[-1].error, proof.stages[-1].note) == (0.0, "")  # bit for bit
     assert proof.worst.error < 2e-5  # the limit is not what makes it right
     assert proof.text.startswith("right, largest error ")
 
@@ -78,6 +80,7 @@ def test_weights_of_another_checkpoint_in_one_segment(bundle: Path, tmp_path: Pa
         (MisplacesSimilarity, {"cost 0.4: similarity", "cost 0.3: similarity"}, {"dense: logits"}),
         (LosesImportance, {"cost 0.3: kept tokens", "cost 0.3: importance"}, {"dense: logits"}),
         (LosesNumbers, {"cost 0.3: kept tokens", "cost 0.3: importance"}, {"dense: logits"}),
+        (ConfusesRows, {"3 rows at once: decoded logits"}, {"dense: decoded logits", "cost 0.3: decoded logits"}),
         (AnswersNaN, {"dense: logits", "dense: decoded logits"}, {"rows of the vision tower"}),
         (BlursTheTower, {"rows of the vision tower"}, {"dense: logits", "cost 0.3: logits"}),
     ],

@@ -182,6 +182,16 @@ class AnswersNaN(Rewrites):
         array[...] = np.nan
 
 
+class ConfusesRows(Rewrites):
+    """Rows of a batch get each other's logits."""
+
+    output = "logits"
+
+    def change(self, array: Any) -> None:
+        """One row on."""
+        array[...] = np.roll(array, 1, axis=0)
+
+
 class BlursTheTower(Rewrites):
     """The vision tower's rows are a little too small."""
 
