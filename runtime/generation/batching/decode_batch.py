@@ -36,6 +36,7 @@ class BatchRow:
     Attributes:
         caches: of each segment; while the row is in the batch, views of the slabs.
         seconds: of the steps that it took part in.
+        is_finite: all its logits were numbers.
     """
 
     def __init__(self, batch: DecodeBatch, index: int, caches: Sequence[SegmentCache]) -> None:
@@ -46,6 +47,7 @@ class BatchRow:
         self._batch = batch
         self.inputs: tuple[Rows, Rows, Rows] | None = None  # of the step that comes: [D], [hd/2], [hd/2]
         self.scores: Rows | None = None  # [V] of the last step, until they are taken
+        self.is_finite = True
 
     def feed(self, hidden: Rows, cos: Rows, sin: Rows) -> None:
         """Give the token chosen last, which the next step computes: embedding [D] and tables [hd/2].
@@ -128,12 +130,17 @@ class DecodeBatch:
                         held = buffers[layer][:, :, :length]
                         buffers[layer] = device.empty(held.shape, held.dtype)
                         device.copy(buffers[layer], held)
-            # 2. The last row takes its place.
+            # 2. Numbers that are none stay behind in no slot: a backend may multiply what it masks by zero.
+            if not row.is_finite:
+                for buffer in (buffer for slab in self._slabs for buffer in (*slab.keys, *slab.values)):
+                    there = buffer[row.index : row.index + 1]
+                    device.copy(there, device.zeros(there.shape, self._segments.cache_type))
+            # 3. The last row takes its place.
             last = self._rows.pop()
             if last is not row:
                 self._rows[row.index] = last
                 self._move(last, row.index)
-            # 3. Slabs that became far too large are given back.
+            # 4. Slabs that became far too large are given back.
             self._resize(self._rows)
 
     def take_logits(self, row: BatchRow) -> Rows:
@@ -172,6 +179,7 @@ class DecodeBatch:
                 cache.lengths += 1
             row.inputs = None
             row.scores = logits[row.index]
+            row.is_finite = row.is_finite and bool(np.isfinite(row.scores).all())
             row.seconds += seconds
         self._on_step(len(fed))
 

@@ -240,6 +240,27 @@ def test_rows_refuse_what_they_have_no_room_for(bench: Bench) -> None:
 
 
 @pytest.mark.slow
+def test_numbers_that_are_none_stay_in_no_slot(bench: Bench) -> None:
+    """Else a backend that masks what another row left would multiply them by zero."""
+    laid_out, rows = bench.prompts[2]
+    batch = DecodeBatch(bench.pipeline.segments)
+    first, second = (
+        batch.join(bench.pipeline.prefill(laid_out, rows, Request(4), Stopwatch()).caches) for _ in range(2)
+    )
+    values: Any = first.caches[0].values[0]
+    values[:, :, 1] = np.inf
+    model = bench.pipeline.manifest.model
+    inputs = [np.zeros(width, np.float32) for width in (model.hidden_size, *[model.head_dim // 2] * 2)]
+    for row in (first, second):
+        row.feed(*inputs)
+    assert [bool(np.isfinite(row.logits()).all()) for row in (first, second)] == [False, True]
+    first.leave()
+    slabs: Any = [buffer for slab in batch._slabs for buffer in (*slab.keys, *slab.values)]
+    assert all(np.isfinite(buffer).all() for buffer in slabs)
+    second.leave()
+
+
+@pytest.mark.slow
 def test_sessions_share_a_batch_and_keep_their_conversations(bench: Bench, film: Path) -> None:
     """Two conversations of two turns in lockstep, one of which gives a turn up and puts it again."""
     pipeline = bench.pipeline
