@@ -1,6 +1,7 @@
 """The server under load: 8 clients at once beside one after the other, first tokens under a prefill, room in the cache.
 
     python -m tools.bench.serve --write                # throughput, first tokens, room: results/serve.json
+    python -m tools.bench.serve --backend inductor --dtype bfloat16 --write
     python -m tools.bench.serve --soak 120 --write     # two hours of mixed load: results/serve_soak.json
 
 A server in a process of its own, asked by the openai package. Each client asks about a film of its own, then a second
@@ -26,9 +27,11 @@ from typing import Any
 import numpy as np
 
 from framefusion.export.options import BuildOptions
+from framefusion.runtime.backends.table import backend_names, engine_kinds
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.memory import slot_bytes
 from framefusion.runtime.pipeline import Pipeline
+from framefusion.runtime.proof.opening import open_proven
 from tools.bench.serving.asking import Answer, Ask, Expected, ask, draw_film, expected, percentiles
 from tools.bench.serving.process import Server, serving
 from tools.bench.serving.soak import soak
@@ -41,6 +44,7 @@ SOAK_TOKENS = 64  # of an answer, at most
 QUESTIONS = ("What happens first?", "Who is there?", "Describe the scene.", "And at the end?")
 SECOND = "And what else?"
 TRAINED = TOKENIZER.parent
+USUAL = ("onnxruntime", "float32")
 
 
 def main() -> None:
@@ -55,18 +59,25 @@ def main() -> None:
             for number in range(arguments.clients)
         ]
         flags = ["--allowed-local-media-path", folder, "--max-running", arguments.clients, "--max-waiting", 64]
+        flags += ["--backend", arguments.backend]
         flags += ["--cache-mb", SOAK_MB if arguments.soak else 1024 * GIGABYTES, "--threads", arguments.threads]
         measure = _soak if arguments.soak else _measure
         figures = measure(arguments, bundle, films, folder, flags)
-    common = {"shape": arguments.shape, "threads": arguments.threads, "clients": arguments.clients}
+    common = {"shape": arguments.shape, "backend": arguments.backend, "dtype": arguments.dtype}
+    common |= {"threads": arguments.threads, "clients": arguments.clients}
     common |= {"film": f"{arguments.frames} x {arguments.grid[0] * arguments.grid[1]} tokens"}
     common |= {"load_after": round(os.getloadavg()[0], 2)}
-    report("serve", common | figures, write=arguments.write, file="serve_soak" if arguments.soak else "serve")
+    name = "serve_soak" if arguments.soak else "serve"
+    if (arguments.backend, arguments.dtype) != USUAL:
+        name += f"_{arguments.backend}_{arguments.dtype}"
+    report("serve", common | figures, write=arguments.write, file=name)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=(*SHAPES, "trained"), default="qwen2-0.5b")
+    parser.add_argument("--backend", choices=backend_names(), default=USUAL[0], help="inductor's engines are compiled")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default=USUAL[1])
     parser.add_argument("--frames", type=int, default=16, help="temporal grids of a film, two frames each")
     parser.add_argument("--grid", type=_pair, default=(16, 8), help="rows x columns of tokens in one")
     parser.add_argument("--costs", type=lambda text: [float(x) for x in text.split(",")], default=[1.0, 0.3, 0.1])
@@ -94,8 +105,19 @@ def _bundle(arguments: argparse.Namespace) -> Path:
     else:
         checkpoint = write_checkpoint(SHAPES[arguments.shape], arguments.work / f"{arguments.shape}-checkpoint")
         depth = min(7, SHAPES[arguments.shape].num_layers - 2)
-    options = BuildOptions.chosen(similarity_lower_bound=0.6, depth=depth, max_input_len=4096)
-    return open_bundle(checkpoint, arguments.work / f"{arguments.shape}-serve", options)
+    kind = arguments.backend if arguments.backend in engine_kinds() else None
+    options = BuildOptions.chosen(
+        similarity_lower_bound=0.6, depth=depth, max_input_len=4096, dtype=arguments.dtype, backend=kind
+    )
+    suffix = "" if (kind, arguments.dtype) == (None, USUAL[1]) else f"-{kind or 'graphs'}-{arguments.dtype}"
+    return open_bundle(checkpoint, arguments.work / f"{arguments.shape}-serve{suffix}", options)
+
+
+def _pipeline(bundle: Path, arguments: argparse.Namespace) -> Pipeline:
+    """What has no server, on the same backend."""
+    opened = Bundle(bundle)
+    (choice, backend) = open_proven(opened, arguments.backend, threads=arguments.threads, say=_say)
+    return Pipeline(opened, backend, choice=choice)
 
 
 def _measure(
@@ -106,7 +128,7 @@ def _measure(
             for cost in arguments.costs}  # fmt: skip
     # 1. The answers of a pipeline by itself, and what they hold in the caches.
     _say("answers by themselves")
-    answers, room = _answers(bundle, arguments.threads, asks)
+    answers, room = _answers(bundle, arguments, asks)
     with serving(bundle, folder, *flags) as server:
         _require_batches(server)
         client = server.client()
@@ -131,12 +153,12 @@ def _measure(
 
 
 def _answers(
-    bundle: Path, threads: int, asks: Mapping[float, Sequence[Ask]]
+    bundle: Path, arguments: argparse.Namespace, asks: Mapping[float, Sequence[Ask]]
 ) -> tuple[dict[float, Expected], dict[str, Any]]:
     """By cost: the answers to the first client, and how many such requests the cache has room for."""
     room: dict[str, Any] = {}
     answers: dict[float, Expected] = {}
-    with Pipeline(Bundle(bundle), threads=threads) as pipeline:
+    with _pipeline(bundle, arguments) as pipeline:
         slot = slot_bytes(pipeline.manifest)
         for cost, (wanted, *_) in asks.items():
             found = expected(pipeline, wanted)
@@ -248,7 +270,7 @@ def _soak(
     """A mixed load; see `tools.bench.serving.soak`."""
     pool = _pool(arguments, films)
     _say(f"{len(pool)} answers by themselves")
-    with Pipeline(Bundle(bundle), threads=arguments.threads) as pipeline:
+    with _pipeline(bundle, arguments) as pipeline:
         answers: list[tuple[Ask, Expected]] = [(wanted, expected(pipeline, wanted)) for wanted in pool]
     with serving(bundle, folder, *flags) as server:
         _require_batches(server)
