@@ -133,7 +133,9 @@ class Decoder:
                 shape = (record.deepstack, self._width, model.hidden_size)
                 inputs["deepstack"] = device.zeros(shape, model.float_type)
             outputs = segments.outputs(record, self._width)
-            bound.append(segments.backend.bind(record.decode, inputs, outputs.bound, cache))
+            scores = ("similarity", "importance")  # a prefill's: nothing is reduced behind it
+            wanted = {name: buffer for name, buffer in outputs.bound.items() if name not in scores}
+            bound.append(segments.backend.bind(record.decode, inputs, wanted, cache))
             if outputs.hidden is not None:
                 common["hidden"] = outputs.hidden
         self._logits = outputs.small["logits"]

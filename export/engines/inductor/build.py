@@ -10,6 +10,7 @@ lies (runtime/backends/inductor/backend.py). Segments of one structure therefore
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -37,12 +38,16 @@ from framefusion.export.engines.inductor.attention import FORMS
 from framefusion.export.engines.inductor.choice import Geometry, choose
 from framefusion.export.engines.inductor.graph import export, flattened, kinds_of
 from framefusion.export.engines.inductor.join import join_products
-from framefusion.export.graphs.graph_plan import EXAMPLE_LENGTH, GraphModule, Signature
+from framefusion.export.engines.inductor.step import BATCHED, Step, product_form, replacements
+from framefusion.export.graphs.decoder import Segment
+from framefusion.export.graphs.graph_plan import EXAMPLE_LENGTH, GraphModule, Role, Signature
 from framefusion.export.plan.build_plan import WEIGHTS, BuildPlan
 from framefusion.runtime.backends.inductor.backend import KIND, PLACES, load_package
+from framefusion.runtime.backends.inductor.step import MODEL, STEP, TENSORS
 from framefusion.runtime.format.engine_record import EngineKind, TensorRecord
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.machine import cpu
+from framefusion.storage.records import to_json
 
 if TYPE_CHECKING:
     from framefusion.export.options import EngineOptions
@@ -67,9 +72,11 @@ class InductorSpec(EngineSpec):
 
     Attributes:
         module: makes that of the graph, on the meta device.
+        role: of the graph. One that decodes and has the option STEP is compiled as a step of several rows, too.
     """
 
     module: Callable[[], GraphModule]
+    role: Role = "vision"
 
     @property
     def device(self) -> str:
@@ -147,11 +154,14 @@ def specs(
     attention = attention_options(Geometry(*heads, getattr(torch, model.dtype), device))
     if device in JOINED:
         attention["products"] = "joined"
+    step = {STEP: product_form(getattr(torch, model.dtype), device)} if device in BATCHED else {}
+    options_of = {"vision": {}, "prefill": attention, "decode": attention | step, "both": attention | step}
     return {
         graph.name: InductorSpec(
             *(folder / graph.name, KIND, (target,), model.dtype),
-            options=options | (attention if graph.role != "vision" else {}),
+            options=options | options_of[graph.role],
             module=graph.module,
+            role=graph.role,
         )
         for graph in plan.graphs
     }
@@ -177,16 +187,33 @@ def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFac
     start = time.monotonic()
     with _alone():
         progress(0.0)
+        # 1. The module over the bundle's weights, whose places the package says.
         module = spec.module()
         dtype = getattr(torch, spec.dtype)
         places = give_weights(module, spec.graph, dtype, spec.device, join="products" in spec.options)
-        tokens = spec.options.get(MAX_AUTOTUNE, EXAMPLE_LENGTH)
-        program = export(module, dtype, spec.device, spec.options.get("attention", "masked"), tokens)
-        progress(0.2)
+        metadata = {PLACES: json.dumps(places)}
+        tune = MAX_AUTOTUNE in spec.options
+        programs: dict[str, torch.export.ExportedProgram] = {}
+        compiled: dict[str, list[str]] = {}
+        # 2. The graph, for any number of tokens of one row: a prompt, a part of one.
+        if STEP not in spec.options or spec.role != "decode":
+            tokens = spec.options.get(MAX_AUTOTUNE, EXAMPLE_LENGTH)
+            programs[MODEL] = export(module, dtype, spec.device, spec.options.get("attention", "masked"), tokens)
+            compiled[MODEL] = _compile(programs[MODEL], metadata, max_autotune=tune)
+            progress(0.5)
+        # 3. A token of each of several rows, over the same weights.
+        if STEP in spec.options:
+            assert isinstance(module, Segment)
+            step = Step(module)
+            others = replacements(spec.options[STEP])
+            programs[STEP] = export(step, dtype, spec.device, others=others)
+            tensors = json.dumps(to_json(_records(flattened(step.signature()), spec)))
+            compiled[STEP] = _compile(programs[STEP], metadata | {TENSORS: tensors})
+        # 4. One file of them, which has its name when it is whole.
         unfinished = target.with_name(target.name + SUFFIX)  # torch wants the suffix
         try:
-            _compile(program, unfinished, places, max_autotune=MAX_AUTOTUNE in spec.options)
-            if MAX_AUTOTUNE in spec.options:
+            _package(compiled, unfinished)
+            if tune:
                 _require_own_weights(unfinished, places, spec.device)
             os.replace(unfinished, target)
         finally:
@@ -197,7 +224,7 @@ def build_engine(spec: InductorSpec, target: Path, progress: Share) -> EngineFac
         sha256=None,  # torch writes the file
         targets=spec.targets,
         tensors=_records(flattened(module.signature()), spec),
-        layer_kinds=kinds_of(program),
+        layer_kinds=kinds_of(programs.get(MODEL) or programs[STEP]),
         seconds=time.monotonic() - start,
     )
 
@@ -249,16 +276,27 @@ def _alone() -> Iterator[None]:
 
 
 def _compile(
-    program: torch.export.ExportedProgram, target: Path, places: Mapping[str, Any], *, max_autotune: bool = False
-) -> None:
+    program: torch.export.ExportedProgram, metadata: Mapping[str, str], *, max_autotune: bool = False
+) -> list[str]:
+    """The files of a model, in torch's own cache."""
     settings = {
+        "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": False,
-        "aot_inductor.metadata": {PLACES: json.dumps(places)},
+        "aot_inductor.metadata": dict(metadata),
         "cpp.dynamic_threads": True,  # as many as the machine has that runs it, not this one
         "max_autotune": max_autotune,  # what it found is in torch's own cache, for the next compilation
     }
+    (arguments, keywords) = program.example_inputs
     with _compiler_errors(), sdpa_kernel(FUSED):
-        torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=settings)
+        module: Any = program.module(check_guards=False)
+        files: Any = torch._inductor.aot_compile(module, arguments, keywords, options=settings)
+    return list(files)
+
+
+def _package(models: dict[str, list[str]], target: Path) -> None:
+    """Put the files of models, by name, into one package."""
+    package = importlib.import_module("torch._inductor.package")  # seconds that a refusal need not wait for
+    package.package_aoti(str(target), models)
 
 
 def _require_own_weights(package: Path, places: Mapping[str, Any], device: str) -> None:

@@ -6,7 +6,9 @@ inputs alone (attention.py): what is left can be compiled to code that calls no 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,7 +59,12 @@ PLAIN = KERNELS | static_reduction.DECOMPOSITIONS
 
 
 def export(
-    module: GraphModule, dtype: torch.dtype, device: str, attention: str = "masked", tokens: int = EXAMPLE_LENGTH
+    module: GraphModule,
+    dtype: torch.dtype,
+    device: str,
+    attention: str = "masked",
+    tokens: int = EXAMPLE_LENGTH,
+    others: Mapping[Any, Any] = MappingProxyType({}),
 ) -> torch.export.ExportedProgram:
     """The graph in plain torch.
 
@@ -67,6 +74,7 @@ def export(
         device: as torch names it.
         attention: its form, of attention.FORMS.
         tokens: of the example, which the sizes that stay free are tuned for; a tower's are its own.
+        others: further operators, and what is to stand in their place.
     """
     flat = Flat(module)
     signature = flat.signature
@@ -79,7 +87,9 @@ def export(
     program = torch.export.export(flat, arguments, dynamic_shapes=shapes, strict=False)
     # 3. the custom ops give way to their own kernels, so that what is compiled calls no Python
     op = torch.ops.framefusion.cache_attention.default
-    plain: torch.export.ExportedProgram = program.run_decompositions(PLAIN | {op: cache_attention(attention)})
+    plain: torch.export.ExportedProgram = program.run_decompositions(
+        PLAIN | {op: cache_attention(attention)} | dict(others)
+    )
     return plain
 
 

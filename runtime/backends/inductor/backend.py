@@ -29,9 +29,17 @@ from framefusion.errors import BackendError, BundleError
 from framefusion.runtime.backends.base import BoundSegment, Device, empty_cache
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.cuda.decode.checked import CheckedGraphs
-from framefusion.runtime.backends.fit import require_fit
+from framefusion.runtime.backends.fit import compile_command, require_fit
 from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.inductor.device import TorchDevice, as_tensor, load_torch
+from framefusion.runtime.backends.inductor.step import (
+    MODEL,
+    STEP,
+    is_slotwise,
+    shown_names,
+    step_record,
+    whole_blocks,
+)
 from framefusion.runtime.backends.inductor.tokens import tensor_of
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
@@ -88,23 +96,46 @@ class InductorBackend(HostBackend):
             self._torch.set_num_threads(threads)
         self._weights: dict[Path, Any] = {}  # files, mapped
         self._copies: dict[object, Any] = {}  # graphs over one file share its tensors
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[tuple[str, str], Engine] = {}  # by graph and model
 
     def open(self, graphs: Sequence[str]) -> None:
         """See `Backend.open`."""
         for graph in graphs:
-            self.engine(graph)
+            for model in self._models(graph):
+                self.engine(graph, model)
 
-    def engine(self, graph: str) -> Engine:
-        """The engine of a graph, loaded."""
-        if graph not in self._engines:
-            record = self._bundle.engine(graph, KIND)
-            if record is None:
-                raise BackendError(f"{self._bundle.folder} holds no {KIND} engine of {graph}: compile it again")
-            self._engines[graph] = self._load(record)
-        return self._engines[graph]
+    def engine(self, graph: str, model: str = MODEL) -> Engine:
+        """A model of a graph's engine, loaded."""
+        if (graph, model) not in self._engines:
+            self._engines[graph, model] = self._load(self._record(graph), model)
+        return self._engines[graph, model]
 
-    def _load(self, record: EngineRecord) -> Engine:
+    def _record(self, graph: str) -> EngineRecord:
+        record = self._bundle.engine(graph, KIND)
+        if record is None:
+            raise BackendError(f"{self._bundle.folder} holds no {KIND} engine of {graph}: compile it again")
+        return record
+
+    def _models(self, graph: str) -> tuple[str, ...]:
+        """What the engine of a graph holds: a graph that decodes and does nothing else is a step alone."""
+        if STEP not in self._record(graph).options:
+            return (MODEL,)
+        prefills = {segment.prefill for segment in self._bundle.manifest.segments}
+        return (MODEL, STEP) if graph in prefills else (STEP,)
+
+    def batch_refusal(self, graph: str) -> str | None:
+        """See `Backend.batch_refusal`: the engine's record says whether it holds a step of several rows."""
+        if STEP in self._models(graph):
+            return None
+        if self._device_name != _CPU:
+            return f"{self.name}'s engines of a GPU decode one row at a time, no GPU has run a batch of them yet"
+        command = compile_command(self._bundle.folder, self._bundle.manifest, KIND)
+        return (
+            f"{self._record(graph).file} takes one row, as it was compiled before there were batches: compile it "
+            f"again, {command}"
+        )
+
+    def _load(self, record: EngineRecord, model: str) -> Engine:
         path = self._bundle.folder / record.file
         if record.targets[0].split()[0] != self._device_name:
             raise BackendError(
@@ -112,8 +143,11 @@ class InductorBackend(HostBackend):
                 f"there, or compile with --device {self._device_name}"
             )
         try:
-            package = load_package(path, self._device_name)
-            places = parse_json(package.get_metadata()[PLACES].encode())
+            package = load_package(path, self._device_name, model)
+            metadata = package.get_metadata()
+            places = parse_json(metadata[PLACES].encode())
+            if model == STEP:
+                record = step_record(record, metadata)
             tensors = self._tensors(self._weights_of(record.graph, places["file"]), places["tensors"], record.dtype)
             package.load_constants(tensors, check_full_update=True, user_managed=True)
         except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
@@ -161,14 +195,18 @@ class InductorBackend(HostBackend):
         return copied
 
     def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
-        """Caches of zeros of these shapes, slot after slot in memory: [1, C, Hkv, hd] as [1, Hkv, C, hd]."""
+        """Caches of zeros, slot after slot in memory: [B, C, Hkv, hd] as [B, Hkv, C, hd]; whole blocks for a step."""
+        if STEP in self._models(record.decode):
+            shapes = [(*shape[:2], whole_blocks(shape[2]), *shape[3:]) for shape in shapes]
         return slotwise_cache(self.device, shapes, dtype)
 
     def bind(
         self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], cache: SegmentCache | None
     ) -> InductorSegment:
-        """See `Backend.bind`."""
-        return InductorSegment(self.engine(graph), inputs, outputs, cache)
+        """See `Backend.bind`: a token of each row, whose scores nobody wants, is the step's, one row's as well."""
+        models = self._models(graph)
+        is_step = STEP in models and inputs["hidden"].shape[1] == 1 and not {"similarity", "importance"} & set(outputs)
+        return InductorSegment(self.engine(graph, STEP if is_step else MODEL), inputs, outputs, cache)
 
     def chain(self, segments: Sequence[BoundSegment]) -> Callable[[], None]:
         """See `Backend.chain`: a step is replayed as a CUDA graph where its shapes are those of the next one, too."""
@@ -188,6 +226,7 @@ class Engine:
 
     def __init__(self, torch: ModuleType, record: EngineRecord, package: Any, tensors: Mapping[str, Buffer]) -> None:
         self.torch = torch
+        self.shown = {name: layer for layer, name in enumerate(shown_names(record))}
         self.record = record
         self._package = package
         self._tensors = tensors  # the package has their addresses only
@@ -217,36 +256,58 @@ class InductorSegment:
     ) -> None:
         self._engine = engine
         self.outputs = outputs
-        caches = {} if cache is None else cache.named("past")
+        past = {} if cache is None else cache.named("past")
         names = {tensor.name for tensor in engine.inputs}
         self.inputs = {name: buffer for name, buffer in inputs.items() if name in names}
-        self._arguments = {name: engine.tensor(buffer) for name, buffer in {**self.inputs, **caches}.items()}
+        self._arguments = {name: engine.tensor(buffer) for name, buffer in {**self.inputs, **past}.items()}
         self._targets = {name: engine.tensor(buffer) for name, buffer in outputs.items()}
-        self._kv_len = self.inputs.get("kv_len") if caches else None
+        self._kv_len = self.inputs.get("kv_len") if past else None
         # the CPU's engines were always shown what is taken alone
-        shown = engine.record.options.get("caches", "cut" if isinstance(self._kv_len, np.ndarray) else "whole")
-        self.is_cut = self._kv_len is not None and shown == "cut"
+        caches = engine.record.options.get("caches", "cut" if isinstance(self._kv_len, np.ndarray) else "whole")
+        self.is_cut = self._kv_len is not None and caches == "cut"
         self._check()
 
     def _check(self) -> None:
         """An engine trusts its inputs: one of another type or size would be read beyond its end."""
+        rows = self._arguments["hidden"].shape[0] if self._engine.shown else 1
         for record in self._engine.inputs:
+            if record.name in self._engine.shown:
+                continue
             tensor = self._arguments[record.name]
             dtype = str(tensor.dtype).removeprefix("torch.")
             shape = tuple(tensor.shape)
             has_rank = len(shape) == len(record.shape)
             fits = has_rank and all(a in (-1, b) for a, b in zip(record.shape, shape, strict=True))
+            if self._engine.shown:  # the sizes that are free together
+                fits = fits and shape[0] == rows * (len(self._engine.shown) if record.name == "kv_len" else 1)
             if dtype != record.dtype or not fits:
                 raise BackendError(
                     f"{record.name} is {dtype} {shape}, {self._engine.record.file} takes {record.dtype} {record.shape}"
                 )
+            if record.name.startswith("past_") and not is_slotwise(tensor):
+                raise BackendError(
+                    f"{record.name} does not lie slot after slot in memory, as engines of {KIND} read it"
+                )
 
     def run(self) -> None:
         """See `BoundSegment.run`."""
-        arguments = self._cut() if self.is_cut else self._arguments
+        if self._engine.shown:
+            arguments = self._arguments | self._shown()
+        else:
+            arguments = self._cut() if self.is_cut else self._arguments
         results = self._engine.run([arguments[record.name] for record in self._engine.inputs])
         for name, target in self._targets.items():
             tensor_of(target).copy_(results[name])
+
+    def _shown(self) -> dict[str, Buffer]:
+        """Sizes without memory: of each layer the slots of its longest row, in whole blocks as far as there are any."""
+        longest = tensor_of(self._arguments["kv_len"]).view(len(self._engine.shown), -1).amax(1).tolist()
+        torch = self._engine.torch
+        sizes = {
+            name: min(whole_blocks(longest[layer]), self._arguments[f"past_key_{layer}"].shape[2])
+            for name, layer in self._engine.shown.items()
+        }
+        return {name: torch.empty((size, 0), dtype=torch.uint8) for name, size in sizes.items()}
 
     @property
     def key(self) -> object:
@@ -265,21 +326,21 @@ class InductorSegment:
         }
 
 
-def load_package(path: Path, device: str) -> Any:
-    """A package as torch runs it: without its locks between threads, whose events no CUDA graph can hold."""
-    load = importlib.import_module("torch._inductor").aoti_load_package
-    return load(str(path), run_single_threaded=device != _CPU)
+def load_package(path: Path, device: str, model: str = MODEL) -> Any:
+    """A model of a package as torch runs it: without its locks between threads, whose events no CUDA graph can hold."""
+    load = importlib.import_module("torch._inductor.package").load_package
+    return load(str(path), model, run_single_threaded=device != _CPU)
 
 
 def slotwise_cache(device: Device, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
-    """Caches of zeros of these shapes, slot after slot in memory: [1, C, Hkv, hd] as [1, Hkv, C, hd]."""
-    cache = empty_cache(device, [(1, slots, heads, hd) for _, heads, slots, hd in shapes], dtype)
+    """Caches of zeros of these shapes, slot after slot in memory: [B, C, Hkv, hd] as [B, Hkv, C, hd]."""
+    cache = empty_cache(device, [(rows, slots, heads, hd) for rows, heads, slots, hd in shapes], dtype)
     keys = [_swapped(buffer) for buffer in cache.keys]
     values = [_swapped(buffer) for buffer in cache.values]
     return SegmentCache(keys, values, cache.lengths)
 
 
 def _swapped(buffer: Buffer) -> Buffer:
-    """[1, C, Hkv, hd] as [1, Hkv, C, hd] over the same memory; arrays and tensors both can."""
+    """[B, C, Hkv, hd] as [B, Hkv, C, hd] over the same memory; arrays and tensors both can."""
     swapped: Buffer = tensor_of(buffer).swapaxes(1, 2)
     return swapped

@@ -21,20 +21,18 @@ import torch
 from torch import Tensor
 
 from framefusion.errors import BackendError, BundleError
-from framefusion.export.build import build
 from framefusion.export.check.check import Comparison, relative_error, tolerance_of
 from framefusion.export.check.observation import DECODED, draw_clip, observe, run
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.engines.cache import key_of
-from framefusion.export.engines.compile import compile_bundle
 from framefusion.export.engines.inductor import build as inductor
 from framefusion.export.engines.inductor.attention import FORMS, cache_attention
 from framefusion.export.engines.inductor.choice import LENGTHS, PREFERRED, Geometry, choose, measured
 from framefusion.export.engines.inductor.graph import PLAIN, export, flattened, kinds_of
 from framefusion.export.engines.inductor.join import join_products
 from framefusion.export.engines.jobs import components_of
-from framefusion.export.options import BuildOptions, EngineOptions, Resources
+from framefusion.export.options import BuildOptions, EngineOptions
 from framefusion.export.plan.build_plan import BuildPlan, replan
 from framefusion.ops.kernels import KERNELS
 from framefusion.runtime.backends.fit import examine
@@ -44,7 +42,6 @@ from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
-from tests.conftest import made_once
 from tests.export.test_build import MODES
 
 OPS = torch.ops.framefusion
@@ -209,7 +206,7 @@ def test_without_a_gpu_none_is_compiled_for(bundle: Path, plan: BuildPlan) -> No
 
 
 def test_autotuning_is_of_the_record_and_of_the_key(
-    bundle: Path, plan: BuildPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, plan: BuildPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Off without the flag; with it the compiler is told, and no engine of the one is taken for one of the other."""
     manifest = Bundle(bundle).manifest
@@ -233,10 +230,16 @@ def test_autotuning_is_of_the_record_and_of_the_key(
     assert long[0][1] == inductor.TUNED_TOKENS
     assert [(a, b) for a, b in zip(short, long, strict=True) if len(a) == 4 and b[2] - a[2] != 1015] == []
     told.clear()
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **given: told.append(given))
+    program: Any = SimpleNamespace(module=lambda **_: None, example_inputs=((), {}))
+
+    def record(*_: Any, options: Any) -> list[str]:
+        told.append(options)
+        return []
+
+    monkeypatch.setattr(torch._inductor, "aot_compile", record)
     for spec in (plain, tuned):
-        inductor._compile(None, tmp_path / "e", {}, max_autotune="max_autotune" in spec.options)  # type: ignore[arg-type]
-    assert [given["inductor_configs"]["max_autotune"] for given in told] == [False, True]
+        inductor._compile(program, {}, max_autotune="max_autotune" in spec.options)
+    assert [options["max_autotune"] for options in told] == [False, True]
 
 
 def test_autotuning_is_refused_where_its_kernels_repack_weights(
@@ -264,12 +267,11 @@ class ThreeDimensionalMask(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_attention_that_would_take_the_math_path_is_not_compiled(tmp_path: Path) -> None:
+def test_attention_that_would_take_the_math_path_is_not_compiled() -> None:
     rows = torch.zeros(1, 2, 8, 16)
     program = torch.export.export(ThreeDimensionalMask(), (rows, torch.zeros(2, 8, 8)))
     with pytest.raises(BackendError, match="has no fused attention for a graph of this bundle here"):
-        inductor._compile(program, tmp_path / "engine.pt2", {})
-    assert not list(tmp_path.iterdir())
+        inductor._compile(program, {})
 
 
 def test_weights_of_another_model_are_refused(bundle: Path, plan: BuildPlan) -> None:
@@ -284,27 +286,6 @@ def test_a_bundle_without_such_engines_says_how_to_make_them(bundle: Path) -> No
 
 
 # --- Engines ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for the whole session."""
-    return made_once(tmp_path_factory, "inductor-engines", Path.mkdir)
-
-
-@pytest.fixture
-def compiled(checkpoint: Path, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bundle]:
-    if not torch.cuda.is_available():  # the tiny model is too small for a difference that is none of noise
-        monkeypatch.setattr(inductor, "choose", lambda _: "split")
-
-    def make(device: Any = "cpu", **options: Any) -> Bundle:
-        source, folder = Checkpoint(checkpoint), tmp_path / "bundle"
-        manifest = build(source, folder, BuildOptions(**options), verify=False).manifest
-        wanted = EngineOptions("inductor", device=device)
-        compile_bundle(folder, wanted, Resources(cache=engines), plan=replan(folder, manifest, source))
-        return Bundle(folder)
-
-    return make
 
 
 def pipelines(bundle: Bundle) -> tuple[Pipeline, Pipeline]:
@@ -332,7 +313,7 @@ def assert_same(bundle: Bundle, *requests: Request) -> None:
 def test_an_adaptive_bundle_runs_on_its_engines_as_in_onnxruntime(
     compiled: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = compiled(cost=0.6, depth=2, max_input_len=512)
+    bundle = compiled(steps=True, cost=0.6, depth=2, max_input_len=512)
     files = {engine.graph: bundle.manifest.files[engine.file] for engine in bundle.manifest.engines}
     assert files["segments/layer01/graph.onnx"].sha256 == files["segments/layer02/graph.onnx"].sha256
     assert all(fit.fits for fit in examine(bundle.folder, bundle.manifest, hashes=True))
@@ -360,10 +341,17 @@ def test_an_adaptive_bundle_runs_on_its_engines_as_in_onnxruntime(
     # what stands between two products is one kernel each
     path = bundle.folder / next(e.file for e in bundle.manifest.engines if "layer01" in e.graph)
     with zipfile.ZipFile(path) as package:
-        (code,) = (package.read(name).decode() for name in package.namelist() if name.endswith(".wrapper.cpp"))
-    kernels = set(re.findall(r"cpp_fused_(\w+)_\d+\b", code))
-    for fused in (("add", "mean", "rsqrt"), ("sigmoid", "mul"), ("index_copy", "mul", "sub"), ("sigmoid", "where")):
-        assert any(all(part in kernel for part in fused) for kernel in kernels), (fused, kernels)
+        names = [name for name in package.namelist() if name.endswith(".wrapper.cpp")]
+        code = {name.split("/")[-2]: package.read(name).decode() for name in names}
+    shared = ("add", "mean", "rsqrt"), ("sigmoid", "mul")
+    own = {"model": (("index_copy", "mul", "sub"), ("sigmoid", "where")), "step": (("index_put", "where"),)}
+    assert code.keys() == own.keys()
+    for model, source in code.items():
+        kernels = set(re.findall(r"cpp_fused_(\w+)_\d+\b", source))
+        for fused in (*shared, *own[model]):
+            assert any(all(part in kernel for part in fused) for kernel in kernels), (model, fused, kernels)
+    assert "linear_pointwise" in code["step"]
+    assert not re.search(r"aoti_torch_(clone|copy_)|_mm_out", code["step"])  # no cache and no weight is copied
 
     engine = bundle.manifest.engines[0]
     assert {(e.options.get("attention"), e.options.get("caches")) for e in bundle.manifest.engines} == {
@@ -385,7 +373,7 @@ def test_a_fixed_bundle_runs_on_its_engines_as_in_onnxruntime(
 ) -> None:
     """With products joined, as for a GPU: its prefill and decode graphs share one file of weights."""
     monkeypatch.setattr(inductor, "JOINED", ("cpu",))
-    bundle = compiled(reduction="fixed", **MODES["fixed"])
+    bundle = compiled(steps=True, reduction="fixed", **MODES["fixed"])
     assert {engine.options.get("products") for engine in bundle.manifest.engines} == {"joined", None}
     assert_same(bundle, Request(DECODED))
 
