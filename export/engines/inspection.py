@@ -111,8 +111,12 @@ def engine_block(facts: Mapping[str, Any]) -> str:
 
 
 def _profiles(profiles: Sequence[Mapping[str, Any]]) -> str:
-    """Sizes of the profiles: "512, 1024, 2", "3 ranges", or "any"."""
-    sizes = [str(profile["tokens"]) for profile in profiles if profile["tokens"] is not None]
+    """Sizes of the profiles: "512, 1024, 2, 4 x 1" of four rows, "3 ranges", or "any"."""
+    sizes = []
+    for profile in profiles:
+        if profile["tokens"] is not None:
+            rows = profile["shapes"].get("hidden", [[1]])[0][0]
+            sizes.append(f"{rows} x {profile['tokens']}" if rows > 1 else str(profile["tokens"]))
     return ", ".join(sizes) or (f"{len(profiles)} ranges" if profiles else "any")
 
 
