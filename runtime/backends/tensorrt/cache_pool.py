@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -17,6 +18,15 @@ from framefusion.runtime.backends.base import Device
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import SegmentRecord
+
+
+class Place(NamedTuple):
+    """What a buffer is for."""
+
+    segment: str
+    part: str  # "keys" or "values"
+    layer: int
+    rows: int
 
 
 class CachePool:
@@ -29,12 +39,15 @@ class CachePool:
     Args:
         device: where they lie.
         capacities: slots of each attention layer, by the segment's name.
+
+    Attributes:
+        free: buffers that nobody holds, by what they are for.
     """
 
     def __init__(self, device: Device, capacities: Mapping[str, Sequence[int]]) -> None:
         self._device = device
         self._capacities = capacities
-        self._free: dict[object, list[Buffer]] = {}  # by their place: a request finds the addresses of the one before
+        self.free: dict[Place, list[Buffer]] = {}  # a request finds the addresses of the one before
 
     def take(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:
         """Caches for a request that asks for `shapes`, each [1, Hkv, C, hd], or a slab of more rows; all may be longer.
@@ -51,14 +64,14 @@ class CachePool:
                 )
         full = [(*shape[:2], most, shape[3]) for shape, most in zip(shapes, slots, strict=True)]
         (keys, values) = (
-            [self._lend((record.name, part, layer, shape[0]), shape, dtype) for layer, shape in enumerate(full)]
+            [self._lend(Place(record.name, part, layer, shape[0]), shape, dtype) for layer, shape in enumerate(full)]
             for part in ("keys", "values")
         )
         return SegmentCache(keys, values, np.zeros(len(slots), np.int64))
 
-    def _lend(self, place: object, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+    def _lend(self, place: Place, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         """A view of a buffer that comes back here when the view is gone."""
-        free = self._free.setdefault(place, [])
+        free = self.free.setdefault(place, [])
         buffer = free.pop() if free else self._device.zeros(shape, dtype)
         lent = buffer[...]
         weakref.finalize(lent, free.append, buffer).atexit = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,8 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from framefusion.errors import PromptError
+from framefusion.errors import BackendError, PromptError
+from framefusion.runtime.backends.host import HOST
+from framefusion.runtime.backends.kv_cache import SegmentCache
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend, OnnxRuntimeSegment
+from framefusion.runtime.backends.tensorrt.cache_pool import CachePool
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.manifest import SegmentRecord
 from framefusion.runtime.generation.batching.decode_batch import SLOTS, DecodeBatch
 from framefusion.runtime.memory import slot_bytes
 from framefusion.runtime.pipeline import Pipeline
@@ -179,6 +184,49 @@ def test_whatever_runs_beside_a_request_its_tokens_are_those_of_itself_alone(
     batch = run(bench, plans, order)
     assert len(batch) == 0
     assert batch.nbytes == 0
+
+
+class StaticBackend(OnnxRuntimeBackend):
+    """ONNX Runtime behind what engines have: slabs of one size, steps of some numbers of rows."""
+
+    batch_sizes: Sequence[int] | None = (2, 4, 6)
+
+    def __init__(self, bundle: Bundle, slots: int) -> None:
+        super().__init__(bundle.folder, threads=1, manifest=bundle.manifest)
+        layers = {record.name: [slots] * len(record.attention_layers) for record in bundle.manifest.segments}
+        self.pool = CachePool(HOST, layers)
+        self.bound: list[int] = []  # rows of each step that was bound
+
+    def cache(self, record: SegmentRecord, shapes: Sequence[tuple[int, ...]], dtype: Any) -> SegmentCache:
+        return self.pool.take(record, shapes, dtype)
+
+    def bind(self, graph: str, inputs: Any, outputs: Any, cache: SegmentCache | None) -> OnnxRuntimeSegment:
+        if inputs["hidden"].shape[1] == 1 and cache is not None and graph.startswith("segments/rest"):
+            self.bound.append(inputs["hidden"].shape[0])
+        return super().bind(graph, inputs, outputs, cache)
+
+
+@pytest.mark.slow
+def test_steps_of_some_numbers_of_rows_are_padded_and_bound_once(tmp_path: Path) -> None:
+    """Slabs of one size, whose rows are full but for one slot; a prefill's caches are free once they were moved."""
+    bundle = Bundle(shared("bundle"), verify=False)
+    free = bench_of("bundle", tmp_path)
+    longest = max(rows.length for _, rows in free.prompts) + MOST
+    backend = StaticBackend(bundle, longest)
+    bench = Bench(Pipeline(bundle, backend), free.prompts, free.alone)
+    batch = DecodeBatch(bench.pipeline.segments)
+    rows = [batch.join(bench.pipeline.prefill(*bench.prompts[2], Request(2), Stopwatch()).caches) for _ in range(6)]
+    with pytest.raises(BackendError, match=r"6 requests are decoded, .*--max-batch-size"):
+        batch.join(bench.pipeline.prefill(*bench.prompts[2], Request(2), Stopwatch()).caches)
+    for row in rows:
+        row.leave()
+    assert {len(buffers) for place, buffers in backend.pool.free.items() if place.rows == 1} == {1}
+    plans = [Plan(n % 3, COSTS[n % 2], 4 + n, n // 2, 3 if n == 2 else None) for n in range(6)]
+    backend.bound.clear()
+    batch = run(bench, plans)
+    assert len(batch) == 0
+    assert batch.nbytes > 0
+    assert [backend.bound.count(rows) for rows in (2, 4, 6)] == [1, 1, 1]
 
 
 @needs_portable

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from framefusion.console.messages import in_bytes
 from framefusion.errors import BackendError
-from framefusion.runtime.backends.tensorrt.memory import EngineMemory, engine_memory, require_room
+from framefusion.runtime.backends.tensorrt.memory import (
+    EngineMemory,
+    common_batch_sizes,
+    engine_memory,
+    require_room,
+)
 from framefusion.runtime.format.engine_record import EngineRecord, ProfileRecord
 from framefusion.runtime.format.manifest import FileRecord, Manifest
 from framefusion.runtime.format.manifest_file import read_manifest
@@ -45,6 +51,30 @@ def test_activations_and_rows_are_those_of_the_largest_profile(manifest: Manifes
     model, plan = manifest.model, engine_memory(manifest, "tensorrt-rtx")
     assert plan.activations == TOKENS * (3 * model.intermediate_size + 6 * model.hidden_size) * 2
     assert plan.rows == TOKENS * (4 * model.hidden_size + 2 * model.head_dim) * 2
+
+
+def test_requests_that_are_decoded_together_have_caches_of_as_many_rows(manifest: Manifest) -> None:
+    """Counted in what is needed in all, and not in what a single request needs."""
+    steps = {rows: ProfileRecord(f"decode {rows} rows", 1, {"hidden": ((rows, 1, 8),)}) for rows in (2, 4, 8)}
+
+    def batched(sizes: dict[str, tuple[int, ...]]) -> Manifest:
+        engines = [
+            replace(engine, profiles=(*engine.profiles, *(steps[rows] for rows in sizes.get(engine.graph, ()))))
+            for engine in manifest.engines
+        ]
+        return replace(manifest, engines=tuple(engines))
+
+    graphs = [segment.graph for segment in manifest.segments]
+    plan = engine_memory(manifest, "tensorrt-rtx")
+    both = batched(dict.fromkeys(graphs, (2, 4, 8)))
+    together = engine_memory(both, "tensorrt-rtx")
+    assert common_batch_sizes(both, "tensorrt-rtx") == (2, 4, 8)
+    assert together.slabs == 8 * plan.caches
+    assert together.one_request == plan
+    assert str(together).endswith(f"slabs {in_bytes(together.slabs)}")
+    unequal = batched(dict.fromkeys(graphs, (2, 4)) | {graphs[0]: (2,)})
+    assert common_batch_sizes(unequal, "tensorrt-rtx") == (2,)
+    assert common_batch_sizes(batched({graphs[0]: (2,)}), "tensorrt-rtx") == ()
 
 
 def test_engines_of_another_kind_do_not_count(manifest: Manifest) -> None:
