@@ -2,6 +2,7 @@
 
     python -m tools.quantized_accuracy --questions 1000 --write
     python -m tools.quantized_accuracy --questions 1000 --clips brief --write
+    python -m tools.quantized_accuracy --questions 1000 --deep 0 --films
 
 The questions, the clips and what is right are those of `tools.accuracy`. A question is asked of every format under
 every case, and each format is compared with fp32 on the same questions:
@@ -26,12 +27,16 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from framefusion.console.progress import CountLines
+from framefusion.export.build import build
 from framefusion.export.check.replay import Redecided
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.calibrated_codes import calibrated_codes
 from framefusion.export.evaluate.questions import Question
 from framefusion.export.evaluate.scoring import paired, share_of
 from framefusion.export.options import BuildOptions
@@ -48,6 +53,7 @@ from tools.tiny import clips
 
 RESULTS = {"lasting": "quantized_accuracy", "brief": "quantized_accuracy_brief"}  # by `clips.STAYS`
 FLOATS = "float32"
+FIRST_FILM = clips.HELD_OUT + 500_000  # seed of the calibration films
 GROUP = 128  # of weights that share a scale in published checkpoints
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
 AWQ = {
@@ -79,13 +85,12 @@ DEEP = (Case("framefusion", 0.3, 0.97), Case("framefusion", 0.1, 0.9), Case("fas
 def main() -> None:
     arguments = parse()
     with working_folder(arguments.work) as work:
-        bundles = {name: make(work) for name, make in (HEADS if arguments.heads else FORMATS).items()}
+        bundles = {name: make(work) for name, make in chosen(arguments).items()}
         question_list = questions(arguments.questions, clips.STAYS[arguments.clips])
         rows = answered(bundles, question_list, arguments.deep, work / f"{arguments.clips}.jsonl", arguments.jobs)
     figures = {"clips": arguments.clips, "deep_questions": arguments.deep} | summary(rows)
-    report(
-        RESULTS[arguments.clips], figures, write=arguments.write, file="quantized_heads" if arguments.heads else None
-    )
+    file = "quantized_films" if arguments.films else "quantized_heads" if arguments.heads else None
+    report(RESULTS[arguments.clips], figures, write=arguments.write, file=file)
 
 
 # --- Bundles --------------------------------------------------------------------------------------------------------
@@ -101,6 +106,22 @@ def read(work: Path, name: str, write: Callable[..., quantized_checkpoints.Tenso
     if not folder.exists():
         quantized_checkpoints.written(CHECKPOINT, folder, partial(write, group=GROUP), setting)
     return built(work, BuildOptions(), name, folder)
+
+
+def calibrated(work: Path, weights: str, count: int, first: int = 0) -> Path:
+    """A bundle whose codes films chose, which are none of those that are asked about."""
+    folder = work / f"{weights.replace(':', '-')}-by-{count}-films-from-{first}"
+    if folder.exists():
+        return folder
+    films = []
+    for index in range(first, first + count):
+        films.append(work / f"film-{index}.mp4")
+        kind = clips.KINDS[index % len(clips.KINDS)]
+        clips.write_mp4(films[-1], clips.scene_for(FIRST_FILM + index, kind))
+    checkpoint = Checkpoint(CHECKPOINT)
+    with TemporaryDirectory(dir=work) as store:
+        options, codes = calibrated_codes(checkpoint, BuildOptions(weights=weights), films, Path(store))
+        return build(checkpoint, folder, options, codes=codes).folder
 
 
 FORMATS: dict[str, Callable[[Path], Path]] = {
@@ -122,6 +143,21 @@ HEADS: dict[str, Callable[[Path], Path]] = {
     "int4:32+head4": lambda work: built(work, BuildOptions(weights="int4:32+head4"), "int4_32+head4"),
 }
 """The same with quantized heads."""
+BY_FILMS: dict[str, Callable[[Path], Path]] = {
+    **{name: FORMATS[name] for name in (FLOATS, "int4:32", "int4:128")},
+    "int4:128 by 8 films": lambda work: calibrated(work, "int4:128", 8),
+    "int4:128 by 8 others": lambda work: calibrated(work, "int4:128", 8, first=8),
+    "int4:128 by 16 films": lambda work: calibrated(work, "int4:128", 16),
+    "int4:128 by 32 films": lambda work: calibrated(work, "int4:128", 32),
+    "int4:32 by 16 films": lambda work: calibrated(work, "int4:32", 16),
+}
+"""Those whose codes calibration films chose, and the same without."""
+
+
+def chosen(arguments: argparse.Namespace) -> dict[str, Callable[[Path], Path]]:
+    if arguments.films:
+        return BY_FILMS
+    return HEADS if arguments.heads else FORMATS
 
 
 # --- Answers --------------------------------------------------------------------------------------------------------
@@ -336,6 +372,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--deep", type=int, default=300, help="of these, asked under the cases of DEEP, too")
     parser.add_argument("--clips", choices=tuple(clips.STAYS), default="lasting", help="how long objects are seen")
     parser.add_argument("--heads", action="store_true", help="quantized heads in place of the other formats")
+    parser.add_argument("--films", action="store_true", help="codes that films chose in place of the other formats")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--work", type=Path, help="bundles and answers; kept")
     parser.add_argument("--write", action="store_true", help="write tools/bench/results/quantized_accuracy*.json")
