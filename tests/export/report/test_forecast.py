@@ -144,6 +144,7 @@ def test_what_a_build_refuses_the_plan_refuses(checkpoint: Path) -> None:
     assert_refused(export("plan", checkpoint / "no"), errors.CheckpointError, "no")
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_is_planned_as_it_is_stored_and_with_its_floats_on_the_disk(
     checkpoint: Path, tmp_path: Path
 ) -> None:
