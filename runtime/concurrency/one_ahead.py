@@ -28,7 +28,9 @@ def in_turn(jobs: Sequence[Job[Result]]) -> Generator[Result, None, None]:
         yield job(lambda: False)
 
 
-def one_ahead(jobs: Sequence[Job[Result]], name: str = "framefusion-ahead") -> Generator[Result, None, None]:
+def one_ahead(
+    jobs: Sequence[Job[Result]], name: str = "framefusion-ahead", meanwhile: Callable[[int], None] = lambda _: None
+) -> Generator[Result, None, None]:
     """The jobs' results, in order. Close the generator (`contextlib.closing`) where they are not taken to the end.
 
     No two jobs run at once. What one raises is raised where its result would have come, and none begins behind it. The
@@ -37,6 +39,7 @@ def one_ahead(jobs: Sequence[Job[Result]], name: str = "framefusion-ahead") -> G
     Args:
         jobs: see `Job`.
         name: of the thread.
+        meanwhile: called with the number of the job whose result is wanted now, before it is waited for.
     """
     ended = Event()
     context = copy_context()  # of the caller, as asyncio.to_thread has it
@@ -49,7 +52,8 @@ def one_ahead(jobs: Sequence[Job[Result]], name: str = "framefusion-ahead") -> G
 
     try:
         pending = begun()
-        while pending:
+        for number in range(len(jobs)):
+            meanwhile(number)
             taken = [pending.pop().result()]
             pending = begun()
             yield taken.pop()  # what is large is held by the caller alone

@@ -122,6 +122,23 @@ class Embedder:
             self._encode(call, tiles, rows, int(end - count))
         return rows if visual.rows is None else self._map_rows(rows, visual.rows)
 
+    def join(self, parts: Sequence[Buffer], mapping: RowMap | None) -> Buffer:
+        """Rows of a video whose pictures passed the tower in parts, as `encode_visual` of all gives them.
+
+        Args:
+            parts: [1+K, n, D] each, of pictures that are encoded at once (`pictures_at_once`), the last of fewer.
+            mapping: `VisualInput.rows`.
+        """
+        device = self._backend.device
+        first = parts[0]
+        rows = device.empty((first.shape[0], sum(part.shape[1] for part in parts), first.shape[2]), device.row_type)
+        start = 0
+        for part in parts:
+            for k in range(first.shape[0]):
+                device.copy(rows[k][start : start + part.shape[1]], part[k])
+            start += part.shape[1]
+        return rows if mapping is None else self._map_rows(rows, mapping)
+
     def embed(self, prompt: Prompt, visual_rows: Sequence[Buffer]) -> TokenRows:
         """Rows of all tokens of a prompt, and their rotary tables.
 
@@ -173,7 +190,7 @@ class Embedder:
         model = self._manifest.model
         device = self._backend.device
         count, patches, _ = tiles.shape
-        at_once = max(1, PATCHES_AT_ONCE // patches)
+        at_once = pictures_at_once(patches)
         shared = {name: device.upload(array) for name, array in _typed(call.inputs, model.float_type).items()}
         for start in range(0, count, at_once):
             given = self._patches(tiles, start, start + at_once)
@@ -216,6 +233,11 @@ class Embedder:
             layer = device.take(rows[k], index[:, 0]) if weight is None else device.mix(rows[k], index, weight)
             device.copy(mapped[k], layer[: len(index)])
         return mapped
+
+
+def pictures_at_once(patches: int) -> int:
+    """Pictures of so many patches each that one run of the tower takes."""
+    return max(1, PATCHES_AT_ONCE // patches)
 
 
 def _typed(inputs: Mapping[str, NDArray[Any]], float_type: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:

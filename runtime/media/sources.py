@@ -31,7 +31,7 @@ from framefusion.runtime.media.image.pixels import on_white, rgb_pixels, unit_sh
 from framefusion.runtime.media.media_file import MediaLimits, existing_file
 from framefusion.runtime.media.video.animation import is_animated_webp, still_format
 from framefusion.runtime.media.video.container.opening import open_video
-from framefusion.runtime.media.video.frames import Shrink, Video, read_video
+from framefusion.runtime.media.video.frames import FrameFollower, Shrink, Video, read_video
 from framefusion.runtime.media.video.timeline import Sampled
 
 if TYPE_CHECKING:
@@ -48,11 +48,15 @@ _PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF")
 
 
 def as_video(
-    source: Source, sampling: FrameSampling, limits: MediaLimits | None = None, shrink: Shrink | None = None
+    source: Source,
+    sampling: FrameSampling,
+    limits: MediaLimits | None = None,
+    shrink: Shrink | None = None,
+    follower: FrameFollower | None = None,
 ) -> Video:
     """A file's sampled frames. Frames in memory are all taken; they stand at the sampling's rate.
 
-    `shrink` says what is kept of each frame of a file; see `read_video`.
+    `shrink` says what is kept of each frame of a file, and `follower` learns of it as it comes; see `read_video`.
 
     Raises:
         VideoError: it cannot be read, or is nothing that shows a film.
@@ -60,10 +64,10 @@ def as_video(
     if isinstance(source, Video):
         return source
     if isinstance(source, (str, Path)):
-        return read_video(source, sampling, limits=limits, shrink=shrink)
+        return read_video(source, sampling, limits=limits, shrink=shrink, follower=follower)
     if is_file_content(source):
         with content_as_file(source, "the video") as path:
-            return read_video(path, sampling, limits=limits, shrink=shrink)
+            return read_video(path, sampling, limits=limits, shrink=shrink, follower=follower)
     return video_of_frames(source, sampling.fps, limits)
 
 

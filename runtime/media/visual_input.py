@@ -5,6 +5,7 @@ Types only; each family's rules are in `framefusion.runtime.families`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,10 +91,35 @@ class Tiles:
         count, height, width = patches.shape
         return count, height, width
 
+    def behind(self, parts: Sequence[Tiles]) -> Tiles | None:
+        """The pictures behind those of the parts, none or more; None where the parts are not the first ones."""
+        start = 0
+        for part in parts:
+            end = start + part.shape[0]
+            alike = (part.pool, part.grid[1:]) == (self.pool, self.grid[1:])
+            if not alike or not _equal(self.pictures(start, end).patches, part.patches):
+                return None
+            start = end
+        return self.pictures(start, self.grid.frames)
+
+    def pictures(self, start: int, end: int) -> Tiles:
+        """Some of the pictures."""
+        grid = Grid(end - start, *self.grid[1:])
+        if isinstance(self.patches, BytePatches):
+            return Tiles(BytePatches(self.patches.levels[start:end], self.patches.table), grid, self.pool)
+        return Tiles(self.patches[start:end], grid, self.pool)
+
     @property
     def values(self) -> NDArray[np.float32]:
         """All patches in floats, normalised: [N, P, W]; four times as large as bytes, and computed anew each time."""
         return self.patches.normalised() if isinstance(self.patches, BytePatches) else self.patches
+
+
+def _equal(first: BytePatches | NDArray[np.float32], second: BytePatches | NDArray[np.float32]) -> bool:
+    """Whether patches are the same numbers of the same kind."""
+    if isinstance(first, BytePatches) and isinstance(second, BytePatches):
+        return np.array_equal(first.levels, second.levels) and np.array_equal(first.table, second.table)
+    return isinstance(first, np.ndarray) and isinstance(second, np.ndarray) and np.array_equal(first, second)
 
 
 class Rows(NamedTuple):

@@ -8,6 +8,7 @@ Knows no token but by the pieces that a family makes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -27,7 +28,8 @@ from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.media.sources import Source, as_image, as_video
 from framefusion.runtime.media.video.container.opening import ended_by
 from framefusion.runtime.media.video.frames import Shrink, Video
-from framefusion.runtime.media.visual_input import VisualInput
+from framefusion.runtime.media.video.progress import FilmProgress
+from framefusion.runtime.media.visual_input import RowMap, VisualInput
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual, as_turns, visuals_of
 
@@ -107,8 +109,9 @@ class MediaStages:
     ) -> ReadMedia:
         """What the turns show, film after film, up to where their prompt can be laid out.
 
-        Where `overlaps`, a thread decodes the next film while the tower has the one before it: all but the last pass
-        the tower here. Else none does, so that a prompt that is too long costs no tower. Rows are the same.
+        Where `overlaps`, a thread decodes, and the tower has what is decoded: a film's first frames while the rest of
+        it comes, and all of it while the next one does. Else no film passes the tower here, so that a prompt that is
+        too long costs none. Rows are the same.
 
         Args:
             turns: of the conversation.
@@ -126,17 +129,25 @@ class MediaStages:
         kinds = self._kinds(turns, files)
         shrink = self._shrink([*before, *kinds, *after])
         reading = VisualReading(self, kinds, stopwatch, self.manifest.limits.max_input_len, before, after)
-        ahead = self.overlaps and not all(isinstance(file, Video) for file in files[1:])
+        ahead = self.overlaps and not all(isinstance(file, Video) for file in files)
+        progress = [FilmProgress() for _ in kinds]
 
-        def decode(kind: Visual, file: Source, is_ended: Callable[[], bool]) -> Media:
-            with ended_by(is_ended):
-                return self._decode(kind, file, sampling, shrink)
+        def decode(number: int, is_ended: Callable[[], bool]) -> Media:
+            try:
+                with ended_by(is_ended):
+                    return self._decode(kinds[number], files[number], sampling, shrink, progress[number])
+            finally:
+                progress[number].end()
 
-        jobs = [partial(decode, kind, file) for kind, file in zip(kinds, files, strict=True)]
-        with closing(one_ahead(jobs, "framefusion-film") if ahead else in_turn(jobs)) as films:
+        def follow(number: int) -> None:
+            reading.follow(progress[number])
+
+        jobs = [partial(decode, number) for number in range(len(kinds))]
+        with closing(one_ahead(jobs, "framefusion-film", follow) if ahead else in_turn(jobs)) as films:
             for last in range(len(jobs) - 1, -1, -1):
-                with stopwatch.stage("video"):
-                    shown = next(films)
+                begun = time.perf_counter() - sum(stopwatch.seconds.values())
+                shown = next(films)
+                stopwatch.add("video", time.perf_counter() - sum(stopwatch.seconds.values()) - begun)
                 reading.take(shown)
                 del shown  # pixels are large: two films of them are held at most
                 if last and ahead:
@@ -163,9 +174,18 @@ class MediaStages:
         """What is kept of each frame of a conversation that shows all these."""
         return self.manifest.preprocessing.for_images(kinds.count(Visual.IMAGE)).shrink
 
-    def _decode(self, kind: Visual, file: Source, sampling: FrameSampling, shrink: Shrink | None) -> Media:
+    def _decode(
+        self,
+        kind: Visual,
+        file: Source,
+        sampling: FrameSampling,
+        shrink: Shrink | None,
+        follower: FilmProgress | None = None,
+    ) -> Media:
         """One video or image."""
-        return as_video(file, sampling, self.limits, shrink) if kind is Visual.VIDEO else as_image(file, self.limits)
+        if kind is Visual.IMAGE:
+            return as_image(file, self.limits)
+        return as_video(file, sampling, self.limits, shrink, follower)
 
     def preprocessor(self, media: Sequence[Media], others: Sequence[Visual] = ()) -> Preprocessing:
         """What turns the videos and images of one conversation into patches; their number may change how."""
@@ -208,6 +228,10 @@ class MediaStages:
     def encode_visual(self, visual: VisualInput) -> Buffer:
         """Rows [1+K, n, D] of one video or image: see `Embedder.encode_visual`."""
         return self.embedder.encode_visual(visual)
+
+    def join_rows(self, parts: Sequence[Buffer], mapping: RowMap | None) -> Buffer:
+        """Rows [1+K, n, D] of a video whose pictures passed the tower in parts: see `Embedder.join`."""
+        return self.embedder.join(parts, mapping)
 
     def encode_rest(self, visuals: Sequence[VisualInput], rows: Sequence[Buffer | None]) -> list[Buffer]:
         """Rows [1+K, n, D] of each: the tower runs for those that have none.

@@ -14,11 +14,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from framefusion.errors import VideoError
 from framefusion.runtime.backends.buffer import Buffer
+from framefusion.runtime.generation.embedder import pictures_at_once
 from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.media.tiles.thumbnails import ThumbnailCollector, Thumbnails
 from framefusion.runtime.media.video.frames import Video, VideoFacts, facts_of_films
-from framefusion.runtime.media.visual_input import VisualInput
+from framefusion.runtime.media.video.progress import FilmProgress
+from framefusion.runtime.media.visual_input import RowMap, Tiles, VisualInput
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Visual
 
@@ -44,6 +47,9 @@ class VisualStages(Protocol):
 
     def encode_visual(self, visual: VisualInput) -> Buffer:
         """See `Embedder.encode_visual`."""
+
+    def join_rows(self, parts: Sequence[Buffer], mapping: RowMap | None) -> Buffer:
+        """See `Embedder.join`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +99,7 @@ class VisualReading:
         self._visuals: list[VisualInput] = []
         self._rows: list[Buffer | None] = []
         self._videos: list[VideoFacts] = []
+        self._parts: list[tuple[Tiles, Buffer]] = []  # of the next film, whole runs of the tower
         self._thumbnails = ThumbnailCollector(stages.preprocessor((), (*before, *kinds, *after)))
         self.is_spent = False  # whoever asked has the result, or wants none
 
@@ -100,6 +107,73 @@ class VisualReading:
     def seconds(self) -> dict[str, float]:
         """By stage, so far."""
         return self._stopwatch.seconds
+
+    def follow(self, progress: FilmProgress) -> None:
+        """Run the tower for parts of the next film as its frames come: for as many pictures as one run of it takes.
+
+        So the runs are those of the whole film, and the rows the same to the bit. Whether the parts are the film's is
+        shown once it is whole: a family may make other pictures of a part, and a film may be picked anew.
+
+        Raises:
+            BackendError: the backend refuses or fails.
+        """
+        rule = self._thumbnails.rule
+        frames = rule.frames_per_patch()
+        self._parts = []
+        start = 0
+        before = sum(visual.num_rows for visual in self._visuals)
+        while (film := self._awaited(progress, start, frames)) is not None:
+            tiles = self._pictures(film)
+            if tiles is None:
+                return
+            pictures, patches, _ = tiles.shape
+            at_once = pictures_at_once(patches)
+            if pictures != at_once:
+                if start or at_once % pictures:  # other pictures than the film's first ones, or no whole run of them
+                    return
+                frames = frames * at_once // pictures
+                continue
+            with self._stopwatch.stage("vision"):
+                rows = self._stages.encode_visual(VisualInput((tiles,), ()))
+            self._parts.append((tiles, rows))
+            start += frames
+            if before + sum(part.shape[1] for _, part in self._parts) > self._most_rows:  # the prompt is too long
+                return
+
+    def _awaited(self, progress: FilmProgress, start: int, count: int) -> Video | None:
+        with self._stopwatch.stage("video"):
+            return progress.part(start, count)
+
+    def _pictures(self, film: Video) -> Tiles | None:
+        """What a part of a film is shown as, where that is one kind of pictures."""
+        number = len(self._visuals)
+        before = (*self._before, *self._kinds[:number])
+        after = (*self._kinds[number + 1 :], *self._after)
+        try:
+            (visual,) = self._stages.preprocess([film], self._stopwatch, before=before, after=after)
+        except VideoError:
+            return None
+        return visual.tiles[0] if len(visual.tiles) == 1 else None
+
+    def _join_parts(self) -> None:
+        """The rows of what was taken last, where its parts passed the tower: what is left of it does now."""
+        parts = self._parts
+        self._parts = []
+        visual = self._visuals[-1]
+        is_too_long = sum(visual.num_rows for visual in self._visuals) > self._most_rows
+        if not parts or is_too_long or len(visual.tiles) != 1:
+            return
+        (tiles,) = visual.tiles
+        left = tiles.behind([part for part, _ in parts])
+        if left is None:
+            return
+        rows = [part for _, part in parts]
+        if left.shape[0]:
+            with self._stopwatch.stage("vision"):
+                rows.append(self._stages.encode_visual(VisualInput((left,), ())))
+        with self._stopwatch.stage("vision"):
+            self._rows[-1] = self._stages.join_rows(rows, visual.rows)
+        self._visuals[-1] = without_pixels(visual)
 
     def take(self, shown: Media) -> None:
         """The next video or image: cut into patches. Its own pixels are not kept.
@@ -114,6 +188,7 @@ class VisualReading:
         self._rows.append(None)
         self._videos += facts_of_films([shown])
         self._thumbnails.add(shown)
+        self._join_parts()
 
     def encode(self) -> None:
         """Run the tower for what was taken last, unless the prompt is too long already; its patches are not kept.
@@ -121,7 +196,7 @@ class VisualReading:
         Raises:
             BackendError: the backend refuses or fails.
         """
-        if sum(visual.num_rows for visual in self._visuals) > self._most_rows:
+        if self._rows[-1] is not None or sum(visual.num_rows for visual in self._visuals) > self._most_rows:
             return
         with self._stopwatch.stage("vision"):
             self._rows[-1] = self._stages.encode_visual(self._visuals[-1])

@@ -89,7 +89,7 @@ class ThumbnailCollector:
     """
 
     def __init__(self, rule: Preprocessing) -> None:
-        self._rule = rule
+        self.rule = rule
         self._candidates: list[_Candidate] = []
         self._groups = 0
         self._rows = 0
@@ -98,7 +98,7 @@ class ThumbnailCollector:
         """The next film as it was sampled, whole or shrunk, or picture [H, W, 3]; its pixels are not kept."""
         # 1. Which rows look at the same frames: they are drawn over one picture.
         (height, width) = shown.frames.shape[1:3] if isinstance(shown, Video) else shown.shape[:2]
-        panels = self._rule.panels(height, width, len(shown.frames) if isinstance(shown, Video) else None)
+        panels = self.rule.panels(height, width, len(shown.frames) if isinstance(shown, Video) else None)
         by_frame: dict[int, list[PanelRows]] = {}
         for panel in panels:
             by_frame.setdefault(panel.frames[0], []).append(PanelRows(panel.boxes, self._rows))
@@ -107,7 +107,7 @@ class ThumbnailCollector:
         groups = list(by_frame.items())
         for index in _evenly_spread(len(groups)):
             (frame, over) = groups[index]
-            self._candidates.append(_small(self._groups + index, shown, frame, tuple(over), self._rule))
+            self._candidates.append(_small(self._groups + index, shown, frame, tuple(over), self.rule))
         self._groups += len(groups)
 
     def thumbnails(self) -> Thumbnails:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +112,7 @@ def read_video(
     *,
     limits: MediaLimits | None = None,
     shrink: Shrink | None = None,
+    follower: FrameFollower | None = None,
 ) -> Video:
     """Read the sampled frames of a video file as a player shows them, as RGB.
 
@@ -119,6 +121,7 @@ def read_video(
         sampling: which frames.
         limits: what the file may cost; None takes the defaults.
         shrink: what is kept of each frame, at once, so that no two of full size are held; None keeps the frames.
+        follower: learns what is kept as it comes, where frames are shrunk.
 
     Raises:
         VideoError: the file is missing, no video, truncated, damaged beyond the limit, too large or too short.
@@ -128,7 +131,7 @@ def read_video(
     limits = limits or MediaLimits()
     source = existing_file(path)
     budget = Budget.of(source, limits)
-    keep = _FrameCollector(source, shrink, limits)
+    keep = _FrameCollector(source, shrink, limits, None if shrink is None else follower)
     # 2. The frames there are, and those among them that the rule picks; FFmpeg plays no animated WebP.
     if is_animated_webp(source):
         timeline, sampled = _read_animation(source, sampling, budget, keep)
@@ -273,13 +276,26 @@ def _check_lost(source: Path, lost: int, present: int, limits: MediaLimits) -> N
         )
 
 
+class FrameFollower(Protocol):
+    """Who learns of frames as they come: see progress.py."""
+
+    def begin(self) -> None:
+        """Frames are picked, or picked anew."""
+
+    def add(self, kept: tuple[Pixels, ...], size: tuple[int, int], ready: int) -> None:
+        """So many frames are there, of those that whole arrays have room for."""
+
+
 class _FrameCollector:
     """Takes the sampled frames one after the other and holds what is kept of each, once."""
 
-    def __init__(self, source: Path, shrink: Shrink | None, limits: MediaLimits) -> None:
+    def __init__(
+        self, source: Path, shrink: Shrink | None, limits: MediaLimits, follower: FrameFollower | None
+    ) -> None:
         self.source = source
         self.limits = limits
         self._shrink = shrink
+        self._follower = follower
         self.start(np.zeros(0, np.int64), 0, 0)
 
     def start(self, indices: NDArray[np.int64], height: int, width: int) -> None:
@@ -297,6 +313,8 @@ class _FrameCollector:
         self._kept: tuple[Pixels, ...] = ()
         self._size = (height, width)
         self._added = 0
+        if self._follower is not None:
+            self._follower.begin()
         if self._shrink is None:
             self._check_bytes(indices.size * height * width * 3, f"{indices.size} frames of {width}x{height}")
 
@@ -317,6 +335,8 @@ class _FrameCollector:
         for kept, picture in zip(self._kept, pictures, strict=True):
             kept[self._places == self._added] = picture
         self._added += 1
+        if self._follower is not None:
+            self._follower.add(self._kept, self._size, int(np.searchsorted(self._places, self._added)))
         return True
 
     def frames(self) -> Pixels:

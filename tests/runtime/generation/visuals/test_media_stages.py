@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import io
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ import pytest
 
 from framefusion.errors import BackendError, FrameFusionError, PromptError, VideoError
 from framefusion.runtime.backends.host import HostBackend
+from framefusion.runtime.generation import embedder
 from framefusion.runtime.generation.visuals.media_stages import leaves_cores_free
 from framefusion.runtime.machine.cpu import available_cores
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.sources import Source, as_video
 from framefusion.runtime.media.video.container.opening import ended_by
+from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.video.progress import FilmProgress
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.pipeline import Generation, Pipeline, Request
 from framefusion.runtime.request import Stopwatch
@@ -254,3 +259,75 @@ def test_errors_of_sources_are_those_of_decode_media(overlapping: Pipeline, film
                 read([FILMS], files, overlapping.manifest.sampling, Stopwatch())
             said.append(str(caught.value))
         assert said[0] == said[1]
+
+
+@pytest.mark.slow
+def test_the_tower_has_the_first_frames_while_the_rest_is_decoded(
+    pipeline: Pipeline, film: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In runs of as many pictures as ever, so rows are the same to the bit; what is left follows with the film."""
+    monkeypatch.setattr(embedder, "PATCHES_AT_ONCE", 128)
+    expected: list[Any] = []
+    towered = threading.Event()
+    runs: list[int] = []
+    encode = pipeline.encode_visual
+    follow = FilmProgress.add
+
+    def encode_visual(visual: VisualInput) -> Any:
+        runs.append(visual.tiles[0].shape[0])
+        towered.set()
+        return encode(visual)
+
+    def add(self: FilmProgress, kept: Any, size: tuple[int, int], ready: int) -> None:
+        follow(self, kept, size, ready)
+        if ready == len(kept[0]) - 1:  # the last frame comes once the tower had the first ones
+            waited.append(towered.wait(SECONDS))
+
+    monkeypatch.setattr(pipeline, "encode_visual", encode_visual)
+    for overlaps in in_both_ways(pipeline, monkeypatch):
+        if overlaps:
+            monkeypatch.setattr(FilmProgress, "add", add)
+        for shown in (film, other):
+            towered.clear()
+            runs.clear()
+            waited: list[bool] = []
+            rows = np.asarray(pipeline.read([Turn("user", [Visual.VIDEO, "What?"])], [shown])[1].hidden).copy()
+            if not overlaps:
+                expected.append(rows)
+                continue
+            assert waited == [True]
+            assert len(runs) > 1
+            np.testing.assert_array_equal(rows, expected.pop(0))
+
+
+@pytest.mark.slow
+def test_parts_that_are_not_the_films_are_thrown_away(
+    overlapping: Pipeline, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a film whose packets lied, which is picked anew."""
+    turns = [Turn("user", [Visual.VIDEO, "What?"])]
+    expected = np.asarray(overlapping.read(turns, [film])[1].hidden).copy()
+    monkeypatch.setattr(embedder, "PATCHES_AT_ONCE", 64)
+    part = FilmProgress.part
+    parts: list[Video] = []
+
+    def other_pixels(self: FilmProgress, start: int, count: int) -> Video | None:
+        shown = part(self, start, count)
+        if shown is None:
+            return None
+        parts.append(replace(shown, shrunk=tuple(255 - array for array in shown.shrunk)))
+        return parts[-1]
+
+    monkeypatch.setattr(FilmProgress, "part", other_pixels)
+    add = FilmProgress.add
+
+    def slowly(self: FilmProgress, kept: Any, size: tuple[int, int], ready: int) -> None:
+        add(self, kept, size, ready)
+        while ready == len(kept[0]) - 1 and not parts:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(FilmProgress, "add", slowly)
+    read = overlapping.read_media(turns, [film], overlapping.manifest.sampling, Stopwatch())
+    assert parts
+    assert read.rows == (None,)
+    np.testing.assert_array_equal(overlapping.read(turns, [film])[1].hidden, expected)
