@@ -125,7 +125,7 @@ def prove(bundle: Bundle, backend: Backend, golden: Golden) -> Proof:
         answer = rehearsal.answer(None, chunk=-(-golden.request.length // PARTS), decode=False)
         stages.append(_logits(f"{dense.name}, in parts: logits", answer.logits, dense.logits[:1], rehearsal, golden))
     # 4. Requests of unequal lengths in one call, as a server decodes them.
-    if rehearsal.batch_size > 1 and golden.runs:
+    if rehearsal.batch_sizes and golden.runs:
         stages.append(_in_a_batch(rehearsal, golden))
     # 5. The tokens that the device chooses by itself, where it is not the host that chooses them.
     if backend.device is not HOST and all(stage.right for stage in stages):
@@ -155,8 +155,8 @@ def _chosen(rehearsal: Rehearsal, golden: Golden) -> Stage:
 
 
 def _in_a_batch(rehearsal: Rehearsal, golden: Golden) -> Stage:
-    """The first run, the last and the first once more in one batch, as far as each is from itself alone."""
-    runs = [golden.runs[index] for index in (0, -1, 0)[: rehearsal.batch_size]]
+    """The first run and the last in turn in one batch, as far as each is from itself alone."""
+    runs = [golden.runs[-(index % 2)] for index in range(max(rehearsal.batch_sizes))]
     settings = [(run.cost, run.similarity_lower_bound) for run in runs]
     alone = [rehearsal.alone(*setting).logits[1:] for setting in settings]
     found = rehearsal.together(settings)

@@ -148,13 +148,16 @@ class Rehearsal:
         return self._alone[cost, bound]
 
     @property
-    def batch_size(self) -> int:
-        """Requests that are decoded together in a proof; 0 where the backend takes one at a time."""
+    def batch_sizes(self) -> Sequence[int]:
+        """Numbers of requests that are decoded together in a proof, ascending: each that the backend has a step for.
+
+        None where the backend takes one at a time.
+        """
         segments = Segments(self.manifest, self._backend)
-        return 0 if segments.batch_refusal is not None else min(ROWS, segments.max_batch_size or ROWS)
+        return () if segments.batch_refusal is not None else segments.batch_sizes or range(1, ROWS + 1)
 
     def together(self, settings: Sequence[tuple[float | None, float | None]]) -> list[list[NDArray[np.float32]]]:
-        """Prefill requests one after the other and decode them in one batch, each from a step later on than the last.
+        """Prefill requests one after the other and decode them in one batch, which is larger by a size with each step.
 
         Args:
             settings: cost and bound of each, as for `answer`.
@@ -170,22 +173,25 @@ class Rehearsal:
         (cos, sin) = self._rotary()
         hidden = self._table(self.request.answer_ids(self.manifest))
         rows: list[BatchRow] = []
+        begun: list[int] = []  # the step in which each joined
+        sizes = self.batch_sizes
         logits: list[list[NDArray[np.float32]]] = [[] for _ in settings]
-        for number in range(len(settings) + self.request.answer - 1):
-            # 1. One more request joins those that run.
-            if number < len(settings):
-                done = self._prefilled(segments, self.reduction(*settings[number]))
+        for number in range(len(sizes) + self.request.answer - 1):
+            # 1. Others join those that run.
+            for setting in settings[len(rows) : sizes[min(number, len(sizes) - 1)]]:
+                done = self._prefilled(segments, self.reduction(*setting))
                 rows.append(batch.join(done.caches))
-            running = [index for index, row in enumerate(rows) if number - index < self.request.answer]
+                begun.append(number)
+            running = [index for index, first in enumerate(begun) if number - first < self.request.answer]
             # 2. All are fed, then one step has the logits of all.
             for index in running:
-                step = number - index
+                step = number - begun[index]
                 rows[index].feed(hidden[step], cos[step], sin[step])
             for index in running:
                 logits[index].append(rows[index].logits().astype(np.float32))
             # 3. Who is done leaves, and another takes its place.
             for index in running:
-                if number - index == self.request.answer - 1:
+                if number - begun[index] == self.request.answer - 1:
                     rows[index].leave()
         return logits
 
