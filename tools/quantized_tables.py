@@ -166,7 +166,7 @@ def _steps(result: dict[str, Any]) -> str:
         rows.append((f"`{weights}`", backend, *cells))
     heading = (
         f"{result['shape']} shape (`{result['command']}`), the processor's seconds of a decode step on one thread, the "
-        f"least of {result['rounds']} rounds in turn"
+        f"least of {result['rounds']} rounds {'apart' if result.get('apart') else 'in turn'}"
     )
     return f"{heading}:\n\n{table(('weights', 'backend', 'LLM', *(f'behind {at}' for at in lengths)), rows)}"
 

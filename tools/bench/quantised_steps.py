@@ -4,7 +4,8 @@
     python -m tools.bench.quantised_steps --contenders onnxruntime:floats,openvino:int4+head --tokens 4096
 
 Steps behind so many tokens, at which caches of zeros are set: a step takes as long whatever they hold. Contenders take
-turns, and each figure is the least of the rounds. Two threads share all this but what memory alone can give.
+turns unless they are run apart, and each figure is the least of the rounds. Two threads share all this but what memory
+alone can give.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +67,24 @@ class Steps:
 
 def figures(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step of each contender, by tokens in the caches."""
-    contenders = {name: Steps(built(arguments, name), name.partition(":")[0]) for name in arguments.contenders}
+    if arguments.apart:
+        found: dict[str, Any] = {}
+        for name in arguments.contenders:
+            with get_context("spawn").Pool(1) as pool:
+                found |= pool.apply(least, (arguments, [name]))
+    else:
+        found = least(arguments, arguments.contenders)
+    first = next(iter(found.values()))
+    for contender in found.values():
+        for tokens in map(_key, arguments.tokens):
+            contender[tokens]["over_first"] = first[tokens]["least_s"] / contender[tokens]["least_s"]
+    return found
+
+
+def least(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Seconds of a step of contenders that take turns, and the bytes of their weights."""
+    round_to_nearest_only()
+    contenders = {name: Steps(built(arguments, name), name.partition(":")[0]) for name in names}
     found: dict[str, Any] = {name: {"llm_bytes": llm_bytes(steps.pipeline)} for name, steps in contenders.items()}
     for tokens in arguments.tokens:
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -72,11 +92,13 @@ def figures(arguments: argparse.Namespace) -> dict[str, Any]:
             for name, steps in contenders.items():
                 decoder = steps.at(tokens)
                 seconds[name] += [steps.seconds(decoder) for _ in range(STEPS)]
-        floats = min(next(iter(seconds.values())))
         for name, measured in seconds.items():
-            least = min(measured)
-            found[name][f"{tokens} tokens"] = {"least_s": least, "over_first": floats / least}
+            found[name][_key(tokens)] = {"least_s": min(measured)}
     return found
+
+
+def _key(tokens: int) -> str:
+    return f"{tokens} tokens"
 
 
 def built(arguments: argparse.Namespace, name: str) -> Path:
@@ -94,12 +116,13 @@ def main() -> None:
     add_flags(parser, [1.0])
     parser.add_argument("--contenders", type=lambda text: text.split(","), default=CONTENDERS)
     parser.add_argument("--tokens", type=lambda text: [int(x) for x in text.split(",")], default=[2080, 624])
+    parser.add_argument("--apart", action="store_true", help="one contender in memory at a time, and no turns")
     arguments = parse(parser)
     arguments.dtype = arguments.dtype or "float32"
     arguments.golden = False
-    round_to_nearest_only()
     contenders = figures(arguments)
-    found = {"shape": arguments.shape, "threads": 1, "rounds": arguments.rounds, "contenders": contenders}
+    facts = {"shape": arguments.shape, "threads": 1, "rounds": arguments.rounds, "apart": arguments.apart}
+    found = facts | {"contenders": contenders}
     file = "quantised_steps" if arguments.shape == "qwen2-0.5b" else f"quantised_steps_{arguments.shape}"
     report("quantised_steps", found, write=arguments.write, file=file)
 
