@@ -147,7 +147,7 @@ def test_a_film_that_is_decoded_while_the_tower_works_has_the_same_rows(
     monkeypatch.setattr(pipeline, "join_rows", join_rows)
     monkeypatch.setattr(pipeline, "overlaps", True)
     np.testing.assert_array_equal(pipeline.read(turns, [film])[1].hidden, expected)
-    assert joined or eager.case.family == "nvila"  # whose parts are other pictures than the film's
+    assert joined or eager.case.family == "nvila"  # which averages groups of frames
 
 
 def test_every_row_has_a_case() -> None:
