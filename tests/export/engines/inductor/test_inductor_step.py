@@ -149,7 +149,8 @@ def refused(pipeline: Pipeline) -> None:
         backend.bind(first.decode, inputs | {"kv_len": np.ones(1, np.int64)}, outputs, cache)
     with pytest.raises(BackendError, match=r"past_key_0 is float32 \(1,"):
         backend.bind(first.decode, inputs, outputs, backend.cache(first, [(1, *shape[1:])], np.float32))
-    cache.keys[0] = np.ascontiguousarray(cache.keys[0])
+    apart = np.zeros((2, 2 * SLOTS_AT_ONCE, model.num_kv_heads, model.head_dim), np.float32)
+    cache.keys[0] = apart[:, :SLOTS_AT_ONCE].swapaxes(1, 2)  # the second row does not follow the first
     with pytest.raises(BackendError, match="past_key_0 does not lie slot after slot"):
         backend.bind(first.decode, inputs, outputs, cache)
     bundle = backend._bundle
