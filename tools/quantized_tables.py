@@ -219,6 +219,7 @@ def tables(load: Callable[[str], dict[str, Any]]) -> dict[str, Callable[[], str]
         return found
 
     return {
+        "caches in int8": lambda: caches(load("kv_cache")),
         "quantised memory": lambda: memory(load("quantised_alone_qwen2-7b")),
         "quantised answers": lambda: answers(load("quantized_accuracy")),
         "quantised heads": lambda: answers(load("quantized_heads")),
@@ -228,3 +229,46 @@ def tables(load: Callable[[str], dict[str, Any]]) -> dict[str, Callable[[], str]
         "quantised steps": lambda: steps(of_shapes("quantised_steps")),
         "int8 linear": lambda: int8_linear(load("int8_linear")),
     }
+
+
+def caches(result: dict[str, Any]) -> str:
+    """KV caches in floats and in int8: bytes, time where it was measured, error, answers."""
+    errors = result["errors"]
+    behind = f"behind_{errors['tokens']}_tokens"
+    far = []
+    for cost in (key for key in errors if key.startswith("cost ")):
+        facts = errors[cost]
+        cells = [
+            f"{100 * facts[key]['median']:.2g} % ({100 * facts[key]['largest']:.2g} %)"
+            for key in ("behind_the_prompt", behind)
+        ]
+        far.append((cost, *cells, f"{100 * facts['same_likeliest']:.1f} %", facts["kept_otherwise"]))
+    last = f"behind {errors['tokens']} tokens"
+    names = ("", "logits behind the prompt", last, "same likeliest token", "tokens kept otherwise")
+    return (
+        f"{cache_speed(result)}\n\nErrors relative to the largest logit, over {errors['films']} films of the tiny "
+        f"trained model, median and largest:\n\n{table(names, far)}\n\n{answers(result)}"
+    )
+
+
+def cache_speed(result: dict[str, Any]) -> str:
+    """Bytes of a token, and prefill and decode in turn."""
+    speed = result["speed"]
+    costs = [key for key in speed["int8"] if key.startswith("ours at cost ")]
+    rows = []
+    for name in ("float32", "int8"):
+        cells = [f"{speed[name]['bytes_per_token'] / 1000:.2f} kB"]
+        for cost in costs:
+            for stage, unit, factor in (("prefill", "s", 1), ("decode_per_token", "ms", 1000)):
+                seconds = speed[name][cost][stage]["min_s"]
+                ratio = speed["float32"][cost][stage]["min_s"] / seconds
+                cells.append(f"{factor * seconds:.3g} {unit} ({ratio:.2f}x)")
+        rows.append((f"`{name}`", *cells))
+    names = ["", "bytes of a token"]
+    for label in (cost.removeprefix("ours at ") for cost in costs):
+        names += [f"prefill, {label}", f"decode, {label}"]
+    return (
+        f"{speed['tokens']} tokens, {speed['shape']} shape in float32, {speed['threads']} threads, in turn on a busy "
+        f"machine (`{result['command']}`), the fastest of {speed['rounds']} rounds, speed-ups over float32 in "
+        f"brackets:\n\n{table(names, rows)}"
+    )

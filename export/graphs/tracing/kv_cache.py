@@ -4,7 +4,7 @@
     a prompt     what is held and what is new as the floats that codes stand for, GroupQueryAttention over those, and
                  the new codes into their slots
 
-Both give the same to 1e-6. For a prompt of 2080 tokens the kernel over int8 takes six to thirteen times as long as the
+Both give the same to 1e-6. For a prompt of 2080 tokens the kernel over int8 takes six to fourteen times as long as the
 one over floats, and reading caches of floats in every step would cost what int8 is there to save; so an `If` takes one
 of the two, within one graph, whose weights are in memory once. Branches read the graph's values, and write caches in
 place where input and output are bound to the same memory.
