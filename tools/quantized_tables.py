@@ -254,10 +254,10 @@ def caches(result: dict[str, Any]) -> str:
 def cache_speed(result: dict[str, Any]) -> str:
     """Bytes of a token, and prefill and decode in turn; bytes alone where no rounds were run."""
     if "speed" not in result:
-        rows = [(f"`{name}`", f"{facts['bytes_per_token'] / 1000:.2f} kB") for name, facts in result["caches"].items()]
+        sizes = [(f"`{name}`", f"{facts['bytes_per_token'] / 1000:.2f} kB") for name, facts in result["caches"].items()]
         return (
             "Bytes of a token in all layers of the tiny trained model; seconds were not measured in that run, as they "
-            f"are with more `--rounds` (`{result['command']}`):\n\n{table(('', 'bytes of a token'), rows)}"
+            f"are with more `--rounds` (`{result['command']}`):\n\n{table(('', 'bytes of a token'), sizes)}"
         )
     speed = result["speed"]
     costs = [key for key in speed["int8"] if key.startswith("ours at cost ")]
