@@ -21,8 +21,8 @@ from tests.commands import assert_refused, export, run
 from tests.films import write_film
 
 TRAINED = Path(__file__).parents[2] / "models" / "tiny_qwen2_vl"
-LAYERS = 3
-OPTIONS = BuildOptions(weights="int4:64", num_decoder_layer=LAYERS, depth=1, cost=0.5)
+LAYERS = 2
+OPTIONS = BuildOptions(weights="int4:64", num_decoder_layer=LAYERS, depth=0, cost=0.6)
 
 
 @pytest.fixture(scope="module", name="films")
@@ -55,7 +55,7 @@ def test_the_same_films_give_the_same_codes(films: list[Path], tmp_path: Path) -
 @pytest.mark.slow
 def test_a_bundle_by_films_is_built_checked_and_checked_again(films: list[Path], tmp_path: Path) -> None:
     flags = [flag for film in films for flag in ("--calibrate", film)]
-    geometry = ("--num-decoder-layer", LAYERS, "--depth", 1, "--cost", 0.5)
+    geometry = ("--num-decoder-layer", LAYERS, "--depth", 0, "--cost", 0.6)
     bundle = tmp_path / "bundle"
     result = export("build", TRAINED, "-o", bundle, "--weights", "int4:64", *geometry, *flags)
     assert result.exit_code == 0, result.output
