@@ -255,6 +255,7 @@ class BlockGraph(NamedTuple):
     dtype: str
     backend: GraphRunner
     importance: str = "float32"  # type that it is computed in, whatever the graph's
+    caches: str | None = None  # type of the backend's own caches; None holds numbers of the graph's type
 
 
 def empty_cache(device: Device, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> SegmentCache:

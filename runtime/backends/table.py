@@ -194,6 +194,7 @@ BACKENDS: tuple[BackendKind, ...] = (
         problem=f"{_BACKENDS}.openvino.fit:problem",
         extra="openvino",
         caches="uint8",
+        blocks=f"{_BACKENDS}.openvino.blocks:block_graphs_with_codes",
         machine_problem=f"{_BACKENDS}.openvino.fit:machine_problem",
     ),
 )

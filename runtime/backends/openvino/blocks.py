@@ -26,3 +26,9 @@ def block_graphs(device: Device, machine: Machine, folder: Path) -> Iterator[Blo
 def block_graphs_in_bf16(device: Device, machine: Machine, folder: Path) -> Iterator[BlockGraph]:
     """Of `openvino-bf16`: the dialect in bf16. Importance is a product, too, and so in bf16; similarity is none."""
     yield BlockGraph("gqa", "bfloat16", OpenVinoBackend(folder, "bfloat16"), importance="bfloat16")
+
+
+def block_graphs_with_codes(device: Device, machine: Machine, folder: Path) -> Iterator[BlockGraph]:
+    """Of `openvino-int8-kv`: as `openvino`, over caches in 8 bits."""
+    for dtype in ("float32", "float16"):
+        yield BlockGraph("gqa", dtype, OpenVinoBackend(folder, dtype, coded_caches=True), caches="uint8")

@@ -98,12 +98,12 @@ def _proven_graphs(row: table.BackendKind, device: table.Device, machine: Machin
         return _missing(*problem)
     graphs = []
     folder = Path(cases.__file__).parent
-    for dialect, dtype, backend, importance in table.load(row.blocks)(device, machine, folder):
+    for dialect, dtype, backend, importance, caches in table.load(row.blocks)(device, machine, folder):
         # 1. Looked up as `open_proven` does, before anything more is loaded.
         combination = combination_of_blocks(dialect, dtype, Option(row.name, device), machine)
         # 2. Proven, and remembered: what is wrong here is not taken for a bundle of this dialect and type.
         name = cases.graph_name(dialect, dtype)
-        facts = _graph(dialect, dtype, check_graph_blocks(backend, name, dtype, importance))
+        facts = _graph(dialect, dtype, check_graph_blocks(backend, name, dtype, importance, caches))
         if facts["state"] in ("right", "wrong"):
             text = f"ff-run doctor: {facts['worst']}"
             facts["remembered"] = remember(combination, Verdict(facts["state"] == "right", text), facts)

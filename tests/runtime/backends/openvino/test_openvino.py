@@ -93,6 +93,16 @@ def test_building_blocks_are_those_of_numpy(dtype: str, in_place: bool) -> None:
     assert backend.graph(name).in_place == in_place
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_building_blocks_over_codes_are_those_of_numpy(dtype: str) -> None:
+    backend = OpenVinoBackend(FOLDER, dtype, 1, coded_caches=True)
+    name = cases.graph_name("gqa", dtype)
+    found = list(checks.check_graph_blocks(backend, name, dtype, caches="uint8"))
+    assert [check for check in found if not check.right] == []
+    over_codes = [check for check in found if check.block == cases.BLOCKS["attended"]]
+    assert max(check.error for check in over_codes) > 1e-4, "the caches hold floats"
+
+
 def test_equal_tokens_and_the_same_numbers(opened: Bundle) -> None:
     """Sums in another order: 1e-6 of the largest logit a layer is what fp32 differs by, 2e-5 is ten times that here."""
     theirs = reference(opened)

@@ -46,6 +46,12 @@ def test_a_mask_that_is_right_for_a_whole_prompt_alone_is_found() -> None:
     assert wrong_in(eager_blocks.upper_left) == {(CACHE, case) for case in ("chunk", "decode", "after padding")}
 
 
+def test_the_wider_limit_over_codes_finds_a_mask_that_is_wrong() -> None:
+    found = list(check_graph_blocks(EagerBlocks(eager_blocks.upper_left), "graph", "float32", caches="uint8"))
+    assert {check.case for check in found if not check.right} == {"chunk", "decode", "after padding"}
+    assert not {check.block for check in found} & {"keys in the cache", "values in the cache"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "where"),
