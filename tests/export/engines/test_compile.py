@@ -261,7 +261,12 @@ def test_engines_for_three_targets(copy: Path, shared_cache: Path) -> None:
         assert (engine.targets, engine.version) == (("8.6", "8.9", "12.0"), tensorrt_rtx.__version__)
         assert record.size > engine.weight_bytes == row["weight_bytes"]
     rest = next(engine for engine in manifest.engines if engine.graph == GRAPH)
-    assert [(profile.name, profile.tokens) for profile in rest.profiles] == [("prefill 256", 256), ("decode", 2)]
+    steps = [(f"decode {rows} rows", 1) for rows in (2, 4, 8)]
+    assert [(profile.name, profile.tokens) for profile in rest.profiles] == [
+        ("prefill 256", 256),
+        ("decode", 2),
+        *steps,
+    ]
     assert {tensor.name for tensor in rest.tensors} >= {"hidden", "kv_len", "past_key_0", "present_value_0", "logits"}
     assert report["peak_memory_bytes"] > 10**8
     assert report["cache"]["hits"] == 0

@@ -18,6 +18,7 @@ from framefusion.errors import BackendError
 from framefusion.runtime.pipeline import Pipeline, Request
 from tests.bundles import shared
 from tests.films import write_film, write_picture
+from tests.runtime.bundle_edits import copied, of_one_row
 from tests.runtime.server.conftest import START
 
 pytestmark = pytest.mark.slow
@@ -79,12 +80,15 @@ def test_questions_answered_together_get_what_each_gets_alone(
 
 
 def test_answers_one_at_a_time_where_a_backend_knows_no_more(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
     from tests.commands import assert_refused
     from tests.commands import run as invoke
 
-    write_picture(tmp_path / "picture.png")
+    (tmp_path / "pictures").mkdir()
+    write_picture(tmp_path / "pictures" / "picture.png")
     output = tmp_path / "out.jsonl"
-    refused = invoke("batch", shared("portable"), tmp_path, "-p", "What?", "-o", output, "--together", 2)
+    folder = of_one_row(copied(shared("bundle"), tmp_path / "bundle"))
+    refused = invoke("batch", folder, tmp_path / "pictures", "-p", "What?", "-o", output, "--together", 2)
     assert_refused(refused, BackendError, "2 questions cannot be answered together", "leave --together out")
     assert not output.exists()
 

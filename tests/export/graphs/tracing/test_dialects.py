@@ -162,15 +162,15 @@ def test_cache_attention_of_rows_of_unequal_lengths() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batched", [False, True])
-def test_a_segment_has_rows_where_its_dialect_batches(batched: bool) -> None:
-    plan = BuildPlan(Checkpoint(TRAINED), BuildOptions(dialect="gqa" if batched else "portable"))
+@pytest.mark.parametrize("dialect", BY_DIALECT)
+def test_a_segment_is_free_in_its_rows(dialect: Any) -> None:
+    plan = BuildPlan(Checkpoint(TRAINED), BuildOptions(dialect=dialect))
     graph = trace_graph(plan.graphs[len(plan.segments) - 1], plan.dialect).graph
     first = {value.name: value.shape[0] for value in (*graph.inputs, *graph.outputs) if value.shape is not None}
     rows = {name for name, size in first.items() if str(size) == "batch"}
     caches = {name for name in first if name is not None and name.startswith(("past_", "present_"))}
-    assert rows == ({"hidden", "cos", "sin", "logits", *caches} if batched else set())
-    assert (str(first["kv_len"]) == "lengths") is batched
+    assert rows == {"hidden", "cos", "sin", "logits", *caches}
+    assert str(first["kv_len"]) == "lengths"
 
 
 @pytest.mark.slow
