@@ -29,6 +29,8 @@ from framefusion.runtime.request import Request, Stopwatch
 from framefusion.runtime.text.positions import decode_positions
 
 ROWS = 3  # of a batch that is proven
+ROWS_OF_FIXED = 2
+"""Where a graph reduces: caches are as long as the longest prompt, and a proof keeps within the memory of an answer."""
 Array = NDArray[Any]
 Following = Callable[[ReductionState], ReductionState]
 """What a reduction's state is replaced with before it begins."""
@@ -154,7 +156,8 @@ class Rehearsal:
         None where the backend takes one at a time.
         """
         segments = Segments(self.manifest, self._backend)
-        return () if segments.batch_refusal is not None else segments.batch_sizes or range(1, ROWS + 1)
+        rows = ROWS_OF_FIXED if self.manifest.reduction.mode == "fixed" else ROWS
+        return () if segments.batch_refusal is not None else segments.batch_sizes or range(1, rows + 1)
 
     def together(self, settings: Sequence[tuple[float | None, float | None]]) -> list[list[NDArray[np.float32]]]:
         """Prefill requests one after the other and decode them in one batch, which is larger by a size with each step.
