@@ -90,6 +90,20 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.view(x.shape[0], x.shape[1], num_heads, -1).transpose(1, 2)
 
 
+def attend_last(query: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Tensor:
+    """Causal attention of one row's last S tokens over all T that it holds, each up to itself.
+
+    query [1, S, H*hd], keys and values [1, Hkv, T, hd] -> [1, S, H*hd]
+    """
+    total = keys.shape[2]
+    frontier = torch.arange(total - query.shape[1], total, device=query.device)[:, None]
+    mask = torch.arange(total, device=query.device)[None] <= frontier  # [S, T]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        split_heads(query, num_heads), keys, values, attn_mask=mask, enable_gqa=True
+    )
+    return out.transpose(1, 2).reshape(query.shape)
+
+
 @declared
 def cache_attention(
     query: Tensor,
@@ -116,13 +130,7 @@ def cache_attention(
         part = slice(row, row + 1)
         keys[part, :, total - length : total] = split_heads(key[part], num_kv_heads)
         values[part, :, total - length : total] = split_heads(value[part], num_kv_heads)
-        frontier = torch.arange(total - length, total, device=query.device)[:, None]
-        mask = torch.arange(total, device=query.device)[None] <= frontier  # [S, total]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            split_heads(query[part], num_heads), keys[part, :, :total], values[part, :, :total], attn_mask=mask,
-            enable_gqa=True,
-        )  # fmt: skip
-        outputs.append(out.transpose(1, 2).reshape(query[part].shape))
+        outputs.append(attend_last(query[part], keys[part, :, :total], values[part, :, :total], num_heads))
     return torch.cat(outputs), keys, values
 
 

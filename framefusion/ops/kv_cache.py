@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from framefusion.ops.kernels import declared, split_heads
+from framefusion.ops.kernels import attend_last, declared, split_heads
 
 LEAST_CODE = -128
 MOST_CODE = 127
@@ -56,15 +56,10 @@ def quantized_cache_attention(
         new = slice(total - length, total)
         keys[part, :, new] = quantize(split_heads(key[part], num_kv_heads), key_scale)
         values[part, :, new] = quantize(split_heads(value[part], num_kv_heads), value_scale)
-        # 2. Attention over what all codes stand for, every new row up to itself.
-        frontier = torch.arange(total - length, total, device=query.device)[:, None]
-        mask = torch.arange(total, device=query.device)[None] <= frontier  # [S, total]
+        # 2. Attention over what all codes stand for.
         read_keys = dequantize(keys[part, :, :total], key_scale).to(query.dtype)
         read_values = dequantize(values[part, :, :total], value_scale).to(query.dtype)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            split_heads(query[part], num_heads), read_keys, read_values, attn_mask=mask, enable_gqa=True
-        )
-        outputs.append(out.transpose(1, 2).reshape(query[part].shape))
+        outputs.append(attend_last(query[part], read_keys, read_values, num_heads))
     return torch.cat(outputs), keys, values
 
 
