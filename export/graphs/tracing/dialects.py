@@ -238,11 +238,6 @@ def portable_swish(x: Symbol, alpha: float) -> Symbol:
     return _op.Mul(x, _op.Sigmoid(scaled))
 
 
-def _squeezed(x: Symbol) -> Symbol:
-    """[1, S, D] -> [S, D]"""
-    return _op.Squeeze(x, _ints(0))
-
-
 def _flattened(x: Symbol) -> Symbol:
     """[1, S, D] -> [S, D], and several rows without an error: nobody reads their scores."""
     return _op.Flatten(x, axis=2)
@@ -250,11 +245,6 @@ def _flattened(x: Symbol) -> Symbol:
 
 def similarity(hidden: Symbol, previous: Symbol) -> Symbol:
     """Cosine to the gathered previous token, fp32; -2 where there is none or a norm is zero."""
-    return _similarity(_squeezed(hidden), previous)
-
-
-def batched_similarity(hidden: Symbol, previous: Symbol) -> Symbol:
-    """As above, in a graph that runs several rows as well."""
     return _similarity(_flattened(hidden), previous)
 
 
@@ -284,11 +274,6 @@ def importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, 
 
     query [S, H*hd] -> chosen rows [kv, rows*g, hd] --MatMul-- [kv, hd, S] <- key;  mask, softmax, mean -> [S]
     """
-    return _importance(_squeezed, query, key, last, rows, heads, kv)
-
-
-def batched_importance(query: Symbol, key: Symbol, last: Symbol, rows: int, heads: int, kv: int) -> Symbol:
-    """As above, in a graph that runs several rows as well."""
     return _importance(_flattened, query, key, last, rows, heads, kv)
 
 
@@ -329,7 +314,6 @@ class Dialect:
         signed_codes: see `BlockFormat.signed`.
         rounds_activations: its products with quantized weights round activations to 8 bits; else these are floats.
         quantized_caches: it has attention over caches in int8, in operators of `kv_cache.OPSET`.
-        batches: its attention takes rows of unequal lengths, so a segment's graph is free in them.
     """
 
     name: str
@@ -339,7 +323,6 @@ class Dialect:
     head_dim_multiple: int = 1
     signed_codes: bool = False
     rounds_activations: bool = True
-    batches: bool = False
     quantized_caches: bool = False
 
     def table(self) -> dict[Any, Translation]:
@@ -361,13 +344,12 @@ DIALECTS = {
                 "masked_attention": contrib_masked_attention,
                 "matmul_nbits": contrib_matmul_nbits,
                 "swish": contrib_swish,
-                "similarity": batched_similarity,
-                "importance": batched_importance,
+                "similarity": similarity,
+                "importance": importance,
             },
             exact_shapes=True,
             opset=23,
             head_dim_multiple=8,
-            batches=True,
             quantized_caches=True,
         ),
         Dialect(  # standard operators of opset 24: TensorScatter + Attention, static buckets
@@ -386,7 +368,6 @@ DIALECTS = {
             opset=24,
             signed_codes=True,
             rounds_activations=False,
-            batches=True,
         ),
     )
 }

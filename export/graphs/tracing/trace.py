@@ -64,7 +64,7 @@ def trace(module: GraphModule, dialect: Dialect, dtype: torch.dtype = torch.floa
         dialect: table of the custom ops.
         dtype: of parameters and of all inputs that are floats; modules come in fp32, and this one stays as it is.
     """
-    module = module.batched() if dialect.batches else module
+    module = module.batched()
     signature = module.signature()
     module, arguments = _typed(module, signature.arguments, dtype)
     with _quiet(), torch.no_grad():
