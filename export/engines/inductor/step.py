@@ -10,8 +10,8 @@ for a row depends on what runs beside it, or on how many do:
 - Products. Libraries take other kernels for one row than for several, and MKL others for two than for eight, each with
   an order of sums of its own. A row more than there are is computed, a copy of the first, so that one row is never by
   itself; and on CPUs products in fp32 are oneDNN's (`linear`), which takes one kernel for any number from two on and
-  costs little more for eight rows than for one. torch's own (`mm`) is MKL's there, eight rows of which cost six times
-  one.
+  costs little more for eight rows than for one. torch's own (`mm`) is MKL's there, eight rows of which cost several
+  times one.
 - Attention. The kernel adds up block by block of keys; whole blocks have the same shape in every call, and a block
   that a row has nothing in changes no bit of it.
 
@@ -42,7 +42,7 @@ from framefusion.runtime.backends.kv_cache import cache_names
 LINEAR = "linear"
 MM = "mm"
 BATCHED = ("cpu",)
-"""Devices whose engines hold a step. For CUDA `attend_held` is ready, and no GPU has run it."""
+"""Devices whose engines hold a step: on CUDA, where a mask would mean the math path, requests take turns."""
 _ATEN: Any = torch.ops.aten
 
 
@@ -197,19 +197,3 @@ def attend(
     flash = _ATEN._scaled_dot_product_flash_attention_for_cpu
     out = flash(grouped, keys[:, :, :shown], values[:, :, :shown], attn_mask=mask)[0]
     return out.reshape(query.shape), keys, values
-
-
-def attend_held(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """The same on CUDA, over slabs that hold the tokens: flash attention reads each row's length on the device.
-
-    query [B, H, 1, hd], keys and values [B, Hkv, C, hd] slot after slot in memory, lengths [B] -> [B, H, 1, hd]. No
-    mask, so no math path; the shapes are those of every step, so a step can be captured. No GPU has run it.
-    """
-    (rows, _, slots, _) = keys.shape
-    packed = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, keys, values)]  # [B, H, hd], [B*C, Hkv, hd]
-    starts = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
-    (out, *_) = _ATEN._flash_attention_forward(
-        *packed, starts, starts * slots, 1, slots, 0.0, True, False, seqused_k=lengths.to(torch.int32)
-    )
-    result: Tensor = out[:, :, None]
-    return result

@@ -79,14 +79,6 @@ def test_a_product_adds_up_a_row_alike_from_two_rows_on(inputs: int, outputs: in
         assert torch.equal(step.product(rows[9 - count :], weight), two[9 - count :]), count
 
 
-def test_the_form_for_a_gpu_gives_shapes_and_types_of_attention() -> None:
-    """No GPU is here: torch's own rules of shapes are asked."""
-    query = torch.empty(3, 6, 1, 8, dtype=torch.float16, device="meta")
-    (keys, values) = (torch.empty(3, 9, 2, 8, dtype=torch.float16, device="meta").transpose(1, 2) for _ in range(2))
-    found = step.attend_held(query, keys, values, torch.empty(3, dtype=torch.int64, device="meta"))
-    assert (found.shape, found.dtype) == (query.shape, query.dtype)
-
-
 def test_caches_lie_slot_after_slot() -> None:
     cache: Any = torch.empty(3, 9, 2, 8).transpose(1, 2)
     assert is_slotwise(cache)
