@@ -120,8 +120,8 @@ class GoldenLimits:
     measured: MeasuredLimits | None = None
 
     def of(self, what: str) -> float:
-        """The limit of "tower", "similarity", "importance" or of anything else, which is `numbers`."""
-        limit: float = getattr(self.measured, what, self.numbers)
+        """The limit of "tower", "similarity" or "importance"; that of logits is `numbers`."""
+        limit: float = self.numbers if self.measured is None else getattr(self.measured, what)
         return limit
 
 
