@@ -40,7 +40,8 @@ def leaves_cores_free(backend: Backend) -> bool:
     So it is where graphs run on a device, and where an operator takes fewer threads than there are cores for this
     process. Measured in docs/films.md.
     """
-    return backend.host_threads is None or 0 < backend.host_threads < available_cores()
+    threads: int | None = getattr(backend, "host_threads", 0)  # a backend of another package may not say
+    return threads is None or 0 < threads < available_cores()
 
 
 class MediaStages:

@@ -249,6 +249,7 @@ def test_cores_are_free_beside_a_device_and_few_threads() -> None:
         free.append(leaves_cores_free(backend))  # type: ignore[arg-type]
     several = available_cores() > 1
     assert free == [False, several, several, False, True]
+    assert not leaves_cores_free(object())  # type: ignore[arg-type]  # of a package from before there was a word of it
 
 
 def test_errors_of_sources_are_those_of_decode_media(overlapping: Pipeline, film: Path) -> None:
