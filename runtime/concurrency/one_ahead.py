@@ -48,7 +48,8 @@ def one_ahead(
 
     def begun() -> list[Future[Result]]:
         """The next job, if there is one."""
-        return [worker.submit(context.run, job, ended.is_set) for job in (next(remaining, None),) if job is not None]
+        job = next(remaining, None)
+        return [] if job is None else [worker.submit(context.run, job, ended.is_set)]
 
     try:
         pending = begun()

@@ -52,9 +52,7 @@ class ModelRecord:
     rope_theta: float
     mrope_section: tuple[int, ...] | None
     importance_rows: int
-    dtype: (
-        str  # of hidden states, rotary tables, weights, and of caches where there is no KvCacheRecord: of FLOAT_BYTES
-    )
+    dtype: str  # of FLOAT_BYTES: of hidden states, tables and weights, and of caches without a KvCacheRecord
     mrope_interleaved: bool = False  # the axes take turns channel by channel (Qwen3-VL), instead of three blocks
 
     @property
