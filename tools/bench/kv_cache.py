@@ -29,7 +29,7 @@ from framefusion.export.report.inspection import cache_facts
 from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.pipeline import Pipeline, Request
 from tools.accuracy import questions, working_folder
-from tools.bench.runs import Run, Setting, add_flags, parse
+from tools.bench.runs import Setting, add_flags, in_turn, parse
 from tools.bench.setting import report, summary
 from tools.quantized_accuracy import FLOATS, answered, built
 from tools.quantized_accuracy import summary as of_answers
@@ -89,13 +89,7 @@ def pair_of(floats: Pipeline, codes: Pipeline, question: Question, cost: float) 
 def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prefill and decode of both, in turn, at each cost."""
     settings = {name: Setting(_with(arguments, cached)) for name, cached in CACHES.items()}
-    runs: dict[tuple[str, str], list[Run]] = {}
-    for turn in range(arguments.rounds + 1):
-        for name, setting in settings.items():
-            for label, request in setting.requests.items():
-                found = setting.run(request)
-                if turn:  # the first one warms up
-                    runs.setdefault((name, label), []).append(found)
+    runs = in_turn(settings, arguments.rounds)
     figures: dict[str, Any] = settings[FLOATS].facts
     for name, setting in settings.items():
         figures[name] = {"bytes_per_token": cache_facts(setting.pipeline.manifest)["bytes_per_token"]}

@@ -27,7 +27,7 @@ from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
 from framefusion.export.quantization.rounding import round_to_nearest
 from framefusion.runtime.pipeline import Pipeline
 from tools.bench.prefill import median
-from tools.bench.runs import Run, Setting, add_flags, checkpoint_of, parse
+from tools.bench.runs import Run, Setting, add_flags, checkpoint_of, in_turn, parse
 from tools.bench.setting import report, summary
 
 FLOATS = "floats"
@@ -48,21 +48,16 @@ def main() -> None:
     if arguments.alone:
         report("quantised", alone(arguments), write=arguments.write, file=f"quantised_alone_{arguments.shape}")
     else:
-        shape = arguments.shape
-        file = "quantised" if shape == "qwen2-0.5b" else f"quantised_{shape}"
+        parts = ["quantised", arguments.shape, arguments.backend]
+        usual = ("qwen2-0.5b", "onnxruntime")
+        file = "_".join(part for part in parts if part not in usual)
         report("quantised", side_by_side(arguments), write=arguments.write, file=file)
 
 
 def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:
     """All weights in turn, at each cost."""
     settings = {weights: setting_of(arguments, weights) for weights in (FLOATS, *arguments.weights)}
-    runs: dict[tuple[str, str], list[Run]] = {}
-    for turn in range(arguments.rounds + 1):
-        for weights, setting in settings.items():
-            for name, request in setting.requests.items():
-                run = setting.run(request)
-                if turn:  # the first one warms up
-                    runs.setdefault((weights, name), []).append(run)
+    runs = in_turn(settings, arguments.rounds)
     figures: dict[str, Any] = settings[FLOATS].facts
     for weights, setting in settings.items():
         figures[weights] = {"llm_bytes": llm_bytes(setting.pipeline)}
@@ -115,7 +110,9 @@ def alone(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def round_to_nearest_only() -> None:
     """Choose codes in this process without a search, which takes a core a quarter of an hour for a 7B."""
-    vars(weight_plan).update(search=nearest, METHOD="rounding to the nearest")
+    for name, stand_in in (("search", nearest), ("METHOD", "rounding to the nearest")):
+        getattr(weight_plan, name)  # else a search would go on under another name, unseen
+        setattr(weight_plan, name, stand_in)
 
 
 def nearest(weight: Tensor, form: BlockFormat, dtype: torch.dtype) -> BlockQuantized:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -168,6 +168,18 @@ class Setting:
             with waiting.stage("decode"):
                 decode(pipeline, self.film, prefilled, request.max_new_tokens)
         return dict(waiting.seconds)
+
+
+def in_turn(settings: Mapping[str, Setting], rounds: int) -> dict[tuple[str, str], list[Run]]:
+    """Every request of every setting in each round, by the names of both; a round before them warms up."""
+    runs: dict[tuple[str, str], list[Run]] = {}
+    for turn in range(rounds + 1):
+        for name, setting in settings.items():
+            for label, request in setting.requests.items():
+                found = setting.run(request)
+                if turn:
+                    runs.setdefault((name, label), []).append(found)
+    return runs
 
 
 def checkpoint_of(arguments: argparse.Namespace) -> Path:

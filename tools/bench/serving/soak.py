@@ -6,7 +6,6 @@ streams; some hang up in the middle, some send junk. An answer that is not the e
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import threading
@@ -100,7 +99,7 @@ def soak(
         if server.process.poll() is not None:
             tally.add("server", {"problem": f"the server ended with {server.process.returncode}"})
             break
-        samples.append(_sample(server, time.monotonic() - begun))
+        samples += _sampled(server, time.monotonic() - begun)
         time.sleep(min(SAMPLE_SECONDS, max(60 * minutes / 50, 0.1)))
     # 2. What is left once nobody asks: nothing runs, and everything is answered.
     alive = server.process.poll() is None
@@ -117,19 +116,17 @@ def soak(
         "wrong_answers": tally.wrong,
         "running_at_the_end": left,
         "rows_a_step": rows / steps if steps else 0.0,
-        "memory": memory(samples),
+        "memory": memory(samples) if samples else {},
         "load": float(np.median([sample.load for sample in samples])),
     }
 
 
-def _sample(server: Server, seconds: float) -> Sample:
-    """Memory and load now. A server that has just ended has neither; the caller sees that it ended."""
+def _sampled(server: Server, seconds: float) -> list[Sample]:
+    """Memory and load now; nothing where the server has just ended, or is too busy to say."""
     try:
-        memory = server.memory()
-        used = server.metric("kv_cache_usage_perc")
+        return [Sample(seconds, server.memory(), server.metric("kv_cache_usage_perc"), os.getloadavg()[0])]
     except (psutil.NoSuchProcess, httpx2.HTTPError):
-        return Sample(seconds, Memory(0, 0, 0), math.nan, os.getloadavg()[0])
-    return Sample(seconds, memory, used, os.getloadavg()[0])
+        return []
 
 
 def memory(samples: Sequence[Sample]) -> dict[str, Any]:
