@@ -63,7 +63,7 @@ def main() -> None:
         flags += ["--cache-mb", SOAK_MB if arguments.soak else 1024 * GIGABYTES, "--threads", arguments.threads]
         measure = _soak if arguments.soak else _measure
         figures = measure(arguments, bundle, films, folder, flags)
-    common = {"shape": arguments.shape, "backend": arguments.backend, "dtype": arguments.dtype}
+    common = {"shape": arguments.shape, "server_backend": arguments.backend, "dtype": arguments.dtype}
     common |= {"threads": arguments.threads, "clients": arguments.clients}
     common |= {"film": f"{arguments.frames} x {arguments.grid[0] * arguments.grid[1]} tokens"}
     common |= {"load_after": round(os.getloadavg()[0], 2)}
