@@ -22,7 +22,7 @@ from framefusion.runtime.format.manifest import Manifest, ReductionRecord
 from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.generation.stages import Stages, prefill_report
 from framefusion.runtime.generation.token_rows import TokenRows
-from framefusion.runtime.generation.visuals.reading import Media as Media
+from framefusion.runtime.generation.visuals.visual_stages import Media as Media
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.sources import Source

@@ -24,7 +24,7 @@ from framefusion.reduction.policy import CallRecord, Decision
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.generation.stages import prefill_report
 from framefusion.runtime.generation.token_rows import TokenRows
-from framefusion.runtime.generation.visuals.reading import Media
+from framefusion.runtime.generation.visuals.visual_stages import Media
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.preprocess import Preprocessing, resize
 from framefusion.runtime.media.sources import Source

@@ -16,20 +16,17 @@ from pathlib import Path
 
 from framefusion.errors import PromptError
 from framefusion.runtime.backends.base import Backend
-from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.concurrency.one_ahead import in_turn, one_ahead
-from framefusion.runtime.format.manifest import Manifest
-from framefusion.runtime.generation.embedder import Embedder
-from framefusion.runtime.generation.visuals.reading import Media, ReadMedia, VisualReading
+from framefusion.runtime.generation.visuals.reading import ReadMedia, VisualReading
+from framefusion.runtime.generation.visuals.visual_stages import Media, VisualStages
 from framefusion.runtime.machine.cpu import available_cores
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
-from framefusion.runtime.media.preprocess import Preprocessing
 from framefusion.runtime.media.sources import Source, as_image, as_video
 from framefusion.runtime.media.video.container.opening import ended_by
 from framefusion.runtime.media.video.frames import Shrink, Video
 from framefusion.runtime.media.video.progress import FilmProgress
-from framefusion.runtime.media.visual_input import RowMap, VisualInput
+from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual, as_turns, visuals_of
 
@@ -44,20 +41,16 @@ def leaves_cores_free(backend: Backend) -> bool:
     return threads is None or 0 < threads < available_cores()
 
 
-class MediaStages:
+class MediaStages(VisualStages):
     """What each of these stages needs of a bundle; `Stages` opens it.
 
     Attributes:
-        manifest: of the bundle.
         backend: that runs the tower.
-        embedder: that the tower belongs to.
         limits: of the files that are read.
         overlaps: decode the next film of a request while the tower has the one before it.
     """
 
-    manifest: Manifest
     backend: Backend
-    embedder: Embedder
     limits: MediaLimits
     overlaps: bool
 
@@ -187,57 +180,3 @@ class MediaStages:
         if kind is Visual.IMAGE:
             return as_image(file, self.limits)
         return as_video(file, sampling, self.limits, shrink, follower)
-
-    def preprocessor(self, media: Sequence[Media], others: Sequence[Visual] = ()) -> Preprocessing:
-        """What turns the videos and images of one conversation into patches; their number may change how."""
-        images = sum(not isinstance(shown, Video) for shown in media)
-        return self.manifest.preprocessing.for_images(images + others.count(Visual.IMAGE))
-
-    def preprocess(
-        self,
-        media: Sequence[Media],
-        stopwatch: Stopwatch,
-        *,
-        before: Sequence[Visual] = (),
-        after: Sequence[Visual] = (),
-    ) -> list[VisualInput]:
-        """Patches and pieces of the prompt for videos and images of one conversation.
-
-        Args:
-            media: decoded.
-            stopwatch: gets the stage "preprocess".
-            before: what the conversation shows before these: videos and images are numbered.
-            after: what it shows behind them.
-
-        Raises:
-            VideoError: a picture cannot be shown to this family.
-        """
-        visuals = list[VisualInput]()
-        videos = before.count(Visual.VIDEO)
-        images = before.count(Visual.IMAGE)
-        preprocessor = self.preprocessor(media, [*before, *after])
-        for shown in media:
-            with stopwatch.stage("preprocess"):
-                if isinstance(shown, Video):
-                    visuals.append(preprocessor.video(shown, videos))
-                    videos += 1
-                else:
-                    visuals.append(preprocessor.image(shown, images))
-                    images += 1
-        return visuals
-
-    def encode_visual(self, visual: VisualInput) -> Buffer:
-        """Rows [1+K, n, D] of one video or image: see `Embedder.encode_visual`."""
-        return self.embedder.encode_visual(visual)
-
-    def join_rows(self, parts: Sequence[Buffer], mapping: RowMap | None) -> Buffer:
-        """Rows [1+K, n, D] of a video whose pictures passed the tower in parts: see `Embedder.join`."""
-        return self.embedder.join(parts, mapping)
-
-    def encode_rest(self, visuals: Sequence[VisualInput], rows: Sequence[Buffer | None]) -> list[Buffer]:
-        """Rows [1+K, n, D] of each: the tower runs for those that have none.
-
-        Raises:
-            BackendError: the backend refuses or fails.
-        """
-        return [self.encode_visual(visual) if had is None else had for visual, had in zip(visuals, rows, strict=True)]

@@ -9,47 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from framefusion.errors import VideoError
 from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.generation.embedder import pictures_at_once
-from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.runtime.generation.visuals.visual_stages import Media, VisualStages
 from framefusion.runtime.media.tiles.thumbnails import ThumbnailCollector, Thumbnails
 from framefusion.runtime.media.video.frames import Video, VideoFacts, facts_of_films
 from framefusion.runtime.media.video.progress import FilmProgress
-from framefusion.runtime.media.visual_input import RowMap, Tiles, VisualInput
+from framefusion.runtime.media.visual_input import Tiles, VisualInput
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Visual
-
-Media = Video | NDArray[np.uint8]
-"""A video as it was sampled, or an image [H, W, 3]."""
-
-
-class VisualStages(Protocol):
-    """The stages that what is shown passes through."""
-
-    def preprocessor(self, media: Sequence[Media], others: Sequence[Visual] = ()) -> Preprocessing:
-        """See `Stages.preprocessor`."""
-
-    def preprocess(
-        self,
-        media: Sequence[Media],
-        stopwatch: Stopwatch,
-        *,
-        before: Sequence[Visual] = (),
-        after: Sequence[Visual] = (),
-    ) -> list[VisualInput]:
-        """See `Stages.preprocess`."""
-
-    def encode_visual(self, visual: VisualInput) -> Buffer:
-        """See `Embedder.encode_visual`."""
-
-    def join_rows(self, parts: Sequence[Buffer], mapping: RowMap | None) -> Buffer:
-        """See `Embedder.join`."""
 
 
 @dataclass(frozen=True, eq=False)
