@@ -152,6 +152,7 @@ BACKENDS: tuple[BackendKind, ...] = (
             traced=True,
             weights_inside=False,
         ),
+        results={"cpu": "backends.json"},
     ),
     BackendKind(
         "onnxruntime",

@@ -180,21 +180,29 @@ def proven() -> dict[tuple[str, str], str]:
     return {(row.name, device): file for row in table.BACKENDS for device, file in row.results.items()}
 
 
+def shown_by(result: Any) -> set[tuple[str, str]]:
+    """Backends and devices that a result says it ran: one, several in turn, or that of a server."""
+    if not isinstance(result, dict):
+        return set()
+    ran = [result, *result.get("contenders", {}).values()]
+    shown = {(each["backend"]["name"], each["backend"]["device"]) for each in ran if "backend" in each}
+    if "server_backend" in result:
+        shown.add((result["server_backend"], "cuda" if result["machine"]["gpu"] else "cpu"))
+    return shown
+
+
 def test_what_is_called_proven_has_a_result_with_a_device() -> None:
     for (name, place), file in proven().items():
         result = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-        backend = result.get("backend", {"name": "onnxruntime", "device": "cpu"})
-        shown = [contender["backend"] for contender in result.get("contenders", {}).values()] or [backend]
-        assert (name, place) in {(each["name"], each["device"]) for each in shown}
+        assert (name, place) in (shown_by(result) or {("onnxruntime", "cpu")})
         assert result["machine"]["gpu" if place == "cuda" else "cpu"], file
 
 
 def test_every_committed_result_of_a_backend_is_named() -> None:
-    shown = set()
+    shown = set[tuple[str, str]]()
     for path in RESULTS.glob("*.json"):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if "backend" in result:
-            shown.add((result["backend"]["name"], result["backend"]["device"]))
+        shown |= shown_by(json.loads(path.read_text(encoding="utf-8")))
+    assert ("inductor", "cpu") in shown
     assert shown <= set(proven()), "name the result in its row of the table: it is no longer experimental"
 
 
@@ -228,7 +236,8 @@ def test_what_is_ordinary_is_what_wants_a_gpu_or_engines() -> None:
     absent = (Option("tensorrt", "cuda", NO_GPU[0]), Option("inductor", "cpu", NO_ENGINE))
     assert Choice(Option("onnxruntime", "cpu"), absent).ordinary
     assert not Choice(Option("onnxruntime", "cpu"), (*absent, Option("inductor", "cpu", "it is wrong here"))).ordinary
-    assert not Choice(Option("inductor", "cpu"), absent).ordinary  # experimental
+    assert Choice(Option("inductor", "cpu"), absent).ordinary
+    assert not Choice(Option("inductor", "cuda"), absent).ordinary  # experimental
 
 
 def test_reasons_of_several_are_said_once() -> None:
@@ -239,4 +248,14 @@ def test_reasons_of_several_are_said_once() -> None:
     )
     chosen = Choice(Option("onnxruntime", "cpu"), passed)
     assert chosen.text == "backend: onnxruntime on cpu; not tensorrt or inductor: a; not tensorrt-rtx: b"
-    assert choice.Choice(Option("inductor", "cpu")).experimental
+
+
+def test_a_row_is_experimental_on_each_device_that_no_result_shows() -> None:
+    shown = {
+        (row.name, device): not choice.Choice(Option(row.name, device)).experimental
+        for row in table.BACKENDS
+        for device in row.devices
+    }
+    assert {where for where, is_shown in shown.items() if is_shown} == {
+        ("inductor", "cpu"), ("onnxruntime", "cpu"), ("openvino", "cpu"), ("openvino-bf16", "cpu"),
+    }  # fmt: skip
