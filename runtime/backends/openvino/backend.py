@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,8 @@ CHUNK = 2048
 """Tokens of the last segment's prefill at a time. OpenVINO computes all outputs of a graph, so every part but the last
 computes logits that nobody reads: a part is long enough for them not to count."""
 _OTHER = "take another --backend"
+_cores: list[Any] = []
+_cores_lock = Lock()
 _KEYS_AND_VALUES: Mapping[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}
 
 
@@ -149,10 +152,8 @@ class OpenVinoBackend(HostBackend):
         return None
 
     def _compiled(self, path: Path, *, in_place: bool) -> CompiledGraph:
-        import openvino
-
         model = read_model(str(path), in_place=in_place, beside=self._beside)
-        return CompiledGraph(openvino.Core().compile_model(model, "CPU", self._settings), writes_in_place(model))
+        return CompiledGraph(process_core().compile_model(model, "CPU", self._settings), writes_in_place(model))
 
     @property
     def _rounded_together(self) -> int:
@@ -173,6 +174,21 @@ class OpenVinoBackend(HostBackend):
         }
         settings |= {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"} if self._beside else {}  # else keys are no rows of tokens
         return settings | ({"INFERENCE_NUM_THREADS": self._threads} if self._threads else {})
+
+
+def process_core() -> Any:
+    """The core that compiles all graphs of this process, and lives as long.
+
+    A core gives the thread that first compiles with it a stack for signals, and unmaps that stack when it goes. The
+    thread keeps the address where the core goes on another thread, or after a core that began later: the next Ctrl-C
+    or SIGTERM then ends Python in a segmentation fault (`SigAltStackSetup` of OpenVINO's plugin for CPUs).
+    """
+    import openvino
+
+    with _cores_lock:
+        if not _cores:
+            _cores.append(openvino.Core())
+        return _cores[0]
 
 
 def open_backend(bundle: Bundle, name: str, device: str, threads: int) -> Backend:

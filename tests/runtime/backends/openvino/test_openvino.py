@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -292,3 +294,35 @@ def test_what_openvino_refuses_is_an_error_of_the_bundle(bundle: Path, tmp_path:
     with pytest.raises(BundleError, match=r"wrong\.onnx cannot be loaded by openvino 20\d\d") as refused:
         OpenVinoBackend(tmp_path).open(["wrong.onnx"])
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "first.clear(); second.clear()",
+        "second.clear(); thread = Thread(target=first.clear); thread.start(); thread.join()",
+    ],
+    ids=["in the order of opening", "on another thread"],
+)
+def test_ctrl_c_is_an_exception_behind_backends_that_are_gone(bundle: Path, gone: str) -> None:
+    """OpenVINO's cores leave their thread a stack for signals that is unmapped."""
+    program = f"""
+import gc, signal, sys
+from pathlib import Path
+from threading import Thread
+from framefusion.runtime.backends.openvino.backend import OpenVinoBackend
+folder = Path(sys.argv[1])
+first = [OpenVinoBackend(folder)]
+second = [OpenVinoBackend(folder)]
+for backend in (*first, *second):
+    backend.open(["segments/rest/graph.onnx"])
+del backend
+{gone}
+gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run((sys.executable, "-c", program, bundle), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
