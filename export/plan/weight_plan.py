@@ -187,4 +187,6 @@ class WeightPlan:
     def _codes_of(self, source: AnySource, form: BlockFormat) -> Recipe:
         if self.signed and not form.symmetric:
             raise BudgetError("the portable dialect has no zero points, as TensorRT has none: leave +zero out")
-        return Made(source, replace(form, signed=self.signed), self.dtype, partial(search, dtype=self.dtype))
+        form = replace(form, signed=self.signed)
+        by_rows = not any(self.checkpoint.is_quantized(key) for key in source.keys)  # else each part unpacks all
+        return Made(source, form, self.dtype, partial(search, dtype=self.dtype), by_rows)

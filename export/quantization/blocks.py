@@ -17,6 +17,7 @@ Knows no checkpoint, no graph and no way to choose codes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -208,6 +209,38 @@ def unpack(packed: Packed, form: BlockFormat, inputs: int) -> BlockQuantized:
     count = form.blocks(inputs)
     zeros = None if packed.zero_points is None else unpack_bits(packed.zero_points, form.bits, count)
     return BlockQuantized(codes.flatten(1)[:, :inputs].contiguous(), packed.scales, zeros, form.bits, form.block)
+
+
+def joined(parts: Iterable[Packed], outputs: int) -> Packed:
+    """One matrix of parts of its rows, in their order; beside it one part at a time is in memory.
+
+    Args:
+        parts: [n, ...] each, `outputs` rows in all.
+        outputs: rows of the matrix.
+    """
+    whole: Packed | None = None
+    filled = 0
+    for part in parts:
+        rows = slice(filled, filled + len(part.packed))
+        if len(part.packed) == outputs:
+            return part
+        if whole is None:
+            zeros = part.zero_points
+            room = None if zeros is None else _room(zeros, outputs)
+            whole = Packed(_room(part.packed, outputs), _room(part.scales, outputs), room)
+        whole.packed[rows] = part.packed
+        whole.scales[rows] = part.scales
+        if whole.zero_points is not None and part.zero_points is not None:
+            whole.zero_points[rows] = part.zero_points
+        filled = rows.stop
+    if whole is None or filled != outputs:
+        raise ValueError(f"{filled} rows of {outputs}")
+    return whole
+
+
+def _room(values: Tensor, rows: int) -> Tensor:
+    """Memory for so many rows; the system gives its pages when they are written."""
+    return values.new_empty((rows, *values.shape[1:]))
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +73,8 @@ class Calibrated:
         """Outputs and inputs, from the headers alone."""
         return self.matrix.shape(headers)
 
-    def blocks(self, checkpoint: Reader) -> BlockQuantized:
-        """The matrix; [out, in].
+    def parts(self, checkpoint: Reader) -> Iterator[BlockQuantized]:
+        """The matrix, as one part.
 
         Raises:
             CheckpointError: the films that chose its codes are not at hand.
@@ -83,4 +83,4 @@ class Calibrated:
             raise CheckpointError(
                 f"the codes of {', '.join(self.keys)} were chosen by calibration films: build with --calibrate"
             )
-        return self.store.read(self.name, self.form)
+        yield self.store.read(self.name, self.form)

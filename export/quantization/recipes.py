@@ -6,19 +6,20 @@ Knows no graph and no family. What a checkpoint holds is its own business: see `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoints.tensors.weights import STORED, AnySource, Reader
+from framefusion.export.checkpoints.tensors.weights import STORED, AnySource, Reader, Source
 from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
 
 Quantizer = Callable[[Tensor, BlockFormat], BlockQuantized]
 """A matrix [out, in] of floats, and how it is to be stored -> its codes."""
+WEIGHTS_AT_ONCE = 1 << 23  # of a matrix that is read by rows: 32 MiB in fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +30,15 @@ class Made:
         source: of the matrix, [in, out] as a graph has it.
         form: how it is stored.
         dtype: of the bundle: scales are rounded to it before the codes are chosen.
-        quantizer: what chooses them.
+        quantizer: what chooses them, for each row by itself where `by_rows`.
+        by_rows: `parts` reads some rows of the matrix at a time, where its source is nothing but a tensor's rows.
     """
 
     source: AnySource
     form: BlockFormat
     dtype: torch.dtype
     quantizer: Quantizer
+    by_rows: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -52,13 +55,33 @@ class Made:
         inputs, outputs = self.source.make(headers).shape
         return outputs, inputs
 
+    def parts(self, checkpoint: Reader) -> Iterator[BlockQuantized]:
+        """See `Recipe.parts`; errors are those of `blocks`."""
+        for source in self._pieces(checkpoint):
+            yield self._coded(source.make(checkpoint).T)
+
     def blocks(self, checkpoint: Reader) -> BlockQuantized:
-        """The matrix; [out, in].
+        """The matrix as a whole; [out, in].
 
         Raises:
             CheckpointError: it has no codes, naming its tensors.
         """
-        weight = self.source.make(checkpoint).T
+        return self._coded(self.source.make(checkpoint).T)
+
+    def _pieces(self, checkpoint: Reader) -> Iterator[AnySource]:
+        """Sources of some rows of the matrix each, or the one of all."""
+        source = self.source
+        if not self.by_rows or not isinstance(source, Source) or not source.transpose or source.flatten:
+            yield source
+            return
+        outputs, inputs = checkpoint.shape(source.key)
+        first, last = source.rows or (0, outputs)
+        step = max(1, WEIGHTS_AT_ONCE // max(inputs, 1))
+        for start in range(first, last, step):
+            yield replace(source, rows=(start, min(start + step, last)))
+
+    def _coded(self, weight: Tensor) -> BlockQuantized:
+        """Codes of some rows.  [n, in]"""
         names = ", ".join(self.keys)
         largest = max(abs(float(bound)) for bound in weight.aminmax()) if weight.numel() else 0.0
         if not math.isfinite(largest):
@@ -119,13 +142,14 @@ class Stored:
         outputs, inputs = self.checkpoint.quantized_shape(self.key)
         return (outputs if self.rows is None else self.rows[1] - self.rows[0]), inputs
 
-    def blocks(self, checkpoint: Reader) -> BlockQuantized:
-        """The matrix; [out, in]."""
+    def parts(self, checkpoint: Reader) -> Iterator[BlockQuantized]:
+        """The matrix, as one part."""
         found = self.checkpoint.quantized(self.key)
         if found is None:
             raise CheckpointError(f"{self.key} holds floats, codes were expected: download the checkpoint again")
         if self.rows is None:
-            return found
+            yield found
+            return
         part = slice(*self.rows)
         zeros = None if found.zero_points is None else found.zero_points[part]
-        return BlockQuantized(found.codes[part], found.scales[part], zeros, found.bits, found.block)
+        yield BlockQuantized(found.codes[part], found.scales[part], zeros, found.bits, found.block)

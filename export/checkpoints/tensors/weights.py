@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from framefusion.errors import CheckpointError
-from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized, Packed, Part
+from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized, Packed, Part, joined
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -87,8 +87,11 @@ class Recipe(Protocol):
     def shape(self, headers: Reader) -> tuple[int, int]:
         """Outputs and inputs, from the headers alone."""
 
-    def blocks(self, checkpoint: Reader) -> BlockQuantized:
-        """The matrix; [out, in], of `form` but for `form.signed`, which is about packing."""
+    def parts(self, checkpoint: Reader) -> Iterator[BlockQuantized]:
+        """The matrix in parts of some rows, in their order: [n, in], of `form` but for `form.signed`.
+
+        Only packing knows of the latter. No part is kept: whoever takes the next one lets go of the last.
+        """
 
 
 class LatestBlocks:
@@ -102,7 +105,9 @@ class LatestBlocks:
         latest = self._latest
         if latest is None or latest[0] is not recipe or latest[1] is not checkpoint:
             self._latest = None  # gone before the next is made: one matrix is in memory
-            latest = (recipe, checkpoint, recipe.blocks(checkpoint).pack(signed=recipe.form.signed))
+            outputs, _inputs = recipe.shape(Headers(checkpoint))
+            parts = (part.pack(signed=recipe.form.signed) for part in recipe.parts(checkpoint))
+            latest = (recipe, checkpoint, joined(parts, outputs))
             self._latest = latest
         return latest[2]
 
@@ -139,17 +144,24 @@ class Reader(Protocol):
     def tensor(self, key: str, rows: slice | None = None) -> Tensor:
         """A tensor of that name, or some of its first axis."""
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the tensor of that name, from the header alone."""
+
 
 class Headers:
     """A checkpoint's tensors without their values: on the meta device, read from the headers alone."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Reader) -> None:
         self._checkpoint = checkpoint
 
     def tensor(self, key: str, rows: slice | None = None) -> Tensor:
         """See `Reader`."""
-        empty = torch.empty(self._checkpoint.shape(key), device="meta")
+        empty = torch.empty(self.shape(key), device="meta")
         return empty if rows is None else empty[rows]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """See `Reader`."""
+        return self._checkpoint.shape(key)
 
 
 @dataclass(frozen=True)
