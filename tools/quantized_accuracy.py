@@ -37,6 +37,7 @@ from framefusion.export.build import build
 from framefusion.export.check.replay import Redecided
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.calibrated_codes import calibrated_codes
+from framefusion.export.eager.calibration_prompts import read_prompts
 from framefusion.export.evaluate.questions import Question
 from framefusion.export.evaluate.scoring import paired, share_of
 from framefusion.export.options import BuildOptions
@@ -108,19 +109,34 @@ def read(work: Path, name: str, write: Callable[..., quantized_checkpoints.Tenso
     return built(work, BuildOptions(), name, folder)
 
 
-def calibrated(work: Path, weights: str, count: int, first: int = 0) -> Path:
-    """A bundle whose codes films chose, which are none of those that are asked about."""
-    folder = work / f"{weights.replace(':', '-')}-by-{count}-films-from-{first}"
+def calibrated(work: Path, weights: str, count: int, first: int = 0, asked: bool = True) -> Path:
+    """A bundle whose codes films chose, which are none of those that are asked about.
+
+    Args:
+        work: gets it, and the films.
+        weights: how they are stored.
+        count: of the films.
+        first: of the films.
+        asked: with a question about each of them; else it is to be described.
+    """
+    folder = work / f"{weights.replace(':', '-')}-by-{count}-{'questions' if asked else 'films'}-from-{first}"
     if folder.exists():
         return folder
     films = []
+    rows = []
     for index in range(first, first + count):
         films.append(work / f"film-{index}.mp4")
         kind = clips.KINDS[index % len(clips.KINDS)]
-        clips.write_mp4(films[-1], clips.scene_for(FIRST_FILM + index, kind))
+        scene = clips.scene_for(FIRST_FILM + index, kind)
+        clips.write_mp4(films[-1], scene)
+        question = clips.ask(scene, kind, np.random.default_rng((FIRST_FILM + index, 7)))
+        rows.append({"video": films[-1].name, "question": question.text, "answer": question.answer})
+    questions_file = work / f"questions-{count}-from-{first}.jsonl"
+    questions_file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    prompts = read_prompts([questions_file] if asked else films)
     checkpoint = Checkpoint(CHECKPOINT)
     with TemporaryDirectory(dir=work) as store:
-        options, codes = calibrated_codes(checkpoint, BuildOptions(weights=weights), films, Path(store))
+        options, codes = calibrated_codes(checkpoint, BuildOptions(weights=weights), prompts, Path(store))
         return build(checkpoint, folder, options, codes=codes).folder
 
 

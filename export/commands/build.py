@@ -107,7 +107,7 @@ def build_command(
     options = _calibrated(source, options, clips)
     with _codes(source, options, clips, output) as (options, chosen), progress_lines() as progress:
         settings: dict[str, Any] = {"force": force, "verify": not no_check, "tolerance": tolerance, "resources": limits}
-        settings |= {"films": clips if options.kv_cache_dtype else (), "codes": chosen}
+        settings |= {"films": _films(clips) if options.kv_cache_dtype else (), "codes": chosen}
         built = _build(source, output, options, progress=progress, acceptance=accepted, **settings)
     console.show(_built_report(built), _render_built)
     if accepted is not None:
@@ -150,9 +150,20 @@ def _calibrated(source: Checkpoint, options: BuildOptions, clips: tuple[Path, ..
             "--weights int8 or int4, and measures the scales of --kv-cache-dtype int8: give one of these"
         )
     from framefusion.export.eager.calibrate import calibrate
+    from framefusion.export.eager.calibration_prompts import films_of
 
-    with activity(f"running {len(clips)} films to set the schedule by"):
-        return calibrate(source, options, list(clips))
+    films = films_of(clips, "a schedule is set")
+    with activity(f"running {len(films)} films to set the schedule by"):
+        return calibrate(source, options, list(films))
+
+
+def _films(clips: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The films that scales are measured on."""
+    if not clips:
+        return ()
+    from framefusion.export.eager.calibration_prompts import films_of
+
+    return films_of(clips, "scales are measured")
 
 
 def _chooses_codes(options: BuildOptions) -> bool:
@@ -170,7 +181,10 @@ def _codes(
         yield options, None
         return
     from framefusion.export.eager.calibrated_codes import calibrated_codes
+    from framefusion.export.eager.calibration_prompts import read_prompts
     from framefusion.storage import files
+
+    prompts = read_prompts(clips)
 
     folder = output.absolute().with_name(f".{output.name}.calibration")
     files.remove_scratch(folder)  # of a build that was killed
@@ -179,8 +193,8 @@ def _codes(
     except OSError as error:
         raise StorageError(f"{folder} cannot be written ({error.strerror}): codes wait there for the build") from None
     try:
-        with activity(f"running {len(clips)} films to choose codes by"):
-            named, codes = calibrated_codes(source, options, clips, folder)
+        with activity(f"running {len(prompts)} prompts about films to choose codes by"):
+            named, codes = calibrated_codes(source, options, prompts, folder)
         yield named, codes
     finally:
         files.remove_scratch(folder)

@@ -1,17 +1,21 @@
 """Codes of a decoder's weights by films: layer by layer, by the rows that enter each matrix behind quantized layers.
 
-    films -> real preprocessing, vision tower, embedding -> prefill with the bundle's reduction, each film in a thread
+    films, questions -> prompts with the answers of the model in floats behind them (calibration_prompts.py)
+          -> prefill with the bundle's reduction, each prompt in a thread
           -> they meet before every half layer: its floats are read, its matrices quantized one after the other by what
-             enters them, all films run through the result -> next half layer
+             enters them, all prompts run through the result -> next half layer
 
-Rows are those of the reduced prompts, which is what the layers are given. All threads wait for each other, one computes
-at a time and in the order of the films: the same films give the same codes. In memory are the hidden states and caches
-of all films, one half layer in fp32, and X^T X of one matrix (feedback.py).
+Rows are those that the layers are given: of reduced prompts, and of answers over what the reduction left. The token of
+a decode step sees what is kept of all before it, so its rows are those of a prefill in which it stands behind the prompt
+and decides nothing: importance is that of the prompt's last token.
+
+All threads wait for each other, one computes at a time and in the order of the prompts: the same films give the same
+codes. In memory are the hidden states and caches of all prompts, one half layer in fp32, and X^T X of one matrix
+(feedback.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,10 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framefusion.errors import BudgetError, VideoError
+from framefusion.errors import BudgetError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource, read_parameter
 from framefusion.export.eager.backend import EagerBackend, Load
+from framefusion.export.eager.calibration_prompts import (
+    CalibrationPrompt,
+    answered_rows,
+    digests_of,
+    texts_digest,
+)
 from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled_bundle
 from framefusion.export.graphs.decoder import Block, Segment
 from framefusion.export.graphs.graph_plan import GraphModule, GraphPlan
@@ -39,14 +49,13 @@ from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.code_store import CodeStore
 from framefusion.export.quantization.feedback import Gram, feed_back
 from framefusion.export.quantization.recipes import Made, Quantizer
-from framefusion.runtime.pipeline import Pipeline, Request
+from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.request import Stopwatch
-from framefusion.runtime.text.prompt import Turn, Visual
 
-PROMPT = "Describe this video."
 TOGETHER = {"attention": (("q", "k", "v"), ("o",)), "mlp": (("gate", "up"), ("down",))}
 """Kind of a half layer -> its linear maps, those of the same inputs together, in the order of the computation."""
 
+_LAST = 5  # place of `last` among the arguments of a segment
 Choose = Callable[[Gram, torch.dtype], Quantizer]
 """What chooses codes, for the rows that enter a matrix and the type of scales."""
 
@@ -59,7 +68,7 @@ def by_feedback(gram: Gram, dtype: torch.dtype) -> Quantizer:
 def calibrated_codes(
     checkpoint: Checkpoint,
     options: BuildOptions,
-    films: Sequence[Path],
+    prompts: Sequence[CalibrationPrompt],
     folder: Path,
     doing: Callable[[str], object] = lambda _: None,
     choose: Choose = by_feedback,
@@ -69,7 +78,7 @@ def calibrated_codes(
     Args:
         checkpoint: of floats.
         options: of the build, with `weights`.
-        films: of the kind the bundle is for.
+        prompts: of the kind the bundle is for, see `calibration_prompts.read_prompts`.
         folder: empty; the codes stay in it, about a byte a weight.
         doing: called with what runs now.
         choose: see `Choose`.
@@ -80,8 +89,9 @@ def calibrated_codes(
     Raises:
         BudgetError: no film was given, or this build chooses no codes.
         VideoError: a film cannot be read.
+        PromptError: a prompt is longer than the bundle takes.
     """
-    if not films:
+    if not prompts:
         raise BudgetError("0 films to calibrate with: give one or more films of the kind the bundle is for")
     if parse_weights(options.weights) is None:
         raise BudgetError(f"--calibrate chooses codes, and --weights {options.weights} has none to choose: give int4")
@@ -90,39 +100,21 @@ def calibrated_codes(
     plan = BuildPlan(checkpoint, adaptive if options.reduction == "fixed" else options)
     floats = plan.in_floats
     assert floats is not None  # codes are chosen
-    digests = tuple(_digest(film) for film in films)
-    store = CodeStore(folder, digests)
+    digests = digests_of(prompts)
+    store = CodeStore(folder, digests, texts=texts_digest(prompts), prompts=len(prompts))
     with TemporaryDirectory(dir=folder) as parts:
         bundle = in_fp32(uncompiled_bundle(floats, Path(parts) / "parts"), floats)
-        lockstep = _Lockstep(plan, floats, store, choose, doing)
-        # 2. what the films put into the decoder
+        # 2. what the prompts put into the decoder, and what it answers
+        prepared = answered_rows(floats, bundle, prompts, doing)
+        # 3. all of them through all layers, quantized as they are reached
+        lockstep = _Lockstep(plan, floats, store, choose, doing, [item.answer for item in prepared])
         pipeline = Pipeline(bundle, EagerBackend(lockstep.loaders(eager_loaders(floats, streamed=True))))
-        prepared = [_prepared(pipeline, film) for film in films]
-        # 3. all films through all layers, quantized as they are reached
-        request = Request(max_new_tokens=1)
-        lockstep.run([partial(pipeline.prefill, *film, request, Stopwatch()) for film in prepared])
-    return replace(options, calibrated_by=digests), replace(store, rows=lockstep.rows)
-
-
-def _digest(film: Path) -> str:
-    """SHA-256 of a film, by which the manifest names it.
-
-    Raises:
-        VideoError: it cannot be read.
-    """
-    try:
-        with film.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError as error:
-        raise VideoError(f"{film} cannot be read ({error.strerror}): give a film") from None
-
-
-def _prepared(pipeline: Pipeline, film: Path) -> tuple[Any, Any]:
-    """A film's prompt and the rows that enter the decoder."""
-    turns = [Turn("user", (Visual.VIDEO, PROMPT))]
-    visuals = pipeline.read_visuals(turns, [film], pipeline.manifest.sampling, Stopwatch())
-    prompt = pipeline.prompt(turns, visuals)
-    return prompt, pipeline.embed(prompt, [pipeline.encode_visual(patches) for patches in visuals])
+        lockstep.run(
+            [partial(pipeline.prefill, item.prompt, item.rows, item.request, Stopwatch()) for item in prepared]
+        )
+    answers = sum(item.answer for item in prepared)
+    named = replace(options, calibrated_by=digests)
+    return named, replace(store, rows=lockstep.rows, answer_rows=answers)
 
 
 @dataclass
@@ -165,10 +157,17 @@ class _Lockstep:
         store: gets the codes.
         choose: see `Choose`.
         doing: called with what runs now.
+        answers: tokens of the answer behind each prompt.
     """
 
     def __init__(
-        self, plan: BuildPlan, floats: BuildPlan, store: CodeStore, choose: Choose, doing: Callable[[str], object]
+        self,
+        plan: BuildPlan,
+        floats: BuildPlan,
+        store: CodeStore,
+        choose: Choose,
+        doing: Callable[[str], object],
+        answers: Sequence[int],
     ) -> None:
         self.rows = 0
         self._plan = plan
@@ -176,6 +175,7 @@ class _Lockstep:
         self._store = store
         self._choose = choose
         self._doing = doing
+        self._answers = answers
         self._arrivals: SimpleQueue[_Arrival] = SimpleQueue()
         self._replies: list[SimpleQueue[Any]] = []
         self._films: dict[int, int] = {}  # thread -> film
@@ -197,10 +197,16 @@ class _Lockstep:
             block = blocks[index]
             half = _Half(part, part.forward, block, f"blocks.{index}.", graph.sources, dict(block.formats))
             part.forward = partial(self._meet, half)
-        if module.head is not None:  # nobody reads logits, and all tokens go through the last half layer
+        if module.head is None:
+            module.register_forward_pre_hook(self._before_the_answer)
+        else:  # nobody reads logits, and all tokens go through the last half layer
             module.register_forward_pre_hook(_keep_all)
             module.head.forward = partial(_no_logits, module.config.vocab_size)  # type: ignore[method-assign]
         return module
+
+    def _before_the_answer(self, _segment: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A segment's arguments with the prompt's last token as `last`, by which the reduction decides."""
+        return decided_before(arguments, self._answers[self._films[get_ident()]])
 
     def run(self, prefills: Sequence[Callable[[], object]]) -> None:
         """Run all films to their end.
@@ -306,9 +312,15 @@ def _same(module: GraphModule) -> GraphModule:
     return module
 
 
+def decided_before(arguments: tuple[Any, ...], answer: int) -> tuple[Any, ...]:
+    """A segment's arguments with the last token before an answer of so many tokens as `last`: importance is its."""
+    last = arguments[_LAST]
+    return arguments if last is None else (*arguments[:_LAST], last - answer, *arguments[_LAST + 1 :])
+
+
 def _keep_all(_segment: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """A segment's arguments without `last`."""
-    return (*arguments[:5], None, *arguments[6:])
+    return (*arguments[:_LAST], None, *arguments[_LAST + 1 :])
 
 
 def _no_logits(vocabulary: int, hidden: Tensor) -> Tensor:

@@ -119,7 +119,9 @@ class WeightPlan:
         record = QuantizationRecord(method, self.chosen is None, formats, linears - sum(counts.values()))
         if self.store is None:
             return record
-        return replace(record, calibration=CalibrationRecord(self.store.films, self.store.rows))
+        store = self.store
+        calibration = CalibrationRecord(store.films, store.rows, store.answer_rows, store.prompts, store.texts)
+        return replace(record, calibration=calibration)
 
     def formatted(self, plan: SegmentPlan, sources: Mapping[str, AnySource]) -> SegmentPlan:
         """A segment with the formats of its weights.

@@ -20,13 +20,19 @@ class CodeStore:
 
     Attributes:
         folder: with a file for each matrix.
-        films: SHA-256 of each film that they were chosen by.
-        rows: that entered the first linear map.
+        films: SHA-256 of each film or picture that they were chosen by.
+        rows: that entered the first linear map, those of answers among them.
+        answer_rows: of these, of answers.
+        prompts: conversations about the films.
+        texts: SHA-256 over what was said in them.
     """
 
     folder: Path
     films: tuple[str, ...]
     rows: int = 0
+    answer_rows: int = 0
+    prompts: int = 0
+    texts: str = ""
 
     def write(self, name: str, blocks: BlockQuantized) -> None:
         """Keep the codes of a matrix."""

@@ -103,7 +103,9 @@ def weight_facts(manifest: Manifest) -> dict[str, Any]:
     floats = [f"{record.floats} in {manifest.model.dtype}"] if record.floats else []
     origin = record.method if record.read else f"made by {record.method}"
     if record.calibration is not None:
-        origin += f" ({len(record.calibration.films)} of them, {record.calibration.rows} rows)"
+        by = record.calibration
+        answers = f", {by.answer_rows} of them of answers to {by.prompts} prompts" if by.prompts else ""
+        origin += f" ({len(by.films)} of them, {by.rows} rows{answers})"
     text = f"of the LLM's linear maps {' and '.join([*parts, *floats])}; {origin}{_points(record.losses)}"
     return {"text": text, "quantization": asdict(record)}
 

@@ -215,8 +215,11 @@ class LossRecord:
 class CalibrationRecord:
     """Films that codes were chosen by."""
 
-    films: tuple[str, ...]  # SHA-256 of each, in order
+    films: tuple[str, ...]  # SHA-256 of each film or picture, in order
     rows: int  # of all of them that entered the first layer
+    answer_rows: int = 0  # of these, tokens of the answers; bundles of before chose by prompts alone
+    prompts: int = 0  # conversations about the films; 0: one a film, of before
+    texts: str = ""  # SHA-256 over what was said in them
 
 
 @dataclass(frozen=True)

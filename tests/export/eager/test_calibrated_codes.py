@@ -13,6 +13,7 @@ from framefusion.export.build import check_again
 from framefusion.export.check.verify import weight_report
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.calibrated_codes import calibrated_codes
+from framefusion.export.eager.calibration_prompts import read_prompts
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan, replan
 from framefusion.export.quantization.code_store import CodeStore
@@ -33,7 +34,7 @@ def two_films(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def chosen(folder: Path, films: list[Path], options: BuildOptions = OPTIONS) -> CodeStore:
     folder.mkdir()
-    return calibrated_codes(Checkpoint(TRAINED), options, films, folder)[1]
+    return calibrated_codes(Checkpoint(TRAINED), options, read_prompts(films), folder)[1]
 
 
 @pytest.mark.slow
@@ -66,6 +67,8 @@ def test_a_bundle_by_films_is_built_checked_and_checked_again(films: list[Path],
     record = opened.manifest.quantization
     assert record is not None
     assert record.calibration is not None
+    assert record.calibration.prompts == len(films)
+    assert 0 < record.calibration.answer_rows < record.calibration.rows
     assert record.calibration.films == tuple(hashlib.sha256(film.read_bytes()).hexdigest() for film in films)
     # 2. it runs
     answer = run("generate", bundle, "--video", films[0], "--prompt", "What?", "--max-new-tokens", 2)
@@ -86,9 +89,9 @@ def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match="0 films"):
         calibrated_codes(checkpoint, OPTIONS, [], tmp_path)
     with pytest.raises(BudgetError, match="has none to choose"):
-        calibrated_codes(checkpoint, replace(OPTIONS, weights=None), [tmp_path / "a.mp4"], tmp_path)
+        calibrated_codes(checkpoint, replace(OPTIONS, weights=None), read_prompts([tmp_path / "a.mp4"]), tmp_path)
     with pytest.raises(VideoError, match=r"a\.mp4 cannot be read"):
-        calibrated_codes(checkpoint, OPTIONS, [tmp_path / "a.mp4"], tmp_path)
+        calibrated_codes(checkpoint, OPTIONS, read_prompts([tmp_path / "a.mp4"]), tmp_path)
 
 
 def test_without_the_films_there_are_shapes_and_no_codes() -> None:

@@ -1,0 +1,178 @@
+"""What codes are calibrated on: films, or a file of questions, and what the model in floats answers to them.
+
+    film.mp4 ---------> "Describe this video." about it
+    questions.jsonl --> its questions about its films and pictures (export/evaluate/questions.py)
+
+Answers belong to the rows that layers will be given: a decode step is a row of its own kind, and which token ends an
+answer is decided there. Knows no weight and no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from framefusion.errors import BudgetError, VideoError
+from framefusion.export.check.verify import memory_of_check
+from framefusion.export.eager.backend import EagerBackend
+from framefusion.export.eager.pipeline import eager_loaders
+from framefusion.export.evaluate.questions import read_questions
+from framefusion.export.machine import available_memory
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.pipeline import Generation, Pipeline, Request
+from framefusion.runtime.request import Stopwatch
+from framefusion.runtime.text.prompt import Prompt, Turn, Visual, visuals_of
+
+PROMPT = "Describe this video."
+QUESTIONS = (".jsonl", ".json")
+"""Endings of a file of questions; every other file is a film."""
+ANSWER = 32
+"""Tokens of an answer at most."""
+STREAMED_ANSWER = 4
+"""The same where the model does not fit memory: each token reads all weights once more."""
+
+
+@dataclass(frozen=True)
+class CalibrationPrompt:
+    """A conversation whose rows codes are chosen by.
+
+    Attributes:
+        turns: up to the answer.
+        files: videos and images that they show, in order.
+    """
+
+    turns: tuple[Turn, ...]
+    files: tuple[Path, ...]
+
+    @property
+    def films(self) -> tuple[Path, ...]:
+        """The videos among the files."""
+        return tuple(
+            file for kind, file in zip(visuals_of(self.turns), self.files, strict=True) if kind is Visual.VIDEO
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationRows:
+    """What a conversation puts into the decoder, its answer behind it.
+
+    Attributes:
+        prompt: of S tokens, the last `answer` of which are the answer's.
+        rows: of these tokens.
+        request: how it is reduced.
+        answer: tokens of the answer that are fed back; the last one that is chosen is not.
+    """
+
+    prompt: Prompt
+    rows: TokenRows
+    request: Request
+    answer: int
+
+
+def read_prompts(paths: Sequence[Path]) -> list[CalibrationPrompt]:
+    """The conversations of films and files of questions, in order.
+
+    Raises:
+        EvaluationError: a file of questions is none.
+    """
+    found = []
+    for path in paths:
+        if path.suffix.lower() in QUESTIONS:
+            for question in read_questions(path):
+                files = tuple(file for _, file in question.visuals)
+                found.append(CalibrationPrompt(tuple(question.turns(None)), files))
+        else:
+            found.append(CalibrationPrompt((Turn("user", (Visual.VIDEO, PROMPT)),), (path,)))
+    return found
+
+
+def films_of(paths: Sequence[Path], purpose: str) -> tuple[Path, ...]:
+    """The films that `paths` name or ask about, each once; `purpose` is for the message.
+
+    Raises:
+        BudgetError: there is none.
+        EvaluationError: a file of questions is none.
+    """
+    films = tuple(dict.fromkeys(film for prompt in read_prompts(paths) for film in prompt.films))
+    if not films:
+        raise BudgetError(f"--calibrate names no film, and {purpose} by films: give questions about videos, or films")
+    return films
+
+
+def digests_of(prompts: Sequence[CalibrationPrompt]) -> tuple[str, ...]:
+    """SHA-256 of each file, each once and in order, by which the manifest names them.
+
+    Raises:
+        VideoError: one cannot be read.
+    """
+    return tuple(map(_digest, dict.fromkeys(file for prompt in prompts for file in prompt.files)))
+
+
+def texts_digest(prompts: Sequence[CalibrationPrompt]) -> str:
+    """SHA-256 over the texts of all conversations."""
+    texts = [part for prompt in prompts for turn in prompt.turns for part in turn.parts if isinstance(part, str)]
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise VideoError(f"{file} cannot be read ({error.strerror}): give a film") from None
+
+
+def answer_tokens(floats: BuildPlan) -> tuple[int, bool]:
+    """Most tokens of an answer, and whether weights are read from the disk as they are used."""
+    streamed = memory_of_check(floats) > available_memory()
+    return (STREAMED_ANSWER if streamed else ANSWER), streamed
+
+
+def answered_rows(
+    floats: BuildPlan, bundle: Bundle, prompts: Sequence[CalibrationPrompt], doing: Callable[[str], object]
+) -> list[CalibrationRows]:
+    """What each conversation puts into the decoder, with the answer of the model in floats behind it.
+
+    Args:
+        floats: the plan of that model, with the bundle's reduction.
+        bundle: of this plan, without graphs.
+        prompts: conversations.
+        doing: called with what runs now.
+
+    Raises:
+        VideoError: a film or picture cannot be read.
+        PromptError: a conversation is longer than the bundle takes.
+    """
+    tokens, streamed = answer_tokens(floats)
+    pipeline = Pipeline(bundle, EagerBackend(eager_loaders(floats, streamed=streamed)))
+    found = []
+    for number, prompt in enumerate(prompts, 1):
+        doing(f"answer {number} of {len(prompts)}")
+        found.append(_answered(pipeline, prompt, tokens))
+    return found
+
+
+def _answered(pipeline: Pipeline, conversation: CalibrationPrompt, tokens: int) -> CalibrationRows:
+    """A conversation with its answer."""
+    turns = conversation.turns
+    stopwatch = Stopwatch()
+    # 1. what it shows, through the tower
+    visuals = pipeline.read_visuals(turns, conversation.files, pipeline.manifest.sampling, stopwatch)
+    prompt = pipeline.prompt(turns, visuals)
+    features = [pipeline.encode_visual(patches) for patches in visuals]
+    rows = pipeline.embed(prompt, features)
+    # 2. the likeliest answer, at the bundle's own cost
+    greedy = replace(pipeline.manifest.generation, do_sample=False)
+    request = pipeline.with_default_cost(Request(tokens, generation=greedy), visuals_of(turns))
+    request = pipeline.clamp_new_tokens(request, prompt)
+    prefilled = pipeline.prefill(prompt, rows, request, stopwatch)
+    answer = Generation.from_steps(pipeline.decode(prompt, prefilled, request, stopwatch)).token_ids
+    # 3. its tokens behind the prompt, but for the last one, which is never fed back
+    room = pipeline.manifest.limits.max_input_len - prompt.token_ids.size
+    fed = list(answer)[: max(min(len(answer) - 1, room), 0)]
+    whole = prompt.followed_by(fed)
+    return CalibrationRows(whole, pipeline.embed(whole, features), replace(request, max_new_tokens=1), len(fed))
