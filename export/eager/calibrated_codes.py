@@ -6,8 +6,8 @@
              enters them, all prompts run through the result -> next half layer
 
 Rows are those that the layers are given: of reduced prompts, and of answers over what the reduction left. The token of
-a decode step sees what is kept of all before it, so its rows are those of a prefill in which it stands behind the prompt
-and decides nothing: importance is that of the prompt's last token.
+a decode step sees what is kept of all before it. So its rows are those of a prefill in which it stands behind the
+prompt and decides nothing: importance is that of the prompt's last token.
 
 All threads wait for each other, one computes at a time and in the order of the prompts: the same films give the same
 codes. In memory are the hidden states and caches of all prompts, one half layer in fp32, and X^T X of one matrix
