@@ -38,6 +38,16 @@ from framefusion.export.commands.flags import (
 from framefusion.installation import install_command
 
 LOADING = "loading torch"
+CALIBRATE = option(
+    "--calibrate",
+    "clips",
+    multiple=True,
+    type=FOLDER,
+    section=IN_REDUCTION,
+    help="Film, or file of questions about films, whose tokens set the schedule (fixed), whose activations choose the "
+    "codes of --weights int8 and int4, and that the scales of --kv-cache-dtype int8 are measured on; repeatable; "
+    "default: no film, or drawn clips.",
+)
 
 if TYPE_CHECKING:
     from framefusion.export.build import Built
@@ -66,15 +76,7 @@ if TYPE_CHECKING:
 @CHECKPOINT_REVISION
 @build_options
 @options_of(*sectioned(IN_ENGINES, *ENGINE_RESOURCES))
-@option(
-    "--calibrate",
-    "clips",
-    multiple=True,
-    type=FOLDER,
-    section=IN_REDUCTION,
-    help="Film whose tokens set the schedule (fixed), whose activations choose the codes of --weights int8 and int4, "
-    "and that the scales of --kv-cache-dtype int8 are measured on; repeatable; default: no film, or drawn clips.",
-)
+@CALIBRATE
 @option("--no-check", is_flag=True, section=IN_CHECK, help="Do not compare the bundle with the eager model.")
 @options_of(*sectioned(IN_CHECK, TOLERANCE, *ACCEPTANCE))
 def build_command(
@@ -142,13 +144,10 @@ def _calibrated(source: Checkpoint, options: BuildOptions, clips: tuple[Path, ..
     """The options with the schedule that suits the clips, if there are any."""
     if not clips or options.kv_cache_dtype is not None:  # scales are measured by the build itself
         return options
-    if options.reduction != "fixed" and _chooses_codes(options):
+    from framefusion.export.report.calibration import SCHEDULE, purposes
+
+    if SCHEDULE not in purposes(options):
         return options
-    if options.reduction != "fixed":
-        raise BudgetError(
-            f"--calibrate sets the schedule of --reduction fixed, not of {options.reduction}, chooses the codes of "
-            "--weights int8 or int4, and measures the scales of --kv-cache-dtype int8: give one of these"
-        )
     from framefusion.export.eager.calibrate import calibrate
     from framefusion.export.eager.calibration_prompts import films_of
 
@@ -260,20 +259,26 @@ def _next_command(built: Built) -> str:
 @console.json_option
 @CHECKPOINT_REVISION
 @build_options
+@CALIBRATE
 @option("--no-check", is_flag=True, section=IN_CHECK, help="Plan a build that leaves the check out.")
-def plan_command(checkpoint: str, output: Path, revision: str | None, no_check: bool, **fields: Any) -> None:
+def plan_command(
+    checkpoint: str, output: Path, revision: str | None, clips: tuple[Path, ...], no_check: bool, **fields: Any
+) -> None:
     """Say what a build of CHECKPOINT would write and take.
 
-    From configuration and headers alone. The flags are those of `build`. Nothing is written and no weight is read.
+    From configuration and headers alone, and the films of --calibrate. The flags are those of `build`. Nothing is
+    written and no weight is read.
     """
     from framefusion.export.options import BuildOptions
 
     options = BuildOptions.chosen(**fields)
     source = open_checkpoint(checkpoint, revision)
     from framefusion.export.plan.build_plan import BuildPlan
+    from framefusion.export.report.calibration import planned_options
     from framefusion.export.report.forecast import forecast, render
 
-    console.show(forecast(BuildPlan(source, options), output, verify=not no_check), render)
+    plan = BuildPlan(source, planned_options(options, clips))
+    console.show(forecast(plan, output, verify=not no_check, calibration=clips), render)
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------

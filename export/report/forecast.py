@@ -7,7 +7,7 @@ the build follow from constants measured on two cores and a disk of 0.27 GB/s (t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from framefusion.export.machine import TRACING_PROCESS, free_disk
 from framefusion.export.options import AS_STORED, DEQUANTIZED, MAX_BATCH_SIZE
 from framefusion.export.plan.build_plan import WEIGHTS as WEIGHTS_FILE
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.report.calibration import calibration_lines, calibration_needs
 from framefusion.export.report.inspection import TEXT, cache_facts, reduction_facts, span, weight_facts
 from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
 from framefusion.export.writing.staging import SPARE
@@ -48,16 +49,17 @@ WEIGHTS = ("int8", "int4", "int8+head", "int4+head", "int4+head4")
 """Values of --weights whose bytes a plan says beside its own."""
 
 
-def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str, Any]:
+def forecast(plan: BuildPlan, output: Path, *, verify: bool = True, calibration: Sequence[Path] = ()) -> dict[str, Any]:
     """What a build would write and take, as plain values: sizes in bytes, times in seconds.
 
     Args:
         plan: of the build.
         output: where the bundle is to be.
         verify: whether the build will check it.
+        calibration: films and files of questions that the build is given, and the plan by `planned_options`.
 
     Raises:
-        CheckpointError, BudgetError: the build would be refused.
+        CheckpointError, BudgetError, VideoError, PromptError, EvaluationError: the build would be refused.
     """
     scope = scope_of(plan) if verify else None
     golden = golden_effort(plan, may_stream=verify)
@@ -67,7 +69,9 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
     written = sizes.pop("check", 0)
     checked = max(written, dequantized)  # one is gone before the other is written
     engines = _engines(plan, sizes.get(ENGINES, 0))
+    needs = calibration_needs(plan, manifest, calibration) if calibration else None
     total = sum(sizes.values())
+    meanwhile = checked + (needs["disk"] if needs else 0)  # codes wait while the bundle is written and checked
     free = free_disk(output)
     tokens = plan.limits.max_input_len
     visual = max(tokens - TEXT, 0)
@@ -101,9 +105,10 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True) -> dict[str,
         "check": None if scope is None else _check(scope, written, dequantized),
         "golden": {"streamed": golden.streamed, "missing": golden.missing},
         "engines": engines,
+        "calibration": needs,
         "seconds": _seconds(plan, total + checked, scope, golden) + (engines["seconds"] if engines else 0),
-        "disk": {"folder": str(output), "needed": total + checked + SPARE, "free": free,
-                 "fits": total + checked + SPARE <= free},
+        "disk": {"folder": str(output), "needed": total + meanwhile + SPARE, "free": free,
+                 "fits": total + meanwhile + SPARE <= free},
     }  # fmt: skip
 
 
@@ -292,6 +297,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"{in_bytes(memory['run']['expected'])} expected, {in_bytes(memory['run']['worst'])} at worst",
         *_gpu_lines(memory["gpu"]),
         *_engine_lines(facts["engines"]),
+        *calibration_lines(facts["calibration"]),
         _check_line(check, memory["check"]),
         _golden_line(facts["golden"], memory["golden"]),
         f"time: about {in_time(facts['seconds'])} to write, at {BYTES_A_SECOND / 1e9:.2f} GB/s and "

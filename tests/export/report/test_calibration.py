@@ -1,0 +1,68 @@
+"""`ff-export plan --calibrate`: what films put into a build, and films that a build would refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from framefusion.errors import BudgetError, EvaluationError, VideoError
+from tests.commands import assert_refused, export
+
+TRAINED = Path(__file__).parents[2] / "models" / "tiny_qwen2_vl"
+LAYERS = ("--num-decoder-layer", 2, "--depth", 0, "--cost", 0.6)
+
+
+def plan(*flags: object) -> dict[str, object]:
+    result = export("plan", TRAINED, *LAYERS, "--no-check", *flags, "--json")
+    assert result.exit_code == 0, result.output
+    facts: dict[str, object] = json.loads(result.stdout)
+    return facts
+
+
+@pytest.mark.slow
+def test_what_films_put_into_codes_is_said(film: Path, tmp_path: Path) -> None:
+    before = plan("--weights", "int4")
+    facts = plan("--weights", "int4", "--calibrate", film, "--calibrate", film)
+    needs = facts["calibration"]
+    assert before["calibration"] is None
+    assert isinstance(needs, dict)
+    assert needs["for"] == ["codes"]
+    assert [row["files"] for row in needs["prompts"]] == [[str(film)]] * 2
+    row = needs["prompts"][0]
+    assert 0 < row["visual"] < row["tokens"]
+    assert needs["rows"]["first_layer"] == 2 * (row["tokens"] + 32)
+    assert needs["rows"]["last_layer"] == 2 * (row["tokens"] - row["visual"] + round(0.6 * row["visual"]) + 32)
+    assert needs["answer"] == {"tokens": 32, "streamed": False}
+    assert needs["disk"] > 2 * (4 * 128 * 96 + 3 * 128 * 384)  # a byte a weight
+    assert facts["bytes"] == before["bytes"]  # films move codes and no size
+    assert facts["disk"]["needed"] == before["disk"]["needed"] + needs["disk"]  # type: ignore[index]
+    assert "error feedback over calibration films" in facts["weights"]["text"]  # type: ignore[index]
+    text = export("plan", TRAINED, *LAYERS, "--weights", "int4", "--calibrate", film).stdout
+    for phrase in ("codes of weights by 1 prompts about 1 files", "of one core, the answers besides"):
+        assert phrase in text
+
+
+@pytest.mark.slow
+def test_a_schedule_and_scales_are_planned_by_films_too(film: Path) -> None:
+    fixed = ("--reduction", "fixed", "--max-input-len", 512, "--max-text-len", 64)
+    assert_refused(export("plan", TRAINED, "--num-decoder-layer", 2, "--cost", 0.6, *fixed), BudgetError, "--calibrate")
+    result = export("plan", TRAINED, "--num-decoder-layer", 2, "--cost", 0.6, *fixed, "--calibrate", film, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["calibration"]["for"] == ["schedule"]
+    both = plan("--kv-cache-dtype", "int8", "--weights", "int4", "--calibrate", film)
+    assert both["calibration"]["for"] == ["codes", "scales"]  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_films_that_a_build_refuses_a_plan_refuses(tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("no film")
+    int4 = ("--weights", "int4", "--calibrate")
+    assert_refused(export("plan", TRAINED, *LAYERS, *int4, text), VideoError, "notes.txt")
+    assert_refused(export("plan", TRAINED, *LAYERS, *int4, tmp_path / "no.mp4"), VideoError, "no.mp4")
+    questions = tmp_path / "mine.jsonl"
+    questions.write_text('{"video": "no.mp4", "question": "What?", "answer": "a dog"}')
+    assert_refused(export("plan", TRAINED, *LAYERS, *int4, questions), EvaluationError, "line 1")
+    assert_refused(export("plan", TRAINED, *LAYERS, "--calibrate", text), BudgetError, "--reduction fixed", "adaptive")
