@@ -109,7 +109,7 @@ def read(work: Path, name: str, write: Callable[..., quantized_checkpoints.Tenso
     return built(work, BuildOptions(), name, folder)
 
 
-def calibrated(work: Path, weights: str, count: int, first: int = 0, asked: bool = True) -> Path:
+def calibrated(work: Path, weights: str, count: int, first: int = 0, with_questions: bool = True) -> Path:
     """A bundle whose codes films chose, which are none of those that are asked about.
 
     Args:
@@ -117,9 +117,9 @@ def calibrated(work: Path, weights: str, count: int, first: int = 0, asked: bool
         weights: how they are stored.
         count: of the films.
         first: of the films.
-        asked: with a question about each of them; else it is to be described.
+        with_questions: with a question about each of them; else it is to be described.
     """
-    folder = work / f"{weights.replace(':', '-')}-by-{count}-{'questions' if asked else 'films'}-from-{first}"
+    folder = work / f"{weights.replace(':', '-')}-by-{count}-{'questions' if with_questions else 'films'}-from-{first}"
     if folder.exists():
         return folder
     films = []
@@ -133,7 +133,7 @@ def calibrated(work: Path, weights: str, count: int, first: int = 0, asked: bool
         rows.append({"video": films[-1].name, "question": question.text, "answer": question.answer})
     questions_file = work / f"questions-{count}-from-{first}.jsonl"
     questions_file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    prompts = read_prompts([questions_file] if asked else films)
+    prompts = read_prompts([questions_file] if with_questions else films)
     checkpoint = Checkpoint(CHECKPOINT)
     with TemporaryDirectory(dir=work) as store:
         options, codes = calibrated_codes(checkpoint, BuildOptions(weights=weights), prompts, Path(store))

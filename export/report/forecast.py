@@ -107,9 +107,12 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True, calibration:
         "engines": engines,
         "calibration": needs,
         "seconds": _seconds(plan, total + checked, scope, golden) + (engines["seconds"] if engines else 0),
-        "disk": {"folder": str(output), "needed": total + meanwhile + SPARE, "free": free,
-                 "fits": total + meanwhile + SPARE <= free},
+        "disk": _disk(output, total + meanwhile + SPARE, free),
     }  # fmt: skip
+
+
+def _disk(output: Path, needed: int, free: int) -> dict[str, Any]:
+    return {"folder": str(output), "needed": needed, "free": free, "fits": needed <= free}
 
 
 def _choices(plan: BuildPlan) -> dict[str, int]:
