@@ -3,7 +3,9 @@
 The peak of a process is the sum of these, or what is there while the vision tower runs, whichever is more:
 
     process      interpreter and libraries (BASE, measured), and the tokenizer's tables
-    weights      all segments and the vision tower, once for each graph over them: ONNX Runtime packs its own copy
+    weights      all segments and the vision tower, once for each graph over them: ONNX Runtime packs its own copy.
+                 Codes are packed with a scale and a sum in fp32 for each block (PARTS). While a session opens, the
+                 scales of its file are mapped as well: pages that the system takes back at any time, not counted here
     embedding    rows of the memory-mapped table that the prompt touches, a page for each at least
     activations  one arena for all graphs, which never shrinks:
                    a segment with MLPs   tokens of a chunk * (4 intermediate + 5 hidden) * 4 bytes
@@ -19,8 +21,9 @@ The peak of a process is the sum of these, or what is there while the vision tow
                  tokens there + new ones
 
     in float16   rows and caches take 2 bytes a number, and the fp32 rows that were embedded stay beside them. ONNX
-                 Runtime's CPU kernels multiply in fp32: weights are held widened, activations have their cast beside
-                 them (WITH_CAST), and attention writes its scores out: heads * tokens of a chunk * tokens * SCORE bytes
+                 Runtime's CPU kernels multiply in fp32: weights are held widened, all but codes, activations have their
+                 cast beside them (WITH_CAST), and attention writes its scores out: heads * tokens of a chunk * tokens *
+                 SCORE bytes
 
     while the tower runs: process, all weights, the tower's activations, patches of the video and its features
 
@@ -36,11 +39,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from framefusion.errors import PromptError
 from framefusion.reduction.budget import check_cost
 from framefusion.runtime.backends.host import CHUNK
-from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest, SegmentRecord
+from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest, SegmentRecord, WeightFormatRecord
 from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
 from framefusion.runtime.generation.segments import bucket_for, chunks_of
 
@@ -50,6 +54,9 @@ BASE = 95_000_000
 OVERLAP = 0.4
 WITH_CAST = 1.5
 SCORE = 6
+MAPS_OF_A_LAYER = 7  # query, key, value, output; gate, up, down
+PARTS = 2  # numbers of a block of codes that are packed with them: scale, sum
+HALF_PARTS = 3  # and the scale once more, widened
 TOKENIZER_FACTOR = 15  # bytes in memory for each byte of tokenizer.json
 
 
@@ -178,8 +185,52 @@ def expected_lengths(manifest: Manifest, tokens: int, visual: int, cost: float |
 
 
 def _weight_bytes(manifest: Manifest) -> int:
-    """Bytes of all weights, each graph's by itself, in fp32."""
-    return sum(manifest.graphs.values()) * FLOAT // FLOAT_BYTES[manifest.model.dtype]
+    """Bytes of all weights, each graph's by itself: in fp32, but for codes."""
+    coded = _coded_bytes(manifest)
+    floats = sum(manifest.graphs.values()) - coded.stored
+    return floats * FLOAT // FLOAT_BYTES[manifest.model.dtype] + coded.packed
+
+
+class _CodedBytes(NamedTuple):
+    """What linear maps that are codes take: in the files of all graphs, and in memory."""
+
+    stored: int
+    packed: int
+
+
+def _coded_bytes(manifest: Manifest) -> _CodedBytes:
+    """Bytes of all linear maps that are codes, each graph's by itself.
+
+    A manifest counts the maps of each format and does not name them. Where all are codes the head's format is the last,
+    else the head is taken to be floats; the maps of layers are taken to have each format in equal shares.
+    """
+    record = manifest.quantization
+    if record is None or not record.formats:
+        return _CodedBytes(0, 0)
+    model = manifest.model
+    attention = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads)
+    mlp = 3 * model.hidden_size * model.intermediate_size
+    head = record.formats[-1] if record.floats == 0 else None
+    maps = MAPS_OF_A_LAYER * model.num_layers
+    of_a_block = FLOAT * (HALF_PARTS if _is_half(manifest) else PARTS)
+    shares = {form: (form.linears - (form is head)) / maps for form in record.formats}
+    stored = 0.0
+    packed = 0.0
+    for segment in manifest.segments:
+        graphs = len(segment.graphs)
+        layers = len(segment.attention_layers) * attention + segment.num_mlps * mlp
+        weights = {form: graphs * layers * share for form, share in shares.items()}
+        if segment.head and head is not None:
+            weights[head] += graphs * model.hidden_size * model.vocab_size
+        stored += sum(count * _stored_bytes(form, model.dtype) for form, count in weights.items())
+        packed += sum(count * (form.bits / 8 + of_a_block / form.block) for form, count in weights.items())
+    return _CodedBytes(round(stored), round(packed))
+
+
+def _stored_bytes(form: WeightFormatRecord, dtype: str) -> float:
+    """Bytes of a weight in its file: a code, and its part of a block's scale and zero point."""
+    zero = 0.0 if form.symmetric else form.bits / 8
+    return form.bits / 8 + (FLOAT_BYTES[dtype] + zero) / form.block
 
 
 def _is_half(manifest: Manifest) -> bool:

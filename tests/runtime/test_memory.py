@@ -31,6 +31,24 @@ peak = int(status["VmHWM"].split()[0]) * 1024
 print(json.dumps([peak, answer.prompt_tokens, answer.visual_tokens, answer.kv_lengths]))
 """
 
+OPENED = """
+import json, re, sys
+from pathlib import Path
+from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from framefusion.runtime.bundle import Bundle
+import onnxruntime
+bundle = Bundle(sys.argv[1])
+backend = OnnxRuntimeBackend(bundle.folder, 1, manifest=bundle.manifest)
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+before = anonymous()
+backend.open(list(bundle.manifest.graphs))
+opened = anonymous() - before
+mapped = re.findall(r"weights.bin\\nSize:.*\\n(?:.*\\n){0,2}?Rss: +(\\d+) kB", Path("/proc/self/smaps").read_text())
+print(json.dumps([opened, sum(map(int, mapped)) * 1024, len(mapped)]))
+"""
+
 
 @pytest.fixture
 def manifest(bundle: Path) -> Manifest:
@@ -113,3 +131,32 @@ def test_a_process_peaks_where_the_plan_says(tmp_path: Path, options: dict[str, 
     lengths = [kv_lengths[segment.attention_layers[0]] for segment in manifest.segments if segment.attention_layers]
     plan = memory_plan(manifest, tokens, visual, 32, lengths=lengths)
     assert plan.total == pytest.approx(peak, rel=0.15)
+
+
+@needs_torch
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("dtype", "weights"), [("float32", "int4+head"), ("float16", "int8:32")])
+def test_codes_are_packed_in_the_bytes_that_the_plan_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, weights: str
+) -> None:
+    """And nothing of their file stays in memory beside them."""
+    from framefusion.export.build import build_planned
+    from framefusion.export.checkpoints.checkpoint import Checkpoint
+    from framefusion.export.options import BuildOptions
+    from framefusion.export.plan import weight_plan
+    from framefusion.export.plan.build_plan import BuildPlan
+    from framefusion.export.quantization.rounding import round_to_nearest
+
+    monkeypatch.setattr(weight_plan, "search", round_to_nearest)  # the same bytes in a moment
+    sizes: dict[str, Any] = {"layers": 2, "hidden": 1024, "intermediate": 8192, "heads": 8}
+    checkpoint = random_checkpoint(tmp_path / "checkpoint", dtype="bfloat16", **sizes)
+    plan = BuildPlan(Checkpoint(checkpoint), BuildOptions(reduction="none", dtype=dtype, weights=weights))
+    manifest = build_planned(plan, tmp_path / "bundle", verify=False, golden=False).manifest
+    command = [sys.executable, "-c", OPENED, str(tmp_path / "bundle")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    opened, mapped, mappings = json.loads(done.stdout)
+    assert memory_plan(manifest, 300).weights == pytest.approx(opened, rel=0.15)
+    assert mappings > 10  # each with the scales of a matrix, which were read
+    assert mapped < 2e6

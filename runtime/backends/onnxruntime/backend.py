@@ -28,6 +28,8 @@ from framefusion.runtime.backends.host import HostBackend
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.format.manifest_checks import WEIGHTS
+from framefusion.runtime.machine.pages import give_back
 from framefusion.runtime.trust.graph_check import check_graph
 
 if TYPE_CHECKING:
@@ -98,7 +100,18 @@ class OnnxRuntimeBackend(HostBackend):
         if graph not in self._sessions:
             check_graph(self._folder, graph, self._manifest)
             self._sessions[graph] = self._open(self._folder / graph)
+            if not self._mapped:
+                self._give_scales_back(graph)
         return self._sessions[graph]
+
+    def _give_scales_back(self, graph: str) -> None:
+        """Let go of pages that were read to be packed.
+
+        ONNX Runtime unmaps a weight once it is packed, but not the scales of weights that are codes: kernels read the
+        copy that is packed with them.
+        """
+        if self._manifest is not None and self._manifest.quantization is not None:
+            give_back((self._folder / graph).with_name(WEIGHTS))
 
     def batch_refusal(self, graph: str) -> str | None:
         """See `Backend.batch_refusal`: the graph itself says whether it is free in its rows."""
