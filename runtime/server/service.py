@@ -328,7 +328,7 @@ class Service:
                 begun = len(conversation.turns)
                 shown = sum(_shows(turn) for turn in turns[:begun])
                 images = sum(part.part.kind is Visual.IMAGE for part in parts)
-                # 3. Decode what is new; the tower may have a film while the next one is decoded.
+                # 3. Decode what is new; the tower may have what is there while the rest is decoded.
                 reading = self.ahead.begin(conversation.session, turns[begun:])
                 if reading is None:
                     decoded = await self._apart(self.reader.decode, parts[shown:], images, cancelled)
@@ -347,12 +347,17 @@ class Service:
             warnings,
             since,
             self,
-            media_seconds=time.monotonic() - begun_at - (sum(reading.seconds.values()) if reading else 0.0),
+            media_seconds=time.monotonic() - begun_at - (_worked_seconds(reading) if reading else 0.0),
             show=chat.show,
             reading=reading,
         )
         self.engine.submit(job)
         return job
+
+
+def _worked_seconds(reading: VisualReading) -> float:
+    """Of stages that have a name of their own; what the tower waited for frames is time of the media."""
+    return sum(seconds for stage, seconds in reading.seconds.items() if stage != "video")
 
 
 def _part(part: str | MediaPart) -> str | Visual:

@@ -6,6 +6,7 @@ every checkpoint variant and every kind of conversation.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -35,11 +36,16 @@ from framefusion.runtime.machine.machine import Machine
 from framefusion.runtime.media.sources import as_image, as_video
 from framefusion.runtime.media.video.frames import Video, read_video
 from framefusion.runtime.media.video.progress import FilmProgress
-from framefusion.runtime.media.visual_input import Rows, VisualInput
+from framefusion.runtime.media.visual_input import Rows, Tiles, VisualInput
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.proof.golden import require_golden
 from framefusion.runtime.proof.prove import prove
 from framefusion.runtime.request import Step, Stopwatch
+from framefusion.runtime.server.engine import Engine
+from framefusion.runtime.server.media.ahead import ReadingAhead
+from framefusion.runtime.server.media.policy import MediaFile, MediaPolicy
+from framefusion.runtime.server.media.reader import MediaReader, OpenPart
+from framefusion.runtime.server.protocol.parts import MediaPart
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families import CASES
 from tests.families.case import CONVERSATIONS, FamilyCase, Media, Reference, clip, picture, relative_error
@@ -107,11 +113,24 @@ def read_conversation(subject: Subject, name: str) -> Conversation:
     return Conversation(turns, media, visuals, prompt, features, pipeline.embed(prompt, features))
 
 
-@pytest.mark.slow
-def test_a_film_that_is_decoded_while_the_tower_works_has_the_same_rows(
-    eager: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tower has pairs of pictures before the last frame is there, where a film is pictures of one kind."""
+@dataclass
+class HeldFilm:
+    """A film whose last frames come once the tower had the first ones, or wants none before all are there.
+
+    Attributes:
+        turns: that show it.
+        expected: rows of the prompt where nothing overlaps.
+        joined: of each time that rows of parts were joined, how many parts.
+    """
+
+    path: Path
+    turns: Sequence[Turn]
+    expected: NDArray[Any]
+    joined: list[int]
+
+
+@pytest.fixture
+def held_film(eager: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeldFilm:
     pipeline = eager.pipeline
     film = write_film(tmp_path / "film.mp4", frames=24, size=84)
     turns = [Turn("user", [Visual.VIDEO, "What?"])]
@@ -122,7 +141,7 @@ def test_a_film_that_is_decoded_while_the_tower_works_has_the_same_rows(
     joined: list[int] = []
     add = FilmProgress.add
     encode = pipeline.encode_visual
-    follow = VisualReading.follow
+    parts = VisualReading.parts
     join = pipeline.join_rows
 
     def slowly(self: FilmProgress, kept: Any, size: tuple[int, int], ready: int) -> None:
@@ -133,8 +152,8 @@ def test_a_film_that_is_decoded_while_the_tower_works_has_the_same_rows(
         followed.set()
         return encode(visual)
 
-    def follow_to_the_end(self: VisualReading, progress: FilmProgress) -> None:
-        follow(self, progress)
+    def parts_to_the_end(self: VisualReading, progress: FilmProgress) -> Iterator[Tiles]:
+        yield from parts(self, progress)
         followed.set()
 
     def join_rows(parts: Any, mapping: Any) -> Any:
@@ -142,12 +161,53 @@ def test_a_film_that_is_decoded_while_the_tower_works_has_the_same_rows(
         return join(parts, mapping)
 
     monkeypatch.setattr(FilmProgress, "add", slowly)
-    monkeypatch.setattr(VisualReading, "follow", follow_to_the_end)
+    monkeypatch.setattr(VisualReading, "parts", parts_to_the_end)
     monkeypatch.setattr(pipeline, "encode_visual", encode_visual)
     monkeypatch.setattr(pipeline, "join_rows", join_rows)
     monkeypatch.setattr(pipeline, "overlaps", True)
-    np.testing.assert_array_equal(pipeline.read(turns, [film])[1].hidden, expected)
-    assert joined or eager.case.family == "nvila"  # which averages groups of frames
+    return HeldFilm(film, turns, expected, joined)
+
+
+@pytest.mark.slow
+def test_a_film_that_is_decoded_while_the_tower_works_has_the_same_rows(eager: Subject, held_film: HeldFilm) -> None:
+    """The tower has pairs of pictures before the last frame is there, where a film is pictures of one kind."""
+    rows = eager.pipeline.read(held_film.turns, [held_film.path])[1]
+    np.testing.assert_array_equal(rows.hidden, held_film.expected)
+    assert held_film.joined or eager.case.family == "nvila"  # which averages groups of frames
+
+
+@pytest.mark.slow
+def test_a_film_that_a_servers_child_decodes_while_the_tower_works_has_the_same_rows(
+    eager: Subject, held_film: HeldFilm
+) -> None:
+    pipeline = eager.pipeline
+    manifest = pipeline.manifest
+    reader = MediaReader(MediaPolicy(), manifest.preprocessing, manifest.sampling)
+    engine = Engine(1, 1 << 30, lambda held: None)
+    engine.start()
+    ahead = ReadingAhead(pipeline, reader, engine)
+    name = "the film"
+    part = OpenPart(
+        MediaPart(Visual.VIDEO, (held_film.path.as_uri(),), name),
+        (MediaFile(held_film.path, "", name),),
+        manifest.sampling,
+        None,
+        "",
+    )
+    try:
+        reading = ahead.begin(pipeline.session(), held_film.turns)
+        assert reading is not None
+        asyncio.run(ahead.decode(reading, [part], 0, lambda: False))
+    finally:
+        engine.close()
+        reader.close()
+    read = reading.result()
+    prompt = pipeline.prompt(held_film.turns, read.visuals)
+    rows = pipeline.embed(prompt, pipeline.encode_rest(read.visuals, read.rows))
+    np.testing.assert_array_equal(rows.hidden, held_film.expected)
+    if eager.case.family != "nvila":  # which averages groups of frames
+        assert held_film.joined
+        assert read.rows[0] is not None
 
 
 def test_every_row_has_a_case() -> None:

@@ -144,7 +144,7 @@ class MediaStages(VisualStages):
                 stopwatch.add("video", time.perf_counter() - sum(stopwatch.seconds.values()) - begun)
                 reading.take(shown)
                 del shown  # pixels are large: two films of them are held at most
-                if last and ahead:
+                if reading.has_begun or (last and ahead):
                     reading.encode()
         return reading.result()
 

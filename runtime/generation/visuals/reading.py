@@ -7,7 +7,7 @@ Decodes nothing and lays out no prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 from framefusion.errors import VideoError
@@ -70,6 +70,7 @@ class VisualReading:
         self._rows: list[Buffer | None] = []
         self._videos: list[VideoFacts] = []
         self._parts: list[tuple[Tiles, Buffer]] = []  # of the next film, whole runs of the tower
+        self._left: Tiles | None = None  # of the film that was taken last, behind its parts
         self._thumbnails = ThumbnailCollector(stages.preprocessor((), (*before, *kinds, *after)))
         self.is_spent = False  # whoever asked has the result, or wants none
 
@@ -79,16 +80,22 @@ class VisualReading:
         return self._stopwatch.seconds
 
     def follow(self, progress: FilmProgress) -> None:
-        """Run the tower for parts of the next film as its frames come: for as many pictures as one run of it takes.
-
-        So the runs are those of the whole film, and the rows the same to the bit. Whether the parts are the film's is
-        shown once it is whole: a family may make other pictures of a part, and a film may be picked anew.
+        """Run the tower for parts of the next film as its frames come: `parts`, each encoded at once.
 
         Raises:
             BackendError: the backend refuses or fails.
         """
-        rule = self._thumbnails.rule
-        frames = rule.frames_per_patch()
+        for pictures in self.parts(progress):
+            self.encode_part(pictures)
+
+    def parts(self, progress: FilmProgress) -> Generator[Tiles, None, None]:
+        """Parts of the next film as its frames come, of as many pictures as one run of the tower takes.
+
+        So the runs are those of the whole film, and the rows the same to the bit. Whether the parts are the film's is
+        shown once it is whole: a family may make other pictures of a part, and a film may be picked anew. Waits for
+        frames; `encode_part` has to have each part before the next one is asked for.
+        """
+        frames = self._thumbnails.rule.frames_per_patch()
         self._parts = []
         start = 0
         before = sum(visual.num_rows for visual in self._visuals)
@@ -103,12 +110,20 @@ class VisualReading:
                     return
                 frames = frames * at_once // pictures
                 continue
-            with self._stopwatch.stage("vision"):
-                rows = self._stages.encode_visual(VisualInput((tiles,), ()))
-            self._parts.append((tiles, rows))
+            yield tiles
             start += frames
             if before + sum(part.shape[1] for _, part in self._parts) > self._most_rows:  # the prompt is too long
                 return
+
+    def encode_part(self, pictures: Tiles) -> None:
+        """Run the tower for the next part of the next film.
+
+        Raises:
+            BackendError: the backend refuses or fails.
+        """
+        parts = self._parts  # nobody's once it is given up, which another thread may do meanwhile
+        with self._stopwatch.stage("vision"):
+            parts.append((pictures, self._stages.encode_visual(VisualInput((pictures,), ()))))
 
     def _awaited(self, progress: FilmProgress, start: int, count: int) -> Video | None:
         with self._stopwatch.stage("video"):
@@ -116,37 +131,14 @@ class VisualReading:
 
     def _pictures(self, film: Video) -> Tiles | None:
         """What a part of a film is shown as, where that is one kind of pictures."""
-        number = len(self._visuals)
-        before = (*self._before, *self._kinds[:number])
-        after = (*self._kinds[number + 1 :], *self._after)
         try:
-            (visual,) = self._stages.preprocess([film], self._stopwatch, before=before, after=after)
+            visual = self._preprocessed(film)
         except VideoError:
             return None
         return visual.tiles[0] if len(visual.tiles) == 1 else None
 
-    def _join_parts(self) -> None:
-        """The rows of what was taken last, where its parts passed the tower: what is left of it does now."""
-        parts = self._parts
-        self._parts = []
-        visual = self._visuals[-1]
-        is_too_long = sum(visual.num_rows for visual in self._visuals) > self._most_rows
-        if not parts or is_too_long or len(visual.tiles) != 1:
-            return
-        (tiles,) = visual.tiles
-        left = tiles.behind([part for part, _ in parts])
-        if left is None:
-            return
-        rows = [part for _, part in parts]
-        if left.shape[0]:
-            with self._stopwatch.stage("vision"):
-                rows.append(self._stages.encode_visual(VisualInput((left,), ())))
-        with self._stopwatch.stage("vision"):
-            self._rows[-1] = self._stages.join_rows(rows, visual.rows)
-        self._visuals[-1] = without_pixels(visual)
-
-    def take(self, shown: Media) -> None:
-        """The next video or image: cut into patches. Its own pixels are not kept.
+    def _preprocessed(self, shown: Media) -> VisualInput:
+        """The next video or image, or a part of it, cut into patches.
 
         Raises:
             VideoError: it cannot be shown to this family.
@@ -154,23 +146,66 @@ class VisualReading:
         number = len(self._visuals)
         before = (*self._before, *self._kinds[:number])
         after = (*self._kinds[number + 1 :], *self._after)
-        self._visuals += self._stages.preprocess([shown], self._stopwatch, before=before, after=after)
+        (visual,) = self._stages.preprocess([shown], self._stopwatch, before=before, after=after)
+        return visual
+
+    def take(self, shown: Media) -> None:
+        """The next video or image: cut into patches. Its own pixels are not kept.
+
+        Raises:
+            VideoError: it cannot be shown to this family.
+        """
+        self._visuals.append(self._preprocessed(shown))
         self._rows.append(None)
         self._videos += facts_of_films([shown])
         self._thumbnails.add(shown)
-        self._join_parts()
+        self._left = self._behind_parts()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether parts of what was taken last passed the tower, so that what is left of it should as well."""
+        return self._left is not None
 
     def encode(self) -> None:
-        """Run the tower for what was taken last, unless the prompt is too long already; its patches are not kept.
+        """Run the tower for what was taken last, or for what is left of it; its patches are not kept.
+
+        It is spared where the prompt is too long already.
 
         Raises:
             BackendError: the backend refuses or fails.
         """
-        if self._rows[-1] is not None or sum(visual.num_rows for visual in self._visuals) > self._most_rows:
+        visuals = self._visuals  # nobody's once they are given up, which another thread may do meanwhile
+        rows = self._rows
+        parts = [part for _, part in self._parts]
+        left = self._left
+        if not visuals or self._is_too_long():
             return
+        visual = visuals[-1]
+        self._parts = []
+        self._left = None
         with self._stopwatch.stage("vision"):
-            self._rows[-1] = self._stages.encode_visual(self._visuals[-1])
-        self._visuals[-1] = without_pixels(self._visuals[-1])
+            rows[-1] = self._stages.encode_visual(visual) if left is None else self._joined(visual, parts, left)
+        visuals[-1] = without_pixels(visual)
+
+    def _is_too_long(self) -> bool:
+        return sum(visual.num_rows for visual in self._visuals) > self._most_rows
+
+    def _behind_parts(self) -> Tiles | None:
+        """Pictures of what was taken last behind its parts, none or more; None where it has no parts that are its."""
+        parts = [part for part, _ in self._parts]
+        visual = self._visuals[-1]
+        left = None
+        if parts and not self._is_too_long() and len(visual.tiles) == 1:
+            left = visual.tiles[0].behind(parts)
+        if left is None:
+            self._parts = []
+        return left
+
+    def _joined(self, visual: VisualInput, rows: list[Buffer], left: Tiles) -> Buffer:
+        """Rows of a film of which those of its parts are there; what is `left` passes the tower now."""
+        if left.shape[0]:
+            rows.append(self._stages.encode_visual(VisualInput((left,), ())))
+        return self._stages.join_rows(rows, visual.rows)
 
     def result(self) -> ReadMedia:
         """All that was taken. It is the caller's now: nothing of it is kept here.
@@ -186,10 +221,12 @@ class VisualReading:
         return read
 
     def give_up(self) -> None:
-        """Keep nothing: patches and rows are large."""
+        """Keep nothing: patches and rows are large. A run of the tower that another thread is in keeps nothing, too."""
+        self.is_spent = True
         self._visuals = []
         self._rows = []
-        self.is_spent = True
+        self._parts = []
+        self._left = None
 
 
 def without_pixels(visual: VisualInput) -> VisualInput:

@@ -49,6 +49,7 @@ class FilmProgress:
         """No more frames come, whatever the reason."""
         with self._changed:
             self._is_over = True
+            self._kept = ()  # they are large
             self._changed.notify_all()
 
     def part(self, start: int, count: int) -> Video | None:

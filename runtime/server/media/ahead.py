@@ -1,11 +1,12 @@
-"""The films of one request on their way to the tower while its next ones are decoded.
+"""The films of one request on their way to the tower while the rest of them is decoded.
 
-    decoders (processes)   film 0 | film 1 | film 2
-    engine                        | tower 0, then a token for all that run | tower 1, ...
+    decoders (processes)   film 0 .......... | film 1 ..........
+    engine                      | frames 0 to 16, then a token for all that run | frames 16 to 32, ...
 
-A tower run is a job of the engine's, so that those who decode get their tokens between two of them, and the engine
-waits for no decoder. Rows that wait for their prompt take the device's memory: one request at a time reads ahead, and
-none where others wait for the engine already, which has no idle time to be filled then.
+A run of the tower is a job of the engine's, so that those who decode get their tokens between two of them, and the
+engine waits for no decoder: a run begins once its frames are there. Rows that wait for their prompt take the device's
+memory: one request at a time reads ahead, and none where others wait for the engine already, which has no idle time to
+be filled then.
 """
 
 from __future__ import annotations
@@ -13,29 +14,35 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from threading import Event
 
 from framefusion.runtime.generation.visuals.reading import VisualReading
+from framefusion.runtime.media.video.progress import FilmProgress
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.request import Step, Stopwatch
 from framefusion.runtime.server.engine import Engine, Job
 from framefusion.runtime.server.media.decoding import Decoded
 from framefusion.runtime.server.media.reader import MediaReader, OpenPart
 from framefusion.runtime.session import Session
-from framefusion.runtime.text.prompt import Turn, visuals_of
+from framefusion.runtime.text.prompt import Turn, Visual, visuals_of
 
 
 class TowerJob(Job):
-    """The tower for the film that was taken last.
+    """One run of the tower.
+
+    Args:
+        pipeline: whose turn it takes.
+        run: computes it.
 
     Attributes:
         done: once the tower had it, or nobody wants it any more.
     """
 
-    def __init__(self, pipeline: Pipeline, reading: VisualReading) -> None:
+    def __init__(self, pipeline: Pipeline, run: Callable[[], None]) -> None:
         super().__init__()
         self._pipeline = pipeline
-        self._reading = reading
+        self._compute = run
         self.done: Future[None] = Future()
 
     @property
@@ -46,7 +53,7 @@ class TowerJob(Job):
     def start(self) -> Generator[Step, None, None]:
         """Run the tower; there is no step to give."""
         with self._pipeline.runner.turn():
-            self._reading.encode()
+            self._compute()
         yield from ()
 
     def give(self, step: Step) -> None:
@@ -63,7 +70,7 @@ class TowerJob(Job):
 
 
 class ReadingAhead:
-    """Decodes what requests show; where it pays, the tower has a film while the next one is decoded.
+    """Decodes what requests show; where it pays, the tower has what is there of a film while the rest is decoded.
 
     Args:
         pipeline: of the bundle.
@@ -81,7 +88,8 @@ class ReadingAhead:
         """What takes the films of a session's next turn as they are decoded; None where they are decoded first."""
         kinds = visuals_of(turns)
         is_taken = self._latest is not None and not self._latest.is_spent
-        if not self._pipeline.overlaps or len(kinds) < 2 or is_taken or self._engine.waiting:
+        is_one_picture = len(kinds) < 2 and Visual.VIDEO not in kinds
+        if not self._pipeline.overlaps or is_one_picture or is_taken or self._engine.waiting:
             return None
         most_rows = self._pipeline.manifest.limits.max_input_len
         before = visuals_of(session.turns)
@@ -91,7 +99,7 @@ class ReadingAhead:
     async def decode(
         self, reading: VisualReading, parts: Sequence[OpenPart], images: int, cancelled: Callable[[], bool]
     ) -> list[Decoded]:
-        """Frames and pictures as `MediaReader.decode` gives them; all but the last one passed the tower.
+        """Frames and pictures as `MediaReader.decode` gives them; the tower had all but what was decoded last.
 
         Raises:
             VideoError, RequestError: as `MediaReader.decode`; nothing is decoded any more.
@@ -99,25 +107,33 @@ class ReadingAhead:
         """
         loop = asyncio.get_running_loop()
         ended = Event()
-        pending = self._reader.begin(parts, images, lambda: ended.is_set() or cancelled())
+        progress = [FilmProgress() for _ in parts]
+        pending = self._reader.begin(parts, images, lambda: ended.is_set() or cancelled(), progress)
         decoded = list[Decoded]()
         try:
-            for future in pending:
+            for future, shown in zip(pending, progress, strict=True):
+                # 1. While it is decoded, the tower has what is there, a run after the other.
+                parts_there = reading.parts(shown)
+                while (pictures := await loop.run_in_executor(None, next, parts_there, None)) is not None:
+                    await self._run(partial(reading.encode_part, pictures))
+                # 2. Once it is whole, the tower has the rest: of the last one only if it had a part.
                 decoded.append(await asyncio.wrap_future(future))
                 await loop.run_in_executor(None, reading.take, decoded[-1].media)
-                if future is not pending[-1]:
-                    await self._encode(reading)
+                if reading.has_begun or future is not pending[-1]:
+                    await self._run(reading.encode)
         except BaseException:
             reading.give_up()
             raise
         finally:
             ended.set()
-            for future in pending:
+            for future, shown in zip(pending, progress, strict=True):
                 future.cancel()
+                shown.end()  # its decoder may take a moment to end
         return decoded
 
-    async def _encode(self, reading: VisualReading) -> None:
-        job = TowerJob(self._pipeline, reading)
+    async def _run(self, compute: Callable[[], None]) -> None:
+        """Have the engine compute something between the steps of others."""
+        job = TowerJob(self._pipeline, compute)
         self._engine.submit(job)
         try:
             await asyncio.wrap_future(job.done)

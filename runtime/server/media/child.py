@@ -6,7 +6,6 @@ server execute. Runs in the child; knows no network.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import warnings
@@ -26,6 +25,7 @@ from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.sources import as_image, as_video, video_of_frames
 from framefusion.runtime.media.video.frames import Shrink, Video
+from framefusion.runtime.server.media.transfer import FrameSender, send_array, send_line
 
 ARRAYS = ("frames", "indices", "timestamps", "moments")
 """Of a film, in the order in which they are sent; behind them what its frames were shrunk to."""
@@ -49,6 +49,7 @@ class DecodingJob:
         shrink: what is kept of a film's frame; see `read_video`.
         memory: bytes that the child may take beyond those it begins with.
         cpu_seconds: of processor time.
+        in_parts: send a film's frames as they are decoded.
     """
 
     paths: tuple[Path, ...]
@@ -61,6 +62,7 @@ class DecodingJob:
     shrink: Shrink | None
     memory: int
     cpu_seconds: float
+    in_parts: bool = False
 
 
 def decode_in_child(pipe: Connection, job: DecodingJob) -> None:
@@ -68,10 +70,11 @@ def decode_in_child(pipe: Connection, job: DecodingJob) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which first ends what runs
     limit_process(job.memory, job.cpu_seconds)
     arrays: list[NDArray[Any]] = []
+    sender = FrameSender(pipe) if job.in_parts else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            facts, arrays = _decoded(job)
+            facts, arrays = _decoded(job, sender)
         except FrameFusionError as error:
             facts = {"error": _named(str(error), job)}
         except MemoryError:
@@ -80,15 +83,14 @@ def decode_in_child(pipe: Connection, job: DecodingJob) -> None:
     facts["warnings"] = list(said)[:MOST_WARNINGS]
     facts["arrays"] = [{"shape": array.shape, "dtype": array.dtype.name} for array in arrays]
     with suppress(BrokenPipeError):  # nobody waits any more
-        pipe.send_bytes(json.dumps(facts).encode())
+        send_line(pipe, facts)
         for array in arrays:
-            if array.nbytes:
-                pipe.send_bytes(np.ascontiguousarray(array).data.cast("B"))
+            send_array(pipe, array)
     pipe.close()
 
 
-def _decoded(job: DecodingJob) -> tuple[dict[str, Any], list[NDArray[Any]]]:
-    """Facts and arrays of a film or a picture."""
+def _decoded(job: DecodingJob, sender: FrameSender | None) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+    """Facts and arrays of a film or a picture, those left out that were sent."""
     if not job.film:
         return {"kind": "image"}, [as_image(job.paths[0], job.limits)]
     if job.of_frames:
@@ -98,8 +100,10 @@ def _decoded(job: DecodingJob) -> tuple[dict[str, Any], list[NDArray[Any]]]:
         else:
             film = video_of_frames(pictures, limits=job.limits, times=job.times)
     else:
-        film = as_video(job.paths[0], job.sampling, job.limits, job.shrink)
-    return _facts(film), _arrays(film)
+        film = as_video(job.paths[0], job.sampling, job.limits, job.shrink, sender)
+    arrays = _arrays(film)
+    is_sent = sender is not None and sender.has_sent(len(film.indices))
+    return _facts(film) | {"sent": is_sent}, arrays[: len(ARRAYS)] if is_sent else arrays
 
 
 def _facts(film: Video) -> dict[str, Any]:

@@ -1,23 +1,22 @@
 """Decoding apart from the server: a child for each film or picture, watched, and its results taken with care.
 
-    file --> child with limits (child.py) --> line of JSON, bytes --> checked against the limits --> Video or picture
+    file --> child with limits (child.py) --> lines of JSON, bytes --> checked against the limits --> Video or picture
+                                              (transfer.py)             (frames as they come --> whoever follows)
 
 A decoder that dies, hangs or takes too much is the end of its child, and an error of the request.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
-from threading import Timer
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,10 @@ from numpy.typing import NDArray
 
 from framefusion.errors import RequestError, VideoError
 from framefusion.runtime.media.media_file import MediaLimits
-from framefusion.runtime.media.video.frames import Video
+from framefusion.runtime.media.video.frames import FrameFollower, Video
 from framefusion.runtime.media.video.timeline import Sampled
 from framefusion.runtime.server.media.child import ARRAYS, DecodingJob, check_film, decode_in_child
+from framefusion.runtime.server.media.transfer import FilmReceiver
 
 MEMORY = 2 << 30
 CPU_SECONDS = 120.0
@@ -36,10 +36,11 @@ SERVER_LIMITS = MediaLimits(film_bytes=716 << 20, film_seconds=60.0, film_frames
 """
 REQUEST_BYTES = 1 << 30
 """Of all films and pictures of one request together, decoded: many small files may each be large pictures."""
-_HEADER = 1 << 20  # bytes of the line of JSON
+_SENT_WRONGLY = (
+    EOFError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 _STARTS = 40
 _LOOK = 0.05  # seconds between two looks at whether anybody waits
-_DTYPES = {"uint8": np.uint8, "int64": np.int64, "float64": np.float64}
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,23 @@ class Decoded:
         return sum(array.nbytes for array in arrays)
 
 
-def decode_apart(job: DecodingJob, seconds: float, cancelled: Callable[[], bool]) -> Decoded:
+def decode_apart(
+    job: DecodingJob, seconds: float, cancelled: Callable[[], bool], follower: FrameFollower | None = None
+) -> Decoded:
     """Decode in a child.
 
     Args:
         job: what, and within which limits.
         seconds: to wait for it.
         cancelled: whether nobody waits any more.
+        follower: learns of a film's frames as they come, where they are shrunk; only of those that were checked.
 
     Raises:
         VideoError: it cannot be decoded, or not within the limits.
         RequestError: it was cancelled.
     """
     ours, theirs = multiprocessing.Pipe(duplex=False)
+    job = replace(job, in_parts=follower is not None)
     process = _context().Process(target=decode_in_child, args=(theirs, job), daemon=True)
     try:
         _start(process)
@@ -77,31 +82,61 @@ def decode_apart(job: DecodingJob, seconds: float, cancelled: Callable[[], bool]
         raise VideoError(f"{job.name} could not be decoded, no decoder began ({error}): send it again") from error
     finally:
         theirs.close()
-    deadline = time.monotonic() + seconds
-    stalled = Timer(seconds + _LOOK, process.kill)  # one that has begun to send, and sends no more
-    stalled.daemon = True
-    stalled.start()
+    watch = _Watch(process, seconds, cancelled)
     try:
-        facts = _facts(ours, job, deadline, cancelled)
-        arrays = [_array(ours, about, job.limits) for about in facts["arrays"]]
-        return Decoded(_media(facts, arrays), tuple(map(str, facts["warnings"])))
-    except EOFError:
-        late = time.monotonic() > deadline  # then we have killed it
-        problem = f"{job.name} was not decoded in time: send a shorter or smaller one"
-        raise VideoError(problem if late else _death(process, job)) from None
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
-        # nothing that our child sends
-        raise VideoError(
-            f"{job.name} was decoded into something else ({type(error).__name__}): send another"
-        ) from error
+        receiver = FilmReceiver(ours, job.limits, follower)
+        facts = receiver.facts()
+        if "error" in facts:
+            raise VideoError(str(facts["error"]))
+        arrays = [receiver.array(about) for about in facts["arrays"]]
+        return Decoded(_media(facts, [*arrays, *receiver.kept]), tuple(map(str, facts["warnings"])))
+    except _SENT_WRONGLY as error:
+        watch.end()
+        raise _failure(error, process, watch, job) from error
     finally:
-        stalled.cancel()
-        stalled.join()  # it may be about to kill, and would kill a process that is no more
+        watch.end()
         if process.is_alive():
             process.kill()
         process.join()
         process.close()
         ours.close()
+
+
+class _Watch:
+    """Ends a child that nobody waits for any more, or not so long, whatever it does: it may have sent half a line.
+
+    Args:
+        process: the child.
+        seconds: that it has.
+        cancelled: whether nobody waits any more.
+
+    Attributes:
+        is_cancelled: it was ended because nobody waits.
+        is_late: because its time was up.
+    """
+
+    def __init__(self, process: BaseProcess, seconds: float, cancelled: Callable[[], bool]) -> None:
+        self.is_cancelled = False
+        self.is_late = False
+        self._process = process
+        self._deadline = time.monotonic() + seconds
+        self._cancelled = cancelled
+        self._ended = Event()
+        self._thread = Thread(target=self._look, name="decoder-watch", daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._ended.wait(_LOOK):
+            self.is_cancelled = self._cancelled()
+            self.is_late = not self.is_cancelled and time.monotonic() > self._deadline
+            if self.is_cancelled or self.is_late:
+                self._process.kill()
+                return
+
+    def end(self) -> None:
+        """Look no more; may be called again. Behind it no process is killed, which may be no more then."""
+        self._ended.set()
+        self._thread.join()
 
 
 def _start(process: BaseProcess) -> None:
@@ -130,40 +165,6 @@ def _context() -> ForkServerContext | SpawnContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([decode_in_child.__module__])
     return context
-
-
-def _facts(pipe: Connection, job: DecodingJob, deadline: float, cancelled: Callable[[], bool]) -> dict[str, Any]:
-    """The line of JSON, once it is there.
-
-    Raises:
-        VideoError: it does not come in time, or says what is wrong.
-        RequestError: nobody waits any more.
-    """
-    while not pipe.poll(_LOOK):
-        if cancelled():
-            raise RequestError(f"{job.name} is not wanted any more", param=job.name)
-        if time.monotonic() > deadline:
-            raise VideoError(f"{job.name} was not decoded in time: send a shorter or smaller one")
-    facts: dict[str, Any] = json.loads(pipe.recv_bytes(_HEADER))
-    if "error" in facts:
-        raise VideoError(str(facts["error"]))
-    return facts
-
-
-def _array(pipe: Connection, about: dict[str, Any], limits: MediaLimits) -> NDArray[Any]:
-    """The next array, if it is one that the limits admit."""
-    shape = tuple(int(side) for side in about["shape"])
-    dtype = np.dtype(_DTYPES[about["dtype"]])
-    count = 1
-    for side in shape:
-        count *= side
-    most = max(limits.film_bytes, 3 * limits.image_pixels)
-    if any(side < 0 for side in shape) or len(shape) > 4 or count * dtype.itemsize > most:
-        raise ValueError(f"an array of shape {shape}")
-    array = np.empty(shape, dtype)
-    if array.nbytes and pipe.recv_bytes_into(array.data.cast("B")) != array.nbytes:
-        raise ValueError("an array is shorter than it was said to be")
-    return array
 
 
 def _media(facts: dict[str, Any], arrays: list[NDArray[Any]]) -> Video | NDArray[np.uint8]:
@@ -198,9 +199,21 @@ def _media(facts: dict[str, Any], arrays: list[NDArray[Any]]) -> Video | NDArray
     return replace(film, lost_frames=facts["lost_frames"])
 
 
+def _failure(error: Exception, process: BaseProcess, watch: _Watch, job: DecodingJob) -> VideoError | RequestError:
+    """What a request hears where a child's last message is not whole, or not what a child of ours sends."""
+    if watch.is_cancelled:
+        return RequestError(f"{job.name} is not wanted any more", param=job.name)
+    if watch.is_late:
+        return VideoError(f"{job.name} was not decoded in time: send a shorter or smaller one")
+    if isinstance(error, (EOFError, OSError)):
+        process.join(1)  # it is gone, or will be in a moment
+        if process.exitcode is not None:
+            return VideoError(_death(process, job))
+    return VideoError(f"{job.name} was decoded into something else ({type(error).__name__}): send another")
+
+
 def _death(process: BaseProcess, job: DecodingJob) -> str:
-    """Why a child is gone that sent nothing."""
-    process.join(1)
+    """Why a child is gone that had not sent everything."""
     code = process.exitcode
     if code is not None and code < 0 and -code in (24, 9):  # SIGXCPU, SIGKILL
         return f"{job.name} took more than {job.cpu_seconds:g} s of processor time: send a shorter or smaller one"

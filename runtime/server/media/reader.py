@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from threading import Event, Lock
 
@@ -16,6 +18,8 @@ from framefusion.errors import RequestError
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
 from framefusion.runtime.media.preprocess import Preprocessing
+from framefusion.runtime.media.video.frames import FrameFollower
+from framefusion.runtime.media.video.progress import FilmProgress
 from framefusion.runtime.server.media.child import DecodingJob
 from framefusion.runtime.server.media.decoding import (
     CPU_SECONDS,
@@ -136,8 +140,17 @@ class MediaReader:
             for future in pending:
                 future.cancel()
 
-    def begin(self, parts: Sequence[OpenPart], images: int, cancelled: Callable[[], bool]) -> list[Future[Decoded]]:
-        """`decode`, not waited for: whoever leaves has the others cancelled, and `cancelled` say so."""
+    def begin(
+        self,
+        parts: Sequence[OpenPart],
+        images: int,
+        cancelled: Callable[[], bool],
+        progress: Sequence[FilmProgress] = (),
+    ) -> list[Future[Decoded]]:
+        """`decode`, not waited for: whoever leaves has the others cancelled, and `cancelled` say so.
+
+        `progress`, one for each part where given, shows the frames of films as they come, and ends with each.
+        """
         shrink = self._preprocessing.for_images(images).shrink
         jobs = []
         for part in parts:
@@ -150,7 +163,18 @@ class MediaReader:
                 )
             )  # fmt: skip
         within = _Budget(self._request_bytes, lambda: self._closing.is_set() or cancelled())
-        return [self._decoders.submit(within.decode, job, _NEVER * self._cpu_seconds) for job in jobs]
+        seconds = _NEVER * self._cpu_seconds
+        pending = [
+            self._decoders.submit(within.decode, job, seconds, shown) for job, shown in zip_longest(jobs, progress)
+        ]
+        for future, shown in zip(pending, progress, strict=False):
+            future.add_done_callback(partial(_end, shown))
+        return pending
+
+
+def _end(progress: FilmProgress, _: Future[Decoded]) -> None:
+    """No more frames come, whatever became of the film: its decoding may never have begun."""
+    progress.end()
 
 
 class _Budget:
@@ -170,7 +194,7 @@ class _Budget:
     def _over(self) -> bool:
         return self._most is not None and self._held > self._most
 
-    def decode(self, job: DecodingJob, seconds: float) -> Decoded:
+    def decode(self, job: DecodingJob, seconds: float, follower: FrameFollower | None) -> Decoded:
         """One of them; called by several threads."""
         too_large = RequestError(
             f"the films and pictures of the request have more than {self._most} bytes of pixels: send fewer or smaller "
@@ -181,7 +205,7 @@ class _Budget:
         if self._over():
             raise too_large
         try:
-            decoded = decode_apart(job, seconds, lambda: self._over() or self._cancelled())
+            decoded = decode_apart(job, seconds, lambda: self._over() or self._cancelled(), follower)
         except RequestError:
             if self._over():
                 raise too_large from None
