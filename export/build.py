@@ -83,7 +83,7 @@ def build(
         acceptance: what codes in place of floats may cost in answers; a second bundle, of floats, is built for it
             meanwhile.
         films: that scales of KV caches in int8 are measured on, see `measure_scales`.
-        codes: chosen by films, with `options`: see `calibrated_codes.calibrated_codes`.
+        codes: chosen by films, with `options`: see `eager.calibration.codes.calibrated_codes`.
 
     Raises:
         CheckFailedError: the bundle does not reproduce the eager model, or loses more answers than is accepted; its

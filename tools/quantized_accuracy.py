@@ -36,8 +36,8 @@ from framefusion.console.progress import CountLines
 from framefusion.export.build import build
 from framefusion.export.check.replay import Redecided
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.eager.calibrated_codes import calibrated_codes
-from framefusion.export.eager.calibration_prompts import read_prompts
+from framefusion.export.eager.calibration.codes import calibrated_codes
+from framefusion.export.eager.calibration.prompts import read_prompts
 from framefusion.export.evaluate.questions import Question
 from framefusion.export.evaluate.scoring import paired, share_of
 from framefusion.export.options import BuildOptions

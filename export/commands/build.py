@@ -149,7 +149,7 @@ def _calibrated(source: Checkpoint, options: BuildOptions, clips: tuple[Path, ..
     if SCHEDULE not in purposes(options):
         return options
     from framefusion.export.eager.calibrate import calibrate
-    from framefusion.export.eager.calibration_prompts import films_of
+    from framefusion.export.eager.calibration.prompts import films_of
 
     films = films_of(clips, "a schedule is set")
     with activity(f"running {len(films)} films to set the schedule by"):
@@ -160,7 +160,7 @@ def _films(clips: tuple[Path, ...]) -> tuple[Path, ...]:
     """The films that scales are measured on."""
     if not clips:
         return ()
-    from framefusion.export.eager.calibration_prompts import films_of
+    from framefusion.export.eager.calibration.prompts import films_of
 
     return films_of(clips, "scales are measured")
 
@@ -179,8 +179,8 @@ def _codes(
     if not clips or not _chooses_codes(options):
         yield options, None
         return
-    from framefusion.export.eager.calibrated_codes import calibrated_codes
-    from framefusion.export.eager.calibration_prompts import read_prompts
+    from framefusion.export.eager.calibration.codes import calibrated_codes
+    from framefusion.export.eager.calibration.prompts import read_prompts
     from framefusion.storage import files
 
     prompts = read_prompts(clips)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -104,6 +104,7 @@ class WeightPlan:
     calibrated: bool = False
     """Codes were chosen by films: they are in `store`, or nothing but shapes is wanted."""
     store: CodeStore | None = None
+    """Of codes by films; where they are not taken, what is known of them."""
 
     def record(self, segments: Sequence[SegmentPlan]) -> QuantizationRecord | None:
         """The manifest's part on the weights of these segments; None where all are floats."""
@@ -120,8 +121,8 @@ class WeightPlan:
         if self.store is None:
             return record
         store = self.store
-        calibration = CalibrationRecord(store.films, store.rows, store.answer_rows, store.prompts, store.texts)
-        return replace(record, calibration=calibration)
+        facts = {field.name: getattr(store, field.name) for field in fields(CalibrationRecord)}
+        return replace(record, calibration=CalibrationRecord(**facts))
 
     def formatted(self, plan: SegmentPlan, sources: Mapping[str, AnySource]) -> SegmentPlan:
         """A segment with the formats of its weights.

@@ -25,6 +25,9 @@ class CodeStore:
         answer_rows: of these, of answers.
         prompts: conversations about the films.
         texts: SHA-256 over what was said in them.
+        held_out: prompts of these that took no part in the choice.
+        divergence, search_divergence: from floats on those, behind these codes and behind the search's; nats a token.
+        taken: whether a build takes these codes; else it searches its own.
     """
 
     folder: Path
@@ -33,6 +36,10 @@ class CodeStore:
     answer_rows: int = 0
     prompts: int = 0
     texts: str = ""
+    held_out: int = 0
+    divergence: float | None = None
+    search_divergence: float | None = None
+    taken: bool = True
 
     def write(self, name: str, blocks: BlockQuantized) -> None:
         """Keep the codes of a matrix."""

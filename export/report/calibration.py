@@ -18,7 +18,7 @@ from framefusion.console.progress import in_time
 from framefusion.errors import BudgetError
 from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.checkpoints.text.tokenizer_file import TOKENIZER, write_tokenizer
-from framefusion.export.eager.calibration_prompts import CalibrationPrompt, answer_tokens, films_of, read_prompts
+from framefusion.export.eager.calibration.prompts import CalibrationPrompt, answer_tokens, films_of, read_prompts
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.machine import TRACING_PROCESS
 from framefusion.export.options import BuildOptions

@@ -13,7 +13,14 @@ from framefusion.export.engines.inspection import engine_block, engine_facts
 from framefusion.export.report.integrity import integrity_facts, render_integrity
 from framefusion.reducers import DEFAULT
 from framefusion.reduction.budget import describe_cost
-from framefusion.runtime.format.manifest import UNKNOWN_LICENSE, FileRecord, LossRecord, Manifest, SourceRecord
+from framefusion.runtime.format.manifest import (
+    UNKNOWN_LICENSE,
+    CalibrationRecord,
+    FileRecord,
+    LossRecord,
+    Manifest,
+    SourceRecord,
+)
 from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest
 from framefusion.runtime.memory import MemoryPlan, expected_lengths, memory_plan, slot_bytes
 
@@ -103,11 +110,20 @@ def weight_facts(manifest: Manifest) -> dict[str, Any]:
     floats = [f"{record.floats} in {manifest.model.dtype}"] if record.floats else []
     origin = record.method if record.read else f"made by {record.method}"
     if record.calibration is not None:
-        by = record.calibration
-        answers = f", {by.answer_rows} of them of answers to {by.prompts} prompts" if by.prompts else ""
-        origin += f" ({len(by.films)} of them, {by.rows} rows{answers})"
+        origin += f" ({_calibration(record.calibration)})"
     text = f"of the LLM's linear maps {' and '.join([*parts, *floats])}; {origin}{_points(record.losses)}"
     return {"text": text, "quantization": asdict(record)}
+
+
+def _calibration(record: CalibrationRecord) -> str:
+    """What codes were calibrated on, and how they did on what was held out."""
+    answers = f", {record.answer_rows} of them of answers to {record.prompts} prompts" if record.prompts else ""
+    films = f"{len(record.films)} of them, {record.rows} rows{answers}"
+    if record.divergence is None:
+        return films
+    far = f"{record.divergence:.2g} from floats on {record.held_out} prompts held out, by the search "
+    far += f"{record.search_divergence:.2g}"
+    return f"{films}; {far}" if record.taken else f"films were given, {films}, and their codes left: {far}"
 
 
 def cache_facts(manifest: Manifest) -> dict[str, Any]:

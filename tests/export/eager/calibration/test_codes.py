@@ -6,22 +6,35 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from framefusion.errors import BudgetError, CheckpointError, VideoError
-from framefusion.export.build import check_again
+from framefusion.export.build import build, check_again
 from framefusion.export.check.verify import weight_report
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.eager.calibrated_codes import calibrated_codes
-from framefusion.export.eager.calibration_prompts import read_prompts
+from framefusion.export.eager.backend import EagerBackend
+from framefusion.export.eager.calibration import prompts as prompts_module
+from framefusion.export.eager.calibration.codes import calibrated_codes
+from framefusion.export.eager.calibration.held_out import Repeated
+from framefusion.export.eager.calibration.prompts import answered_rows, read_prompts
+from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled_bundle
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan, replan
+from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
 from framefusion.export.quantization.code_store import CodeStore
+from framefusion.export.quantization.search import search
+from framefusion.export.report.inspection import weight_facts
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.prefill import prefill
+from framefusion.runtime.pipeline import Pipeline
+from framefusion.runtime.request import Stopwatch
 from tests.commands import assert_refused, export, run
 from tests.films import write_film
 
-TRAINED = Path(__file__).parents[2] / "models" / "tiny_qwen2_vl"
+TRAINED = Path(__file__).parents[3] / "models" / "tiny_qwen2_vl"
 LAYERS = 2
 OPTIONS = BuildOptions(weights="int4:64", num_decoder_layer=LAYERS, depth=0, cost=0.6)
 
@@ -110,3 +123,73 @@ def test_a_file_that_is_no_film_ends_the_build(tmp_path: Path) -> None:
     flags = ("--weights", "int4", "--calibrate", tmp_path / "notes.txt")
     assert_refused(export("build", TRAINED, "-o", tmp_path / "bundle", *flags), VideoError, "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.slow
+def test_codes_that_are_further_from_floats_than_the_searchs_are_left(films: list[Path], tmp_path: Path) -> None:
+    """The fourth prompt is held out; codes that negate every second row are further from floats than any search's."""
+    prompts = read_prompts([*films, *films])
+    checkpoint = Checkpoint(TRAINED)
+    folders = [tmp_path / "good", tmp_path / "bad"]
+    for folder in folders:
+        folder.mkdir()
+    # 1. error feedback is nearer
+    named, good = calibrated_codes(checkpoint, OPTIONS, prompts, folders[0])
+    assert named.calibrated_by == good.films
+    assert (good.taken, good.held_out, good.prompts) == (True, 1, 4)
+    assert good.divergence is not None
+    assert good.search_divergence is not None
+    assert good.divergence <= good.search_divergence
+    # 2. worse codes are left, and the build searches
+    named, bad = calibrated_codes(checkpoint, OPTIONS, prompts, folders[1], choose=lambda *_: negated)
+    assert named.calibrated_by is None
+    assert not bad.taken
+    assert bad.search_divergence == good.search_divergence
+    built = build(checkpoint, tmp_path / "bundle", named, codes=bad, verify=False)
+    record = built.manifest.quantization
+    assert record is not None
+    assert record.method == "search of scales"
+    assert record.calibration is not None
+    assert not record.calibration.taken
+    text = weight_facts(built.manifest)["text"]
+    assert "films were given" in text
+    assert "their codes left" in text
+    again = check_again(built.folder, checkpoint)  # all codes are chosen once more, which takes no film
+    assert again["passed"], again["failures"]
+
+
+def negated(weight: Tensor, form: BlockFormat) -> BlockQuantized:
+    weight = weight.clone()
+    weight[::2] *= -1
+    return search(weight, form)
+
+
+@pytest.mark.slow
+def test_what_is_judged_are_the_models_of_both_codes(
+    films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divergences in lockstep, beside those of whole models with these codes; of an answer's first token."""
+    monkeypatch.setattr(prompts_module, "ANSWER", 1)
+    checkpoint = Checkpoint(TRAINED)
+    prompts = read_prompts([films[0], films[1], films[1], films[0]])
+    (tmp_path / "codes").mkdir()
+    named, store = calibrated_codes(checkpoint, OPTIONS, prompts, tmp_path / "codes")
+    floats = BuildPlan(checkpoint, OPTIONS).in_floats
+    assert floats is not None
+    bundle = in_fp32(uncompiled_bundle(floats, tmp_path / "parts"), floats)
+    (item,) = answered_rows(floats, bundle, prompts[-1:], lambda _: None)
+    assert item.logits.shape[0] == 1
+    theirs = torch.from_numpy(item.logits[0]).double().log_softmax(0)
+    found = []
+    for plan in (
+        BuildPlan(checkpoint, replace(named, calibrated_by=store.films), store),
+        BuildPlan(checkpoint, OPTIONS),
+    ):
+        pipeline = Pipeline(bundle, EagerBackend(eager_loaders(plan)))
+        state = Repeated(item.prompt.labels, item.decisions, item.answer)
+        prefilled = prefill(pipeline.segments, item.rows, state, 1, Stopwatch())
+        assert prefilled.kept[-1].size < item.prompt.token_ids.size
+        ours = torch.from_numpy(np.array(prefilled.logits)).double().log_softmax(0)
+        found.append(float((theirs.exp() * (theirs - ours)).sum()))
+    assert [store.divergence, store.search_divergence] == pytest.approx(found, rel=1e-3)
+    assert store.held_out == 1

@@ -1,17 +1,13 @@
-"""Codes of a decoder's weights by films: layer by layer, by the rows that enter each matrix behind quantized layers.
+"""Prompts that go through the layers together: before every half layer they wait for each other, and it is quantized.
 
-    films, questions -> prompts with the answers of the model in floats behind them (calibration_prompts.py)
-          -> prefill with the bundle's reduction, each prompt in a thread
-          -> they meet before every half layer: its floats are read, its matrices quantized one after the other by what
-             enters them, all prompts run through the result -> next half layer
+    each prompt in a thread: prefill with a reduction ---> half layer: floats are read
+                                                     all prompts of role "fit": X^T X of what enters each matrix
+                                                     codes of each matrix, one after the other
+                                                     all prompts through it  ---> next half layer
 
-Rows are those that the layers are given: of reduced prompts, and of answers over what the reduction left. The token of
-a decode step sees what is kept of all before it. So its rows are those of a prefill in which it stands behind the
-prompt and decides nothing: importance is that of the prompt's last token.
-
-All threads wait for each other, one computes at a time and in the order of the prompts: the same films give the same
-codes. In memory are the hidden states and caches of all prompts, one half layer in fp32, and X^T X of one matrix
-(feedback.py).
+Prompts that are held out take no part in the choice. They go through the layers twice, once behind the codes that were
+chosen and once behind those of the search alone, and what leaves the last layer stays. One thread computes at a time,
+in the order of the prompts. Knows no film and no question.
 """
 
 from __future__ import annotations
@@ -19,45 +15,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryDirectory
 from threading import Thread, get_ident
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from framefusion.errors import BudgetError
-from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource, read_parameter
-from framefusion.export.eager.backend import EagerBackend, Load
-from framefusion.export.eager.calibration_prompts import (
-    CalibrationPrompt,
-    answered_rows,
-    digests_of,
-    texts_digest,
-)
-from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled_bundle
+from framefusion.export.eager.backend import Load
 from framefusion.export.graphs.decoder import Block, Segment
 from framefusion.export.graphs.graph_plan import GraphModule, GraphPlan
 from framefusion.export.graphs.layers import Linear
-from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.plan.weight_plan import parse_weights
 from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.code_store import CodeStore
 from framefusion.export.quantization.feedback import Gram, feed_back
 from framefusion.export.quantization.recipes import Made, Quantizer
-from framefusion.runtime.pipeline import Pipeline
-from framefusion.runtime.request import Stopwatch
+from framefusion.export.quantization.search import search
 
 TOGETHER = {"attention": (("q", "k", "v"), ("o",)), "mlp": (("gate", "up"), ("down",))}
 """Kind of a half layer -> its linear maps, those of the same inputs together, in the order of the computation."""
-
 _LAST = 5  # place of `last` among the arguments of a segment
 Choose = Callable[[Gram, torch.dtype], Quantizer]
 """What chooses codes, for the rows that enter a matrix and the type of scales."""
+Role = Literal["fit", "chosen", "searched"]
+"""Of a prompt: codes are chosen by its rows, or it goes through those codes, or through the search's, to judge them."""
 
 
 def by_feedback(gram: Gram, dtype: torch.dtype) -> Quantizer:
@@ -65,56 +48,19 @@ def by_feedback(gram: Gram, dtype: torch.dtype) -> Quantizer:
     return partial(feed_back, dtype=dtype, gram=gram)
 
 
-def calibrated_codes(
-    checkpoint: Checkpoint,
-    options: BuildOptions,
-    prompts: Sequence[CalibrationPrompt],
-    folder: Path,
-    doing: Callable[[str], object] = lambda _: None,
-    choose: Choose = by_feedback,
-) -> tuple[BuildOptions, CodeStore]:
-    """Choose the codes of a build's weights by films.
+@dataclass(frozen=True)
+class Lane:
+    """A prompt on its way.
 
-    Args:
-        checkpoint: of floats.
-        options: of the build, with `weights`.
-        prompts: of the kind the bundle is for, see `calibration_prompts.read_prompts`.
-        folder: empty; the codes stay in it, about a byte a weight.
-        doing: called with what runs now.
-        choose: see `Choose`.
-
-    Returns:
-        the options of the build, which name the films, and the codes.
-
-    Raises:
-        BudgetError: no film was given, or this build chooses no codes.
-        VideoError: a film cannot be read.
-        PromptError: a prompt is longer than the bundle takes.
+    Attributes:
+        prefill: of the prompt with its answer behind it.
+        answer: tokens of the answer.
+        role: see `Role`.
     """
-    if not prompts:
-        raise BudgetError("0 films to calibrate with: give one or more films of the kind the bundle is for")
-    if parse_weights(options.weights) is None:
-        raise BudgetError(f"--calibrate chooses codes, and --weights {options.weights} has none to choose: give int4")
-    # 1. the same model in floats, reduced as the bundle will be; a schedule, by the policy that it stands for
-    adaptive = replace(options, reduction="adaptive", buckets=None, merge_shares=None, prune_layer=None)
-    plan = BuildPlan(checkpoint, adaptive if options.reduction == "fixed" else options)
-    floats = plan.in_floats
-    assert floats is not None  # codes are chosen
-    digests = digests_of(prompts)
-    store = CodeStore(folder, digests, texts=texts_digest(prompts), prompts=len(prompts))
-    with TemporaryDirectory(dir=folder) as parts:
-        bundle = in_fp32(uncompiled_bundle(floats, Path(parts) / "parts"), floats)
-        # 2. what the prompts put into the decoder, and what it answers
-        prepared = answered_rows(floats, bundle, prompts, doing)
-        # 3. all of them through all layers, quantized as they are reached
-        lockstep = _Lockstep(plan, floats, store, choose, doing, [item.answer for item in prepared])
-        pipeline = Pipeline(bundle, EagerBackend(lockstep.loaders(eager_loaders(floats, streamed=True))))
-        lockstep.run(
-            [partial(pipeline.prefill, item.prompt, item.rows, item.request, Stopwatch()) for item in prepared]
-        )
-    answers = sum(item.answer for item in prepared)
-    named = replace(options, calibrated_by=digests)
-    return named, replace(store, rows=lockstep.rows, answer_rows=answers)
+
+    prefill: Callable[[], object]
+    answer: int
+    role: Role = "fit"
 
 
 @dataclass
@@ -148,8 +94,8 @@ class _Half:
     formats: dict[str, BlockFormat]
 
 
-class _Lockstep:
-    """Films that wait for each other before every half layer, where its matrices are quantized.
+class Lockstep:
+    """Prompts that wait for each other before every half layer, where its matrices are quantized.
 
     Args:
         plan: with the formats.
@@ -157,7 +103,6 @@ class _Lockstep:
         store: gets the codes.
         choose: see `Choose`.
         doing: called with what runs now.
-        answers: tokens of the answer behind each prompt.
     """
 
     def __init__(
@@ -167,16 +112,17 @@ class _Lockstep:
         store: CodeStore,
         choose: Choose,
         doing: Callable[[str], object],
-        answers: Sequence[int],
     ) -> None:
         self.rows = 0
+        self.left: dict[int, Tensor] = {}
+        """Number of a prompt that is held out -> what leaves its last layer before the norm.  [answer + 1, D]"""
         self._plan = plan
         self._floats = floats
         self._store = store
         self._choose = choose
         self._doing = doing
-        self._answers = answers
         self._arrivals: SimpleQueue[_Arrival] = SimpleQueue()
+        self._lanes: Sequence[Lane] = ()
         self._replies: list[SimpleQueue[Any]] = []
         self._films: dict[int, int] = {}  # thread -> film
 
@@ -201,21 +147,30 @@ class _Lockstep:
             module.register_forward_pre_hook(self._before_the_answer)
         else:  # nobody reads logits, and all tokens go through the last half layer
             module.register_forward_pre_hook(_keep_all)
-            module.head.forward = partial(_no_logits, module.config.vocab_size)  # type: ignore[method-assign]
+            module.head.forward = partial(self._no_logits, module.config.vocab_size)  # type: ignore[method-assign]
         return module
 
     def _before_the_answer(self, _segment: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """A segment's arguments with the prompt's last token as `last`, by which the reduction decides."""
-        return decided_before(arguments, self._answers[self._films[get_ident()]])
+        return decided_before(arguments, self._lanes[self._films[get_ident()]].answer)
 
-    def run(self, prefills: Sequence[Callable[[], object]]) -> None:
-        """Run all films to their end.
+    def _no_logits(self, vocabulary: int, hidden: Tensor) -> Tensor:
+        """In place of the head: of a prompt that is held out the rows stay that choose a token."""
+        film = self._films[get_ident()]
+        lane = self._lanes[film]
+        if lane.role != "fit":
+            self.left[film] = hidden[0, hidden.shape[1] - lane.answer - 1 :].clone()
+        return hidden.new_zeros((hidden.shape[0], vocabulary))
+
+    def run(self, lanes: Sequence[Lane]) -> None:
+        """Run all prompts to their end.
 
         Raises:
             whatever a film raised.
         """
-        self._replies = [SimpleQueue() for _ in prefills]
-        threads = [Thread(target=self._film, args=item, daemon=True) for item in enumerate(prefills)]
+        self._lanes = lanes
+        self._replies = [SimpleQueue() for _ in lanes]
+        threads = [Thread(target=self._film, args=(film, lane.prefill), daemon=True) for film, lane in enumerate(lanes)]
         for thread in threads:
             thread.start()
         try:
@@ -258,13 +213,21 @@ class _Lockstep:
             return False
         assert all(arrival.half is half for arrival in arrivals)
         self._doing(f"layer {half.block.layer + 1} of {self._plan.config.num_layers}, {half.block.kind}")
+        # 1. codes, by the rows of the prompts that they are fit to
         self._load(half)
-        self._quantize(half, [arrival.arguments for arrival in arrivals])
-        results = [half.forward(*arrival.arguments) for arrival in arrivals]
+        searched = self._quantize(half, self._arguments(arrivals, "fit"))
+        # 2. every prompt through them, but for those that judge the search's
+        results = {a.film: half.forward(*a.arguments) for a in arrivals if self._lanes[a.film].role != "searched"}
+        for name, weight in searched.items():
+            half.module.get_submodule(name).weight.data = weight
+        results |= {a.film: half.forward(*a.arguments) for a in arrivals if self._lanes[a.film].role == "searched"}
         half.module.to("meta")
-        for arrival, result in zip(arrivals, results, strict=True):
-            self._replies[arrival.film].put(result)
+        for film, result in results.items():
+            self._replies[film].put(result)
         return True
+
+    def _arguments(self, arrivals: Sequence[_Arrival], role: Role) -> list[tuple[Any, ...]]:
+        return [arrival.arguments for arrival in arrivals if self._lanes[arrival.film].role == role]
 
     def _load(self, half: _Half) -> None:
         """Its floats."""
@@ -273,8 +236,14 @@ class _Lockstep:
             source = half.sources[half.prefix + name]
             parameter.data = read_parameter(self._plan.checkpoint, source, tuple(parameter.shape), torch.float32)
 
-    def _quantize(self, half: _Half, arguments: Sequence[tuple[Any, ...]]) -> None:
-        """Replace its matrices with what their codes stand for, those of the same inputs together."""
+    def _quantize(self, half: _Half, arguments: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
+        """Replace its matrices with what their codes stand for, those of the same inputs together.
+
+        Returns what the search's codes stand for by the names of the maps, where prompts are held out.
+        """
+        searched: dict[str, Tensor] = {}
+        is_judged = any(lane.role == "searched" for lane in self._lanes)
+        search_alone = partial(search, dtype=self._plan.dtype)
         for names in TOGETHER[half.block.kind]:
             formats = {name: half.formats[name] for name in names if name in half.formats}
             if not formats:
@@ -295,6 +264,10 @@ class _Lockstep:
                 linear = half.module.get_submodule(name)
                 assert isinstance(linear, Linear)
                 linear.weight.data = blocks.dequantize().T
+                if is_judged:
+                    by_search = replace(recipe, quantizer=search_alone).blocks(self._plan.checkpoint)
+                    searched[name] = by_search.dequantize().T
+        return searched
 
     def _count(self, half: _Half, linear: Linear, gram: Gram, arguments: tuple[Any, ...]) -> None:
         """Count in what enters a linear map of a half layer for one film."""
@@ -321,7 +294,3 @@ def decided_before(arguments: tuple[Any, ...], answer: int) -> tuple[Any, ...]:
 def _keep_all(_segment: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """A segment's arguments without `last`."""
     return (*arguments[:_LAST], None, *arguments[_LAST + 1 :])
-
-
-def _no_logits(vocabulary: int, hidden: Tensor) -> Tensor:
-    return hidden.new_zeros((hidden.shape[0], vocabulary))

@@ -15,10 +15,10 @@ import torch
 
 from framefusion.errors import BudgetError, EvaluationError, VideoError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.eager import calibration_prompts
 from framefusion.export.eager.backend import EagerBackend
-from framefusion.export.eager.calibrated_codes import decided_before
-from framefusion.export.eager.calibration_prompts import answered_rows, digests_of, films_of, read_prompts, texts_digest
+from framefusion.export.eager.calibration import prompts as calibration_prompts
+from framefusion.export.eager.calibration.lockstep import decided_before
+from framefusion.export.eager.calibration.prompts import answered_rows, digests_of, films_of, read_prompts, texts_digest
 from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled_bundle
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.graphs.graph_plan import GraphModule
@@ -28,7 +28,7 @@ from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.request import Stopwatch
 from tests.films import write_film
 
-TRAINED = Path(__file__).parents[2] / "models" / "tiny_qwen2_vl"
+TRAINED = Path(__file__).parents[3] / "models" / "tiny_qwen2_vl"
 OPTIONS = BuildOptions(num_decoder_layer=3, depth=1, cost=0.5, similarity_lower_bound=0.97)
 
 

@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from framefusion.errors import BudgetError, VideoError
 from framefusion.export.check.verify import memory_of_check
 from framefusion.export.eager.backend import EagerBackend
@@ -21,9 +24,10 @@ from framefusion.export.eager.pipeline import eager_loaders
 from framefusion.export.evaluate.questions import read_questions
 from framefusion.export.machine import available_memory
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.reduction.policy import Decision
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.generation.token_rows import TokenRows
-from framefusion.runtime.pipeline import Generation, Pipeline, Request
+from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual, visuals_of
 
@@ -65,12 +69,16 @@ class CalibrationRows:
         rows: of these tokens.
         request: how it is reduced.
         answer: tokens of the answer that are fed back; the last one that is chosen is not.
+        decisions: of the reduction, by the model in floats.
+        logits: of the model in floats, which each token is chosen from.  [answer + 1, V]
     """
 
     prompt: Prompt
     rows: TokenRows
     request: Request
     answer: int
+    decisions: tuple[Decision, ...]
+    logits: NDArray[np.float32]
 
 
 def read_prompts(paths: Sequence[Path]) -> list[CalibrationPrompt]:
@@ -169,10 +177,14 @@ def _answered(pipeline: Pipeline, conversation: CalibrationPrompt, tokens: int) 
     greedy = replace(pipeline.manifest.generation, do_sample=False)
     request = pipeline.with_default_cost(Request(tokens, generation=greedy), visuals_of(turns))
     request = pipeline.clamp_new_tokens(request, prompt)
-    prefilled = pipeline.prefill(prompt, rows, request, stopwatch)
-    answer = Generation.from_steps(pipeline.decode(prompt, prefilled, request, stopwatch)).token_ids
+    decisions: list[Decision] = []
+    prefilled = pipeline.prefill(prompt, rows, request, stopwatch, observer=decisions.append)
+    steps = pipeline.decode(prompt, prefilled, request, stopwatch, logits=True)
+    chosen = [(step.token_id, step.logits) for step in steps if step.token_id is not None and step.logits is not None]
     # 3. its tokens behind the prompt, but for the last one, which is never fed back
     room = pipeline.manifest.limits.max_input_len - prompt.token_ids.size
-    fed = list(answer)[: max(min(len(answer) - 1, room), 0)]
+    fed = [token for token, _ in chosen][: max(min(len(chosen) - 1, room), 0)]
     whole = prompt.followed_by(fed)
-    return CalibrationRows(whole, pipeline.embed(whole, features), replace(request, max_new_tokens=1), len(fed))
+    logits = np.stack([np.asarray(scores, np.float32) for _, scores in chosen[: len(fed) + 1]])
+    embedded = pipeline.embed(whole, features)
+    return CalibrationRows(whole, embedded, replace(request, max_new_tokens=1), len(fed), tuple(decisions), logits)

@@ -1,0 +1,132 @@
+"""Codes of a decoder's weights by films, layer by layer, and a judgement whether they are better than the search's.
+
+    films, questions -> prompts with the answers of the model in floats behind them (prompts.py)
+          -> three of four choose the codes, the fourth is held out (lockstep.py)
+          -> the codes, or those of the search, whichever are nearer to the floats on what was held out (held_out.py)
+
+Rows are those that the layers are given: of reduced prompts, and of answers over what the reduction left. The token of
+a decode step sees what is kept of all before it. So its rows are those of a prefill in which it stands behind the
+prompt and decides nothing: importance is that of the prompt's last token. The same films give the same codes. In memory
+are the hidden states and caches of all prompts, one half layer in fp32 (two where prompts are held out), and X^T X of
+one matrix (feedback.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from framefusion.errors import BudgetError
+from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.backend import EagerBackend
+from framefusion.export.eager.calibration.held_out import Judgement, Repeated, held_out, judged
+from framefusion.export.eager.calibration.lockstep import Choose, Lane, Lockstep, by_feedback
+from framefusion.export.eager.calibration.prompts import (
+    CalibrationPrompt,
+    CalibrationRows,
+    answered_rows,
+    digests_of,
+    texts_digest,
+)
+from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled_bundle
+from framefusion.export.options import BuildOptions
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.plan.weight_plan import parse_weights
+from framefusion.export.quantization.code_store import CodeStore
+from framefusion.runtime.generation.prefill import prefill
+from framefusion.runtime.pipeline import Pipeline
+from framefusion.runtime.request import Stopwatch
+
+
+def calibrated_codes(
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    prompts: Sequence[CalibrationPrompt],
+    folder: Path,
+    doing: Callable[[str], object] = lambda _: None,
+    choose: Choose = by_feedback,
+) -> tuple[BuildOptions, CodeStore]:
+    """Choose the codes of a build's weights by films.
+
+    Args:
+        checkpoint: of floats.
+        options: of the build, with `weights`.
+        prompts: of the kind the bundle is for, see `prompts.read_prompts`.
+        folder: empty; the codes stay in it, about a byte a weight.
+        doing: called with what runs now.
+        choose: see `Choose`.
+
+    Returns:
+        the options of the build and the codes, for `build`. Options name the films where their codes are taken; where
+        those of the search are nearer to floats on prompts held out, codes are searched by the build itself, and the
+        store says so.
+
+    Raises:
+        BudgetError: no film was given, or this build chooses no codes.
+        VideoError: a film cannot be read.
+        PromptError: a prompt is longer than the bundle takes.
+    """
+    if not prompts:
+        raise BudgetError("0 films to calibrate with: give one or more films of the kind the bundle is for")
+    if parse_weights(options.weights) is None:
+        raise BudgetError(f"--calibrate chooses codes, and --weights {options.weights} has none to choose: give int4")
+    # 1. the same model in floats, reduced as the bundle will be; a schedule, by the policy that it stands for
+    adaptive = replace(options, reduction="adaptive", buckets=None, merge_shares=None, prune_layer=None)
+    plan = BuildPlan(checkpoint, adaptive if options.reduction == "fixed" else options)
+    floats = plan.in_floats
+    assert floats is not None  # codes are chosen
+    digests = digests_of(prompts)
+    store = CodeStore(folder, digests, texts=texts_digest(prompts), prompts=len(prompts))
+    with TemporaryDirectory(dir=folder) as parts:
+        bundle = in_fp32(uncompiled_bundle(floats, Path(parts) / "parts"), floats)
+        # 2. what the prompts put into the decoder, and what it answers
+        prepared = answered_rows(floats, bundle, prompts, doing)
+        # 3. all of them through all layers, quantized as they are reached
+        lockstep = Lockstep(plan, floats, store, choose, doing)
+        pipeline = Pipeline(bundle, EagerBackend(lockstep.loaders(eager_loaders(floats, streamed=True))))
+        judgement = _run(lockstep, pipeline, floats, prepared)
+    answers = sum(item.answer for item in prepared)
+    store = replace(store, rows=lockstep.rows, answer_rows=answers)
+    if judgement is None:
+        return replace(options, calibrated_by=digests), store
+    store = replace(
+        store,
+        held_out=judgement.prompts,
+        divergence=judgement.chosen,
+        search_divergence=judgement.searched,
+        taken=judgement.is_better,
+    )
+    return (replace(options, calibrated_by=digests) if store.taken else options), store
+
+
+def _run(
+    lockstep: Lockstep, pipeline: Pipeline, floats: BuildPlan, prepared: Sequence[CalibrationRows]
+) -> Judgement | None:
+    """Choose all codes; None where too few prompts were given to hold any out."""
+    # 1. lanes: prompts that codes are fit to, and each that is held out twice
+    kept_back = held_out(len(prepared))
+    lanes = [
+        Lane(partial(pipeline.prefill, item.prompt, item.rows, item.request, Stopwatch()), item.answer)
+        for number, item in enumerate(prepared)
+        if number not in kept_back
+    ]
+    first = len(lanes)
+    items = [prepared[number] for number in kept_back]
+    lanes += [Lane(_repeated(pipeline, item), item.answer, "chosen") for item in items]
+    lanes += [Lane(_repeated(pipeline, item), item.answer, "searched") for item in items]
+    # 2. all of them through all layers
+    lockstep.run(lanes)
+    if not items:
+        return None
+    # 3. which codes are nearer to floats
+    states = [lockstep.left[lane] for lane in range(first, len(lanes))]
+    return judged(floats, items, states[: len(items)], states[len(items) :])
+
+
+def _repeated(pipeline: Pipeline, item: CalibrationRows) -> Callable[[], object]:
+    """The prefill of a prompt and its answer by the decisions of the floats."""
+    reduction = Repeated(item.prompt.labels, item.decisions, item.answer) if item.decisions else None
+    return partial(prefill, pipeline.segments, item.rows, reduction, 1, Stopwatch())

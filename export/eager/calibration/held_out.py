@@ -1,0 +1,141 @@
+"""Whether codes that films chose are nearer to the model in floats than those of the search, on prompts held out.
+
+    logits of the floats, token by token of their answer   <--divergence-->   those behind the films' codes
+                                                           <--divergence-->   those behind the search's codes
+
+All three keep the tokens that the floats kept, so that weights alone are compared: by what each token of an answer is
+chosen by, the one that ends it among them. Knows no film.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from framefusion.export.checkpoints.tensors.weights import read_parameter
+from framefusion.export.eager.calibration.prompts import CalibrationRows
+from framefusion.export.graphs.decoder import Segment
+from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.reduction.plan import Plan
+from framefusion.reduction.policy import Decision, ReductionState
+
+Scores = NDArray[np.float32]
+LEAST = 4
+"""Prompts from where on some are held out."""
+EVERY = 4
+"""One of so many is held out, the last of them."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How far codes are from floats on prompts that took no part in their choice.
+
+    Attributes:
+        prompts: that were held out.
+        chosen: mean divergence, in nats a token, behind the codes that films chose.
+        searched: the same behind those of the search alone.
+    """
+
+    prompts: int
+    chosen: float
+    searched: float
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the films' codes are to be taken."""
+        return self.chosen <= self.searched
+
+
+def held_out(count: int) -> list[int]:
+    """Which of so many prompts are held out."""
+    return list(range(EVERY - 1, count, EVERY)) if count >= LEAST else []
+
+
+class Repeated(ReductionState):
+    """The decisions of another model for a prompt with an answer behind it, which stays.
+
+    Args:
+        labels: of prompt and answer.  [S]
+        decisions: of the other model about the prompt alone.
+        answer: tokens of the answer.
+    """
+
+    def __init__(self, labels: NDArray[np.int64], decisions: Sequence[Decision], answer: int) -> None:
+        super().__init__(labels)
+        self._decisions = decisions
+        self._answer = answer
+        self.finished = not decisions
+
+    @property
+    def wants_similarity(self) -> bool:
+        """Never: it is decided."""
+        return False
+
+    @property
+    def wants_importance(self) -> bool:
+        """Never."""
+        return False
+
+    def _decide(self, similarity: Scores | None, importance: Scores | None, features: Scores | None) -> Plan:
+        plan = self._decisions[self.call].plan
+        self.finished = self.call + 1 == len(self._decisions)
+        length = self.labels.size
+        kept = np.concatenate([plan.kept, np.arange(length - self._answer, length)])
+        return Plan(plan.kind, kept, plan.heads, plan.members, plan.run_starts)
+
+
+def judged(
+    floats: BuildPlan, items: Sequence[CalibrationRows], chosen: Sequence[Tensor], searched: Sequence[Tensor]
+) -> Judgement:
+    """Compare two choices of codes on the same prompts.
+
+    Args:
+        floats: the plan of the model in floats, whose head is read.
+        items: the prompts.
+        chosen: what leaves the last layer behind the films' codes, of each prompt.  [answer + 1, D] each
+        searched: the same behind the search's.
+    """
+    head = _head(floats)
+    divergences = []
+    for states in (chosen, searched):
+        each = [_divergence(item.logits, _logits(head, rows)) for item, rows in zip(items, states, strict=True)]
+        divergences.append(float(np.concatenate(each).mean()))
+    return Judgement(len(items), *divergences)
+
+
+def _head(floats: BuildPlan) -> torch.nn.Module:
+    """Final norm and vocabulary projection, in fp32."""
+    graph = next(graph for graph in reversed(floats.graphs) if graph.role == "both")
+    module = graph.module()
+    assert isinstance(module, Segment)
+    assert module.head is not None  # it is the last segment
+    module.head.to_empty(device="cpu")
+    for name, parameter in module.head.named_parameters():
+        source = graph.sources[f"head.{name}"]
+        parameter.data = read_parameter(floats.checkpoint, source, tuple(parameter.shape), torch.float32)
+    return module.head
+
+
+@torch.no_grad()
+def _logits(head: torch.nn.Module, rows: Tensor) -> NDArray[np.float32]:
+    """[R, D] -> [R, V]"""
+    found: NDArray[np.float32] = torch.cat([head(rows[None, row : row + 1]) for row in range(len(rows))]).numpy()
+    return found
+
+
+def _divergence(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Kullback-Leibler divergence of each row from the reference's, in nats.  [R, V], [R, V] -> [R]"""
+    theirs = _log_softmax(reference)
+    found: NDArray[np.float64] = (np.exp(theirs) * (theirs - _log_softmax(logits))).sum(1)
+    return found
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return found
