@@ -9,7 +9,8 @@ import pytest
 
 from tools import quantized_tables
 from tools.accuracy import questions
-from tools.quantized_accuracy import CASES, DEEP, FLOATS, FORMATS, Case, answered, summary
+from tools.quantized_accuracy import CASES, DEEP, Asking, Case, answered, summary
+from tools.quantized_bundles import FLOATS, FORMATS
 
 UNDER = {"reducer": "framefusion", "cost": 0.1, "bound": None}
 
@@ -17,8 +18,15 @@ UNDER = {"reducer": "framefusion", "cost": 0.1, "bound": None}
 def row(question: str, name: str, right: bool, agree: float, otherwise: int) -> dict[str, Any]:
     decision = {"call": 1, "kind": "prune", "last": True, "visual": 20, "dropped": 10, "otherwise": otherwise}
     facts = {"question": question, "format": name, **UNDER, "text": str(right), "right": right, "left": 10}
-    facts |= {"agree": agree, "agree_by_call": [1.0, agree]}
+    facts |= {"agree": agree, "agree_by_call": [1.0, agree], "begins_right": True}
     return facts if name == FLOATS else facts | {"decisions": [decision], "right_by_floats_decisions": True}
+
+
+LOWEST = ("framefusion", 0.1, None)
+
+
+def _case(row: dict[str, Any]) -> tuple[str, float, float | None]:
+    return row["reducer"], row["cost"], row["bound"]
 
 
 def test_points_tokens_and_decisions_add_up() -> None:
@@ -31,6 +39,8 @@ def test_points_tokens_and_decisions_add_up() -> None:
     assert int4["other_kept"] == {"questions": 2, "right": 0, "right_in_floats": 1}
     assert int4["flips"] == {"prune by rank": {"calls": 3, "calls_otherwise": 2, "tokens": 60, "tokens_otherwise": 6}}
     assert int4["right_by_floats_decisions"] == 3
+    assert int4["begins_right"] == 3
+    assert "floats_right_by_these" not in int4  # it was not asked
     assert quantized_tables.turned(int4["flips"]) == "- / - / 10.00"
     assert quantized_tables.both(int4) == "2 (+50.0), 1 (+0.0), by fp32's decisions -33.3"
 
@@ -39,8 +49,13 @@ def test_points_tokens_and_decisions_add_up() -> None:
 def test_the_tool_asks_every_format_under_every_case_and_goes_on_from_its_file(tmp_path: Path) -> None:
     bundles = {name: FORMATS[name](tmp_path) for name in (FLOATS, "int4:128")}
     asked = questions(2)
-    first = answered(bundles, asked[:1], 1, tmp_path / "rows.jsonl", jobs=1)
-    both = answered(bundles, asked, 1, tmp_path / "rows.jsonl", jobs=1)
+    first = answered(bundles, asked[:1], Asking(deep=1), tmp_path / "rows.jsonl", jobs=1)
+    both = answered(bundles, asked, Asking(deep=1), tmp_path / "rows.jsonl", jobs=1)
+    in_turn = answered(bundles, asked[:1], Asking(CASES[-1:], in_turn=True), tmp_path / "films.jsonl", jobs=1)
+    found_alone = [r for r in both if (r["question"], r["format"], *_case(r)) == (asked[0].key, "int4:128", *LOWEST)]
+    led = in_turn[1]
+    assert led.pop("floats_right_by_these") in (True, False)
+    assert [led] == found_alone  # a question that was embedded once is the same question
     assert both[: len(first)] == first
     found = {(r["question"], r["format"], Case(r["reducer"], r["cost"], r["bound"])) for r in both}
     assert found == {

@@ -2,7 +2,7 @@
 
     python -m tools.quantized_accuracy --questions 1000 --write
     python -m tools.quantized_accuracy --questions 1000 --clips brief --write
-    python -m tools.quantized_accuracy --questions 1000 --deep 0 --films
+    python -m tools.quantized_accuracy --films --questions 1000 --deep 0 --write
 
 The questions, the clips and what is right are those of `tools.accuracy`. A question is asked of every format under
 every case, and each format is compared with fp32 on the same questions:
@@ -12,6 +12,11 @@ every case, and each format is compared with fp32 on the same questions:
     decisions   the calls of fp32's reduction repeated, with what the format's own scores would have decided at each:
                 how often a threshold and how often a rank goes the other way, before one change leads to the next;
                 and whether the answer is right then, so that weights and decisions are told apart
+
+With --films codes that films chose are compared with the search's, at the two lower costs, and more is told apart:
+
+    beginning   whether the answer begins with what is right, which a model that does not end its answer gives as well
+    in turn     fp32's weights with the decisions of each format
 
 With --work bundles and answers stay in a folder, and an interrupted run goes on from there.
 """
@@ -23,44 +28,30 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from framefusion.console.progress import CountLines
-from framefusion.export.build import build
 from framefusion.export.check.replay import Redecided
-from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.eager.calibration.codes import calibrated_codes
-from framefusion.export.eager.calibration.prompts import read_prompts
-from framefusion.export.evaluate.questions import Question
+from framefusion.export.evaluate.questions import Question, normalised
 from framefusion.export.evaluate.scoring import paired, share_of
-from framefusion.export.options import BuildOptions
 from framefusion.reduction.policy import Decision
+from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.pipeline import Generation, Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt
-from tests import quantized_checkpoints
-from tools.accuracy import CHECKPOINT, MAX_ANSWER, questions, working_folder
-from tools.bench.setting import open_bundle, report
+from tools.accuracy import MAX_ANSWER, questions, working_folder
+from tools.bench.setting import report
+from tools.quantized_bundles import BY_FILMS, FLOATS, FORMATS, HEADS
 from tools.tiny import clips
 
 RESULTS = {"lasting": "quantized_accuracy", "brief": "quantized_accuracy_brief"}  # by `clips.STAYS`
-FLOATS = "float32"
-FIRST_FILM = clips.HELD_OUT + 500_000  # seed of the calibration films
-GROUP = 128  # of weights that share a scale in published checkpoints
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
-AWQ = {
-    "quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm",
-    "modules_to_not_convert": ["visual"],
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,6 +69,7 @@ class Case:
     bound: float | None = None
 
 
+BY_FILMS_COSTS = (0.3, 0.1)
 CASES = tuple(Case("framefusion", cost) for cost in (1.0, 0.5, 0.3, 0.1))
 DEEP = (Case("framefusion", 0.3, 0.97), Case("framefusion", 0.1, 0.9), Case("fastv", 0.3), Case("fastv", 0.1))
 """Cases that decide inside the LLM, where weights have a say: the others here decide by the vision tower's rows."""
@@ -88,86 +80,26 @@ def main() -> None:
     with working_folder(arguments.work) as work:
         bundles = {name: make(work) for name, make in chosen(arguments).items()}
         question_list = questions(arguments.questions, clips.STAYS[arguments.clips])
-        rows = answered(bundles, question_list, arguments.deep, work / f"{arguments.clips}.jsonl", arguments.jobs)
+        name = f"{arguments.clips}{'-films' if arguments.films else ''}"
+        cases = CASES
+        if arguments.films:
+            cases = tuple(case for case in CASES if case.cost in BY_FILMS_COSTS)
+        asking = Asking(cases, arguments.deep, in_turn=arguments.films)
+        rows = answered(bundles, question_list, asking, work / f"{name}.jsonl", arguments.jobs)
+        calibrations = {name: calibration_of(folder) for name, folder in bundles.items()}
     figures = {"clips": arguments.clips, "deep_questions": arguments.deep} | summary(rows)
+    if arguments.films:
+        figures["calibrations"] = calibrations
     file = "quantized_films" if arguments.films else "quantized_heads" if arguments.heads else None
     report(RESULTS[arguments.clips], figures, write=arguments.write, file=file)
 
 
-# --- Bundles --------------------------------------------------------------------------------------------------------
-
-
-def built(work: Path, options: BuildOptions, name: str, checkpoint: Path = CHECKPOINT) -> Path:
-    return open_bundle(checkpoint, work / name, options)
-
-
-def read(work: Path, name: str, write: Callable[..., quantized_checkpoints.Tensors], setting: dict[str, Any]) -> Path:
-    """A bundle of a checkpoint whose codes it takes as they are: rounded to the nearest, with no calibration."""
-    folder = work / f"{name}-checkpoint"
-    if not folder.exists():
-        quantized_checkpoints.written(CHECKPOINT, folder, partial(write, group=GROUP), setting)
-    return built(work, BuildOptions(), name, folder)
-
-
-def calibrated(work: Path, weights: str, count: int, first: int = 0, with_questions: bool = True) -> Path:
-    """A bundle whose codes films chose, which are none of those that are asked about.
-
-    Args:
-        work: gets it, and the films.
-        weights: how they are stored.
-        count: of the films.
-        first: of the films.
-        with_questions: with a question about each of them; else it is to be described.
-    """
-    folder = work / f"{weights.replace(':', '-')}-by-{count}-{'questions' if with_questions else 'films'}-from-{first}"
-    if folder.exists():
-        return folder
-    films = []
-    rows = []
-    for index in range(first, first + count):
-        films.append(work / f"film-{index}.mp4")
-        kind = clips.KINDS[index % len(clips.KINDS)]
-        scene = clips.scene_for(FIRST_FILM + index, kind)
-        clips.write_mp4(films[-1], scene)
-        question = clips.ask(scene, kind, np.random.default_rng((FIRST_FILM + index, 7)))
-        rows.append({"video": films[-1].name, "question": question.text, "answer": question.answer})
-    questions_file = work / f"questions-{count}-from-{first}.jsonl"
-    questions_file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    prompts = read_prompts([questions_file] if with_questions else films)
-    checkpoint = Checkpoint(CHECKPOINT)
-    with TemporaryDirectory(dir=work) as store:
-        options, codes = calibrated_codes(checkpoint, BuildOptions(weights=weights), prompts, Path(store))
-        return build(checkpoint, folder, options, codes=codes).folder
-
-
-FORMATS: dict[str, Callable[[Path], Path]] = {
-    FLOATS: lambda work: built(work, BuildOptions(), "fp32"),
-    "float16": lambda work: built(work, BuildOptions(dtype="float16"), "float16"),
-    "int8": lambda work: built(work, BuildOptions(weights="int8"), "int8"),
-    "int4:32": lambda work: built(work, BuildOptions(weights="int4:32"), "int4-32"),
-    "int4:32+zero": lambda work: built(work, BuildOptions(weights="int4:32+zero"), "int4-32+zero"),
-    "int4:128": lambda work: built(work, BuildOptions(weights="int4:128"), "int4-128"),
-    "int4:128+zero": lambda work: built(work, BuildOptions(weights="int4:128+zero"), "int4-128+zero"),
-    "GPTQ, 128": lambda work: read(work, "gptq", quantized_checkpoints.gptq, GPTQ),
-    "AWQ, 128": lambda work: read(work, "awq", quantized_checkpoints.awq, AWQ),
-}
-"""Name -> how its bundle is made in a folder."""
-HEADS: dict[str, Callable[[Path], Path]] = {
-    FLOATS: FORMATS[FLOATS],
-    "int8+head4": lambda work: built(work, BuildOptions(weights="int8+head4"), "int8+head4"),
-    "int4:32+head": lambda work: built(work, BuildOptions(weights="int4:32+head"), "int4_32+head"),
-    "int4:32+head4": lambda work: built(work, BuildOptions(weights="int4:32+head4"), "int4_32+head4"),
-}
-"""The same with quantized heads."""
-BY_FILMS: dict[str, Callable[[Path], Path]] = {
-    **{name: FORMATS[name] for name in (FLOATS, "int4:32", "int4:128")},
-    "int4:128 by 8 films": lambda work: calibrated(work, "int4:128", 8),
-    "int4:128 by 8 others": lambda work: calibrated(work, "int4:128", 8, first=8),
-    "int4:128 by 16 films": lambda work: calibrated(work, "int4:128", 16),
-    "int4:128 by 32 films": lambda work: calibrated(work, "int4:128", 32),
-    "int4:32 by 16 films": lambda work: calibrated(work, "int4:32", 16),
-}
-"""Those whose codes calibration films chose, and the same without."""
+def calibration_of(folder: Path) -> dict[str, Any] | None:
+    """What the manifest says of the films that chose a bundle's codes, but for their names."""
+    record = read_manifest(folder).quantization
+    if record is None or record.calibration is None:
+        return None
+    return {name: value for name, value in asdict(record.calibration).items() if name not in ("films", "texts")}
 
 
 def chosen(arguments: argparse.Namespace) -> dict[str, Callable[[Path], Path]]:
@@ -179,15 +111,30 @@ def chosen(arguments: argparse.Namespace) -> dict[str, Callable[[Path], Path]]:
 # --- Answers --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put.
+
+    Attributes:
+        cases: of every question.
+        deep: questions that are asked under `DEEP`, too.
+        in_turn: ask fp32 by each format's decisions, too, and embed a question once, for bundles of one tower and type.
+    """
+
+    cases: tuple[Case, ...] = CASES
+    deep: int = 0
+    in_turn: bool = False
+
+
 def answered(
-    bundles: dict[str, Path], question_list: Sequence[Question], deep: int, output: Path, jobs: int
+    bundles: dict[str, Path], question_list: Sequence[Question], asking: Asking, output: Path, jobs: int
 ) -> list[dict[str, Any]]:
     """Every question under every case and format, a row each; kept in a file as they come.
 
     Args:
         bundles: by format.
         question_list: that is asked.
-        deep: how many of them are asked under `DEEP`, too.
+        asking: under which cases.
         output: file of rows, one question a line.
         jobs: processes.
     """
@@ -196,13 +143,13 @@ def answered(
     for rows in map(json.loads, lines):
         found[rows[0]["question"]] = rows
     waiting = [
-        (question, (*CASES, *DEEP) if index < deep else CASES)
+        (question, (*asking.cases, *DEEP) if index < asking.deep else asking.cases)
         for index, question in enumerate(question_list)
         if question.key not in found
     ]
     count = CountLines("questions")
     with output.open("a", encoding="utf-8") as file:
-        for rows in rows_of(bundles, waiting, jobs):
+        for rows in rows_of(bundles, waiting, jobs, asking.in_turn):
             file.write(json.dumps(rows) + "\n")
             file.flush()
             found[rows[0]["question"]] = rows
@@ -211,22 +158,22 @@ def answered(
 
 
 def rows_of(
-    bundles: dict[str, Path], waiting: Sequence[tuple[Question, Sequence[Case]]], jobs: int
+    bundles: dict[str, Path], waiting: Sequence[tuple[Question, Sequence[Case]]], jobs: int, in_turn: bool
 ) -> Iterator[list[dict[str, Any]]]:
     if jobs == 1:
-        answerer = Answerer(bundles)
+        answerer = Answerer(bundles, in_turn)
         yield from (answerer.rows(*item) for item in waiting)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _open, (bundles,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _open, (bundles, in_turn)) as pool:
         yield from pool.map(_rows, waiting)
 
 
 _ANSWERER: Answerer | None = None  # of a process of the pool
 
 
-def _open(bundles: dict[str, Path]) -> None:
+def _open(bundles: dict[str, Path], in_turn: bool) -> None:
     global _ANSWERER
-    _ANSWERER = Answerer(bundles)
+    _ANSWERER = Answerer(bundles, in_turn)
 
 
 def _rows(item: tuple[Question, Sequence[Case]]) -> list[dict[str, Any]]:
@@ -253,9 +200,10 @@ class Observed:
 
 
 class Answerer:
-    """A bundle of each format, all of them open."""
+    """A bundle of each format, all of them open; `in_turn` is that of `Asking`."""
 
-    def __init__(self, bundles: dict[str, Path]) -> None:
+    def __init__(self, bundles: dict[str, Path], in_turn: bool = False) -> None:
+        self.in_turn = in_turn
         self.pipelines = {name: Pipeline(folder, threads=1) for name, folder in bundles.items()}
 
     def rows(self, question: Question, cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -263,19 +211,31 @@ class Answerer:
         files = question.files
         theirs: dict[Case, Observed] = {}
         found = []
+        floats = self.pipelines[FLOATS]
+        prompt, rows = floats.read(question.turns(None), files)
         for name, pipeline in self.pipelines.items():
-            prompt, rows = pipeline.read(question.turns(None), files)
+            if not self.in_turn:
+                prompt, rows = pipeline.read(question.turns(None), files)
             for case in cases:
                 mine = observed(pipeline, prompt, rows, case)
                 reference = theirs.setdefault(case, mine)
                 row = {"question": question.key, "type": question.type, "format": name, **asdict(case)}
                 row |= {"text": mine.text, "right": question.is_right(mine.text)}
+                row["begins_right"] = begins_right(question, mine.text)
                 row |= compared(mine, reference)
                 if name != FLOATS and case.cost < 1:
                     row["decisions"], text = redecided(pipeline, prompt, rows, case, mine, reference)
                     row["right_by_floats_decisions"] = question.is_right(text)
+                    if self.in_turn:
+                        _, text = redecided(floats, prompt, rows, case, reference, mine)
+                        row["floats_right_by_these"] = question.is_right(text)
                 found.append(row)
         return found
+
+
+def begins_right(question: Question, text: str) -> bool:
+    """Whether an answer begins with what is right, whatever follows."""
+    return any(normalised(text).startswith(normalised(answer)) for answer in question.answers)
 
 
 def request_of(case: Case, pipeline: Pipeline) -> Request:
@@ -347,8 +307,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 facts["against_floats"] = paired(floats, right)
                 facts["other_texts"] = sum(row["text"] != text for row, text in zip(mine, texts, strict=True))
                 facts |= kept_facts(mine, floats)
-                if all("right_by_floats_decisions" in row for row in mine):
-                    facts["right_by_floats_decisions"] = sum(row["right_by_floats_decisions"] for row in mine)
+            for key in ("begins_right", "right_by_floats_decisions", "floats_right_by_these"):
+                if all(key in row for row in mine):
+                    facts[key] = sum(row[key] for row in mine)
             found.append(facts)
     return {"questions": len({row["question"] for row in rows}), "formats": found}
 

@@ -24,7 +24,8 @@ from tests.families import CASES
 from tests.families.case import FamilyCase, clip
 from tools.accuracy import working_folder
 from tools.bench.setting import RESULTS, open_bundle, report
-from tools.quantized_accuracy import FLOATS, Case, Observed, compared, kept_facts, observed, redecided
+from tools.quantized_accuracy import Case, Observed, compared, kept_facts, observed, redecided
+from tools.quantized_bundles import FLOATS
 
 FORMATS: dict[str, dict[str, Any]] = {
     FLOATS: {},

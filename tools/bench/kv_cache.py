@@ -31,8 +31,9 @@ from framefusion.runtime.pipeline import Pipeline, Request
 from tools.accuracy import questions, working_folder
 from tools.bench.runs import Setting, add_flags, in_turn, parse
 from tools.bench.setting import report, summary
-from tools.quantized_accuracy import FLOATS, answered, built
+from tools.quantized_accuracy import Asking, answered
 from tools.quantized_accuracy import summary as of_answers
+from tools.quantized_bundles import FLOATS, built
 from tools.tiny import clips
 
 CODES = "int8"
@@ -50,7 +51,7 @@ def main() -> None:
         figures: dict[str, Any] = {"caches": {name: cache_facts(manifest) for name, manifest in manifests.items()}}
         question_list = questions(arguments.questions, clips.STAY)
         figures["errors"] = errors(bundles, question_list[: arguments.films])
-        rows = answered(bundles, question_list, 0, work / "caches.jsonl", arguments.jobs)
+        rows = answered(bundles, question_list, Asking(), work / "caches.jsonl", arguments.jobs)
         figures |= {"clips": "lasting"} | of_answers(rows)
     if arguments.rounds:
         figures["speed"] = speed(arguments)
