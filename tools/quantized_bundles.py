@@ -77,8 +77,12 @@ def calibrated(work: Path, weights: str, count: int, first: int = 0, with_questi
         return build(checkpoint, folder, options, codes=codes).folder
 
 
-def _by_others(work: Path, first: int) -> Path:
-    return calibrated(work, "int4:128", 8, first=first)
+def _by_films(work: Path, first: int) -> Path:
+    return calibrated(work, "int4:128", 8, first, with_questions=False)
+
+
+def _by_questions(work: Path, count: int, first: int) -> Path:
+    return calibrated(work, "int4:128", count, first)
 
 
 FORMATS: dict[str, Callable[[Path], Path]] = {
@@ -102,12 +106,9 @@ HEADS: dict[str, Callable[[Path], Path]] = {
 """The same with quantized heads."""
 BY_FILMS: dict[str, Callable[[Path], Path]] = {
     **{name: FORMATS[name] for name in (FLOATS, "int4:32", "int4:128")},
-    "int4:128 by 8 films": lambda work: calibrated(work, "int4:128", 8, with_questions=False),
-    "int4:128 by 8 others": lambda work: calibrated(work, "int4:128", 8, first=8, with_questions=False),
-    "int4:128 by 8 questions": lambda work: calibrated(work, "int4:128", 8),
-    **{f"int4:128 by 8 others, {n}": partial(_by_others, first=8 * n) for n in (1, 2, 3)},
-    "int4:128 by 32 questions": lambda work: calibrated(work, "int4:128", 32),
-    "int4:128 by 32 others": lambda work: calibrated(work, "int4:128", 32, first=32),
+    **{f"int4:128 by 8 films, set {n}": partial(_by_films, first=8 * n) for n in range(2)},
+    **{f"int4:128 by 8 questions, set {n}": partial(_by_questions, count=8, first=8 * n) for n in range(4)},
+    **{f"int4:128 by 32 questions, set {n}": partial(_by_questions, count=32, first=32 * n) for n in range(2)},
     "int4:32 by 32 questions": lambda work: calibrated(work, "int4:32", 32),
 }
 """Those whose codes calibration films chose, and the same without."""
