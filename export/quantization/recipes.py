@@ -55,6 +55,12 @@ class Made:
         inputs, outputs = self.source.make(headers).shape
         return outputs, inputs
 
+    @property
+    def is_read_by_rows(self) -> bool:
+        """Whether the matrix is never whole in memory: its source is a tensor's rows, as they lie in the file."""
+        source = self.source
+        return self.by_rows and isinstance(source, Source) and source.transpose and not source.flatten
+
     def parts(self, checkpoint: Reader) -> Iterator[BlockQuantized]:
         """See `Recipe.parts`; errors are those of `blocks`."""
         for source in self._pieces(checkpoint):
@@ -71,7 +77,7 @@ class Made:
     def _pieces(self, checkpoint: Reader) -> Iterator[AnySource]:
         """Sources of some rows of the matrix each, or the one of all."""
         source = self.source
-        if not self.by_rows or not isinstance(source, Source) or not source.transpose or source.flatten:
+        if not isinstance(source, Source) or not self.is_read_by_rows:
             yield source
             return
         outputs, inputs = checkpoint.shape(source.key)

@@ -22,12 +22,13 @@ from framefusion.export.check.golden import GoldenEffort, golden_effort
 from framefusion.export.check.verify import Scope, scope_of
 from framefusion.export.checkpoints.tensors.weights import QuantizedPart
 from framefusion.export.engines.jobs import FOLDER as ENGINES
-from framefusion.export.engines.tensorrt.build import build_memory
+from framefusion.export.engines.tensorrt.build import build_memory as engine_memory
 from framefusion.export.engines.tensorrt.profiles import CODE_BYTES, batch_sizes
-from framefusion.export.machine import TRACING_PROCESS, free_disk
+from framefusion.export.machine import free_disk
 from framefusion.export.options import AS_STORED, DEQUANTIZED, MAX_BATCH_SIZE
 from framefusion.export.plan.build_plan import WEIGHTS as WEIGHTS_FILE
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.report.build_memory import build_memory
 from framefusion.export.report.calibration import calibration_lines, calibration_needs
 from framefusion.export.report.inspection import TEXT, cache_facts, reduction_facts, span, weight_facts
 from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
@@ -44,7 +45,6 @@ COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eig
 TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
 NEW_TOKENS = 128
 SEARCHED_A_SECOND = 8e6  # weights in 4 bits whose scales one core searches
-CODE_BYTES_OF_SEARCH = 3  # of each weight of the largest matrix: its code, packed and not, and what stands between
 WEIGHTS = ("int8", "int4", "int8+head", "int4+head", "int4+head4")
 """Values of --weights whose bytes a plan says beside its own."""
 
@@ -96,7 +96,7 @@ def forecast(plan: BuildPlan, output: Path, *, verify: bool = True, calibration:
         "kv_bytes_per_token": sum(slot_bytes(manifest) * len(s.attention_layers) for s in manifest.segments),
         "prompt": {"input_len": tokens, "visual_len": visual, "max_new_tokens": NEW_TOKENS},
         "memory": {
-            "build": _build_memory(plan),
+            "build": build_memory(plan),
             "run": {name: memory.total for name, memory in plans.items()},
             "check": None if scope is None else scope.memory,
             "golden": None if golden.missing else golden.memory,
@@ -176,7 +176,7 @@ def _engines(plan: BuildPlan, size: int) -> dict[str, Any] | None:
         "targets": list(options.targets),
         "bytes": size + CODE_BYTES * len(plan.segments) * profiles if inside else None,
         "seconds": size / COMPILED_A_SECOND if inside else None,
-        "memory": build_memory(profiles, heaviest) if inside else None,
+        "memory": engine_memory(profiles, heaviest) if inside else None,
     }
 
 
@@ -199,15 +199,6 @@ def _segment(manifest: Manifest, index: int) -> dict[str, Any]:
         "weight_bytes": record.weight_bytes,
         "kv_bytes_per_token": slot_bytes(manifest) * len(record.attention_layers),
     }
-
-
-def _build_memory(plan: BuildPlan) -> int:
-    """Bytes at the peak: the largest tensor as it is stored, and the process."""
-    keys: set[str] = set()
-    for graph in plan.graphs:
-        keys.update(*(source.keys for source in graph.sources.values()))
-    searched = CODE_BYTES_OF_SEARCH * max(_searched(plan), default=0)
-    return TRACING_PROCESS + searched + max(plan.checkpoint.nbytes(key) for key in keys if key in plan.checkpoint)
 
 
 def _searched(plan: BuildPlan) -> list[int]:
