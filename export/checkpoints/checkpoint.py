@@ -31,12 +31,12 @@ from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.config_types import check_types
 from framefusion.export.checkpoints.files import LFS, check_file, inner_name, is_pointer, present, read_json_file
 from framefusion.export.checkpoints.origin.hub import Origin, origin_of, resolve
-from framefusion.export.checkpoints.quantized.linear import GroupedLinear, QuantizedLinear
+from framefusion.export.checkpoints.quantized.linear import FloatLinear, GroupedLinear, QuantizedLinear
 from framefusion.export.checkpoints.quantized.quantization import Quantization, quantization_of
 from framefusion.export.checkpoints.quantized.setting import KEYS
 from framefusion.export.checkpoints.tensors.tensor_file import DTYPES, TensorEntry, TensorFile, TensorFileError
 from framefusion.export.checkpoints.tensors.weight_formats import INDEX, SINGLE, check_no_adapter, no_weights
-from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
+from framefusion.export.quantization.recipes import Quantized, WeightFormat
 
 CONFIG = "config.json"
 PART = "_cfg"
@@ -282,10 +282,10 @@ class Checkpoint:
         """Whether this is a matrix that other tensors stand for."""
         return self._linear(key) is not None
 
-    def quantized_format(self, key: str) -> BlockFormat | None:
+    def quantized_format(self, key: str) -> WeightFormat | None:
         """How a matrix that kernels can multiply by as it is is stored, from headers alone; None for any other."""
         linear = self._linear(key)
-        return linear.form if isinstance(linear, GroupedLinear) else None
+        return linear.form if isinstance(linear, GroupedLinear | FloatLinear) else None
 
     def quantized_keys(self, key: str) -> tuple[str, ...]:
         """Names of the tensors that are read for it: its own."""
@@ -296,14 +296,14 @@ class Checkpoint:
         outputs, inputs = self.shape(key)
         return outputs, inputs
 
-    def quantized(self, key: str) -> BlockQuantized | None:
+    def quantized(self, key: str) -> Quantized | None:
         """The codes, scales and zero points of such a matrix, as they are stored; None for any other tensor.
 
         Raises:
             CheckpointError: they cannot be read, or are no numbers.
         """
         linear = self._linear(key)
-        return linear.blocks(self) if isinstance(linear, GroupedLinear) else None
+        return linear.blocks(self) if isinstance(linear, GroupedLinear | FloatLinear) else None
 
     def _linear(self, key: str) -> QuantizedLinear | None:
         """The quantized linear map whose matrix has this name."""

@@ -167,8 +167,9 @@ def _films(clips: tuple[Path, ...]) -> tuple[Path, ...]:
 
 def _chooses_codes(options: BuildOptions) -> bool:
     from framefusion.export.plan.weight_plan import parse_weights
+    from framefusion.export.quantization.blocks import BlockFormat
 
-    return parse_weights(options.weights) is not None
+    return isinstance(parse_weights(options.weights), BlockFormat)
 
 
 @contextmanager

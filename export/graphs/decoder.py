@@ -42,7 +42,7 @@ from framefusion.export.graphs.graph_plan import (
     meta,
 )
 from framefusion.export.graphs.layers import JoinedLinear, RMSNorm, linear, weight
-from framefusion.export.quantization.blocks import BlockFormat
+from framefusion.export.quantization.recipes import WeightFormat
 from framefusion.runtime.backends.kv_cache import cache_names
 
 
@@ -77,14 +77,14 @@ class Block:
     kind: Literal["attention", "mlp"]
     layer: int
     deepstack: bool = False  # adds visual features: an MLP of the first layers, where the family has them
-    formats: tuple[tuple[str, BlockFormat], ...] = ()  # of its linear maps, by names of LINEARS; others are floats
+    formats: tuple[tuple[str, WeightFormat], ...] = ()  # of its linear maps, by names of LINEARS; others are floats
 
 
 LINEARS: Mapping[str, tuple[str, ...]] = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 """Kind of a block -> its linear maps."""
 
 
-Formats = Mapping[str, BlockFormat]
+Formats = Mapping[str, WeightFormat]
 """Linear map of a block -> format of its weights; what is not there is in floats."""
 NO_FORMATS: Formats = MappingProxyType({})
 
@@ -164,7 +164,7 @@ class MlpBlock(nn.Module):
 class Head(nn.Module):
     """Final norm and vocabulary projection of the last token's hidden state."""
 
-    def __init__(self, config: DecoderConfig, form: BlockFormat | None = None) -> None:
+    def __init__(self, config: DecoderConfig, form: WeightFormat | None = None) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = linear(config.hidden_size, config.vocab_size, False, form)
@@ -185,7 +185,7 @@ class Segment(GraphModule):
         *,
         scores: bool,
         head: bool,
-        head_format: BlockFormat | None = None,
+        head_format: WeightFormat | None = None,
     ) -> None:
         super().__init__()
         self.config = config

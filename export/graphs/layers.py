@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import framefusion.ops.quantized  # noqa: F401  (registers the op)
 from framefusion.export.quantization.blocks import BlockFormat
+from framefusion.export.quantization.float8 import Float8Format
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -55,13 +56,34 @@ class QuantizedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
-AnyLinear = Linear | QuantizedLinear
+class Float8Linear(nn.Module):
+    """The same with weights in floats of 8 bits: see `framefusion.export.quantization.float8`."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, form: Float8Format) -> None:
+        super().__init__()
+        self.form = form
+        shapes = form.shapes(out_features, in_features)
+        self.packed = nn.Parameter(torch.empty(shapes["packed"], dtype=torch.uint8), requires_grad=False)
+        self.scales = weight(*shapes["scales"])
+        self.bias = weight(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        product: Tensor = torch.ops.framefusion.matmul_float8(x, self.packed, self.scales, self.form.rounds)
+        return product if self.bias is None else product + self.bias
 
 
-def linear(in_features: int, out_features: int, bias: bool, form: BlockFormat | None = None) -> AnyLinear:
+AnyLinear = Linear | QuantizedLinear | Float8Linear
+
+
+def linear(
+    in_features: int, out_features: int, bias: bool, form: BlockFormat | Float8Format | None = None
+) -> AnyLinear:
     """A linear map whose weights are floats, or in a format."""
     if form is None:
         return Linear(in_features, out_features, bias)
+    if isinstance(form, Float8Format):
+        return Float8Linear(in_features, out_features, bias, form)
     return QuantizedLinear(in_features, out_features, bias, form)
 
 

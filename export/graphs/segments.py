@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from framefusion.export.graphs.decoder import Block, DecoderConfig, Segment
-from framefusion.export.quantization.blocks import BlockFormat
+from framefusion.export.quantization.recipes import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SegmentPlan:
     blocks: tuple[Block, ...]
     scores: bool
     head: bool
-    head_format: BlockFormat | None = None
+    head_format: WeightFormat | None = None
 
     @property
     def structure(self) -> Hashable:

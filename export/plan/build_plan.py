@@ -104,9 +104,10 @@ class BuildPlan:
             parse_weights(options.weights),
             parse_head(options.weights),
             self.dtype,
-            self.dialect.signed_codes,
+            self.dialect,
             LatestBlocks(),
             keeps_codes=options.weights in (None, AS_STORED),
+            rounds=options.weights != AS_STORED,
             calibrated=options.calibrated_by is not None,
             store=codes,
         )

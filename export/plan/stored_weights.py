@@ -1,8 +1,9 @@
 """What a build makes of a quantized checkpoint's weights, and what it does not do unless an option says so.
 
 Codes that kernels multiply by go to the graphs as they are stored. Where they cannot (another kind of code, graphs or
-engines without such weights), or where the format rounds activations, which no graph here does, the bundle would
-compute something else than the checkpoint: which of the ways out is taken is the user's to say. Reads no weight.
+engines without such weights), or where the format rounds activations and graphs do not (they do where FP8 weights have
+a scale a row and activations a scale a token), the bundle would compute something else than the checkpoint: which of
+the ways out is taken is the user's to say. Reads no weight.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Collection
 
 from framefusion.errors import BudgetError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
-from framefusion.export.checkpoints.quantized.linear import GroupedLinear
+from framefusion.export.checkpoints.quantized.linear import FloatLinear, GroupedLinear
 from framefusion.export.checkpoints.quantized.quantization import Quantization
 from framefusion.export.graphs.tracing.dialects import Dialect
 from framefusion.export.options import AS_STORED, DEQUANTIZED, BuildOptions
@@ -46,16 +47,17 @@ def check_stored(
         return (
             f"{quantization}; {floats_of if options.weights == DEQUANTIZED else f'quantized again, {options.weights}'}"
         )
-    reason = _reason(quantization, options, dialect, floats)
+    rounding = options.weights is None and dialect.float8 and _round_by_token(quantization, coded)
+    reason = _reason(quantization, options, dialect, floats, rounding=rounding)
     if reason:
         raise BudgetError(
             f"{checkpoint.folder} is quantized ({quantization}), and {reason}: "
-            f"build with {_ways(quantization, options, floats)}"
+            f"build with {_ways(quantization, options, dialect, floats)}"
         )
     left = len(quantization.linears) - len(set(coded))
     beside = f", {left} outside of the LLM's layers as floats in {options.dtype}" if left else ""
-    unrounded = ", activations not rounded" if quantization.activations else ""
-    return f"{quantization}; taken as they are stored{beside}{unrounded}"
+    rounded = f", activations {'rounded likewise' if rounding else 'not rounded'}" if quantization.activations else ""
+    return f"{quantization}; taken as they are stored{beside}{rounded}"
 
 
 def eager_options(checkpoint: Checkpoint) -> BuildOptions:
@@ -63,7 +65,16 @@ def eager_options(checkpoint: Checkpoint) -> BuildOptions:
     return BuildOptions(weights=None if checkpoint.quantization is None else DEQUANTIZED)
 
 
-def _reason(quantization: Quantization, options: BuildOptions, dialect: Dialect, floats: Collection[str]) -> str:
+def _round_by_token(quantization: Quantization, coded: Collection[str]) -> bool:
+    """Whether all of these matrices have products that round activations as graphs can: see `Float8Format.rounds`."""
+    linears = [quantization.linears[key] for key in coded]
+    forms = [linear.form for linear in linears if isinstance(linear, FloatLinear)]
+    return len(forms) == len(linears) > 0 and all(form is not None and form.rounds for form in forms)
+
+
+def _reason(
+    quantization: Quantization, options: BuildOptions, dialect: Dialect, floats: Collection[str], *, rounding: bool
+) -> str:
     """Why the weights cannot be taken as they are; "" where they can."""
     if options.backend is not None and not engine_traits(options.backend).quantized:
         return f"{options.backend} engines are not compiled of such weights"
@@ -71,17 +82,25 @@ def _reason(quantization: Quantization, options: BuildOptions, dialect: Dialect,
         linear = quantization.linears[min(floats)]
         if dialect.signed_codes and isinstance(linear, GroupedLinear) and not linear.symmetric:
             return f"graphs of the dialect {dialect.name} have no zero points, as TensorRT has none"
+        if isinstance(linear, FloatLinear) and linear.form is not None and not dialect.float8:
+            return f"graphs of the dialect {dialect.name} have no floats of 8 bits ({linear.module})"
         return f"{linear.module} ({linear.description}) has no form of equal numbers in a graph"
-    if quantization.activations and options.weights is None:
+    if quantization.activations and options.weights is None and not rounding:
         return "its format rounds activations as well, which no graph here does"
     return ""
 
 
-def _ways(quantization: Quantization, options: BuildOptions, floats: Collection[str]) -> str:
+def _ways(quantization: Quantization, options: BuildOptions, dialect: Dialect, floats: Collection[str]) -> str:
     """The flags that such a checkpoint can be built with."""
+    linears = [quantization.linears[key] for key in floats]
+    float8 = [linear for linear in linears if isinstance(linear, FloatLinear) and linear.form is not None]
     ways = [f"--weights {DEQUANTIZED} (floats of --dtype)"]
     if options.backend is None or engine_traits(options.backend).quantized:
         if not floats and quantization.activations:
             ways.append(f"--weights {AS_STORED} (its codes as they are, activations not rounded)")
+        if float8 and len(float8) == len(linears) and not dialect.float8:
+            ways.append(f"--dialect portable --weights {AS_STORED} (its floats of 8 bits, for TensorRT-RTX)")
         ways.append("--weights int8 or int4 (quantized again; the check measures what that costs)")
+        if dialect.float8:
+            ways.append("--weights fp8 (quantized again, a scale a row)")
     return ", or ".join(ways)

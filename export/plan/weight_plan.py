@@ -9,6 +9,7 @@ and headers alone.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,14 +23,20 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.tensors.weights import AnySource, LatestBlocks, QuantizedPart, Recipe, Source
 from framefusion.export.graphs.decoder import LINEARS
 from framefusion.export.graphs.segments import SegmentPlan
+from framefusion.export.graphs.tracing.dialects import Dialect
 from framefusion.export.options import AS_STORED, DEQUANTIZED, BuildOptions
 from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.code_store import Calibrated, CodeStore
-from framefusion.export.quantization.recipes import CodeReader, Made, Stored
+from framefusion.export.quantization.float8 import Float8Format, search_float8
+from framefusion.export.quantization.recipes import CodeReader, Made, Stored, WeightFormat
 from framefusion.export.quantization.search import search
 from framefusion.runtime.backends.table import engine_traits
+from framefusion.runtime.backends.tensorrt.library import dotted
 from framefusion.runtime.format.manifest import CalibrationRecord, QuantizationRecord, WeightFormatRecord
 
+FP8 = "fp8"
+FLOAT8_FROM = 8.9
+"""Compute capability from which on TensorRT-RTX compiles floats of 8 bits: it refuses others by name (1.7)."""
 BLOCKS = {"int8": 128, "int4": 32}
 """Weights -> inputs that share a scale, where the option does not say."""
 METHOD = "search of scales"
@@ -38,9 +45,10 @@ _HEAD = "head.lm_head"
 HEAD = BlockFormat(8, 128)
 """Of a head in int8: its errors are those of logits, and no layer behind it makes them up."""
 _OPTION = re.compile(r"(int8|int4)(?::(\d{1,4}))?(\+zero)?(\+head4?)?")
+_FLOAT8 = re.compile(r"fp8(\+activations)?(\+head)?")
 
 
-def parse_weights(text: str | None) -> BlockFormat | None:
+def parse_weights(text: str | None) -> WeightFormat | None:
     """The format that `BuildOptions.weights` names; None where no codes are to be chosen.
 
     Raises:
@@ -50,20 +58,26 @@ def parse_weights(text: str | None) -> BlockFormat | None:
     if text in (None, AS_STORED, DEQUANTIZED):
         return None
     found = _OPTION.fullmatch(text)
+    in_floats = _FLOAT8.fullmatch(text)
+    if in_floats is not None:
+        return Float8Format(rounds=in_floats[1] is not None)
     if found is None:
         raise BudgetError(
             f"--weights {text}: int8 or int4 is expected, with the size of a block (int4:64), +zero for zero points "
-            f"and +head or +head4 for the head in int8 or int4; {AS_STORED} or {DEQUANTIZED} for a quantized checkpoint"
+            "and +head or +head4 for the head in int8 or int4; or fp8, with +activations for activations in fp8 and "
+            f"+head for the head; {AS_STORED} or {DEQUANTIZED} for a quantized checkpoint"
         )
     name, block, zero, _head = found.groups()
     return BlockFormat(int(name.removeprefix("int")), int(block or BLOCKS[name]), symmetric=not zero)
 
 
-def parse_head(text: str | None) -> BlockFormat | None:
+def parse_head(text: str | None) -> WeightFormat | None:
     """The format of the head that a valid `BuildOptions.weights` names; None where it stays floats."""
     layers = parse_weights(text)
     if text is None or layers is None or "+head" not in text:
         return None
+    if isinstance(layers, Float8Format):
+        return Float8Format()  # what enters it is not rounded: its errors are those of logits
     return BlockFormat(4, layers.block) if text.endswith("+head4") else HEAD
 
 
@@ -78,6 +92,20 @@ def check_quantized(segments: Sequence[SegmentPlan], options: BuildOptions) -> N
         return
     if options.backend is not None and not engine_traits(options.backend).quantized:
         raise BudgetError(f"{options.backend} engines are not compiled of weights in 4 or 8 bits: leave --backend out")
+    older = [target for target in options.target_sm or () if _capability(target) < FLOAT8_FROM]
+    if older and any(isinstance(form, Float8Format) for form in formats):
+        raise BudgetError(
+            f"--target-sm {','.join(older)}: floats of 8 bits need a GPU of compute capability {FLOAT8_FROM} or later "
+            "(Ada, Hopper, Blackwell): leave it out, or build with --weights int8 or int4"
+        )
+
+
+def _capability(target: str) -> float:
+    """A compute capability as a number; infinite where it is none, which the library refuses by name."""
+    try:
+        return float(dotted(target))
+    except ValueError:
+        return math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +117,20 @@ class WeightPlan:
         chosen: the format that codes are chosen in; None: the checkpoint's own, where it holds any, or floats.
         head: the same for the head; None: floats.
         dtype: of the bundle.
-        signed: see `BlockFormat.signed`: the dialect's packing.
+        dialect: of the graphs: which formats they have, and how codes are packed.
         latest: see `LatestBlocks`.
     """
 
     checkpoint: Checkpoint
-    chosen: BlockFormat | None
-    head: BlockFormat | None
+    chosen: WeightFormat | None
+    head: WeightFormat | None
     dtype: torch.dtype
-    signed: bool
+    dialect: Dialect
     latest: LatestBlocks
     keeps_codes: bool = True
     """A quantized checkpoint's own codes are taken where kernels have such; else all of them become floats first."""
+    rounds: bool = True
+    """Activations are rounded where a checkpoint's format says so and graphs can."""
     calibrated: bool = False
     """Codes were chosen by films: they are in `store`, or nothing but shapes is wanted."""
     store: CodeStore | None = None
@@ -114,7 +144,7 @@ class WeightPlan:
         if not counts:
             return None
         linears = sum(len(LINEARS[block.kind]) for block in blocks) + sum(plan.head for plan in segments)
-        formats = tuple(WeightFormatRecord(f.bits, f.block, f.symmetric, count) for f, count in counts.items())
+        formats = tuple(_record_of(form, count) for form, count in counts.items())
         chosen_by = FEEDBACK if self.calibrated else METHOD
         method = "as the checkpoint holds them" if self.chosen is None else chosen_by
         record = QuantizationRecord(method, self.chosen is None, formats, linears - sum(counts.values()))
@@ -182,14 +212,41 @@ class WeightPlan:
         checkpoint = self.checkpoint
         if self.keeps_codes and isinstance(source, Source) and isinstance(checkpoint, CodeReader):
             form = checkpoint.quantized_format(source.key)
-            if form is not None and (form.symmetric or not self.signed):
-                return Stored(source.key, checkpoint, replace(form, signed=self.signed), source.rows)
+            if form is not None and fits(form, self.dialect):
+                return Stored(source.key, checkpoint, self._packed(form), self.dtype, source.rows)
         # 2. else those that are chosen for its floats, if that is wanted
         return None if self.chosen is None else self._codes_of(source, self.chosen)
 
-    def _codes_of(self, source: AnySource, form: BlockFormat) -> Recipe:
-        if self.signed and not form.symmetric:
-            raise BudgetError("the portable dialect has no zero points, as TensorRT has none: leave +zero out")
-        form = replace(form, signed=self.signed)
+    def _codes_of(self, source: AnySource, form: WeightFormat) -> Recipe:
         by_rows = not any(self.checkpoint.is_quantized(key) for key in source.keys)  # else each part unpacks all
-        return Made(source, form, self.dtype, partial(search, dtype=self.dtype), by_rows)
+        if isinstance(form, Float8Format):
+            if not self.dialect.float8:
+                raise BudgetError(
+                    f"the {self.dialect.name} dialect has no products with floats of 8 bits, since ONNX Runtime has "
+                    "no kernel for them on a CPU: build with --backend tensorrt-rtx or --dialect portable, or with "
+                    "--weights int8"
+                )
+            return Made(source, form, self.dtype, partial(search_float8, dtype=self.dtype), by_rows)
+        if not fits(form, self.dialect):
+            raise BudgetError("the portable dialect has no zero points, as TensorRT has none: leave +zero out")
+        return Made(source, self._packed(form), self.dtype, partial(search, dtype=self.dtype), by_rows)
+
+    def _packed(self, form: WeightFormat) -> WeightFormat:
+        """A format as graphs of the dialect have it."""
+        if isinstance(form, Float8Format):
+            return replace(form, rounds=form.rounds and self.rounds)
+        return replace(form, signed=self.dialect.signed_codes)
+
+
+def fits(form: WeightFormat, dialect: Dialect) -> bool:
+    """Whether graphs of a dialect have products with weights in a format."""
+    if isinstance(form, Float8Format):
+        return dialect.float8
+    return form.symmetric or not dialect.signed_codes
+
+
+def _record_of(form: WeightFormat, count: int) -> WeightFormatRecord:
+    """The manifest's part on a format."""
+    if isinstance(form, Float8Format):
+        return WeightFormatRecord(form.bits, form.block or 0, True, count, "float", form.rounds)
+    return WeightFormatRecord(form.bits, form.block, form.symmetric, count)

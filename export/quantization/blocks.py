@@ -174,6 +174,11 @@ class BlockQuantized:
         blocked = _in_blocks(self.codes, count, self.block).float() - zeros
         return (blocked * self.scales.float()[..., None]).flatten(1)[:, :inputs].to(dtype)
 
+    def rows(self, part: slice) -> BlockQuantized:
+        """Some of its outputs."""
+        zeros = None if self.zero_points is None else self.zero_points[part]
+        return BlockQuantized(self.codes[part], self.scales[part], zeros, self.bits, self.block)
+
     def pack(self, *, signed: bool = False) -> Packed:
         """The parameters of a graph: see the module.
 

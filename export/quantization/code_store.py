@@ -74,7 +74,8 @@ class Calibrated:
 
     @property
     def form(self) -> BlockFormat:
-        """How it is stored."""
+        """How it is stored: in whole numbers, which error feedback is about."""
+        assert isinstance(self.matrix.form, BlockFormat)
         return self.matrix.form
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from torch import Tensor
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.tensors.weights import STORED, AnySource, Reader, Source
 from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
+from framefusion.export.quantization.float8 import LARGEST, Float8Format, Float8Quantized, check_scales
 
-Quantizer = Callable[[Tensor, BlockFormat], BlockQuantized]
+WeightFormat = BlockFormat | Float8Format
+Quantized = BlockQuantized | Float8Quantized
+Quantizer = Callable[[Tensor, Any], Quantized]
 """A matrix [out, in] of floats, and how it is to be stored -> its codes."""
 WEIGHTS_AT_ONCE = 1 << 23  # of a matrix that is read by rows: 32 MiB in fp32
 
@@ -35,7 +38,7 @@ class Made:
     """
 
     source: AnySource
-    form: BlockFormat
+    form: WeightFormat
     dtype: torch.dtype
     quantizer: Quantizer
     by_rows: bool = False
@@ -61,12 +64,12 @@ class Made:
         source = self.source
         return self.by_rows and isinstance(source, Source) and source.transpose and not source.flatten
 
-    def parts(self, checkpoint: Reader) -> Iterator[BlockQuantized]:
+    def parts(self, checkpoint: Reader) -> Iterator[Quantized]:
         """See `Recipe.parts`; errors are those of `blocks`."""
         for source in self._pieces(checkpoint):
             yield self._coded(source.make(checkpoint).T)
 
-    def blocks(self, checkpoint: Reader) -> BlockQuantized:
+    def blocks(self, checkpoint: Reader) -> Quantized:
         """The matrix as a whole; [out, in].
 
         Raises:
@@ -86,13 +89,14 @@ class Made:
         for start in range(first, last, step):
             yield replace(source, rows=(start, min(start + step, last)))
 
-    def _coded(self, weight: Tensor) -> BlockQuantized:
+    def _coded(self, weight: Tensor) -> Quantized:
         """Codes of some rows.  [n, in]"""
         names = ", ".join(self.keys)
         largest = max(abs(float(bound)) for bound in weight.aminmax()) if weight.numel() else 0.0
         if not math.isfinite(largest):
             raise CheckpointError(f"{names} has a weight that is infinite or no number, for which there is no code")
-        if largest / (self.form.middle - 1) > torch.finfo(self.dtype).max:
+        most = LARGEST if isinstance(self.form, Float8Format) else self.form.middle - 1
+        if largest / most > torch.finfo(self.dtype).max:
             name = str(self.dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{names} has weights up to {largest:.3g}, whose scales {name} cannot hold: build with --dtype float32"
@@ -104,7 +108,7 @@ class Made:
 class CodeReader(Protocol):
     """A checkpoint that holds quantized linear maps, each under the key that its matrix of floats would have."""
 
-    def quantized_format(self, key: str) -> BlockFormat | None:
+    def quantized_format(self, key: str) -> WeightFormat | None:
         """How a matrix is stored, from configuration and headers alone; None for one of floats."""
 
     def quantized_keys(self, key: str) -> tuple[str, ...]:
@@ -113,7 +117,7 @@ class CodeReader(Protocol):
     def quantized_shape(self, key: str) -> tuple[int, int]:
         """Outputs and inputs, from the headers alone."""
 
-    def quantized(self, key: str) -> BlockQuantized | None:
+    def quantized(self, key: str) -> Quantized | None:
         """The matrix, [out, in]; None for one of floats."""
 
 
@@ -125,12 +129,14 @@ class Stored:
         key: that the matrix of floats would have.
         checkpoint: that holds them.
         form: how they are stored, as the checkpoint says.
+        dtype: of the bundle, which the scales become.
         rows: outputs that are taken of a stacked matrix; None takes all.
     """
 
     key: str
     checkpoint: CodeReader
-    form: BlockFormat
+    form: WeightFormat
+    dtype: torch.dtype
     rows: tuple[int, int] | None = None
 
     @property
@@ -148,14 +154,18 @@ class Stored:
         outputs, inputs = self.checkpoint.quantized_shape(self.key)
         return (outputs if self.rows is None else self.rows[1] - self.rows[0]), inputs
 
-    def parts(self, checkpoint: Reader) -> Iterator[BlockQuantized]:
-        """The matrix, as one part."""
+    def parts(self, checkpoint: Reader) -> Iterator[Quantized]:
+        """The matrix, as one part.
+
+        Raises:
+            CheckpointError: it holds floats, or the bundle's type cannot hold its scales.
+        """
         found = self.checkpoint.quantized(self.key)
         if found is None:
             raise CheckpointError(f"{self.key} holds floats, codes were expected: download the checkpoint again")
+        if isinstance(found, Float8Quantized):
+            check_scales(found.scales, self.dtype, self.key)
         if self.rows is None:
             yield found
             return
-        part = slice(*self.rows)
-        zeros = None if found.zero_points is None else found.zero_points[part]
-        yield BlockQuantized(found.codes[part], found.scales[part], zeros, found.bits, found.block)
+        yield found.rows(slice(*self.rows))

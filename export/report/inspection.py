@@ -20,6 +20,7 @@ from framefusion.runtime.format.manifest import (
     LossRecord,
     Manifest,
     SourceRecord,
+    WeightFormatRecord,
 )
 from framefusion.runtime.format.manifest_file import MANIFEST, read_manifest
 from framefusion.runtime.memory import MemoryPlan, expected_lengths, memory_plan, slot_bytes
@@ -103,10 +104,7 @@ def weight_facts(manifest: Manifest) -> dict[str, Any]:
     record = manifest.quantization
     if record is None:
         return {"text": f"{manifest.model.dtype}", "quantization": None}
-    parts = [
-        f"{f.linears} in int{f.bits}, blocks of {f.block}{'' if f.symmetric else ' with zero points'}"
-        for f in record.formats
-    ]
+    parts = [f"{form.linears} in {_format_text(form)}" for form in record.formats]
     floats = [f"{record.floats} in {manifest.model.dtype}"] if record.floats else []
     origin = record.method if record.read else f"made by {record.method}"
     if record.calibration is not None:
@@ -124,6 +122,14 @@ def _calibration(record: CalibrationRecord) -> str:
     far = f"{record.divergence:.2g} from floats on {record.held_out} prompts held out, by the search "
     far += f"{record.search_divergence:.2g}"
     return f"{films}; {far}" if record.taken else f"films were given, {films}, and their codes left: {far}"
+
+
+def _format_text(form: WeightFormatRecord) -> str:
+    """How weights are stored: "int4, blocks of 32 with zero points"."""
+    scales = f"blocks of {form.block}" if form.block else "a scale a row"
+    if form.kind == "float":
+        return f"fp8, {scales}, activations {'in fp8 too, a scale a token' if form.rounds else 'in floats'}"
+    return f"int{form.bits}, {scales}{'' if form.symmetric else ' with zero points'}"
 
 
 def cache_facts(manifest: Manifest) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""The custom torch op of a linear map whose weights are in 4 or 8 bits, by blocks of a row.
+"""The custom torch ops of a linear map whose weights are in 4 or 8 bits, by blocks of a row.
 
-    op            shapes                                                                              result
-    matmul_nbits  x [..., in], packed uint8 [out, B, block * bits / 8], scales [out, B],
-                  zero_points uint8 [out, ceil(B * bits / 8)] or None                                 [..., out]
+    op             shapes                                                                             result
+    matmul_nbits   x [..., in], packed uint8 [out, B, block * bits / 8], scales [out, B],
+                   zero_points uint8 [out, ceil(B * bits / 8)] or None                                [..., out]
+    matmul_float8  x [..., in], packed uint8 [out, in], the bits of e4m3, scales [out, B]             [..., out]
 
     weight[n, k] = (code[n, k] - zero_point[n, k // block]) * scale[n, k // block],  B = ceil(in / block)
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from framefusion.ops.kernels import declared
 
 AT_ONCE = 1 << 24  # weights that are floats at a time
+FLOAT8_LARGEST = 448.0  # of e4m3
 
 
 @declared
@@ -58,6 +60,39 @@ def _(
     signed: bool,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@declared
+def matmul_float8(x: Tensor, packed: Tensor, scales: Tensor, rounds: bool) -> Tensor:
+    """x @ weight.T with weight[n, k] = e4m3(packed[n, k]) * scales[n, k * B // in].  -> [..., out]
+
+    Args:
+        x: [..., in].
+        packed: bits of float8_e4m3fn, uint8 [out, in].
+        scales: [out, B], B divides `in`.
+        rounds: graphs round x to e4m3, too, each row by its own scale. Not here: see `rounded_to_float8`.
+    """
+    (outputs, inputs) = packed.shape
+    result = x.new_empty((*x.shape[:-1], outputs))
+    rows = max(1, AT_ONCE // max(inputs, 1))
+    for start in range(0, outputs, rows):
+        part = slice(start, start + rows)
+        values = packed[part].view(torch.float8_e4m3fn).float().reshape(-1, scales.shape[1], inputs // scales.shape[1])
+        weight = (values * scales[part].float()[..., None]).flatten(1)
+        result[..., part] = x @ weight.to(x.dtype).T
+    return result
+
+
+@matmul_float8.register_fake
+def _(x: Tensor, packed: Tensor, scales: Tensor, rounds: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def rounded_to_float8(x: Tensor) -> Tensor:
+    """Each row rounded to e4m3 by a scale that takes its largest number to the largest there is.  [..., in]"""
+    largest = x.abs().amax(-1, keepdim=True)
+    steps = torch.where(largest == 0, 1, largest / FLOAT8_LARGEST)
+    return (x / steps).clamp(-FLOAT8_LARGEST, FLOAT8_LARGEST).to(torch.float8_e4m3fn).to(x.dtype) * steps
 
 
 def dequantized(

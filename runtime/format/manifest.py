@@ -192,9 +192,11 @@ class WeightFormatRecord:
     """One way in which linear maps are stored, and how many of them are."""
 
     bits: int
-    block: int  # inputs that share a scale
+    block: int  # inputs that share a scale; 0: all of a row
     symmetric: bool  # no zero points
     linears: int
+    kind: Literal["int", "float"] = "int"  # float: of 8 bits, e4m3
+    rounds: bool = False  # products round activations to the same floats, each token by its own scale
 
 
 @dataclass(frozen=True)

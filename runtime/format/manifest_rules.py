@@ -128,7 +128,7 @@ RULES: Rules = {
         **dict.fromkeys(("questions", "right_in_floats", "right_quantized"), _between(0, 1 << 31)),
         **dict.fromkeys(("points", "low", "high"), _between(-100, 100)),
     },
-    WeightFormatRecord: {"bits": _between(4, 8), "block": _between(16, 256), "linears": _between(1, LINEARS)},
+    WeightFormatRecord: {"bits": _between(4, 8), "block": _between(0, 256), "linears": _between(1, LINEARS)},
     KvCacheRecord: {"tokens": _COUNT, "clipped": _SHARE, "losses": Rule(items=64)},
     FileRecord: {"size": _BYTES, "sha256": Rule(pattern="[0-9a-f]{64}")},
     EngineRecord: {

@@ -30,12 +30,12 @@ from framefusion.runtime.trust.onnx_wire import WireError, read_model
 MOST_BYTES = 1 << 28  # of a graph without its weights
 
 _STANDARD = (
-    "Abs Add And ArgMax Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum "
-    "DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater "
-    "GreaterOrEqual HardSigmoid HardSwish Identity If IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mod "
-    "Mul Neg Not Or Pad Pow Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape "
-    "RMSNormalization RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax "
-    "Split Sqrt Squeeze Sub Sum Swish Tanh TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor "
+    "Abs Add And ArgMax Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum DequantizeLinear "
+    "Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual "
+    "HardSigmoid HardSwish Identity If IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not "
+    "Or Pad Pow QuantizeLinear Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape "
+    "RMSNormalization RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Split "
+    "Sqrt Squeeze Sub Sum Swish Tanh TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor "
 )
 STANDARD = frozenset(_STANDARD.split())
 CONTRIB = frozenset({"GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "QuickGelu"})
@@ -65,6 +65,7 @@ _INT8 = 3
 _BRANCHES = ["else_branch", "then_branch"]
 _SCALES = 2  # place among the inputs of a quantized product
 _INT64 = 7
+_FLOAT8 = 17  # e4m3
 _INT4 = 22
 _BYTES: Mapping[int, float] = {
     1: 4,
@@ -80,6 +81,7 @@ _BYTES: Mapping[int, float] = {
     12: 4,
     13: 8,
     16: 2,
+    _FLOAT8: 1,
     _INT4: 0.5,
 }
 """Type of a tensor -> bytes of a number."""

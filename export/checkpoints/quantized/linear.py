@@ -22,6 +22,7 @@ from framefusion.console.plain_text import printable
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.tensors.tensor_file import DTYPES, TensorEntry
 from framefusion.export.quantization.blocks import BITS, LEAST_BLOCK, MOST_BLOCK, BlockFormat, BlockQuantized
+from framefusion.export.quantization.float8 import Float8Format, Float8Quantized
 
 USUAL_BLOCK = 128  # for a scale that serves a whole row
 _AT_ONCE = 1 << 22  # bytes of fp32 that are computed at a time
@@ -206,10 +207,12 @@ class FloatLinear(QuantizedLinear):
     Attributes:
         block: rows and columns that share a scale.
         scale: key of the scales, [ceil(out / rows), ceil(in / columns)] once `grid` has them.
+        by_token: activations are rounded to the same type, each token by its own scale.
     """
 
     block: tuple[int, int]
     scale: str
+    by_token: bool = False
 
     @property
     def description(self) -> str:
@@ -218,6 +221,33 @@ class FloatLinear(QuantizedLinear):
         if rows >= self.shape[0] and columns >= self.shape[1]:
             return "floats of 8 bits, a scale a matrix"
         return f"floats of 8 bits, {'a scale a row' if columns >= self.shape[1] else f'blocks of {rows} x {columns}'}"
+
+    @property
+    def form(self) -> Float8Format | None:
+        """What graphs have of equal numbers, each row with scales of its own; None: nothing."""
+        width = self.block[1]
+        if width >= self.shape[1]:
+            return Float8Format(None, self.by_token)
+        whole = self.shape[1] % width == 0 and width & (width - 1) == 0
+        return Float8Format(width) if whole and LEAST_BLOCK <= width <= MOST_BLOCK else None
+
+    def blocks(self, stored: Stored) -> Float8Quantized | None:
+        """The matrix as it is stored, the scales of its blocks repeated for each of their rows; see `form`.
+
+        Raises:
+            CheckpointError: see `read`.
+        """
+        form = self.form
+        if form is None:
+            return None
+        outputs = self.shape[0]
+        height = self.block[0]
+        scales = self.checked_scales(self.scale, stored.read(self.scale).float())
+        scales = scales.reshape(-(-outputs // height), -1).repeat_interleave(min(height, outputs), 0)[:outputs]
+        codes = stored.read(self.weight)
+        if not bool(torch.isfinite(codes.float()).all()):
+            raise self.damaged(f"{self.weight} holds what is no number")
+        return Float8Quantized(codes.view(torch.uint8), scales.contiguous(), form)
 
     def rows(self, stored: Stored, first: int, last: int) -> Iterator[Tensor]:
         """See `QuantizedLinear`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from framefusion.errors import CheckpointError
 from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized, Packed, Part, joined
+from framefusion.export.quantization.float8 import Float8Format, Float8Quantized
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -77,7 +78,7 @@ class Recipe(Protocol):
         """Names of the tensors that are read."""
 
     @property
-    def form(self) -> BlockFormat:
+    def form(self) -> BlockFormat | Float8Format:
         """How it is stored."""
 
     @property
@@ -87,8 +88,8 @@ class Recipe(Protocol):
     def shape(self, headers: Reader) -> tuple[int, int]:
         """Outputs and inputs, from the headers alone."""
 
-    def parts(self, checkpoint: Reader) -> Iterator[BlockQuantized]:
-        """The matrix in parts of some rows, in their order: [n, in], of `form` but for `form.signed`.
+    def parts(self, checkpoint: Reader) -> Iterator[BlockQuantized | Float8Quantized]:
+        """The matrix in parts of some rows, in their order: [n, in], of `form` but for `signed` of whole numbers.
 
         Only packing knows of the latter. No part is kept: whoever takes the next one lets go of the last.
         """
@@ -106,10 +107,18 @@ class LatestBlocks:
         if latest is None or latest[0] is not recipe or latest[1] is not checkpoint:
             self._latest = None  # gone before the next is made: one matrix is in memory
             outputs, _inputs = recipe.shape(Headers(checkpoint))
-            parts = (part.pack(signed=recipe.form.signed) for part in recipe.parts(checkpoint))
+            parts = (_packed(part, recipe.form) for part in recipe.parts(checkpoint))
             latest = (recipe, checkpoint, joined(parts, outputs))
             self._latest = latest
         return latest[2]
+
+
+def _packed(matrix: BlockQuantized | Float8Quantized, form: BlockFormat | Float8Format) -> Packed:
+    """A matrix as a graph holds it."""
+    if isinstance(matrix, Float8Quantized):
+        return matrix.packed()
+    assert isinstance(form, BlockFormat)
+    return matrix.pack(signed=form.signed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,7 @@ from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.plan.weight_plan import parse_weights
+from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.code_store import CodeStore
 from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.pipeline import Pipeline
@@ -71,7 +72,7 @@ def calibrated_codes(
     """
     if not prompts:
         raise BudgetError("0 films to calibrate with: give one or more films of the kind the bundle is for")
-    if parse_weights(options.weights) is None:
+    if not isinstance(parse_weights(options.weights), BlockFormat):
         raise BudgetError(f"--calibrate chooses codes, and --weights {options.weights} has none to choose: give int4")
     # 1. the same model in floats, reduced as the bundle will be; a schedule, by the policy that it stands for
     adaptive = replace(options, reduction="adaptive", buckets=None, merge_shares=None, prune_layer=None)

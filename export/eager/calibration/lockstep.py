@@ -28,7 +28,7 @@ from framefusion.export.graphs.decoder import Block, Segment
 from framefusion.export.graphs.graph_plan import GraphModule, GraphPlan
 from framefusion.export.graphs.layers import Linear
 from framefusion.export.plan.build_plan import BuildPlan
-from framefusion.export.quantization.blocks import BlockFormat
+from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
 from framefusion.export.quantization.code_store import CodeStore
 from framefusion.export.quantization.feedback import Gram, feed_back
 from framefusion.export.quantization.recipes import Made, Quantizer
@@ -141,7 +141,8 @@ class Lockstep:
         assert isinstance(module, Segment)
         for index, part in enumerate(module.blocks):
             block = blocks[index]
-            half = _Half(part, part.forward, block, f"blocks.{index}.", graph.sources, dict(block.formats))
+            formats = {name: form for name, form in block.formats if isinstance(form, BlockFormat)}
+            half = _Half(part, part.forward, block, f"blocks.{index}.", graph.sources, formats)
             part.forward = partial(self._meet, half)
         if module.head is None:
             module.register_forward_pre_hook(self._before_the_answer)
@@ -260,6 +261,7 @@ class Lockstep:
                 source = half.sources[f"{half.prefix}{name}.weight"]
                 recipe = Made(source, form, self._plan.dtype, self._choose(gram, self._plan.dtype))
                 blocks = recipe.blocks(self._plan.checkpoint)
+                assert isinstance(blocks, BlockQuantized)
                 self._store.write(f"{half.block.layer}.{name}", blocks)
                 linear = half.module.get_submodule(name)
                 assert isinstance(linear, Linear)

@@ -15,9 +15,11 @@ from typing import Any
 
 import onnx
 import torch
-from onnxscript.values import Op, Opset
+from onnxscript.values import Opset
 
 from framefusion.export.graphs.tracing import kv_cache
+from framefusion.export.graphs.tracing.float8 import DEQUANTIZE_BLOCKS, portable_matmul_float8
+from framefusion.export.graphs.tracing.operators import declare_op
 from framefusion.reduction.tracks import DISSIMILAR
 
 Symbol = Any  # a symbolic tensor of the exporter
@@ -33,30 +35,6 @@ _GRAPH = _Schema.AttrType.GRAPH
 INT32 = int(onnx.TensorProto.INT32)
 INT64 = int(onnx.TensorProto.INT64)
 FLOAT32 = int(onnx.TensorProto.FLOAT)
-
-
-def declare_op(
-    opset: Opset, name: str, inputs: Mapping[str, str], outputs: tuple[str, ...], attributes: Mapping[str, Any]
-) -> Op:
-    """An operator with a schema of ours: contrib operators have none, and optional outputs must not be emitted."""
-    types = {
-        "T": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
-        "M": ["tensor(int32)"],
-        "N": ["tensor(int64)"],
-        "Q": ["tensor(uint8)"],
-        "B": ["tensor(bool)"],
-    }
-    used = {"T", *inputs.values()}
-    schema = _Schema(
-        name,
-        opset.domain,
-        opset.version,
-        inputs=[_Schema.FormalParameter(parameter, kind) for parameter, kind in inputs.items()],
-        outputs=[_Schema.FormalParameter(output, "T") for output in outputs],
-        type_constraints=[(kind, types[kind], "") for kind in sorted(used)],
-        attributes=[_Schema.Attribute(attribute, kind, "") for attribute, kind in attributes.items()],
-    )
-    return Op(opset, name, schema)
 
 
 _GQA = declare_op(
@@ -102,9 +80,6 @@ _NBITS = dict.fromkeys(("K", "N", "bits", "block_size", "accuracy_level"), _INT)
 _MATMUL_NBITS = declare_op(_contrib, "MatMulNBits", {"A": "T", "B": "Q", "scales": "T"}, ("Y",), _NBITS)
 _MATMUL_NBITS_ZEROS = declare_op(
     _contrib, "MatMulNBits", {"A": "T", "B": "Q", "scales": "T", "zero_points": "Q"}, ("Y",), _NBITS
-)
-_DEQUANTIZE = declare_op(
-    _op24, "DequantizeLinear", {"x": "Q", "x_scale": "T"}, ("y",), {"axis": _INT, "block_size": _INT}
 )
 _QUICK_GELU = declare_op(_contrib, "QuickGelu", {"X": "T"}, ("Y",), {"alpha": _FLOAT})
 
@@ -224,7 +199,7 @@ def portable_matmul_nbits(
     """Weights of whole numbers, which engines fuse with the product: `retype_codes` says what they are typed as."""
     assert signed  # a plan takes signed codes for this dialect alone, and they have no zero points
     assert zeros is None
-    return _op.MatMul(x, _op.Transpose(_DEQUANTIZE(packed, scales, axis=1, block_size=block), perm=[1, 0]))
+    return _op.MatMul(x, _op.Transpose(DEQUANTIZE_BLOCKS(packed, scales, axis=1, block_size=block), perm=[1, 0]))
 
 
 def contrib_swish(x: Symbol, alpha: float) -> Symbol:
@@ -312,6 +287,7 @@ class Dialect:
         opset: the lowest that has its operators: older runtimes refuse newer ones.
         head_dim_multiple: of the channels of a head, as its kernels need them.
         signed_codes: see `BlockFormat.signed`.
+        float8: it has products with weights in floats of 8 bits.
         rounds_activations: its products with quantized weights round activations to 8 bits; else these are floats.
         quantized_caches: it has attention over caches in int8, in operators of `kv_cache.OPSET`.
     """
@@ -322,6 +298,7 @@ class Dialect:
     opset: int
     head_dim_multiple: int = 1
     signed_codes: bool = False
+    float8: bool = False
     rounds_activations: bool = True
     quantized_caches: bool = False
 
@@ -360,6 +337,7 @@ DIALECTS = {
                 "full_attention": portable_full_attention,
                 "masked_attention": portable_masked_attention,
                 "matmul_nbits": portable_matmul_nbits,
+                "matmul_float8": portable_matmul_float8,
                 "swish": portable_swish,
                 "similarity": first_row_similarity,
                 "importance": first_row_importance,
@@ -367,6 +345,7 @@ DIALECTS = {
             exact_shapes=False,
             opset=24,
             signed_codes=True,
+            float8=True,
             rounds_activations=False,
         ),
     )

@@ -44,6 +44,9 @@ def _quiet() -> Iterator[None]:
         exporter.setLevel(level)
 
 
+_FLOAT8_RANK = 2  # of weights; those of whole numbers are in blocks
+
+
 class Traced(NamedTuple):
     """A graph in a dialect, and the torch program that it says; its values have the names of the program's nodes."""
 
@@ -107,19 +110,27 @@ def _typed(module: GraphModule, arguments: tuple[Any, ...], dtype: torch.dtype) 
 
 
 def _retype_codes(model: ir.Model) -> None:
-    """Say of the codes that DequantizeLinear reads what they are: INT4 or INT8 [out, in], the same bits as before.
+    """Say of the codes that DequantizeLinear reads what they are: INT4, INT8 or e4m3 [out, in], the same bits.
 
     torch has no tensors of 4 bits, so a trace holds uint8 [out, B, block * bits / 8]; in a file both are the codes of a
-    row one behind the other, two in a byte with the first in its lower half.
+    row one behind the other, two in a byte with the first in its lower half. Floats of 8 bits are uint8 [out, in], and
+    where a row has one scale these are [out] in place of [out, 1].
     """
     for node in model.graph:
         if node.op_type != "DequantizeLinear":
             continue
         (packed, scales) = node.inputs[:2]
         assert packed is not None
-        assert packed.shape is not None
         assert scales is not None
+        if packed.name not in model.graph.initializers:
+            continue  # activations
+        assert packed.shape is not None
         assert scales.shape is not None
+        if len(packed.shape) == _FLOAT8_RANK:
+            packed.dtype = ir.DataType.FLOAT8E4M3FN
+            if "block_size" not in node.attributes:
+                scales.shape = ir.Shape(scales.shape.numpy()[:1])
+            continue
         outputs, blocks = scales.shape.numpy()
         inputs = blocks * node.attributes["block_size"].as_int()
         bits = 8 * math.prod(packed.shape.numpy()) // (outputs * inputs)

@@ -52,6 +52,7 @@ class Scheme:
         group: inputs that share a scale (group).
         block: rows and columns that do (block).
         activations: how they are rounded, for people; "": not at all.
+        by_token: they are, to floats of 8 bits, each token by its own scale.
     """
 
     form: str
@@ -62,6 +63,7 @@ class Scheme:
     group: int
     block: tuple[int, int]
     activations: str
+    by_token: bool
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,7 @@ class CompressedTensors(Layout):
             scheme.activations,
             block=block,
             scale=module.parts["weight_scale"],
+            by_token=scheme.by_token,
         )
 
     def _any_shape(self, module: Module, part: str) -> tuple[int, ...]:
@@ -292,6 +295,7 @@ class CompressedTensors(Layout):
             group=size,
             block=self._block(weights) if strategy == "block" else (0, 0),
             activations=self._activations(group),
+            by_token=self._by_token(group),
         )
 
     def _usual(self, weights: Setting) -> str:
@@ -306,6 +310,14 @@ class CompressedTensors(Layout):
         if not isinstance(found, list) or len(found) != 2 or any(type(n) is not int or n < 1 for n in found):
             raise weights.error("and block_structure is not two whole numbers: download config.json again")
         return found[0], found[1]
+
+    def _by_token(self, group: Setting) -> bool:
+        """Whether activations are rounded as graphs can: see `Float8Format.rounds`."""
+        inputs = group.section("input_activations")
+        if inputs is None:
+            return False
+        wanted = {"type": "float", "strategy": "token", "dynamic": True, "num_bits": 8}
+        return inputs.flag("symmetric", True) and all(inputs.values.get(key) == value for key, value in wanted.items())
 
     def _activations(self, group: Setting) -> str:
         """How activations are rounded, for people."""
