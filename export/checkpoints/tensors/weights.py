@@ -107,13 +107,13 @@ class LatestBlocks:
         if latest is None or latest[0] is not recipe or latest[1] is not checkpoint:
             self._latest = None  # gone before the next is made: one matrix is in memory
             outputs, _inputs = recipe.shape(Headers(checkpoint))
-            parts = (_packed(part, recipe.form) for part in recipe.parts(checkpoint))
+            parts = (packed_as(part, recipe.form) for part in recipe.parts(checkpoint))
             latest = (recipe, checkpoint, joined(parts, outputs))
             self._latest = latest
         return latest[2]
 
 
-def _packed(matrix: BlockQuantized | Float8Quantized, form: BlockFormat | Float8Format) -> Packed:
+def packed_as(matrix: BlockQuantized | Float8Quantized, form: BlockFormat | Float8Format) -> Packed:
     """A matrix as a graph holds it."""
     if isinstance(matrix, Float8Quantized):
         return matrix.packed()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 from onnxscript.values import Opset
 
 from framefusion.export.graphs.tracing.operators import declare_op
@@ -19,8 +21,15 @@ DEQUANTIZE_ROWS = declare_op(_op, "DequantizeLinear", {"x": "Q", "x_scale": "T"}
 DEQUANTIZE_BLOCKS = declare_op(
     _op, "DequantizeLinear", {"x": "Q", "x_scale": "T"}, ("y",), {"axis": _INT, "block_size": _INT}
 )
+_QUANTIZE = declare_op(_op, "QuantizeLinear", {"x": "T", "y_scale": "T"}, ("y",), {"output_dtype": _INT})
+_DEQUANTIZE = declare_op(_op, "DequantizeLinear", {"x": "Q", "x_scale": "T"}, ("y",), {})
 LEAST_ROW = 2.0**-14
 """What a row of zeros is divided by: the smallest normal number of float16."""
+
+
+def _number(value: float, like: Symbol) -> Symbol:
+    """A constant of a tensor's type: a scale that is cast is none to TensorRT."""
+    return _op.Constant(value=ir.tensor(np.array(value, like.dtype.numpy())))
 
 
 def portable_matmul_float8(x: Symbol, packed: Symbol, scales: Symbol, rounds: bool) -> Symbol:
@@ -37,8 +46,8 @@ def portable_matmul_float8(x: Symbol, packed: Symbol, scales: Symbol, rounds: bo
     weight = _op.Transpose(weight, perm=[1, 0])
     if not rounds:
         return _op.MatMul(x, weight)
-    least = _op.CastLike(_op.Constant(value_float=LEAST_ROW), x)
-    largest = _op.Max(_op.ReduceMax(_op.Abs(x), _op.Constant(value_ints=[-1]), keepdims=1), least)
-    unit = _op.CastLike(_op.Constant(value_float=1 / FLOAT8_LARGEST), x)
-    codes = _op.QuantizeLinear(_op.Div(x, largest), unit, output_dtype=FLOAT8)
-    return _op.Mul(_op.MatMul(_op.DequantizeLinear(codes, unit), weight), largest)
+    largest = _op.ReduceMax(_op.Abs(x), _op.Constant(value_ints=[-1]), keepdims=1)
+    largest = _op.Max(largest, _number(LEAST_ROW, x))
+    unit = _number(1 / FLOAT8_LARGEST, x)
+    codes = _QUANTIZE(_op.Div(x, largest), unit, output_dtype=FLOAT8)
+    return _op.Mul(_op.MatMul(_DEQUANTIZE(codes, unit), weight), largest)

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from framefusion.export.checkpoints.tensors.tensor_file import TensorFile
-from framefusion.export.checkpoints.tensors.weights import LatestBlocks, Source
+from framefusion.export.checkpoints.tensors.weights import LatestBlocks, Source, packed_as
 from framefusion.export.quantization import recipes
 from framefusion.export.quantization.blocks import BlockFormat, joined
-from framefusion.export.quantization.recipes import Made
+from framefusion.export.quantization.float8 import Float8Format, search_float8
+from framefusion.export.quantization.recipes import Made, WeightFormat
 from framefusion.export.quantization.search import search
 
 ROWS = 4  # read at a time here
@@ -47,17 +48,18 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stored:
     return Stored(tmp_path / "model.safetensors")
 
 
-def made(form: BlockFormat, rows: tuple[int, int] | None, *, by_rows: bool) -> Made:
+def made(form: WeightFormat, rows: tuple[int, int] | None, *, by_rows: bool) -> Made:
     source = Source("weight", rows, transpose=True)
-    return Made(source, form, torch.float16, partial(search, dtype=torch.float16), by_rows)
+    quantizer = search_float8 if isinstance(form, Float8Format) else search
+    return Made(source, form, torch.float16, partial(quantizer, dtype=torch.float16), by_rows)
 
 
 @pytest.mark.parametrize("rows", [None, (5, 18)])
-@pytest.mark.parametrize("form", [*FORMATS, BlockFormat(8, 32, signed=True)])
+@pytest.mark.parametrize("form", [*FORMATS, BlockFormat(8, 32, signed=True), Float8Format()])
 def test_some_rows_at_a_time_are_packed_as_all_of_them(
-    stored: Stored, form: BlockFormat, rows: tuple[int, int] | None
+    stored: Stored, form: WeightFormat, rows: tuple[int, int] | None
 ) -> None:
-    whole = made(form, rows, by_rows=False).blocks(stored).pack(signed=form.signed)
+    whole = packed_as(made(form, rows, by_rows=False).blocks(stored), form)
     assert stored.rows.pop() == 18 if rows is None else 13
     stored.rows.clear()
     packed = LatestBlocks().packed(made(form, rows, by_rows=True), stored)
@@ -73,6 +75,6 @@ def test_a_quantizer_that_needs_all_rows_gets_them(stored: Stored) -> None:
 
 
 def test_parts_that_are_not_the_matrix_are_refused(stored: Stored) -> None:
-    parts = (part.pack() for part in made(FORMATS[0], (0, 8), by_rows=True).parts(stored))
+    parts = (packed_as(part, FORMATS[0]) for part in made(FORMATS[0], (0, 8), by_rows=True).parts(stored))
     with pytest.raises(ValueError, match="8 rows of 18"):
         joined(parts, 18)
