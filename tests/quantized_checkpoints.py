@@ -98,6 +98,13 @@ def fp8(name: str, weight: Tensor) -> Tensors:
     }
 
 
+def fp8_rows(name: str, weight: Tensor) -> Tensors:
+    """compressed-tensors' float-quantized, a scale a row."""
+    scales = (weight.float().abs().amax(1, keepdim=True) / 448).bfloat16()
+    values = (weight.float() / scales.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return {f"{name}.weight": values, f"{name}.weight_scale": scales}
+
+
 def int8(name: str, weight: Tensor) -> Tensors:
     """bitsandbytes' LLM.int8()."""
     largest = weight.float().abs().amax(1)
@@ -134,6 +141,13 @@ FORMATS: dict[str, tuple[Callable[[str, Tensor], Tensors], dict[str, Any]]] = {
     "int8": (int8, {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["visual"]}),
 }
 """Format -> how a linear map is written, and what config.json says."""
+FP8_DYNAMIC = (
+    fp8_rows,
+    _compressed(
+        "float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, _TOKENS | {"type": "float"}
+    ),
+)
+"""The scheme that is published as FP8-dynamic: each token of activations by its own scale."""
 
 
 def quantized(source: Path, folder: Path, name: str) -> Path:

@@ -45,6 +45,7 @@ from framefusion.export.check.quantized import (
     cost_note,
     cost_of_quantization,
     half_unit,
+    rounding_of,
 )
 from framefusion.export.check.replay import Replayed
 from framefusion.export.families.reference.transformers_call import (
@@ -60,6 +61,7 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline, Request, dense_pipeline, dense_request
 from framefusion.runtime.proof.golden import MOST_SWAPPED, random_walk, rounding_limit
 
+MOST = 0.5  # of a limit: an error of that size says nothing any more
 KEPT = "kept tokens"
 SWAPPED = "share of swapped tokens"  # what is compared has limits of its own
 
@@ -214,20 +216,21 @@ def _compiled(bundle: Bundle, effort: Effort) -> Pipeline:
 def default_tolerance(plan: BuildPlan) -> float:
     """The limit of all errors of a build, relative to the largest magnitude of the reference: see the module."""
     coded = plan.kv_scales is not None
-    return tolerance_of(plan.dtype, plan.config.num_layers, rounded=plan.rounds_activations, coded_caches=coded)
+    rounded = rounding_of(plan.quantization, plan.dialect.name)
+    return tolerance_of(plan.dtype, plan.config.num_layers, rounded=rounded, coded_caches=coded)
 
 
-def tolerance_of(dtype: torch.dtype, layers: int, *, rounded: bool = False, coded_caches: bool = False) -> float:
+def tolerance_of(dtype: torch.dtype, layers: int, *, rounded: float = 0, coded_caches: bool = False) -> float:
     """The limit of relative errors behind this number of layers in a type: see the module.
 
     Args:
         dtype: of activations.
         layers: that errors add up in.
-        rounded: activations enter products with quantized weights, which round them: see quantized.py.
+        rounded: see `quantized.rounding_of`.
         coded_caches: KV caches are in int8.
     """
     half = half_unit(dtype, rounded=rounded)
-    limit = random_walk(half, layers) if half else rounding_limit("float32", layers)
+    limit = min(random_walk(half, layers), MOST) if half else rounding_limit("float32", layers)
     return max(limit, CODED) if coded_caches else limit
 
 

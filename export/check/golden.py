@@ -23,7 +23,7 @@ import torch
 from framefusion.errors import BudgetError, ReducerError
 from framefusion.export.check import check
 from framefusion.export.check.observation import Doing, ignore
-from framefusion.export.check.quantized import ROUNDINGS, Rounder, half_unit
+from framefusion.export.check.quantized import ROUNDINGS, Rounder, half_unit, rounding_of
 from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.eager.pipeline import eager_loaders, in_fp32
@@ -68,7 +68,6 @@ ROUNDED_HEADROOM = 2
 MEASURED = 2
 """Times the largest error of known ways of rounding: in tiny checkpoints of six families kernels of ONNX Runtime and
 OpenVINO came to at most 1.14 times that of blocks and rows, other orders of sums and other blocks to 1.64 times."""
-MOST = 0.5  # of a limit: an error of that size says nothing any more
 LEAST_NOISE = 1e-5  # as a share of a row's scale: a layer of fp32 adds more than one rounding
 CODED_NOISE = 4e-4  # what codes of a cache that go the other way were seen to change, see `quantized.CODED`
 LEFT_OUT = "the eager model is larger than the memory that was free, and --no-check leaves out what reads it again"
@@ -184,9 +183,14 @@ def _request(bundle: Bundle, answer: int) -> CannedRequest:
 
 
 def _limits(plan: BuildPlan) -> GoldenLimits:
-    exact = half_unit(plan.dtype, rounded=plan.rounds_activations) == 0 and plan.kv_scales is None
+    exact = _half_unit(plan) == 0 and plan.kv_scales is None
     headroom = ROUNDED_HEADROOM if plan.rounds_activations else 1
     return GoldenLimits(min(headroom * check.default_tolerance(plan), 0.5), 0.0 if exact else MOST_SWAPPED)
+
+
+def _half_unit(plan: BuildPlan) -> float:
+    """See `quantized.half_unit`."""
+    return half_unit(plan.dtype, rounded=rounding_of(plan.quantization, plan.dialect.name))
 
 
 def _with_tower_limit(golden: Golden, plan: BuildPlan) -> Golden:
@@ -211,10 +215,11 @@ def _measured(
         sparing: one way of rounding alone, since each reads all weights again.
     """
     # 1. the proof of a device, run over torch graphs that round; limits of no matter here
-    open_limits = replace(golden.limits, measured=MeasuredLimits(MOST, MOST, MOST, MOST))
+    open_limits = replace(golden.limits, measured=MeasuredLimits(check.MOST, check.MOST, check.MOST, check.MOST))
     open_golden = replace(golden, limits=open_limits)
     worst: dict[str, float] = {}
-    for rounding in ROUNDINGS[: 1 if sparing else None]:
+    roundings = ROUNDINGS[rounding_of(plan.quantization, plan.dialect.name)]
+    for rounding in roundings[: 1 if sparing else None]:
         rounder.rounding = rounding
         for stage in prove(bundle, backend, open_golden).stages:
             kind = stage.kind
@@ -230,7 +235,7 @@ def _measured(
 
     def limit(kind: str) -> float:
         found = MEASURED * worst.get(kind, 0.0)
-        return min(max(found, least), MOST) if math.isfinite(found) else MOST
+        return min(max(found, least), check.MOST) if math.isfinite(found) else check.MOST
 
     measured = MeasuredLimits(floats, limit("similarity"), limit("importance"), limit(TOGETHER))
     limits = GoldenLimits(limit("logits"), golden.limits.swapped, measured)
@@ -268,7 +273,7 @@ def _steady(
 ) -> tuple[CannedRequest, dict[str, bool]]:
     """The request of the first seed under which every run keeps the same tokens with noise on its rows, or the best."""
     reduced = [(name, cost) for name, cost in costs if cost is not None or plan.fixed is not None]
-    noise = max(HEADROOM * half_unit(plan.dtype, rounded=plan.rounds_activations), LEAST_NOISE)
+    noise = max(HEADROOM * _half_unit(plan), LEAST_NOISE)
     noise = noise if plan.kv_scales is None else max(noise, CODED_NOISE)
     found: tuple[int, CannedRequest, dict[str, bool]] | None = None
     for seed in range(seeds if reduced else 1):

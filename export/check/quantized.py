@@ -5,6 +5,9 @@
     3. the bundle, exact           against 2: its graphs with activations in floats, so the limit is that of floats
     4. the bundle as it runs       against 2: kernels round activations to 8 bits a block, and the limit says so
 
+Graphs with floats of 8 bits round activations themselves where `Float8Format.rounds` says so: then it is the same four
+steps, 3 without what rounds and 4 with what such a rounding comes to.
+
 MatMulNBits rounds the activations of a block to 127 steps of its largest one, half a step is 2^-8 of it: as if it was a
 type of that precision, so the limit is worked out as for half precision (check.py). Two ways of rounding agree to 1e-6
 in one product, and no further than the rounding itself behind many layers: a number near the middle of two steps goes
@@ -29,12 +32,19 @@ from framefusion.export.check.observation import EagerRun
 from framefusion.export.eager.backend import Load
 from framefusion.export.families.reference.transformers_call import relative_error
 from framefusion.export.graphs.graph_plan import GraphModule
-from framefusion.export.graphs.layers import QuantizedLinear
+from framefusion.export.graphs.layers import Float8Linear, QuantizedLinear
+from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.quantization.blocks import BlockFormat
+from framefusion.export.quantization.float8 import Float8Format
+from framefusion.ops.quantized import rounded_to_float8
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from framefusion.runtime.format.manifest import QuantizationRecord
 
 ROUNDED = 2.0**-8
 """Half a step of an activation in 8 bits, as a share of the largest of its block."""
+ROUNDED_FLOAT8 = 2.0**-6
+"""What rounding activations to floats of 8 bits comes to, as a share of the largest number. Half a step is 2^-4 of a
+number at most and 2^-5.3 in the mean square, four products of a layer round, and a number is a third of the largest."""
 CODED = 2.0**-8
 """Half a step of a code in a KV cache, as a share of the largest of its channel: the limit of errors where caches are
 codes. A number near the middle of two steps goes either way, and where much of the attention is on that key all that
@@ -45,7 +55,7 @@ _IN_FLOATS = 1  # accuracy_level: fp32
 _LAST_BITS = 2.0**-19
 """A relative change of activations as another order of sums makes it: numbers near the middle of two steps turn."""
 
-RoundActivations = Callable[[Tensor, BlockFormat], Tensor]
+RoundActivations = Callable[[Tensor, Any], Tensor]
 """Activations [..., in] as a kernel for weights of a format rounds them."""
 
 
@@ -54,6 +64,7 @@ class ExactBackend(OnnxRuntimeBackend):
 
     def _model(self, path: Path, options: Any) -> bytes:
         model = onnx.load(path, load_external_data=False)
+        _drop_rounding(model.graph)
         for node in model.graph.node:
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
@@ -61,6 +72,19 @@ class ExactBackend(OnnxRuntimeBackend):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         content: bytes = model.SerializeToString()
         return content
+
+
+def _drop_rounding(graph: onnx.GraphProto) -> None:
+    """Let products read activations before they are rounded to floats of 8 bits."""
+    before = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    unrounded = {
+        node.output[0]: before[node.input[0]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in before
+    }
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = unrounded.get(name, name)
 
 
 def rounded_by_block(activations: Tensor, form: BlockFormat) -> Tensor:
@@ -90,8 +114,36 @@ def rounded_by_row(activations: Tensor, form: BlockFormat) -> Tensor:
     return ((activations / steps + zero).round().clamp(0, 255) - zero) * steps
 
 
-ROUNDINGS: tuple[RoundActivations, ...] = (rounded_by_block, rounded_in_last_bits, rounded_by_row)
-"""How kernels that are known round activations."""
+def rounded_by_token(activations: Tensor, form: Float8Format) -> Tensor:
+    """Floats of 8 bits to the largest of a token, where the format says so.  [..., in]"""
+    return rounded_to_float8(activations) if form.rounds else activations
+
+
+def rounded_by_token_in_last_bits(activations: Tensor, form: Float8Format) -> Tensor:
+    """The same behind sums in another order.  [..., in]"""
+    channels = torch.arange(activations.shape[-1], dtype=torch.float32)
+    return rounded_by_token(activations * (1 + _LAST_BITS * torch.sin(channels)), form)
+
+
+ROUNDINGS: Mapping[float, tuple[RoundActivations, ...]] = {
+    ROUNDED: (rounded_by_block, rounded_in_last_bits, rounded_by_row),
+    ROUNDED_FLOAT8: (rounded_by_token, rounded_by_token_in_last_bits),
+}
+"""Half a step of an activation -> how kernels that are known round activations."""
+
+
+def rounding_of(quantization: QuantizationRecord | None, dialect: str) -> float:
+    """Half a step of the activations that enter products with quantized weights, as a share; 0 where none are rounded.
+
+    Args:
+        quantization: the manifest's part on the weights.
+        dialect: of the graphs.
+    """
+    if quantization is None:
+        return 0.0
+    if any(form.rounds for form in quantization.formats):
+        return ROUNDED_FLOAT8
+    return ROUNDED if DIALECTS[dialect].rounds_activations else 0.0
 
 
 class Rounder:
@@ -112,13 +164,13 @@ class Rounder:
     def _watched(self, loader: Load) -> GraphModule:
         module = loader()
         for part in module.modules():
-            if isinstance(part, QuantizedLinear):
+            if isinstance(part, QuantizedLinear | Float8Linear):
                 part.register_forward_pre_hook(self._enter)
                 part.register_forward_hook(self._leave)
         return module
 
     def _enter(self, linear: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        assert isinstance(linear, QuantizedLinear)
+        assert isinstance(linear, QuantizedLinear | Float8Linear)
         if self.rounding is None:
             return None
         (activations,) = arguments
@@ -128,15 +180,15 @@ class Rounder:
         return None if self.rounding is None else result.to(self._dtype).float()
 
 
-def half_unit(dtype: torch.dtype, *, rounded: bool) -> float:
+def half_unit(dtype: torch.dtype, *, rounded: float) -> float:
     """The rounding of an activation on its way through a layer, as a share of it; 0 in fp32.
 
     Args:
         dtype: of activations.
-        rounded: they enter products with quantized weights, which round them.
+        rounded: see `rounding_of`.
     """
     half = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    return max(half, ROUNDED) if rounded else half
+    return max(half, rounded)
 
 
 def cost_of_quantization(ours: EagerRun, floats: EagerRun, what: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from framefusion.export.checkpoints.quantized.quantization import Quantization, 
 from framefusion.export.checkpoints.quantized.setting import KEYS
 from framefusion.export.checkpoints.tensors.tensor_file import DTYPES, TensorEntry, TensorFile, TensorFileError
 from framefusion.export.checkpoints.tensors.weight_formats import INDEX, SINGLE, check_no_adapter, no_weights
-from framefusion.export.quantization.recipes import Quantized, WeightFormat
+from framefusion.export.quantization.float8 import Quantized, WeightFormat
 
 CONFIG = "config.json"
 PART = "_cfg"

@@ -42,7 +42,7 @@ from framefusion.export.graphs.graph_plan import (
     meta,
 )
 from framefusion.export.graphs.layers import JoinedLinear, RMSNorm, linear, weight
-from framefusion.export.quantization.recipes import WeightFormat
+from framefusion.export.quantization.float8 import WeightFormat
 from framefusion.runtime.backends.kv_cache import cache_names
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import framefusion.ops.quantized  # noqa: F401  (registers the op)
 from framefusion.export.quantization.blocks import BlockFormat
-from framefusion.export.quantization.float8 import Float8Format
+from framefusion.export.quantization.float8 import Float8Format, WeightFormat
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -76,9 +76,7 @@ class Float8Linear(nn.Module):
 AnyLinear = Linear | QuantizedLinear | Float8Linear
 
 
-def linear(
-    in_features: int, out_features: int, bias: bool, form: BlockFormat | Float8Format | None = None
-) -> AnyLinear:
+def linear(in_features: int, out_features: int, bias: bool, form: WeightFormat | None = None) -> AnyLinear:
     """A linear map whose weights are floats, or in a format."""
     if form is None:
         return Linear(in_features, out_features, bias)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from framefusion.export.graphs.decoder import Block, DecoderConfig, Segment
-from framefusion.export.quantization.recipes import WeightFormat
+from framefusion.export.quantization.float8 import WeightFormat
 
 
 @dataclass(frozen=True)

@@ -150,8 +150,9 @@ class BuildPlan:
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether products with quantized weights round activations to 8 bits, as kernels of the dialect do."""
-        return self.quantization is not None and self.dialect.rounds_activations
+        """Whether products with quantized weights round activations to 8 bits, in their kernels or in the graphs."""
+        record = self.quantization
+        return record is not None and (self.dialect.rounds_activations or any(form.rounds for form in record.formats))
 
     @cached_property
     def in_floats(self) -> BuildPlan | None:

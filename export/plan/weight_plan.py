@@ -9,7 +9,6 @@ and headers alone.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,16 +26,13 @@ from framefusion.export.graphs.tracing.dialects import Dialect
 from framefusion.export.options import AS_STORED, DEQUANTIZED, BuildOptions
 from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.code_store import Calibrated, CodeStore
-from framefusion.export.quantization.float8 import Float8Format, search_float8
-from framefusion.export.quantization.recipes import CodeReader, Made, Stored, WeightFormat
+from framefusion.export.quantization.float8 import Float8Format, WeightFormat, search_float8
+from framefusion.export.quantization.recipes import CodeReader, Made, Stored
 from framefusion.export.quantization.search import search
 from framefusion.runtime.backends.table import engine_traits
-from framefusion.runtime.backends.tensorrt.library import dotted
+from framefusion.runtime.backends.tensorrt.library import float8_problem
 from framefusion.runtime.format.manifest import CalibrationRecord, QuantizationRecord, WeightFormatRecord
 
-FP8 = "fp8"
-FLOAT8_FROM = 8.9
-"""Compute capability from which on TensorRT-RTX compiles floats of 8 bits: it refuses others by name (1.7)."""
 BLOCKS = {"int8": 128, "int4": 32}
 """Weights -> inputs that share a scale, where the option does not say."""
 METHOD = "search of scales"
@@ -92,20 +88,10 @@ def check_quantized(segments: Sequence[SegmentPlan], options: BuildOptions) -> N
         return
     if options.backend is not None and not engine_traits(options.backend).quantized:
         raise BudgetError(f"{options.backend} engines are not compiled of weights in 4 or 8 bits: leave --backend out")
-    older = [target for target in options.target_sm or () if _capability(target) < FLOAT8_FROM]
-    if older and any(isinstance(form, Float8Format) for form in formats):
-        raise BudgetError(
-            f"--target-sm {','.join(older)}: floats of 8 bits need a GPU of compute capability {FLOAT8_FROM} or later "
-            "(Ada, Hopper, Blackwell): leave it out, or build with --weights int8 or int4"
-        )
-
-
-def _capability(target: str) -> float:
-    """A compute capability as a number; infinite where it is none, which the library refuses by name."""
-    try:
-        return float(dotted(target))
-    except ValueError:
-        return math.inf
+    if any(isinstance(form, Float8Format) for form in formats):
+        problem = float8_problem(options.target_sm or (), options.variant)
+        if problem:
+            raise BudgetError(problem)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from framefusion.errors import CheckpointError
-from framefusion.export.quantization.blocks import LEAST_BLOCK, MOST_BLOCK, Packed, Part
+from framefusion.export.quantization.blocks import LEAST_BLOCK, MOST_BLOCK, BlockFormat, BlockQuantized, Packed, Part
 from framefusion.ops.quantized import FLOAT8_LARGEST
 
 LARGEST = FLOAT8_LARGEST
@@ -127,6 +127,10 @@ class Float8Quantized:
     def packed(self) -> Packed:
         """The parameters of a graph: see the module."""
         return Packed(self.codes.contiguous(), self.scales.contiguous(), None)
+
+
+WeightFormat = BlockFormat | Float8Format
+Quantized = BlockQuantized | Float8Quantized
 
 
 def check_scales(scales: Tensor, dtype: torch.dtype, what: str) -> None:

@@ -15,11 +15,15 @@ from torch import Tensor
 
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.tensors.weights import STORED, AnySource, Reader, Source
-from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
-from framefusion.export.quantization.float8 import LARGEST, Float8Format, Float8Quantized, check_scales
+from framefusion.export.quantization.float8 import (
+    LARGEST,
+    Float8Format,
+    Float8Quantized,
+    Quantized,
+    WeightFormat,
+    check_scales,
+)
 
-WeightFormat = BlockFormat | Float8Format
-Quantized = BlockQuantized | Float8Quantized
 Quantizer = Callable[[Tensor, Any], Quantized]
 """A matrix [out, in] of floats, and how it is to be stored -> its codes."""
 WEIGHTS_AT_ONCE = 1 << 23  # of a matrix that is read by rows: 32 MiB in fp32

@@ -21,12 +21,13 @@ from framefusion.runtime.media.tower_kinds import TowerSettings
 from framefusion.runtime.text.prompt import PromptTemplate
 from framefusion.runtime.text.sampling import GenerationConfig
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Of the manifests that are written; a field that older readers do not know raises it, so that they say "upgrade".
 
     2   no digest
     3   no word of what the tower takes, nor of quantised weights, the checkpoint's among them
     4   no word of KV caches in another type than the bundle's
+    5   no word of weights in floats of 8 bits
 """
 OLDEST_SCHEMA = 2
 UNKNOWN_LICENSE = "unknown"  # the hub's word where nothing is stated

@@ -16,9 +16,9 @@ import torch
 
 from framefusion.export.check.check import relative_error, tolerance_of
 from framefusion.export.check.observation import QUESTION, draw_clip
+from framefusion.export.check.quantized import rounding_of
 from framefusion.export.eager.backend import EagerBackend, EagerSegment, Load
 from framefusion.export.eager.pipeline import eager_loaders, in_fp32
-from framefusion.export.graphs.tracing.dialects import DIALECTS
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.runtime.backends.base import Backend, Device
 from framefusion.runtime.backends.buffer import Array, Buffer
@@ -162,8 +162,7 @@ def limit_of(manifest: Manifest, graph: str) -> float:
     """The limit of a graph's errors: that of a model with its number of layers; see `check`."""
     record = segment_of(manifest, graph)
     layers = manifest.model.num_layers if record is None else max(len(record.attention_layers), 1)
-    is_coded = manifest.quantization is not None and record is not None
-    rounded = is_coded and DIALECTS[manifest.dialect].rounds_activations
+    rounded = 0.0 if record is None else rounding_of(manifest.quantization, manifest.dialect)
     coded = manifest.kv_cache is not None and record is not None
     return tolerance_of(getattr(torch, manifest.model.dtype), layers, rounded=rounded, coded_caches=coded)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from framefusion.errors import CheckpointError
-from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized, Packed, Part, joined
-from framefusion.export.quantization.float8 import Float8Format, Float8Quantized
+from framefusion.export.quantization.blocks import BlockFormat, Packed, Part, joined
+from framefusion.export.quantization.float8 import Float8Quantized, Quantized, WeightFormat
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -78,7 +78,7 @@ class Recipe(Protocol):
         """Names of the tensors that are read."""
 
     @property
-    def form(self) -> BlockFormat | Float8Format:
+    def form(self) -> WeightFormat:
         """How it is stored."""
 
     @property
@@ -88,7 +88,7 @@ class Recipe(Protocol):
     def shape(self, headers: Reader) -> tuple[int, int]:
         """Outputs and inputs, from the headers alone."""
 
-    def parts(self, checkpoint: Reader) -> Iterator[BlockQuantized | Float8Quantized]:
+    def parts(self, checkpoint: Reader) -> Iterator[Quantized]:
         """The matrix in parts of some rows, in their order: [n, in], of `form` but for `signed` of whole numbers.
 
         Only packing knows of the latter. No part is kept: whoever takes the next one lets go of the last.
@@ -113,7 +113,7 @@ class LatestBlocks:
         return latest[2]
 
 
-def packed_as(matrix: BlockQuantized | Float8Quantized, form: BlockFormat | Float8Format) -> Packed:
+def packed_as(matrix: Quantized, form: WeightFormat) -> Packed:
     """A matrix as a graph holds it."""
     if isinstance(matrix, Float8Quantized):
         return matrix.packed()

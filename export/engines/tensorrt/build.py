@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -32,13 +32,23 @@ from framefusion.export.engines.tensorrt.network import parse_spec
 from framefusion.export.engines.tensorrt.network_check import inputs_of, layer_kinds, outputs_of
 from framefusion.export.engines.tensorrt.profiles import segment_spec, tower_spec, weight_bytes
 from framefusion.runtime.backends.table import engine_traits
-from framefusion.runtime.backends.tensorrt.library import AMPERE, TYPE_NAMES, Library, is_plain, load_library
+from framefusion.runtime.backends.tensorrt.library import (
+    AMPERE,
+    FLOAT8_FROM,
+    TYPE_NAMES,
+    Library,
+    Variant,
+    float8_problem,
+    is_plain,
+    load_library,
+)
 from framefusion.runtime.format.engine_record import EngineKind, ProfileRecord, TensorRecord
 
 if TYPE_CHECKING:
     from framefusion.export.options import EngineOptions
     from framefusion.export.plan.build_plan import BuildPlan
     from framefusion.runtime.bundle import Bundle
+    from framefusion.runtime.format.manifest import Manifest
 
 Result = TypeVar("Result")
 LONG_PHASE = "Computing profile costs"  # of the library
@@ -73,8 +83,8 @@ class TensorRTBuilder:
     def specs(self, bundle: Bundle, options: EngineOptions, plan: BuildPlan | None) -> dict[str, EngineSpec]:
         """See `EngineBuilder.specs`; the checkpoint is not needed."""
         manifest = bundle.manifest
-        targets = self._library.check_targets(options.targets)
         variant = self._library.check_variant(options.variant)
+        targets = self._targets(manifest, options.targets, variant)
         specs = {
             graph: segment_spec(
                 bundle.folder, manifest, segment, graph, self._kind, targets, variant, options.max_batch_size
@@ -83,6 +93,18 @@ class TensorRTBuilder:
             for graph in segment.graphs
         }
         return specs | {manifest.vision.graph: tower_spec(bundle.folder, manifest, self._kind, targets, variant)}
+
+    def _targets(self, manifest: Manifest, chosen: Sequence[str], variant: Variant) -> tuple[str, ...]:
+        """Compute capabilities that the graphs of a bundle can be compiled for."""
+        record = manifest.quantization
+        if record is None or not any(form.kind == "float" for form in record.formats):
+            return self._library.check_targets(chosen)
+        problem = float8_problem(chosen, variant)
+        if not engine_traits(self._kind).quantized:
+            problem = f"{self._kind} engines are not compiled of weights in 8 bits: take --backend tensorrt-rtx"
+        if problem:
+            raise BackendError(problem)
+        return self._library.check_targets(chosen, FLOAT8_FROM)
 
     def estimate_memory(self, spec: EngineSpec) -> int:
         """See `estimate_memory`."""

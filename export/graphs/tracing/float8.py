@@ -38,7 +38,8 @@ def portable_matmul_float8(x: Symbol, packed: Symbol, scales: Symbol, rounds: bo
     TensorRT's kernels take scales of activations that are constants. So a row is divided by its largest number, rounded
     by one scale for all, and multiplied by that number behind the product.
     """
-    (blocks, inputs) = (scales.shape[1], packed.shape[1])
+    blocks = scales.shape[1]
+    inputs = packed.shape[1]
     if blocks == 1:
         weight = DEQUANTIZE_ROWS(packed, scales, axis=0)
     else:

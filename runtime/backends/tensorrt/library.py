@@ -12,6 +12,7 @@ for the TensorRT 10 of Jetsons, from 10.3 on. Older ones are refused. Knows no n
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -26,6 +27,8 @@ from framefusion.runtime.machine.gpu import find_gpu
 
 LibraryKind = Literal["tensorrt-rtx", "tensorrt"]
 AMPERE = 8.0
+FLOAT8_FROM = 8.9
+"""Compute capability from which on there are products of floats of 8 bits; TensorRT-RTX 1.7 refuses any other."""
 TYPE_NAMES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -109,10 +112,13 @@ class Library:
         """Whether it times kernels while it builds, so that a timing cache spares the next build some work."""
         return not self.capabilities
 
-    def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
+    def check_targets(self, targets: Sequence[str], least: float = AMPERE) -> tuple[str, ...]:
         """Compute capabilities in one notation, ascending, each once: "86" and "8.6" -> "8.6".
 
-        Without any, all that have bf16 and fp32 products, because one engine for many targets is hardly larger.
+        Args:
+            targets: what a user chose; without any, all from `least` on, because one engine for many targets is hardly
+                larger.
+            least: that the graphs need, or from which on there are bf16 and fp32 products.
 
         Raises:
             BackendError: one is unknown to the library, or this machine cannot build for it.
@@ -120,7 +126,7 @@ class Library:
         if not self.capabilities:
             return self._gpu_target(targets)
         known = sorted(self.capabilities, key=float)
-        selected = {dotted(target) for target in targets} or {target for target in known if float(target) >= AMPERE}
+        selected = {dotted(target) for target in targets} or {target for target in known if float(target) >= least}
         unknown = sorted(selected - set(known))
         if unknown:
             raise BackendError(
@@ -228,6 +234,32 @@ def plain_options(one_length: bool = False) -> dict[str, Any]:
 def is_plain(options: Mapping[str, Any]) -> bool:
     """Whether an engine's options are those of a plain network."""
     return options.get("variant") == PLAIN
+
+
+def float8_problem(targets: Sequence[str], variant: str | None) -> str:
+    """Why engines with weights in floats of 8 bits cannot be built so, and the way out; "" where they can.
+
+    Args:
+        targets: compute capabilities, in any notation; what is none is refused elsewhere.
+        variant: of the networks.
+    """
+    if variant == PLAIN:
+        return "--variant plain has no products with floats of 8 bits: leave it out, or build with --weights int8"
+    older = [target for target in targets if _number(target) < FLOAT8_FROM]
+    if not older:
+        return ""
+    return (
+        f"--target-sm {','.join(older)}: floats of 8 bits need a GPU of compute capability {FLOAT8_FROM} or later "
+        "(Ada, Hopper, Blackwell): leave it out, or build with --weights int8 or int4"
+    )
+
+
+def _number(target: str) -> float:
+    """A compute capability as a number; infinite where it is none."""
+    try:
+        return float(dotted(target))
+    except ValueError:
+        return math.inf
 
 
 def dotted_version(version: Sequence[int]) -> str:

@@ -38,6 +38,7 @@ from framefusion.runtime.proof.opening import open_proven
 from framefusion.runtime.proof.prove import TOGETHER, Proof, prove
 
 TRAINED = Path(__file__).parents[2] / "models" / "tiny_qwen2_vl"
+FP8_ENGINES = {"weights": "fp8", "backend": "tensorrt-rtx", "dialect": "portable"}
 INT4 = BuildOptions(weights="int4", num_decoder_layer=4, depth=2, cost=0.5)
 
 
@@ -131,6 +132,16 @@ def test_the_plan_counts_codes_as_bytes() -> None:
         ({"weights": "int4:48"}, CheckpointError, "blocks of 48 weights"),
         ({"weights": "int4", "backend": "inductor"}, BudgetError, "inductor engines are not compiled"),
         ({"weights": "int4+zero", "dialect": "portable"}, BudgetError, "has no zero points, as TensorRT has none"),
+        ({"weights": "fp8:128"}, BudgetError, "or fp8, with .activations"),
+        ({"weights": "fp8"}, BudgetError, "the gqa dialect has no products with floats of 8 bits.*--dialect portable"),
+        ({"weights": "fp8", "backend": "inductor", "dialect": "portable"}, BudgetError, "engines are not compiled"),
+        ({"weights": "fp8", "backend": "tensorrt", "dialect": "portable"}, BudgetError, "engines are not compiled"),
+        (
+            FP8_ENGINES | {"target_sm": ("86", "120")},
+            BudgetError,
+            "--target-sm 86: floats of 8 bits need a GPU",
+        ),
+        (FP8_ENGINES | {"variant": "plain"}, BudgetError, "--variant plain has no products with floats of 8 bits"),
         ({"weights": "int4:256", "dialect": "portable"}, CheckpointError, "rows of 128 weights end within a block"),
     ],
 )

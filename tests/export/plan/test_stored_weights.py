@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,23 @@ from safetensors.torch import load_file, save_file
 
 from framefusion.errors import BackendError, BudgetError, CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.checkpoints.tensors.weights import QuantizedPart
 from framefusion.export.evaluate.live_answering import load_model
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.plan.stored_weights import eager_options
+from framefusion.export.quantization.float8 import Float8Format
 from framefusion.export.quantization.recipes import Stored
-from tests.quantized_checkpoints import FORMATS, SINGLE, configured, grouped, int32_codes, quantized
+from tests.quantized_checkpoints import (
+    FORMATS,
+    FP8_DYNAMIC,
+    SINGLE,
+    configured,
+    grouped,
+    int32_codes,
+    quantized,
+    written,
+)
 
 
 def coded(plan: BuildPlan) -> set[str]:
@@ -24,6 +36,11 @@ def coded(plan: BuildPlan) -> set[str]:
     sources = [source for graph in plan.graphs for source in graph.sources.values()]
     recipes = [getattr(source, "recipe", None) for source in sources]
     return {recipe.key for recipe in recipes if isinstance(recipe, Stored)}
+
+
+def forms(plan: BuildPlan) -> set[object]:
+    """Formats of the layers' linear maps."""
+    return {form for part in plan.segments for block in part.blocks for _, form in block.formats}
 
 
 def test_codes_go_to_the_graphs_by_default(checkpoint: Path, tmp_path: Path) -> None:
@@ -46,7 +63,7 @@ def test_every_format_is_planned_or_asks_for_an_option(checkpoint: Path, tmp_pat
         with pytest.raises(BudgetError, match=r"--weights dequantized.*--weights int8 or int4"):
             BuildPlan(source, BuildOptions())
     if name == "fp8":
-        with pytest.raises(BudgetError, match=r"mlp.down_proj .*has no form of equal numbers in a graph"):
+        with pytest.raises(BudgetError, match=r"dialect gqa have no floats of 8 bits.*--dialect portable --weights st"):
             BuildPlan(source, BuildOptions(weights="stored"))
     else:
         assert len(coded(BuildPlan(source, BuildOptions(weights="stored")))) == 28
@@ -84,6 +101,48 @@ def test_graphs_without_zero_points_ask_for_an_option(checkpoint: Path, tmp_path
     BuildPlan(source, BuildOptions(dialect="portable", weights="dequantized"))
     symmetric = Checkpoint(quantized(checkpoint, tmp_path / "gptq", "gptq"))
     assert len(coded(BuildPlan(symmetric, BuildOptions(dialect="portable")))) == 28
+
+
+@pytest.mark.slow
+def test_floats_of_8_bits_go_to_graphs_that_have_them(checkpoint: Path, tmp_path: Path) -> None:
+    """Activations are rounded where the format says so and a graph can, and not at all if that is wanted."""
+    portable = BuildOptions(dialect="portable")
+    # 1. a scale a row, and of a token
+    dynamic = Checkpoint(written(checkpoint, tmp_path / "dynamic", *FP8_DYNAMIC))
+    plan = BuildPlan(dynamic, portable)
+    assert len(coded(plan)) == 28
+    assert plan.stored_weights.endswith("taken as they are stored, activations rounded likewise")
+    assert forms(plan) == {Float8Format(rounds=True)}
+    unrounded = BuildPlan(dynamic, replace(portable, weights="stored"))
+    assert unrounded.stored_weights.endswith("taken as they are stored, activations not rounded")
+    assert forms(unrounded) == {Float8Format()}
+    # 2. blocks of a matrix: their activations have blocks, too, which no graph has
+    blocks = Checkpoint(quantized(checkpoint, tmp_path / "blocks", "fp8"))
+    with pytest.raises(BudgetError, match=r"rounds activations as well.*--weights stored.*--weights fp8"):
+        BuildPlan(blocks, portable)
+    assert forms(BuildPlan(blocks, replace(portable, weights="stored"))) == {Float8Format(16)}
+    again = BuildPlan(blocks, replace(portable, weights="fp8"))
+    assert forms(again) == {Float8Format()}
+    assert coded(again) == set()
+
+
+@pytest.mark.slow
+def test_scales_that_a_type_cannot_hold_are_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    folder = written(checkpoint, tmp_path / "dynamic", *FP8_DYNAMIC)
+    tensors = load_file(folder / SINGLE)
+    key = next(key for key in tensors if key.endswith("layers.1.mlp.up_proj.weight_scale"))
+    tensors[key][3] = 1e-7
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    for dtype in ("float16", "bfloat16", "float32"):
+        plan = BuildPlan(Checkpoint(folder), BuildOptions(dialect="portable", dtype=dtype))
+        parts = [part for graph in plan.graphs for part in graph.sources.values() if isinstance(part, QuantizedPart)]
+        sources = [part for part in parts if key.startswith(part.keys[0])]
+        assert len(sources) == 2
+        if dtype == "float16":
+            with pytest.raises(CheckpointError, match=r"up_proj.weight has a scale of 1e-07, which float16 cannot"):
+                sources[0].make(plan.checkpoint)
+        else:
+            assert sources[0].make(plan.checkpoint).dtype == torch.uint8
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 from framefusion.errors import BudgetError
 from framefusion.export.plan.weight_plan import parse_head, parse_weights
 from framefusion.export.quantization.blocks import BlockFormat
+from framefusion.export.quantization.float8 import Float8Format, WeightFormat
 
 
 @pytest.mark.parametrize(
@@ -20,10 +21,12 @@ from framefusion.export.quantization.blocks import BlockFormat
         ("int4+head4", BlockFormat(4, 32), BlockFormat(4, 32)),
         ("int8+head4", BlockFormat(8, 128), BlockFormat(4, 128)),
         ("int4:128+zero+head4", BlockFormat(4, 128, symmetric=False), BlockFormat(4, 128)),
+        ("fp8", Float8Format(), None),
+        ("fp8+activations+head", Float8Format(rounds=True), Float8Format()),
     ],
 )
 def test_layers_and_head_have_formats_of_their_own(
-    text: str | None, layers: BlockFormat | None, head: BlockFormat | None
+    text: str | None, layers: WeightFormat | None, head: WeightFormat | None
 ) -> None:
     assert parse_weights(text) == layers
     assert parse_head(text) == head

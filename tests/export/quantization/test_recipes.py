@@ -14,8 +14,8 @@ from framefusion.export.checkpoints.tensors.tensor_file import TensorFile
 from framefusion.export.checkpoints.tensors.weights import LatestBlocks, Source, packed_as
 from framefusion.export.quantization import recipes
 from framefusion.export.quantization.blocks import BlockFormat, joined
-from framefusion.export.quantization.float8 import Float8Format, search_float8
-from framefusion.export.quantization.recipes import Made, WeightFormat
+from framefusion.export.quantization.float8 import Float8Format, WeightFormat, search_float8
+from framefusion.export.quantization.recipes import Made
 from framefusion.export.quantization.search import search
 
 ROWS = 4  # read at a time here
