@@ -24,6 +24,7 @@ from framefusion.export.machine import TRACING_PROCESS
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.plan.weight_plan import parse_weights
+from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.feedback import MOST
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.generation.visuals.media_stages import MediaStages
@@ -51,7 +52,7 @@ def purposes(options: BuildOptions) -> tuple[str, ...]:
     Raises:
         BudgetError: for nothing, or the options name no weights.
     """
-    chooses = parse_weights(options.weights) is not None
+    chooses = isinstance(parse_weights(options.weights), BlockFormat)
     found = [SCHEDULE] if options.reduction == "fixed" else []
     found += [CODES] if chooses else []
     found += [SCALES] if options.kv_cache_dtype is not None else []

@@ -27,7 +27,7 @@ SCHEMA_VERSION = 6
     2   no digest
     3   no word of what the tower takes, nor of quantised weights, the checkpoint's among them
     4   no word of KV caches in another type than the bundle's
-    5   no word of weights in floats of 8 bits
+    5   no word of weights in floats of 8 bits, nor of prompts that codes were chosen by
 """
 OLDEST_SCHEMA = 2
 UNKNOWN_LICENSE = "unknown"  # the hub's word where nothing is stated

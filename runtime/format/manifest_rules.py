@@ -121,7 +121,12 @@ RULES: Rules = {
         "floats": _between(0, LINEARS),
         "losses": Rule(items=64),
     },
-    CalibrationRecord: {"films": Rule(items=4096, pattern="[0-9a-f]{64}"), "rows": _between(0, 1 << 40)},
+    CalibrationRecord: {
+        "films": Rule(items=4096, pattern="[0-9a-f]{64}"),
+        **dict.fromkeys(("rows", "answer_rows", "prompts", "held_out"), _between(0, 1 << 40)),
+        "texts": Rule(characters=64),
+        **dict.fromkeys(("divergence", "search_divergence"), _between(0, 1e6)),
+    },
     LossRecord: {
         "reducer": Rule(characters=200),
         "cost": _between(0, 1, above=True),
