@@ -1,11 +1,13 @@
 """Weights in floats, int8 and int4 beside each other: prefill, decode, and bytes of the files, in turn.
 
     python -m tools.bench.quantised --write
+    python -m tools.bench.quantised --weights int8+head,openvino-bf16:floats,openvino:int8+head --nearest
     python -m tools.bench.quantised --shape qwen2-7b --weights int4 --rounds 1 --new-tokens 8 --alone
 
-Weights are random, so nothing is said of accuracy (tools/accuracy.py is about that). The last command builds a 7B
-without its floats in ONNX Runtime and runs it alone; it reports the memory at the peak of build and of run, each
-in a process of its own.
+Weights are random, so nothing is said of accuracy (tools/accuracy.py is about that). Weights behind the name of a
+backend run there, the others on `--backend`, as do the floats that all are compared with. The last command builds a 7B
+without its floats in ONNX Runtime and runs it alone; it reports the memory at the peak of build and of run, each in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 from framefusion.export.plan import weight_plan
 from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
 from framefusion.export.quantization.rounding import round_to_nearest
+from framefusion.runtime.commands.flags import BACKENDS
 from framefusion.runtime.pipeline import Pipeline
 from tools.bench.prefill import median
 from tools.bench.runs import Run, Setting, add_flags, checkpoint_of, in_turn, parse
@@ -88,6 +91,10 @@ def setting_of(arguments: argparse.Namespace, weights: str) -> Setting:
 
 def _with(arguments: argparse.Namespace, weights: str) -> argparse.Namespace:
     changed = copy.copy(arguments)
+    backend, _, behind = weights.partition(":")
+    if backend in BACKENDS:
+        changed.backend = backend
+        weights = behind
     changed.weights = None if weights == FLOATS else weights
     return changed
 
