@@ -72,11 +72,14 @@ def test_decode(work: Path) -> None:
 @pytest.mark.slow
 def test_overlap(work: Path) -> None:
     pytest.importorskip("av")
-    figures = measured("overlap", work, "--films", "2", "--seconds", "2", "--threads-of", "1,2")
+    server = ("--long-seconds", "2", "--long-pictures", "4")
+    figures = measured("overlap", work, "--films", "2", "--seconds", "2", "--threads-of", "1,2", *server)
     for result in figures["results"].values():
+        assert result["server"]["speed_up"] == result["server"]["speed_ups"][0] > 0
         assert result["speed_up"] == result["speed_ups"][0] > 0
         assert set(result["one_film_alone"]) == {"video", "preprocess", "vision"}
     assert "| 1 threads |" in numbers.overlap(figures)
+    assert "| 1 threads, server |" in numbers.overlap(figures)
 
 
 @pytest.mark.slow

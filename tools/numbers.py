@@ -293,19 +293,21 @@ def fleet(result: dict[str, Any]) -> str:
 
 
 def overlap(result: dict[str, Any]) -> str:
-    """Several films of one request, the next one decoded while the tower has one, beside one after the other."""
-    rows = [
-        (
-            threads, row["default"],
-            *(f"{row[way]['median_s']:.2f} / {row[way]['min_s']:.2f}" for way in ("one_after_the_other", "overlapped")),
-            f"{row['speed_up']:.2f}x / {row['speed_up_of_minima']:.2f}x", f"{row['cpu_seconds_ratio']:.2f}",
-            *(f"{row['one_film_alone'][stage]['min_s']:.2f}" for stage in ("video", "vision")),
-        )
-        for threads, row in result["results"].items()
-    ]  # fmt: skip
+    """Films of one request, decoded while the tower has what is there, beside one after the other."""
+    rows = []
+    for name, row in result["results"].items():
+        alone = [f"{row['one_film_alone'][stage]['min_s']:.2f}" for stage in ("video", "vision")]
+        in_server = [(f"{name}, server", row["server"], ["-", "-"])] if "server" in row else []
+        for label, both, last in [(name, row, alone), *in_server]:
+            spans = [both[way] for way in ("one_after_the_other", "overlapped")]
+            gain = f"{both['speed_up']:.2f}x / {both['speed_up_of_minima']:.2f}x"
+            seconds_of = [f"{span['median_s']:.2f} / {span['min_s']:.2f}" for span in spans]
+            rows.append((label, row["default"], *seconds_of, gain, f"{both['cpu_seconds_ratio']:.2f}", *last))
     head = ("an operator takes", "by default", "one after the other s", "overlapped s", "speed-up", "processor time")
+    long = result.get("long_film")
+    served = f"; server: one of {long['seconds']} s as {long['pictures']} pictures" if long else ""
     return (
-        f"{result['films']} films of {result['film_size']}, files to rows, in turn: medians / minima of "
+        f"{result['films']} films of {result['film_size']}, files to rows{served}. In turn: medians / minima of "
         f"{result['rounds']} rounds (`{result['command']}`; {machine(result)})."
         f"\n\n{table((*head, 'one film: decoding s', 'tower s'), rows)}"
     )

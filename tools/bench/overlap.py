@@ -1,4 +1,4 @@
-"""Several films in one request: the next one decoded while the tower has one, against one after the other.
+"""Films decoded while the tower has what is there, against one after the other: in Python, and in a server.
 
     python -m tools.bench.overlap --write
     python -m tools.bench.overlap --backend inductor --device cuda --shape qwen2-vl-7b --frames 32 --grid 14x15
@@ -7,12 +7,16 @@ One process, one bundle for each number of threads, and both ways in turn in eve
 slows both. A run is `Pipeline.read`: files to rows of the LLM, nothing behind it. "default" is what the pipeline
 chooses by itself. A speed-up is the median of the rounds' own, so that a slow minute weighs as much as any other, and
 that of the fastest runs beside it, which is nearest to a machine with nothing else to do. "emulated device" waits for
-the seconds that the tower took instead of computing: it leaves the CPU alone, as a GPU does.
+the seconds that the tower took instead of computing, as many for each picture: it leaves the CPU alone, as a GPU does.
+
+"server" is one longer film, decoded in a process as a server's clients have it, to its rows: the tower has the film's
+first pictures while the rest is decoded, or all of them behind it.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import copy
 import time
 from dataclasses import replace
@@ -28,6 +32,12 @@ from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.visual_input import VisualInput
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.request import Stopwatch
+from framefusion.runtime.server.engine import Engine
+from framefusion.runtime.server.media.ahead import ReadingAhead, TowerJob
+from framefusion.runtime.server.media.decoding import start_decoders
+from framefusion.runtime.server.media.policy import MediaFile, MediaPolicy
+from framefusion.runtime.server.media.reader import MediaReader, OpenPart
+from framefusion.runtime.server.protocol.parts import MediaPart
 from framefusion.runtime.text.prompt import Turn, Visual
 from tools.bench.runs import Setting, add_flags, parse
 from tools.bench.setting import SEED, report, summary
@@ -46,6 +56,8 @@ def main() -> None:
     parser.set_defaults(shape="tower", frames=3, depth=1, rounds=9)
     parser.add_argument("--films", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=5, help="of each film")
+    parser.add_argument("--long-seconds", type=int, default=20, help="of the server's film; 0 leaves it out")
+    parser.add_argument("--long-pictures", type=int, default=24, help="temporal grids of the server's film")
     parser.add_argument("--threads-of", type=lambda text: [int(x) for x in text.split(",")], default=[1, 2])
     arguments = parse(parser)
     # 1. Films as a camera has them, larger than the model sees them, with frames between the sampled ones.
@@ -55,6 +67,10 @@ def main() -> None:
                    height, width, number)
         for number in range(arguments.films)
     ]  # fmt: skip
+    long = None
+    if arguments.long_seconds:
+        long = arguments.work / f"film-{width}x{height}-{arguments.long_seconds}s-long.mp4"
+        drawn_film(long, arguments.long_seconds, height, width, arguments.films)
     # 2. A pipeline for each number of threads: those of one operator of the tower.
     results = {}
     setting = None
@@ -62,23 +78,24 @@ def main() -> None:
         its = copy.copy(arguments)
         its.threads = threads
         setting = Setting(its)
-        results[f"{threads} threads"] = measure(setting, films)
+        results[f"{threads} threads"] = measure(setting, films, long)
     assert setting is not None  # a list of threads is never empty
     if not setting.on_gpu:
         tower = min(result["one_film_alone"]["vision"]["min_s"] for result in results.values())
-        results["emulated device"] = measure(setting, films, tower)
+        results["emulated device"] = measure(setting, films, long, tower / arguments.frames)
     facts = setting.facts | {
         "films": arguments.films,
         "film_seconds": arguments.seconds,
         "film_size": f"{width}x{height}",
+        "long_film": {"seconds": arguments.long_seconds, "pictures": arguments.long_pictures} if long else None,
     }
     for name in ("threads", "tokens", "captured_decode"):
         del facts[name]
     report("overlap", facts | {"results": results}, write=arguments.write, file=setting.result_file("overlap"))
 
 
-def measure(setting: Setting, films: list[Path], emulated: float | None = None) -> dict[str, Any]:
-    """Both ways of one pipeline, in turn; a tower that is emulated takes so many seconds and no processor."""
+def measure(setting: Setting, films: list[Path], long: Path | None, emulated: float | None = None) -> dict[str, Any]:
+    """Both ways of one pipeline, in turn; an emulated tower takes so many seconds a picture, and no processor."""
     pipeline = setting.pipeline if emulated is None else waiting(setting.pipeline, emulated)
     arguments = setting.arguments
     default = pipeline.overlaps or emulated is not None
@@ -100,30 +117,91 @@ def measure(setting: Setting, films: list[Path], emulated: float | None = None) 
         if turn:
             for name, seconds in stages.items():
                 seconds.append(alone[name])
+    results = {"default": "overlapped" if default else "one after the other", **compared(runs)}
+    results["one_film_alone"] = {name: summary(seconds) for name, seconds in stages.items()}
+    if long is not None:
+        results["server"] = serve(pipeline, long, arguments.long_pictures, arguments.rounds)
+    return results
+
+
+def compared(runs: dict[bool, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Seconds of both ways, by the clock and of processors, of rounds that had both in turn."""
     apart = runs[False]
     ahead = runs[True]
     return {
-        "default": "overlapped" if default else "one after the other",
         "one_after_the_other": summary([wall for wall, _ in apart]),
         "overlapped": summary([wall for wall, _ in ahead]),
         "speed_up": round(median(a[0] / b[0] for a, b in zip(apart, ahead, strict=True)), 3),
         "speed_up_of_minima": round(min(a for a, _ in apart) / min(b for b, _ in ahead), 3),
         "speed_ups": [round(a[0] / b[0], 3) for a, b in zip(apart, ahead, strict=True)],
         "cpu_seconds_ratio": round(median(b[1] / a[1] for a, b in zip(apart, ahead, strict=True)), 3),
-        "one_film_alone": {name: summary(seconds) for name, seconds in stages.items()},
     }
 
 
+def serve(pipeline: Pipeline, film: Path, pictures: int, rounds: int) -> dict[str, Any]:
+    """A server's way from one film to its rows, both ways in turn; nobody else asks.
+
+    Processor time is the server's alone, without the child's that decodes.
+    """
+    manifest = pipeline.manifest
+    sampling = manifest.sampling.spread(2 * pictures)
+    reader = MediaReader(MediaPolicy(), manifest.preprocessing, sampling, decoders=1)
+    engine = Engine(1, 1 << 30, lambda held: None)
+    ahead = ReadingAhead(pipeline, reader, engine)
+    part = OpenPart(
+        MediaPart(Visual.VIDEO, (film.as_uri(),), "the film"), (MediaFile(film, "", "the film"),), sampling, None, ""
+    )
+    engine.start()
+    start_decoders()
+
+    async def rows() -> None:
+        reading = ahead.begin(pipeline.session(), [ONE])
+        if reading is None:
+            decoded = await asyncio.to_thread(reader.decode, [part], 0, lambda: False)
+        else:
+            decoded = await ahead.decode(reading, [part], 0, lambda: False)
+
+        def encode() -> None:  # as a prefill begins
+            files = [each.media for each in decoded]
+            read = reading.result() if reading else pipeline.read_media([ONE], files, sampling, Stopwatch())
+            encoded = pipeline.encode_rest(read.visuals, read.rows)
+            pipeline.backend.device.download(encoded[0][0][:1])  # waits for the device
+
+        job = TowerJob(pipeline, encode)
+        engine.submit(job)
+        await asyncio.wrap_future(job.done)
+
+    runs: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    try:
+        for turn in range(rounds + 1):
+            for overlaps in (False, True) if turn % 2 else (True, False):
+                pipeline.overlaps = overlaps
+                processors = time.process_time()
+                start = time.perf_counter()
+                asyncio.run(rows())
+                run = (time.perf_counter() - start, time.process_time() - processors)
+                if turn:  # the first round warms up
+                    runs[overlaps].append(run)
+    finally:
+        engine.close()
+        reader.close()
+    return compared(runs)
+
+
 def waiting(pipeline: Pipeline, seconds: float) -> Pipeline:
-    """The pipeline with a tower that computes once and then only waits; films of one size have rows of one shape."""
+    """The pipeline with a tower that computes once and then only waits, so many seconds for each picture.
+
+    Films of one size and as many pictures have rows of one shape.
+    """
     encode = pipeline.encode_visual
-    rows: list[Buffer] = []
+    rows: dict[int, Buffer] = {}
 
     def encode_visual(visual: VisualInput) -> Buffer:
-        if not rows:
-            rows.append(encode(visual))
-        time.sleep(seconds)
-        return rows[0]
+        pictures = sum(tiles.shape[0] for tiles in visual.tiles)
+        if pictures not in rows:
+            rows[pictures] = encode(visual)
+        time.sleep(seconds * pictures)
+        return rows[pictures]
 
     pipeline.encode_visual = encode_visual  # type: ignore[method-assign]
     return pipeline

@@ -64,7 +64,7 @@ def steps(device: str, shape: str, work: Path) -> list[Step]:
     inductor = ("--backend", "inductor", *sizes, "--costs", "1,0.3", "--dtype", dtype)
     onnxruntime = ("--backend", "onnxruntime", *sizes, "--costs", "1,0.3")
     rounds = ("--rounds", "1" if is_tiny else "2")
-    films = ("--films", "2", "--seconds", "2" if is_tiny else "8", *rounds, "--threads-of", "1")
+    films = ("--films", "2", "--seconds", "2" if is_tiny else "8", *rounds, "--threads-of", "1", "--long-seconds", "0")
     module = ("onnxruntime",)
     patience = 1 if device == "cuda" else 5  # a CPU that only tries the steps may be slow
     doctor = "from framefusion.start import ff_run; ff_run()"
