@@ -2,12 +2,14 @@
 
     python -m tools.bench.quantised --write
     python -m tools.bench.quantised --weights int8+head,openvino-bf16:floats,openvino:int8+head --nearest
-    python -m tools.bench.quantised --shape qwen2-7b --weights int4 --rounds 1 --new-tokens 8 --alone
+    python -m tools.bench.quantised --shape qwen2-7b --weights int4,int4:128 --rounds 1 --new-tokens 8 --alone
 
 Weights are random, so nothing is said of accuracy (tools/accuracy.py is about that). Weights behind the name of a
 backend run there, the others on `--backend`, as do the floats that all are compared with. The last command builds a 7B
-without its floats in ONNX Runtime and runs it alone; it reports the memory at the peak of build and of run, each in a
-process of its own.
+without its floats in ONNX Runtime and runs it alone, once for each format; it reports the memory at the peak of build
+and of run, each in a process of its own: all that is resident (VmHWM), which counts pages of mapped files that the
+system takes back when it wants them, and the process's own memory (RssAnon, sampled). `--limit` is a limit of that for
+the build, kept by the system (RLIMIT_DATA). Linux only.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import argparse
 import copy
 import resource
 import statistics
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,12 +32,14 @@ from framefusion.export.plan import weight_plan
 from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
 from framefusion.export.quantization.rounding import round_to_nearest
 from framefusion.runtime.commands.flags import BACKENDS
+from framefusion.runtime.memory import memory_plan
 from framefusion.runtime.pipeline import Pipeline
 from tools.bench.prefill import median
 from tools.bench.runs import Run, Setting, add_flags, checkpoint_of, in_turn, parse
 from tools.bench.setting import report, summary
 
 FLOATS = "floats"
+INTERVAL = 0.02  # seconds between samples
 ROWS = 1024  # whose codes are chosen at a time
 
 
@@ -43,6 +49,7 @@ def main() -> None:
     parser.add_argument("--weights", type=lambda text: text.split(","), default=["int8", "int4"])
     parser.add_argument("--alone", action="store_true", help="leave the floats out, and report memory")
     parser.add_argument("--nearest", action="store_true", help="round codes to the nearest: no search, the same speed")
+    parser.add_argument("--limit", type=float, metavar="GB", help="of the memory of a build alone that no file backs")
     arguments = parse(parser)
     arguments.dtype = arguments.dtype or "float32"
     arguments.golden = False
@@ -105,13 +112,15 @@ def llm_bytes(pipeline: Pipeline) -> int:
 
 
 def alone(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One bundle, built and run each in a process of its own; memory in bytes."""
-    (weights,) = arguments.weights
+    """A bundle of each format, built and run each in a process of its own; memory in bytes."""
     checkpoint_of(arguments)
-    figures: dict[str, Any] = {"weights": weights}
-    for step in (_build, _run):
-        with get_context("spawn").Pool(1) as pool:
-            figures |= pool.apply(step, (arguments, weights))
+    figures: dict[str, Any] = {"shape": arguments.shape, "limit_gb": arguments.limit, "formats": {}}
+    for weights in arguments.weights:
+        found: dict[str, Any] = {}
+        for step in (_build, _run):
+            with get_context("spawn").Pool(1) as pool:
+                found |= pool.apply(step, (arguments, weights))
+        figures["formats"][weights] = found
     return figures
 
 
@@ -135,32 +144,59 @@ def nearest(weight: Tensor, form: BlockFormat, dtype: torch.dtype) -> BlockQuant
 def _build(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
     if arguments.nearest:
         round_to_nearest_only()
-    Setting.built(_with(arguments, weights))
-    return {"build_peak_bytes": peak()}
+    if arguments.limit is not None:
+        limit = round(arguments.limit * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    with sampled() as most:
+        Setting.built(_with(arguments, weights))
+    return {"build_peak_bytes": memory("VmHWM"), "build_own_bytes": most[0]}
 
 
 def _run(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
-    before = resident()
-    setting = setting_of(arguments, weights)
-    figures: dict[str, Any] = setting.facts | {"llm_bytes": llm_bytes(setting.pipeline)}
-    figures["imports_bytes"] = before  # of torch and the exporter, which a runtime has not
-    figures["opened_bytes"] = resident()
-    for name, request in setting.requests.items():
-        runs = [setting.run(request) for _ in range(arguments.rounds)]
-        seconds = statistics.median(run.decode for run in runs)
-        figures[name] = {"prefill": summary([run.prefill for run in runs]), "tokens_per_second": 1 / seconds}
-    return figures | {"run_peak_bytes": peak()}
+    imports = {"imports_bytes": memory("VmRSS"), "imports_own_bytes": memory("RssAnon")}  # torch and the exporter
+    with sampled() as most:
+        setting = setting_of(arguments, weights)
+        figures: dict[str, Any] = setting.facts | {"llm_bytes": llm_bytes(setting.pipeline)} | imports
+        figures |= {"opened_bytes": memory("VmRSS"), "opened_own_bytes": memory("RssAnon")}
+        for name, request in setting.requests.items():
+            runs = [setting.run(request) for _ in range(arguments.rounds)]
+            seconds = statistics.median(run.decode for run in runs)
+            figures[name] = {"prefill": summary([run.prefill for run in runs]), "tokens_per_second": 1 / seconds}
+            tokens = len(setting.film.hidden)
+            lengths = entered(setting, runs)
+            plan = memory_plan(setting.pipeline.manifest, tokens, 0, arguments.new_tokens, lengths=lengths)
+            figures[name]["planned_bytes"] = plan.total
+    return figures | {"run_peak_bytes": memory("VmHWM"), "run_own_bytes": most[0]}
 
 
-def resident() -> int:
-    """Memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def entered(setting: Setting, runs: Sequence[Run]) -> list[int]:
+    """Tokens in each segment."""
+    return [runs[0].lengths[segment.attention_layers[0]] for segment in setting.pipeline.manifest.segments]
 
 
-def peak() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+@contextmanager
+def sampled() -> Iterator[list[int]]:
+    """The most memory of this process that no file backs, as it is known up to now.  [1]"""
+    most = [memory("RssAnon")]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(INTERVAL):
+            most[0] = max(most[0], memory("RssAnon"))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+
+
+def memory(kind: str) -> int:
+    """Bytes of this process of a kind, as the kernel calls it in /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) * 1024
 
 
 if __name__ == "__main__":
