@@ -7,28 +7,103 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 TRACING_PROCESS = 650_000_000
 """Bytes of a process that traces, without a tensor in it, measured: torch, its exporter and onnx_ir."""
 CHECKING_PROCESS = 900_000_000
 """Bytes of a process that checks, without a tensor in it, measured: ONNX Runtime and transformers beside torch."""
+PROC = Path("/proc")
+GROUPS = Path("/sys/fs/cgroup")
 MADV_PAGEOUT = 21  # of Linux 5.4 and newer: unlike MADV_DONTNEED it never loses what was written
 
 
+class _GroupFiles(NamedTuple):
+    """Where a version of control groups has what it says of memory."""
+
+    root: str  # below GROUPS
+    limit: str
+    used: str
+    cached: str  # prefix of what is counted with the groups below
+
+
+GROUP_FILES: Mapping[int, _GroupFiles] = MappingProxyType(
+    {
+        1: _GroupFiles("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        2: _GroupFiles("", "memory.max", "memory.current", ""),
+    }
+)
+"""Version of control groups -> its files."""
+
+
 def available_memory() -> int:
-    """Bytes that could be allocated now."""
+    """Bytes that could be allocated now: what the machine has, within the limits that this process is under.
+
+    These are the limits of its control groups, as a container has them, RLIMIT_DATA and RLIMIT_AS.
+    """
+    return max(0, min([_free_memory(), *_left_of_groups(), *_left_of_process()]))
+
+
+def _free_memory() -> int:
+    """Bytes that the whole machine could give."""
     try:
-        lines: Mapping[str, str] = dict(
-            line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-        )
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
+        return 1024 * _numbers(PROC / "meminfo")["MemAvailable"]
+    except (OSError, KeyError):
         page = os.sysconf("SC_PAGE_SIZE")
         if "SC_AVPHYS_PAGES" in os.sysconf_names:
             return page * os.sysconf("SC_AVPHYS_PAGES")
         return page * os.sysconf("SC_PHYS_PAGES") // 2  # macOS says only what there is in all
+
+
+def _left_of_groups() -> Iterator[int]:
+    """What each control group above this process leaves it; files in the system's cache are given back."""
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        kind = GROUP_FILES[1 if controllers else 2]
+        root = GROUPS / kind.root
+        folder = root / path.lstrip("/")
+        if not folder.is_dir():
+            folder = root  # a container sees its own group as the root, under the name that the host has for it
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(root):
+                yield from _left_of_group(group, kind)
+
+
+def _left_of_group(group: Path, kind: _GroupFiles) -> Iterator[int]:
+    try:
+        limit = int((group / kind.limit).read_text())  # "max" where there is none
+        used = int((group / kind.used).read_text())
+        cached = _numbers(group / "memory.stat")
+    except (OSError, ValueError):
+        return
+    yield limit - used + sum(cached.get(kind.cached + name, 0) for name in ("active_file", "inactive_file"))
+
+
+def _left_of_process() -> Iterator[int]:
+    """What the limits of a process leave it."""
+    try:
+        used = _numbers(PROC / "self" / "status")
+        for limit, name in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+            most, _hard = resource.getrlimit(limit)
+            if most != resource.RLIM_INFINITY:
+                yield most - 1024 * used[name]
+    except (OSError, KeyError):
+        return
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The numbers of a file of the kernel's, a name before each, by their names."""
+    fields = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {name: int(number) for name, number, *_ in (line for line in fields if len(line) > 1) if number.isdigit()}
 
 
 def peak_memory() -> int:
