@@ -26,6 +26,7 @@ PAGES = (
     "docs/numbers.md",
     "docs/families.md",
     "docs/batch.md",
+    "docs/checks.md",
     "docs/engines.md",
     "docs/films.md",
     "docs/quantisation.md",

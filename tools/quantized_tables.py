@@ -26,6 +26,55 @@ def answers(result: dict[str, Any]) -> str:
     )
 
 
+def calibrated(result: dict[str, Any]) -> str:
+    """What codes by films lose beside those of the search, and by what: the answer's beginning, its end, decisions."""
+    rows = {(row["format"], row["cost"]): row for row in result["formats"]}
+    formats = list(dict.fromkeys(row["format"] for row in result["formats"]))[1:]
+    costs = list(dict.fromkeys(row["cost"] for row in result["formats"]))
+    lowest = costs[-1]
+    floats = rows["float32", lowest]
+    questions = result["questions"]
+    lines = []
+    for name in formats:
+        row = rows[name, lowest]
+        begins = 100 * (floats["begins_right"] - row["begins_right"]) / questions
+        right = round(floats["accuracy"] * questions)
+        parts = [100 * (right - row[key]) / questions for key in ("right_by_floats_decisions", "floats_right_by_these")]
+        cells = [difference(rows[name, cost]) for cost in costs]
+        lines.append((f"`{name}`", *cells, *(f"{value:+.1f}" for value in (begins, *parts)), divergences(result, name)))
+    names = (
+        "codes", *(f"points lost, cost {cost:g}" for cost in costs), "by beginnings", "by fp32's decisions",
+        "fp32 by these decisions", "divergence held out: films, search",
+    )  # fmt: skip
+    return (
+        f"Points lost against fp32, {questions} questions about {result['clips']} clips (`{result['command']}`), with "
+        "Newcombe's 95 % interval of paired differences, bold where it does not reach 0. Then, at cost "
+        f"{lowest:g}: those lost if an answer is right that begins with what is right, those lost with fp32's "
+        "decisions in place of these weights' own, and those that fp32 loses with these weights' decisions. Last, nats "
+        f"a token from floats on the prompts held out:\n\n{table(names, lines)}"
+    )
+
+
+def divergences(result: dict[str, Any], name: str) -> str:
+    record = result["calibrations"][name]
+    if record is None or record["divergence"] is None:
+        return "-"
+    left = "" if record["taken"] else ", left"
+    return f"{record['divergence']:.2g}, {record['search_divergence']:.2g}{left}"
+
+
+def mutations(result: dict[str, Any]) -> str:
+    """Changes of one matrix that the golden's limits find of those tried, and that twice the check's limit would."""
+    bundles = result["bundles"]
+    kinds = list(dict.fromkeys(kind for found in bundles.values() for kind in found))
+    rows = [(kind, *(_found(found.get(kind)) for found in bundles.values())) for kind in kinds]
+    return table(("change of one matrix", *bundles), rows) + f"\n\n(`{result['command']}`)"
+
+
+def _found(counts: dict[str, int] | None) -> str:
+    return "" if counts is None else f"{counts['found']} of {counts['tried']} ({counts['formerly']})"
+
+
 def kept(result: dict[str, Any]) -> str:
     """What is kept otherwise than in fp32, which decisions are turned, and what both have to do with right answers."""
     rows = [row for row in result["formats"] if row["format"] != "float32" and row["cost"] < 1]
@@ -222,6 +271,8 @@ def tables(load: Callable[[str], dict[str, Any]]) -> dict[str, Callable[[], str]
         "caches in int8": lambda: caches(load("kv_cache")),
         "quantised memory": lambda: memory(load("quantised_alone_qwen2-7b")),
         "quantised answers": lambda: answers(load("quantized_accuracy")),
+        "calibrated answers": lambda: calibrated(load("quantized_films")),
+        "golden mutations": lambda: mutations(load("golden_mutations")),
         "quantised heads": lambda: answers(load("quantized_heads")),
         "quantised families": lambda: families(load("quantized_families")),
         "quantised reduction": lambda: kept(load("quantized_accuracy")),

@@ -62,7 +62,7 @@ BENCHMARKS = (
 MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS}
 MODULES |= dict.fromkeys(("accuracy", "accuracy_brief"), "tools.accuracy")
 MODULES |= dict.fromkeys(("quantized_accuracy", "quantized_accuracy_brief"), "tools.quantized_accuracy")
-MODULES |= {"quantized_families": "tools.quantized_families"}
+MODULES |= {"quantized_families": "tools.quantized_families", "golden_mutations": "tools.golden_mutations"}
 
 
 @dataclass(frozen=True)

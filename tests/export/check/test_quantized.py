@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from framefusion.errors import BudgetError, CheckpointError
 from framefusion.export.build import build
@@ -35,11 +32,12 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import WeightFormatRecord
 from framefusion.runtime.proof.golden import require_golden
 from framefusion.runtime.proof.opening import open_proven
-from framefusion.runtime.proof.prove import TOGETHER, Proof, prove
+from framefusion.runtime.proof.prove import TOGETHER, prove
+from tools.golden_mutations import CHANGES, SHALLOW, places, proof_of_changed, worst_logits
 
 TRAINED = Path(__file__).parents[2] / "models" / "tiny_qwen2_vl"
 FP8_ENGINES = {"weights": "fp8", "backend": "tensorrt-rtx", "dialect": "portable"}
-INT4 = BuildOptions(weights="int4", num_decoder_layer=4, depth=2, cost=0.5)
+INT4 = SHALLOW
 
 
 @pytest.fixture(scope="module")
@@ -154,40 +152,6 @@ def test_what_no_kernel_has_is_refused_before_anything_is_read(
 
 # --- The golden's limits: what they find ------------------------------------------------------------------------------
 
-Changed = Callable[[NDArray[np.float32]], object]
-
-CHANGES: dict[str, Changed] = {  # of the scales of a matrix, [out, blocks], in place; of a bias, [out]
-    "times 1.1": lambda scales: np.multiply(scales, 1.1, out=scales),
-    "times 1.5": lambda scales: np.multiply(scales, 1.5, out=scales),
-    "every eighth row zero": lambda scales: scales[::8].fill(0),
-    "scales of other rows": lambda scales: np.copyto(scales, scales[::-1].copy()),
-    "scales of the next block": lambda scales: np.copyto(scales, np.roll(scales, 1, axis=1)),
-}
-
-
-def places(folder: Path) -> Iterator[tuple[str, Path, int, tuple[int, ...]]]:
-    """Name, file, offset and shape of the scales and biases of every segment."""
-    for graph in sorted(folder.glob("segments/*/graph.onnx")):
-        for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
-            if tensor.name.endswith((".scales", ".bias")):
-                offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
-                yield f"{graph.parent.name} {tensor.name}", graph.parent / "weights.bin", offset, tuple(tensor.dims)
-
-
-def proof_of_changed(folder: Path, file: Path, offset: int, shape: tuple[int, ...], change: Changed) -> Proof:
-    """The proof of a bundle some of whose numbers are others meanwhile."""
-    content = np.memmap(file, np.float32, "r+", offset, shape)
-    before = content.copy()
-    try:
-        change(content)
-        content.flush()
-        bundle = Bundle(folder, verify=False)
-        return prove(bundle, OnnxRuntimeBackend(folder, manifest=bundle.manifest, threads=1), require_golden(bundle))
-    finally:
-        content[:] = before
-        content.flush()
-
-
 LEAST_FOUND = {  # of those tried; 28, 8, 10, 10, 10 and 1 where this was written
     "times 1.5": (26, 28),
     "times 1.1": (5, 10),
@@ -214,7 +178,7 @@ def test_what_the_limits_of_the_golden_find(built: Path) -> None:
             tried[kind] += 1
             found[kind] += not proof.right
             if kind == "times 1.5":
-                beyond_the_former += max(stage.error for stage in proof.stages if stage.kind == "logits") > former
+                beyond_the_former += worst_logits(proof) > former
     assert dict(tried) == {kind: of for kind, (_, of) in LEAST_FOUND.items()}
     assert all(found[kind] >= least for kind, (least, _) in LEAST_FOUND.items()), found
     assert beyond_the_former < found["times 1.5"], beyond_the_former
