@@ -2,8 +2,8 @@
 
     python -m tools.golden_mutations --write
 
-A bundle of each number of layers and format: its scales are changed in the file, and ONNX Runtime's answers compared with
-the golden, as `ff-run check` does. Beside it what twice the check's limit finds, which goldens had before.
+A bundle of each number of layers and format: its scales are changed in the file, and ONNX Runtime's answers compared
+with the golden, as `ff-run check` does. Beside it what twice the check's limit finds, which goldens had before.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ BENCHMARKS = (
 MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS}
 MODULES |= dict.fromkeys(("accuracy", "accuracy_brief"), "tools.accuracy")
 MODULES |= dict.fromkeys(("quantized_accuracy", "quantized_accuracy_brief"), "tools.quantized_accuracy")
+MODULES |= {"gptq_reference": "tools.gptq_reference"}
 MODULES |= {"quantized_families": "tools.quantized_families", "golden_mutations": "tools.golden_mutations"}
 
 
