@@ -50,7 +50,8 @@ class BuildOptions:
             AS_STORED, its codes though its format rounds activations too, or DEQUANTIZED, floats of `dtype`.
         kv_cache_dtype: of the KV caches: None for that of `dtype`; "int8" for codes, by a scale of each channel of a
             head that the build measures.
-        calibrated_by: SHA-256 of the films that codes of `weights` are chosen by; None: by the weights alone.
+        calibrated_by: SHA-256 of each film that codes of `weights` are chosen by, then of the tokens of prompts and
+            answers; None: by the weights alone.
         num_decoder_layer: take only the first layers, for a smoke test.
         fps, max_frames, min_pixels, max_pixels: sampling of frames and their size.
         mm_spatial_pool_mode: how the patches of a frame are pooled (LLaVA).

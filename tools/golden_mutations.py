@@ -39,6 +39,8 @@ CHANGES: dict[str, Changed] = {  # of the scales of a matrix, [out, blocks], in 
     "scales of the next block": lambda scales: np.copyto(scales, np.roll(scales, 1, axis=1)),
 }
 BIAS = "bias of a value projection lost"
+SAMPLED = 28
+"""Matrices of a bundle that are changed, evenly spread over its layers; all of four layers."""
 SHALLOW = BuildOptions(weights="int4", num_decoder_layer=4, depth=2, cost=0.5)
 BUNDLES = {
     "int4, 4 layers": SHALLOW,
@@ -91,12 +93,13 @@ def found_of(folder: Path, options: BuildOptions) -> dict[str, dict[str, int]]:
     tried: Counter[str] = Counter()
     found: Counter[str] = Counter()
     formerly: Counter[str] = Counter()
-    matrices = list(places(folder))
+    scales = [place for place in places(folder) if place[0].endswith(".scales")]
+    biases = [place for place in places(folder) if place[0].endswith(".v.bias")]
+    sampled = scales[:: max(1, len(scales) // SAMPLED)]
+    matrices = [*sampled, *biases]
     count = CountLines("matrices")
     for number, (name, file, offset, shape) in enumerate(matrices, 1):
-        changes = CHANGES if name.endswith(".scales") else {}
-        if name.endswith("v.bias"):
-            changes = {BIAS: lambda bias: bias.fill(0)}
+        changes: dict[str, Changed] = {BIAS: lambda bias: bias.fill(0)} if name.endswith(".bias") else CHANGES
         for kind, change in changes.items():
             if kind == "scales of the next block" and shape[1] == 1:
                 continue  # there is none

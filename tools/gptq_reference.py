@@ -4,8 +4,8 @@
     python -m tools.gptq_reference --autogptq elsewhere --write
 
 Matrices of the tiny trained model, and rows whose inputs go together and differ in size. `GPTQ.fasterquant`, with act
-order and static groups, chooses codes over this package's scales, which must be the same codes, and over its own scales,
-which are those of the largest weight of a group. Errors are of the outputs of further rows.
+order and static groups, chooses codes over this package's scales, which must be the same codes, and over its own, which
+are those of the largest weight of a group. Errors are of the outputs of further rows.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class CodeStore:
         rows: that entered the first linear map, those of answers among them.
         answer_rows: of these, of answers.
         prompts: conversations about the films.
-        texts: SHA-256 over what was said in them.
+        texts: SHA-256 over the tokens of these prompts and of their answers.
         held_out: prompts of these that took no part in the choice.
         divergence, search_divergence: from floats on those, behind these codes and behind the search's; nats a token.
         taken: whether a build takes these codes; else it searches its own.

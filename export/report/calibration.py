@@ -1,8 +1,8 @@
 """What `--calibrate` will read and take, before anything is built: films as the build reads them, rows, bytes, time.
 
-Rows and bytes follow from the films' own tokens. Seconds follow from what one core did of each kind of product
-(tests/export/report/test_calibration.py has the sizes); of answers of a model on the disk and of schedules they are
-unknown, and said to be. Reads no weight; writes a tokenizer to a temporary folder, nothing else.
+Rows and bytes follow from the films' own tokens. Seconds follow from what one core did of each kind of product: two
+layers of a 0.5B and four prompts of 613 tokens took 24 s of it. Of answers and of schedules they are unknown, and said
+to be. Reads no weight; writes a tokenizer to a temporary folder, nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from framefusion.console.progress import in_time
 from framefusion.errors import BudgetError
 from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.checkpoints.text.tokenizer_file import TOKENIZER, write_tokenizer
+from framefusion.export.eager.calibration.held_out import LEAST, held_out
 from framefusion.export.eager.calibration.prompts import CalibrationPrompt, answer_tokens, films_of, read_prompts
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.machine import TRACING_PROCESS
@@ -36,10 +37,11 @@ from framefusion.runtime.text.prompt_layout import build_prompt
 from framefusion.runtime.text.tokenizer import Tokenizer
 
 PRODUCTS_A_SECOND = 90e9  # multiplications and additions of rows by a matrix, or by each other: 96e9 to 109e9 of a core
-FED_BACK_A_SECOND = 3e9  # outputs times inputs squared: 3.2e9 with 4096 inputs, 7.3e9 with 896
+FED_BACK_A_SECOND = 5e9  # outputs times inputs squared: 3.2e9 with 4096 inputs, 7.3e9 with 896
 FACTORED_A_SECOND = 12e9  # inputs cubed, of what is inverted: 13e9 to 19e9
-SEARCHED_A_SECOND = 8e6  # weights whose scales are searched
+SEARCHED_A_SECOND = 10e6  # weights whose scales are searched
 GRAM_BYTES = 32  # of each product of two inputs: it in fp32, ordered and inverted in fp64
+ALLOCATED = 1.1  # times what is counted; 1.05 for two layers of a 0.5B
 FLOAT = 4
 SCHEDULE = "schedule"
 CODES = "codes"
@@ -159,25 +161,28 @@ def _of_codes(plan: BuildPlan, manifest: Manifest, lengths: Sequence[tuple[int, 
             shapes = [tuple(p.shape) for p in block.parameters() if p.dim() == 2]
             half = max(half, FLOAT * sum(parameter.numel() for parameter in block.parameters()))
             for inputs, outputs in shapes:
-                part = min(inputs, MOST)
-                parts = -(-inputs // MOST)
-                widest = max(widest, part)
+                parts = [min(MOST, inputs - start) for start in range(0, inputs, MOST)]
+                widest = max(widest, *parts)
                 codes += inputs * outputs
-                products = count * inputs * (2 * 2 * outputs + 2 * part)  # twice through, and rows by each other
+                products = count * inputs * (2 * 2 * outputs + 2 * parts[0])  # twice through, and rows by each other
                 seconds += products / PRODUCTS_A_SECOND + inputs * outputs / SEARCHED_A_SECOND
-                seconds += parts * part * part * (outputs / FED_BACK_A_SECOND + part / FACTORED_A_SECOND)
+                seconds += sum(n * n * (outputs / FED_BACK_A_SECOND + n / FACTORED_A_SECOND) for n in parts)
+    held = len(held_out(len(lengths)))
+    lanes = 1 + held / len(lengths)  # prompts that are held out go twice through the layers
     # 4. hidden states before and behind a half layer, an activation of one prompt, and what the films leave
     longest = max(whole for whole, _ in lengths) + tokens
-    states = FLOAT * rows[0] * (2 * model.hidden_size + model.head_dim)
+    states = round(lanes * FLOAT * rows[0] * (2 * model.hidden_size + model.head_dim))
     activations = 3 * FLOAT * longest * (model.intermediate_size + model.hidden_size)
-    memory = TRACING_PROCESS + half + GRAM_BYTES * widest * widest + states + caches + activations
+    halves = half * (2 if held else 1)  # those of the search beside them
+    memory = TRACING_PROCESS + halves + GRAM_BYTES * widest * widest + states + round(lanes * caches) + activations
     answering = memory_of_streamed(floats) if streamed else memory_of_check(floats)
     return {
         "rows": {"first_layer": rows[0], "last_layer": rows[-1]},
         "answer": {"tokens": tokens, "streamed": streamed},
-        "memory": max(memory, answering),
+        "memory": round(ALLOCATED * max(memory, answering)),
         "disk": codes + codes * FLOAT // 16 + manifest.files["embedding.bin"].size,
-        "seconds": seconds,
+        "held_out": held,
+        "seconds": lanes * seconds + (codes / SEARCHED_A_SECOND if held else 0),
     }
 
 
@@ -202,11 +207,17 @@ def calibration_lines(needs: Mapping[str, Any] | None) -> list[str]:
         rows = needs["rows"]
         answer = needs["answer"]
         reading = "reading all weights for each token, " if answer["streamed"] else ""
+        held = needs["held_out"]
+        judged = (
+            f"{held} of the prompts are held out to compare them with the search's"
+            if held
+            else (f"from {LEAST} prompts on some are held out to compare them with the search's")
+        )
         lines.append(
             f"rows that codes are chosen by: {rows['first_layer']} in the first layer at most, about "
             f"{rows['last_layer']} in the last one, answers of up to {answer['tokens']} tokens among them; "
             f"{in_bytes(needs['disk'])} on the disk meanwhile; about {in_time(needs['seconds'])} of one core, {reading}"
-            "the answers besides, whose time is unknown"
+            f"the answers besides, whose time is unknown; {judged}"
         )
     else:
         lines.append("time of the films in the eager model: unknown")

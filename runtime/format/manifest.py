@@ -222,7 +222,7 @@ class CalibrationRecord:
     rows: int  # of all of them that entered the first layer
     answer_rows: int = 0  # of these, tokens of the answers; bundles of before chose by prompts alone
     prompts: int = 0  # conversations about the films; 0: one a film, of before
-    texts: str = ""  # SHA-256 over what was said in them
+    texts: str = ""  # SHA-256 over the tokens of these conversations and of their answers
     held_out: int = 0  # prompts of these that took no part in the choice
     divergence: float | None = None  # from floats on those, in nats a token; None where none were
     search_divergence: float | None = None  # the same behind codes of the search alone

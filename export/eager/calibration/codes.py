@@ -29,7 +29,7 @@ from framefusion.export.eager.calibration.prompts import (
     CalibrationRows,
     answered_rows,
     digests_of,
-    texts_digest,
+    tokens_digest,
 )
 from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled_bundle
 from framefusion.export.options import BuildOptions
@@ -80,7 +80,7 @@ def calibrated_codes(
     floats = plan.in_floats
     assert floats is not None  # codes are chosen
     digests = digests_of(prompts)
-    store = CodeStore(folder, digests, texts=texts_digest(prompts), prompts=len(prompts))
+    store = CodeStore(folder, digests, prompts=len(prompts))
     with TemporaryDirectory(dir=folder) as parts:
         bundle = in_fp32(uncompiled_bundle(floats, Path(parts) / "parts"), floats)
         # 2. what the prompts put into the decoder, and what it answers
@@ -90,9 +90,10 @@ def calibrated_codes(
         pipeline = Pipeline(bundle, EagerBackend(lockstep.loaders(eager_loaders(floats, streamed=True))))
         judgement = _run(lockstep, pipeline, floats, prepared)
     answers = sum(item.answer for item in prepared)
-    store = replace(store, rows=lockstep.rows, answer_rows=answers)
+    store = replace(store, rows=lockstep.rows, answer_rows=answers, texts=tokens_digest(prepared))
+    named = replace(options, calibrated_by=(*digests, store.texts))
     if judgement is None:
-        return replace(options, calibrated_by=digests), store
+        return named, store
     store = replace(
         store,
         held_out=judgement.prompts,
@@ -100,7 +101,7 @@ def calibrated_codes(
         search_divergence=judgement.searched,
         taken=judgement.is_better,
     )
-    return (replace(options, calibrated_by=digests) if store.taken else options), store
+    return (named if store.taken else options), store
 
 
 def _run(

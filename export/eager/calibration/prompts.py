@@ -120,10 +120,12 @@ def digests_of(prompts: Sequence[CalibrationPrompt]) -> tuple[str, ...]:
     return tuple(map(_digest, dict.fromkeys(file for prompt in prompts for file in prompt.files)))
 
 
-def texts_digest(prompts: Sequence[CalibrationPrompt]) -> str:
-    """SHA-256 over the texts of all conversations."""
-    texts = [part for prompt in prompts for turn in prompt.turns for part in turn.parts if isinstance(part, str)]
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+def tokens_digest(items: Sequence[CalibrationRows]) -> str:
+    """SHA-256 over the tokens of all prompts and their answers: what codes depend on beside films and options."""
+    found = hashlib.sha256()
+    for item in items:
+        found.update(np.int64(item.prompt.token_ids.size).tobytes() + item.prompt.token_ids.astype(np.int64).tobytes())
+    return found.hexdigest()
 
 
 def _digest(file: Path) -> str:

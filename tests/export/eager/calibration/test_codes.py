@@ -135,7 +135,7 @@ def test_codes_that_are_further_from_floats_than_the_searchs_are_left(films: lis
         folder.mkdir()
     # 1. error feedback is nearer
     named, good = calibrated_codes(checkpoint, OPTIONS, prompts, folders[0])
-    assert named.calibrated_by == good.films
+    assert named.calibrated_by == (*good.films, good.texts)
     assert (good.taken, good.held_out, good.prompts) == (True, 1, 4)
     assert good.divergence is not None
     assert good.search_divergence is not None

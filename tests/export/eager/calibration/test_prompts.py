@@ -18,7 +18,13 @@ from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.eager.calibration import prompts as calibration_prompts
 from framefusion.export.eager.calibration.lockstep import decided_before
-from framefusion.export.eager.calibration.prompts import answered_rows, digests_of, films_of, read_prompts, texts_digest
+from framefusion.export.eager.calibration.prompts import (
+    answered_rows,
+    digests_of,
+    films_of,
+    read_prompts,
+    tokens_digest,
+)
 from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled_bundle
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.graphs.graph_plan import GraphModule
@@ -47,7 +53,6 @@ def test_films_and_questions_are_conversations(tmp_path: Path) -> None:
     assert "B. blue" in str(which.turns[0].parts[1])
     assert films_of([tmp_path / "a.mp4", questions, tmp_path / "b.mp4"], "") == (tmp_path / "a.mp4", tmp_path / "b.mp4")
     assert len(digests_of(prompts)) == 3
-    assert texts_digest(prompts) != texts_digest(prompts[:2])
     # what is none
     questions.write_text(json.dumps(rows[1]))
     with pytest.raises(BudgetError, match="names no film, and a schedule is set by films"):
@@ -68,6 +73,8 @@ def test_rows_of_an_answer_are_those_of_its_decode_steps(tmp_path: Path, monkeyp
     monkeypatch.setattr(calibration_prompts, "ANSWER", 6)
     (item,) = answered_rows(plan, bundle, prompts, lambda _: None)
     assert item.answer == 5
+    shorter = replace(item, prompt=item.prompt.head(item.prompt.token_ids.size - 1))
+    assert len({tokens_digest(items) for items in ([item], [shorter], [item, item])}) == 3  # an answer is of it
     # 1. step by step, over the caches that the reduction left
     length = item.prompt.token_ids.size - item.answer
     prompt = item.prompt.head(length)
