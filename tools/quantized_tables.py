@@ -67,15 +67,17 @@ def reference(result: dict[str, Any]) -> str:
     """Codes beside AutoGPTQ's, as a sentence."""
     rows = result["rows"]
     same = sum(row["otherwise"] == 0 for row in rows)
-    own = [row["error_autogptq"] / row["error"] - 1 for row in rows]
-    search = [row["error_search"] / row["error"] - 1 for row in rows]
     formats = list(dict.fromkeys(row["format"] for row in rows))
+
+    def more(key: str) -> str:
+        shares = [100 * (row[key] / row["error"] - 1) for row in rows]
+        return f"{min(shares):.0f} to {max(shares):.0f} % more"
+
     return (
         f"AutoGPTQ's own `GPTQ.fasterquant` (commit {result['autogptq'][:7]}, act order, static groups) chooses over "
-        f"our scales, all codes alike in {same} of {len(rows)} cases: four matrices of the tiny model in "
-        f"{'; '.join(formats)}. Over its own scales outputs err {100 * min(own):.0f} to {100 * max(own):.0f} % more "
-        f"than ours, and our search without rows {100 * min(search):.0f} to {100 * max(search):.0f} % more "
-        f"(`{result['command']}`)."
+        f"our scales all codes alike in {same} of {len(rows)} cases: four matrices of the tiny model in "
+        f"{'; '.join(formats)}. Over its own scales outputs err {more('error_autogptq')} than ours, and our search "
+        f"without rows {more('error_search')} (`{result['command']}`)."
     )
 
 
