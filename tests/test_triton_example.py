@@ -1,4 +1,8 @@
-"""The model of examples/triton beside a stand-in for Triton's module: Triton itself is not run here."""
+"""The model of examples/triton beside a stand-in for Triton's module, and its configuration by Triton's schema.
+
+Triton itself is not run here. tests/triton_schema has the schema as tritonclient 2.73.0 ships it (the descriptor in
+tritonclient/grpc/model_config_pb2.py, which cannot be installed beside ml-dtypes 0.6), with its license.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,9 @@ from tests.bundles import shared
 from tests.films import write_film
 from tests.wheel import ROOT
 
-MODEL = ROOT / "examples" / "triton" / "framefusion" / "1" / "model.py"
+REPOSITORY = ROOT / "examples" / "triton"
+MODEL = REPOSITORY / "framefusion" / "1" / "model.py"
+SCHEMA = ROOT / "tests" / "triton_schema" / "model_config.desc"
 
 
 class Tensor:
@@ -69,6 +75,48 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     opened.initialize({"model_config": json.dumps({"parameters": {"bundle": {"string_value": str(shared("bundle"))}}})})
     yield opened
     opened.finalize()
+
+
+def read_config(text: str) -> Any:
+    """A model's configuration, as Triton reads it."""
+    descriptor_pool = pytest.importorskip("google.protobuf.descriptor_pool")
+    message_factory = pytest.importorskip("google.protobuf.message_factory")
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(SCHEMA.read_bytes())
+    config = message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))()
+    return text_format.Parse(text, config)
+
+
+def test_the_configuration_is_one_by_tritons_schema_and_names_what_the_model_reads() -> None:
+    (folder,) = REPOSITORY.iterdir()
+    config = read_config((folder / "config.pbtxt").read_text(encoding="utf-8"))
+    assert (config.name, config.backend, config.max_batch_size) == (folder.name, "python", 0)
+    assert config.model_transaction_policy.decoupled  # `execute` returns nothing and sends pieces
+    assert (folder / "1" / "model.py").is_file()  # the version and the file that Triton's Python backend looks for
+    names = {value.number: value.name for value in config.DESCRIPTOR.file.enum_types_by_name["DataType"].values}
+    tensors = {each.name: (names[each.data_type], list(each.dims), each.optional) for each in config.input}
+    assert tensors == {
+        "PROMPT": ("TYPE_STRING", [1], False),
+        "MEDIA": ("TYPE_STRING", [-1], True),
+        "COST": ("TYPE_FP32", [1], True),
+        "MAX_NEW_TOKENS": ("TYPE_INT32", [1], True),
+    }
+    source = MODEL.read_text(encoding="utf-8")
+    assert f"for name in {tuple(tensors)!r}".replace("'", '"') in source
+    assert [(each.name, names[each.data_type]) for each in config.output] == [("TEXT", "TYPE_STRING")]
+    assert list(config.parameters) == ["bundle"]
+    assert config.parameters["bundle"].string_value.startswith("/")
+
+
+@pytest.mark.parametrize(
+    "line", ['inputs [ { name: "X" } ]', "max_batch_size: many", "input [ { data_type: TYPE_TEXT } ]"]
+)
+def test_the_schema_refuses_what_triton_would(line: str) -> None:
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    text = (REPOSITORY / "framefusion" / "config.pbtxt").read_text(encoding="utf-8")
+    with pytest.raises(text_format.ParseError):
+        read_config(f"{text}\n{line}")
 
 
 @pytest.mark.slow
