@@ -46,7 +46,8 @@ class BuildOptions:
         dtype: of the graphs: weights, activations and caches. The embedding table stays as it is stored.
         weights: of the decoder's layers: None for floats of `dtype`, or for the codes of a quantized checkpoint if
             graphs can have them; "int8" or "int4", with the size of a block behind a colon ("int4:64"), "+zero" for
-            zero points, and "+head" or "+head4" for the head in int8 or int4; of a quantized checkpoint alone
+            zero points, and "+head" or "+head4" for the head in int8 or int4; "fp8" for floats of 8 bits, with
+            "+activations" for activations as well and "+head" for the head; of a quantized checkpoint alone
             AS_STORED, its codes though its format rounds activations too, or DEQUANTIZED, floats of `dtype`.
         kv_cache_dtype: of the KV caches: None for that of `dtype`; "int8" for codes, by a scale of each channel of a
             head that the build measures.

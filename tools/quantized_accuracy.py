@@ -48,7 +48,7 @@ from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt
 from tools.accuracy import MAX_ANSWER, questions, working_folder
 from tools.bench.setting import report
-from tools.quantized_bundles import BY_FILMS, FLOATS, FORMATS, HEADS
+from tools.quantized_bundles import BY_FILMS, FLOAT8, FLOATS, FORMATS, HEADS
 from tools.tiny import clips
 
 RESULTS = {"lasting": "quantized_accuracy", "brief": "quantized_accuracy_brief"}  # by `clips.STAYS`
@@ -80,7 +80,7 @@ def main() -> None:
     with working_folder(arguments.work) as work:
         bundles = {name: make(work) for name, make in chosen(arguments).items()}
         question_list = questions(arguments.questions, clips.STAYS[arguments.clips])
-        name = f"{arguments.clips}{'-films' if arguments.films else ''}"
+        name = f"{arguments.clips}{'-films' if arguments.films else ''}{'-float8' if arguments.float8 else ''}"
         cases = CASES
         if arguments.films:
             cases = tuple(case for case in CASES if case.cost in BY_FILMS_COSTS)
@@ -90,7 +90,12 @@ def main() -> None:
     figures = {"clips": arguments.clips, "deep_questions": arguments.deep} | summary(rows)
     if arguments.films:
         figures["calibrations"] = calibrations
-    file = "quantized_films" if arguments.films else "quantized_heads" if arguments.heads else None
+    files = {
+        "quantized_films": arguments.films,
+        "quantized_heads": arguments.heads,
+        "quantized_float8": arguments.float8,
+    }
+    file = next((name for name, wanted in files.items() if wanted), None)
     report(RESULTS[arguments.clips], figures, write=arguments.write, file=file)
 
 
@@ -105,6 +110,8 @@ def calibration_of(folder: Path) -> dict[str, Any] | None:
 def chosen(arguments: argparse.Namespace) -> dict[str, Callable[[Path], Path]]:
     if arguments.films:
         return BY_FILMS
+    if arguments.float8:
+        return FLOAT8
     return HEADS if arguments.heads else FORMATS
 
 
@@ -349,6 +356,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--deep", type=int, default=300, help="of these, asked under the cases of DEEP, too")
     parser.add_argument("--clips", choices=tuple(clips.STAYS), default="lasting", help="how long objects are seen")
     parser.add_argument("--heads", action="store_true", help="quantized heads in place of the other formats")
+    parser.add_argument("--float8", action="store_true", help="floats of 8 bits in place of the other formats")
     parser.add_argument("--films", action="store_true", help="codes that films chose in place of the other formats")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--work", type=Path, help="bundles and answers; kept")

@@ -104,6 +104,14 @@ HEADS: dict[str, Callable[[Path], Path]] = {
     "int4:32+head4": lambda work: built(work, BuildOptions(weights="int4:32+head4"), "int4_32+head4"),
 }
 """The same with quantized heads."""
+FLOAT8: dict[str, Callable[[Path], Path]] = {
+    FLOATS: FORMATS[FLOATS],
+    "fp8": lambda work: built(work, BuildOptions(weights="fp8", dialect="portable"), "fp8"),
+    "fp8+activations": lambda work: built(
+        work, BuildOptions(weights="fp8+activations", dialect="portable"), "fp8+activations"
+    ),
+}
+"""Weights in floats of 8 bits, and activations too."""
 BY_FILMS: dict[str, Callable[[Path], Path]] = {
     **{name: FORMATS[name] for name in (FLOATS, "int4:32", "int4:128")},
     **{f"int4:128 by 8 films, set {n}": partial(_by_films, first=8 * n) for n in range(2)},

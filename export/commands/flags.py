@@ -159,7 +159,8 @@ SIZES = (
         "weights",
         str,
         "Weights of the LLM's layers in int8 or int4, such as int4, int4:64 (weights of a block), int4+zero (with "
-        "zero points), int4+head (the head in int8) or int4+head4 (in int4).",
+        "zero points), int4+head (the head in int8) or int4+head4 (in int4); or in fp8 for TensorRT-RTX, "
+        "fp8+activations with activations in fp8 too.",
         "floats of --dtype, or as the checkpoint holds them",
     ),
     _field(

@@ -45,7 +45,7 @@ COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eig
 TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
 NEW_TOKENS = 128
 SEARCHED_A_SECOND = 8e6  # weights in 4 bits whose scales one core searches
-WEIGHTS = ("int8", "int4", "int8+head", "int4+head", "int4+head4")
+WEIGHTS = ("int8", "int4", "int8+head", "int4+head", "int4+head4", "fp8", "fp8+head")
 """Values of --weights whose bytes a plan says beside its own."""
 
 
