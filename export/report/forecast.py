@@ -39,7 +39,7 @@ from framefusion.runtime.memory import expected_lengths, gpu_plan, memory_plan, 
 
 CHECKED_A_SECOND = 40e6  # bytes of the checkpoint that a streamed check compares: 360 s of one core for a 7B
 COMPARED_A_SECOND = 80e6  # without the runs in ONNX Runtime
-GOLDEN_A_SECOND = 40e6  # bytes of the checkpoint that the golden's runs take: 17 s for 0.36 billion parameters in fp16
+GOLDEN_A_SECOND = 40e6  # bytes of the checkpoint that the golden's runs take, roughly, on two cores: an estimate
 BYTES_A_SECOND = 180e6  # read, converted, hashed, written and on the disk
 COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eight profiles, a 7B's
 TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
