@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from framefusion.export.families import FAMILIES
-from tools import quantized_tables
+from tools import film_tables, quantized_tables
 from tools.tiny.clips import STAY, STAYS, Span
 
 ROOT = Path(__file__).parents[1]
@@ -293,27 +293,6 @@ def fleet(result: dict[str, Any]) -> str:
     return f"{heading}:\n\n{lines}\n\n`{result['command']}`, {machine(result)}"
 
 
-def overlap(result: dict[str, Any]) -> str:
-    """Films of one request, decoded while the tower has what is there, beside one after the other."""
-    rows = []
-    for name, row in result["results"].items():
-        alone = [f"{row['one_film_alone'][stage]['min_s']:.2f}" for stage in ("video", "vision")]
-        in_server = [(f"{name}, server", row["server"], ["-", "-"])] if "server" in row else []
-        for label, both, last in [(name, row, alone), *in_server]:
-            spans = [both[way] for way in ("one_after_the_other", "overlapped")]
-            gain = f"{both['speed_up']:.2f}x / {both['speed_up_of_minima']:.2f}x"
-            seconds_of = [f"{span['median_s']:.2f} / {span['min_s']:.2f}" for span in spans]
-            rows.append((label, row["default"], *seconds_of, gain, f"{both['cpu_seconds_ratio']:.2f}", *last))
-    head = ("an operator takes", "by default", "one after the other s", "overlapped s", "speed-up", "processor time")
-    long = result.get("long_film")
-    served = f"; server: one of {long['seconds']} s as {long['pictures']} pictures" if long else ""
-    return (
-        f"{result['films']} films of {result['film_size']}, files to rows{served}. In turn: medians / minima of "
-        f"{result['rounds']} rounds (`{result['command']}`; {machine(result)})."
-        f"\n\n{table((*head, 'one film: decoding s', 'tower s'), rows)}"
-    )
-
-
 def accuracy(result: dict[str, Any], stay: Span = STAY) -> str:
     """Reducers by costs, then by types at one cost, then FrameFusion beside each other one."""
     rows = result["accuracy"]
@@ -388,7 +367,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "checkpoints": checkpoints,
     "numbers": numbers,
     "families": families,
-    "overlap": lambda: overlap(load("overlap")),
+    "overlap": lambda: film_tables.overlap(load("overlap"), machine(load("overlap"))),
     "fleet": lambda: fleet(load("fleet")),
     "serving": serving_or_how,
 } | quantized_tables.tables(load)

@@ -4,16 +4,16 @@
 
 Both are read in the environment at hand, so that versions are alike: the files of every distribution that the
 requirements reach, ours as pyproject.toml says them (what an editable installation recorded may be older), and the
-seconds until a fresh interpreter has imported what answers.
+processor's seconds of a fresh interpreter that imports what answers: those of the clock are other work's, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -91,14 +91,15 @@ def in_mb(sizes: dict[str, int]) -> float:
 
 
 def import_seconds() -> dict[str, float]:
-    """Median seconds of a fresh interpreter that imports each side, in turns."""
+    """Median of the processor's seconds that a fresh interpreter takes to import each side, in turns."""
     codes = {"runtime": IMPORT_OURS, "eager torch": IMPORT_THEIRS}
     taken: dict[str, list[float]] = {name: [] for name in codes}
     for _ in range(ROUNDS + 1):
         for name, code in codes.items():
-            start = time.monotonic()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run((sys.executable, "-c", code), cwd=ROOT, check=True)
-            taken[name].append(time.monotonic() - start)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            taken[name].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return {
         name: round(statistics.median(seconds[1:]), 3) for name, seconds in taken.items()
     }  # the first reads the disk

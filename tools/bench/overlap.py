@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=5, help="of each film")
     parser.add_argument("--long-seconds", type=int, default=20, help="of the server's film; 0 leaves it out")
     parser.add_argument("--long-pictures", type=int, default=24, help="temporal grids of the server's film")
+    parser.add_argument("--server-only", action="store_true", help="only the server's film, in a result of its own")
     parser.add_argument("--threads-of", type=lambda text: [int(x) for x in text.split(",")], default=[1, 2])
     arguments = parse(parser)
     # 1. Films as a camera has them, larger than the model sees them, with frames between the sampled ones.
@@ -91,7 +92,8 @@ def main() -> None:
     }
     for name in ("threads", "tokens", "captured_decode"):
         del facts[name]
-    report("overlap", facts | {"results": results}, write=arguments.write, file=setting.result_file("overlap"))
+    name = "overlap_server" if arguments.server_only else "overlap"
+    report(name, facts | {"results": results}, write=arguments.write, file=setting.result_file(name))
 
 
 def measure(setting: Setting, films: list[Path], long: Path | None, emulated: float | None = None) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def measure(setting: Setting, films: list[Path], long: Path | None, emulated: fl
     runs: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     stages: dict[str, list[float]] = {"video": [], "preprocess": [], "vision": []}
     for turn in range(arguments.rounds + 1):
-        for overlaps in (False, True) if turn % 2 else (True, False):
+        for overlaps in () if arguments.server_only else (False, True) if turn % 2 else (True, False):
             pipeline.overlaps = overlaps
             run = _read(pipeline, films, sampling)
             if turn:  # the first round warms up
@@ -117,7 +119,8 @@ def measure(setting: Setting, films: list[Path], long: Path | None, emulated: fl
         if turn:
             for name, seconds in stages.items():
                 seconds.append(alone[name])
-    results = {"default": "overlapped" if default else "one after the other", **compared(runs)}
+    results: dict[str, Any] = {"default": "overlapped" if default else "one after the other"}
+    results |= {} if arguments.server_only else compared(runs)
     results["one_film_alone"] = {name: summary(seconds) for name, seconds in stages.items()}
     if long is not None:
         results["server"] = serve(pipeline, long, arguments.long_pictures, arguments.rounds)

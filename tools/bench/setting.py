@@ -60,6 +60,7 @@ BENCHMARKS = (
     "overlap",
 )
 MODULES = {name: f"tools.bench.{name}" for name in BENCHMARKS}
+MODULES |= {"overlap_server": "tools.bench.overlap"}
 MODULES |= dict.fromkeys(("accuracy", "accuracy_brief"), "tools.accuracy")
 MODULES |= dict.fromkeys(("quantized_accuracy", "quantized_accuracy_brief"), "tools.quantized_accuracy")
 MODULES |= {"gptq_reference": "tools.gptq_reference"}
