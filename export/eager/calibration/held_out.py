@@ -4,7 +4,9 @@
                                                            <--divergence-->   those behind the search's codes
 
 All three keep the tokens that the floats kept, so that weights alone are compared: by what each token of an answer is
-chosen by, the one that ends it among them. Knows no film.
+chosen by, the one that ends it among them. Most tokens are certain and a few nearly undecided, whose divergence is a
+million times as large and of either sign by chance: so the mean is the geometric one, in which each token counts alike.
+Knows no film.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from framefusion.reduction.plan import Plan
 from framefusion.reduction.policy import Decision, ReductionState
 
 Scores = NDArray[np.float32]
+ROUNDING = 1e-10
+"""Divergence that sums in fp32 alone make."""
 LEAST = 4
 """Prompts from where on some are held out."""
 EVERY = 4
@@ -37,7 +41,7 @@ class Judgement:
 
     Attributes:
         prompts: that were held out.
-        chosen: mean divergence, in nats a token, behind the codes that films chose.
+        chosen: geometric mean of the divergence, in nats a token, behind the codes that films chose.
         searched: the same behind those of the search alone.
     """
 
@@ -104,7 +108,7 @@ def judged(
     divergences = []
     for states in (chosen, searched):
         each = [_divergence(item.logits, _logits(head, rows)) for item, rows in zip(items, states, strict=True)]
-        divergences.append(float(np.concatenate(each).mean()))
+        divergences.append(float(np.exp(np.log(np.maximum(np.concatenate(each), ROUNDING)).mean())))
     return Judgement(len(items), *divergences)
 
 
