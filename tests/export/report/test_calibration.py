@@ -24,23 +24,28 @@ def plan(*flags: object) -> dict[str, object]:
 @pytest.mark.slow
 def test_what_films_put_into_codes_is_said(film: Path, tmp_path: Path) -> None:
     before = plan("--weights", "int4")
-    facts = plan("--weights", "int4", "--calibrate", film, "--calibrate", film)
+    facts = plan("--weights", "int4", *["--calibrate", film] * 4)
     needs = facts["calibration"]
     assert before["calibration"] is None
     assert isinstance(needs, dict)
     assert needs["for"] == ["codes"]
-    assert [row["files"] for row in needs["prompts"]] == [[str(film)]] * 2
+    assert [row["files"] for row in needs["prompts"]] == [[str(film)]] * 4
+    assert needs["held_out"] == 1
     row = needs["prompts"][0]
     assert 0 < row["visual"] < row["tokens"]
-    assert needs["rows"]["first_layer"] == 2 * (row["tokens"] + 32)
-    assert needs["rows"]["last_layer"] == 2 * (row["tokens"] - row["visual"] + round(0.6 * row["visual"]) + 32)
+    assert needs["rows"]["first_layer"] == 4 * (row["tokens"] + 32)
+    assert needs["rows"]["last_layer"] == 4 * (row["tokens"] - row["visual"] + round(0.6 * row["visual"]) + 32)
     assert needs["answer"] == {"tokens": 32, "streamed": False}
     assert needs["disk"] > 2 * (4 * 128 * 96 + 3 * 128 * 384)  # a byte a weight
     assert facts["bytes"] == before["bytes"]  # films move codes and no size
     assert facts["disk"]["needed"] == before["disk"]["needed"] + needs["disk"]  # type: ignore[index]
     assert "error feedback over calibration films" in facts["weights"]["text"]  # type: ignore[index]
     text = export("plan", TRAINED, *LAYERS, "--weights", "int4", "--calibrate", film).stdout
-    for phrase in ("codes of weights by 1 prompts about 1 files", "of one core, the answers besides"):
+    for phrase in (
+        "codes of weights by 1 prompts about 1 files",
+        "of one core, the answers besides",
+        "from 4 prompts on",
+    ):
         assert phrase in text
 
 
