@@ -89,6 +89,9 @@ def main() -> None:
 
 def found_of(folder: Path, options: BuildOptions) -> dict[str, dict[str, int]]:
     """Change -> how many were tried, found, and beyond the former limit."""
+    unchanged = prove(Bundle(folder), OnnxRuntimeBackend(folder, threads=1), require_golden(Bundle(folder)))
+    if not unchanged.right:
+        raise SystemExit(f"{folder} is changed already, a run was killed: remove it, and run again")
     former = 2 * default_tolerance(BuildPlan(Checkpoint(CHECKPOINT), options))
     tried: Counter[str] = Counter()
     found: Counter[str] = Counter()
