@@ -208,11 +208,8 @@ def calibration_lines(needs: Mapping[str, Any] | None) -> list[str]:
         answer = needs["answer"]
         reading = "reading all weights for each token, " if answer["streamed"] else ""
         held = needs["held_out"]
-        judged = (
-            f"{held} of the prompts are held out to compare them with the search's"
-            if held
-            else (f"from {LEAST} prompts on some are held out to compare them with the search's")
-        )
+        count = str(held) if held else f"from {LEAST} prompts on some"
+        judged = f"held out to compare codes with the search's: {count}"
         lines.append(
             f"rows that codes are chosen by: {rows['first_layer']} in the first layer at most, about "
             f"{rows['last_layer']} in the last one, answers of up to {answer['tokens']} tokens among them; "
