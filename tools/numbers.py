@@ -84,7 +84,7 @@ def figures() -> str:
         ),
         (
             "install that answers",
-            f"**{ours['mb']:.0f} MB**, imported in {ours['import_s']:.2f} s",
+            f"**{ours['mb']:.0f} MB**, imported in {ours['import_s']:.2f} s of a core",
             f"{theirs['mb']:.0f} MB and {theirs['import_s']:.1f} s for transformers with torch's CPU build",
             f"`{install['command']}`",
         ),
