@@ -239,20 +239,29 @@ def _steps(result: dict[str, Any]) -> str:
 
 
 def memory(result: dict[str, Any]) -> str:
-    """What a large bundle took when it was built and answered alone."""
-    reduced = result["ours at cost 0.3"]
-    rows = [
-        ("weights of the LLM's files", f"{result['llm_bytes'] / 1e9:.2f} GB"),
-        ("peak of building, one process", f"{result['build_peak_bytes'] / 1e9:.2f} GB"),
-        ("opened", f"{result['opened_bytes'] / 1e9:.2f} GB"),
-        ("peak of answering", f"{result['run_peak_bytes'] / 1e9:.2f} GB"),
-        ("of these the benchmark's imports", f"{result['imports_bytes'] / 1e9:.2f} GB"),
-        (f"prefill of {result['tokens']} tokens at cost 0.3", f"{reduced['prefill']['median_s']:.0f} s"),
-        ("tokens a second behind it", f"{reduced['tokens_per_second']:.2f}"),
+    """What a large bundle of each format took when it was built and answered alone."""
+    formats: dict[str, dict[str, Any]] = result["formats"]
+    bytes_of = {
+        "weights of the LLM's files": "llm_bytes",
+        "peak of building, one process": "build_peak_bytes",
+        "of it no file's pages": "build_own_bytes",
+        "opened": "opened_bytes",
+        "peak of answering": "run_peak_bytes",
+        "of it no file's pages, at most": "run_own_bytes",
+        "of these the benchmark's imports": "imports_bytes",
+    }
+    rows = [(name, *(f"{found[key] / 1e9:.2f} GB" for found in formats.values())) for name, key in bytes_of.items()]
+    reduced = [found["ours at cost 0.3"] for found in formats.values()]
+    tokens = next(iter(formats.values()))["tokens"]
+    rows += [
+        ("forecast of answering, without them", *(f"{run['planned_bytes'] / 1e9:.2f} GB" for run in reduced)),
+        (f"prefill of {tokens} tokens at cost 0.3", *(f"{run['prefill']['median_s']:.0f} s" for run in reduced)),
+        ("tokens a second behind it", *(f"{run['tokens_per_second']:.2f}" for run in reduced)),
     ]
+    limit = f", {result['limit_gb']:g} GB allowed to a build (RLIMIT_DATA)" if result["limit_gb"] else ""
     load = result["machine"]["load_before"]
-    heading = f"{result['shape']} shape, `{result['weights']}` (`{result['command']}`), with a load of {load} beside it"
-    return f"{heading}:\n\n{table(('', ''), rows)}"
+    heading = f"{result['shape']} shape (`{result['command']}`), with a load of {load} beside it{limit}"
+    return f"{heading}:\n\n{table(('', *(f'`{weights}`' for weights in formats)), rows)}"
 
 
 def int8_linear(result: dict[str, Any]) -> str:
