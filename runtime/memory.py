@@ -44,7 +44,7 @@ from typing import NamedTuple
 from framefusion.errors import PromptError
 from framefusion.reduction.budget import check_cost
 from framefusion.runtime.backends.host import CHUNK
-from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest, SegmentRecord, WeightFormatRecord
+from framefusion.runtime.format.manifest import FLOAT_BYTES, Manifest, SegmentRecord
 from framefusion.runtime.generation.embedder import PATCHES_AT_ONCE
 from framefusion.runtime.generation.segments import bucket_for, chunks_of
 
@@ -222,15 +222,12 @@ def _coded_bytes(manifest: Manifest) -> _CodedBytes:
         weights = {form: graphs * layers * share for form, share in shares.items()}
         if segment.head and head is not None:
             weights[head] += graphs * model.hidden_size * model.vocab_size
-        stored += sum(count * _stored_bytes(form, model.dtype) for form, count in weights.items())
-        packed += sum(count * (form.bits / 8 + of_a_block / form.block) for form, count in weights.items())
+        for form, count in weights.items():
+            blocks = count / (form.block or model.hidden_size)  # 0: a row is a block
+            zero = 0.0 if form.symmetric else form.bits / 8
+            stored += count * form.bits / 8 + blocks * (FLOAT_BYTES[model.dtype] + zero)
+            packed += count * form.bits / 8 + blocks * of_a_block
     return _CodedBytes(round(stored), round(packed))
-
-
-def _stored_bytes(form: WeightFormatRecord, dtype: str) -> float:
-    """Bytes of a weight in its file: a code, and its part of a block's scale and zero point."""
-    zero = 0.0 if form.symmetric else form.bits / 8
-    return form.bits / 8 + (FLOAT_BYTES[dtype] + zero) / form.block
 
 
 def _is_half(manifest: Manifest) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from framefusion.errors import PromptError
-from framefusion.runtime.format.manifest import KvCacheRecord, Manifest
+from framefusion.runtime.format.manifest import KvCacheRecord, Manifest, QuantizationRecord, WeightFormatRecord
 from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.memory import expected_lengths, gpu_plan, memory_plan, table_bytes
 from tests.films import write_film
@@ -69,6 +69,19 @@ def test_caches_in_int8_take_a_byte_a_number(manifest: Manifest) -> None:
     assert 4 * plan.caches == floats.caches
     assert replace(plan, caches=floats.caches, caches_by_segment=floats.caches_by_segment) == floats
     assert 4 * gpu_plan(codes, 300, 20).caches == gpu_plan(manifest, 300, 20).caches
+
+
+@pytest.mark.parametrize("block", [128, 0])
+def test_codes_are_counted_once_and_floats_as_before(manifest: Manifest, block: int) -> None:
+    """Also where a scale serves a whole row."""
+    linears = 7 * manifest.model.num_layers
+    formats = (WeightFormatRecord(8, block, True, linears),)
+    coded = replace(manifest, quantization=QuantizationRecord("search", False, formats, 1))
+    model = manifest.model
+    layer = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads)
+    layer += 3 * model.hidden_size * model.intermediate_size
+    sums = memory_plan(coded, 300).weights - memory_plan(manifest, 300).weights  # the file has a scale a block already
+    assert sums == pytest.approx(4 * model.num_layers * layer / (block or model.hidden_size), rel=1e-6)
 
 
 def test_what_is_dropped_is_saved(manifest: Manifest) -> None:
