@@ -83,7 +83,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (site,) = home.glob("lib/python3*/site-packages")
     wheel = build_wheel(folder / "wheel")
     pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python")]
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", "--no-compile", str(wheel)], check=True)
     libraries = [path for path in sys.path if path.endswith("site-packages")]
     (site / "sitecustomize.py").write_text(PATHS.format(absent=NEVER_AT_RUN_TIME, paths=libraries))
     return home
