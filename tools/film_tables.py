@@ -28,11 +28,14 @@ def overlap(result: dict[str, Any], machine: str) -> str:
         machine: on which it was taken.
     """
     long = result.get("long_film")
-    what = "one film" if result["command"].find("--server-only") > 0 else f"{result['films']} films"
-    served = f"; in a server one of {long['seconds']} s, {long['pictures']} pictures" if long else ""
+    films = []
+    if "speed_up" in next(iter(result["results"].values())):
+        films.append(f"{result['films']} films of {result['film_size']}")
+    if long:
+        films.append(f"in a server one of {result['film_size']}, {long['seconds']} s, {long['pictures']} pictures")
     return (
-        f"{what} of {result['film_size']}, files to rows{served}. In turn: medians / minima of {result['rounds']} "
-        f"rounds (`{result['command']}`; {machine}).\n\n{table(HEAD, list(_rows(result)))}"
+        f"Files to rows: {'; '.join(films)}. In turn: medians / minima of {result['rounds']} rounds "
+        f"(`{result['command']}`; {machine}).\n\n{table(HEAD, list(_rows(result)))}"
     )
 
 

@@ -368,6 +368,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "numbers": numbers,
     "families": families,
     "overlap": lambda: film_tables.overlap(load("overlap"), machine(load("overlap"))),
+    "overlap-server": lambda: film_tables.overlap(load("overlap_server"), machine(load("overlap_server"))),
     "fleet": lambda: fleet(load("fleet")),
     "serving": serving_or_how,
 } | quantized_tables.tables(load)
