@@ -96,6 +96,8 @@ def main() -> None:
         "quantized_float8": arguments.float8,
     }
     file = next((name for name, wanted in files.items() if wanted), None)
+    if file is not None and arguments.clips != "lasting":
+        file = f"{file}_{arguments.clips}"
     report(RESULTS[arguments.clips], figures, write=arguments.write, file=file)
 
 

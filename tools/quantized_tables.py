@@ -299,6 +299,7 @@ def tables(load: Callable[[str], dict[str, Any]]) -> dict[str, Callable[[], str]
         "quantised memory": lambda: memory(load("quantised_alone_qwen2-7b")),
         "quantised answers": lambda: answers(load("quantized_accuracy")),
         "calibrated answers": lambda: calibrated(load("quantized_films")),
+        "calibrated answers, brief": lambda: calibrated(load("quantized_films_brief")),
         "gptq reference": lambda: reference(load("gptq_reference")),
         "golden mutations": lambda: mutations(load("golden_mutations")),
         "quantised heads": lambda: answers(load("quantized_heads")),
