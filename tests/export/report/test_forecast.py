@@ -159,7 +159,14 @@ def test_a_quantized_checkpoint_is_planned_as_it_is_stored_and_with_its_floats_o
     assert size == dequantized_bytes(plan.checkpoint) > 0
     assert facts["disk"]["needed"] == facts["bytes"] + size + SPARE
     assert "of floats that lie on the disk meanwhile" in render(facts)
-    # 2. without the check nothing is written for it, and floats need none
+    # 2. floats of 8 bits are among the choices where graphs can have them, with a scale a row
+    portable = BuildPlan(Checkpoint(checkpoint), BuildOptions(cost=0.4, dialect="portable", weights="fp8+activations"))
+    with_float8 = forecast(portable, tmp_path, verify=False)
+    assert with_float8["weights"]["choices"]["fp8"] == sum(record.weight_bytes for record in portable.segment_records)
+    assert with_float8["memory"]["run"]["worst"] > 0
+    assert "in fp8, a scale a row, activations in fp8 too, a scale a token" in render(with_float8)
+    assert "fp8" not in choices
+    # 3. without the check nothing is written for it, and floats need none
     assert forecast(plan, tmp_path, verify=False)["disk"]["needed"] == facts["bytes"] + SPARE
     floats = forecast(BuildPlan(Checkpoint(checkpoint), BuildOptions(cost=0.4)), tmp_path)
     assert "stored" not in floats["weights"]["choices"]
