@@ -88,8 +88,8 @@ def check_quantized(segments: Sequence[SegmentPlan], options: BuildOptions) -> N
         return
     if options.backend is not None and not engine_traits(options.backend).quantized:
         raise BudgetError(f"{options.backend} engines are not compiled of weights in 4 or 8 bits: leave --backend out")
-    if any(isinstance(form, Float8Format) for form in formats):
-        problem = float8_problem(options.target_sm or (), options.variant)
+    if options.backend is not None and any(isinstance(form, Float8Format) for form in formats):
+        problem = float8_problem(options.target_sm or (), options.variant, options.reduction)
         if problem:
             raise BudgetError(problem)
 
