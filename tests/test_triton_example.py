@@ -1,7 +1,7 @@
 """The model of examples/triton beside a stand-in for Triton's module, and its configuration by Triton's schema.
 
-Triton itself is not run here. tests/triton_schema has the schema as tritonclient 2.73.0 ships it (the descriptor in
-tritonclient/grpc/model_config_pb2.py, which cannot be installed beside ml-dtypes 0.6), with its license.
+Triton itself is not run here. The schema is tritonclient's, which cannot be a requirement of the tests (its ml-dtypes
+is older than ours): `pip install --no-deps tritonclient` brings it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from tests.wheel import ROOT
 
 REPOSITORY = ROOT / "examples" / "triton"
 MODEL = REPOSITORY / "framefusion" / "1" / "model.py"
-SCHEMA = ROOT / "tests" / "triton_schema" / "model_config.desc"
 
 
 class Tensor:
@@ -79,13 +78,17 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def read_config(text: str) -> Any:
     """A model's configuration, as Triton reads it."""
-    descriptor_pool = pytest.importorskip("google.protobuf.descriptor_pool")
-    message_factory = pytest.importorskip("google.protobuf.message_factory")
     text_format = pytest.importorskip("google.protobuf.text_format")
-    pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(SCHEMA.read_bytes())
-    config = message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))()
-    return text_format.Parse(text, config)
+    found = importlib.util.find_spec("tritonclient")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("tritonclient is not installed: pip install --no-deps tritonclient")
+    path = Path(found.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"  # its package wants grpc
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    assert spec is not None
+    assert spec.loader is not None
+    schema = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(schema)
+    return text_format.Parse(text, schema.ModelConfig())
 
 
 def test_the_configuration_is_one_by_tritons_schema_and_names_what_the_model_reads() -> None:
