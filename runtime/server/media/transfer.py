@@ -117,7 +117,7 @@ class FilmReceiver:
         if not isinstance(line, dict):
             raise TypeError(f"facts are {type(line).__name__}")
         if not line.get("sent"):
-            self.kept = ()  # picked anew: all of it comes now
+            self._forget_parts()
         elif self._ready != len(self.kept[0]):
             raise ValueError(f"{self._ready} of {len(self.kept[0])} frames were sent")
         return line
@@ -132,6 +132,13 @@ class FilmReceiver:
         array = self._empty(shape, np.dtype(_DTYPES[about["dtype"]]))
         self._fill(array)
         return array
+
+    def _forget_parts(self) -> None:
+        """All of the film comes now, picked anew: parts make room for it, here and at whoever followed them."""
+        if self._follower is not None and self._ready:
+            self._follower.begin()
+        self._room += sum(array.nbytes for array in self.kept)
+        self.kept = ()
 
     def _take_part(self, line: dict[str, Any]) -> None:
         """Some frames of a film, into their place."""

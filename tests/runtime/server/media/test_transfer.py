@@ -40,9 +40,11 @@ class Follower:
 
     def __init__(self) -> None:
         self.shown: list[NDArray[np.uint8]] = []
+        self.is_over = False
 
     def begin(self) -> None:
-        raise AssertionError("frames are picked in the child")
+        assert self.shown  # of the first time alone the child knows
+        self.is_over = True
 
     def add(self, kept: tuple[NDArray[np.uint8], ...], size: tuple[int, int], ready: int) -> None:
         self.shown.append(kept[0][:ready].copy())
@@ -99,6 +101,22 @@ def test_frames_that_are_picked_anew_are_sent_at_the_end(monkeypatch: pytest.Mon
     theirs.send_bytes(b'{"sent": false}')
     assert receiver.facts() == {"sent": False}
     assert (len(follower.shown), receiver.kept) == (1, ())
+    assert follower.is_over  # and holds nothing of them
+
+
+def test_a_film_picked_anew_has_the_room_of_its_parts() -> None:
+    """Both together would be beyond the limits."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    whole = 100 << 20
+    limits = MediaLimits(film_bytes=whole, image_pixels=1)
+    receiver = FilmReceiver(ours, limits, Follower())
+    theirs.send_bytes(json.dumps(PART | {"of": whole // PIXELS}).encode())
+    theirs.send_bytes(bytes(2 * PIXELS))
+    theirs.send_bytes(b'{"sent": false}')
+    receiver.facts()
+    theirs.send_bytes(b"x")  # memory was taken for more
+    with pytest.raises(ValueError, match="shorter than it was said to be"):
+        receiver.array({"shape": [whole], "dtype": "uint8"})
 
 
 # --- A child under somebody else's control ---------------------------------------------------------------------------
