@@ -94,10 +94,9 @@ def calibration_needs(plan: BuildPlan, manifest: Manifest, paths: Sequence[Path]
         BudgetError: there is no film where one is needed.
     """
     wanted = purposes(plan.options)
-    prompts = read_prompts(paths)
-    for name, purpose in ((SCHEDULE, "a schedule is set"), (SCALES, "scales are measured")):
-        if name in wanted:
-            films_of(paths, purpose)
+    purpose_of = {SCHEDULE: "a schedule is set", SCALES: "scales are measured"}
+    films = [films_of(paths, purpose) for name, purpose in purpose_of.items() if name in wanted]
+    prompts = read_prompts(paths if CODES in wanted else films[0])  # the others take no question
     lengths = _lengths(plan, manifest, prompts)
     rows = [
         {"files": [str(file) for file in prompt.files], "tokens": tokens, "visual": visual}

@@ -9,6 +9,7 @@ import pytest
 
 from framefusion.errors import BudgetError, EvaluationError, VideoError
 from tests.commands import assert_refused, export
+from tests.films import write_picture
 
 TRAINED = Path(__file__).parents[2] / "models" / "tiny_qwen2_vl"
 LAYERS = ("--num-decoder-layer", 2, "--depth", 0, "--cost", 0.6)
@@ -50,12 +51,19 @@ def test_what_films_put_into_codes_is_said(film: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_schedule_and_scales_are_planned_by_films_too(film: Path) -> None:
+def test_a_schedule_and_scales_are_planned_by_films_too(film: Path, tmp_path: Path) -> None:
     fixed = ("--reduction", "fixed", "--max-input-len", 512, "--max-text-len", 64)
     assert_refused(export("plan", TRAINED, "--num-decoder-layer", 2, "--cost", 0.6, *fixed), BudgetError, "--calibrate")
     result = export("plan", TRAINED, "--num-decoder-layer", 2, "--cost", 0.6, *fixed, "--calibrate", film, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["calibration"]["for"] == ["schedule"]
+    # of questions the films alone are run, each once
+    questions = tmp_path / "mine.jsonl"
+    lines = [{"video": str(film), "question": text, "answer": "a dog"} for text in ("Who?", "What?")]
+    pictured = {"images": [str(write_picture(tmp_path / "a.png"))], "question": "What?", "answer": "noise"}
+    questions.write_text("\n".join(map(json.dumps, [*lines, pictured])))
+    again = export("plan", TRAINED, "--num-decoder-layer", 2, "--cost", 0.6, *fixed, "--calibrate", questions, "--json")
+    assert json.loads(again.stdout)["calibration"]["prompts"] == json.loads(result.stdout)["calibration"]["prompts"]
     both = plan("--kv-cache-dtype", "int8", "--weights", "int4", "--calibrate", film)
     assert both["calibration"]["for"] == ["codes", "scales"]  # type: ignore[index]
 
