@@ -38,9 +38,11 @@ def calibrate(checkpoint: Checkpoint, options: BuildOptions, clips: Sequence[Pat
     """
     if not clips:
         raise BudgetError("0 clips to calibrate with: give one or more films of the kind the bundle is for")
-    # 1. the policy that decides for each clip by itself
-    adaptive = replace(options, reduction="adaptive", dialect="gqa", buckets=None, merge_shares=None, prune_layer=None)
+    # 1. the policy that decides for each clip by itself; where the weights are in both dialects, that without padding
+    adaptive = replace(options, reduction="adaptive", buckets=None, merge_shares=None, prune_layer=None)
     plan = BuildPlan(checkpoint, adaptive)
+    if plan.quantization is None or all(form.kind == "int" for form in plan.quantization.formats):
+        plan = BuildPlan(checkpoint, replace(adaptive, dialect="gqa"))
     # 2. what it drops at each call of each clip
     with tempfile.TemporaryDirectory() as folder:
         pipeline = eager_pipeline(plan, Path(folder) / "calibration")

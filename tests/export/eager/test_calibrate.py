@@ -1,5 +1,6 @@
 """A fixed schedule from clips: medians of what the adaptive policy does, and a bundle that meets the cost with it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,13 @@ def test_a_clip_that_is_no_video_is_refused(checkpoint: Path, tmp_path: Path) ->
     (tmp_path / "notes.txt").write_text("no film")
     with pytest.raises(VideoError):
         calibrate(Checkpoint(checkpoint), OPTIONS, [tmp_path / "notes.txt"])
+
+
+@pytest.mark.slow
+def test_weights_of_one_dialect_alone_have_the_schedule_of_the_others(checkpoint: Path, film: Path) -> None:
+    """The gqa dialect has no floats of 8 bits."""
+    options = replace(OPTIONS, dialect="portable")
+    in_floats = calibrate(Checkpoint(checkpoint), options, [film])
+    in_float8 = calibrate(Checkpoint(checkpoint), replace(options, weights="fp8"), [film])
+    assert in_float8 == replace(in_floats, weights="fp8", merge_shares=in_float8.merge_shares)
+    assert in_float8.merge_shares == pytest.approx(in_floats.merge_shares, abs=0.05)
