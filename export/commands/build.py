@@ -18,7 +18,7 @@ from framefusion.console import messages as console
 from framefusion.console.help import Command, option, sectioned
 from framefusion.console.progress import in_time, progress_lines
 from framefusion.console.terminal import activity
-from framefusion.errors import BackendError, BudgetError, StorageError
+from framefusion.errors import BackendError, BudgetError
 from framefusion.export.commands.flags import (
     ACCEPTANCE,
     BUNDLE_REVISION,
@@ -180,24 +180,14 @@ def _codes(
     if not clips or not _chooses_codes(options):
         yield options, None
         return
-    from framefusion.export.eager.calibration.codes import calibrated_codes
+    from framefusion.export.eager.calibration.codes import calibrated_codes, folder_of_codes
     from framefusion.export.eager.calibration.prompts import read_prompts
-    from framefusion.storage import files
 
     prompts = read_prompts(clips)
-
-    folder = output.absolute().with_name(f".{output.name}.calibration")
-    files.remove_scratch(folder)  # of a build that was killed
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be written ({error.strerror}): codes wait there for the build") from None
-    try:
+    with folder_of_codes(output) as folder:
         with activity(f"running {len(prompts)} prompts about films to choose codes by"):
             named, codes = calibrated_codes(source, options, prompts, folder)
         yield named, codes
-    finally:
-        files.remove_scratch(folder)
 
 
 def _build(source: Checkpoint, output: Path, options: BuildOptions, **settings: Any) -> Built:

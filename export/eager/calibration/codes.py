@@ -13,13 +13,14 @@ one matrix (feedback.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from framefusion.errors import BudgetError
+from framefusion.errors import BudgetError, StorageError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.eager.calibration.held_out import Judgement, Repeated, held_out, judged
@@ -37,9 +38,12 @@ from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.plan.weight_plan import parse_weights
 from framefusion.export.quantization.blocks import BlockFormat
 from framefusion.export.quantization.code_store import CodeStore
+from framefusion.export.writing.journal import LOCK
+from framefusion.export.writing.staging import lock
 from framefusion.runtime.generation.prefill import prefill
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.request import Stopwatch
+from framefusion.storage import files
 
 
 def calibrated_codes(
@@ -132,3 +136,30 @@ def _repeated(pipeline: Pipeline, item: CalibrationRows) -> Callable[[], object]
     """The prefill of a prompt and its answer by the decisions of the floats."""
     reduction = Repeated(item.prompt.labels, item.decisions, item.answer) if item.decisions else None
     return partial(prefill, pipeline.segments, item.rows, reduction, 1, Stopwatch())
+
+
+@contextmanager
+def folder_of_codes(output: Path) -> Iterator[Path]:
+    """An empty folder beside a build's output for its codes, which no other build writes to; gone afterwards.
+
+    Raises:
+        StorageError: it cannot be written, or another build of the same output has it.
+    """
+    folder = output.absolute().with_name(f".{output.name}.calibration")
+    codes = folder / "codes"
+    try:
+        # 1. hold it: what lies in it may be another build's
+        if not files.is_real_folder(folder):
+            files.remove_scratch(folder)  # a link
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder / LOCK)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written ({error.strerror}): codes wait there for the build") from None
+    with held:
+        try:
+            # 2. what a build that was killed has left goes first
+            files.remove_scratch(codes)
+            codes.mkdir()
+            yield codes
+        finally:
+            files.remove_scratch(folder)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from framefusion.errors import BudgetError, CheckpointError, VideoError
+from framefusion.errors import BudgetError, CheckpointError, StorageError, VideoError
 from framefusion.export.build import build, check_again
 from framefusion.export.check.verify import weight_report
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.eager.calibration import prompts as prompts_module
-from framefusion.export.eager.calibration.codes import calibrated_codes
+from framefusion.export.eager.calibration.codes import calibrated_codes, folder_of_codes
 from framefusion.export.eager.calibration.held_out import Repeated
 from framefusion.export.eager.calibration.prompts import answered_rows, read_prompts
 from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled_bundle
@@ -193,3 +193,24 @@ def test_what_is_judged_are_the_models_of_both_codes(
         found.append(float((theirs.exp() * (theirs - ours)).sum()))
     assert [store.divergence, store.search_divergence] == pytest.approx(found, rel=1e-3)
     assert store.held_out == 1
+
+
+def test_codes_of_a_build_are_not_another_builds_to_replace(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    left = tmp_path / ".bundle.calibration" / "codes" / "0.q.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of a build that was killed")
+    with folder_of_codes(output) as folder:
+        assert not any(folder.iterdir())
+        (folder / "0.q.safetensors").write_bytes(b"codes")
+        with pytest.raises(StorageError, match="another build is writing"), folder_of_codes(output):
+            pass
+        assert (folder / "0.q.safetensors").read_bytes() == b"codes"
+    assert not any(tmp_path.iterdir())
+    # a link is nobody's place for codes
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / ".bundle.calibration").symlink_to(elsewhere)
+    with folder_of_codes(output):
+        assert not any(elsewhere.iterdir())
+    assert elsewhere.is_dir()
