@@ -120,11 +120,11 @@ def test_it_starts_without_what_builds_and_is_healthy(container: int, installed:
     (check,) = instructions()["HEALTHCHECK"]
     _, _, command = check.partition("CMD ")
     (exposed,) = instructions()["EXPOSE"]
-    python, *words = json.loads(command)
-    assert f":{exposed}/" in words[-1]
+    python, *arguments = json.loads(command)
+    assert f":{exposed}/" in arguments[-1]
     check_health = [
         str(installed / "bin" / python),
-        *(word.replace(f":{exposed}/", f":{container}/") for word in words),
+        *(argument.replace(f":{exposed}/", f":{container}/") for argument in arguments),
     ]
     assert subprocess.run(check_health, check=False, capture_output=True).returncode == 0
     nobody = [word.replace(f":{container}/", ":9/") for word in check_health]

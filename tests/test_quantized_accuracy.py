@@ -48,11 +48,13 @@ def test_points_tokens_and_decisions_add_up() -> None:
 @pytest.mark.slow
 def test_the_tool_asks_every_format_under_every_case_and_goes_on_from_its_file(tmp_path: Path) -> None:
     bundles = {name: FORMATS[name](tmp_path) for name in (FLOATS, "int4:128")}
-    asked = questions(2)
-    first = answered(bundles, asked[:1], Asking(deep=1), tmp_path / "rows.jsonl", jobs=1)
-    both = answered(bundles, asked, Asking(deep=1), tmp_path / "rows.jsonl", jobs=1)
-    in_turn = answered(bundles, asked[:1], Asking(CASES[-1:], in_turn=True), tmp_path / "films.jsonl", jobs=1)
-    found_alone = [r for r in both if (r["question"], r["format"], *_case(r)) == (asked[0].key, "int4:128", *LOWEST)]
+    question_list = questions(2)
+    first = answered(bundles, question_list[:1], Asking(deep=1), tmp_path / "rows.jsonl", jobs=1)
+    both = answered(bundles, question_list, Asking(deep=1), tmp_path / "rows.jsonl", jobs=1)
+    in_turn = answered(bundles, question_list[:1], Asking(CASES[-1:], in_turn=True), tmp_path / "films.jsonl", jobs=1)
+    found_alone = [
+        r for r in both if (r["question"], r["format"], *_case(r)) == (question_list[0].key, "int4:128", *LOWEST)
+    ]
     led = in_turn[1]
     assert led.pop("floats_right_by_these") in (True, False)
     assert [led] == found_alone  # a question that was embedded once is the same question
@@ -60,7 +62,7 @@ def test_the_tool_asks_every_format_under_every_case_and_goes_on_from_its_file(t
     found = {(r["question"], r["format"], Case(r["reducer"], r["cost"], r["bound"])) for r in both}
     assert found == {
         (question.key, name, case)
-        for index, question in enumerate(asked)
+        for index, question in enumerate(question_list)
         for name in bundles
         for case in (*CASES, *(DEEP if index < 1 else ()))
     }

@@ -48,7 +48,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stored:
     return Stored(tmp_path / "model.safetensors")
 
 
-def made(form: WeightFormat, rows: tuple[int, int] | None, *, by_rows: bool) -> Made:
+def recipe_of(form: WeightFormat, rows: tuple[int, int] | None, *, by_rows: bool) -> Made:
     source = Source("weight", rows, transpose=True)
     quantizer = search_float8 if isinstance(form, Float8Format) else search
     return Made(source, form, torch.float16, partial(quantizer, dtype=torch.float16), by_rows)
@@ -59,10 +59,10 @@ def made(form: WeightFormat, rows: tuple[int, int] | None, *, by_rows: bool) -> 
 def test_some_rows_at_a_time_are_packed_as_all_of_them(
     stored: Stored, form: WeightFormat, rows: tuple[int, int] | None
 ) -> None:
-    whole = packed_as(made(form, rows, by_rows=False).blocks(stored), form)
+    whole = packed_as(recipe_of(form, rows, by_rows=False).blocks(stored), form)
     assert stored.rows.pop() == 18 if rows is None else 13
     stored.rows.clear()
-    packed = LatestBlocks().packed(made(form, rows, by_rows=True), stored)
+    packed = LatestBlocks().packed(recipe_of(form, rows, by_rows=True), stored)
     assert max(stored.rows) == ROWS
     for ours, theirs in zip(packed, whole, strict=True):
         assert (ours is None) == (theirs is None)
@@ -70,11 +70,11 @@ def test_some_rows_at_a_time_are_packed_as_all_of_them(
 
 
 def test_a_quantizer_that_needs_all_rows_gets_them(stored: Stored) -> None:
-    list(made(FORMATS[0], None, by_rows=False).parts(stored))
+    list(recipe_of(FORMATS[0], None, by_rows=False).parts(stored))
     assert stored.rows == [18]
 
 
 def test_parts_that_are_not_the_matrix_are_refused(stored: Stored) -> None:
-    parts = (packed_as(part, FORMATS[0]) for part in made(FORMATS[0], (0, 8), by_rows=True).parts(stored))
+    parts = (packed_as(part, FORMATS[0]) for part in recipe_of(FORMATS[0], (0, 8), by_rows=True).parts(stored))
     with pytest.raises(ValueError, match="8 rows of 18"):
         joined(parts, 18)
