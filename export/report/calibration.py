@@ -172,8 +172,10 @@ def _of_codes(plan: BuildPlan, manifest: Manifest, lengths: Sequence[tuple[int, 
     longest = max(whole for whole, _ in lengths) + tokens
     states = round(lanes * FLOAT * rows[0] * (2 * model.hidden_size + model.head_dim))
     activations = 3 * FLOAT * longest * (model.intermediate_size + model.hidden_size)
+    logits = held * (tokens + 1) * FLOAT * model.vocab_size  # of the floats, to be compared with
     halves = half * (2 if held else 1)  # those of the search beside them
-    memory = TRACING_PROCESS + halves + GRAM_BYTES * widest * widest + states + round(lanes * caches) + activations
+    memory = TRACING_PROCESS + halves + GRAM_BYTES * widest * widest
+    memory += states + round(lanes * caches) + activations + logits
     answering = memory_of_streamed(floats) if streamed else memory_of_check(floats)
     return {
         "rows": {"first_layer": rows[0], "last_layer": rows[-1]},

@@ -88,7 +88,7 @@ def calibrated_codes(
     with TemporaryDirectory(dir=folder) as parts:
         bundle = in_fp32(uncompiled_bundle(floats, Path(parts) / "parts"), floats)
         # 2. what the prompts put into the decoder, and what it answers
-        prepared = answered_rows(floats, bundle, prompts, doing)
+        prepared = answered_rows(floats, bundle, prompts, doing, held_out(len(prompts)))
         # 3. all of them through all layers, quantized as they are reached
         lockstep = Lockstep(plan, floats, store, choose, doing)
         pipeline = Pipeline(bundle, EagerBackend(lockstep.loaders(eager_loaders(floats, streamed=True))))

@@ -10,7 +10,7 @@ answer is decided there. Knows no weight and no code.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,7 +70,8 @@ class CalibrationRows:
         request: how it is reduced.
         answer: tokens of the answer that are fed back; the last one that is chosen is not.
         decisions: of the reduction, by the model in floats.
-        logits: of the model in floats, which each token is chosen from.  [answer + 1, V]
+        logits: of the model in floats, which each token is chosen from.  [answer + 1, V], or [0, V] where they are not
+            wanted: with a large vocabulary they are larger than the rows
     """
 
     prompt: Prompt
@@ -143,7 +144,11 @@ def answer_tokens(floats: BuildPlan) -> tuple[int, bool]:
 
 
 def answered_rows(
-    floats: BuildPlan, bundle: Bundle, prompts: Sequence[CalibrationPrompt], doing: Callable[[str], object]
+    floats: BuildPlan,
+    bundle: Bundle,
+    prompts: Sequence[CalibrationPrompt],
+    doing: Callable[[str], object],
+    compared: Collection[int] | None = None,
 ) -> list[CalibrationRows]:
     """What each conversation puts into the decoder, with the answer of the model in floats behind it.
 
@@ -152,6 +157,7 @@ def answered_rows(
         bundle: of this plan, without graphs.
         prompts: conversations.
         doing: called with what runs now.
+        compared: numbers of those whose logits are kept; None keeps all.
 
     Raises:
         VideoError: a film or picture cannot be read.
@@ -160,9 +166,11 @@ def answered_rows(
     tokens, streamed = answer_tokens(floats)
     pipeline = Pipeline(bundle, EagerBackend(eager_loaders(floats, streamed=streamed)))
     found = []
-    for number, prompt in enumerate(prompts, 1):
-        doing(f"answer {number} of {len(prompts)}")
-        found.append(_answered(pipeline, prompt, tokens))
+    for number, prompt in enumerate(prompts):
+        doing(f"answer {number + 1} of {len(prompts)}")
+        item = _answered(pipeline, prompt, tokens)
+        is_compared = compared is None or number in compared
+        found.append(item if is_compared else replace(item, logits=item.logits[:0].copy()))
     return found
 
 

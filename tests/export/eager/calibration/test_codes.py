@@ -177,8 +177,8 @@ def test_what_is_judged_are_the_models_of_both_codes(
     floats = BuildPlan(checkpoint, OPTIONS).in_floats
     assert floats is not None
     bundle = in_fp32(uncompiled_bundle(floats, tmp_path / "parts"), floats)
-    (item,) = answered_rows(floats, bundle, prompts[-1:], lambda _: None)
-    assert item.logits.shape[0] == 1
+    (fit, item) = answered_rows(floats, bundle, prompts[-2:], lambda _: None, [1])
+    assert (len(fit.logits), len(item.logits)) == (0, 1)  # those of a prompt that is not judged would only take memory
     theirs = torch.from_numpy(item.logits[0]).double().log_softmax(0)
     found = []
     for plan in (
