@@ -89,7 +89,7 @@ def check_quantized(segments: Sequence[SegmentPlan], options: BuildOptions) -> N
     if options.backend is not None and not engine_traits(options.backend).quantized:
         raise BudgetError(f"{options.backend} engines are not compiled of weights in 4 or 8 bits: leave --backend out")
     if options.backend is not None and any(isinstance(form, Float8Format) for form in formats):
-        problem = float8_problem(options.target_sm or (), options.variant, options.reduction)
+        problem = float8_problem(options.target_sm or (), options.variant)
         if problem:
             raise BudgetError(problem)
 

@@ -99,7 +99,7 @@ class TensorRTBuilder:
         record = manifest.quantization
         if record is None or not any(form.kind == "float" for form in record.formats):
             return self._library.check_targets(chosen)
-        problem = float8_problem(chosen, variant, manifest.reduction.mode)
+        problem = float8_problem(chosen, variant)
         if not engine_traits(self._kind).quantized:
             problem = f"{self._kind} engines are not compiled of weights in 8 bits: take --backend tensorrt-rtx"
         if problem:

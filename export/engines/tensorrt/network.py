@@ -9,10 +9,12 @@
 
        of a graph that is free in its rows the lengths are [layers, rows], and those of j are a row of them;
        j is read from the cache that feeds the attention, never from the order of the layers
-    4. where it takes several rows, a prompt's last token is taken twice: else the products behind it would be of one
+    4. where a reduction inside the graph takes rows of the rotary tables, it does so by GatherND: over their Gather
+       TensorRT-RTX 1.7 crashes, or says that there are uses before defs, in many schedules
+    5. where it takes several rows, a prompt's last token is taken twice: else the products behind it would be of one
        row in a prefill and of several in a batch, and have their weights twice, those of the head among them
-    5. where a target is older than Ampere, products in fp32 become factors and a sum: the library has none for Turing
-    6. everything is read back from the finished network and refused if it is not so (network_check.py)
+    6. where a target is older than Ampere, products in fp32 become factors and a sum: the library has none for Turing
+    7. everything is read back from the finished network and refused if it is not so (network_check.py)
 
 The parser's factor on the keys is left: the compiler folds it (the same kernels with and without it). Knows no profile
 and no bundle.
@@ -50,6 +52,8 @@ from framefusion.runtime.backends.tensorrt.library import AMPERE, Library, is_pl
 
 LAST = "last"  # input: index of the last token
 _SAME_INDICES = ("Reshape", "Squeeze", "Cast", "Identity")  # what an exporter puts between indices and a Gather
+_SAME_ROWS = ("Unsqueeze", "Squeeze", "Reshape", "Cast", "Identity")  # what it puts between rows and their rotation
+_LAST_AXIS = "rotary/last_axis"
 CAPACITY = "capacity"  # begins the names of cache axes in the graphs, behind it the layer
 SMALLEST_HEAD = 16  # channels for which there are fused attention kernels; below them it is taken apart
 _LAYERS = {"ATTENTION_INPUT", "ATTENTION_OUTPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING"}  # no plain network has them
@@ -155,6 +159,7 @@ def static_caches(graph: Path, capacities: Sequence[int], *, one_row: bool = Tru
     _check_weights(graph, model)
     sizes = {f"{CAPACITY}_{j}": capacity for j, capacity in enumerate(capacities)}
     _fix_axes(model, sizes | (one_row_axes(caches) if one_row else {}))
+    gather_rotary_apart(model)
     if not one_row:
         take_last_twice(model)
     del model.graph.value_info[:]  # said with the symbols that are numbers now
@@ -193,6 +198,39 @@ def take_last_twice(model: onnx.ModelProto) -> None:
             picked = True
     if picked:
         model.graph.node.insert(0, twice)
+
+
+def gather_rotary_apart(model: onnx.ModelProto) -> None:
+    """Have rows of the rotary tables, [S, hd/2] by [T], taken by GatherND: the same rows, which no attention fuses."""
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {tensor.name for tensor in graph.initializer}
+    constants |= {name for name, node in makers.items() if node.op_type == "Constant"}
+    # 1. back from the tables of each rotation to where they came from; a scalar constant picks the only prompt
+    names = [name for node in graph.node if node.op_type == "RotaryEmbedding" for name in node.input[1:3]]
+    gathers: dict[str, onnx.NodeProto] = {}
+    while names:
+        node = makers.get(names.pop())
+        if node is None or node.op_type not in (*_SAME_ROWS, "Gather") or node.output[0] in gathers:
+            continue
+        names.append(node.input[0])
+        if node.op_type == "Gather" and not _axis_of(node) and node.input[1] not in constants:
+            gathers[node.output[0]] = node
+    if not gathers:
+        return
+    # 2. an index of one number for each row, in place of the number
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1], np.int64), _LAST_AXIS))
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        name = node.output[0] if node.output else ""
+        if name not in gathers:
+            nodes.append(node)
+            continue
+        rows = f"{name}/rows"
+        nodes.append(onnx.helper.make_node("Unsqueeze", [node.input[1], _LAST_AXIS], [rows], name=rows))
+        nodes.append(onnx.helper.make_node("GatherND", [node.input[0], rows], [name], name=node.name))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _axis_of(node: onnx.NodeProto) -> int:

@@ -236,19 +236,13 @@ def is_plain(options: Mapping[str, Any]) -> bool:
     return options.get("variant") == PLAIN
 
 
-def float8_problem(targets: Sequence[str], variant: str | None, mode: str) -> str:
+def float8_problem(targets: Sequence[str], variant: str | None) -> str:
     """Why engines with weights in floats of 8 bits cannot be built so, and the way out; "" where they can.
 
     Args:
         targets: compute capabilities, in any notation; what is none is refused elsewhere.
         variant: of the networks.
-        mode: of the reduction; TensorRT-RTX 1.7 crashes over such weights in the static graph of the fixed one.
     """
-    if mode == "fixed":
-        return (
-            "TensorRT-RTX does not compile floats of 8 bits in the static graph of --reduction fixed: build with "
-            "--reduction adaptive, or with --weights int8 or int4"
-        )
     if variant == PLAIN:
         return "--variant plain has no products with floats of 8 bits: leave it out, or build with --weights int8"
     older = [target for target in targets if _number(target) < FLOAT8_FROM]

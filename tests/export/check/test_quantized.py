@@ -36,7 +36,6 @@ from framefusion.runtime.proof.prove import TOGETHER, prove
 from tools.golden_mutations import CHANGES, SHALLOW, places, proof_of_changed, worst_logits
 
 TRAINED = Path(__file__).parents[2] / "models" / "tiny_qwen2_vl"
-FIXED = {"reduction": "fixed", "cost": 0.6, "merge_shares": (0.3,), "prune_layer": 2, "num_decoder_layer": 4}
 FP8_ENGINES = {"weights": "fp8", "backend": "tensorrt-rtx", "dialect": "portable"}
 INT4 = SHALLOW
 
@@ -139,11 +138,6 @@ def test_the_plan_counts_codes_as_bytes() -> None:
             FP8_ENGINES | {"target_sm": ("86", "120")},
             BudgetError,
             "--target-sm 86: floats of 8 bits need a GPU",
-        ),
-        (
-            FP8_ENGINES | FIXED,
-            BudgetError,
-            "floats of 8 bits in the static graph of --reduction fixed",
         ),
         (FP8_ENGINES | {"variant": "plain"}, BudgetError, "--variant plain has no products with floats of 8 bits"),
         ({"weights": "int4:256", "dialect": "portable"}, CheckpointError, "rows of 128 weights end within a block"),

@@ -237,6 +237,9 @@ def test_the_estimate_of_memory_grows_with_weights(graph: Path, monkeypatch: pyt
 
 
 FIXED = {
+    "prune behind two plain layers": (("trained", BuildOptions(reduction="fixed", cost=0.6, merge_shares=(0.3,),
+                                                               prune_layer=2, max_input_len=192, max_text_len=64,
+                                                               num_decoder_layer=4, dialect="portable"))),
     "tiny": (("checkpoint", BuildOptions(reduction="fixed", cost=0.5, merge_shares=(0.3, 0.2), prune_layer=1,
                                          max_input_len=128, max_text_len=32, dialect="portable"))),
     "64 frames": (("trained", BuildOptions(reduction="fixed", cost=0.5, merge_shares=(0.3,), prune_layer=1,

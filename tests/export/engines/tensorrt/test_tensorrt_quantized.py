@@ -97,6 +97,20 @@ def test_floats_of_8_bits_are_in_the_engine_as_they_are(tmp_path: Path, weights:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int4", "fp8+activations"])
+def test_codes_and_a_reduction_in_one_static_graph(tmp_path: Path, weights: str) -> None:
+    """What this schedule takes of the rotary tables crashed the library, until it was taken by GatherND."""
+    options = BuildOptions(
+        reduction="fixed", cost=0.6, merge_shares=(0.3,), prune_layer=2, num_decoder_layer=4, max_input_len=192,
+        max_text_len=64, weights=weights, backend="tensorrt-rtx", target_sm=("89",), dialect="portable",
+        dtype="float16",
+    )  # fmt: skip
+    built = build(Checkpoint(TRAINED), tmp_path / "bundle", options, verify=False)
+    decode = GRAPH.replace("graph.onnx", "decode.onnx")
+    assert {engine.graph for engine in built.manifest.engines} == {GRAPH, decode, "vision/graph.onnx"}
+
+
+@pytest.mark.slow
 def test_the_library_refuses_older_gpus_with_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is the library's: without ours it refuses, so nothing is compiled of floats in their place."""
     options = BuildOptions(
