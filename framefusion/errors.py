@@ -126,6 +126,12 @@ class RequestError(FrameFusionError):
         self.status = status
 
 
+class CompilerCrashError(BackendError):
+    """A library that crashed while it compiled an engine. It ran in a process of its own, so nothing else ended."""
+
+    exit_code = 25
+
+
 class InterruptedBuildError(FrameFusionError):
     """Ctrl-C during a build: what is complete stays and the next build resumes from it."""
 

@@ -65,6 +65,7 @@ class EngineFacts:
         layer_kinds: layers of the network of each kind.
         seconds: of the build.
         timing_cache: what the library measured, for the next build; None where it has no such cache.
+        peak_memory: most bytes of the process that built it; 0 where that was the caller's.
     """
 
     size: int
@@ -74,6 +75,7 @@ class EngineFacts:
     layer_kinds: Mapping[str, int]
     seconds: float
     timing_cache: bytes | None = None
+    peak_memory: int = 0
 
     @property
     def file(self) -> FileRecord | None:

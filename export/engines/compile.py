@@ -1,6 +1,6 @@
 """The main path from a bundle to its engines, one for each graph; needs no checkpoint.
 
-    bundle -> spec of each graph -> key -> cache, or a build in one of `jobs` threads -> engines/KIND/ -> report
+    bundle -> spec of each graph -> key -> cache, or a build for one of `jobs` threads -> engines/KIND/ -> report
     -> manifest -> checksums
 
 An engine is in the cache before it is in the bundle, and the manifest names it when it is there with its hash; so a
@@ -164,7 +164,9 @@ def compile_engines(
     # 7. Report beside the engines: what they were compiled from, what that took, what came from the cache.
     records = tuple(_record(job, engine) for job, engine in zip(jobs, fetched, strict=True))
     files = {job.file: engine.entry.file for job, engine in zip(jobs, fetched, strict=True)}
+    children = sorted((job.peak_memory for job in jobs), reverse=True)[:threads]
     report = _summary(records[0], options) | {
+        "peak_memory_bytes": peak_memory() + sum(children),
         "jobs": threads,
         "notes": [note] if note else [],
         "seconds": round(time.monotonic() - start, 2),
@@ -266,6 +268,7 @@ def _fetch(folder: Path, job: Job, cache: EngineCache, builder: EngineBuilder, c
         go_on()
         timing = "-".join([job.components["library"], job.components["version"], *job.spec.targets])
         facts = builder.build(job.spec, target, cache.timing_cache(timing), report_share)
+        job.peak_memory = facts.peak_memory
         if facts.timing_cache is not None:
             cache.keep_timing_cache(timing, facts.timing_cache)
         plain: Mapping[str, Any] = to_json(
@@ -304,7 +307,6 @@ def _summary(record: EngineRecord, options: EngineOptions) -> dict[str, Any]:
         "version": record.version,
         "targets": list(record.targets),
         "engines_only": options.engines_only,
-        "peak_memory_bytes": peak_memory(),
     }
 
 

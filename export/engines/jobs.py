@@ -49,6 +49,7 @@ class Job:
     size: int  # of the engine, expected
     memory: int  # bytes at the peak of its build, estimated
     share: float = 0.0  # of the build that is done; its thread writes it
+    peak_memory: int = 0  # bytes of the process that built it, if that was not this one
 
     @property
     def label(self) -> str:

@@ -1,8 +1,9 @@
 """Build one TensorRT engine from its specification: without a GPU where the library can (tensorrt-rtx).
 
 The plan goes to its file while it is serialized, hashed on the way; the file has its name only when it is whole.
-Who watches the build may end it: an exception from `progress`, Ctrl-C among them, reaches the library as a "stop" of
-its progress monitor and comes back out of `build_engine`. Knows no bundle, no cache of engines and no runtime.
+`TensorRTBuilder` does so in a process of its own, since the library crashes over some networks; an exception from
+`progress` ends that process. Within one process it reaches the library as a "stop" of its progress monitor, as Ctrl-C
+does, and comes back out of `build_engine`. Knows no bundle, no cache of engines and no runtime.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 from framefusion.errors import BackendError, StorageError
 from framefusion.export.checkpoints.tensors.hashed_file import HashedFile
 from framefusion.export.engines.builder import EngineFacts, EngineSpec, Share
+from framefusion.export.engines.child import Call, build_in_child
 from framefusion.export.engines.tensorrt.api import (
     Builder,
     BuilderConfig,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from framefusion.runtime.format.manifest import Manifest
 
 Result = TypeVar("Result")
+BUILD = f"{__name__}:build_engine"
 LONG_PHASE = "Computing profile costs"  # of the library
 BASE_MEMORY = 300 << 20
 PROFILE_MEMORY = 20 << 20
@@ -111,9 +114,13 @@ class TensorRTBuilder:
         return estimate_memory(spec)
 
     def build(self, spec: EngineSpec, target: Path, timing_cache: bytes | None, progress: Share) -> EngineFacts:
-        """See `build_engine`."""
-        library = self._library.with_new_messages()  # what another thread's build has to say is not of this one
-        return build_engine(spec, target, timing_cache=timing_cache, progress=progress, library=library)
+        """See `build_engine`; in a process of its own, since the library crashes over some networks.
+
+        Raises:
+            CompilerCrashError: it crashed, and nothing is left behind.
+        """
+        library = f"{self._library.kind} {self._library.version}"
+        return build_in_child(Call(BUILD, spec, target, timing_cache), progress, library)
 
 
 def build_engine(

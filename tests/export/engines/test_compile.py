@@ -23,6 +23,7 @@ from framefusion.export.engines import compile as compilation
 from framefusion.export.engines import jobs
 from framefusion.export.engines.builder import EngineSpec
 from framefusion.export.engines.jobs import Job, admitted, components_of
+from framefusion.export.engines.tensorrt import build as tensorrt_build
 from framefusion.export.options import BuildOptions
 from framefusion.installation import install_command
 from framefusion.runtime.backends import table
@@ -34,6 +35,7 @@ from framefusion.runtime.format.manifest_file import read_manifest, write_manife
 from framefusion.runtime.machine.gpu import find_gpu
 from tests.commands import assert_refused, export
 from tests.conftest import made_once
+from tests.export.engines.test_child import crash
 
 KIND = ("--backend", "tensorrt-rtx")
 TARGETS = ("--target-sm", "86,89,120")
@@ -410,6 +412,17 @@ def test_a_compilation_that_ended_early_goes_on(copy: Path, tmp_path: Path, how:
     assert len(read_manifest(copy).engines) == ENGINES
     assert export("check", copy).exit_code == 0
     assert not [path for path in (cache / "building").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.slow
+def test_a_library_that_crashes_is_an_error(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: the bundle stays as it was, and nothing unfinished is in the cache."""
+    monkeypatch.setattr(tensorrt_build, "BUILD", f"{crash.__module__}:{crash.__name__}")
+    before = files_of(copy)
+    result = export("compile", copy, *KIND, *TARGETS, "--engine-cache", tmp_path / "cache")
+    assert_refused(result, errors.CompilerCrashError, "crashed (SIGSEGV) while it compiled", "--reduction adaptive")
+    assert files_of(copy) == before
+    assert {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {".lock"}
 
 
 @pytest.mark.slow
