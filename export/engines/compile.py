@@ -164,9 +164,7 @@ def compile_engines(
     # 7. Report beside the engines: what they were compiled from, what that took, what came from the cache.
     records = tuple(_record(job, engine) for job, engine in zip(jobs, fetched, strict=True))
     files = {job.file: engine.entry.file for job, engine in zip(jobs, fetched, strict=True)}
-    children = sorted((job.peak_memory for job in jobs), reverse=True)[:threads]
-    report = _summary(records[0], options) | {
-        "peak_memory_bytes": peak_memory() + sum(children),
+    report = _summary(records[0], options, sorted(job.peak_memory for job in jobs)[-threads:]) | {
         "jobs": threads,
         "notes": [note] if note else [],
         "seconds": round(time.monotonic() - start, 2),
@@ -299,7 +297,8 @@ def _record(job: Job, fetched: Fetched) -> EngineRecord:
     )
 
 
-def _summary(record: EngineRecord, options: EngineOptions) -> dict[str, Any]:
+def _summary(record: EngineRecord, options: EngineOptions, child_peaks: Sequence[int]) -> dict[str, Any]:
+    """What is true of all engines; `child_peaks` are bytes of the largest processes that ran at once."""
     return {
         "framefusion-aot": framefusion.__version__,
         "kind": record.kind,
@@ -307,6 +306,7 @@ def _summary(record: EngineRecord, options: EngineOptions) -> dict[str, Any]:
         "version": record.version,
         "targets": list(record.targets),
         "engines_only": options.engines_only,
+        "peak_memory_bytes": peak_memory() + sum(child_peaks),
     }
 
 
