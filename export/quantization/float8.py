@@ -25,6 +25,7 @@ from framefusion.export.quantization.blocks import LEAST_BLOCK, MOST_BLOCK, Bloc
 from framefusion.ops.quantized import FLOAT8_LARGEST
 
 LARGEST = FLOAT8_LARGEST
+NOT_NUMBERS = (0x7F, 0xFF)  # of the codes
 PHASES = 8  # scales that are tried, from the narrowest to before its double
 ROUNDED_SCALE = 2.0**-8
 """Largest change of a checkpoint's scale by the bundle's type: bfloat16 changes none by more, float16 those that are
@@ -111,7 +112,7 @@ class Float8Quantized:
             )
         if not bool(torch.isfinite(self.scales).all()):
             raise CheckpointError("a scale is not finite: the file is damaged, download it again")
-        if bool(((self.codes & 0x7F) == 0x7F).any()):
+        if has_not_numbers(self.codes):
             raise CheckpointError("a float of 8 bits is no number: the file is damaged, download it again")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -127,6 +128,11 @@ class Float8Quantized:
     def packed(self) -> Packed:
         """The parameters of a graph: see the module."""
         return Packed(self.codes.contiguous(), self.scales.contiguous(), None)
+
+
+def has_not_numbers(codes: Tensor) -> bool:
+    """Whether one of the codes, uint8, is no number; beside them it takes a byte each."""
+    return any(bool((codes == code).any()) for code in NOT_NUMBERS)
 
 
 WeightFormat = BlockFormat | Float8Format

@@ -22,7 +22,7 @@ from framefusion.console.plain_text import printable
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.tensors.tensor_file import DTYPES, TensorEntry
 from framefusion.export.quantization.blocks import BITS, LEAST_BLOCK, MOST_BLOCK, BlockFormat, BlockQuantized
-from framefusion.export.quantization.float8 import Float8Format, Float8Quantized
+from framefusion.export.quantization.float8 import Float8Format, Float8Quantized, has_not_numbers
 
 USUAL_BLOCK = 128  # for a scale that serves a whole row
 _AT_ONCE = 1 << 22  # bytes of fp32 that are computed at a time
@@ -244,10 +244,10 @@ class FloatLinear(QuantizedLinear):
         height = self.block[0]
         scales = self.checked_scales(self.scale, stored.read(self.scale).float())
         scales = scales.reshape(-(-outputs // height), -1).repeat_interleave(min(height, outputs), 0)[:outputs]
-        codes = stored.read(self.weight)
-        if not bool(torch.isfinite(codes.float()).all()):
+        codes = stored.read(self.weight).view(torch.uint8)  # never as floats, which take four times as much
+        if has_not_numbers(codes):
             raise self.damaged(f"{self.weight} holds what is no number")
-        return Float8Quantized(codes.view(torch.uint8), scales.contiguous(), form)
+        return Float8Quantized(codes, scales.contiguous(), form)
 
     def rows(self, stored: Stored, first: int, last: int) -> Iterator[Tensor]:
         """See `QuantizedLinear`."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from framefusion.errors import CheckpointError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.quantized.patterns import ModuleNames, PatternError
+from framefusion.export.quantization.float8 import has_not_numbers
 from tests.export.checkpoints.quantized.test_formats import AWQ, BNB4, GOLDENS, GPTQ, recorded
 
 Tensors = dict[str, torch.Tensor]
@@ -181,6 +182,18 @@ def test_values_that_are_no_weights_are_refused(tmp_path: Path, name: str, edit:
     checkpoint = opened(tmp_path, name, edit)
     with pytest.raises(CheckpointError, match=message):
         checkpoint.tensor(f"{LAYERS[1]}.weight")
+
+
+def test_codes_that_are_no_numbers_are_refused_as_codes(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path, "ct_fp8_channel_dynamic", changed("weight", not_numbers))
+    with pytest.raises(CheckpointError, match=r"weight holds what is no number: the checkpoint is damaged"):
+        checkpoint.quantized(f"{LAYERS[1]}.weight")
+
+
+def test_each_code_of_8_bits_is_a_number_where_torch_has_one() -> None:
+    for number in range(256):
+        code = torch.tensor([number], dtype=torch.uint8)
+        assert has_not_numbers(code) != bool(torch.isfinite(code.view(torch.float8_e4m3fn).float()))
 
 
 @pytest.mark.parametrize(
