@@ -10,7 +10,8 @@
        of a graph that is free in its rows the lengths are [layers, rows], and those of j are a row of them;
        j is read from the cache that feeds the attention, never from the order of the layers
     4. where a reduction inside the graph takes rows of the rotary tables, it does so by GatherND: over their Gather
-       TensorRT-RTX 1.7 crashes, or says that there are uses before defs, in many schedules
+       TensorRT-RTX 1.7 crashes, or says that there are uses before defs, in many schedules; and INT8 in one block a
+       row has its scales by rows, which it compiles
     5. where it takes several rows, a prompt's last token is taken twice: else the products behind it would be of one
        row in a prefill and of several in a batch, and have their weights twice, those of the head among them
     6. where a target is older than Ampere, products in fp32 become factors and a sum: the library has none for Turing
@@ -160,6 +161,7 @@ def static_caches(graph: Path, capacities: Sequence[int], *, one_row: bool = Tru
     sizes = {f"{CAPACITY}_{j}": capacity for j, capacity in enumerate(capacities)}
     _fix_axes(model, sizes | (one_row_axes(caches) if one_row else {}))
     gather_rotary_apart(model)
+    scale_whole_rows(model)
     if not one_row:
         take_last_twice(model)
     del model.graph.value_info[:]  # said with the symbols that are numbers now
@@ -174,6 +176,7 @@ def plain_graph(graph: Path, caches: int, one_length: bool, *, one_row: bool = T
     if found != caches:
         raise BundleError(f"{graph} has {found} caches, {caches} capacities are given: rebuild the bundle")
     rewrite_plain(model, graph, one_length)
+    scale_whole_rows(model)
     if one_row:
         _fix_axes(model, one_row_axes(caches))
     else:
@@ -231,6 +234,22 @@ def gather_rotary_apart(model: onnx.ModelProto) -> None:
         nodes.append(onnx.helper.make_node("GatherND", [node.input[0], rows], [name], name=node.name))
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def scale_whole_rows(model: onnx.ModelProto) -> None:
+    """Have the scales of INT8 matrices in one block a row, [out, 1], as those of rows, [out]: the same numbers."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or not all(name in tensors for name in node.input[:2]):
+            continue
+        codes = tensors[node.input[0]]
+        scales = tensors[node.input[1]]
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if codes.data_type != onnx.TensorProto.INT8 or "block_size" not in attributes or list(scales.dims[1:]) != [1]:
+            continue
+        del scales.dims[1:]
+        node.attribute.remove(attributes["block_size"])
+        attributes["axis"].i = 0
 
 
 def _axis_of(node: onnx.NodeProto) -> int:

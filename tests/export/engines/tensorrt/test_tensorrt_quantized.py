@@ -28,7 +28,7 @@ LAYERS = 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("weights", "kind"), [("int4", "INT4"), ("int8:64", "INT8")])
+@pytest.mark.parametrize(("weights", "kind"), [("int4", "INT4"), ("int8:64", "INT8"), ("int8", "INT8")])
 def test_codes_reach_the_network_as_they_are(tmp_path: Path, weights: str, kind: str) -> None:
     options = BuildOptions(
         reduction="none", num_decoder_layer=2, max_input_len=64, buckets=(64,), weights=weights,

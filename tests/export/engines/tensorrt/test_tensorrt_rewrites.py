@@ -1,13 +1,14 @@
-"""Rows of the rotary tables that a reduction takes inside a graph: the same rows, as TensorRT-RTX compiles them."""
+"""What a graph says and TensorRT-RTX does not compile is said in another way: the same numbers."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper
+import pytest
+from onnx import TensorProto, helper, numpy_helper
 
-from framefusion.export.engines.tensorrt.network import gather_rotary_apart
+from framefusion.export.engines.tensorrt.network import gather_rotary_apart, scale_whole_rows
 
 TOKENS, KEPT, HALF = 7, 4, 4
 
@@ -64,3 +65,25 @@ def test_a_graph_without_such_rows_stays_as_it_is() -> None:
     before = model.SerializeToString(deterministic=True)
     gather_rotary_apart(model)
     assert model.SerializeToString(deterministic=True) == before
+
+
+def scaled(blocks: int) -> onnx.ModelProto:
+    """INT8 [6, 4] with a scale for each of so many blocks of a row."""
+    generator = np.random.default_rng(1)
+    codes = generator.integers(-127, 128, (6, 4)).astype(np.int8)
+    scales = generator.random((6, blocks), np.float32)
+    node = helper.make_node("DequantizeLinear", ["codes", "scales"], ["out"], axis=1, block_size=4 // blocks)
+    constants = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")]
+    outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, [6, 4])]
+    graph = helper.make_graph([node], "scaled", [], outputs, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+@pytest.mark.parametrize(("blocks", "shape"), [(1, [6]), (2, [6, 2])])
+def test_one_scale_a_row_is_said_as_that(blocks: int, shape: list[int]) -> None:
+    model = scaled(blocks)
+    before = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {})[0]
+    scale_whole_rows(model)
+    onnx.checker.check_model(model)
+    assert list(model.graph.initializer[1].dims) == shape
+    np.testing.assert_array_equal(onnxruntime.InferenceSession(model.SerializeToString()).run(None, {})[0], before)
