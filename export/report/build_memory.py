@@ -18,7 +18,6 @@ from framefusion.export.quantization import recipes
 from framefusion.export.quantization.recipes import Made
 
 READ = 4  # as stored, a code, packed
-TURNED = 2 << 25
 SCALE = 4  # bytes in memory, in any bundle
 
 
@@ -42,7 +41,7 @@ def _bytes(plan: BuildPlan, source: AnySource) -> int:
     recipe = source.recipe
     outputs, inputs = recipe.shape(Headers(checkpoint))
     shapes = recipe.form.shapes(outputs, inputs)
-    packed = sum(math.prod(shape) * (SCALE if part == "scales" else 1) for part, shape in shapes.items()) - TURNED
+    packed = sum(math.prod(shape) * (SCALE if part == "scales" else 1) for part, shape in shapes.items())
     if not isinstance(recipe, Made):
         return packed + outputs * inputs
     if recipe.is_read_by_rows:

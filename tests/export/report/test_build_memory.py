@@ -15,7 +15,7 @@ from framefusion.export.machine import TRACING_PROCESS
 from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.quantization.recipes import WEIGHTS_AT_ONCE
-from framefusion.export.report.build_memory import READ, TURNED, build_memory
+from framefusion.export.report.build_memory import READ, build_memory
 from tools.bench.big_checkpoint import BigShape, write_big_checkpoint
 from tools.bench.setting import SHAPES, Shape
 
@@ -48,7 +48,7 @@ def test_a_search_adds_what_it_packs_and_the_rows_at_hand(tmp_path: Path) -> Non
     weights = 512 * 300_000
     packed = weights + 4 * weights // 128
     plan = BuildPlan(Checkpoint(checkpoint), BuildOptions(weights="int8+head"))
-    assert build_memory(plan) == TRACING_PROCESS - TURNED + packed + READ * WEIGHTS_AT_ONCE
+    assert build_memory(plan) == TRACING_PROCESS + packed + READ * WEIGHTS_AT_ONCE
 
 
 @pytest.mark.slow
@@ -59,5 +59,5 @@ def test_a_build_peaks_where_the_plan_says(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BUILT, str(checkpoint), str(tmp_path / "bundle"), "int8+head"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    # the process without a tensor grows with what is traced: 8 layers take 0.1 GB less than TRACING_PROCESS of 28
-    assert json.loads(done.stdout) == pytest.approx(build_memory(plan), rel=0.2)
+    # never more; the process without a tensor grows with what is traced: 8 layers take 0.2 GB less than 28
+    assert build_memory(plan) - 0.25e9 < json.loads(done.stdout) < build_memory(plan)
