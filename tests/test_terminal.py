@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,11 @@ def test_a_build_and_an_evaluation_are_never_silent(tmp_path: Path) -> None:
         evaluated = record(["ff-export", "eval", str(model), *questions])
         assert evaluated.exit_code == 0, evaluated.text
         assert evaluated.silences()[0][0] < LONGEST, (model, evaluated.silences()[:3])
+    shallow = ["--num-decoder-layer", "2", "--depth", "0", "--cost", "0.6", "--no-check", "--weights", "int4"]
+    calibrated = ["ff-export", "build", str(CHECKPOINT), "-o", str(tmp_path / "calibrated"), *shallow]
+    chosen = record([*calibrated, "--calibrate", questions[1]])
+    assert chosen.exit_code == 0, chosen.text
+    assert re.search(r"choosing codes by \d+ prompts: (answer|layer) \d+ of \d+", chosen.text)
     plain = record(["ff-export", "check", str(bundle)], TERM="dumb")
     assert plain.exit_code == 0, plain.text
     assert "\x1b" not in plain.text

@@ -185,8 +185,9 @@ def _codes(
 
     prompts = read_prompts(clips)
     with folder_of_codes(output) as folder:
-        with activity(f"running {len(prompts)} prompts about films to choose codes by"):
-            named, codes = calibrated_codes(source, options, prompts, folder)
+        what = f"choosing codes by {len(prompts)} prompts"
+        with activity(what) as now:
+            named, codes = calibrated_codes(source, options, prompts, folder, lambda part: now.say(f"{what}: {part}"))
         yield named, codes
 
 
