@@ -142,16 +142,19 @@ def _check_output(output: Path, force: bool) -> None:
 
 def _calibrated(source: Checkpoint, options: BuildOptions, clips: tuple[Path, ...]) -> BuildOptions:
     """The options with the schedule that suits the clips, if there are any."""
-    if not clips or options.kv_cache_dtype is not None:  # scales are measured by the build itself
+    if not clips:
         return options
-    from framefusion.export.report.calibration import SCHEDULE, purposes
+    from framefusion.export.report.calibration import SCHEDULE, planned_options, purposes
 
     if SCHEDULE not in purposes(options):
         return options
     from framefusion.export.eager.calibrate import calibrate
     from framefusion.export.eager.calibration.prompts import films_of
+    from framefusion.export.plan.build_plan import BuildPlan
 
     films = films_of(clips, "a schedule is set")
+    if options.kv_cache_dtype is not None:  # which no schedule goes with: the plan says why, before films are run
+        BuildPlan(source, planned_options(options, clips))
     with activity(f"running {len(films)} films to set the schedule by"):
         return calibrate(source, options, list(films))
 

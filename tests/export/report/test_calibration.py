@@ -79,3 +79,12 @@ def test_films_that_a_build_refuses_a_plan_refuses(tmp_path: Path) -> None:
     questions.write_text('{"video": "no.mp4", "question": "What?", "answer": "a dog"}')
     assert_refused(export("plan", TRAINED, *LAYERS, *int4, questions), EvaluationError, "line 1")
     assert_refused(export("plan", TRAINED, *LAYERS, "--calibrate", text), BudgetError, "--reduction fixed", "adaptive")
+
+
+@pytest.mark.slow
+def test_what_no_schedule_mends_is_refused_as_that(film: Path, tmp_path: Path) -> None:
+    """By the plan and the build alike, which does not call for the films that it has."""
+    flags = ("--reduction", "fixed", "--kv-cache-dtype", "int8", "--calibrate", film)
+    for command in (("plan", TRAINED), ("build", TRAINED, "-o", tmp_path / "bundle")):
+        assert_refused(export(*command, *flags), BudgetError, "the fixed mode writes caches of floats", "adaptive")
+    assert not (tmp_path / "bundle").exists()
