@@ -103,7 +103,11 @@ def calibration_needs(plan: BuildPlan, manifest: Manifest, paths: Sequence[Path]
         for prompt, (tokens, visual) in zip(prompts, lengths, strict=True)
     ]
     needs = {"for": list(wanted), "prompts": rows, "memory": None, "disk": 0, "seconds": None}
-    return needs | (_of_codes(plan, manifest, lengths) if CODES in wanted else {"memory": _eager_memory(plan)})
+    return needs | (
+        _of_codes(plan, manifest, lengths, len(held_out(prompts)))
+        if CODES in wanted
+        else {"memory": _eager_memory(plan)}
+    )
 
 
 class _Films(MediaStages):
@@ -131,7 +135,7 @@ def _lengths(plan: BuildPlan, manifest: Manifest, prompts: Sequence[CalibrationP
     return found
 
 
-def _of_codes(plan: BuildPlan, manifest: Manifest, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _of_codes(plan: BuildPlan, manifest: Manifest, lengths: Sequence[tuple[int, int]], held: int) -> dict[str, Any]:
     """Rows, bytes and seconds of choosing codes."""
     # 1. the model in floats with the policy that a schedule stands for, as it is run
     adaptive = replace(plan.options, reduction="adaptive", buckets=None, merge_shares=None, prune_layer=None)
@@ -166,7 +170,6 @@ def _of_codes(plan: BuildPlan, manifest: Manifest, lengths: Sequence[tuple[int, 
                 products = count * inputs * (2 * 2 * outputs + 2 * parts[0])  # twice through, and rows by each other
                 seconds += products / PRODUCTS_A_SECOND + inputs * outputs / SEARCHED_A_SECOND
                 seconds += sum(n * n * (outputs / FED_BACK_A_SECOND + n / FACTORED_A_SECOND) for n in parts)
-    held = len(held_out(len(lengths)))
     lanes = 1 + held / len(lengths)  # prompts that are held out go twice through the layers
     # 4. hidden states before and behind a half layer, an activation of one prompt, and what the films leave
     longest = max(whole for whole, _ in lengths) + tokens
@@ -209,7 +212,7 @@ def calibration_lines(needs: Mapping[str, Any] | None) -> list[str]:
         answer = needs["answer"]
         reading = "reading all weights for each token, " if answer["streamed"] else ""
         held = needs["held_out"]
-        count = str(held) if held else f"from {LEAST} prompts on some"
+        count = str(held) if held else f"from {LEAST} films or questions on some"
         judged = f"held out to compare codes with the search's: {count}"
         lines.append(
             f"rows that codes are chosen by: {rows['first_layer']} in the first layer at most, about "

@@ -84,15 +84,16 @@ def calibrated_codes(
     floats = plan.in_floats
     assert floats is not None  # codes are chosen
     digests = digests_of(prompts)
+    kept_back = held_out(prompts)
     store = CodeStore(folder, digests, prompts=len(prompts))
     with TemporaryDirectory(dir=folder) as parts:
         bundle = in_fp32(uncompiled_bundle(floats, Path(parts) / "parts"), floats)
         # 2. what the prompts put into the decoder, and what it answers
-        prepared = answered_rows(floats, bundle, prompts, doing, held_out(len(prompts)))
+        prepared = answered_rows(floats, bundle, prompts, doing, kept_back)
         # 3. all of them through all layers, quantized as they are reached
         lockstep = Lockstep(plan, floats, store, choose, doing)
         pipeline = Pipeline(bundle, EagerBackend(lockstep.loaders(eager_loaders(floats, streamed=True))))
-        judgement = _run(lockstep, pipeline, floats, prepared)
+        judgement = _run(lockstep, pipeline, floats, prepared, kept_back)
     answers = sum(item.answer for item in prepared)
     store = replace(store, rows=lockstep.rows, answer_rows=answers, texts=tokens_digest(prepared))
     named = replace(options, calibrated_by=(*digests, store.texts))
@@ -109,11 +110,14 @@ def calibrated_codes(
 
 
 def _run(
-    lockstep: Lockstep, pipeline: Pipeline, floats: BuildPlan, prepared: Sequence[CalibrationRows]
+    lockstep: Lockstep,
+    pipeline: Pipeline,
+    floats: BuildPlan,
+    prepared: Sequence[CalibrationRows],
+    kept_back: Sequence[int],
 ) -> Judgement | None:
-    """Choose all codes; None where too few prompts were given to hold any out."""
+    """Choose all codes; None where no prompt is held out."""
     # 1. lanes: prompts that codes are fit to, and each that is held out twice
-    kept_back = held_out(len(prepared))
     lanes = [
         Lane(partial(pipeline.prefill, item.prompt, item.rows, item.request, Stopwatch()), item.answer)
         for number, item in enumerate(prepared)

@@ -6,12 +6,11 @@
 All three keep the tokens that the floats kept, so that weights alone are compared: by what each token of an answer is
 chosen by, the one that ends it among them. Most tokens are certain and a few nearly undecided, whose divergence is a
 million times as large and of either sign by chance: so the mean is the geometric one, in which each token counts alike.
-Knows no film.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from framefusion.export.checkpoints.tensors.weights import read_parameter
-from framefusion.export.eager.calibration.prompts import CalibrationRows
+from framefusion.export.eager.calibration.prompts import CalibrationPrompt, CalibrationRows, file_digest
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reduction.plan import Plan
@@ -30,7 +29,7 @@ Scores = NDArray[np.float32]
 ROUNDING = 1e-10
 """Divergence that sums in fp32 alone make."""
 LEAST = 4
-"""Prompts from where on some are held out."""
+"""Films from where on prompts about some of them are held out; questions, where they are about fewer films."""
 EVERY = 4
 """One of so many is held out, the last of them."""
 
@@ -55,9 +54,44 @@ class Judgement:
         return self.chosen <= self.searched
 
 
-def held_out(count: int) -> list[int]:
-    """Which of so many prompts are held out."""
-    return list(range(EVERY - 1, count, EVERY)) if count >= LEAST else []
+def held_out(prompts: Sequence[CalibrationPrompt]) -> list[int]:
+    """Numbers of the prompts that are held out: none shows a film that others show, or is at least another question.
+
+    Raises:
+        VideoError: a file cannot be read.
+    """
+    groups = _by_films(prompts)
+    if len(set(groups)) < LEAST:
+        groups = _by_questions(prompts)
+    if len(set(groups)) < LEAST:
+        return []
+    return [number for number, group in enumerate(groups) if group % EVERY == EVERY - 1]
+
+
+def _by_films(prompts: Sequence[CalibrationPrompt]) -> list[int]:
+    """A group for each prompt, one for all that are joined by the content of their files; numbered as they come."""
+    leaders: dict[str, str] = {}
+
+    def leader(name: str) -> str:
+        while leaders.setdefault(name, name) != name:
+            name = leaders[name]
+        return name
+
+    names = [[file_digest(file) for file in prompt.files] or [f"prompt {n}"] for n, prompt in enumerate(prompts)]
+    for first, *others in names:
+        for other in others:
+            leaders[leader(other)] = leader(first)
+    return _numbered([leader(first) for first, *_ in names])
+
+
+def _by_questions(prompts: Sequence[CalibrationPrompt]) -> list[int]:
+    """The same, one for all prompts that are equal."""
+    return _numbered([(prompt.turns, *map(file_digest, prompt.files)) for prompt in prompts])
+
+
+def _numbered(keys: Sequence[Hashable]) -> list[int]:
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 class Repeated(ReductionState):

@@ -118,7 +118,7 @@ def digests_of(prompts: Sequence[CalibrationPrompt]) -> tuple[str, ...]:
     Raises:
         VideoError: one cannot be read.
     """
-    return tuple(map(_digest, dict.fromkeys(file for prompt in prompts for file in prompt.files)))
+    return tuple(map(file_digest, dict.fromkeys(file for prompt in prompts for file in prompt.files)))
 
 
 def tokens_digest(items: Sequence[CalibrationRows]) -> str:
@@ -129,7 +129,12 @@ def tokens_digest(items: Sequence[CalibrationRows]) -> str:
     return found.hexdigest()
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a film or picture.
+
+    Raises:
+        VideoError: it cannot be read.
+    """
     try:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()

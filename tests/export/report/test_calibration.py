@@ -9,7 +9,7 @@ import pytest
 
 from framefusion.errors import BudgetError, EvaluationError, VideoError
 from tests.commands import assert_refused, export
-from tests.films import write_picture
+from tests.films import write_film, write_picture
 
 TRAINED = Path(__file__).parents[2] / "models" / "tiny_qwen2_vl"
 LAYERS = ("--num-decoder-layer", 2, "--depth", 0, "--cost", 0.6)
@@ -25,12 +25,13 @@ def plan(*flags: object) -> dict[str, object]:
 @pytest.mark.slow
 def test_what_films_put_into_codes_is_said(film: Path, tmp_path: Path) -> None:
     before = plan("--weights", "int4")
-    facts = plan("--weights", "int4", *["--calibrate", film] * 4)
+    films = [film, *(write_film(tmp_path / f"{seed}.mp4", seed=seed) for seed in range(1, 4))]
+    facts = plan("--weights", "int4", *(flag for each in films for flag in ("--calibrate", each)))
     needs = facts["calibration"]
     assert before["calibration"] is None
     assert isinstance(needs, dict)
     assert needs["for"] == ["codes"]
-    assert [row["files"] for row in needs["prompts"]] == [[str(film)]] * 4
+    assert [row["files"] for row in needs["prompts"]] == [[str(each)] for each in films]
     assert needs["held_out"] == 1
     row = needs["prompts"][0]
     assert 0 < row["visual"] < row["tokens"]
@@ -45,7 +46,7 @@ def test_what_films_put_into_codes_is_said(film: Path, tmp_path: Path) -> None:
     for phrase in (
         "codes of weights by 1 prompts about 1 files",
         "of one core, the answers besides",
-        "search's: from 4 prompts on some",
+        "search's: from 4 films or questions on some",
     ):
         assert phrase in text
 

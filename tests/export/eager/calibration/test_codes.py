@@ -40,9 +40,15 @@ OPTIONS = BuildOptions(weights="int4:64", num_decoder_layer=LAYERS, depth=0, cos
 
 
 @pytest.fixture(scope="module", name="films")
-def two_films(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def two_films(four: list[Path]) -> list[Path]:
+    return four[:2]
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """As many as it takes for one to be held out."""
     folder = tmp_path_factory.mktemp("films")
-    return [write_film(folder / f"{seed}.mp4", frames=8, size=112, seed=seed) for seed in range(2)]
+    return [write_film(folder / f"{seed}.mp4", frames=8, size=112, seed=seed) for seed in range(4)]
 
 
 def chosen(folder: Path, films: list[Path], options: BuildOptions = OPTIONS) -> CodeStore:
@@ -126,9 +132,9 @@ def test_a_file_that_is_no_film_ends_the_build(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_codes_that_are_further_from_floats_than_the_searchs_are_left(films: list[Path], tmp_path: Path) -> None:
+def test_codes_that_are_further_from_floats_than_the_searchs_are_left(four: list[Path], tmp_path: Path) -> None:
     """The fourth prompt is held out; codes that negate every second row are further from floats than any search's."""
-    prompts = read_prompts([*films, *films])
+    prompts = read_prompts(four)
     checkpoint = Checkpoint(TRAINED)
     folders = [tmp_path / "good", tmp_path / "bad"]
     for folder in folders:
@@ -166,12 +172,12 @@ def negated(weight: Tensor, form: BlockFormat) -> BlockQuantized:
 
 @pytest.mark.slow
 def test_what_is_judged_are_the_models_of_both_codes(
-    films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    four: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Divergences in lockstep, beside those of whole models with these codes; of an answer's first token."""
     monkeypatch.setattr(prompts_module, "ANSWER", 1)
     checkpoint = Checkpoint(TRAINED)
-    prompts = read_prompts([films[0], films[1], films[1], films[0]])
+    prompts = read_prompts(four)
     (tmp_path / "codes").mkdir()
     named, store = calibrated_codes(checkpoint, OPTIONS, prompts, tmp_path / "codes")
     floats = BuildPlan(checkpoint, OPTIONS).in_floats
