@@ -215,7 +215,7 @@ def calibration_lines(needs: Mapping[str, Any] | None) -> list[str]:
         count = str(held) if held else f"from {LEAST} films or questions on some"
         judged = f"held out to compare codes with the search's: {count}"
         lines.append(
-            f"rows that codes are chosen by: {rows['first_layer']} in the first layer at most, about "
+            f"rows of all prompts: {rows['first_layer']} in the first layer at most, about "
             f"{rows['last_layer']} in the last one, answers of up to {answer['tokens']} tokens among them; "
             f"{in_bytes(needs['disk'])} on the disk meanwhile; about {in_time(needs['seconds'])} of one core, {reading}"
             f"the answers besides, whose time is unknown; {judged}"
