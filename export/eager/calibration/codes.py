@@ -94,18 +94,13 @@ def calibrated_codes(
         lockstep = Lockstep(plan, floats, store, choose, doing)
         pipeline = Pipeline(bundle, EagerBackend(lockstep.loaders(eager_loaders(floats, streamed=True))))
         judgement = _run(lockstep, pipeline, floats, prepared, kept_back)
-    answers = sum(item.answer for item in prepared)
-    store = replace(store, rows=lockstep.rows, answer_rows=answers, texts=tokens_digest(prepared))
+    store = replace(
+        store, rows=lockstep.rows, answer_rows=sum(item.answer for item in prepared), texts=tokens_digest(prepared)
+    )
     named = replace(options, calibrated_by=(*digests, store.texts))
     if judgement is None:
         return named, store
-    store = replace(
-        store,
-        held_out=judgement.prompts,
-        divergence=judgement.chosen,
-        search_divergence=judgement.searched,
-        taken=judgement.is_better,
-    )
+    store = judgement.noted(store)
     return (named if store.taken else options), store
 
 

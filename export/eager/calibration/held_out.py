@@ -11,7 +11,7 @@ million times as large and of either sign by chance: so the mean is the geometri
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from framefusion.export.checkpoints.tensors.weights import read_parameter
 from framefusion.export.eager.calibration.prompts import CalibrationPrompt, CalibrationRows, file_digest
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.quantization.code_store import CodeStore
 from framefusion.reduction.plan import Plan
 from framefusion.reduction.policy import Decision, ReductionState
 
@@ -52,6 +53,16 @@ class Judgement:
     def is_better(self) -> bool:
         """Whether the films' codes are to be taken."""
         return self.chosen <= self.searched
+
+    def noted(self, store: CodeStore) -> CodeStore:
+        """What is known of the codes, with this."""
+        return replace(
+            store,
+            held_out=self.prompts,
+            divergence=self.chosen,
+            search_divergence=self.searched,
+            taken=self.is_better,
+        )
 
 
 def held_out(prompts: Sequence[CalibrationPrompt]) -> list[int]:
