@@ -179,6 +179,30 @@ def test_torch_stays_in_the_modules_declared_for_it() -> None:
     assert {package for package in TORCH_PACKAGES if not any(within(name, (package,)) for name in users)} == set()
 
 
+NEWER_THAN_3_10 = {
+    *("asyncio.TaskGroup", "asyncio.timeout", "asyncio.Runner", "contextlib.chdir", "datetime.UTC", "enum.StrEnum"),
+    *("hashlib.file_digest", "itertools.batched", "logging.getHandlerByName", "math.cbrt", "operator.call"),
+    *("tomllib", "typing.Self", "typing.assert_never", "typing.override", "ExceptionGroup", "BaseExceptionGroup"),
+}  # of the standard library; mypy reads it as that of 3.11, since numpy's stubs no longer parse for 3.10
+
+
+def test_the_package_takes_nothing_that_python_3_10_lacks() -> None:
+    found = set()
+    for path in LIBRARY:
+        for node in ast.walk(tree_of(path)):
+            names = set[str]()
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                names = {f"{node.value.id}.{node.attr}"}
+            elif isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+            elif isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.Name):
+                names = {node.id}
+            found |= {(str(path.relative_to(ROOT)), name) for name in names & NEWER_THAN_3_10}
+    assert found == set()
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Imports for types and inside functions count: what they tie together cannot be understood or moved alone."""
     assert circles(graph()) == []

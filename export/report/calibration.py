@@ -19,7 +19,13 @@ from framefusion.errors import BudgetError
 from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.checkpoints.text.tokenizer_file import TOKENIZER, write_tokenizer
 from framefusion.export.eager.calibration.held_out import LEAST, held_out
-from framefusion.export.eager.calibration.prompts import CalibrationPrompt, answer_tokens, films_of, read_prompts
+from framefusion.export.eager.calibration.prompts import (
+    CalibrationPrompt,
+    answer_tokens,
+    file_digests,
+    films_of,
+    read_prompts,
+)
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.machine import TRACING_PROCESS
 from framefusion.export.options import BuildOptions
@@ -104,7 +110,7 @@ def calibration_needs(plan: BuildPlan, manifest: Manifest, paths: Sequence[Path]
     ]
     needs = {"for": list(wanted), "prompts": rows, "memory": None, "disk": 0, "seconds": None}
     return needs | (
-        _of_codes(plan, manifest, lengths, len(held_out(prompts)))
+        _of_codes(plan, manifest, lengths, len(held_out(prompts, file_digests(prompts))))
         if CODES in wanted
         else {"memory": _eager_memory(plan)}
     )

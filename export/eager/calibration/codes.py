@@ -29,7 +29,7 @@ from framefusion.export.eager.calibration.prompts import (
     CalibrationPrompt,
     CalibrationRows,
     answered_rows,
-    digests_of,
+    file_digests,
     tokens_digest,
 )
 from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled_bundle
@@ -83,9 +83,10 @@ def calibrated_codes(
     plan = BuildPlan(checkpoint, adaptive if options.reduction == "fixed" else options)
     floats = plan.in_floats
     assert floats is not None  # codes are chosen
-    digests = digests_of(prompts)
-    kept_back = held_out(prompts)
-    store = CodeStore(folder, digests, prompts=len(prompts))
+    digests = file_digests(prompts)
+    kept_back = held_out(prompts, digests)
+    films = tuple(digests.values())
+    store = CodeStore(folder, films, prompts=len(prompts))
     with TemporaryDirectory(dir=folder) as parts:
         bundle = in_fp32(uncompiled_bundle(floats, Path(parts) / "parts"), floats)
         # 2. what the prompts put into the decoder, and what it answers
@@ -97,7 +98,7 @@ def calibrated_codes(
     store = replace(
         store, rows=lockstep.rows, answer_rows=sum(item.answer for item in prepared), texts=tokens_digest(prepared)
     )
-    named = replace(options, calibrated_by=(*digests, store.texts))
+    named = replace(options, calibrated_by=(*films, store.texts))
     if judgement is None:
         return named, store
     store = judgement.noted(store)

@@ -10,8 +10,9 @@ million times as large and of either sign by chance: so the mean is the geometri
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from framefusion.export.checkpoints.tensors.weights import read_parameter
-from framefusion.export.eager.calibration.prompts import CalibrationPrompt, CalibrationRows, file_digest
+from framefusion.export.eager.calibration.prompts import CalibrationPrompt, CalibrationRows
 from framefusion.export.graphs.decoder import Segment
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.quantization.code_store import CodeStore
@@ -65,21 +66,23 @@ class Judgement:
         )
 
 
-def held_out(prompts: Sequence[CalibrationPrompt]) -> list[int]:
+def held_out(prompts: Sequence[CalibrationPrompt], digests: Mapping[Path, str]) -> list[int]:
     """Numbers of the prompts that are held out: none shows a film that others show, or is at least another question.
 
-    Raises:
-        VideoError: a file cannot be read.
+    Args:
+        prompts: conversations.
+        digests: of their files, see `file_digests`.
     """
-    groups = _by_films(prompts)
+    contents = [tuple(digests[file] for file in prompt.files) for prompt in prompts]
+    groups = _joined(contents)
     if len(set(groups)) < LEAST:
-        groups = _by_questions(prompts)
+        groups = _numbered([(prompt.turns, content) for prompt, content in zip(prompts, contents, strict=True)])
     if len(set(groups)) < LEAST:
         return []
     return [number for number, group in enumerate(groups) if group % EVERY == EVERY - 1]
 
 
-def _by_films(prompts: Sequence[CalibrationPrompt]) -> list[int]:
+def _joined(contents: Sequence[tuple[str, ...]]) -> list[int]:
     """A group for each prompt, one for all that are joined by the content of their files; numbered as they come."""
     leaders: dict[str, str] = {}
 
@@ -88,16 +91,11 @@ def _by_films(prompts: Sequence[CalibrationPrompt]) -> list[int]:
             name = leaders[name]
         return name
 
-    names = [[file_digest(file) for file in prompt.files] or [f"prompt {n}"] for n, prompt in enumerate(prompts)]
+    names = [content or (f"prompt {number}",) for number, content in enumerate(contents)]
     for first, *others in names:
         for other in others:
             leaders[leader(other)] = leader(first)
     return _numbered([leader(first) for first, *_ in names])
-
-
-def _by_questions(prompts: Sequence[CalibrationPrompt]) -> list[int]:
-    """The same, one for all prompts that are equal."""
-    return _numbered([(prompt.turns, *map(file_digest, prompt.files)) for prompt in prompts])
 
 
 def _numbered(keys: Sequence[Hashable]) -> list[int]:

@@ -26,6 +26,7 @@ from framefusion.export.machine import available_memory
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.reduction.policy import Decision
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.format.bundle_files import sha256_of
 from framefusion.runtime.generation.token_rows import TokenRows
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
@@ -112,15 +113,6 @@ def films_of(paths: Sequence[Path], purpose: str) -> tuple[Path, ...]:
     return films
 
 
-def digests_of(prompts: Sequence[CalibrationPrompt]) -> tuple[str, ...]:
-    """SHA-256 of each file, each once and in order, by which the manifest names them.
-
-    Raises:
-        VideoError: one cannot be read.
-    """
-    return tuple(map(file_digest, dict.fromkeys(file for prompt in prompts for file in prompt.files)))
-
-
 def tokens_digest(items: Sequence[CalibrationRows]) -> str:
     """SHA-256 over the tokens of all prompts and their answers: what codes depend on beside films and options."""
     found = hashlib.sha256()
@@ -129,17 +121,17 @@ def tokens_digest(items: Sequence[CalibrationRows]) -> str:
     return found.hexdigest()
 
 
-def file_digest(file: Path) -> str:
-    """SHA-256 of a film or picture.
+def file_digests(prompts: Sequence[CalibrationPrompt]) -> dict[Path, str]:
+    """SHA-256 of each file, each once and in order, by which the manifest names them.
 
     Raises:
-        VideoError: it cannot be read.
+        VideoError: one cannot be read.
     """
+    names = dict.fromkeys(file for prompt in prompts for file in prompt.files)
     try:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        return {file: sha256_of(file) for file in names}
     except OSError as error:
-        raise VideoError(f"{file} cannot be read ({error.strerror}): give a film") from None
+        raise VideoError(f"{error.filename} cannot be read ({error.strerror}): give a film") from None
 
 
 def answer_tokens(floats: BuildPlan) -> tuple[int, bool]:

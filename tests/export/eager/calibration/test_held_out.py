@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from framefusion.export.eager.calibration.held_out import held_out
-from framefusion.export.eager.calibration.prompts import CalibrationPrompt
+from framefusion.export.eager.calibration import held_out as module
+from framefusion.export.eager.calibration.prompts import CalibrationPrompt, file_digests
 from framefusion.runtime.text.prompt import Turn, Visual
 
 
@@ -18,6 +18,10 @@ def files(tmp_path: Path) -> list[Path]:
     for number, path in enumerate(paths):
         path.write_bytes(b"%d" % (number % 5))
     return paths
+
+
+def held_out(prompts: list[CalibrationPrompt]) -> list[int]:
+    return module.held_out(prompts, file_digests(prompts))
 
 
 def about(*films: Path, question: str = "What happens?") -> CalibrationPrompt:

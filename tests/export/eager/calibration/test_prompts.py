@@ -20,7 +20,7 @@ from framefusion.export.eager.calibration import prompts as calibration_prompts
 from framefusion.export.eager.calibration.lockstep import decided_before
 from framefusion.export.eager.calibration.prompts import (
     answered_rows,
-    digests_of,
+    file_digests,
     films_of,
     read_prompts,
     tokens_digest,
@@ -52,7 +52,7 @@ def test_films_and_questions_are_conversations(tmp_path: Path) -> None:
     assert count.turns[0].parts[1] == "How many?"
     assert "B. blue" in str(which.turns[0].parts[1])
     assert films_of([tmp_path / "a.mp4", questions, tmp_path / "b.mp4"], "") == (tmp_path / "a.mp4", tmp_path / "b.mp4")
-    assert len(digests_of(prompts)) == 3
+    assert len(file_digests(prompts)) == 3
     # what is none
     questions.write_text(json.dumps(rows[1]))
     with pytest.raises(BudgetError, match="names no film, and a schedule is set by films"):
@@ -61,7 +61,7 @@ def test_films_and_questions_are_conversations(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="line 1"):
         read_prompts([questions])
     with pytest.raises(VideoError, match=r"no\.mp4 cannot be read"):
-        digests_of(read_prompts([tmp_path / "no.mp4"]))
+        file_digests(read_prompts([tmp_path / "no.mp4"]))
 
 
 @pytest.mark.slow
