@@ -45,7 +45,7 @@ from framefusion.runtime.text.tokenizer import Tokenizer
 PRODUCTS_A_SECOND = 90e9  # multiplications and additions of rows by a matrix, or by each other: 96e9 to 109e9 of a core
 FED_BACK_A_SECOND = 5e9  # outputs times inputs squared: 3.2e9 with 4096 inputs, 7.3e9 with 896
 FACTORED_A_SECOND = 12e9  # inputs cubed, of what is inverted: 13e9 to 19e9
-SEARCHED_A_SECOND = 10e6  # weights whose scales are searched
+SEARCHED_A_SECOND = 8e6  # weights in 4 bits whose scales one core searches
 GRAM_BYTES = 32  # of each product of two inputs: it in fp32, ordered and inverted in fp64
 ALLOCATED = 1.1  # times what is counted; 1.05 for two layers of a 0.5B
 FLOAT = 4

@@ -28,8 +28,9 @@ from framefusion.export.machine import free_disk
 from framefusion.export.options import AS_STORED, DEQUANTIZED, MAX_BATCH_SIZE
 from framefusion.export.plan.build_plan import WEIGHTS as WEIGHTS_FILE
 from framefusion.export.plan.build_plan import BuildPlan
+from framefusion.export.quantization.recipes import Made
 from framefusion.export.report.build_memory import build_memory
-from framefusion.export.report.calibration import calibration_lines, calibration_needs
+from framefusion.export.report.calibration import SEARCHED_A_SECOND, calibration_lines, calibration_needs
 from framefusion.export.report.inspection import TEXT, cache_facts, reduction_facts, span, weight_facts
 from framefusion.export.writing.parts import EMBEDDING_FILE, TOKENIZER_FILE, Builder
 from framefusion.export.writing.staging import SPARE
@@ -44,7 +45,6 @@ BYTES_A_SECOND = 180e6  # read, converted, hashed, written and on the disk
 COMPILED_A_SECOND = 40e6  # bytes of weights that TensorRT-RTX compiles with eight profiles, a 7B's
 TRACING = 0.024  # seconds for each parameter of a graph; equal segments are traced once
 NEW_TOKENS = 128
-SEARCHED_A_SECOND = 8e6  # weights in 4 bits whose scales one core searches
 WEIGHTS = ("int8", "int4", "int8+head", "int4+head", "int4+head4", "fp8", "fp8+head")
 """Values of --weights whose bytes a plan says beside its own."""
 
@@ -202,13 +202,13 @@ def _segment(manifest: Manifest, index: int) -> dict[str, Any]:
 
 
 def _searched(plan: BuildPlan) -> list[int]:
-    """Weights of each matrix that codes are chosen for."""
+    """Weights of each matrix whose codes the build searches; those by films are chosen before it."""
     if plan.in_floats is None:
         return []
     graphs = [graph for graph in plan.graphs if graph.role != "decode"]  # its prefill has the same weights
     parts = [(shape, graph.sources[name]) for graph in graphs for name, shape in graph.shapes.items()]
     codes = [(shape, part) for shape, part in parts if isinstance(part, QuantizedPart) and part.part == "packed"]
-    return [math.prod(shape) * 8 // part.recipe.form.bits for shape, part in codes]
+    return [math.prod(shape) * 8 // part.recipe.form.bits for shape, part in codes if isinstance(part.recipe, Made)]
 
 
 def _seconds(plan: BuildPlan, size: int, scope: Scope | None, golden: GoldenEffort) -> float:
