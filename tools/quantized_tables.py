@@ -303,6 +303,7 @@ def tables(load: Callable[[str], dict[str, Any]]) -> dict[str, Callable[[], str]
         "gptq reference": lambda: reference(load("gptq_reference")),
         "golden mutations": lambda: mutations(load("golden_mutations")),
         "quantised heads": lambda: answers(load("quantized_heads")),
+        "floats of 8 bits": lambda: answers(load("quantized_float8")),
         "quantised families": lambda: families(load("quantized_families")),
         "quantised reduction": lambda: kept(load("quantized_accuracy")),
         "quantised speed": lambda: "\n\n".join(map(speed, of_shapes("quantised"))),
