@@ -29,6 +29,7 @@ class SegmentPlan:
         scores: it ends in similarity and importance of the tokens, for a reduction.
         head: it ends in logits.
         head_format: of the vocabulary projection's weights; None: they are floats.
+        one_length: nothing is reduced inside it, so that all its caches hold the same number of tokens.
     """
 
     name: str
@@ -36,12 +37,13 @@ class SegmentPlan:
     scores: bool
     head: bool
     head_format: WeightFormat | None = None
+    one_length: bool = True
 
     @property
     def structure(self) -> Hashable:
         """Segments of equal structure share one traced graph."""
         blocks = tuple((block.kind, block.deepstack, block.formats) for block in self.blocks)
-        return blocks, self.scores, self.head, self.head_format
+        return blocks, self.scores, self.head, self.head_format, self.one_length
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -57,7 +59,14 @@ class SegmentPlan:
 def segment_module(config: DecoderConfig, plan: SegmentPlan) -> Segment:
     """The torch module of a segment, on the meta device."""
     with torch.device("meta"):
-        return Segment(config, plan.blocks, scores=plan.scores, head=plan.head, head_format=plan.head_format)
+        return Segment(
+            config,
+            plan.blocks,
+            scores=plan.scores,
+            head=plan.head,
+            head_format=plan.head_format,
+            one_length=plan.one_length,
+        )
 
 
 def half_layers(num_layers: int, deepstack: int = 0) -> tuple[Block, ...]:
@@ -69,9 +78,11 @@ def half_layers(num_layers: int, deepstack: int = 0) -> tuple[Block, ...]:
     )
 
 
-def whole_decoder(num_layers: int, name: str = "decoder", deepstack: int = 0) -> tuple[SegmentPlan, ...]:
-    """The decoder as one segment, for a reduction that is done before it or in its graph."""
-    return (SegmentPlan(name, half_layers(num_layers, deepstack), scores=False, head=True),)
+def whole_decoder(
+    num_layers: int, name: str = "decoder", deepstack: int = 0, *, one_length: bool = True
+) -> tuple[SegmentPlan, ...]:
+    """The decoder as one segment, for a reduction that is done before it, or in its graph: then lengths differ."""
+    return (SegmentPlan(name, half_layers(num_layers, deepstack), scores=False, head=True, one_length=one_length),)
 
 
 def cut_after(num_layers: int, layers: Sequence[int], deepstack: int = 0) -> tuple[SegmentPlan, ...]:

@@ -69,7 +69,7 @@ def segments_of(record: ReductionRecord, config: DecoderConfig) -> tuple[Segment
     """
     layers = reduced_layers(record, config.num_layers)
     if not layers:
-        return whole_decoder(config.num_layers, deepstack=config.deepstack)
+        return whole_decoder(config.num_layers, deepstack=config.deepstack, one_length=record.mode != "fixed")
     return cut_after(config.num_layers, layers, config.deepstack)
 
 

@@ -128,6 +128,7 @@ class Decoder:
         # 2. Bind each segment to the very buffer that the one before it writes: no copy lies between two.
         bound: list[BoundSegment] = []
         for index, (record, cache) in enumerate(zip(records, caches, strict=True)):
+            segments.check_lengths(cache)
             inputs = common | {"kv_len": self._lengths.buffer[index, : len(record.attention_layers)]}
             if record.deepstack:  # generated tokens have no visual features
                 shape = (record.deepstack, self._width, model.hidden_size)

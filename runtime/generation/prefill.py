@@ -168,6 +168,7 @@ def _bind(
     ONNX Runtime runs the head in the others all the same, for a row each: it has no way to leave out what nobody binds
     (1.24 and 1.32 run every node, whatever `only_execute_path_to_fetches` says).
     """
+    segments.check_lengths(cache)
     length = rows.length
     device = segments.device
     size = bucket_for(record, length)

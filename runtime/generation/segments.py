@@ -64,6 +64,15 @@ class Segments:
                 self.device.copy(new[layer][:, :, :length], old[layer][:, :, :length])
                 old[layer] = new[layer]
 
+    def check_lengths(self, cache: SegmentCache) -> None:
+        """Hold a cache to what graphs of the adaptive mode count on: they read the length of the first layer alone.
+
+        Raises:
+            ValueError: its layers hold different numbers of tokens.
+        """
+        if self.manifest.reduction.mode != "fixed" and (cache.lengths != cache.lengths[:1]).any():
+            raise ValueError(f"layers of one segment hold {cache.lengths.tolist()} tokens: they must hold as many")
+
     @property
     def batch_refusal(self) -> str | None:
         """Why several requests cannot be decoded in one call; None where they can."""

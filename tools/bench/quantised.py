@@ -1,15 +1,15 @@
 """Weights in floats, int8 and int4 beside each other: prefill, decode, and bytes of the files, in turn.
 
     python -m tools.bench.quantised --write
-    python -m tools.bench.quantised --weights int8+head,openvino-bf16:floats,openvino:int8+head --nearest
+    python -m tools.bench.quantised --weights int8+head,int8+head@int8,openvino-bf16:floats --nearest
     python -m tools.bench.quantised --shape qwen2-7b --weights int4,int4:128 --rounds 1 --new-tokens 8 --alone
 
 Weights are random, so nothing is said of accuracy (tools/accuracy.py is about that). Weights behind the name of a
-backend run there, the others on `--backend`, as do the floats that all are compared with. The last command builds a 7B
-without its floats in ONNX Runtime and runs it alone, once for each format; it reports the memory at the peak of build
-and of run, each in a process of its own: all that is resident (VmHWM), which counts pages of mapped files that the
-system takes back when it wants them, and the process's own memory (RssAnon, sampled). `--limit` is a limit of that for
-the build, kept by the system (RLIMIT_DATA). Linux only.
+backend run there, the others on `--backend`, as do the floats that all are compared with; KV caches are in the type
+behind an @, else in floats. The last command builds a 7B without its floats in ONNX Runtime and runs it alone, once for
+each format; it reports the memory at the peak of build and of run, each in a process of its own: all that is resident
+(VmHWM), which counts pages of mapped files that the system takes back when it wants them, and the process's own memory
+(RssAnon, sampled). `--limit` is a limit of that for the build, kept by the system (RLIMIT_DATA). Linux only.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ def _with(arguments: argparse.Namespace, weights: str) -> argparse.Namespace:
     if backend in BACKENDS:
         changed.backend = backend
         weights = behind
+    weights, _, caches = weights.partition("@")
+    changed.kv_cache_dtype = caches or None
     changed.weights = None if weights == FLOATS else weights
     return changed
 

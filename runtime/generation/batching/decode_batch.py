@@ -104,6 +104,8 @@ class DecodeBatch:
         Raises:
             BackendError: there are as many rows as a step may have.
         """
+        for cache in caches:
+            self._segments.check_lengths(cache)
         with self._lock:
             most = self._segments.max_batch_size
             if most is not None and len(self._rows) == most:

@@ -15,6 +15,7 @@ from framefusion.runtime.backends.base import StepBuffers
 from framefusion.runtime.backends.host import HOST, HostDevice, HostGreedyTokens
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.generation.batching.decode_batch import DecodeBatch
 from framefusion.runtime.generation.decode import Decoder, GreedyDecoder
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
@@ -62,6 +63,21 @@ def test_the_device_chooses_what_the_host_chooses(opened: Bundle, device: HostDe
     chosen = tokens(pipeline, request)
     assert len(chosen) == STEPS
     assert chosen == tokens(pipeline, request, logits=True)  # whose logits come to the host
+
+
+def test_caches_of_a_segment_whose_layers_hold_different_numbers_are_refused() -> None:
+    """Graphs read the length of the first layer alone: attention over another number would be wrong in silence."""
+    pipeline = make_pipeline(Bundle(shared("bundle"), verify=False))
+    prompt, rows = pipeline.read(TURNS)
+    prefilled = pipeline.prefill(prompt, rows, Request(STEPS), Stopwatch())
+    Decoder(pipeline.segments, prefilled.caches)
+    prefilled.caches[-1].lengths[-1] -= 1
+    for refused in (
+        lambda: Decoder(pipeline.segments, prefilled.caches),
+        lambda: DecodeBatch(pipeline.segments).join(prefilled.caches),
+    ):
+        with pytest.raises(ValueError, match="layers of one segment hold"):
+            refused()
 
 
 def test_where_more_than_the_largest_logit_counts_the_host_chooses() -> None:

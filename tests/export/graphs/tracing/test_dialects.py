@@ -174,6 +174,18 @@ def test_a_segment_is_free_in_its_rows(dialect: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("one_length", [True, False])
+def test_layers_of_one_length_read_one_value(one_length: bool) -> None:
+    """So whoever runs the graph works out once what GroupQueryAttention wants; and each its own where they differ."""
+    config = BuildPlan(Checkpoint(TRAINED), BuildOptions()).config
+    (plan,) = whole_decoder(config.num_layers, one_length=one_length)
+    graph = trace(segment_module(config, plan), DIALECTS["gqa"]).model.graph
+    lengths = [node.inputs[0] for node in graph if node.op_type == "ReduceMax"]
+    assert len(lengths) == config.num_layers
+    assert len({value.name for value in lengths if value is not None}) == (1 if one_length else config.num_layers)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", BY_DIALECT)
 def test_a_padded_prefill_then_decode_equals_an_exact_one(dialect: str) -> None:
     """Padding at the right end is never seen, and the next token overwrites its slot."""
