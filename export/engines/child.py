@@ -128,7 +128,10 @@ def _death(status: int, call: Call, library: str) -> BackendError:
 def serve(number: int) -> None:
     """Answer the call that comes by the connection of this number: the child's main function."""
     connection = Connection(number)
-    call: Call = connection.recv()
+    try:
+        call: Call = connection.recv()
+    except (EOFError, ConnectionError):  # whoever started this process was killed before it sent anything
+        return
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     try:
         build: Any = load(call.function)
@@ -138,7 +141,8 @@ def serve(number: int) -> None:
         answer = error
     except BaseException:
         answer = RuntimeError(f"in the process that compiled {call.spec.graph}:\n{traceback.format_exc()}")
-    connection.send(answer)
+    with suppress(ConnectionError):  # killed meanwhile: nobody is told
+        connection.send(answer)
 
 
 def _end_with_parent(connection: Connection) -> None:

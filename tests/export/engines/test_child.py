@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from framefusion.errors import BackendError, CompilerCrashError, InterruptedBuildError, StorageError
 from framefusion.export.engines.builder import EngineFacts, EngineSpec, Share
-from framefusion.export.engines.child import Call, build_in_child
+from framefusion.export.engines.child import Call, _started, build_in_child
 
 pytestmark = pytest.mark.slow  # each starts a process
 LIBRARY = "library 1.0"
@@ -111,3 +112,18 @@ def test_who_watches_may_end_it_at_any_time(tmp_path: Path) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert [path.name for path in tmp_path.iterdir()] == ["pid"]
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_a_child_whose_parent_was_killed_says_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], sent: bool
+) -> None:
+    """Before it had its call, or while it answers: nobody is left to read a traceback."""
+    ours, theirs = multiprocessing.Pipe()
+    child = _started(theirs)
+    theirs.close()
+    if sent:
+        ours.send(call(succeed, tmp_path))
+    ours.close()
+    assert child.wait(60) in (0, 1)
+    assert capfd.readouterr() == ("", "")
