@@ -123,7 +123,9 @@ def parse_plain(
         BundleError: the graph cannot be read or rewritten, or has another number of caches.
         BackendError: the library refuses a node, or the network is not what the graph says.
     """
-    original = read_model(graph).graph
+    model = read_model(graph)
+    drop_unread(model)
+    original = model.graph
     given = [value.name for value in original.input]
     expected = [rows_name(value.name) if _is_cache(value) else value.name for value in original.output]
     rewritten = plain_graph(graph, caches, one_length, one_row=one_row)
@@ -160,6 +162,7 @@ def static_caches(graph: Path, capacities: Sequence[int], *, one_row: bool = Tru
     _check_weights(graph, model)
     sizes = {f"{CAPACITY}_{j}": capacity for j, capacity in enumerate(capacities)}
     _fix_axes(model, sizes | (one_row_axes(caches) if one_row else {}))
+    drop_unread(model)
     gather_rotary_apart(model)
     scale_whole_rows(model)
     if not one_row:
@@ -175,6 +178,7 @@ def plain_graph(graph: Path, caches: int, one_length: bool, *, one_row: bool = T
     found = sum(value.name.startswith("past_key_") for value in model.graph.input)
     if found != caches:
         raise BundleError(f"{graph} has {found} caches, {caches} capacities are given: rebuild the bundle")
+    drop_unread(model)
     rewrite_plain(model, graph, one_length)
     scale_whole_rows(model)
     if one_row:
@@ -183,6 +187,17 @@ def plain_graph(graph: Path, caches: int, one_length: bool, *, one_row: bool = T
         take_last_twice(model)
     del model.graph.value_info[:]
     return bytes(model.SerializeToString())
+
+
+def drop_unread(model: onnx.ModelProto) -> None:
+    """Drop inputs that no node reads, in place: a schedule that merges nothing reads no order of tokens.
+
+    So an input that no layer of the network reads is one that the parser lost.
+    """
+    read = {name for node in model.graph.node for name in node.input}
+    inputs = [value for value in model.graph.input if value.name in read]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
 
 
 def take_last_twice(model: onnx.ModelProto) -> None:

@@ -242,6 +242,8 @@ FIXED = {
                                                                num_decoder_layer=4, dialect="portable"))),
     "tiny": (("checkpoint", BuildOptions(reduction="fixed", cost=0.5, merge_shares=(0.3, 0.2), prune_layer=1,
                                          max_input_len=128, max_text_len=32, dialect="portable"))),
+    "nothing merges": (("checkpoint", BuildOptions(reduction="fixed", cost=0.5, merge_shares=(), prune_layer=1,
+                                                   max_input_len=128, max_text_len=32, dialect="portable"))),
     "64 frames": (("trained", BuildOptions(reduction="fixed", cost=0.5, merge_shares=(0.3,), prune_layer=1,
                                            max_input_len=VIDEO + 64, max_text_len=64, max_frames=128,
                                            dialect="portable", num_decoder_layer=3))),
