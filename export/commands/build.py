@@ -155,7 +155,7 @@ def _calibrated(source: Checkpoint, options: BuildOptions, clips: tuple[Path, ..
     films = films_of(clips, "a schedule is set")
     if options.kv_cache_dtype is not None:  # which no schedule goes with: the plan says why, before films are run
         BuildPlan(source, planned_options(options, clips))
-    with activity(f"running {len(films)} films to set the schedule by"):
+    with activity(f"running {len(films)} films to set the schedule by", logged=True):
         return calibrate(source, options, list(films))
 
 
@@ -188,8 +188,8 @@ def _codes(
 
     prompts = read_prompts(clips)
     with folder_of_codes(output) as folder:
-        what = f"choosing codes by {len(prompts)} prompts"
-        with activity(what) as now:
+        what = f"choosing codes by {len(prompts)} prompt{'' if len(prompts) == 1 else 's'}"
+        with activity(what, logged=True) as now:
             named, codes = calibrated_codes(source, options, prompts, folder, lambda part: now.say(f"{what}: {part}"))
         yield named, codes
 

@@ -8,7 +8,7 @@ to be. Reads no weight; writes a tokenizer to a temporary folder, nothing else.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from framefusion.export.eager.calibration.prompts import (
     answer_tokens,
     file_digests,
     films_of,
+    named,
     read_prompts,
 )
 from framefusion.export.graphs.decoder import Segment
@@ -134,9 +135,11 @@ def _lengths(plan: BuildPlan, manifest: Manifest, prompts: Sequence[CalibrationP
         tokenizer = Tokenizer.from_file(place, layout_texts(manifest.prompt, manifest.preprocessing))
     found = []
     for prompt in prompts:
-        visuals = reader.read_visuals(prompt.turns, prompt.files, manifest.sampling, Stopwatch())
-        laid_out = build_prompt(manifest.prompt, tokenizer, prompt.turns, visuals, manifest.embedding.extra)
-        check_length(laid_out, manifest.limits.max_input_len, "give shorter films, sample fewer frames")
+        with named(prompt):
+            visuals = reader.read_visuals(prompt.turns, prompt.files, manifest.sampling, Stopwatch())
+            laid_out = build_prompt(manifest.prompt, tokenizer, prompt.turns, visuals, manifest.embedding.extra)
+            remedy = "leave it out, ask in fewer words, give shorter films, sample fewer frames"
+            check_length(laid_out, manifest.limits.max_input_len, remedy)
         found.append((int(laid_out.token_ids.size), laid_out.num_visual))
     return found
 
@@ -201,6 +204,10 @@ def _eager_memory(plan: BuildPlan) -> int:
     return memory_of_check(plan if plan.in_floats is None else plan.in_floats)
 
 
+def _count(things: Collection[Any], word: str) -> str:
+    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
+
+
 def calibration_lines(needs: Mapping[str, Any] | None) -> list[str]:
     """The same for people."""
     if needs is None:
@@ -209,8 +216,8 @@ def calibration_lines(needs: Mapping[str, Any] | None) -> list[str]:
     files = {file for row in prompts for file in row["files"]}
     purpose = {SCHEDULE: "the schedule", CODES: "codes of weights", SCALES: "scales of KV caches"}
     lines = [
-        f"calibration: {', '.join(purpose[name] for name in needs['for'])} by {len(prompts)} prompts about "
-        f"{len(files)} files, all read: {sum(row['tokens'] for row in prompts)} tokens, the longest prompt has "
+        f"calibration: {', '.join(purpose[name] for name in needs['for'])} by {_count(prompts, 'prompt')} about "
+        f"{_count(files, 'file')}, all read: {sum(row['tokens'] for row in prompts)} tokens, the longest prompt has "
         f"{max(row['tokens'] for row in prompts)}; memory about {in_bytes(needs['memory'])}"
     ]
     if "rows" in needs:

@@ -116,12 +116,13 @@ def weight_facts(manifest: Manifest) -> dict[str, Any]:
 def _calibration(record: CalibrationRecord) -> str:
     """What codes were calibrated on, and how they did on what was held out."""
     answers = f", {record.answer_rows} of them of answers to {record.prompts} prompts" if record.prompts else ""
-    films = f"{len(record.films)} of them, {record.rows} rows{answers}"
+    files = len(record.films)  # pictures among them
+    given = f"{files} {'file' if files == 1 else 'files'}, {record.rows} rows{answers}"
     if record.divergence is None:
-        return films
+        return given
     far = f"{record.divergence:.2g} from floats on {record.held_out} prompts held out, by the search "
     far += f"{record.search_divergence:.2g}"
-    return f"{films}; {far}" if record.taken else f"films were given, {films}, and their codes left: {far}"
+    return f"{given}; {far}" if record.taken else f"films were given, {given}, and their codes left: {far}"
 
 
 def _format_text(form: WeightFormatRecord) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from framefusion.console.messages import in_bytes
 from framefusion.console.plain_text import printable
-from framefusion.console.terminal import Activity, MovingLine, is_interactive, spinner
+from framefusion.console.terminal import SELDOM, Activity, MovingLine, is_interactive, spinner
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,7 +24,6 @@ _LABEL = 27
 _FIGURES = 32  # "401 kB of 2.71 MB all 22%, 0:36 left"
 _BAR = 10  # characters
 _COLOUR = "cyan"  # rich's own is the red of errors
-_SELDOM = 10.0  # seconds between two lines of what is no terminal
 _RATE_AFTER = 2.0  # seconds before a rate is steady enough to be shown
 _STANDING = 1.0  # seconds without a byte, from which on the bar runs to and fro
 
@@ -232,7 +231,7 @@ class CountLines:
             seconds_each = spent / (done - self._done_before)
             line += f", {in_time(seconds_each * (total - done))} left"
         self._activity.say(line)
-        if done == total or (self._line is None and now - self._drawn >= _SELDOM):
+        if done == total or (self._line is None and now - self._drawn >= SELDOM):
             self._drawn = now
             if self._line is not None:
                 self._line.print(line)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 REFRESHES = 8  # drawings a second
 PATIENCE = 0.7  # seconds before a line for what mostly is done by then
+SELDOM = 10.0  # seconds between two lines of what is no terminal
 _FRAMES = "-\\|/"  # also where a terminal has ASCII alone
 _DUMB = ("dumb", "unknown")
 _drawing = threading.Lock()  # held by the line that is drawn: one within another is not
@@ -120,10 +121,14 @@ class Activity:
         self._start = now()
         self._what = what
         self._line: MovingLine | None = None
+        self._log: TextIO | None = None
+        self._logged = 0.0
 
     def say(self, what: str) -> None:
         """Something else runs now; names of others are made fit for a terminal."""
         self._what = what
+        if self._log is not None and self._now() - self._logged >= SELDOM:
+            self.log(self._log)
 
     def end(self) -> None:
         """Take the line away: what is printed next goes to the same terminal."""
@@ -135,6 +140,13 @@ class Activity:
         """Draw it on a terminal from now on, or in some seconds."""
         self._line = MovingLine(self.draw, stream, after)
 
+    def log(self, stream: TextIO) -> None:
+        """Write what runs to what is no terminal, now and from now on when it changes, each line after SELDOM."""
+        self._log = stream
+        self._logged = self._now()
+        stream.write(f"{printable(self._what)}\n")
+        stream.flush()
+
     def draw(self) -> RenderableType:
         """The line now: a turning character, what runs, and for how long."""
         from rich.text import Text
@@ -145,18 +157,23 @@ class Activity:
 
 
 @contextmanager
-def activity(what: str, *, after: float = 0.0, stream: TextIO | None = None) -> Iterator[Activity]:
-    """Show on a terminal that something runs, on a line of stderr that moves; elsewhere nothing.
+def activity(
+    what: str, *, after: float = 0.0, logged: bool = False, stream: TextIO | None = None
+) -> Iterator[Activity]:
+    """Show on a terminal that something runs, on a line of stderr that moves; elsewhere nothing, unless it is logged.
 
     Args:
         what: runs, in a few words.
         after: seconds before it shows: most commands are done by then.
+        logged: it takes minutes, so that a log shall have it, too.
         stream: in place of stderr.
     """
     stream = stream or sys.stderr
     doing = Activity(what)
     if is_interactive(stream):
         doing.show(stream, after)
+    elif logged:
+        doing.log(stream)
     try:
         yield doing
     finally:

@@ -10,14 +10,15 @@ answer is decided there. Knows no weight and no code.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from framefusion.errors import BudgetError, VideoError
+from framefusion.errors import BudgetError, PromptError, VideoError
 from framefusion.export.check.verify import memory_of_check
 from framefusion.export.eager.backend import EagerBackend
 from framefusion.export.eager.pipeline import eager_loaders
@@ -28,6 +29,7 @@ from framefusion.reduction.policy import Decision
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import sha256_of
 from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.media.video.animation import still_format
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Prompt, Turn, Visual, visuals_of
@@ -48,10 +50,12 @@ class CalibrationPrompt:
     Attributes:
         turns: up to the answer.
         files: videos and images that they show, in order.
+        name: for messages: the film, or the file of questions and the question's line or id.
     """
 
     turns: tuple[Turn, ...]
     files: tuple[Path, ...]
+    name: str = ""
 
     @property
     def films(self) -> tuple[Path, ...]:
@@ -88,16 +92,33 @@ def read_prompts(paths: Sequence[Path]) -> list[CalibrationPrompt]:
 
     Raises:
         EvaluationError: a file of questions is none.
+        VideoError: a picture is given as a film.
     """
     found = []
     for path in paths:
         if path.suffix.lower() in QUESTIONS:
             for question in read_questions(path):
                 files = tuple(file for _, file in question.visuals)
-                found.append(CalibrationPrompt(tuple(question.turns(None)), files))
+                name = f"question {question.name} of {path}"
+                found.append(CalibrationPrompt(tuple(question.turns(None)), files, name))
         else:
-            found.append(CalibrationPrompt((Turn("user", (Visual.VIDEO, PROMPT)),), (path,)))
+            _refuse_picture(path)
+            found.append(CalibrationPrompt((Turn("user", (Visual.VIDEO, PROMPT)),), (path,), str(path)))
     return found
+
+
+def _refuse_picture(path: Path) -> None:
+    """Say where a picture belongs; what cannot be read is said where it is read.
+
+    Raises:
+        VideoError: the file is one.
+    """
+    with suppress(OSError):
+        if path.is_file() and (still := still_format(path)):
+            raise VideoError(
+                f"{path} is an image ({still}), and --calibrate takes films and files of questions: ask about it in a "
+                'file of questions, as one of the "images" of a line'
+            )
 
 
 def films_of(paths: Sequence[Path], purpose: str) -> tuple[Path, ...]:
@@ -165,10 +186,20 @@ def answered_rows(
     found = []
     for number, prompt in enumerate(prompts):
         doing(f"answer {number + 1} of {len(prompts)}")
-        item = _answered(pipeline, prompt, tokens)
+        with named(prompt):
+            item = _answered(pipeline, prompt, tokens)
         is_compared = compared is None or number in compared
         found.append(item if is_compared else replace(item, logits=item.logits[:0].copy()))
     return found
+
+
+@contextmanager
+def named(prompt: CalibrationPrompt) -> Iterator[None]:
+    """Say of errors of a conversation which one it is."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"{prompt.name}: {error}") from None
 
 
 def _answered(pipeline: Pipeline, conversation: CalibrationPrompt, tokens: int) -> CalibrationRows:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from framefusion.errors import BudgetError, EvaluationError, VideoError
+from framefusion.errors import BudgetError, EvaluationError, PromptError, VideoError
 from tests.commands import assert_refused, export
 from tests.films import write_film, write_picture
 
@@ -44,7 +44,7 @@ def test_what_films_put_into_codes_is_said(film: Path, tmp_path: Path) -> None:
     assert "error feedback over calibration films" in facts["weights"]["text"]  # type: ignore[index]
     text = export("plan", TRAINED, *LAYERS, "--weights", "int4", "--calibrate", film).stdout
     for phrase in (
-        "codes of weights by 1 prompts about 1 files",
+        "codes of weights by 1 prompt about 1 file",
         "of one core, the answers besides",
         "search's: from 4 films or questions on some",
     ):
@@ -76,9 +76,14 @@ def test_films_that_a_build_refuses_a_plan_refuses(tmp_path: Path) -> None:
     int4 = ("--weights", "int4", "--calibrate")
     assert_refused(export("plan", TRAINED, *LAYERS, *int4, text), VideoError, "notes.txt")
     assert_refused(export("plan", TRAINED, *LAYERS, *int4, tmp_path / "no.mp4"), VideoError, "no.mp4")
+    picture = write_picture(tmp_path / "a.png")
+    assert_refused(export("plan", TRAINED, *LAYERS, *int4, picture), VideoError, "a.png", "a file of questions")
     questions = tmp_path / "mine.jsonl"
     questions.write_text('{"video": "no.mp4", "question": "What?", "answer": "a dog"}')
     assert_refused(export("plan", TRAINED, *LAYERS, *int4, questions), EvaluationError, "line 1")
+    row = {"images": [str(picture)], "question": "What? " * 5000, "answer": "noise", "id": "wordy"}
+    questions.write_text(json.dumps(row))
+    assert_refused(export("plan", TRAINED, *LAYERS, *int4, questions), PromptError, "question wordy of", "leave it out")
     assert_refused(export("plan", TRAINED, *LAYERS, "--calibrate", text), BudgetError, "--reduction fixed", "adaptive")
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from framefusion.console.progress import CountLines, LogLines, Meter, Step, TerminalLines, in_time, progress_lines
-from framefusion.console.terminal import activity, painted
+from framefusion.console.terminal import SELDOM, Activity, activity, painted
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 SIZES = {"table": 1_000_000, "segments/rest": 3_000_000}
@@ -182,6 +182,21 @@ def test_a_line_within_another_is_not_drawn_and_the_next_one_is() -> None:
         pass
     assert "next, 0 s" in stream.getvalue()
     assert stream.lines() == []
+
+
+def test_what_takes_minutes_is_in_a_log_now_and_then() -> None:
+    stream = io.StringIO()
+    seconds = 0.0
+    doing = Activity("choosing codes", now=lambda: seconds)
+    doing.log(stream)
+    for seconds in (3.0, SELDOM, SELDOM + 1, 2 * SELDOM - 0.1, 2 * SELDOM):
+        doing.say(f"at \x1b[31m{seconds:g}")
+    assert stream.getvalue().splitlines() == ["choosing codes", "at \\x1b[31m10", "at \\x1b[31m20"]
+    with activity("quiet", stream=stream):
+        pass
+    with activity("loud", logged=True, stream=stream):
+        pass
+    assert stream.getvalue().splitlines()[3:] == ["loud"]
 
 
 def test_what_is_done_at_once_draws_nothing() -> None:

@@ -79,7 +79,7 @@ def test_a_bundle_by_films_is_built_checked_and_checked_again(films: list[Path],
     bundle = tmp_path / "bundle"
     result = export("build", TRAINED, "-o", bundle, "--weights", "int4:64", *geometry, *flags)
     assert result.exit_code == 0, result.output
-    assert "error feedback over calibration films (2 of them, " in result.output
+    assert "error feedback over calibration films (2 files, " in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]  # codes that waited are gone
     # 1. the manifest names the films
     opened = Bundle(bundle)
