@@ -166,6 +166,11 @@ class BlockQuantized:
         """How it is stored."""
         return BlockFormat(self.bits, self.block, self.zero_points is None)
 
+    @property
+    def farthest(self) -> float:
+        """What scales are multiplied with at most: the code that is furthest from any zero point."""
+        return self.format.middle if self.zero_points is None else self.format.largest
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix in floats, computed in fp32 and rounded once.  [out, in]"""
         count = self.scales.shape[1]

@@ -115,6 +115,11 @@ class Float8Quantized:
         if has_not_numbers(self.codes):
             raise CheckpointError("a float of 8 bits is no number: the file is damaged, download it again")
 
+    @property
+    def farthest(self) -> float:
+        """What scales are multiplied with at most."""
+        return LARGEST
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix in floats, computed in fp32 and rounded once.  [out, in]"""
         outputs, inputs = self.codes.shape

@@ -158,17 +158,32 @@ class Stored:
         outputs, inputs = self.checkpoint.quantized_shape(self.key)
         return (outputs if self.rows is None else self.rows[1] - self.rows[0]), inputs
 
+    def _check_products(self, found: Quantized) -> None:
+        """Refuse scales with which a code would stand for an infinite number: graphs multiply in the bundle's type."""
+        largest = float(found.scales.abs().max()) if found.scales.numel() else 0.0
+        bound = largest * found.farthest
+        limit = torch.finfo(self.dtype).max
+        if bound > limit:
+            name = str(self.dtype).removeprefix("torch.")
+            is_narrow = self.dtype == torch.float16
+            remedy = "build with --dtype bfloat16 or float32" if is_narrow else "the file is damaged, download it again"
+            raise CheckpointError(
+                f"{self.key} has a scale of {largest:.3g}, by which a code stands for up to {bound:.3g}, and {name} "
+                f"ends at {limit:.3g}: {remedy}"
+            )
+
     def parts(self, checkpoint: Reader) -> Iterator[Quantized]:
         """The matrix, as one part.
 
         Raises:
-            CheckpointError: it holds floats, or the bundle's type cannot hold its scales.
+            CheckpointError: it holds floats, or the bundle's type cannot hold its scales or what they stand for.
         """
         found = self.checkpoint.quantized(self.key)
         if found is None:
             raise CheckpointError(f"{self.key} holds floats, codes were expected: download the checkpoint again")
         if isinstance(found, Float8Quantized):
             check_scales(found.scales, self.dtype, self.key)
+        self._check_products(found)
         if self.rows is None:
             yield found
             return

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from framefusion.errors import CheckpointError
 from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
-from framefusion.export.quantization.recipes import Made
+from framefusion.export.quantization.float8 import Float8Format, Float8Quantized, Quantized, WeightFormat
+from framefusion.export.quantization.recipes import Made, Stored
 from framefusion.export.quantization.rounding import round_to_nearest
 from framefusion.export.quantization.search import search
 
@@ -131,3 +132,49 @@ def test_what_has_no_codes_is_refused_by_name(value: float, dtype: torch.dtype, 
     checkpoint: Any = None
     with pytest.raises(CheckpointError, match=message):
         Made(source, BlockFormat(4, 32), dtype, partial(search, dtype=dtype)).blocks(checkpoint)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A checkpoint of one matrix in codes."""
+
+    found: Quantized
+
+    def quantized_keys(self, key: str) -> tuple[str, ...]:
+        return (key,)
+
+    def quantized_shape(self, key: str) -> tuple[int, int]:
+        outputs, inputs = self.found.codes.shape
+        return outputs, inputs
+
+    def quantized(self, key: str) -> Quantized | None:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("form", "scale", "dtype", "message"),
+    [
+        (Float8Format(), 3e38, torch.float32, r"up to 1.34e\+41, and float32 ends at 3.4e\+38: the file is damaged"),
+        (Float8Format(), 3e38, torch.bfloat16, "the file is damaged"),
+        (Float8Format(), 150.0, torch.float16, "and float16 ends at 6.55e.04: build with --dtype bfloat16 or float32"),
+        (BlockFormat(8, 16), 600.0, torch.float16, "a code stands for up to 7.68e.04, and float16 ends"),
+        (BlockFormat(4, 16, symmetric=False), 5e37, torch.float32, "up to 7.5e.38, and float32 ends"),
+    ],
+)
+def test_a_stored_scale_by_which_a_code_would_be_infinite(
+    form: WeightFormat, scale: float, dtype: torch.dtype, message: str
+) -> None:
+    """Graphs multiply code and scale in their type: the scale itself may well be finite there."""
+    codes = torch.full((2, 16), 1, dtype=torch.uint8)
+    scales = torch.tensor([[0.5], [scale]])
+    found: Quantized
+    if isinstance(form, Float8Format):
+        found = Float8Quantized(codes, scales, form)
+    else:
+        found = BlockQuantized(codes, scales, None if form.symmetric else codes[:, :1], form.bits, form.block)
+    checkpoint: Any = Codes(found)
+    stored = Stored("layers.0.mlp.up_proj.weight", checkpoint, form, dtype)
+    with pytest.raises(CheckpointError, match=message):
+        list(stored.parts(checkpoint))
+    found.scales[1] = 0.5
+    assert list(stored.parts(checkpoint)) == [found]
