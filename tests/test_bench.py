@@ -86,11 +86,12 @@ def test_overlap(work: Path) -> None:
 def test_quantised(work: Path) -> None:
     """Weights run on the backend that they name, or on that of the floats."""
     pytest.importorskip("openvino", reason="it is not installed: pip install openvino")
-    names = ("int8+head", "openvino:int8+head", "openvino:floats")
+    names = ("int8+head", "openvino:int8+head", "openvino:floats", "int8+head@int8")
     figures = measured("quantised", work, "--weights", ",".join(names), "--nearest")
     sizes = [figures[name]["bytes_of_fp16"] for name in ("floats", *names)]
     assert sizes[0] == sizes[3] == 2
     assert sizes[1] == sizes[2] < 2  # vectors weigh much at this size
+    assert sizes[1] < sizes[4] < 2  # scales of the caches come on top
     assert all(figures[name][way]["decode_over_floats"] > 0 for name in names for way in OURS)
     assert all(f"`{name}`" in quantized_tables.speed(figures) for name in names)
 

@@ -347,15 +347,15 @@ def cache_speed(result: dict[str, Any]) -> str:
         cells = [f"{speed[name]['bytes_per_token'] / 1000:.2f} kB"]
         for cost in costs:
             for stage, unit, factor in (("prefill", "s", 1), ("decode_per_token", "ms", 1000)):
-                seconds = speed[name][cost][stage]["min_s"]
-                ratio = speed["float32"][cost][stage]["min_s"] / seconds
+                seconds = speed[name][cost][stage]["median_s"]
+                ratio = speed["float32"][cost][stage]["median_s"] / seconds
                 cells.append(f"{factor * seconds:.3g} {unit} ({ratio:.2f}x)")
         rows.append((f"`{name}`", *cells))
     names = ["", "bytes of a token"]
     for label in (cost.removeprefix("ours at ") for cost in costs):
         names += [f"prefill, {label}", f"decode, {label}"]
     return (
-        f"{speed['tokens']} tokens, {speed['shape']} shape in float32, {speed['threads']} threads, in turn on a busy "
-        f"machine (`{result['command']}`), the fastest of {speed['rounds']} rounds, speed-ups over float32 in "
+        f"{speed['tokens']} tokens, {speed['shape']} shape in float32, {speed['threads']} threads, in turn "
+        f"(`{result['command']}`), medians of {speed['rounds']} rounds, speed-ups over float32 in "
         f"brackets:\n\n{table(names, rows)}"
     )
