@@ -13,9 +13,10 @@ for a row depends on what runs beside it, or on how many do:
   costs little more for eight rows than for one. torch's own (`mm`) is MKL's there, eight rows of which cost several
   times one.
 - Attention. The kernel adds up block by block of keys; whole blocks have the same shape in every call, and a block
-  that a row has nothing in changes no bit of it.
+  that a row has nothing in changes no bit of it. Queries of a head are filled up to an even number, of which MKL adds
+  up each alike on every thread, and are in two parts at least: a product that is alone is split between threads.
 
-Both are so by experience with these libraries and by no promise of theirs: tests compare every bit, and so does the
+All this is so by experience with these libraries and by no promise of theirs: tests compare every bit, and so does the
 proof on each device (runtime/proof). Knows no compiler but for the one operator that it adds.
 """
 
@@ -41,6 +42,8 @@ from framefusion.runtime.backends.kv_cache import cache_names
 
 LINEAR = "linear"
 MM = "mm"
+QUERIES_AT_ONCE = 2
+"""Of a head of keys: with an odd number MKL adds up otherwise on one thread than on another."""
 BATCHED = ("cpu",)
 """Devices whose engines hold a step: on CUDA, where a mask would mean the math path, requests take turns."""
 _ATEN: Any = torch.ops.aten
@@ -194,6 +197,18 @@ def attend(
     is_held = slots[None] < lengths[:, None]  # [B, L]
     mask = torch.where(is_held, 0.0, -torch.inf).to(query.dtype)[:, None, None]
     grouped = query.view(rows, groups, -1, width)
+    (shown_keys, shown_values) = keys[:, :, :shown], values[:, :, :shown]
+    if groups == 1:  # the kernel's work is divided by rows and heads: one row of one head is never alone
+        shape = (rows, 2, shown, width)
+        grouped, shown_keys, shown_values = in_two(grouped), shown_keys.expand(shape), shown_values.expand(shape)
+    queries = grouped.shape[2]
+    grouped = nn.functional.pad(grouped, (0, 0, 0, -queries % QUERIES_AT_ONCE))
     flash = _ATEN._scaled_dot_product_flash_attention_for_cpu
-    out = flash(grouped, keys[:, :, :shown], values[:, :, :shown], attn_mask=mask)[0]
-    return out.reshape(query.shape), keys, values
+    out = flash(grouped, shown_keys, shown_values, attn_mask=mask)[0][:, :, :queries]
+    heads = query.shape[2] // width
+    return out.reshape(rows, -1, width)[:, :heads].reshape(query.shape), keys, values
+
+
+def in_two(queries: Tensor) -> Tensor:
+    """[B, 1, n, hd] -> [B, 2, ceil(n / 2), hd], a row of zeros last where n is odd."""
+    return nn.functional.pad(queries, (0, 0, 0, queries.shape[2] % 2)).unflatten(2, (2, -1))[:, 0]

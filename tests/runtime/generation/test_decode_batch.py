@@ -73,7 +73,7 @@ class Bench:
 
 @cache
 def bench_of(name: str, folder: Path) -> Bench:
-    pipeline = Pipeline(Bundle(shared(name), verify=False), threads=1)
+    pipeline = Pipeline(Bundle(shared(name), verify=False), threads=2)
     films = [write_film(folder / f"{frames}.mp4", seed=frames, frames=frames) for frames in (4, 12)]
     turns = [Turn("user", (Visual.VIDEO, "What happens?")), Turn("user", (Visual.VIDEO, "And then " * 9))]
     pairs = list(zip(turns, films, strict=True))[: 1 if name.startswith("fixed") else 2]  # the longer one does not fit
@@ -192,7 +192,7 @@ class StaticBackend(OnnxRuntimeBackend):
     batch_sizes: Sequence[int] | None = (2, 4, 6)
 
     def __init__(self, bundle: Bundle, slots: int) -> None:
-        super().__init__(bundle.folder, threads=1, manifest=bundle.manifest)
+        super().__init__(bundle.folder, threads=2, manifest=bundle.manifest)
         layers = {record.name: [slots] * len(record.attention_layers) for record in bundle.manifest.segments}
         self.pool = CachePool(HOST, layers)
         self.bound: list[int] = []  # rows of each step that was bound

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,19 +33,26 @@ def draw(seed: int) -> Callable[..., Tensor]:
     return partial(torch.randn, generator=torch.Generator().manual_seed(seed))
 
 
-def operands(lengths: tuple[int, ...], slots: int) -> Any:
+def operands(
+    lengths: tuple[int, ...],
+    slots: int,
+    heads: int = HEADS,
+    groups: int = KV_HEADS,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """A token of each row and caches slot after slot in memory; slots that a row has not hold what others left."""
-    new = [draw(1)(len(LENGTHS), 1, heads * HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    past = [draw(2 + part)(len(LENGTHS), 1024, KV_HEADS, HEAD_DIM)[:, :slots].transpose(1, 2) for part in range(2)]
+    new = [draw(1)(len(LENGTHS), 1, count * HEAD_DIM).to(dtype) for count in (heads, groups, groups)]
+    held = [draw(2 + part)(len(LENGTHS), 1024, groups, HEAD_DIM).to(dtype) for part in range(2)]
     chosen = [LENGTHS.index(length) for length in lengths]
-    caches = [cache[chosen].transpose(1, 2).contiguous().transpose(1, 2) for cache in past]
+    caches = [cache[chosen, :slots].contiguous().transpose(1, 2) for cache in held]
     return [*(tensor[chosen] for tensor in new), *caches, torch.tensor(lengths)]
 
 
-def test_a_token_of_each_row_attends_to_what_its_row_holds() -> None:
-    given = operands(LENGTHS, 1024)
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (7, 1), (1, 1), (16, 1), (14, 2)])
+def test_a_token_of_each_row_attends_to_what_its_row_holds(heads: int, groups: int) -> None:
+    given = operands(LENGTHS, 1024, heads, groups)
     found = ATTEND(*given, shown=1024)
-    expected = OPS.cache_attention(*given, HEADS, KV_HEADS)
+    expected = OPS.cache_attention(*given, heads, groups)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
     for cache, past in zip(found[1:], given[3:5], strict=True):  # a slot of each row is written, and no other
@@ -54,11 +61,23 @@ def test_a_token_of_each_row_attends_to_what_its_row_holds() -> None:
         ]
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_attention_of_a_row_is_its_own_whatever_is_beside_it(length: int) -> None:
-    together = ATTEND(*operands(LENGTHS, 1024), shown=1024)[0]
-    alone = ATTEND(*operands((length,), whole_blocks(length)), shown=whole_blocks(length))[0]
-    assert torch.equal(together[LENGTHS.index(length)], alone[0])
+@pytest.fixture(params=[1, 2, 3, 8], ids="{} threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (7, 1), (1, 1), (8, 4), (14, 2)])
+def test_attention_of_a_row_is_its_own_whatever_is_beside_it(
+    threads: int, heads: int, groups: int, dtype: torch.dtype
+) -> None:
+    together = ATTEND(*operands(LENGTHS, 1024, heads, groups, dtype), shown=1024)[0]
+    for place, length in enumerate(LENGTHS):
+        alone = ATTEND(*operands((length,), whole_blocks(length), heads, groups, dtype), shown=whole_blocks(length))[0]
+        assert torch.equal(together[place], alone[0]), length
 
 
 def test_one_block_of_keys_is_as_long_as_torch_takes_at_once() -> None:
@@ -69,7 +88,7 @@ def test_one_block_of_keys_is_as_long_as_torch_takes_at_once() -> None:
 
 @pytest.mark.skipif(step.product_form(torch.float32, "cpu") != step.LINEAR, reason="this torch is without oneDNN")
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 96), (896, 128), (1216, 224)])
-def test_a_product_adds_up_a_row_alike_from_two_rows_on(inputs: int, outputs: int) -> None:
+def test_a_product_adds_up_a_row_alike_from_two_rows_on(threads: int, inputs: int, outputs: int) -> None:
     rows = draw(0)(9, inputs)
     weight = draw(1)(inputs, outputs)
     two = torch.cat([step.product(rows[[row, row]], weight)[:1] for row in range(9)])
@@ -89,17 +108,17 @@ def test_caches_lie_slot_after_slot() -> None:
     assert not is_slotwise(other)
 
 
-@pytest.fixture
-def bench(compiled: Callable[..., Bundle], tmp_path: Path) -> Bench:
-    pipeline = Pipeline(*opened(compiled(steps=True, cost=0.6, depth=2, max_input_len=512)))
+@pytest.fixture(params=[1, 2], ids="{} threads".format)
+def bench(compiled: Callable[..., Bundle], tmp_path: Path, request: pytest.FixtureRequest) -> Bench:
+    bundle = compiled(steps=True, cost=0.6, depth=2, max_input_len=1024)
+    pipeline = Pipeline(bundle, InductorBackend(bundle, threads=request.param))
     films = [write_film(tmp_path / f"{frames}.mp4", seed=frames, frames=frames) for frames in (4, 12)]
-    turns = [Turn("user", (Visual.VIDEO, "What happens?")), Turn("user", (Visual.VIDEO, "And then " * 9))]
+    turns = [
+        Turn("user", (Visual.VIDEO, "What happens?")),
+        Turn("user", (Visual.VIDEO, "And then " * 60)),
+    ]  # beyond a block of slots
     prompts = [pipeline.read([turn], [film]) for turn, film in zip(turns, films, strict=True)]
     return Bench(pipeline, [*prompts, pipeline.read("Hello")])
-
-
-def opened(bundle: Bundle) -> tuple[Bundle, InductorBackend]:
-    return bundle, InductorBackend(bundle, threads=1)
 
 
 @pytest.mark.slow
