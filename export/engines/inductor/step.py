@@ -197,10 +197,12 @@ def attend(
     is_held = slots[None] < lengths[:, None]  # [B, L]
     mask = torch.where(is_held, 0.0, -torch.inf).to(query.dtype)[:, None, None]
     grouped = query.view(rows, groups, -1, width)
-    (shown_keys, shown_values) = keys[:, :, :shown], values[:, :, :shown]
+    shown_keys = keys[:, :, :shown]
+    shown_values = values[:, :, :shown]
     if groups == 1:  # the kernel's work is divided by rows and heads: one row of one head is never alone
-        shape = (rows, 2, shown, width)
-        grouped, shown_keys, shown_values = in_two(grouped), shown_keys.expand(shape), shown_values.expand(shape)
+        grouped = in_two(grouped)
+        shown_keys = shown_keys.expand(-1, 2, -1, -1)
+        shown_values = shown_values.expand(-1, 2, -1, -1)
     queries = grouped.shape[2]
     grouped = nn.functional.pad(grouped, (0, 0, 0, -queries % QUERIES_AT_ONCE))
     flash = _ATEN._scaled_dot_product_flash_attention_for_cpu
@@ -211,4 +213,5 @@ def attend(
 
 def in_two(queries: Tensor) -> Tensor:
     """[B, 1, n, hd] -> [B, 2, ceil(n / 2), hd], a row of zeros last where n is odd."""
-    return nn.functional.pad(queries, (0, 0, 0, queries.shape[2] % 2)).unflatten(2, (2, -1))[:, 0]
+    rows, _, count, width = queries.shape
+    return nn.functional.pad(queries, (0, 0, 0, count % 2)).reshape(rows, 2, -1, width)
