@@ -45,7 +45,8 @@ def test_headers_are_all_there_is(headers: Path) -> None:
     assert {key: checkpoint.shape(key) for key in checkpoint.files} == tensors_of(SHAPE)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_72b_is_planned_in_a_moment(headers: Path, tmp_path: Path, dtype: Any) -> None:
     facts = forecast(BuildPlan(Checkpoint(headers), BuildOptions(dtype=dtype)), tmp_path / "bundle")
     llm, number = SHAPE.llm, {"float32": 4, "float16": 2}[dtype]

@@ -70,7 +70,7 @@ def test_a_job_that_breaks_ends_alone(engine: Engine, broken: str) -> None:
 
 
 def test_whoever_leaves_at_any_moment_is_told(engine: Engine) -> None:
-    for _ in range(300):
+    for _ in range(100):
         job = Counting()
         engine.submit(job)
         assert job.begun.wait(5)

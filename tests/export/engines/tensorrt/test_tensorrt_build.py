@@ -85,6 +85,7 @@ def test_a_builder_loads_its_library_once(graph: Path, tmp_path: Path, monkeypat
     assert facts.file == file_record(tmp_path / "e")
 
 
+@pytest.mark.slow
 def test_an_engine_and_what_it_says_of_itself(graph: Path, tmp_path: Path) -> None:
     shares: list[float] = []
     target = tmp_path / "rest.engine"
