@@ -194,10 +194,16 @@ def drop_unread(model: onnx.ModelProto) -> None:
 
     So an input that no layer of the network reads is one that the parser lost.
     """
-    read = {name for node in model.graph.node for name in node.input}
+    read = _read_names(model.graph)
     inputs = [value for value in model.graph.input if value.name in read]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
+
+
+def _read_names(graph: onnx.GraphProto) -> set[str]:
+    """Values that nodes read, those of branches and loops among them."""
+    within = (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
+    return {name for node in graph.node for name in node.input}.union(*map(_read_names, within))
 
 
 def take_last_twice(model: onnx.ModelProto) -> None:

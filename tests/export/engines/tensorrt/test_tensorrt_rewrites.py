@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from framefusion.export.engines.tensorrt.network import gather_rotary_apart, scale_whole_rows
+from framefusion.export.engines.tensorrt.network import drop_unread, gather_rotary_apart, scale_whole_rows
 
 TOKENS, KEPT, HALF = 7, 4, 4
 
@@ -87,3 +87,20 @@ def test_one_scale_a_row_is_said_as_that(blocks: int, shape: list[int]) -> None:
     onnx.checker.check_model(model)
     assert list(model.graph.initializer[1].dims) == shape
     np.testing.assert_array_equal(onnxruntime.InferenceSession(model.SerializeToString()).run(None, {})[0], before)
+
+
+def test_inputs_that_nothing_reads_are_dropped_and_those_of_branches_are_not() -> None:
+    names = ("chosen", "inside", "unread")
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in names[1:]]
+    inputs.insert(0, helper.make_tensor_value_info("chosen", TensorProto.BOOL, []))
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("then", "else", "out")]
+    branches = [
+        helper.make_graph([helper.make_node(kind, ["inside"], [output.name])], output.name, [], [output])
+        for kind, output in zip(("Neg", "Abs"), outputs, strict=False)
+    ]
+    node = helper.make_node("If", ["chosen"], ["out"], then_branch=branches[0], else_branch=branches[1])
+    graph = helper.make_graph([node], "branches", inputs, outputs[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    drop_unread(model)
+    onnx.checker.check_model(model)
+    assert [value.name for value in model.graph.input] == ["chosen", "inside"]
