@@ -248,7 +248,7 @@ def memory(result: dict[str, Any]) -> str:
         "opened": "opened_bytes",
         "peak of answering": "run_peak_bytes",
         "of it no file's pages, at most": "run_own_bytes",
-        "of these the benchmark's imports": "imports_bytes",
+        "of these the benchmark's imports": "imports_own_bytes",
     }
     rows = [(name, *(f"{found[key] / 1e9:.2f} GB" for found in formats.values())) for name, key in bytes_of.items()]
     reduced = [found["ours at cost 0.3"] for found in formats.values()]

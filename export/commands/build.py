@@ -155,7 +155,8 @@ def _calibrated(source: Checkpoint, options: BuildOptions, clips: tuple[Path, ..
     films = films_of(clips, "a schedule is set")
     if options.kv_cache_dtype is not None:  # which no schedule goes with: the plan says why, before films are run
         BuildPlan(source, planned_options(options, clips))
-    with activity(f"running {len(films)} films to set the schedule by", logged=True):
+    what = f"running {len(films)} film{'' if len(films) == 1 else 's'} to set the schedule by"
+    with activity(what, logged=True):
         return calibrate(source, options, list(films))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from framefusion.errors import BudgetError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
+from framefusion.export.eager.calibration.prompts import named
 from framefusion.export.eager.pipeline import eager_pipeline
 from framefusion.export.plan.build_plan import BuildOptions, BuildPlan
 from framefusion.reduction.policy import CallRecord
@@ -78,7 +79,8 @@ def median_shares(shares: Sequence[Sequence[float]]) -> tuple[float, ...]:
 def _history(pipeline: Pipeline, clip: Path) -> Sequence[CallRecord]:
     stopwatch = Stopwatch()
     turns = [Turn("user", (Visual.VIDEO, PROMPT))]
-    visuals = pipeline.read_visuals(turns, [clip], pipeline.manifest.sampling, stopwatch)
-    prompt = pipeline.prompt(turns, visuals)
+    with named(str(clip)):
+        visuals = pipeline.read_visuals(turns, [clip], pipeline.manifest.sampling, stopwatch)
+        prompt = pipeline.prompt(turns, visuals)
     rows = pipeline.embed(prompt, [pipeline.encode_visual(patches) for patches in visuals])
     return pipeline.prefill(prompt, rows, Request(max_new_tokens=1), stopwatch).history

@@ -24,6 +24,7 @@ from framefusion.errors import BudgetError, CheckpointError
 from framefusion.export.check.observation import FRAMES, QUESTION, Doing, draw_clip, ignore
 from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.eager.backend import EagerBackend
+from framefusion.export.eager.calibration.prompts import named
 from framefusion.export.eager.pipeline import eager_loaders, in_fp32, uncompiled_bundle
 from framefusion.export.machine import available_memory
 from framefusion.export.plan.build_plan import BuildPlan
@@ -137,8 +138,9 @@ def _drawn(frames: int) -> Iterator[NDArray[np.uint8]]:
 def _caches(pipeline: Pipeline, film: Film) -> Caches:
     """What a prompt about a film leaves in the caches, without a reduction."""
     turns = [Turn("user", (Visual.VIDEO, QUESTION))]
-    visuals = pipeline.read_visuals(turns, [film], pipeline.manifest.sampling, Stopwatch())
-    prompt = pipeline.prompt(turns, visuals)
+    with named(str(film) if isinstance(film, Path) else "a drawn clip"):
+        visuals = pipeline.read_visuals(turns, [film], pipeline.manifest.sampling, Stopwatch())
+        prompt = pipeline.prompt(turns, visuals)
     rows = pipeline.embed(prompt, [pipeline.encode_visual(patches) for patches in visuals])
     request = dense_request(pipeline.manifest, Request(max_new_tokens=1))
     prefilled = pipeline.prefill(prompt, rows, request, Stopwatch())

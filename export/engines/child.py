@@ -130,7 +130,7 @@ def serve(number: int) -> None:
     connection = Connection(number)
     try:
         call: Call = connection.recv()
-    except (EOFError, ConnectionError):  # whoever started this process was killed before it sent anything
+    except (EOFError, OSError):  # whoever started this process was killed before all of it was sent
         return
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     try:
@@ -141,7 +141,7 @@ def serve(number: int) -> None:
         answer = error
     except BaseException:
         answer = RuntimeError(f"in the process that compiled {call.spec.graph}:\n{traceback.format_exc()}")
-    with suppress(ConnectionError):  # killed meanwhile: nobody is told
+    with suppress(OSError):  # killed meanwhile: nobody is told
         connection.send(answer)
 
 

@@ -160,13 +160,16 @@ class Stored:
 
     def _check_products(self, found: Quantized) -> None:
         """Refuse scales with which a code would stand for an infinite number: graphs multiply in the bundle's type."""
-        largest = float(found.scales.abs().max()) if found.scales.numel() else 0.0
+        scales = found.scales.to(self.dtype).float()
+        largest = float(scales.abs().max()) if scales.numel() else 0.0
         bound = largest * found.farthest
         limit = torch.finfo(self.dtype).max
         if bound > limit:
             name = str(self.dtype).removeprefix("torch.")
-            is_narrow = self.dtype == torch.float16
-            remedy = "build with --dtype bfloat16 or float32" if is_narrow else "the file is damaged, download it again"
+            fits_wider = bound <= torch.finfo(torch.bfloat16).max
+            remedy = (
+                "build with --dtype bfloat16 or float32" if fits_wider else "the file is damaged, download it again"
+            )
             raise CheckpointError(
                 f"{self.key} has a scale of {largest:.3g}, by which a code stands for up to {bound:.3g}, and {name} "
                 f"ends at {limit:.3g}: {remedy}"

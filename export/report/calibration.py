@@ -20,6 +20,7 @@ from framefusion.export.check.verify import memory_of_check, memory_of_streamed
 from framefusion.export.checkpoints.text.tokenizer_file import TOKENIZER, write_tokenizer
 from framefusion.export.eager.calibration.held_out import LEAST, held_out
 from framefusion.export.eager.calibration.prompts import (
+    SHORTEN,
     CalibrationPrompt,
     answer_tokens,
     file_digests,
@@ -135,11 +136,10 @@ def _lengths(plan: BuildPlan, manifest: Manifest, prompts: Sequence[CalibrationP
         tokenizer = Tokenizer.from_file(place, layout_texts(manifest.prompt, manifest.preprocessing))
     found = []
     for prompt in prompts:
-        with named(prompt):
+        with named(prompt.name):
             visuals = reader.read_visuals(prompt.turns, prompt.files, manifest.sampling, Stopwatch())
             laid_out = build_prompt(manifest.prompt, tokenizer, prompt.turns, visuals, manifest.embedding.extra)
-            remedy = "leave it out, ask in fewer words, give shorter films, sample fewer frames"
-            check_length(laid_out, manifest.limits.max_input_len, remedy)
+            check_length(laid_out, manifest.limits.max_input_len, SHORTEN)
         found.append((int(laid_out.token_ids.size), laid_out.num_visual))
     return found
 

@@ -37,6 +37,8 @@ from framefusion.runtime.text.prompt import Prompt, Turn, Visual, visuals_of
 PROMPT = "Describe this video."
 QUESTIONS = (".jsonl", ".json")
 """Endings of a file of questions; every other file is a film."""
+SHORTEN = "leave it out, ask in fewer words, give shorter films, sample fewer frames"
+"""What can be done about a prompt that is longer than the bundle takes."""
 ANSWER = 32
 """Tokens of an answer at most."""
 STREAMED_ANSWER = 4
@@ -186,7 +188,7 @@ def answered_rows(
     found = []
     for number, prompt in enumerate(prompts):
         doing(f"answer {number + 1} of {len(prompts)}")
-        with named(prompt):
+        with named(prompt.name):
             item = _answered(pipeline, prompt, tokens)
         is_compared = compared is None or number in compared
         found.append(item if is_compared else replace(item, logits=item.logits[:0].copy()))
@@ -194,12 +196,14 @@ def answered_rows(
 
 
 @contextmanager
-def named(prompt: CalibrationPrompt) -> Iterator[None]:
-    """Say of errors of a conversation which one it is."""
+def named(name: str) -> Iterator[None]:
+    """Say of errors of a conversation which one it is, unless they do."""
     try:
         yield
-    except PromptError as error:
-        raise PromptError(f"{prompt.name}: {error}") from None
+    except (PromptError, VideoError) as error:
+        if name in str(error):
+            raise
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _answered(pipeline: Pipeline, conversation: CalibrationPrompt, tokens: int) -> CalibrationRows:
@@ -208,7 +212,7 @@ def _answered(pipeline: Pipeline, conversation: CalibrationPrompt, tokens: int) 
     stopwatch = Stopwatch()
     # 1. what it shows, through the tower
     visuals = pipeline.read_visuals(turns, conversation.files, pipeline.manifest.sampling, stopwatch)
-    prompt = pipeline.prompt(turns, visuals)
+    prompt = pipeline.prompt(turns, visuals, SHORTEN)
     features = [pipeline.encode_visual(patches) for patches in visuals]
     rows = pipeline.embed(prompt, features)
     # 2. the likeliest answer, at the bundle's own cost

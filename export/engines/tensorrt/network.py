@@ -194,7 +194,7 @@ def drop_unread(model: onnx.ModelProto) -> None:
 
     So an input that no layer of the network reads is one that the parser lost.
     """
-    read = _read_names(model.graph)
+    read = _read_names(model.graph) | {value.name for value in model.graph.output}
     inputs = [value for value in model.graph.input if value.name in read]
     del model.graph.input[:]
     model.graph.input.extend(inputs)

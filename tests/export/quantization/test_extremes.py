@@ -157,6 +157,13 @@ class Codes:
         (Float8Format(), 3e38, torch.float32, r"up to 1.34e\+41, and float32 ends at 3.4e\+38: the file is damaged"),
         (Float8Format(), 3e38, torch.bfloat16, "the file is damaged"),
         (Float8Format(), 150.0, torch.float16, "and float16 ends at 6.55e.04: build with --dtype bfloat16 or float32"),
+        (
+            Float8Format(),
+            146.2,
+            torch.float16,
+            "a scale of 146, by which a code stands for up to 6.55e.04, and float16",
+        ),
+        (BlockFormat(4, 16), 3e38, torch.float16, "and float16 ends at 6.55e.04: the file is damaged"),
         (BlockFormat(8, 16), 600.0, torch.float16, "a code stands for up to 7.68e.04, and float16 ends"),
         (BlockFormat(4, 16, symmetric=False), 5e37, torch.float32, "up to 7.5e.38, and float32 ends"),
     ],

@@ -70,7 +70,7 @@ def test_a_schedule_and_scales_are_planned_by_films_too(film: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_films_that_a_build_refuses_a_plan_refuses(tmp_path: Path) -> None:
+def test_films_that_a_build_refuses_a_plan_refuses(film: Path, tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("no film")
     int4 = ("--weights", "int4", "--calibrate")
@@ -83,7 +83,15 @@ def test_films_that_a_build_refuses_a_plan_refuses(tmp_path: Path) -> None:
     assert_refused(export("plan", TRAINED, *LAYERS, *int4, questions), EvaluationError, "line 1")
     row = {"images": [str(picture)], "question": "What? " * 5000, "answer": "noise", "id": "wordy"}
     questions.write_text(json.dumps(row))
-    assert_refused(export("plan", TRAINED, *LAYERS, *int4, questions), PromptError, "question wordy of", "leave it out")
+    for command in (("plan",), ("build", "-o", tmp_path / "bundle")):
+        result = export(*command, TRAINED, *LAYERS, *int4, questions)
+        assert_refused(result, PromptError, "question wordy of", "leave it out")
+    assert "choosing codes by 1 prompt\n" in result.output
+    fixed = ("--reduction", "fixed", "--cost", 0.6, "--max-input-len", 64, "--max-text-len", 32)
+    result = export("build", TRAINED, "-o", tmp_path / "bundle", *LAYERS, *fixed, "--calibrate", film)
+    assert_refused(result, PromptError, f"{film}: the prompt has")
+    assert "running 1 film to set" in result.output
+    assert not (tmp_path / "bundle").exists()
     assert_refused(export("plan", TRAINED, *LAYERS, "--calibrate", text), BudgetError, "--reduction fixed", "adaptive")
 
 

@@ -70,7 +70,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (7, 1), (1, 1), (8, 4), (14, 2)])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (6, 1), (7, 1), (1, 1), (8, 4), (14, 2)])
 def test_attention_of_a_row_is_its_own_whatever_is_beside_it(
     threads: int, heads: int, groups: int, dtype: torch.dtype
 ) -> None:
