@@ -75,6 +75,7 @@ def test_caches_of_a_segment_whose_layers_hold_different_numbers_are_refused() -
     for refused in (
         lambda: Decoder(pipeline.segments, prefilled.caches),
         lambda: DecodeBatch(pipeline.segments).join(prefilled.caches),
+        lambda: pipeline.prefill(prompt, rows, Request(STEPS), Stopwatch(), past=prefilled.caches),
     ):
         with pytest.raises(ValueError, match="layers of one segment hold"):
             refused()
