@@ -37,7 +37,7 @@ class SegmentPlan:
     scores: bool
     head: bool
     head_format: WeightFormat | None = None
-    one_length: bool = True
+    one_length: bool = False
 
     @property
     def structure(self) -> Hashable:
@@ -79,9 +79,9 @@ def half_layers(num_layers: int, deepstack: int = 0) -> tuple[Block, ...]:
 
 
 def whole_decoder(
-    num_layers: int, name: str = "decoder", deepstack: int = 0, *, one_length: bool = True
+    num_layers: int, name: str = "decoder", deepstack: int = 0, *, one_length: bool = False
 ) -> tuple[SegmentPlan, ...]:
-    """The decoder as one segment, for a reduction that is done before it, or in its graph: then lengths differ."""
+    """The decoder as one segment: for a reduction in its graph, or with one length for one that is done before it."""
     return (SegmentPlan(name, half_layers(num_layers, deepstack), scores=False, head=True, one_length=one_length),)
 
 
@@ -91,7 +91,7 @@ def cut_after(num_layers: int, layers: Sequence[int], deepstack: int = 0) -> tup
     ends = [2 * layer + 1 for layer in layers]
     starts = [0, *ends[:-1]]
     reduced = [
-        SegmentPlan(f"layer{layer:02d}", blocks[start:end], scores=True, head=False)
+        SegmentPlan(f"layer{layer:02d}", blocks[start:end], scores=True, head=False, one_length=True)
         for layer, start, end in zip(layers, starts, ends, strict=True)
     ]
-    return (*reduced, SegmentPlan("rest", blocks[ends[-1] :], scores=False, head=True))
+    return (*reduced, SegmentPlan("rest", blocks[ends[-1] :], scores=False, head=True, one_length=True))

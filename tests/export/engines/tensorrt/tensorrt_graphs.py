@@ -27,7 +27,7 @@ LOOKED_AT, REST = cut_after(TINY.num_layers, range(2))[1:]  # MLP and attention 
 
 def segment(config: DecoderConfig, plan: SegmentPlan) -> Segment:
     """A segment with small random weights, and norms of about one."""
-    module = Segment(config, plan.blocks, scores=plan.scores, head=plan.head)
+    module = Segment(config, plan.blocks, scores=plan.scores, head=plan.head, one_length=plan.one_length)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
