@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+from framefusion.console.layout import counted
 from framefusion.errors import PromptError
 from framefusion.reduction import tracks
 from framefusion.runtime.backends.buffer import Buffer
@@ -99,10 +100,9 @@ class Session:
         self._running = False
 
     def __repr__(self) -> str:
-        rounds = len(self.records)
         cached = 0 if self._cached is None else self._cached.token_ids.size
         return (
-            f"<Session of {rounds} message{'' if rounds == 1 else 's'} about {len(self.files)} film(s) and picture(s): "
+            f"<Session of {counted(len(self.records), 'message')} about {len(self.files)} film(s) and picture(s): "
             f"{cached} tokens in {self.cache_bytes} bytes of caches>"
         )
 

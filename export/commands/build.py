@@ -16,6 +16,7 @@ import click
 
 from framefusion.console import messages as console
 from framefusion.console.help import Command, option, sectioned
+from framefusion.console.layout import counted
 from framefusion.console.progress import in_time, progress_lines
 from framefusion.console.terminal import activity
 from framefusion.errors import BackendError, BudgetError
@@ -155,8 +156,7 @@ def _calibrated(source: Checkpoint, options: BuildOptions, clips: tuple[Path, ..
     films = films_of(clips, "a schedule is set")
     if options.kv_cache_dtype is not None:  # which no schedule goes with: the plan says why, before films are run
         BuildPlan(source, planned_options(options, clips))
-    what = f"running {len(films)} film{'' if len(films) == 1 else 's'} to set the schedule by"
-    with activity(what, logged=True):
+    with activity(f"running {counted(len(films), 'film')} to set the schedule by", logged=True):
         return calibrate(source, options, list(films))
 
 
@@ -189,7 +189,7 @@ def _codes(
 
     prompts = read_prompts(clips)
     with folder_of_codes(output) as folder:
-        what = f"choosing codes by {len(prompts)} prompt{'' if len(prompts) == 1 else 's'}"
+        what = f"choosing codes by {counted(len(prompts), 'prompt')}"
         with activity(what, logged=True) as now:
             named, codes = calibrated_codes(source, options, prompts, folder, lambda part: now.say(f"{what}: {part}"))
         yield named, codes

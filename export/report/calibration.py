@@ -8,11 +8,12 @@ to be. Reads no weight; writes a tokenizer to a temporary folder, nothing else.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from framefusion.console.layout import counted
 from framefusion.console.messages import in_bytes
 from framefusion.console.progress import in_time
 from framefusion.errors import BudgetError
@@ -204,10 +205,6 @@ def _eager_memory(plan: BuildPlan) -> int:
     return memory_of_check(plan if plan.in_floats is None else plan.in_floats)
 
 
-def _count(things: Collection[Any], word: str) -> str:
-    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
-
-
 def calibration_lines(needs: Mapping[str, Any] | None) -> list[str]:
     """The same for people."""
     if needs is None:
@@ -216,9 +213,9 @@ def calibration_lines(needs: Mapping[str, Any] | None) -> list[str]:
     files = {file for row in prompts for file in row["files"]}
     purpose = {SCHEDULE: "the schedule", CODES: "codes of weights", SCALES: "scales of KV caches"}
     lines = [
-        f"calibration: {', '.join(purpose[name] for name in needs['for'])} by {_count(prompts, 'prompt')} about "
-        f"{_count(files, 'file')}, all read: {sum(row['tokens'] for row in prompts)} tokens, the longest prompt has "
-        f"{max(row['tokens'] for row in prompts)}; memory about {in_bytes(needs['memory'])}"
+        f"calibration: {', '.join(purpose[name] for name in needs['for'])} by {counted(len(prompts), 'prompt')} about "
+        f"{counted(len(files), 'file')}, all read: {sum(row['tokens'] for row in prompts)} tokens, the longest prompt "
+        f"has {max(row['tokens'] for row in prompts)}; memory about {in_bytes(needs['memory'])}"
     ]
     if "rows" in needs:
         rows = needs["rows"]

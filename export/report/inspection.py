@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from framefusion.console.layout import counted
 from framefusion.console.messages import in_bytes, table
 from framefusion.errors import BundleError, PromptError
 from framefusion.export.engines.inspection import engine_block, engine_facts
@@ -116,8 +117,7 @@ def weight_facts(manifest: Manifest) -> dict[str, Any]:
 def _calibration(record: CalibrationRecord) -> str:
     """What codes were calibrated on, and how they did on what was held out."""
     answers = f", {record.answer_rows} of them of answers to {record.prompts} prompts" if record.prompts else ""
-    files = len(record.films)  # pictures among them
-    given = f"{files} {'file' if files == 1 else 'files'}, {record.rows} rows{answers}"
+    given = f"{counted(len(record.films), 'file')}, {record.rows} rows{answers}"  # pictures among the films
     if record.divergence is None:
         return given
     far = f"{record.divergence:.2g} from floats on {record.held_out} prompts held out, by the search "

@@ -24,6 +24,11 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what it is of: "1 film", "2 films"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
     """Columns as wide as their widest cell, or narrower where they would not fit; those of numbers stand to the right.
 

@@ -15,6 +15,7 @@ import click
 
 from framefusion.console import messages as console
 from framefusion.console.help import option
+from framefusion.console.layout import counted
 from framefusion.console.terminal import PATIENCE, activity
 from framefusion.errors import BackendError, FrameFusionError, PromptError, VideoError
 from framefusion.reduction.budget import describe_cost
@@ -310,7 +311,7 @@ def brief(facts: Mapping[str, Any], request: Request) -> str:
     if facts["visual_tokens"]:
         prompt += f", {facts['visual_tokens']} of them visual: {describe_cost(facts['cost']['reached'])}"
     new = len(facts["token_ids"])
-    answer = f"answer: {new} token{'' if new == 1 else 's'}, first after {waited:.2f} s"
+    answer = f"answer: {counted(new, 'token')}, first after {waited:.2f} s"
     if facts["tokens_per_second"]:
         answer += f", then {facts['tokens_per_second']:.1f} a second"
     if facts["finish_reason"] == "length":

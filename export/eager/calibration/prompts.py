@@ -57,7 +57,7 @@ class CalibrationPrompt:
 
     turns: tuple[Turn, ...]
     files: tuple[Path, ...]
-    name: str = ""
+    name: str
 
     @property
     def films(self) -> tuple[Path, ...]:

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from framefusion.console.layout import cells_of, prose, table
+from framefusion.console.layout import cells_of, counted, prose, table
 
 HEAD = ("engine", "size", "seconds", "cache")
 ROWS = [
@@ -72,3 +72,7 @@ def test_prose_breaks_between_words_and_a_command_stays_whole() -> None:
     command = f"rebuild because X, with: ff-export compile {'long/' * 20} --backend inductor"
     assert prose(command, 80) == command
     assert prose(text, None) == text
+
+
+def test_what_is_counted_has_its_number() -> None:
+    assert [counted(count, "film") for count in range(3)] == ["0 films", "1 film", "2 films"]

@@ -25,7 +25,7 @@ def held_out(prompts: list[CalibrationPrompt]) -> list[int]:
 
 
 def about(*films: Path, question: str = "What happens?") -> CalibrationPrompt:
-    return CalibrationPrompt((Turn("user", (*(Visual.VIDEO for _ in films), question)),), films)
+    return CalibrationPrompt((Turn("user", (*(Visual.VIDEO for _ in films), question)),), films, question)
 
 
 def test_every_fourth_film_is_held_out_with_all_that_is_said_about_it(files: list[Path]) -> None:
