@@ -260,7 +260,7 @@ class _Held:
 class Endless(Job):
     """Somebody else's answer."""
 
-    def __init__(self, on_token: Callable[[], None]) -> None:
+    def __init__(self, on_token: Callable[[], object]) -> None:
         super().__init__()
         self._on_token = on_token
 
@@ -297,10 +297,19 @@ def test_the_tower_has_the_first_frames_while_the_rest_is_decoded_and_others_get
         return encode(visual)
 
     monkeypatch.setattr(pipeline, "encode_visual", encode_visual)
-    other = Endless(lambda: events.append("token"))
+    runs_beside = threading.Event()
+
+    def on_token() -> None:
+        events.append("token")
+        runs_beside.set()
+
+    other = Endless(on_token)
     service.engine.submit(other)
-    answer = with_client(service, lambda client: post(client, [message(long_film)])).json()
+    assert runs_beside.wait(SECONDS)  # while it waits for its first token, nobody reads ahead
+    response = with_client(service, lambda client: post(client, [message(long_film)]))
     other.cancel()
+    assert response.status_code == 200, response.text
+    answer = response.json()
     for name in ("choices", "usage"):
         assert answer[name] == expected[name]
     runs = [index for index, event in enumerate(events) if event == "engine"]
@@ -311,6 +320,40 @@ def test_the_tower_has_the_first_frames_while_the_rest_is_decoded_and_others_get
     seconds = answer["framefusion"]["seconds"]
     assert seconds["media"] > 0
     assert "video" not in seconds
+
+
+def test_a_film_is_decoded_first_where_others_wait_for_the_engine(
+    service: Any, pipeline: Pipeline, long_film: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no idle time to be filled, and rows that wait for their prompt take memory."""
+    from framefusion.runtime.server.media import reader
+
+    expected = with_client(service, lambda client: post(client, [message(long_film)]))
+    service.conversations.clear()
+    service.ahead._latest = None
+    followers: list[Any] = []
+    decoded = threading.Event()
+    decode_apart = decoding.decode_apart
+
+    def decode(job: Any, seconds: float, cancelled: Callable[[], bool], follower: Any) -> Any:
+        followers.append(follower)
+        try:
+            return decode_apart(job, seconds, cancelled, follower)
+        finally:
+            decoded.set()
+
+    monkeypatch.setattr(reader, "decode_apart", decode)
+    others = [Endless(lambda: decoded.wait(SECONDS)) for _ in range(2)]
+    for other in others:
+        service.engine.submit(other)
+    assert service.engine.waiting > 0
+    response = with_client(service, lambda client: post(client, [message(long_film)]))
+    for other in others:
+        other.cancel()
+    assert (followers, service.ahead._latest) == ([None], None)
+    assert response.status_code == 200, response.text
+    for name in ("choices", "usage"):
+        assert response.json()[name] == expected.json()[name]
 
 
 def test_a_child_that_is_killed_halfway_is_an_error_of_its_request_alone(
