@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 from framefusion.errors import BackendError, BundleError, PromptError
 
 NUMBERS: Mapping[str, tuple[float, float, str]] = {
-    "temperature": (0, np.inf, "0 (greedy) or more"),
+    "temperature": (0, 1e6, "between 0 (greedy) and a million"),
     "top_k": (0, np.inf, "0 (off) or more"),
     "top_p": (0, 1, "between 0 and 1"),
     "min_p": (0, 1, "between 0 (off) and 1"),
-    "repetition_penalty": (np.nextafter(0, 1), np.inf, "above 0, 1 is off"),
+    "repetition_penalty": (0.01, 100, "between 0.01 and 100, 1 is off"),
     "no_repeat_ngram_size": (0, np.inf, "0 (off) or more"),
     "min_new_tokens": (0, np.inf, "0 (off) or more"),
 }
 """Field -> smallest and largest value, the largest not infinite, and how to say so."""
 COUNTS = ("top_k", "no_repeat_ngram_size", "min_new_tokens")
+LEAST_TEMPERATURE = 1e-9
+"""Below it only the likeliest token has a chance: logits in fp32 that differ do so by 1e-7 at least of their size, and
+divided by less they would soon be infinite."""
 TOKEN_LISTS = ("eos_token_ids", "suppress_tokens", "begin_suppress_tokens")
 
 DRAWING = ("temperature", "top_p", "top_k")
@@ -107,7 +110,7 @@ class GenerationConfig:
     @property
     def greedy(self) -> bool:
         """Whether the best token is taken instead of one drawn."""
-        return not self.do_sample or self.temperature == 0
+        return not self.do_sample or (self.temperature is not None and self.temperature < LEAST_TEMPERATURE)
 
     def over(self, base: GenerationConfig) -> GenerationConfig:
         """These settings, with those of `base` where this one says nothing."""

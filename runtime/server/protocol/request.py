@@ -20,14 +20,13 @@ from framefusion.runtime.server.protocol.parts import (
     read_request_sampling,
     with_films_of_pictures,
 )
+from framefusion.runtime.text.sampling import NUMBERS
 
 MOST_NEW_TOKENS = 1 << 20
 MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 1024
 MOST_SEED = (1 << 63) - 1
 LONGEST_ID = 128
-LEAST_PENALTY = 0.01
-"""Of repetition: logits are divided by it, and have to stay numbers."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def _read_generation(fields: Fields, options: _Options) -> Request:
         temperature=fields.number("temperature", 0, 2),
         top_p=fields.number("top_p", 0, 1, above=True),
         top_k=0 if top_k == -1 else top_k,  # both are spellings of no limit
-        repetition_penalty=fields.number("repetition_penalty", LEAST_PENALTY, 10),
+        repetition_penalty=fields.number("repetition_penalty", NUMBERS["repetition_penalty"][0], 10),
     )
 
 

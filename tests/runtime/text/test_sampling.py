@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,22 @@ def test_extreme_logits_and_half_precision() -> None:
     assert logits[0] == -6e4  # the caller's array is left alone
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-30, 2e-9, 1.0, 1e6])
+@pytest.mark.parametrize("penalty", [0.01, 1.0, 100.0])
+def test_the_smallest_and_largest_settings_give_probabilities(temperature: float, penalty: float) -> None:
+    """In fp32 a smaller divisor is 0, which made of logits no numbers, and of any of them a choice."""
+    logits = np.array([0.0, 0.0, -65504.0, 65504.0, 1.0], np.float32)
+    config = GenerationConfig(do_sample=True, temperature=temperature, repetition_penalty=penalty, top_k=0)
+    for scores in (logits, -logits):
+        chosen = {Sampler(config, seed).next_token(scores, [0, 3]) for seed in range(20)}
+        if temperature <= 1:
+            assert chosen == {scores.argmax()}
+        if not config.greedy:
+            _, probabilities = Sampler(config)._candidates(scores)
+            assert np.isfinite(probabilities).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_no_numbers(bad: float) -> None:
     with pytest.raises(BackendError, match=r"largest logit is (nan|inf)"):
@@ -121,13 +138,16 @@ def test_settings_from_a_checkpoint() -> None:
     [
         ("temperature", -1.0),
         ("temperature", np.nan),
+        ("temperature", 1e9),
         ("top_k", -1),
         ("top_p", 1.5),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 1e300),
     ],
 )
 def test_settings_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(PromptError, match=f"{name} is {value}: give a number"):
+    with pytest.raises(PromptError, match=re.escape(f"{name} is {value}: give a number")):
         GenerationConfig(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="are not numbers"):
         GenerationConfig.from_dict({name: "warm"})
