@@ -111,7 +111,9 @@ def test_stop_strings_and_the_penalty_are_those_of_python(bundle: Path, film: Pa
     assert stopped["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize(("flags", "phrase"), [(("--stop", ""), "stop is"), (("--repetition-penalty", 0), "above 0")])
+@pytest.mark.parametrize(
+    ("flags", "phrase"), [(("--stop", ""), "stop is"), (("--repetition-penalty", 0), "between 0.01 and 100")]
+)
 def test_values_out_of_range_are_refused(bundle: Path, flags: tuple[object, ...], phrase: str) -> None:
     result = generate(bundle, "-p", "What?", *flags)
     assert result.exit_code == PromptError.exit_code
