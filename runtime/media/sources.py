@@ -44,7 +44,6 @@ SourceKind: TypeAlias = Literal["video", "image"]
 
 _HEAD = 64  # bytes
 _HOST = 1  # DLPack's kDLCPU
-_PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF")
 
 
 def as_video(
@@ -188,7 +187,7 @@ def _file_kind(path: str | Path) -> SourceKind:
             head = file.read(_HEAD)
     except OSError as error:
         raise VideoError(f"{source} cannot be opened ({error.strerror}): check the path") from error
-    if still_format(source) or head.startswith(_PNM):
+    if still_format(source):
         return "image"
     if is_animated_webp(source):
         return "video"

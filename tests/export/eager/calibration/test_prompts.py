@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from framefusion.errors import BudgetError, EvaluationError, VideoError
 from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -62,6 +63,13 @@ def test_films_and_questions_are_conversations(tmp_path: Path) -> None:
         read_prompts([questions])
     with pytest.raises(VideoError, match=r"no\.mp4 cannot be read"):
         file_digests(read_prompts([tmp_path / "no.mp4"]))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.tiff", "a.webp", "a.ppm", "a.pgm"])
+def test_a_picture_in_place_of_a_film_is_told_where_it_belongs(name: str, tmp_path: Path) -> None:
+    Image.new("L" if name == "a.pgm" else "RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(VideoError, match=r'a\.\w+ is an image \(\w+\).*file of questions, as one of the "images"'):
+        read_prompts([tmp_path / name])
 
 
 @pytest.mark.slow

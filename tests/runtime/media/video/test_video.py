@@ -198,7 +198,7 @@ def test_files_that_are_no_video(tmp_path: Path) -> None:
     for name in ("text.mp4", "text.txt"):
         (tmp_path / name).write_text("no film here\n" * 100)
         broken(tmp_path / name, "is damaged or no video")
-    for name in ("a.png", "a.jpg", "a.webp"):
+    for name in ("a.png", "a.jpg", "a.webp", "a.ppm"):
         Image.fromarray(picture(0)).save(tmp_path / name)
         broken(tmp_path / name, "is an image .*: pass it as an image")
     shutil.copy(tmp_path / "a.png", tmp_path / "disguised.mp4")
