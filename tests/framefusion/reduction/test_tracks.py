@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from random import Random
 
 import numpy as np
@@ -87,11 +86,7 @@ def test_similarity_of_many_rows_matches_float64() -> None:
     np.testing.assert_allclose(tracks.track_similarity(hidden, labels)[70:], cosine, atol=1e-6)
 
 
-def test_fifteen_thousand_tokens_take_less_than_two_milliseconds() -> None:
-    labels = np.r_[np.full(20, -1), np.tile(np.arange(210), 72), np.full(30, -1)]
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        tracks.previous_in_track(labels)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 2e-3
+def test_long_films_take_no_table_of_all_pairs() -> None:
+    """Of 300,000 tokens it would have 90 billion places."""
+    labels = np.r_[np.full(20, -1), np.tile(np.arange(500), 600), np.full(30, -1)]
+    assert tracks.previous_in_track(labels).tolist() == previous_by_hand(labels)

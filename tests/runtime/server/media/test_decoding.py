@@ -109,7 +109,7 @@ def dies(pipe: Connection, _: DecodingJob) -> None:
 
 def lies(pipe: Connection, given: DecodingJob) -> None:
     pipe.send_bytes(given.name.encode())
-    time.sleep(5)
+    time.sleep(60)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_nothing_is_believed(facts: Any, monkeypatch: pytest.MonkeyPatch, tmp_pa
     start = time.monotonic()
     with pytest.raises(VideoError):
         decode(job(tmp_path / "x", name=json.dumps(facts)))
-    assert time.monotonic() - start < 4  # it did not wait for the bytes of an impossible array
+    assert time.monotonic() - start < 30  # it did not wait for the bytes of an impossible array
 
 
 @pytest.mark.slow
