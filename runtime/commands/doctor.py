@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import click
 
 from framefusion.console import messages as console
 from framefusion.console.help import Command, option
+from framefusion.console.layout import prose
 from framefusion.console.terminal import PATIENCE, activity
 from framefusion.errors import CheckFailedError
 
@@ -53,7 +55,9 @@ def _render(report: dict[str, Any]) -> str:
     }
     proofs = report["proofs"]
     states = {proof["name"]: f"{_STATES.get(proof['state'], proof['state'])}: {_detail(proof)}" for proof in proofs}
-    mending = [f"to mend {proof['name']}: {proof['remedy']}" for proof in proofs if proof["state"] in _MENDED]
+    columns = shutil.get_terminal_size().columns
+    remedies = {proof["name"]: proof["remedy"] for proof in proofs if proof["state"] in _MENDED}
+    mending = [prose(f"to mend {name}: {remedy}", columns) for name, remedy in remedies.items()]
     return "\n\n".join([console.labelled(facts), console.labelled(states), *mending])
 
 
@@ -61,5 +65,10 @@ def _detail(proof: dict[str, Any]) -> str:
     if proof["state"] != "right":
         return str(proof["problem"])
     number = sum(len(graph["checks"]) for graph in proof["graphs"])
-    kinds = ", ".join(f"{graph['dialect']} {graph['dtype']}".strip() for graph in proof["graphs"])
+    kinds = ", ".join(_graph_name(graph) for graph in proof["graphs"])
     return f"{number} comparisons with numpy ({kinds})"
+
+
+def _graph_name(graph: dict[str, Any]) -> str:
+    name = f"{graph['dialect']} {graph['dtype']}".strip()
+    return name if graph["weights"] == "floats" else f"{name} in {graph['weights']}"

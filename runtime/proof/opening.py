@@ -176,8 +176,12 @@ class _Judge:
         manifest = self._bundle.manifest
         if not row.blocks:
             return None
-        verdict = recall(combination_of_blocks(manifest.dialect, manifest.model.dtype, option, self.machine))
-        return None if verdict is None or verdict.right else verdict
+        for in_codes in (False, True) if manifest.quantization is not None else (False,):
+            subject = (manifest.dialect, manifest.model.dtype, option, self.machine)
+            verdict = recall(combination_of_blocks(*subject, in_codes=in_codes))
+            if verdict is not None and not verdict.right:
+                return verdict
+        return None
 
     def _unproven(self, option: Option) -> Problem | None:
         known = table.backend(option.backend, option.device).wrong_once

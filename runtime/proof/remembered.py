@@ -72,9 +72,19 @@ def combination_of(bundle: Bundle, option: Option, machine: Machine) -> Combinat
     return _combination(bundle.digest, option, machine)
 
 
-def combination_of_blocks(dialect: str, dtype: str, option: Option, machine: Machine) -> Combination:
-    """The building blocks of a dialect in a type, in place of a bundle: what `ff-run doctor` has found."""
-    return _combination(f"building blocks of {dialect} in {dtype}", option, machine)
+def combination_of_blocks(
+    dialect: str, dtype: str, option: Option, machine: Machine, *, in_codes: bool = False
+) -> Combination:
+    """The building blocks of a dialect in a type, in place of a bundle: what `ff-run doctor` has found.
+
+    Args:
+        dialect, dtype: of the graph.
+        option: that ran it.
+        machine: here.
+        in_codes: the products of weights in 4 and 8 bits, in place of the ops without weights.
+    """
+    blocks = "products of codes" if in_codes else "building blocks"
+    return _combination(f"{blocks} of {dialect} in {dtype}", option, machine)
 
 
 def _combination(subject: str, option: Option, machine: Machine) -> Combination:

@@ -1,7 +1,8 @@
-"""Each op of the decoder graphs once, in one small graph: what `ff-run doctor` proves before there is a model.
+"""Each op of the decoder graphs once, in small graphs: what `ff-run doctor` proves before there is a model.
 
 The graphs lie in the runtime, which has nothing that could write them: `python -m tools.block_graphs` does. They are
-traced and said in a dialect by the code that makes a bundle's segments. Knows no weights and no expected result.
+traced and said in a dialect by the code that makes a bundle's segments. One has the ops without weights, another the
+products of weights in codes, which lie in its file. Knows no expected result.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from framefusion.export.graphs.graph_plan import EXAMPLE_CAPACITY, EXAMPLE_LENGTH, FREE, GraphModule, Signature, meta
-from framefusion.export.graphs.tracing.dialects import DIALECTS
+from framefusion.export.graphs.layers import QuantizedLinear
+from framefusion.export.graphs.tracing.dialects import DIALECTS, Dialect
 from framefusion.export.graphs.tracing.trace import trace
+from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
 from framefusion.ops import kernels
-from framefusion.runtime.proof.blocks import cases
+from framefusion.runtime.proof.blocks import cases, codes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -70,11 +74,63 @@ class Blocks(GraphModule):
         )
 
 
+class CodeProducts(GraphModule):
+    """Linear maps of one input, a format each.
+
+    Args:
+        dialect: that they are said in.
+    """
+
+    def __init__(self, dialect: Dialect) -> None:
+        super().__init__()
+        self._signed = dialect.signed_codes
+        self._forms = codes.formats_of(dialect.name)
+        for form in self._forms:
+            stored = BlockFormat(form.bits, form.size, not form.has_zeros, self._signed)
+            self.add_module(form.output, QuantizedLinear(codes.WIDTH, codes.OUTPUTS, bias=False, form=stored))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """[1, S, WIDTH] -> [1, S, OUTPUTS] each, in the order of the formats."""
+        return tuple(self.get_submodule(form.output)(hidden) for form in self._forms)
+
+    def signature(self) -> Signature:
+        """Any number of tokens."""
+        outputs = tuple(form.output for form in self._forms)
+        axes = {name: {1: "tokens"} for name in ("hidden", *outputs)}
+        return Signature((meta(1, EXAMPLE_LENGTH, codes.WIDTH),), ({1: FREE},), ("hidden",), outputs, axes)
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by name, packed as a bundle's are."""
+        for form in self._forms:
+            zeros = torch.from_numpy(codes.zero_points(form)) if form.has_zeros else None
+            numbers = torch.from_numpy(codes.codes(form))
+            matrix = BlockQuantized(numbers, torch.from_numpy(codes.scales(form)), zeros, form.bits, form.size)
+            for part, values in matrix.pack(signed=self._signed)._asdict().items():
+                if values is not None:
+                    yield f"{form.output}.{part}", values
+
+
+def code_graph(dialect: Dialect, dtype: torch.dtype) -> ir.Model:
+    """The products in a dialect and a type, with their weights."""
+    module = CodeProducts(dialect)
+    model = trace(module.to("meta"), dialect, dtype).model
+    for name, values in module.stored():
+        value = model.graph.initializers[name]
+        assert value.dtype is not None
+        assert value.shape is not None
+        typed = values.to(dtype) if values.is_floating_point() else values
+        content = typed.contiguous().view(torch.uint8).numpy().tobytes()
+        proto = onnx.TensorProto(name=name, data_type=int(value.dtype), dims=value.shape.numpy(), raw_data=content)
+        value.const_value = ir.serde.deserialize_tensor(proto)
+    return model
+
+
 def block_graphs(dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[tuple[str, ir.Model]]:
-    """The graph of each dialect in each type, and the name of its file."""
+    """The graphs of each dialect in each type, and the names of their files."""
     for dialect, dtype in product(DIALECTS.values(), dtypes):
         name = str(dtype).removeprefix("torch.")
         yield cases.graph_name(dialect.name, name), trace(Blocks().to("meta"), dialect, dtype).model
+        yield codes.codes_name(dialect.name, name), code_graph(dialect, dtype)
 
 
 def write_block_graphs(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> None:

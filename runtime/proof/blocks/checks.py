@@ -5,6 +5,8 @@ Errors are relative to the largest number that is expected. A limit follows from
     4 eps(type)       a result is rounded once, and so are the shares that values are summed with, and scores up to 4
     N eps(float32)    each of N products is added in fp32, by whatever order
 
+Products of weights in codes have beside that what rounding their activations to 8 bits may move.
+
 Caches in 8 bits are the backend's own codes: they are not looked into, and what attends over them may be off by four
 steps of the 127 that a number has on each side of 0.
 
@@ -26,7 +28,7 @@ from framefusion.runtime.backends.buffer import Buffer, float_type
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.format.manifest import SegmentRecord
-from framefusion.runtime.proof.blocks import cases, reference
+from framefusion.runtime.proof.blocks import cases, codes, reference
 from framefusion.runtime.proof.blocks.cases import Case
 
 EPSILON: Mapping[str, float] = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -118,6 +120,32 @@ def check_graph_blocks(
                 continue
             limit = limit_of(name, dtype, importance, caches)
             yield compare(cases.BLOCKS[name], case.name, _counting(results[name], expected), expected, limit)
+
+
+def check_code_blocks(backend: GraphRunner, graph: str, dialect: str, dtype: str) -> Iterator[Check]:
+    """Run all cases of products through a graph of weights in codes.
+
+    Args:
+        backend: that opens the graph.
+        graph: its name.
+        dialect: of it.
+        dtype: of it, "float16", ...
+
+    Raises:
+        BackendError: the backend refuses it.
+        BundleError: the library cannot load it.
+    """
+    device = backend.device
+    element = float_type(dtype)
+    rounding = _ROUNDINGS * EPSILON[dtype] + codes.WIDTH * EPSILON["float32"]
+    names = {form.output: form.block for form in codes.formats_of(dialect)}
+    for case in codes.code_cases(dialect, element):
+        shape = (*case.hidden.shape[:2], codes.OUTPUTS)
+        outputs: dict[str, Buffer] = {name: device.zeros(shape, element) for name in case.expected}
+        backend.bind(graph, {"hidden": device.upload(case.hidden)}, outputs, None).run()
+        for name, expected in case.expected.items():
+            result = device.download(outputs[name])[0]
+            yield compare(names[name], case.name, result, expected, case.rounded[name] + rounding)
 
 
 def _run(

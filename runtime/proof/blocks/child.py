@@ -25,6 +25,7 @@ from framefusion.runtime.backends import table
 if TYPE_CHECKING:
     from framefusion.runtime.machine.machine import Machine
     from framefusion.runtime.proof.blocks.checks import Check
+    from framefusion.runtime.proof.remembered import Combination
 
 MARK = "FRAMEFUSION-DOCTOR "
 Facts = dict[str, Any]
@@ -89,26 +90,37 @@ def prove_backend(name: str, device: table.Device, engines: str = "") -> Facts:
 
 def _proven_graphs(row: table.BackendKind, device: table.Device, machine: Machine) -> Facts:
     from framefusion.runtime.backends.choice import Option
-    from framefusion.runtime.proof.blocks import cases
-    from framefusion.runtime.proof.blocks.checks import check_graph_blocks
-    from framefusion.runtime.proof.remembered import Verdict, combination_of_blocks, remember
+    from framefusion.runtime.proof.blocks import cases, codes
+    from framefusion.runtime.proof.blocks.checks import check_code_blocks, check_graph_blocks
+    from framefusion.runtime.proof.remembered import combination_of_blocks
 
     problem = table.load(row.machine_problem)(row, machine)
     if problem is not None:
         return _missing(*problem)
     graphs = []
     folder = Path(cases.__file__).parent
+    option = Option(row.name, device)
     for dialect, dtype, backend, importance, caches in table.load(row.blocks)(device, machine, folder):
         # 1. Looked up as `open_proven` does, before anything more is loaded.
-        combination = combination_of_blocks(dialect, dtype, Option(row.name, device), machine)
+        blocks = combination_of_blocks(dialect, dtype, option, machine)
+        products = combination_of_blocks(dialect, dtype, option, machine, in_codes=True)
         # 2. Proven, and remembered: what is wrong here is not taken for a bundle of this dialect and type.
-        name = cases.graph_name(dialect, dtype)
-        facts = _graph(dialect, dtype, check_graph_blocks(backend, name, dtype, importance, caches))
-        if facts["state"] in ("right", "wrong"):
-            text = f"ff-run doctor: {facts['worst']}"
-            facts["remembered"] = remember(combination, Verdict(facts["state"] == "right", text), facts)
-        graphs.append(facts)
+        checks = check_graph_blocks(backend, cases.graph_name(dialect, dtype), dtype, importance, caches)
+        graphs.append(_remembered(_graph(dialect, dtype, checks), blocks))
+        # 3. The products of weights in codes are another graph, and wrong for bundles of such weights alone.
+        checks = check_code_blocks(backend, codes.codes_name(dialect, dtype), dialect, dtype)
+        graphs.append(_remembered(_graph(dialect, dtype, checks) | {"weights": "codes"}, products))
     return _judged(graphs)
+
+
+def _remembered(facts: Facts, combination: Combination) -> Facts:
+    """What was found, kept where it is a verdict."""
+    from framefusion.runtime.proof.remembered import Verdict, remember
+
+    if facts["state"] not in ("right", "wrong"):
+        return facts
+    verdict = Verdict(facts["state"] == "right", f"ff-run doctor: {facts['worst']}")
+    return facts | {"remembered": remember(combination, verdict, facts)}
 
 
 def _engine_library(row: table.BackendKind, device: table.Device, machine: Machine) -> Facts:
@@ -154,7 +166,7 @@ def _graph(dialect: str, dtype: str, checks: Iterable[Check]) -> Facts:
     """The checks of a graph; a library that refuses it or a type that is missing is a failure of this graph alone."""
     from framefusion.errors import FrameFusionError
 
-    facts: Facts = {"dialect": dialect, "dtype": dtype, "checks": []}
+    facts: Facts = {"dialect": dialect, "dtype": dtype, "weights": "floats", "checks": []}
     try:
         found = list(checks)
     except (FrameFusionError, ImportError) as error:

@@ -18,6 +18,7 @@ from framefusion.runtime.backends.choice import choose
 from framefusion.runtime.backends.table import BACKENDS, BackendKind
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.families import qwen2_vl
+from framefusion.runtime.format.manifest import QuantizationRecord, WeightFormatRecord
 from framefusion.runtime.generation import embedder
 from framefusion.runtime.machine import cpu
 from framefusion.runtime.machine.gpu import GPU
@@ -305,6 +306,26 @@ def test_blocks_that_doctor_found_wrong_keep_a_backend_from_their_bundles(bundle
     for how in ({}, {"check": False}, {"name": option.backend}):
         with pytest.raises(CheckFailedError, match=r"ff-run doctor: attention over a cache, chunk"):
             open_proven(opened, machine=machine, **how)
+
+
+def test_products_of_codes_that_doctor_found_wrong_keep_a_backend_from_bundles_in_codes(bundle: Path) -> None:
+    opened = Bundle(bundle)
+    machine = replace(Machine.here(), openvino=None)  # which would be taken next
+    model = opened.manifest
+    option = choose(opened, machine=machine).option
+    subject = (model.dialect, model.model.dtype, option, machine)
+    text = "ff-run doctor: product of int8, blocks of 128, step, largest: error 1.0e-01, limit 4.0e-03"
+    remember(combination_of_blocks(*subject, in_codes=True), Verdict(False, text), {})
+    assert open_proven(opened, machine=machine).choice.right_here
+    combination_of(opened, option, machine).entry.unlink()
+    formats = (WeightFormatRecord(8, 128, True, 28),)
+    opened.manifest = replace(model, quantization=QuantizationRecord("search", False, formats, 1))
+    with pytest.raises(CheckFailedError, match="ff-run doctor: product of int8"):
+        open_proven(opened, machine=machine)
+    remember(combination_of_blocks(*subject, in_codes=True), Verdict(True, text), {})
+    remember(combination_of_blocks(*subject), Verdict(False, text), {})
+    with pytest.raises(CheckFailedError, match="ff-run doctor: product of int8"):
+        open_proven(opened, machine=machine)
 
 
 def test_a_proof_holds_for_the_code_that_it_goes_through() -> None:

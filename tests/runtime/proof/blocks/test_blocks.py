@@ -14,7 +14,7 @@ from framefusion.runtime.backends.host import HostDevice
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.backends.table import BACKENDS
 from framefusion.runtime.machine.machine import Machine
-from framefusion.runtime.proof.blocks import cases, checks, reference
+from framefusion.runtime.proof.blocks import cases, checks, codes, reference
 from framefusion.runtime.proof.blocks.checks import check_device_blocks, check_graph_blocks
 from framefusion.runtime.proof.blocks.child import prove_backend
 from tests.runtime.proof.blocks import eager_blocks
@@ -97,7 +97,8 @@ def test_a_device_that_is_wrong_is_found() -> None:
 
 
 def test_a_graph_of_each_dialect_and_type_is_there() -> None:
-    names = {f"{dialect}-{dtype}.onnx" for dialect in ("gqa", "portable") for dtype in checks.EPSILON}
+    kinds = [(dialect, dtype) for dialect in ("gqa", "portable") for dtype in checks.EPSILON]
+    names = {name(*kind) for kind in kinds for name in (cases.graph_name, codes.codes_name)}
     assert {path.name for path in FOLDER.glob("*.onnx")} == names
 
 
@@ -172,7 +173,8 @@ def _structure(path: Path) -> Any:
         for node in graph.node
         if node.op_type != "Constant"
     ]
-    return sorted(map(str, nodes)), [str(value) for value in (*graph.input, *graph.output)]
+    weights = sorted((value.data_type, tuple(value.dims), value.raw_data) for value in graph.initializer)
+    return sorted(map(str, nodes)), weights, [str(value) for value in (*graph.input, *graph.output)]
 
 
 def _operators(path: Path) -> list[str]:
