@@ -135,9 +135,10 @@ class _Judge:
 
     def objection(self, option: Option) -> Problem | None:
         """What speaks against an option that could run: it is wrong here, or has to be proven and was not."""
-        # 1. What is remembered costs one small file.
+        # 1. What is remembered costs a few small files. Blocks are proven with numbers that no golden has, so one that
+        #    is wrong counts for more than a golden that passed.
         combination = combination_of(self._bundle, option, self.machine)
-        verdict = recall(combination) or self._blocks(option)
+        verdict = self._blocks(option) or recall(combination)
         # 2. What is new is proven once, with the backend that will answer if it is right.
         if verdict is None and self._check:
             golden = read_golden(self._bundle)
@@ -176,9 +177,10 @@ class _Judge:
         manifest = self._bundle.manifest
         if not row.blocks:
             return None
-        for in_codes in (False, True) if manifest.quantization is not None else (False,):
-            subject = (manifest.dialect, manifest.model.dtype, option, self.machine)
-            verdict = recall(combination_of_blocks(*subject, in_codes=in_codes))
+        subject = (manifest.dialect, row.computes or manifest.model.dtype, option, self.machine)
+        formats = () if manifest.quantization is None else manifest.quantization.formats
+        for weights in ("", *dict.fromkeys(f"int{form.bits}" for form in formats if form.kind == "int")):
+            verdict = recall(combination_of_blocks(*subject, weights=weights))
             if verdict is not None and not verdict.right:
                 return verdict
         return None

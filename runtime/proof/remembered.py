@@ -73,7 +73,7 @@ def combination_of(bundle: Bundle, option: Option, machine: Machine) -> Combinat
 
 
 def combination_of_blocks(
-    dialect: str, dtype: str, option: Option, machine: Machine, *, in_codes: bool = False
+    dialect: str, dtype: str, option: Option, machine: Machine, *, weights: str = ""
 ) -> Combination:
     """The building blocks of a dialect in a type, in place of a bundle: what `ff-run doctor` has found.
 
@@ -81,9 +81,9 @@ def combination_of_blocks(
         dialect, dtype: of the graph.
         option: that ran it.
         machine: here.
-        in_codes: the products of weights in 4 and 8 bits, in place of the ops without weights.
+        weights: "int8" or "int4" for products of such codes, in place of the ops without weights.
     """
-    blocks = "products of codes" if in_codes else "building blocks"
+    blocks = f"products of {weights}" if weights else "building blocks"
     return _combination(f"{blocks} of {dialect} in {dtype}", option, machine)
 
 

@@ -28,8 +28,8 @@ NUMBERS: Mapping[str, tuple[float, float, str]] = {
 """Field -> smallest and largest value, the largest not infinite, and how to say so."""
 COUNTS = ("top_k", "no_repeat_ngram_size", "min_new_tokens")
 LEAST_TEMPERATURE = 1e-9
-"""Below it only the likeliest token has a chance: logits in fp32 that differ do so by 1e-7 at least of their size, and
-divided by less they would soon be infinite."""
+"""Below it only the likeliest token has a chance: logits of a model, some tens, differ by 1e-6 in fp32 if they do, and
+divided by much less they would be infinite."""
 TOKEN_LISTS = ("eos_token_ids", "suppress_tokens", "begin_suppress_tokens")
 
 DRAWING = ("temperature", "top_p", "top_k")

@@ -32,8 +32,8 @@ SIGNATURES = {
     b"II*\0": "tiff",
     b"MM\0*": "tiff",
     b"8BPS": "psd",
-    **dict.fromkeys((b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF"), "pnm"),
 }
+_PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF")  # and white space
 
 
 def is_animated_webp(source: Path) -> bool:
@@ -53,6 +53,8 @@ def still_format(source: Path) -> str:
         size = struct.unpack(">I", start[:4])[0]
         brands = start[16 : min(size, SNIFFED)]
         return "" if b"avis" in brands or b"msf1" in brands else start[8:12].decode()
+    if start.startswith(_PNM) and start[2:3].isspace():
+        return "pnm"
     return next((name for mark, name in SIGNATURES.items() if start.startswith(mark)), "")
 
 

@@ -5,7 +5,11 @@ Errors are relative to the largest number that is expected. A limit follows from
     4 eps(type)       a result is rounded once, and so are the shares that values are summed with, and scores up to 4
     N eps(float32)    each of N products is added in fp32, by whatever order
 
-Products of weights in codes have beside that what rounding their activations to 8 bits may move.
+Products of weights in codes have a limit of their own: what rounding their activations to 8 bits may move, and
+
+    4 eps(float16)     in fp32, whose scales may be in half types
+    N eps(float16) / 2 in float16: each of N products may be added up in fp16, as a kernel for ARM does
+    4 eps(bfloat16)    in bfloat16
 
 Caches in 8 bits are the backend's own codes: they are not looked into, and what attends over them may be off by four
 steps of the 127 that a number has on each side of 0.
@@ -43,6 +47,11 @@ _TERMS: Mapping[str, int] = {
     "importance": cases.HEAD_DIM,
 }
 _EXACT = ("present_key_0", "present_value_0")  # moved, not computed
+_IN_CODES: Mapping[str, float] = {
+    "float32": _ROUNDINGS * EPSILON["float16"],
+    "float16": codes.WIDTH * EPSILON["float16"] / 2,
+    "bfloat16": _ROUNDINGS * EPSILON["bfloat16"],
+}
 _RECORD = SegmentRecord("blocks", "blocks", (0,), 0, scores=True, head=False, weight_bytes=0, buckets=None)
 _IN_FP32 = ("similarity", "importance")  # whatever the type of the rows, unless a backend says otherwise
 
@@ -122,14 +131,14 @@ def check_graph_blocks(
             yield compare(cases.BLOCKS[name], case.name, _counting(results[name], expected), expected, limit)
 
 
-def check_code_blocks(backend: GraphRunner, graph: str, dialect: str, dtype: str) -> Iterator[Check]:
+def check_code_blocks(backend: GraphRunner, dialect: str, dtype: str, weights: str) -> Iterator[Check]:
     """Run all cases of products through a graph of weights in codes.
 
     Args:
         backend: that opens the graph.
-        graph: its name.
         dialect: of it.
         dtype: of it, "float16", ...
+        weights: type of the codes whose products are judged, "int8" or "int4".
 
     Raises:
         BackendError: the backend refuses it.
@@ -137,15 +146,17 @@ def check_code_blocks(backend: GraphRunner, graph: str, dialect: str, dtype: str
     """
     device = backend.device
     element = float_type(dtype)
-    rounding = _ROUNDINGS * EPSILON[dtype] + codes.WIDTH * EPSILON["float32"]
-    names = {form.output: form.block for form in codes.formats_of(dialect)}
+    rounding = _IN_CODES[dtype]
+    judged = [form for form in codes.formats_of(dialect) if form.weights == weights]
     for case in codes.code_cases(dialect, element):
         shape = (*case.hidden.shape[:2], codes.OUTPUTS)
         outputs: dict[str, Buffer] = {name: device.zeros(shape, element) for name in case.expected}
+        graph = codes.codes_name(dialect, dtype)
         backend.bind(graph, {"hidden": device.upload(case.hidden)}, outputs, None).run()
-        for name, expected in case.expected.items():
-            result = device.download(outputs[name])[0]
-            yield compare(names[name], case.name, result, expected, case.rounded[name] + rounding)
+        for form in judged:
+            result = device.download(outputs[form.output])[0]
+            limit = case.rounded[form.output] + rounding
+            yield compare(form.block, case.name, result, case.expected[form.output], limit)
 
 
 def _run(

@@ -102,14 +102,19 @@ def _proven_graphs(row: table.BackendKind, device: table.Device, machine: Machin
     option = Option(row.name, device)
     for dialect, dtype, backend, importance, caches in table.load(row.blocks)(device, machine, folder):
         # 1. Looked up as `open_proven` does, before anything more is loaded.
-        blocks = combination_of_blocks(dialect, dtype, option, machine)
-        products = combination_of_blocks(dialect, dtype, option, machine, in_codes=True)
+        subject = (dialect, dtype, option, machine)
+        blocks = combination_of_blocks(*subject)
+        products = {weights: combination_of_blocks(*subject, weights=weights) for weights in codes.WEIGHTS}
         # 2. Proven, and remembered: what is wrong here is not taken for a bundle of this dialect and type.
         checks = check_graph_blocks(backend, cases.graph_name(dialect, dtype), dtype, importance, caches)
         graphs.append(_remembered(_graph(dialect, dtype, checks), blocks))
-        # 3. The products of weights in codes are another graph, and wrong for bundles of such weights alone.
-        checks = check_code_blocks(backend, codes.codes_name(dialect, dtype), dialect, dtype)
-        graphs.append(_remembered(_graph(dialect, dtype, checks) | {"weights": "codes"}, products))
+        # 3. Products of weights in codes: what is wrong there is wrong for bundles of such weights alone, and a library
+        #    without them runs the others.
+        for weights, combination in products.items():
+            facts = _graph(dialect, dtype, check_code_blocks(backend, dialect, dtype, weights)) | {"weights": weights}
+            if facts["state"] == "failed":
+                facts["state"] = "unproven"
+            graphs.append(_remembered(facts, combination))
     return _judged(graphs)
 
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-OUTPUTS = 64
-WIDTH = 256
+OUTPUTS = 35  # and no multiple of what a kernel has at once
+WIDTH = 384  # an odd number of blocks of 128
 STEP = 1 / 254
 """Half a step of an activation, as a share of the largest of its row."""
 LEAST_BLOCK = 16  # inputs that a kernel may round together: each has the row's largest, so that all steps are alike
@@ -37,6 +37,11 @@ class CodeFormat(NamedTuple):
     has_zeros: bool
 
     @property
+    def weights(self) -> str:
+        """The type of the codes."""
+        return f"int{self.bits}"
+
+    @property
     def largest(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
@@ -46,15 +51,19 @@ FORMATS = (
     CodeFormat("int8_128", "product of int8, blocks of 128", 8, 128, has_zeros=False),
     CodeFormat("int4_128", "product of int4, blocks of 128", 4, 128, has_zeros=False),
     CodeFormat("int4_32", "product of int4, blocks of 32", 4, 32, has_zeros=False),
-    CodeFormat("int4_zeros", "product of int4 with zero points", 4, 32, has_zeros=True),
+    CodeFormat("int4_zeros", "product of int4, blocks of 128, zero points", 4, 128, has_zeros=True),
 )
-_CASES: Mapping[str, slice] = {
-    "prompt": slice(0, _ROWS),
-    "batch": slice(1, 4),
-    "step, largest": slice(0, 1),
-    "step, smallest": slice(1, 2),
-    "step, in turn": slice(2, 3),
-    "step": slice(7, 8),
+WEIGHTS = ("int8", "int4")
+_LARGE = 128  # times as large: sums of codes times activations are beyond float16 then, and results are not
+_CASES: Mapping[str, tuple[slice, int]] = {
+    "prompt": (slice(0, _ROWS), 1),
+    "large prompt": (slice(0, _ROWS), _LARGE),
+    "batch": (slice(1, 4), 1),
+    "step, largest": (slice(0, 1), 1),
+    "large step": (slice(0, 1), _LARGE),
+    "step, smallest": (slice(1, 2), 1),
+    "step, in turn": (slice(2, 3), 1),
+    "step": (slice(7, 8), 1),
 }
 
 
@@ -85,7 +94,7 @@ def codes(form: CodeFormat) -> NDArray[np.uint8]:
 
 
 def scales(form: CodeFormat) -> NDArray[np.float32]:
-    """Of five digits, which every type holds.  [OUTPUTS, B]"""
+    """Of four binary digits, which every type holds.  [OUTPUTS, B]"""
     (row, block) = np.indices((OUTPUTS, WIDTH // form.size))
     digits = 1 + (5 * row + 3 * block) % 8 / 8
     return (digits / 2.0 ** (form.bits + (row + block) % 3)).astype(np.float32)
@@ -123,8 +132,8 @@ def _patterns(largest: int, smallest: int, others: NDArray[np.int64]) -> NDArray
 def code_cases(dialect: str, dtype: DTypeLike) -> Iterator[CodeCase]:
     """All cases for a graph."""
     matrices = {form.output: weights(form) for form in formats_of(dialect)}
-    for name, part in _CASES.items():
-        rows = activations()[part]
+    for name, (part, factor) in _CASES.items():
+        rows = factor * activations()[part]
         expected = {output: rows @ matrix.T for output, matrix in matrices.items()}
         moved = {output: STEP * np.abs(rows).max() * np.abs(matrix).sum(1).max() for output, matrix in matrices.items()}
         rounded = {output: float(moved[output] / np.abs(result).max()) for output, result in expected.items()}

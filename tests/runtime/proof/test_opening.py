@@ -14,7 +14,7 @@ import pytest
 from framefusion.errors import BackendError, CheckFailedError
 from framefusion.reduction import policy
 from framefusion.runtime.backends import host, table
-from framefusion.runtime.backends.choice import choose
+from framefusion.runtime.backends.choice import Option, choose
 from framefusion.runtime.backends.table import BACKENDS, BackendKind
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.families import qwen2_vl
@@ -308,24 +308,51 @@ def test_blocks_that_doctor_found_wrong_keep_a_backend_from_their_bundles(bundle
             open_proven(opened, machine=machine, **how)
 
 
-def test_products_of_codes_that_doctor_found_wrong_keep_a_backend_from_bundles_in_codes(bundle: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "wrong_in", "refused"),
+    [
+        (None, "int8", False),
+        (WeightFormatRecord(4, 32, True, 28), "int8", False),
+        (WeightFormatRecord(8, 0, True, 28, "float"), "int8", False),
+        (WeightFormatRecord(8, 128, True, 28), "int8", True),
+        (WeightFormatRecord(8, 128, True, 28), "", True),
+    ],
+)
+def test_wrong_products_keep_a_backend_from_bundles_of_such_codes(
+    bundle: Path, form: WeightFormatRecord | None, wrong_in: str, refused: bool
+) -> None:
+    """Also where the golden passed before: it has ordinary numbers, and doctor has others."""
     opened = Bundle(bundle)
     machine = replace(Machine.here(), openvino=None)  # which would be taken next
     model = opened.manifest
     option = choose(opened, machine=machine).option
-    subject = (model.dialect, model.model.dtype, option, machine)
-    text = "ff-run doctor: product of int8, blocks of 128, step, largest: error 1.0e-01, limit 4.0e-03"
-    remember(combination_of_blocks(*subject, in_codes=True), Verdict(False, text), {})
+    if form is not None:
+        opened.manifest = replace(model, quantization=QuantizationRecord("search", False, (form,), 1))
     assert open_proven(opened, machine=machine).choice.right_here
-    combination_of(opened, option, machine).entry.unlink()
-    formats = (WeightFormatRecord(8, 128, True, 28),)
-    opened.manifest = replace(model, quantization=QuantizationRecord("search", False, formats, 1))
-    with pytest.raises(CheckFailedError, match="ff-run doctor: product of int8"):
-        open_proven(opened, machine=machine)
-    remember(combination_of_blocks(*subject, in_codes=True), Verdict(True, text), {})
-    remember(combination_of_blocks(*subject), Verdict(False, text), {})
-    with pytest.raises(CheckFailedError, match="ff-run doctor: product of int8"):
-        open_proven(opened, machine=machine)
+    text = "ff-run doctor: product of int8, blocks of 128, step, largest: error 1.0e-01, limit 4.0e-03"
+    subject = (model.dialect, model.model.dtype, option, machine)
+    remember(combination_of_blocks(*subject, weights=wrong_in), Verdict(False, text), {})
+    if refused:
+        for how in ({}, {"check": False}, {"name": option.backend}):
+            with pytest.raises(CheckFailedError, match="ff-run doctor: product of int8"):
+                open_proven(opened, machine=machine, **how)
+    else:
+        assert open_proven(opened, machine=machine).choice.right_here
+
+
+def test_blocks_are_remembered_in_the_type_that_a_backend_computes_in(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = first(HONEST, computes="bfloat16", blocks="-")
+    monkeypatch.setattr(table, "BACKENDS", rows)
+    opened = Bundle(bundle)
+    machine = Machine.here()
+    option = Option(NAME, "cpu")
+    assert opened.manifest.model.dtype == "float32"
+    subject = combination_of_blocks(opened.manifest.dialect, "bfloat16", option, machine)
+    remember(subject, Verdict(False, "ff-run doctor: rotary"), {})
+    with pytest.raises(CheckFailedError, match="ff-run doctor: rotary"):
+        open_proven(opened, NAME, machine=machine)
 
 
 def test_a_proof_holds_for_the_code_that_it_goes_through() -> None:

@@ -195,8 +195,8 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_files_that_are_no_video(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     broken(tmp_path / "empty.mp4", r"is empty \(0 bytes\)")
-    for name in ("text.mp4", "text.txt"):
-        (tmp_path / name).write_text("no film here\n" * 100)
+    for name, text in (("text.mp4", "no film here\n"), ("text.txt", "P1: a list\n"), ("P2P.mp4", "P2P notes\n")):
+        (tmp_path / name).write_text(text * 100)
         broken(tmp_path / name, "is damaged or no video")
     for name in ("a.png", "a.jpg", "a.webp", "a.ppm"):
         Image.fromarray(picture(0)).save(tmp_path / name)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+from framefusion.errors import BackendError
 from framefusion.runtime.backends.host import HostDevice
 from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.backends.table import BACKENDS
@@ -109,6 +110,24 @@ def test_what_was_found_is_remembered_for_bundles(tmp_path: Path, monkeypatch: p
     assert facts["state"] == "right", facts["problem"]
     assert all(graph["remembered"] for graph in facts["graphs"])
     assert len(list((tmp_path / "framefusion-aot" / "proofs").iterdir())) == len(facts["graphs"])
+
+
+@pytest.mark.slow
+def test_a_library_without_products_of_codes_runs_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bind = OnnxRuntimeBackend.bind
+
+    def without_codes(self: OnnxRuntimeBackend, graph: str, *arguments: Any) -> Any:
+        if "codes" in graph:
+            raise BackendError(f"{graph} cannot be opened: no kernel for DequantizeLinear(24)")
+        return bind(self, graph, *arguments)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "bind", without_codes)
+    facts = prove_backend("onnxruntime", "cpu")
+    assert facts["state"] == "right", facts["problem"]
+    states = {graph["weights"]: graph["state"] for graph in facts["graphs"]}
+    assert states == {"floats": "right", "int8": "unproven", "int4": "unproven"}
+    assert "remembered" not in facts["graphs"][1]
 
 
 def test_every_backend_that_runs_graphs_is_proven_by_them() -> None:
