@@ -286,10 +286,10 @@ def tables(load: Callable[[str], dict[str, Any]]) -> dict[str, Callable[[], str]
         load: reads the results of a benchmark; raises FileNotFoundError where it was not run.
     """
 
-    def of_shapes(name: str) -> list[dict[str, Any]]:
+    def of_shapes(name: str, processor: str = "") -> list[dict[str, Any]]:
         """The results at each shape that a benchmark was run at, the smallest first."""
         found = []
-        for file in (name, f"{name}_qwen2-1.5b", f"{name}_qwen2-7b"):
+        for file in (f"{name}{processor}", f"{name}_qwen2-1.5b{processor}", f"{name}_qwen2-7b{processor}"):
             with suppress(FileNotFoundError):
                 found.append(load(file))
         return found
@@ -307,6 +307,7 @@ def tables(load: Callable[[str], dict[str, Any]]) -> dict[str, Callable[[], str]
         "quantised families": lambda: families(load("quantized_families")),
         "quantised reduction": lambda: kept(load("quantized_accuracy")),
         "quantised speed": lambda: "\n\n".join(map(speed, of_shapes("quantised"))),
+        "quantised speed, no dot products": lambda: "\n\n".join(map(speed, of_shapes("quantised", "_no-dot-products"))),
         "quantised steps": lambda: steps(of_shapes("quantised_steps")),
         "int8 linear": lambda: int8_linear(load("int8_linear")),
     }

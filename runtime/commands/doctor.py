@@ -9,7 +9,7 @@ import click
 
 from framefusion.console import messages as console
 from framefusion.console.help import Command, option
-from framefusion.console.layout import prose
+from framefusion.console.layout import counted, prose
 from framefusion.console.terminal import PATIENCE, activity
 from framefusion.errors import CheckFailedError
 
@@ -50,6 +50,7 @@ def _render(report: dict[str, Any]) -> str:
     installed = ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version)
     facts = {
         "framefusion-aot": f"{report['framefusion']}, Python {report['python']}, {report['system']}",
+        "CPU": _processor(report["cpu"]),
         "GPU": card,
         "installed": installed,
     }
@@ -59,6 +60,11 @@ def _render(report: dict[str, Any]) -> str:
     remedies = {proof["name"]: proof["remedy"] for proof in proofs if proof["state"] in _MENDED}
     mending = [prose(f"to mend {name}: {remedy}", columns) for name, remedy in remedies.items()]
     return "\n\n".join([console.labelled(facts), console.labelled(states), *mending])
+
+
+def _processor(facts: dict[str, Any]) -> str:
+    instructions = f" with {', '.join(facts['instructions'])}" if facts["instructions"] else ""
+    return f"{facts['name'] or 'unknown'}, {counted(facts['cores'], 'core')}{instructions}"
 
 
 def _detail(proof: dict[str, Any]) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 # What a compiler emits by itself when it compiles for the machine at hand; timers and virtualisation do not matter.
 _X86 = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "movbe", "popcnt", "abm", "adx", "amx")
 _ARM = ("asimd", "fphp", "sve", "bf16", "i8mm", "sme")
+_DOT_PRODUCTS = frozenset(("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"))
+_PRODUCTS = _DOT_PRODUCTS | {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "sve"}
 _LINES = ("flags", "Features")
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -22,6 +24,19 @@ def features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
         return frozenset()
     flags = next((line for line in lines if line.split(":")[0].strip() in _LINES), ":")
     return frozenset(flag for flag in flags.split(":", 1)[1].split() if flag.startswith(_X86 + _ARM))
+
+
+def products() -> tuple[str, ...]:
+    """Instructions by which the seconds of a product of matrices differ, as Linux names them."""
+    return tuple(sorted(_PRODUCTS & features()))
+
+
+def has_dot_products() -> bool:
+    """Whether bytes are multiplied and four of them added up in one instruction, or in a matrix unit.
+
+    Without, weights in 4 and 8 bits make no prefill faster (docs/quantisation.md).
+    """
+    return bool(_DOT_PRODUCTS & features())
 
 
 @cache

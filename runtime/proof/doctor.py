@@ -20,6 +20,7 @@ from typing import Any
 
 import framefusion
 from framefusion.runtime.backends import table
+from framefusion.runtime.machine import cpu
 from framefusion.runtime.proof.blocks.child import MARK
 
 SCHEMA = 1
@@ -78,6 +79,7 @@ def examine(patience: float = PATIENCE, engines: bool = False) -> Facts:
         "framefusion": framefusion.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": {"name": cpu.model_name(), "cores": cpu.available_cores(), "instructions": cpu.products()},
         "gpu": gpu if "capability" in gpu else None,
         "packages": {name: _version(name) for name in PACKAGES},
         "proofs": proofs,

@@ -10,6 +10,8 @@ behind an @, else in floats. The last command builds a 7B without its floats in 
 each format; it reports the memory at the peak of build and of run, each in a process of its own: all that is resident
 (VmHWM), which counts pages of mapped files that the system takes back when it wants them, and the process's own memory
 (RssAnon, sampled). `--limit` is a limit of that for the build, kept by the system (RLIMIT_DATA). Linux only.
+
+The figures of a processor without dot products of bytes (VNNI on x86) are written under a name of their own.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from framefusion.export.plan import weight_plan
 from framefusion.export.quantization.blocks import BlockFormat, BlockQuantized
 from framefusion.export.quantization.rounding import round_to_nearest
 from framefusion.runtime.commands.flags import BACKENDS
+from framefusion.runtime.machine import cpu
 from framefusion.runtime.memory import memory_plan
 from framefusion.runtime.pipeline import Pipeline
 from tools.bench.prefill import median
@@ -55,13 +58,17 @@ def main() -> None:
     arguments.golden = False
     if arguments.nearest:
         round_to_nearest_only()
+    products = "dot-products" if cpu.has_dot_products() else "no-dot-products"
     if arguments.alone:
-        report("quantised", alone(arguments), write=arguments.write, file=f"quantised_alone_{arguments.shape}")
+        parts = ["quantised_alone", arguments.shape, products]
+        usual: tuple[str, ...] = ("dot-products",)
+        figures = alone(arguments)
     else:
-        parts = ["quantised", arguments.shape, arguments.backend]
-        usual = ("qwen2-0.5b", "onnxruntime")
-        file = "_".join(part for part in parts if part not in usual)
-        report("quantised", side_by_side(arguments), write=arguments.write, file=file)
+        parts = ["quantised", arguments.shape, arguments.backend, products]
+        usual = ("qwen2-0.5b", "onnxruntime", "dot-products")
+        figures = side_by_side(arguments)
+    file = "_".join(part for part in parts if part not in usual)
+    report("quantised", figures, write=arguments.write, file=file)
 
 
 def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:

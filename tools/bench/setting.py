@@ -29,6 +29,7 @@ from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.format.manifest import ModelRecord
 from framefusion.runtime.generation.token_rows import TokenRows
+from framefusion.runtime.machine import cpu as processor
 from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.media.visual_input import Grid
 from framefusion.runtime.pipeline import Pipeline
@@ -232,6 +233,7 @@ def machine() -> dict[str, Any]:
     gpu = find_gpu()
     return {
         "cpu": cpu[1] if cpu else platform.processor(),
+        "instructions": processor.products(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,

@@ -30,6 +30,7 @@ from framefusion.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from framefusion.runtime.backends.openvino.backend import OpenVinoBackend, open_backend
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import WeightFormatRecord
+from framefusion.runtime.machine import cpu
 from framefusion.runtime.proof.golden import require_golden
 from framefusion.runtime.proof.opening import open_proven
 from framefusion.runtime.proof.prove import TOGETHER, prove
@@ -75,12 +76,14 @@ def test_a_quantized_bundle_is_checked_with_its_codes_and_runs(built: Path) -> N
 
 @pytest.mark.slow
 def test_openvino_reads_the_codes_and_rounds_activations_a_block(built: Path) -> None:
+    """Where the processor has dot products of bytes; else they stay floats."""
     pytest.importorskip("openvino", reason="it is not installed: pip install openvino")
     bundle = Bundle(built)
     backend = open_backend(bundle, "openvino", "cpu", 1)
     proof = prove(bundle, backend, require_golden(bundle))
     assert proof.right
-    assert proof.worst.error > 1e-4  # in fp32 without that rounding it is nearer
+    rounds = {"avx_vnni", "avx512_vnni"} & cpu.features()
+    assert proof.worst.error > 1e-4 if rounds else proof.worst.error < 1e-5
     assert isinstance(backend, OpenVinoBackend)
     compiled = backend.graph("segments/rest/graph.onnx").model
     assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 32

@@ -139,4 +139,5 @@ def test_a_driver_that_crashes_is_not_a_machine_without_one(monkeypatch: pytest.
         ("driver", "cuda", "failed")
     ]
     assert report["gpu"] is None
+    assert report["cpu"]["cores"] >= 1
     assert not report["right"]
