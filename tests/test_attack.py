@@ -22,6 +22,7 @@ from tools.attack.kinds import KINDS
 from tools.attack.world import import_everything
 
 WRITES = 120  # of a build of the tiny checkpoint, about
+PATIENCE = 120.0  # seconds of a build on a slow machine
 
 
 @pytest.fixture
@@ -68,10 +69,10 @@ def test_a_bundle_has_its_name_at_any_moment(checkpoint: Path, world: World, tmp
     shutil.copytree(world.reference, tmp_path / "o")
     statuses = set()
     for at in range(WRITES - 20, WRITES + 20, 10):
-        end = run_until(lambda: call("ff-export", build), Ending("kill", at))
+        end = run_until(lambda: call("ff-export", build), Ending("kill", at), PATIENCE)
         assert valid_manifest(tmp_path / "o") is not None
         statuses.add(end.status)
-    assert run_until(lambda: call("ff-export", build), Ending("end")).result[0] == 0
+    assert run_until(lambda: call("ff-export", build), Ending("end"), PATIENCE).result[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
     assert -9 in statuses
 

@@ -25,6 +25,7 @@ from tests.test_unfinished_builds import largest_file
 from tools.attack.endings import Ending, run_until
 
 pytestmark = pytest.mark.usefixtures("instant_traces")
+PATIENCE = 120.0  # seconds of a build on a slow machine
 IDENTITY = {"model": "0" * 64, "setup": {}}
 
 
@@ -119,7 +120,7 @@ def test_a_build_killed_while_it_replaces(
             monkeypatch.setattr("framefusion.export.writing.staging.files.rename_new", _only_once(built, killed))
         return export(*build(checkpoint, built, "--force")).exit_code
 
-    assert run_until(replace_it, Ending("end")).status == -9
+    assert run_until(replace_it, Ending("end"), PATIENCE).status == -9
     beside = {path.name for path in built.parent.iterdir()}
     assert len(beside) == 2
     assert built.exists() == exchanged
@@ -171,7 +172,7 @@ def test_an_amendment_is_whole_or_not_at_all(built: Path) -> None:
             if fail:
                 os.kill(os.getpid(), 9)
 
-    assert run_until(lambda: amend(True), Ending("end")).status == -9
+    assert run_until(lambda: amend(True), Ending("end"), PATIENCE).status == -9
     assert not (built / "engines" / "one.engine").exists()
     journal.tidy(built)  # what was committed is carried out by the next command
     assert (built / "engines" / "one.engine").read_text() == "Dear"

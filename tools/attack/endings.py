@@ -53,8 +53,8 @@ class Counter:
                 self._act()
 
 
-def run_until(call: Callable[[], Any], ending: Ending) -> End:
-    """Call a function in a child process that ends as said."""
+def run_until(call: Callable[[], Any], ending: Ending, seconds: float = SECONDS - 2) -> End:
+    """Call a function in a child process that ends as said, or after so many seconds."""
 
     def run() -> Any:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,4 +66,4 @@ def run_until(call: Callable[[], Any], ending: Ending) -> End:
             Counter(ending.at, lambda: signal.raise_signal(signal.SIGINT))
         return call()
 
-    return in_child(run, SECONDS - 2, group=False)
+    return in_child(run, seconds, group=False)

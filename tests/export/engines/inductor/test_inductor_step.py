@@ -18,12 +18,19 @@ from framefusion.export.engines.inductor import step
 from framefusion.runtime.backends.inductor.backend import InductorBackend
 from framefusion.runtime.backends.inductor.step import SLOTS_AT_ONCE, STEP, is_slotwise, whole_blocks
 from framefusion.runtime.bundle import Bundle
+from framefusion.runtime.machine import cpu
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.films import write_film
 from tests.runtime.generation.test_decode_batch import Bench, Plan, run
+from tests.versions import needs
 
 OPS = torch.ops.framefusion
+needs_even_tails = (
+    needs("torch", "2.13", "with AVX2 alone its oneDNN adds up one to three rows behind the last six otherwise")
+    if "avx512f" not in cpu.features()
+    else pytest.mark.skipif(False, reason="")
+)
 ATTEND: Any = step.attend
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 LENGTHS = (3, 512, 513, 1, 700, 1024)
@@ -88,6 +95,7 @@ def test_one_block_of_keys_is_as_long_as_torch_takes_at_once() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)  # oneDNN of torch 2.11 splits a sum between 8
 @pytest.mark.skipif(step.product_form(torch.float32, "cpu") != step.LINEAR, reason="this torch is without oneDNN")
+@needs_even_tails
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 96), (896, 128), (1216, 224)])
 def test_a_product_adds_up_a_row_alike_from_two_rows_on(threads: int, inputs: int, outputs: int) -> None:
     rows = draw(0)(9, inputs)
