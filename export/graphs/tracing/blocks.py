@@ -1,8 +1,8 @@
 """Each op of the decoder graphs once, in small graphs: what `ff-run doctor` proves before there is a model.
 
 The graphs lie in the runtime, which has nothing that could write them: `python -m tools.block_graphs` does. They are
-traced and said in a dialect by the code that makes a bundle's segments. One has the ops without weights, another the
-products of weights in codes, which lie in its file. Knows no expected result.
+traced and said in a dialect by the code that makes a bundle's segments. One has the ops without weights, one for each
+type of codes the products of such weights, which lie in its file. Knows no expected result.
 """
 
 from __future__ import annotations
@@ -79,12 +79,13 @@ class CodeProducts(GraphModule):
 
     Args:
         dialect: that they are said in.
+        weights: type of the codes, "int8" or "int4".
     """
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: Dialect, weights: str) -> None:
         super().__init__()
         self._signed = dialect.signed_codes
-        self._forms = codes.formats_of(dialect.name)
+        self._forms = codes.formats_of(dialect.name, weights)
         for form in self._forms:
             stored = BlockFormat(form.bits, form.size, not form.has_zeros, self._signed)
             self.add_module(form.output, QuantizedLinear(codes.WIDTH, codes.OUTPUTS, bias=False, form=stored))
@@ -110,9 +111,9 @@ class CodeProducts(GraphModule):
                     yield f"{form.output}.{part}", values
 
 
-def code_graph(dialect: Dialect, dtype: torch.dtype) -> ir.Model:
+def code_graph(dialect: Dialect, dtype: torch.dtype, weights: str) -> ir.Model:
     """The products in a dialect and a type, with their weights."""
-    module = CodeProducts(dialect)
+    module = CodeProducts(dialect, weights)
     model = trace(module.to("meta"), dialect, dtype).model
     for name, values in module.stored():
         value = model.graph.initializers[name]
@@ -130,7 +131,8 @@ def block_graphs(dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[tuple[str, 
     for dialect, dtype in product(DIALECTS.values(), dtypes):
         name = str(dtype).removeprefix("torch.")
         yield cases.graph_name(dialect.name, name), trace(Blocks().to("meta"), dialect, dtype).model
-        yield codes.codes_name(dialect.name, name), code_graph(dialect, dtype)
+        for weights in codes.WEIGHTS:
+            yield codes.codes_name(dialect.name, name, weights), code_graph(dialect, dtype, weights)
 
 
 def write_block_graphs(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> None:

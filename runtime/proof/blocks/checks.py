@@ -132,13 +132,13 @@ def check_graph_blocks(
 
 
 def check_code_blocks(backend: GraphRunner, dialect: str, dtype: str, weights: str) -> Iterator[Check]:
-    """Run all cases of products through a graph of weights in codes.
+    """Run all cases of products through the graph of weights in codes of a type.
 
     Args:
         backend: that opens the graph.
         dialect: of it.
         dtype: of it, "float16", ...
-        weights: type of the codes whose products are judged, "int8" or "int4".
+        weights: type of the codes, "int8" or "int4".
 
     Raises:
         BackendError: the backend refuses it.
@@ -146,16 +146,15 @@ def check_code_blocks(backend: GraphRunner, dialect: str, dtype: str, weights: s
     """
     device = backend.device
     element = float_type(dtype)
-    rounding = _IN_CODES[dtype]
-    judged = [form for form in codes.formats_of(dialect) if form.weights == weights]
-    for case in codes.code_cases(dialect, element):
+    graph = codes.codes_name(dialect, dtype, weights)
+    forms = codes.formats_of(dialect, weights)
+    for case in codes.code_cases(forms, element):
         shape = (*case.hidden.shape[:2], codes.OUTPUTS)
-        outputs: dict[str, Buffer] = {name: device.zeros(shape, element) for name in case.expected}
-        graph = codes.codes_name(dialect, dtype)
+        outputs: dict[str, Buffer] = {form.output: device.zeros(shape, element) for form in forms}
         backend.bind(graph, {"hidden": device.upload(case.hidden)}, outputs, None).run()
-        for form in judged:
+        for form in forms:
             result = device.download(outputs[form.output])[0]
-            limit = case.rounded[form.output] + rounding
+            limit = case.rounded[form.output] + _IN_CODES[dtype]
             yield compare(form.block, case.name, result, case.expected[form.output], limit)
 
 

@@ -12,7 +12,7 @@ by. Knows no backend.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,14 +76,15 @@ class CodeCase(NamedTuple):
     rounded: Mapping[str, float]  # output -> how far rounded activations may move it, as a share of its largest
 
 
-def codes_name(dialect: str, dtype: str) -> str:
-    """The file of a graph, beside this module."""
-    return f"{dialect}-codes-{dtype}.onnx"
+def codes_name(dialect: str, dtype: str, weights: str) -> str:
+    """The file of a graph, beside this module: a library may have one type of codes and not the other."""
+    return f"{dialect}-{weights}-{dtype}.onnx"
 
 
-def formats_of(dialect: str) -> tuple[CodeFormat, ...]:
-    """Those that a dialect can say: zero points are of `gqa` alone."""
-    return tuple(form for form in FORMATS if dialect == "gqa" or not form.has_zeros)
+def formats_of(dialect: str, weights: str) -> tuple[CodeFormat, ...]:
+    """Those of a type that a dialect can say: zero points are of `gqa` alone."""
+    said = (form for form in FORMATS if dialect == "gqa" or not form.has_zeros)
+    return tuple(form for form in said if form.weights == weights)
 
 
 def codes(form: CodeFormat) -> NDArray[np.uint8]:
@@ -129,11 +130,12 @@ def _patterns(largest: int, smallest: int, others: NDArray[np.int64]) -> NDArray
     return np.select([row % _PATTERNS == kind for kind in range(len(kinds))], kinds, others)
 
 
-def code_cases(dialect: str, dtype: DTypeLike) -> Iterator[CodeCase]:
-    """All cases for a graph."""
-    matrices = {form.output: weights(form) for form in formats_of(dialect)}
+def code_cases(forms: Sequence[CodeFormat], dtype: DTypeLike) -> Iterator[CodeCase]:
+    """All cases for a graph of some formats."""
+    matrices = {form.output: weights(form) for form in forms}
+    drawn = activations()
     for name, (part, factor) in _CASES.items():
-        rows = factor * activations()[part]
+        rows = factor * drawn[part]
         expected = {output: rows @ matrix.T for output, matrix in matrices.items()}
         moved = {output: STEP * np.abs(rows).max() * np.abs(matrix).sum(1).max() for output, matrix in matrices.items()}
         rounded = {output: float(moved[output] / np.abs(result).max()) for output, result in expected.items()}

@@ -53,7 +53,8 @@ class _Bound:
     def run(self) -> None:
         rows = host_array(self.inputs["hidden"])[0].astype(np.float64)
         for form in FORMATS:
-            host_array(self.outputs[form.output])[0] = self._kernel(rows, form)
+            if form.output in self.outputs:
+                host_array(self.outputs[form.output])[0] = self._kernel(rows, form)
 
 
 def exact(rows: Matrix, form: CodeFormat) -> Matrix:
@@ -165,7 +166,7 @@ def wrong(kernel: Kernel, dtype: str = "float32") -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("kernel", [exact, by_blocks, by_rows, wide])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_rounds_activations_is_right(kernel: Kernel, dtype: str) -> None:
     assert wrong(kernel, dtype) == set()
 
@@ -189,7 +190,7 @@ def test_sums_in_float16_are_right_in_float16_and_not_in_float32() -> None:
         (overflows, ALL - {"int4_32"}),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_kernel_that_is_wrong_is_found_in_its_formats_alone(kernel: Kernel, formats: set[str], dtype: str) -> None:
     assert {output for output, _ in wrong(kernel, dtype)} == formats
 
@@ -205,7 +206,9 @@ def test_numbers_are_exact_in_every_type() -> None:
 
     for dtype in (np.float16, ml_dtypes.bfloat16):
         np.testing.assert_array_equal(codes.activations().astype(dtype).astype(np.float64), codes.activations())
-        assert all(np.abs(part).max() < 40_000 for case in code_cases("gqa", dtype) for part in case.expected.values())
+        assert all(
+            np.abs(part).max() < 40_000 for case in code_cases(FORMATS, dtype) for part in case.expected.values()
+        )
         for form in FORMATS:
             scales = codes.scales(form)
             np.testing.assert_array_equal(scales.astype(dtype).astype(np.float32), scales)
