@@ -58,17 +58,15 @@ def main() -> None:
     arguments.golden = False
     if arguments.nearest:
         round_to_nearest_only()
-    products = "dot-products" if cpu.has_dot_products() else "no-dot-products"
     if arguments.alone:
-        parts = ["quantised_alone", arguments.shape, products]
-        usual: tuple[str, ...] = ("dot-products",)
         figures = alone(arguments)
+        file = f"quantised_alone_{arguments.shape}"
     else:
-        parts = ["quantised", arguments.shape, arguments.backend, products]
-        usual = ("qwen2-0.5b", "onnxruntime", "dot-products")
         figures = side_by_side(arguments)
-    file = "_".join(part for part in parts if part not in usual)
-    report("quantised", figures, write=arguments.write, file=file)
+        parts = ["quantised", arguments.shape, arguments.backend]
+        file = "_".join(part for part in parts if part not in ("qwen2-0.5b", "onnxruntime"))
+    products = "" if cpu.has_dot_products() else "_no-dot-products"
+    report("quantised", figures, write=arguments.write, file=file + products)
 
 
 def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from framefusion.runtime.backends.buffer import Buffer
 from framefusion.runtime.backends.host import HOST
 from framefusion.runtime.format.manifest import ModelRecord
 from framefusion.runtime.generation.token_rows import TokenRows
-from framefusion.runtime.machine import cpu as processor
+from framefusion.runtime.machine import cpu
 from framefusion.runtime.machine.gpu import find_gpu
 from framefusion.runtime.media.visual_input import Grid
 from framefusion.runtime.pipeline import Pipeline
@@ -226,14 +225,13 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """The machine as far as it matters for a figure."""
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     import onnxruntime
     import torch
 
     gpu = find_gpu()
     return {
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "instructions": processor.products(),
+        "cpu": cpu.model_name() or platform.processor(),
+        "instructions": cpu.products(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,

@@ -26,13 +26,7 @@ USUAL = 100
 WEBP_ANIMATED = 2  # a flag of its VP8X chunk
 SNIFFED = 64  # bytes
 
-SIGNATURES = {
-    b"\xff\xd8\xff": "jpeg",
-    b"BM": "bmp",
-    b"II*\0": "tiff",
-    b"MM\0*": "tiff",
-    b"8BPS": "psd",
-}
+SIGNATURES = {b"\xff\xd8\xff": "jpeg", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff", b"8BPS": "psd"}
 _PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF")  # and white space
 
 
