@@ -1,9 +1,9 @@
 """A process of its own that renders a chat template: it may be hostile, so its time, memory and output are limited.
 
 Started with one JSON object on stdin: the template's source, the tokens it may name and the conversations; answers with
-one JSON list on stdout, a text or an error for each. The environment is the one in which transformers renders:
-sandboxed, immutable, with the same filters, functions and tags; what would differ from one day or run to the next is an
-error. Imports nothing but jinja2.
+one JSON list on stdout, a text or an error for each up to the first that exceeds a limit. The environment is the one in
+which transformers renders: sandboxed, immutable, with the same filters, functions and tags; what would differ from one
+day or run to the next is an error. Imports nothing but jinja2.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ MEMORY = 1 << 29  # bytes of address space
 MAX_OUTPUT = 1 << 18  # characters of one conversation; those of the published templates are below a thousand
 VARYING = "varying"
 """Kind of the error of a template that does not always write the same."""
+LIMITS = ("MemoryError", "OverflowError", "RecursionError")
+"""Kinds of errors behind which nothing else is rendered: whatever follows would take as long once more."""
 
 
 class VaryingError(Exception):
@@ -39,7 +41,11 @@ def main() -> None:
     except Exception as error:
         json.dump([_problem(error)] * len(request["conversations"]), sys.stdout)
         return
-    answers = [_answer(template, messages, answer, request["tokens"]) for messages, answer in request["conversations"]]
+    answers = []
+    for messages, answer in request["conversations"]:
+        answers.append(_answer(template, messages, answer, request["tokens"]))
+        if answers[-1].get("kind") in LIMITS:
+            break
     json.dump(answers, sys.stdout)
 
 
@@ -69,7 +75,9 @@ def _limit() -> None:
         import resource
     except ImportError:  # Windows has none; the parent's clock remains
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
+    # A second between the two: the first ends the process by a signal of its own, the second by one that anybody sends.
+    resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 

@@ -6,6 +6,7 @@ Knows the process (template_process.py) and its answers; what conversations are 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from typing import Any, NamedTuple
 
 import framefusion
 from framefusion.errors import CheckpointError
-from framefusion.export.checkpoints.text.template_process import MEMORY, PROCESSOR_SECONDS, VARYING
+from framefusion.export.checkpoints.text.template_process import LIMITS, MEMORY, PROCESSOR_SECONDS, VARYING
 
 MAX_SOURCE = 1 << 18  # characters; the longest published templates, with tools, have 20,000
 SECONDS = 30  # by the clock, on a machine that does other work
 _START = (
     "import sys; sys.path[:] = {path!r}; from framefusion.export.checkpoints.text.template_process import main; main()"
 )
+_TOO_LARGE = f"takes more than {MEMORY >> 20} MiB of memory"
 
 
 class Rendered(NamedTuple):
@@ -53,17 +55,26 @@ def _rendered(request: str) -> list[Rendered]:
     except subprocess.TimeoutExpired:
         raise _unfit(f"takes more than {SECONDS} seconds") from None
     if done.returncode:
-        last_line = done.stderr.strip().rpartition("\n")[2]
-        if last_line and "MemoryError" not in last_line:
-            raise _unfit(f"ends its process, code {done.returncode}: {last_line[:200]}")
-        raise _unfit(f"takes more than {PROCESSOR_SECONDS} seconds of the processor or {MEMORY >> 20} MiB of memory")
+        raise _unfit(_why_it_ended(done.returncode, done.stderr))
     answers = json.loads(done.stdout)
     for answer in answers:
         if answer.get("kind") == VARYING:
             raise _unfit(f"does not always write the same: {answer['error']}, which a bundle would freeze")
-        if answer.get("kind") in ("MemoryError", "OverflowError", "RecursionError"):
+        if answer.get("kind") == "MemoryError":
+            raise _unfit(_TOO_LARGE)
+        if answer.get("kind") in LIMITS:
             raise _unfit(f"exceeds a limit ({answer['kind']}: {answer['error']})")
     return [Rendered(answer.get("text"), answer.get("error", "")) for answer in answers]
+
+
+def _why_it_ended(code: int, errors: str) -> str:
+    # Windows has no such signal, and no limit of the processor's seconds either.
+    if code == -getattr(signal, "SIGXCPU", 0):
+        return f"takes more than {PROCESSOR_SECONDS} seconds of the processor"
+    last_line = errors.strip().rpartition("\n")[2]
+    if "MemoryError" in last_line:
+        return _TOO_LARGE
+    return f"ends its process, code {code}: {last_line[:200] or 'no message'}"
 
 
 def _unfit(why: str) -> CheckpointError:

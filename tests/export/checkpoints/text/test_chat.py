@@ -170,17 +170,17 @@ def test_white_space_is_left_out_where_the_template_does(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("attack", "why"),
     [
-        ("{% for i in range(10**9) %}{% endfor %}", "Range too big|exceeds a limit"),
-        ("{{ 'a' * 10**10 }}", "exceeds a limit|of memory"),
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{{ 'a' * 10**10 }}", "512 MiB of memory"),
         ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
-        pytest.param("{{ 10**(10**9) }}", "seconds of the processor", marks=pytest.mark.slow),
-        pytest.param(f"{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}", "seconds of the processor", marks=pytest.mark.slow),
+        pytest.param("{{ 10**(10**9) }}", "3 seconds of the processor", marks=pytest.mark.slow),
+        pytest.param(f"{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}", "3 seconds of the processor", marks=pytest.mark.slow),
         pytest.param(
             f"{{% set ns = namespace(s='ab') %}}{LOOP}{{% set ns.s = ns.s ~ ns.s %}}{{% endfor %}}",
-            "limit",
+            "512 MiB of memory",
             marks=pytest.mark.slow,
         ),
-        ("{{ '%09999999999d' | format(1) }}", "limit|of memory|too"),
+        ("{{ '%09999999999d' | format(1) }}", "512 MiB of memory"),
         ("{{ 'ab' | center(300000) }}", "writes more than 262144 characters"),
         ("{{ strftime_now('%d %b %Y') }}", "strftime_now, today's date, which a bundle would freeze"),
         ("{{ ['a', 'b'] | random }}", "the filter random"),
