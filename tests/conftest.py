@@ -6,7 +6,9 @@ import fcntl
 import gc
 import logging
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.pipeline import Pipeline
+from framefusion.runtime.proof.opening import open_proven
 from tests.bundles import shared, unchanged
 from tests.films import write_film, write_picture
 
@@ -35,10 +38,25 @@ logging.getLogger("torch.__trace").propagate = False
 gc.disable()
 
 
-def pytest_configure() -> None:
-    """A suite that a shell started in the background ignores Ctrl-C, and so would the builds that tests interrupt."""
+USER_CACHE = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin where nothing is remembered of this user, and hear Ctrl-C.
+
+    What was proven or compiled before, by hand or by another version, must not decide what a test sees. A suite that a
+    shell started in the background ignores Ctrl-C, and so would the builds that tests interrupt.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what their parent made
+        config.stash[USER_CACHE] = tempfile.mkdtemp(prefix="user-cache-")
+        os.environ["XDG_CACHE_HOME"] = config.stash[USER_CACHE]
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if USER_CACHE in config.stash:
+        shutil.rmtree(config.stash[USER_CACHE], ignore_errors=True)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -82,7 +100,8 @@ def checkpoint() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def bundle() -> Iterator[Path]:
-    """Adaptive; nobody may change it: copy it first."""
+    """Adaptive, and proven here, so that no command says it was; nobody may change it: copy it first."""
+    open_proven(Bundle(shared("bundle")))
     yield shared("bundle")
     assert unchanged("bundle"), "a test changed the bundle that all share"
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from framefusion.export.build import build
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.options import BuildOptions
+from tests.patience import PATIENCE
 from tools.bench import big_checkpoint
 from tools.bench.big_checkpoint import BIG_SHAPES, shards_of, tensors_of, write_big_checkpoint
 
@@ -81,7 +82,7 @@ def test_transformers_loads_it_and_a_bundle_of_it_is_checked_against_it(written:
 def test_the_benchmark_watches_a_build(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.bench.export_memory", "--shape", "tiny", "--folder", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--modes", "adaptive"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [*command, "--modes", "adaptive"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)

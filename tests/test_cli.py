@@ -26,6 +26,7 @@ from framefusion.export.report.inspection import PromptSize, padding, render, re
 from framefusion.runtime.commands.cli import ff_run
 from framefusion.runtime.commands.flags import visuals_in_order
 from framefusion.runtime.format.manifest_file import read_manifest
+from tests.patience import PATIENCE
 from tests.random_checkpoint import random_checkpoint
 
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime", "av")
@@ -68,7 +69,7 @@ except SystemExit as done:
 loaded = [name for name in {HEAVY} if name in sys.modules]
 assert not loaded, loaded
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -82,7 +83,7 @@ except SystemExit as done:
     assert not done.code, done
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=PATIENCE, check=True)
 
 
 def test_every_build_option_has_its_flag() -> None:

@@ -20,12 +20,12 @@ import tomllib
 from packaging.specifiers import SpecifierSet
 
 from tests.bundles import shared
+from tests.patience import PATIENCE
 from tests.wheel import NEVER_AT_RUN_TIME, ROOT, build_wheel
 
 DOCKERFILE = ROOT / "examples" / "docker" / "Dockerfile"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 KEY = "secret"
-SECONDS = 60.0
 # Libraries of this environment, without those that the image does not have.
 PATHS = """
 import sys
@@ -102,14 +102,14 @@ def container(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             cwd=log.parent, env=place, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + PATIENCE
         while (found := re.search(r"answers at http://[^/]*:(\d+)/v1", log.read_text())) is None:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         yield int(found[1])
         process.send_signal(signal.SIGTERM)  # as `docker stop` does
-        assert process.wait(SECONDS) in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it was sent
+        assert process.wait(PATIENCE) in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it was sent
     finally:
         process.kill()
         process.wait()
@@ -133,10 +133,10 @@ def test_it_starts_without_what_builds_and_is_healthy(container: int, installed:
 
 @pytest.mark.slow
 def test_it_answers_whoever_has_the_key(container: int) -> None:
-    with urllib.request.urlopen(question(container, KEY), timeout=SECONDS) as answer:
+    with urllib.request.urlopen(question(container, KEY), timeout=PATIENCE) as answer:
         assert json.load(answer)["usage"]["completion_tokens"] > 0
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(question(container, "another"), timeout=SECONDS)
+        urllib.request.urlopen(question(container, "another"), timeout=PATIENCE)
 
 
 def question(port: int, key: str) -> urllib.request.Request:

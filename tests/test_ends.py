@@ -16,6 +16,7 @@ from framefusion import errors
 from framefusion.console import messages as console
 from framefusion.runtime.commands.flags import MOST_THREADS
 from tests.commands import export, run
+from tests.patience import PATIENCE
 from tests.wheel import ROOT
 
 BEGIN = "from framefusion.start import {0}; {0}()"
@@ -198,7 +199,7 @@ def test_ctrl_c_while_a_command_starts(bundle: Path) -> None:
         assert started.stderr.readline().strip() == BEGUN  # before it, Ctrl-C is Python's own business
         time.sleep(0.08 * moment)
         started.send_signal(signal.SIGINT)
-        _, message = started.communicate(timeout=60)
+        _, message = started.communicate(timeout=PATIENCE)
         assert started.returncode in (130, 0), message
         assert "Traceback" not in message
         if started.returncode == 130:

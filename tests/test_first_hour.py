@@ -16,6 +16,7 @@ import pytest
 import framefusion
 from framefusion import Pipeline
 from tests.films import write_film
+from tests.patience import PATIENCE
 from tests.wheel import ROOT
 from tools.tiny import clips
 
@@ -46,7 +47,7 @@ def program(home: Path, name: str, *arguments: str, said: str = "") -> subproces
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=home, input=said, capture_output=True, text=True, check=False, timeout=120, env=environment
+        command, cwd=home, input=said, capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -110,7 +111,7 @@ def test_the_notebook_runs_from_top_to_bottom_and_draws_answers(home: Path) -> N
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(home)}})
+    client = nbclient.NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(home)}})
     client.execute(env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     drawn = [

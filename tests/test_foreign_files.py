@@ -21,11 +21,11 @@ from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.view.page import write_page
 from framefusion.storage import files
 from tests.commands import assert_refused, export
+from tests.patience import PATIENCE
 from tests.test_unfinished_builds import largest_file
 from tools.attack.endings import Ending, run_until
 
 pytestmark = pytest.mark.usefixtures("instant_traces")
-PATIENCE = 120.0  # seconds of a build on a slow machine
 IDENTITY = {"model": "0" * 64, "setup": {}}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import FOREVER, PATIENCE
 from tests.versions import needs_torch
 from tools.gpu.__main__ import check_names, reason_to_skip, run
 from tools.gpu.steps import Step, steps
@@ -43,16 +44,16 @@ def test_a_step_that_there_is_not_is_no_step_left_out() -> None:
 
 @pytest.mark.slow
 def test_what_goes_wrong_is_kept_with_what_was_printed() -> None:
-    assert run(python("print('{\"a\": 1}')"), 60)["figures"] == {"a": 1}
-    assert run(python("print('passed')", is_json=False), 60)["figures"] == "passed\n"
-    assert run(python("print('passed')"), 60)["outcome"] == "printed no JSON"
-    failed = run(python("import sys; print('before'); sys.exit('wrong')"), 60)
+    assert run(python("print('{\"a\": 1}')"), PATIENCE)["figures"] == {"a": 1}
+    assert run(python("print('passed')", is_json=False), PATIENCE)["figures"] == "passed\n"
+    assert run(python("print('passed')"), PATIENCE)["outcome"] == "printed no JSON"
+    failed = run(python("import sys; print('before'); sys.exit('wrong')"), PATIENCE)
     assert failed["outcome"] == "failed with exit code 1"
     assert failed["output"] == "before\nwrong\n"
-    wrong = run(python("import sys; print('{\"right\": false}'); sys.exit(17)"), 60)
+    wrong = run(python("import sys; print('{\"right\": false}'); sys.exit(17)"), PATIENCE)
     assert (wrong["outcome"], wrong["figures"]) == ("failed with exit code 17", {"right": False})
-    late = run(python("import time; print('begun', flush=True); time.sleep(60)"), 2)
-    assert late["outcome"] == "ended after 2 s"
+    late = run(python(f"import time; print('begun', flush=True); time.sleep({FOREVER})"), 5)
+    assert late["outcome"] == "ended after 5 s"
     assert late["output"] == "begun\n"
 
 

@@ -22,6 +22,7 @@ from framefusion.export.graphs.graph_plan import GraphPlan
 from framefusion.export.writing.journal import Journal
 from framefusion.export.writing.staging import Staging
 from tests.commands import assert_only_complete_parts, assert_refused, export
+from tests.patience import PATIENCE
 
 
 @contextmanager
@@ -197,19 +198,19 @@ def test_ctrl_c_in_a_real_build(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from framefusion.export.commands.cli import main; main()"]
     command += ["build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--no-check", "--depth", "1"]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    journal, deadline = tmp_path / "bundle.partial" / "journal.json", time.monotonic() + 120
+    journal, deadline = tmp_path / "bundle.partial" / "journal.json", time.monotonic() + PATIENCE
     while not written(journal.parent) and time.monotonic() < deadline:  # the first part may have nothing that is large
         time.sleep(0.01)
     while not (journal.exists() and json.loads(journal.read_text())["parts"]) and time.monotonic() < deadline:
         time.sleep(0.01)
     first.send_signal(signal.SIGINT)
-    _, message = first.communicate(timeout=120)
+    _, message = first.communicate(timeout=PATIENCE)
     assert first.returncode == 130
     assert message.splitlines()[-1].startswith("error: interrupted")
     assert "Traceback" not in message
     assert_only_complete_parts(tmp_path / "bundle")
     before = written(tmp_path / "bundle.partial")
     assert before
-    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    subprocess.run(command, check=True, timeout=PATIENCE, capture_output=True)
     after = written(tmp_path / "bundle")
     assert {name: after[name] for name in before} == before

@@ -50,6 +50,7 @@ from framefusion.runtime.text.prompt import Prompt, Turn, Visual
 from tests.families import CASES
 from tests.families.case import CONVERSATIONS, FamilyCase, Media, Reference, clip, picture, relative_error
 from tests.films import write_film
+from tests.patience import PATIENCE
 
 NEW = 16
 COST = 0.5
@@ -146,7 +147,7 @@ def held_film(eager: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def slowly(self: FilmProgress, kept: Any, size: tuple[int, int], ready: int) -> None:
         add(self, kept, size, ready)
-        assert ready < len(kept[0]) - 1 or followed.wait(60)
+        assert ready < len(kept[0]) - 1 or followed.wait(PATIENCE)
 
     def encode_visual(visual: VisualInput) -> Any:
         followed.set()

@@ -16,6 +16,7 @@ from framefusion.runtime.format.manifest import KvCacheRecord, Manifest, Quantiz
 from framefusion.runtime.format.manifest_file import read_manifest
 from framefusion.runtime.memory import expected_lengths, gpu_plan, memory_plan, table_bytes
 from tests.films import write_film
+from tests.patience import PATIENCE
 from tests.random_checkpoint import random_checkpoint
 from tests.versions import needs_torch
 
@@ -138,7 +139,7 @@ def test_a_process_peaks_where_the_plan_says(tmp_path: Path, options: dict[str, 
     manifest = build(Checkpoint(checkpoint), tmp_path / "bundle", BuildOptions(**options), verify=False).manifest
     film = write_film(tmp_path / "film.mp4", frames=32, fps=4, size=448)
     command = [sys.executable, "-c", PEAK, str(tmp_path / "bundle"), str(film), json.dumps(cost)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     peak, tokens, visual, kv_lengths = json.loads(done.stdout)
     lengths = [kv_lengths[segment.attention_layers[0]] for segment in manifest.segments if segment.attention_layers]
@@ -167,7 +168,7 @@ def test_codes_are_packed_in_the_bytes_that_the_plan_says(
     plan = BuildPlan(Checkpoint(checkpoint), BuildOptions(reduction="none", dtype=dtype, weights=weights))
     manifest = build_planned(plan, tmp_path / "bundle", verify=False, golden=False).manifest
     command = [sys.executable, "-c", OPENED, str(tmp_path / "bundle")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     opened, mapped, mappings = json.loads(done.stdout)
     assert memory_plan(manifest, 300).weights == pytest.approx(opened, rel=0.15)

@@ -21,6 +21,7 @@ from framefusion import errors
 from framefusion.export.checkpoints.checkpoint import Checkpoint
 from framefusion.export.checkpoints.origin.hub import origin_of, resolve
 from tests.commands import assert_refused, export
+from tests.patience import PATIENCE
 
 REPO, COMMIT = "Tiny/Video-1B", "0123456789abcdef0123456789abcdef01234567"
 INDEX = "model.safetensors.index.json"
@@ -219,7 +220,7 @@ print(json.dumps(told))
     }
     done = subprocess.run(
         [sys.executable, "-c", code], env=kept | {"HF_HOME": str(home)} | settings, capture_output=True, text=True,
-        timeout=120, check=False,
+        timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     outcomes: list[list[str]] = json.loads(done.stdout.splitlines()[-1])

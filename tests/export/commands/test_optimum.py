@@ -14,6 +14,7 @@ import click
 import pytest
 
 from framefusion.export.commands.cli import ff_export
+from tests.patience import PATIENCE
 from tests.wheel import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 def optimum_cli(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """The command as a user starts it, away from this repository."""
     command = [str(Path(sys.executable).parent / "optimum-cli"), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def parsed(*arguments: str) -> list[str]:
@@ -114,7 +115,7 @@ def test_it_builds_what_ff_export_builds(checkpoint: Path, tmp_path: Path) -> No
     assert report["check"]["passed"]
     code = "from framefusion.export.commands.cli import main; main()"
     ours = [sys.executable, "-c", code, "build", str(checkpoint), "-o", "ours", *map(str, flags)]
-    subprocess.run(ours, cwd=tmp_path, check=True, capture_output=True, timeout=600)
+    subprocess.run(ours, cwd=tmp_path, check=True, capture_output=True, timeout=PATIENCE)
     theirs, expected = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("optimum", "ours"))
     assert theirs["files"] == expected["files"]  # sizes and SHA-256 of graphs, weights, tokenizer and card
     for manifest in (theirs, expected):

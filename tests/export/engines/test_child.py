@@ -15,6 +15,7 @@ import pytest
 from framefusion.errors import BackendError, CompilerCrashError, InterruptedBuildError, StorageError
 from framefusion.export.engines.builder import EngineFacts, EngineSpec, Share
 from framefusion.export.engines.child import Call, _started, build_in_child, serve
+from tests.patience import FOREVER, PATIENCE
 
 pytestmark = pytest.mark.slow  # each starts a process
 LIBRARY = "library 1.0"
@@ -61,7 +62,7 @@ def hang(spec: EngineSpec, target: Path, *, timing_cache: bytes | None, progress
     written(target)
     (target.parent / "pid").write_text(str(os.getpid()))
     os.kill(os.getpid(), signal.SIGINT)  # as a terminal does: it is not the child's to notice
-    time.sleep(600)
+    time.sleep(FOREVER)
     raise AssertionError
 
 
@@ -125,7 +126,7 @@ def test_a_child_whose_parent_was_killed_before_its_call_says_nothing(
     theirs.close()
     os.write(ours.fileno(), sent)
     ours.close()
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE) == 0
     assert capfd.readouterr() == ("", "")
 
 

@@ -36,6 +36,7 @@ from framefusion.runtime.machine.gpu import find_gpu
 from tests.commands import assert_refused, export
 from tests.conftest import made_once
 from tests.export.engines.test_child import crash
+from tests.patience import PATIENCE
 
 KIND = ("--backend", "tensorrt-rtx")
 TARGETS = ("--target-sm", "86,89,120")
@@ -382,7 +383,7 @@ def start(folder: Path, cache: Path) -> subprocess.Popen[str]:
 def test_two_compilations_share_one_cache(portable: Path, tmp_path: Path) -> None:
     folders = [shutil.copytree(portable, tmp_path / name) for name in ("one", "two")]
     both = [start(folder, tmp_path / "cache") for folder in folders]
-    reports = [json.loads(process.communicate(timeout=300)[0]) for process in both]
+    reports = [json.loads(process.communicate(timeout=PATIENCE)[0]) for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum(report["cache"]["hits"] for report in reports) == ENGINES  # each was compiled by one of the two
     first, second = (read_manifest(folder) for folder in folders)
@@ -397,17 +398,17 @@ def test_two_compilations_share_one_cache(portable: Path, tmp_path: Path) -> Non
 def test_a_compilation_that_ended_early_goes_on(copy: Path, tmp_path: Path, how: signal.Signals) -> None:
     cache, before = tmp_path / "cache", read_manifest(copy)
     first = start(copy, cache)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while len(list((cache / "entries").glob("*.json"))) < 1 and time.monotonic() < deadline:
         time.sleep(0.005)
     first.send_signal(how)
-    _, errors_told = first.communicate(timeout=300)
+    _, errors_told = first.communicate(timeout=PATIENCE)
     assert first.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
     assert "Traceback" not in errors_told
     assert read_manifest(copy) == before  # no engine is named that is not there
     done = len(list((cache / "entries").glob("*.json")))
     second = start(copy, cache)
-    report = json.loads(second.communicate(timeout=300)[0])
+    report = json.loads(second.communicate(timeout=PATIENCE)[0])
     assert report["cache"]["hits"] == done >= 1
     assert len(read_manifest(copy).engines) == ENGINES
     assert export("check", copy).exit_code == 0
@@ -438,15 +439,15 @@ def test_a_killed_build_resumes_with_its_engines(checkpoint: Path, tmp_path: Pat
     command += ["-o", str(out), "--no-check", *KIND, "--target-sm", "86", "--engine-cache", str(cache), "--jobs", "1"]
     command += [*map(str, PORTABLE)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not list((cache / "entries").glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(first.pid, signal.SIGKILL)
-    first.wait(timeout=60)
+    first.wait(timeout=PATIENCE)
     assert not out.exists()
     weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "b.partial").rglob("weights.bin")}
     done = len(list((cache / "entries").glob("*.json")))
-    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    subprocess.run(command, check=True, timeout=PATIENCE, capture_output=True)
     report = json.loads((out / "engines/tensorrt-rtx/report.json").read_text())
     assert report["cache"]["hits"] == done
     assert {out / path.relative_to(tmp_path / "b.partial"): time for path, time in weights.items()} == {

@@ -19,6 +19,7 @@ from framefusion.errors import StorageError
 from framefusion.export.engines.cache import EngineCache, key_of
 from framefusion.runtime.format.bundle_files import sha256_of
 from framefusion.runtime.format.manifest import FileRecord
+from tests.patience import PATIENCE
 
 COMPONENTS: Mapping[str, Any] = {"graph": "a" * 64, "version": "1.7.0", "targets": ["8.6", "8.9"], "dtype": "float16"}
 LIMIT = 10**9
@@ -202,7 +203,7 @@ def compiled(folder: Path) -> int:
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -210,7 +211,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
 
 def test_two_processes_compile_one_engine_once(tmp_path: Path) -> None:
     both = [start(tmp_path, name, 0.3) for name in ("one", "two")]
-    reason = sorted(process.communicate(timeout=60)[0].strip() for process in both)
+    reason = sorted(process.communicate(timeout=PATIENCE)[0].strip() for process in both)
     assert reason == ["hit", "miss: nothing like it was compiled before"]
     assert compiled(tmp_path) == 1
     assert {(tmp_path / name).read_bytes() for name in ("one", "two")} == {b"half whole"}
@@ -220,11 +221,11 @@ def test_a_killed_process_leaves_nothing_that_the_next_would_take(tmp_path: Path
     first = start(tmp_path, "one", 600)
     wait_for(lambda: compiled(tmp_path) == 1)
     first.send_signal(signal.SIGKILL)
-    first.communicate(timeout=60)
+    first.communicate(timeout=PATIENCE)
     left = list((tmp_path / "cache" / "building").glob("*.new"))
     assert [path.read_bytes() for path in left] == [b"half "]
     second = start(tmp_path, "two", 0)
-    assert second.communicate(timeout=60)[0].startswith("miss")
+    assert second.communicate(timeout=PATIENCE)[0].startswith("miss")
     assert (tmp_path / "two").read_bytes() == b"half whole"
     assert not (tmp_path / "one").exists()
     assert not list((tmp_path / "cache" / "building").glob("*.new"))

@@ -16,6 +16,7 @@ from framefusion.export.options import BuildOptions
 from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.quantization.recipes import WEIGHTS_AT_ONCE
 from framefusion.export.report.build_memory import READ, build_memory
+from tests.patience import PATIENCE
 from tools.bench.big_checkpoint import BigShape, write_big_checkpoint
 from tools.bench.setting import SHAPES, Shape
 
@@ -57,7 +58,7 @@ def test_a_build_peaks_where_the_plan_says(tmp_path: Path) -> None:
     checkpoint = write_big_checkpoint(WIDE, tmp_path / "checkpoint")
     plan = BuildPlan(Checkpoint(checkpoint), BuildOptions(dtype="float16", weights="int8+head"))
     command = [sys.executable, "-c", BUILT, str(checkpoint), str(tmp_path / "bundle"), "int8+head"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     # never more; the process without a tensor grows with what is traced: 8 layers take 0.2 GB less than 28
     assert build_memory(plan) - 0.25e9 < json.loads(done.stdout) < build_memory(plan)

@@ -18,6 +18,7 @@ from framefusion.errors import BackendError
 from framefusion.runtime.pipeline import Pipeline, Request
 from tests.bundles import shared
 from tests.films import write_film, write_picture
+from tests.patience import PATIENCE
 from tests.runtime.bundle_edits import copied, of_one_row
 from tests.runtime.server.conftest import START
 
@@ -119,7 +120,7 @@ def test_kills_lose_nothing_and_repeat_nothing_that_is_written(films: Path, scri
     kills = 0
     for wanted in (2, 5, 9):
         process = subprocess.Popen(command(script, films, output), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while process.poll() is None and time.monotonic() < end:
             if output.exists() and output.read_bytes().count(b"\n") >= wanted:
                 os.kill(process.pid, signal.SIGKILL)

@@ -23,6 +23,7 @@ from framefusion.runtime.commands.cli import ff_run
 from framefusion.runtime.pipeline import Pipeline, Request
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.bundles import shared
+from tests.patience import PATIENCE
 from tests.wheel import ROOT
 
 NEW = 6
@@ -144,7 +145,7 @@ class Terminal:
             os.execve(sys.executable, [*command, *map(str, arguments)], os.environ | {"NO_COLOR": "1"})
         self.shown = ""
 
-    def wait_for(self, text: str, times: int = 1, seconds: float = 60) -> None:
+    def wait_for(self, text: str, times: int = 1, seconds: float = PATIENCE) -> None:
         end = time.monotonic() + seconds
         while self.shown.count(text) < times:
             assert time.monotonic() < end, self.shown
@@ -153,7 +154,7 @@ class Terminal:
 
     def wait_for_prompt(self) -> None:
         """Until the last thing shown is the prompt."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while not self.shown.endswith(PROMPT):
             assert time.monotonic() < end, self.shown
             if select.select([self.keys], [], [], 0.2)[0]:
@@ -162,7 +163,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.keys, text.encode())
 
-    def end(self, seconds: float = 60, *, press: str = "") -> int:
+    def end(self, seconds: float = PATIENCE, *, press: str = "") -> int:
         """Wait until it ends, and press a key again each second: Python notices one that comes between the prompt and
         its wait for input only at the next."""
         end = time.monotonic() + seconds

@@ -12,9 +12,9 @@ from contextvars import ContextVar
 import pytest
 
 from framefusion.runtime.concurrency.one_ahead import in_turn, one_ahead
+from tests.patience import PATIENCE
 
 NAME = "test-ahead"
-SECONDS = 30.0
 
 
 class Large:
@@ -75,7 +75,7 @@ def test_the_next_one_is_computed_while_the_one_before_is_used() -> None:
 
     with closing(one_ahead([first, second], NAME)) as results:
         assert next(results) == "first"
-        assert reached.wait(SECONDS)
+        assert reached.wait(PATIENCE)
         assert list(results) == ["second"]
 
 
@@ -106,7 +106,7 @@ def test_whoever_leaves_ends_the_job_that_runs() -> None:
 
     results = one_ahead([*jobs(1, []), long, *jobs(1, [])], NAME)
     next(results)
-    assert reached.wait(SECONDS)
+    assert reached.wait(PATIENCE)
     results.close()
     assert seen == [True]
 

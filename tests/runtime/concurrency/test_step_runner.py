@@ -19,6 +19,7 @@ from framefusion import Pipeline, Request
 from framefusion.errors import ClosedError, PromptError, VideoError
 from framefusion.runtime.concurrency.step_runner import StepRunner, runner_of
 from framefusion.runtime.request import Step
+from tests.patience import PATIENCE
 
 WHAT = "What happens?"
 FEW = Request(max_new_tokens=4)
@@ -26,7 +27,7 @@ MANY = Request(max_new_tokens=60, stop=("\0",))
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
+    return asyncio.run(asyncio.wait_for(coroutine, PATIENCE))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -101,7 +102,7 @@ def test_a_turn_within_a_turn_is_the_same_one() -> None:
     with runner.turn(), runner.turn():
         assert len(list(runner.steps(slow.steps("a")))) == 4
     with ThreadPoolExecutor(1) as threads:  # all of it is given back
-        assert len(threads.submit(list, runner.steps(slow.steps("b"))).result(10)) == 4
+        assert len(threads.submit(list, runner.steps(slow.steps("b"))).result(PATIENCE)) == 4
 
 
 def test_a_session_refuses_a_second_turn_from_another_thread(pipeline: Pipeline, film: Path) -> None:
@@ -122,12 +123,12 @@ def test_closing_waits_for_the_step_of_another_thread(pipeline: Pipeline) -> Non
     def hold() -> bool:
         with opened.runner.turn():
             begun.set()
-            free.wait(10)
+            free.wait(PATIENCE)
             return "backend" in vars(opened)
 
     with ThreadPoolExecutor(2) as threads:
         held = threads.submit(hold)
-        assert begun.wait(10)
+        assert begun.wait(PATIENCE)
         closing = threads.submit(opened.close)
         time.sleep(0.02)
         assert not closing.done()
@@ -158,7 +159,7 @@ def test_ctrl_c_leaves_a_pipeline_usable(pipeline: Pipeline, film: Path) -> None
     assert interrupted == 5
     assert pipeline.generate(WHAT, [film], MANY).token_ids == expected
     with ThreadPoolExecutor(1) as threads:  # no turn was left behind
-        assert threads.submit(pipeline.generate, WHAT, [film], MANY).result(20).token_ids == expected
+        assert threads.submit(pipeline.generate, WHAT, [film], MANY).result(PATIENCE).token_ids == expected
 
 
 def test_whoever_waits_for_a_turn_can_be_interrupted() -> None:
@@ -169,11 +170,11 @@ def test_whoever_waits_for_a_turn_can_be_interrupted() -> None:
     def hold() -> None:
         with runner.turn():
             begun.set()
-            free.wait(10)
+            free.wait(PATIENCE)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert begun.wait(10)
+    assert begun.wait(PATIENCE)
     main = threading.main_thread().ident
     assert main is not None
     timer = threading.Timer(0.02, signal.pthread_kill, (main, signal.SIGINT))

@@ -19,6 +19,7 @@ import pytest
 from framefusion.runtime.pipeline import Pipeline, Request
 from tests.bundles import shared
 from tests.films import write_film
+from tests.patience import PATIENCE
 from tests.wheel import ROOT
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: run `make test-ray`")
@@ -99,7 +100,7 @@ def test_the_server_as_a_deployment(cluster: None) -> None:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
         answer = json.load(response)
     with Pipeline(shared("bundle")) as pipeline:
         alone = pipeline.generate("Hello", request=Request(5, temperature=0))

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.bundles import shared
+from tests.patience import PATIENCE
 
 START = """
 import sys
@@ -71,7 +72,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     import re
     import time
 
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if found := re.search(r"answers at (http://\S+)/v1", log.read_text()):
             return found[1]

@@ -20,6 +20,7 @@ import pytest
 from framefusion.errors import ServerError
 from framefusion.runtime.pipeline import Pipeline, Request
 from tests.bundles import shared
+from tests.patience import PATIENCE
 from tests.runtime.server.conftest import Running, serving
 
 pytest.importorskip("starlette")
@@ -30,7 +31,7 @@ LONG = {**HELLO, "max_tokens": 1000, "stream": True, "framefusion": {"cost": 1.0
 
 
 def connect(server: Running) -> HTTPConnection:
-    return HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+    return HTTPConnection(server.url.removeprefix("http://"), timeout=PATIENCE)
 
 
 def send(
@@ -51,8 +52,8 @@ def metric(server: Running, name: str) -> float:
     return float(found[1])
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -165,7 +166,7 @@ def test_what_runs_ends_before_the_server_does(tmp_path: Path) -> None:
         response.readline()
         server.signal(signal.SIGTERM)
         assert response.read().rstrip().endswith(b"data: [DONE]")
-        assert server.process.wait(30) == -signal.SIGTERM or server.process.returncode == 0
+        assert server.process.wait(PATIENCE) == -signal.SIGTERM or server.process.returncode == 0
         assert "Traceback" not in server.log.read_text()
 
 
@@ -221,7 +222,7 @@ def test_junk_leaves_no_trace(server: Running) -> None:
     for number in range(3000):
         if number == 1000:  # threads and buffers are there now
             before = server.resident()
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
             connection.sendall(junk())
             if seeded.random() < 0.02:
                 connection.settimeout(0.1)
@@ -268,15 +269,16 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatc
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
+    usual = running.HEADER_SECONDS
     monkeypatch.setattr(running, "HEADER_SECONDS", 0.3)
     with bare_server(app) as (_, address):
         for begin in (b"", b"GET / HTTP/1.1\r\nHost: x\r\nA", b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT"):
-            with socket.create_connection(address, timeout=10) as connection:
+            with socket.create_connection(address, timeout=PATIENCE) as connection:
                 connection.sendall(begin)
                 start = time.monotonic()
                 while connection.recv(1000):
                     pass
-                assert time.monotonic() - start < 5
+                assert time.monotonic() - start < usual
 
 
 @pytest.mark.parametrize("pieces", [1, 200], ids=["whole", "in pieces"])
@@ -295,11 +297,11 @@ def test_a_connection_that_takes_nothing_is_closed(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(running, "TAKE_SECONDS", 0.5)
     with bare_server(app) as (server, address):
-        with socket.create_connection(address, timeout=10) as idle:
+        with socket.create_connection(address, timeout=PATIENCE) as idle:
             idle.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             until(lambda: len(server.server_state.connections) == 1)
-            until(lambda: not server.server_state.connections, seconds=10)
-        with socket.create_connection(address, timeout=10) as reading:
+            until(lambda: not server.server_state.connections)
+        with socket.create_connection(address, timeout=PATIENCE) as reading:
             reading.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert sum(len(piece) for piece in iter(lambda: reading.recv(1 << 16), b"")) > size
 
@@ -342,7 +344,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         time.sleep(0.05)  # two of one kind at once are one
         server.signal(signal.SIGINT)
         assert b"the server ended before the answer did" in response.read()
-        assert server.process.wait(10) == 130
+        assert server.process.wait(PATIENCE) == 130
         assert "Traceback" not in server.log.read_text()
 
 
@@ -353,9 +355,7 @@ def test_a_body_takes_no_longer_than_a_request_may(tmp_path: Path) -> None:
         connection.putheader("Content-Type", "application/json")
         connection.putheader("Content-Length", "10")
         connection.endheaders(b"{")
-        start = time.monotonic()
         response = connection.getresponse()
         assert response.status == 408
         assert error_of(response)["message"].startswith("the body did not come within 1 s")
-        assert time.monotonic() - start < 20
         until(lambda: metric(server, "num_requests_waiting") == 0)

@@ -19,6 +19,7 @@ from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.view.page import page
 from framefusion.runtime.view.view import facts, watch
 from tests.chromium import CHROMIUM, browser
+from tests.patience import PATIENCE
 from tests.runtime.view.test_view import REQUEST, TURNS
 
 WATCHED = """<script>
@@ -89,7 +90,7 @@ def drawn_by(folder: Path, text: str, size: tuple[int, int], *flags: str) -> str
         "--force-device-scale-factor=1", "--force-prefers-reduced-motion", f"--window-size={size[0]},{size[1]}",
         f"--user-data-dir={folder / 'profile'}", *flags, file.as_uri(),
     )  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     return done.stdout
 
 

@@ -29,6 +29,7 @@ from framefusion.runtime.view.timing import Timings, headline, timing_facts
 from framefusion.runtime.view.view import SIDES, Watched, facts, fates, stored_size, watch
 from tests.commands import assert_refused, export, run
 from tests.films import write_film
+from tests.patience import PATIENCE
 from tests.tiers import in_tiers
 from tests.versions import needs_torch
 
@@ -333,7 +334,7 @@ except SystemExit as done:
     assert not done.code, done
 assert not {{"torch", "transformers", "onnx"}} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -31,10 +31,10 @@ from framefusion.runtime.pipeline import Generation, Pipeline, Request
 from framefusion.runtime.request import Stopwatch
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.films import write_film
+from tests.patience import PATIENCE
 
 TURN = Turn("user", (Visual.VIDEO, "One.", Visual.IMAGE, "Two.", Visual.VIDEO, "What differs?"))
 FILMS = Turn("user", (Visual.VIDEO, Visual.VIDEO, "What differs?"))
-SECONDS = 30.0
 FEW = Request(4)
 
 
@@ -112,7 +112,7 @@ def test_the_next_film_is_read_while_the_tower_has_one(
     encode = overlapping.encode_visual
 
     def encode_visual(visual: VisualInput) -> Any:
-        waited.append(begun.wait(SECONDS))
+        waited.append(begun.wait(PATIENCE))
         return encode(visual)
 
     monkeypatch.setattr(overlapping, "encode_visual", encode_visual)
@@ -282,7 +282,7 @@ def test_the_tower_has_the_first_frames_while_the_rest_is_decoded(
     def add(self: FilmProgress, kept: Any, size: tuple[int, int], ready: int) -> None:
         follow(self, kept, size, ready)
         if ready == len(kept[0]) - 1:  # the last frame comes once the tower had the first ones
-            waited.append(towered.wait(SECONDS))
+            waited.append(towered.wait(PATIENCE))
 
     monkeypatch.setattr(pipeline, "encode_visual", encode_visual)
     for overlaps in in_both_ways(pipeline, monkeypatch):

@@ -29,10 +29,10 @@ from framefusion.runtime.server.media.transfer import FrameSender
 from framefusion.runtime.server.protocol.request import read_chat_request
 from framefusion.runtime.text.prompt import Turn, Visual
 from tests.films import write_film
+from tests.patience import FOREVER, PATIENCE
 
 pytest.importorskip("starlette")
 pytestmark = pytest.mark.slow
-SECONDS = 60.0
 
 
 @pytest.fixture
@@ -69,9 +69,9 @@ def with_client(service: Any, ask: Callable[[Any], Coroutine[Any, Any, Any]]) ->
 
     async def run() -> Any:
         transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=SECONDS) as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=PATIENCE) as client:
             answer = await ask(client)
-            deadline = time.monotonic() + SECONDS
+            deadline = time.monotonic() + PATIENCE
             while service.admitted and time.monotonic() < deadline:  # the engine's last call needs this loop
                 await asyncio.sleep(0.005)
             return answer
@@ -121,7 +121,7 @@ def test_the_tower_has_a_film_while_the_next_is_decoded(
     def decode(*given: Any) -> Any:
         decoded = decode_apart(*given)
         if waited or threads:
-            waited.append(towered.wait(SECONDS))  # the second film is not there before the first had the tower
+            waited.append(towered.wait(PATIENCE))  # the second film is not there before the first had the tower
         else:
             waited.append(True)
         return decoded
@@ -192,7 +192,7 @@ def test_who_leaves_while_a_film_is_decoded_leaves_nothing(
             await task
 
     asyncio.run(leave())
-    assert ended.wait(SECONDS)
+    assert ended.wait(PATIENCE)
     assert service.ahead._latest.is_spent
 
 
@@ -254,7 +254,7 @@ class _Held:
         self._follower.add(kept, size, ready)
         self._held.on_part()
         if ready > len(kept[0]) // 2:
-            assert self._held.towered.wait(SECONDS)
+            assert self._held.towered.wait(PATIENCE)
 
 
 class Endless(Job):
@@ -305,7 +305,7 @@ def test_the_tower_has_the_first_frames_while_the_rest_is_decoded_and_others_get
 
     other = Endless(on_token)
     service.engine.submit(other)
-    assert runs_beside.wait(SECONDS)  # while it waits for its first token, nobody reads ahead
+    assert runs_beside.wait(PATIENCE)  # while it waits for its first token, nobody reads ahead
     response = with_client(service, lambda client: post(client, [message(long_film)]))
     other.cancel()
     assert response.status_code == 200, response.text
@@ -343,7 +343,7 @@ def test_a_film_is_decoded_first_where_others_wait_for_the_engine(
             decoded.set()
 
     monkeypatch.setattr(reader, "decode_apart", decode)
-    others = [Endless(lambda: decoded.wait(SECONDS)) for _ in range(2)]
+    others = [Endless(lambda: decoded.wait(PATIENCE)) for _ in range(2)]
     for other in others:
         service.engine.submit(other)
     assert service.engine.waiting > 0
@@ -362,7 +362,7 @@ def test_a_child_that_is_killed_halfway_is_an_error_of_its_request_alone(
     held = HeldDecoder(monkeypatch, pipeline)
 
     def kill() -> None:
-        if held.towered.wait(SECONDS):
+        if held.towered.wait(PATIENCE):
             for child in multiprocessing.active_children():
                 child.kill()
 
@@ -382,7 +382,7 @@ def sends_half_a_film(pipe: Connection, job: Any) -> None:
     sender = FrameSender(pipe)
     sender.begin()
     sender.add((film,), (84, 84), 23)
-    time.sleep(SECONDS)
+    time.sleep(FOREVER)
 
 
 def test_who_leaves_halfway_through_a_film_leaves_nothing(
@@ -403,12 +403,12 @@ def test_who_leaves_halfway_through_a_film_leaves_nothing(
     start = time.monotonic()
     asyncio.run(leave())
     assert_nothing_is_left(service, held)
-    assert time.monotonic() - start < SECONDS / 2
+    assert time.monotonic() - start < PATIENCE
 
 
 def assert_nothing_is_left(service: Any, held: HeldDecoder) -> None:
     """No child, no frame and no row, a moment behind the request's end; the engine has nothing to do."""
-    deadline = time.monotonic() + SECONDS / 4
+    deadline = time.monotonic() + PATIENCE
     while multiprocessing.active_children() or any(frames() is not None for frames in held.frames):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -31,6 +31,7 @@ from framefusion.runtime.server.media.reader import MediaReader, frame_sampling,
 from framefusion.runtime.server.protocol.parts import MediaPart, Sampling
 from framefusion.runtime.text.prompt import Visual
 from tests.films import write_film, write_picture
+from tests.patience import FOREVER, PATIENCE
 
 SAMPLING = FrameSampling("qwen2_vl")
 
@@ -92,12 +93,10 @@ def test_memory_is_limited(tmp_path: Path) -> None:
 def test_nobody_waits_for_ever(tmp_path: Path) -> None:
     pipe = tmp_path / "film.mp4"
     write_film(pipe, frames=400, size=256)
-    start = time.monotonic()
     with pytest.raises(VideoError, match="not decoded in time"):
         decode(job(pipe), seconds=0.0)
     with pytest.raises(RequestError, match="not wanted any more"):
         decode(job(pipe), cancelled=lambda: True)
-    assert time.monotonic() - start < 30
 
 
 # --- A child under somebody else's control ---------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def dies(pipe: Connection, _: DecodingJob) -> None:
 
 def lies(pipe: Connection, given: DecodingJob) -> None:
     pipe.send_bytes(given.name.encode())
-    time.sleep(60)
+    time.sleep(FOREVER)
 
 
 @pytest.mark.slow
@@ -131,7 +130,7 @@ def test_nothing_is_believed(facts: Any, monkeypatch: pytest.MonkeyPatch, tmp_pa
     start = time.monotonic()
     with pytest.raises(VideoError):
         decode(job(tmp_path / "x", name=json.dumps(facts)))
-    assert time.monotonic() - start < 30  # it did not wait for the bytes of an impossible array
+    assert time.monotonic() - start < PATIENCE  # it did not wait for the bytes of an impossible array
 
 
 @pytest.mark.slow
@@ -144,7 +143,7 @@ def test_a_decoder_that_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def stalls(pipe: Connection, _: DecodingJob) -> None:
     os.write(pipe.fileno(), b"\0\0\0\x10{")  # the head of 16 bytes, and one of them
-    time.sleep(60)
+    time.sleep(FOREVER)
 
 
 @pytest.mark.slow
@@ -153,7 +152,7 @@ def test_a_decoder_that_begins_to_send_and_stops(monkeypatch: pytest.MonkeyPatch
     start = time.monotonic()
     with pytest.raises(VideoError):
         decode(job(tmp_path / "x"), seconds=2)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < PATIENCE
     assert multiprocessing.active_children() == []
 
 

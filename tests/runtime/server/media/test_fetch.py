@@ -14,7 +14,9 @@ import pytest
 
 from framefusion.errors import RequestError
 from framefusion.runtime.server.media.fetch import Address, fetch, is_public_address
+from tests.patience import FOREVER, PATIENCE
 
+PAUSE = 0.05  # seconds between two bytes of a slow answer
 PRIVATE = [
     "0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "127.8.8.8", "169.254.169.254", "172.16.0.1", "192.0.0.1",
     "192.168.1.1", "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::", "::1", "fe80::1", "fc00::1",
@@ -122,11 +124,11 @@ class Handler(BaseHTTPRequestHandler):
     def slow(self) -> None:
         self.send_response(200)
         self.end_headers()
-        self.pour(b"x", 0.05)
+        self.pour(b"x", PAUSE)
 
     def pour(self, block: bytes, pause: float) -> None:
         try:
-            for _ in range(1000):
+            for _ in range(int(FOREVER / PAUSE)):
                 self.wfile.write(block)
                 time.sleep(pause)
         except OSError:
@@ -197,7 +199,7 @@ def test_slow_answers_end_in_time(server: Server) -> None:
     start = time.monotonic()
     with pytest.raises(RequestError, match="did not come within"):
         get(server, "/slow", seconds=0.3)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < PATIENCE
 
 
 def test_nobody_listens(server: Server) -> None:

@@ -27,6 +27,7 @@ from framefusion.runtime.server.media.child import DecodingJob
 from framefusion.runtime.server.media.decoding import Decoded, decode_apart
 from framefusion.runtime.server.media.transfer import FilmReceiver, FrameSender
 from tests.films import write_film
+from tests.patience import FOREVER, PATIENCE
 
 SAMPLING = FrameSampling("qwen2_vl")
 PART = {"part": [0, 2], "of": 4, "size": [8, 8], "pictures": [[8, 8]]}
@@ -137,7 +138,7 @@ def says(pipe: Connection, given: DecodingJob) -> None:
             os.write(pipe.fileno(), b"\x40\0\0\0" + bytes(1 << 16))
         else:
             pipe.send_bytes(json.dumps(message).encode())
-    time.sleep(60)
+    time.sleep(FOREVER)
 
 
 def job_that_says(*messages: Any) -> DecodingJob:
@@ -182,7 +183,7 @@ def test_nothing_is_believed(messages: list[Any], monkeypatch: pytest.MonkeyPatc
     start = time.monotonic()
     with pytest.raises(VideoError, match="was decoded into something else"):
         decode(job_that_says(*messages), follower)
-    assert time.monotonic() - start < 30  # it did not wait for the child's end
+    assert time.monotonic() - start < PATIENCE  # it did not wait for the child's end
     assert multiprocessing.active_children() == []
     assert all(len(shown) == 2 or messages[2] == NEXT for shown in follower.shown)
 
@@ -223,7 +224,7 @@ def test_a_child_that_ends_halfway_gives_its_named_error(
 ) -> None:
     monkeypatch.setattr(decoding, "decode_in_child", says)
     messages = [*sent, end] if end != "hangs" else sent
-    seconds = 1.0 if "in time" in problem else 60.0
+    seconds = 1.0 if "in time" in problem else PATIENCE
     with pytest.raises(VideoError, match=problem):
         decode(job_that_says(*messages), Follower(), seconds)
     assert multiprocessing.active_children() == []
@@ -237,5 +238,5 @@ def test_who_leaves_halfway_ends_the_child(sent: list[Any], monkeypatch: pytest.
     start = time.monotonic()
     with pytest.raises(RequestError, match="is not wanted any more"):
         decode(job_that_says(*sent), Follower(), cancelled=lambda: time.monotonic() > start + 0.5)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < PATIENCE
     assert multiprocessing.active_children() == []
