@@ -385,30 +385,19 @@ def test_files_are_removed_and_replaced_by_the_rule() -> None:
 
 # --- How tests wait -------------------------------------------------------------------------------------------------
 
-WAITS = {"wait", "join", "result", "communicate", "wait_for", "create_connection"}
-
-
-def fixed_waits(path: Path) -> Iterator[int]:
-    """Lines on which a second or more is written down as a limit: how fast this machine is would decide a test."""
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.keyword) and node.arg == "timeout" and is_seconds(node.value):
-            yield node.value.lineno
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WAITS:
-            yield from (value.lineno for value in node.args if is_seconds(value))
-        elif isinstance(node, ast.BinOp) and "monotonic()" in ast.unparse(node.left) and is_seconds(node.right):
-            yield node.lineno
-        elif isinstance(node, ast.Compare) and "monotonic()" in ast.unparse(node.left):
-            yield from (value.lineno for value in node.comparators if is_seconds(value))
-
-
-def is_seconds(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, int | float) and node.value >= 1
+FIXED_WAIT = re.compile(r"timeout=[1-9]|\.(wait|join|result)\([1-9]|wait_for\(.*, [1-9]|monotonic\(\) (\+|- .*<) [1-9]")
+"""A second or more as a limit, by which how fast a machine is would decide a test."""
 
 
 def test_tests_wait_until_something_hangs_and_measure_no_speed() -> None:
     """PATIENCE says how long that is, FOREVER what goes on for longer: tests/patience.py."""
-    waits = [(path, line) for path in sorted((ROOT / "tests").rglob("*.py")) for line in fixed_waits(path)]
-    assert [f"{path.relative_to(ROOT)}:{line}" for path, line in waits] == []
+    waits = [
+        f"{path.relative_to(ROOT)}:{number} {line.strip()}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if FIXED_WAIT.search(line)
+    ]
+    assert waits == []
 
 
 # --- What the documents say -----------------------------------------------------------------------------------------
