@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from framefusion.errors import VideoError
+from framefusion.runtime.machine.cpu import available_cores
 from framefusion.runtime.media.video.animation import still_format
 from framefusion.runtime.media.video.container.ending import Ending
 
@@ -29,7 +30,9 @@ DEMUXERS = (
     "rm,wtv,dv,ivf,h264,hevc,vvc,av1,obu,m4v,h263,h261,vc1,cavsvideo,avs2,avs3,dirac,mjpeg,yuv4mpegpipe,swf,dhav,nsv,"
     "nuv,pva,ty,amv,flic,roq,smk,bink,jpegxl_anim,mp3,aac,flac,wav,aiff,caf,ape,tak,tta,wv,ac3,eac3,dts,amr"
 )
-
+THREADS_WITHIN_A_LIMIT = 4
+"""Of a decoder where the address space is limited, as in a child of the server's: each takes up to 136 MiB of it for
+its stack and its heap, and with FFmpeg's one a core there is no room for a film from 14 cores on."""
 
 _is_ended: ContextVar[Callable[[], bool]] = ContextVar("is_ended", default=lambda: False)
 
@@ -62,14 +65,34 @@ def open_video(source: Path) -> Iterator[InputContainer]:
     try:
         with av.open(address, container_options=options, **_lenient(av)) as container:
             _check_kind(source, container)
-            film(container).thread_type = "AUTO"
+            _share_work(film(container))
             yield container
+    except av.BlockingIOError as error:
+        raise VideoError(
+            f"{source} cannot be decoded, for no thread can be started here ({_reason(error)}): "
+            "raise this process's limits of threads and of memory (ulimit -u, ulimit -v)"
+        ) from error
     except (av.FFmpegError, IndexError) as error:
         lost = Ending.of_mp4(source).reason
         reason = f"is truncated ({lost})" if lost else f"is damaged or no video ({_reason(error)})"
         if isinstance(error, av.EOFError) and not lost:
             reason = "has no frame (it ends before the first)"
         raise VideoError(f"{source} {reason}: copy or download it again, or convert it with ffmpeg") from error
+
+
+def _share_work(track: VideoStream) -> None:
+    """Let FFmpeg decode with a thread a core, or with few where they would take the room of the film."""
+    track.thread_type = "AUTO"
+    if _has_limited_addresses():
+        track.codec_context.thread_count = min(available_cores(), THREADS_WITHIN_A_LIMIT)
+
+
+def _has_limited_addresses() -> bool:
+    try:
+        import resource
+    except ImportError:  # Windows limits no address space
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _reason(error: Exception) -> str:

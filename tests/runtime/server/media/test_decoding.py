@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +35,7 @@ from framefusion.runtime.server.protocol.parts import MediaPart, Sampling
 from framefusion.runtime.text.prompt import Visual
 from tests.films import write_film, write_picture
 from tests.patience import FOREVER, PATIENCE
+from tests.wheel import ROOT
 
 SAMPLING = FrameSampling("qwen2_vl")
 
@@ -97,6 +101,41 @@ def test_nobody_waits_for_ever(tmp_path: Path) -> None:
         decode(job(pipe), seconds=0.0)
     with pytest.raises(RequestError, match="not wanted any more"):
         decode(job(pipe), cancelled=lambda: True)
+
+
+MANY_CORES = """
+#define _GNU_SOURCE
+#include <sched.h>
+#include <string.h>
+int sched_getaffinity(pid_t process, size_t size, cpu_set_t *cores) {
+    memset(cores, 0, size);
+    for (int core = 0; core < 64; core++) CPU_SET_S(core, size, cores);
+    return 0;
+}
+"""
+DECODE = """
+import sys
+from pathlib import Path
+from framefusion.runtime.machine.cpu import available_cores
+from tests.runtime.server.media.test_decoding import decode, job
+if __name__ == "__main__":
+    print(available_cores(), len(decode(job(Path(sys.argv[1]))).frames))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cc") or sys.platform != "linux", reason="needs Linux and a C compiler as cc")
+def test_threads_of_a_large_machine_leave_room_for_the_film(tmp_path: Path) -> None:
+    """FFmpeg starts one a core, and each takes of the address space that a child is limited to."""
+    source, library, script = (tmp_path / name for name in ("cores.c", "cores.so", "decode.py"))
+    source.write_text(MANY_CORES)
+    script.write_text(DECODE)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    film = write_film(tmp_path / "film.mp4", frames=24, size=256)
+    environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), str(film)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.stdout, done.returncode) == ("64 12\n", 0), done.stderr
 
 
 # --- A child under somebody else's control ---------------------------------------------------------------------------
