@@ -10,6 +10,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ TRACES = (
     "tests/export/graphs/tracing/test_dialects.py",
     "tests/test_model_goldens.py",
 )
+
+# An example that takes longer than usual, for its imports or for other work of the machine, is none that fails.
+with suppress(ImportError):  # a GPU's tests do without
+    from hypothesis import settings
+
+    settings.register_profile("suite", deadline=None)
+    settings.load_profile("suite")
 
 # torch tells its trace in thousands of debug lines, which pytest would format and keep.
 logging.getLogger("torch.__trace").propagate = False

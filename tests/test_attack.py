@@ -40,7 +40,7 @@ def world(checkpoint: Path, instant_traces: None, tmp_path_factory: pytest.TempP
 @pytest.mark.slow
 @given(st.randoms(use_true_random=False))
 @settings(
-    max_examples=8, deadline=None, database=None, derandomize=True,
+    max_examples=8, database=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 def test_every_foreign_byte_stands(world: World, tmp_path: Path, rng: random.Random) -> None:

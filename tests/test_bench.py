@@ -110,7 +110,7 @@ SERVE = "--shape tiny --frames 2 --grid 4x4 --costs 0.5 --clients 2 --threads 1"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--rounds 1 --trials 1 --new-tokens 40", "--soak 0.06 --new-tokens 8"])
+@pytest.mark.parametrize("flags", ["--rounds 1 --trials 1 --new-tokens 40", "--soak 0.25 --new-tokens 8"])
 def test_serve(work: Path, flags: str) -> None:
     pytest.importorskip("starlette")
     command = [sys.executable, "-m", "tools.bench.serve", *SERVE.split(), *flags.split(), "--work", str(work)]

@@ -188,7 +188,9 @@ def test_ctrl_c_while_a_command_starts(bundle: Path) -> None:
     """At ten moments between the first import and the answer; a command that had its answer has ended well."""
     for moment in range(10):
         code = (
-            f"import sys; from framefusion.start import ff_run; print('{BEGUN}', file=sys.stderr, flush=True); ff_run()"
+            "import sys; from framefusion import start; begin = start._open_closed_streams\n"
+            "start._open_closed_streams = lambda: (begin(), "
+            f"print('{BEGUN}', file=sys.stderr, flush=True)); start.ff_run()"
         )
         started = subprocess.Popen(
             [sys.executable, "-c", code, "generate", str(bundle), "--prompt", "What?"],

@@ -111,7 +111,9 @@ def test_the_notebook_runs_from_top_to_bottom_and_draws_answers(home: Path) -> N
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(home)}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=PATIENCE, startup_timeout=PATIENCE, resources={"metadata": {"path": str(home)}}
+    )
     client.execute(env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     drawn = [

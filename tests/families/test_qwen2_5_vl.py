@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from framefusion.errors import BundleError, CheckpointError
@@ -28,7 +28,6 @@ from tests.families.qwen2_5_vl import Qwen25VLCase
 RULE = Qwen25VLPreprocessing(tokens_per_second=2, min_pixels=56 * 84, max_pixels=112 * 84)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
 def test_windows_equal_transformers(rows: int, columns: int, side: int) -> None:
     from transformers.vision_utils import get_vision_window_index

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -69,7 +69,6 @@ sizes = st.integers(8, 2500)
 
 
 @needs("transformers", "5.17", "it refuses small films and rounds large ones in another way")
-@settings(deadline=None)
 @given(st.integers(2, 40), sizes, sizes, st.sampled_from([4096, 131072]), st.sampled_from([786432, 25165824]))
 def test_sizes_equal_transformers(frames: int, height: int, width: int, low: int, high: int) -> None:
     rule = Qwen3VLPreprocessing(min_pixels=low, max_pixels=high)
@@ -98,7 +97,6 @@ def test_the_limit_of_a_frame_equals_transformers(frames: int, high: int, monkey
     assert rule.frame_size(frames, 720, 1280) == (sizes[0].height, sizes[0].width)
 
 
-@settings(deadline=None)
 @given(
     st.integers(2, 4000), st.sampled_from([10.0, 23.976, 24.0, 25.0, 29.97, 30.0, 59.94]), st.sampled_from([1, 2, 4])
 )
@@ -130,7 +128,6 @@ def test_times_of_odd_and_even_films_equal_transformers(frames: int, total: int,
 
 
 @needs("transformers", "5.17", "it has no function that tells the weights alone")
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([2, 6, 48]))
 def test_the_position_table_is_read_as_transformers_does(rows: int, columns: int, side: int) -> None:
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights

@@ -39,7 +39,7 @@ from framefusion.runtime.text.prompt import Turn, Visual
 from tests.gpu.driver_calls import Calls
 
 pytestmark = pytest.mark.gpu
-modest = settings(deadline=None, max_examples=60)
+modest = settings(max_examples=60)
 
 TYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 # Whole vectors of 16 bytes, a few elements more or less, one element; long enough for more than one round of threads.
@@ -605,7 +605,7 @@ VOCABULARY = 40_000  # more than all blocks look at in one round
     st.sampled_from([1, 255, VOCABULARY - 3, VOCABULARY]),
     seeds,
 )
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_tokens_and_what_the_next_step_reads_are_the_hosts(
     device: CudaDevice, dtype: np.dtype[Any], width: int, half: int, rows: int, limit: int, seed: int
 ) -> None:

@@ -137,7 +137,7 @@ TURNS = st.lists(
 """Few enough for the 512 tokens of the bundle, with one that is given up."""
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TURNS, st.integers(0, 9), st.lists(st.integers(0, 2), max_size=1))
 def test_any_turns_equal_one_prefill_whatever_was_given_up_between(
     pipeline: Pipeline, shown: Shown, turns: list[Said], seed: int, given_up: list[int]

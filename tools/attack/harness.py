@@ -93,7 +93,7 @@ class End(NamedTuple):
     status: int | None  # exit code, or the negative signal; None where it was ended for its time
     result: Any  # what the function returned; None where it did not come to that
     seconds: float
-    memory: int  # bytes resident at the peak
+    memory: int  # bytes resident at the peak, beyond what the process had that it was forked from
 
 
 def in_child(call: Callable[[], Any], seconds: float = SECONDS, *, group: bool = True) -> End:
@@ -126,28 +126,36 @@ def in_child(call: Callable[[], Any], seconds: float = SECONDS, *, group: bool =
     os.close(reading)
     _, status, usage = os.wait4(child, 0)
     try:
-        value = json.loads(content)
+        inherited, value = json.loads(content)
     except ValueError:
-        value = None
+        inherited, value = 0, None
     code = os.waitstatus_to_exitcode(status) if timely else None
-    return End(code, value, time.monotonic() - start, usage.ru_maxrss * 1024)
+    return End(code, value, time.monotonic() - start, usage.ru_maxrss * 1024 - inherited)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _end_with(call: Callable[[], Any], writing: int, group: bool) -> None:
-    """The child's part; never returns."""
+    """The child's part: sends the bytes that it began with, and what the call returns; never returns."""
+    inherited = _resident()
     try:
         if group:
             os.setpgid(0, 0)
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
             os.dup2(nowhere, number)
-        content = json.dumps(call()).encode()
+        content = json.dumps([inherited, call()]).encode()
         while content:
             content = content[os.write(writing, content) :]
         os._exit(0)
     except BaseException:
-        content = json.dumps(traceback.format_exc()).encode()
-        os.write(writing, content[:60000])
+        content = json.dumps([inherited, traceback.format_exc()[-20000:]]).encode()
+        os.write(writing, content)
         os._exit(1)
 
 

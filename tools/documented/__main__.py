@@ -30,7 +30,7 @@ from tools.documented.folder import Shared
 from tools.documented.output import missing_line
 from tools.documented.pages import ROOT, RUN, Block, PageError, blocks_of, pages
 
-LIMIT_S = 300  # of one block
+LIMIT_S = 1200  # of one block, which hangs then
 TYPED = "What happens?\n/tokens\n"  # by the reader, where a command reads what is typed
 GIVEN = ("model", "inputs")  # names that a page's Python may take as given: tools/documented/given.py
 TAIL = 25  # lines of a failure that are shown

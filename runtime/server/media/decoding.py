@@ -41,6 +41,7 @@ _SENT_WRONGLY = (
 )  # fmt: skip
 _STARTS = 40
 _LOOK = 0.05  # seconds between two looks at whether anybody waits
+_GONE = 10.0  # until one that has closed its pipe counts as running, on a machine with much to do
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ def _failure(error: Exception, process: BaseProcess, watch: _Watch, job: Decodin
     if watch.is_late:
         return VideoError(f"{job.name} was not decoded in time: send a shorter or smaller one")
     if isinstance(error, (EOFError, OSError)):
-        process.join(1)  # it is gone, or will be in a moment
+        # One that has closed its pipe is gone in a moment; of another one a length may have been out of all bounds.
+        process.join(_GONE if isinstance(error, EOFError) or "end of file" in str(error) else 0)
         if process.exitcode is not None:
             return VideoError(_death(process, job))
     return VideoError(f"{job.name} was decoded into something else ({type(error).__name__}): send another")

@@ -171,13 +171,13 @@ def session(model: onnx.ModelProto) -> Graph:
     return run
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 7), st.integers(0, 2**20), st.booleans())
 def test_eager_equals_the_twin(frames: int, seed: int, ties: bool) -> None:
     check_against_twin(eager(SMALL), SMALL, frames, seed, ties)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     st.lists(st.floats(0, 0.9), max_size=3), st.floats(0, 1), st.integers(1, 9), st.integers(0, 5), st.integers(0, 99)
 )
@@ -242,7 +242,7 @@ def test_ops_fulfil_the_contract_of_custom_ops() -> None:
 SPECIAL = st.sampled_from([0.0, -0.0, 1e-45, 3e-39, -1e-30, 0.5, 0.50000006, 1.0, -1.0, 2.0, -2.0, float("nan")])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(st.one_of(SPECIAL, st.floats(-4, 4, width=32)), min_size=1, max_size=40), st.data())
 def test_exactly_is_top_to_the_last_bit(values: list[float], data: st.DataObject) -> None:
     among = np.array(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
@@ -252,7 +252,7 @@ def test_exactly_is_top_to_the_last_bit(values: list[float], data: st.DataObject
     np.testing.assert_array_equal(chosen.numpy(), top(scores, count, among))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**20), st.integers(-40, 30))
 def test_exactly_resolves_neighbouring_floats_at_any_magnitude(seed: int, exponent: int) -> None:
     random = np.random.default_rng(seed)

@@ -22,7 +22,7 @@ from framefusion.reduction.tracks import TEXT, FloatArray, IntArray
 from tests.framefusion.reduction.test_policy_properties import labels_of_requests
 
 LAYERS = 12
-modest = settings(deadline=None, max_examples=40)
+modest = settings(max_examples=40)
 
 
 def film(frames: int, patches: int, between: int = 0) -> IntArray:

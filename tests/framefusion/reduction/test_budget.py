@@ -36,7 +36,7 @@ def test_required_drop_without_calls_is_the_share_to_drop() -> None:
     assert budget.required_drop([], 0.3, 28) == pytest.approx(0.7)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(Shares, st.floats(0.05, 1), st.integers(6, 80))
 def test_dropping_what_is_required_meets_the_cost(shares: list[float], cost: float, layers: int) -> None:
     drop = budget.required_drop(shares, cost, layers)
@@ -60,7 +60,7 @@ def test_smallest_cost_is_what_comes_before_the_prune() -> None:
     assert budget.smallest_cost(10, (0.5, 0.5), 2) == pytest.approx((0.5 + 0.25 + 0.25) / 10)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(Shares, st.integers(0, 6), st.floats(0.001, 1), st.integers(10, 60))
 def test_a_schedule_meets_its_cost_or_says_what_can_be(
     merges: list[float], later: int, cost: float, layers: int
@@ -79,7 +79,7 @@ def test_a_schedule_meets_its_cost_or_says_what_can_be(
             budget.schedule_for_cost(cost, merges, layer, layers)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(Shares, st.floats(0.2, 1), st.integers(10, 60))
 def test_scaling_the_merges_down_reaches_any_cost_above_them(merges: list[float], cost: float, layers: int) -> None:
     layer = max(len(merges) - 1, 0)

@@ -17,7 +17,7 @@ from framefusion.reduction.plan import Plan, Scores, apply_plan, top
 from framefusion.reduction.policy import FixedReduction, Reduction, ReductionSettings, ReductionState
 from framefusion.reduction.tracks import TEXT, IntArray
 
-modest = settings(deadline=None, max_examples=120)
+modest = settings(max_examples=120)
 
 
 @dataclass(frozen=True)

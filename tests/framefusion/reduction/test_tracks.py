@@ -25,13 +25,13 @@ def previous_by_hand(labels: IntArray) -> list[int]:
     return previous
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(Labels)
 def test_previous_in_track(labels: IntArray) -> None:
     assert tracks.previous_in_track(labels).tolist() == previous_by_hand(labels)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(Labels, st.booleans())
 def test_track_order_is_stable_with_text_last(labels: IntArray, large: bool) -> None:
     labels = np.where(labels >= 0, labels + 70_000 * large, labels)  # beyond 16 bits
@@ -39,7 +39,7 @@ def test_track_order_is_stable_with_text_last(labels: IntArray, large: bool) -> 
     assert tracks.track_order(labels).tolist() == expected
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(Labels, st.randoms(use_true_random=False))
 def test_compaction_keeps_labels_and_order_in_step(labels: IntArray, random: Random) -> None:
     kept = np.array([i for i in range(labels.size) if random.random() < 0.6], dtype=np.int64)

@@ -32,18 +32,17 @@ def run(coroutine: Any) -> Any:
 
 async def until(condition: Callable[[], bool]) -> None:
     """A loop that stands still fails here."""
-    for _ in range(2000):
-        if condition():
-            return
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
         await asyncio.sleep(0.005)
-    raise AssertionError("it never happened")
 
 
 class Slow:
-    """Steps that say when they are computed, and take as long as the test wants."""
+    """Steps that say when they are computed, and do what the test wants meanwhile."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self.meanwhile = meanwhile
         self.computing = 0
         self.most = 0
         self.taken: list[str] = []
@@ -54,7 +53,7 @@ class Slow:
             for _ in range(count):
                 self.computing += 1
                 self.most = max(self.most, self.computing)
-                time.sleep(self.seconds)
+                self.meanwhile()
                 self.computing -= 1
                 self.taken.append(name)
                 yield Step("token", name)
@@ -67,9 +66,15 @@ class Slow:
 
 def test_one_step_is_computed_at_a_time_and_threads_take_turns() -> None:
     runner = StepRunner()
-    slow = Slow(0.004)
+    slow = Slow(lambda: time.sleep(0.004))
+    together = threading.Barrier(3)
+
+    def take(name: str) -> list[Step]:
+        together.wait(PATIENCE)
+        return list(runner.steps(slow.steps(name, 8)))
+
     with ThreadPoolExecutor(3) as threads:
-        answers = list(threads.map(lambda name: list(runner.steps(slow.steps(name, 8))), "abc"))
+        answers = list(threads.map(take, "abc"))
     assert slow.most == 1
     assert [len(steps) for steps in answers] == [8, 8, 8]
     assert len(set(slow.taken[:12])) == 3  # nobody waited for the whole answer of another
@@ -98,7 +103,7 @@ def test_pipelines_over_one_backend_share_its_turns(pipeline: Pipeline) -> None:
 
 def test_a_turn_within_a_turn_is_the_same_one() -> None:
     runner = StepRunner()
-    slow = Slow()
+    slow = Slow(lambda: None)
     with runner.turn(), runner.turn():
         assert len(list(runner.steps(slow.steps("a")))) == 4
     with ThreadPoolExecutor(1) as threads:  # all of it is given back
@@ -177,10 +182,17 @@ def test_whoever_waits_for_a_turn_can_be_interrupted() -> None:
     assert begun.wait(PATIENCE)
     main = threading.main_thread().ident
     assert main is not None
-    timer = threading.Timer(0.02, signal.pthread_kill, (main, signal.SIGINT))
-    timer.start()
+
+    def interrupt() -> None:
+        while not runner._turnstile.locked():  # held by whoever waits next
+            time.sleep(0.001)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
     with pytest.raises(KeyboardInterrupt), runner.turn():
         raise AssertionError("it was another's turn")
+    interrupting.join()
     free.set()
     holder.join()
     with runner.turn():
@@ -218,13 +230,17 @@ def test_errors_arrive_where_they_are_awaited(pipeline: Pipeline, tmp_path: Path
 
 def test_the_loop_runs_on_and_two_tasks_take_turns() -> None:
     runner = StepRunner()
-    slow = Slow(0.01)
-    ticks = 0
+    ticked = threading.Event()
+
+    def wait_for_a_tick() -> None:
+        ticked.clear()
+        assert ticked.wait(PATIENCE)
+
+    slow = Slow(wait_for_a_tick)
 
     async def tick() -> None:
-        nonlocal ticks
         while True:
-            ticks += 1
+            ticked.set()
             await asyncio.sleep(0.002)
 
     async def take(name: str) -> list[Step]:
@@ -239,7 +255,6 @@ def test_the_loop_runs_on_and_two_tasks_take_turns() -> None:
     run(both())
     assert slow.most == 1
     assert sorted(slow.taken[:2]) == ["a", "b"]
-    assert ticks > 10
 
 
 def test_two_tasks_on_one_pipeline_get_their_answers(pipeline: Pipeline, film: Path, picture: Path) -> None:
@@ -254,7 +269,7 @@ def test_two_tasks_on_one_pipeline_get_their_answers(pipeline: Pipeline, film: P
 @pytest.mark.parametrize("leave", ["cancel", "aclose", "break", "timeout"])
 def test_whoever_leaves_stops_the_request_at_its_next_step(leave: str) -> None:
     runner = StepRunner()
-    slow = Slow(0.01)
+    slow = Slow(lambda: time.sleep(0.01))
 
     async def go() -> None:
         steps: AsyncGenerator[Step, None] = runner.async_steps(slow.steps("a", 1000))
@@ -265,6 +280,7 @@ def test_whoever_leaves_stops_the_request_at_its_next_step(leave: str) -> None:
                     break
 
         if leave == "timeout":
+            await steps.__anext__()
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(take(), 0.03)
         elif leave == "cancel":

@@ -174,7 +174,7 @@ PLANS = st.builds(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans=st.lists(PLANS, min_size=1, max_size=9), seed=st.one_of(st.none(), st.integers(0, 1 << 30)))
 def test_whatever_runs_beside_a_request_its_tokens_are_those_of_itself_alone(
     bench: Bench, plans: list[Plan], seed: int | None

@@ -15,6 +15,7 @@ from framefusion.errors import CheckFailedError
 from framefusion.runtime.backends import table
 from framefusion.runtime.proof import doctor
 from framefusion.runtime.proof.blocks.child import MARK
+from tests.patience import PATIENCE
 from tests.versions import needs_torch
 from tests.wheel import ROOT
 
@@ -80,13 +81,13 @@ def test_a_library_that_is_missing_comes_with_its_command(tmp_path: Path) -> Non
 @needs_torch
 def test_an_engine_is_compiled_and_proven_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a minute of a compiler; without one the line says why nothing could be proven, and is no failure."""
-    facts = doctor.run_child(("backend", "inductor", "cpu", "engines"), 300)
+    facts = doctor.run_child(("backend", "inductor", "cpu", "engines"), PATIENCE)
     assert facts["state"] == "right", facts
     (graph,) = facts["graphs"]
     assert graph["dtype"] == "float32"
     assert len(graph["checks"]) > 30
     monkeypatch.setenv("CXX", "no-such-compiler")
-    facts = doctor.run_child(("backend", "inductor", "cpu", "engines"), 300)
+    facts = doctor.run_child(("backend", "inductor", "cpu", "engines"), PATIENCE)
     assert facts["state"] == "unproven"
     assert "no engine could be compiled here to prove it: inductor needs a C++ compiler" in facts["problem"]
 

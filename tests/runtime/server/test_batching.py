@@ -7,12 +7,15 @@ import gc
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 
 from framefusion.runtime.pipeline import Pipeline
 from framefusion.runtime.session import Session
 from tests.bundles import shared
+from tests.patience import PATIENCE
 from tests.runtime.bundle_edits import copied, of_one_row
 from tests.runtime.server.conftest import serving
 from tests.runtime.server.test_ends import LONG, metric, send
@@ -31,10 +34,17 @@ def test_requests_are_decoded_together_or_in_turns_which_is_said_once(tmp_path: 
     asks = {**LONG, "stream": False, "max_tokens": 100, "temperature": 0}
     with serving(tmp_path, bundle=bundle) as server:
         alone = [json.loads(send(server, asks).read())["choices"] for _ in range(2)]
+        before = [metric(server, f"decode_batch_size_{name}") for name in ("count", "sum")]
+        together = Barrier(6)
+
+        def ask(_: int) -> Any:
+            together.wait(PATIENCE)
+            return json.loads(send(server, asks).read())["choices"]
+
         with ThreadPoolExecutor(6) as clients:
-            answers = list(clients.map(lambda _: json.loads(send(server, asks).read())["choices"], range(6)))
-        steps = metric(server, "decode_batch_size_count")
-        rows = metric(server, "decode_batch_size_sum")
+            answers = list(clients.map(ask, range(6)))
+        steps = metric(server, "decode_batch_size_count") - before[0]
+        rows = metric(server, "decode_batch_size_sum") - before[1]
     assert answers == [alone[0]] * 6
     assert alone[0] == alone[1]
     said = server.log.read_text()

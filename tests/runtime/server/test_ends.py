@@ -59,6 +59,15 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def takes_connections(server: Running) -> bool:
+    host, port = server.url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except (ConnectionRefusedError, ConnectionResetError):
+        return False
+    return True
+
+
 def error_of(response: HTTPResponse) -> dict[str, Any]:
     error: dict[str, Any] = json.loads(response.read())["error"]
     return error
@@ -301,6 +310,7 @@ def test_a_connection_that_takes_nothing_is_closed(monkeypatch: pytest.MonkeyPat
             idle.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             until(lambda: len(server.server_state.connections) == 1)
             until(lambda: not server.server_state.connections)
+        monkeypatch.setattr(running, "TAKE_SECONDS", PATIENCE)
         with socket.create_connection(address, timeout=PATIENCE) as reading:
             reading.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert sum(len(piece) for piece in iter(lambda: reading.recv(1 << 16), b"")) > size
@@ -341,7 +351,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         response = connection.getresponse()
         response.readline()
         server.signal(signal.SIGINT)
-        time.sleep(0.05)  # two of one kind at once are one
+        until(lambda: not takes_connections(server))  # two of one kind at once are one
         server.signal(signal.SIGINT)
         assert b"the server ended before the answer did" in response.read()
         assert server.process.wait(PATIENCE) == 130

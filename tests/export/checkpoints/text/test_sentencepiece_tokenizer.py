@@ -87,7 +87,7 @@ texts = st.text(max_size=40) | st.text(alphabet="ab \n", max_size=30) | st.text(
 
 @pytest.mark.parametrize("kind", ["internlm2", "dummy-prefix", "letters"])
 @given(text=texts)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text(kind: str, converted: Callable[[str], tuple[Any, Any, Tokenizer]], text: str) -> None:
     model, _, ours = converted(kind)
     ids = ours.encode_plain(text)
@@ -98,7 +98,7 @@ def test_any_text(kind: str, converted: Callable[[str], tuple[Any, Any, Tokenize
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=st.text(max_size=200) | texts)
-@settings(max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_of_any_kind(kind: str, converted: Callable[[str], tuple[Any, Any, Tokenizer]], text: str) -> None:
     model, _, ours = converted(kind)
     assert ours.encode_plain(text) == model.encode(text)

@@ -138,7 +138,7 @@ def admits(profile: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
     return all(fits(name, shape) for name, shape in shapes.items())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SIDES, SIDES, st.integers(1, 64))
 def test_every_frame_and_image_of_a_qwen_fits_a_profile(height: int, width: int, frames: int) -> None:
     profiles = tower(QWEN, WindowSettings(merge_size=2, window=4), GRIDS)
@@ -171,7 +171,7 @@ def test_stretches_meet_and_bound_the_memory_of_a_call(rule: QwenVLPreprocessing
         assert low[0] == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SIDES, SIDES)
 def test_every_slice_of_a_minicpmv_fits_a_profile(height: int, width: int) -> None:
     rule = MiniCpmVPreprocessing(query_num=64, scale_resolution=448, image_slices=9)

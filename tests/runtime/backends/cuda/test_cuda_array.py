@@ -39,7 +39,7 @@ def keys(draw: st.DrawFn) -> Any:
 
 
 @given(keys())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_views_are_those_of_numpy(key: Any) -> None:
     view, wanted = over(ARRAY)[key], ARRAY[key]
     assert view.shape == wanted.shape

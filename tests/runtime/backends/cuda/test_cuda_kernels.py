@@ -41,7 +41,7 @@ from framefusion.runtime.backends.cuda.kernels import (
 )
 
 Ints = NDArray[np.int64]
-modest = settings(deadline=None, max_examples=40)
+modest = settings(max_examples=40)
 # Turing, Ampere, Orin, Ada, Hopper, Blackwell in servers, Thor, GeForce, Spark.
 CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 110, 120, 121)
 

@@ -217,6 +217,7 @@ class HeldDecoder:
 
     Attributes:
         towered: the tower ran.
+        runs: of the tower for the frames that have come, before a film ends.
         on_part: called when frames came.
         frames: references to the memory of all films.
     """
@@ -225,6 +226,8 @@ class HeldDecoder:
         from framefusion.runtime.server.media import decoding, reader
 
         self.towered = threading.Event()
+        self.runs = 0
+        self._encoded = threading.Semaphore(0)
         self.on_part: Callable[[], None] = lambda: None
         self.frames: list[weakref.ref[Any]] = []
         self._decode = decoding.decode_apart
@@ -238,7 +241,13 @@ class HeldDecoder:
     def encode_visual(self, visual: Any) -> Any:
         rows = self._encode(visual)
         self.towered.set()
+        self._encoded.release()
         return rows
+
+    def end(self) -> None:
+        """Wait for the runs that a film's frames bring while it is decoded."""
+        for _ in range(self.runs):
+            assert self._encoded.acquire(timeout=PATIENCE)
 
 
 class _Held:
@@ -255,6 +264,8 @@ class _Held:
         self._held.on_part()
         if ready > len(kept[0]) // 2:
             assert self._held.towered.wait(PATIENCE)
+        if ready == len(kept[0]):
+            self._held.end()
 
 
 class Endless(Job):
@@ -290,6 +301,7 @@ def test_the_tower_has_the_first_frames_while_the_rest_is_decoded_and_others_get
     service.conversations.clear()
     events: list[str] = []
     held = HeldDecoder(monkeypatch, pipeline)
+    held.runs = 3
     encode = pipeline.encode_visual
 
     def encode_visual(visual: Any) -> Any:

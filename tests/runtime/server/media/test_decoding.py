@@ -47,7 +47,7 @@ def job(*paths: Path, film: bool = True, of_frames: bool = False, **changes: Any
     return replace(plain, **changes)
 
 
-def decode(wanted: DecodingJob, seconds: float = 60, cancelled: Callable[[], bool] = lambda: False) -> Any:
+def decode(wanted: DecodingJob, seconds: float = PATIENCE, cancelled: Callable[[], bool] = lambda: False) -> Any:
     return decode_apart(wanted, seconds, cancelled).media
 
 
@@ -94,13 +94,12 @@ def test_memory_is_limited(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nobody_waits_for_ever(tmp_path: Path) -> None:
-    pipe = tmp_path / "film.mp4"
-    write_film(pipe, frames=400, size=256)
+def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "decode_in_child", stalls)
     with pytest.raises(VideoError, match="not decoded in time"):
-        decode(job(pipe), seconds=0.0)
+        decode(job(tmp_path / "x"), seconds=0.0)
     with pytest.raises(RequestError, match="not wanted any more"):
-        decode(job(pipe), cancelled=lambda: True)
+        decode(job(tmp_path / "x"), cancelled=lambda: True)
 
 
 MANY_CORES = """

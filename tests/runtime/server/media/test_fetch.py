@@ -159,7 +159,7 @@ def here(address: Address) -> bool:
     return str(address) == "127.0.0.1"
 
 
-def get(server: Server, path: str, *, domains: frozenset[str] | None = None, seconds: float = 5) -> bytes:
+def get(server: Server, path: str, *, domains: frozenset[str] | None = None, seconds: float = PATIENCE) -> bytes:
     url = f"http://127.0.0.1:{server.server_port}{path}"
     return b"".join(fetch(url, "the film", domains, seconds, 100_000, is_public=here))
 
@@ -221,7 +221,7 @@ def test_a_name_is_resolved_once_and_its_address_connected(server: Server, monke
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
     url = f"http://films.example:{server.server_port}/film"
-    content = b"".join(fetch(url, "the film", frozenset({"films.example"}), 5, 100_000, is_public=here))
+    content = b"".join(fetch(url, "the film", frozenset({"films.example"}), PATIENCE, 100_000, is_public=here))
     assert content == b"film" * 1000
     assert len(answers) == 2
     assert server.asked == [f"films.example:{server.server_port}/film"]

@@ -57,7 +57,7 @@ def job(path: Path, name: str = "the film") -> DecodingJob:
 
 
 def decode(
-    wanted: DecodingJob, follower: Any, seconds: float = 60, cancelled: Callable[[], bool] = lambda: False
+    wanted: DecodingJob, follower: Any, seconds: float = PATIENCE, cancelled: Callable[[], bool] = lambda: False
 ) -> Decoded:
     return decode_apart(wanted, seconds, cancelled, follower)
 
