@@ -37,6 +37,7 @@ import numpy as np
 
 from framefusion.console.progress import CountLines
 from framefusion.export.check.replay import Redecided
+from framefusion.export.evaluate.evaluation import end_with_parent
 from framefusion.export.evaluate.questions import Question, normalised
 from framefusion.export.evaluate.scoring import paired, share_of
 from framefusion.reduction.policy import Decision
@@ -182,6 +183,7 @@ _ANSWERER: Answerer | None = None  # of a process of the pool
 
 def _open(bundles: dict[str, Path], in_turn: bool) -> None:
     global _ANSWERER
+    end_with_parent()
     _ANSWERER = Answerer(bundles, in_turn)
 
 

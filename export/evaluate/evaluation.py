@@ -8,13 +8,15 @@ in answer_file.py, the statistics in scoring.py.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -147,7 +149,9 @@ def answer_all(
         for question, missing in waiting:
             yield answer(answerer, question, missing)
         return
-    pool = ProcessPoolExecutor(min(jobs, len(waiting)), get_context("spawn"), _open_in_process, (setup,))
+    pool = ProcessPoolExecutor(
+        min(jobs, len(waiting)), multiprocessing.get_context("spawn"), _open_in_process, (setup,)
+    )
     try:
         futures = [pool.submit(_answer_in_process, question, missing) for question, missing in waiting]
         for future in as_completed(futures):
@@ -167,9 +171,25 @@ def answer(answerer: Answerer, question: Question, missing: Sequence[Condition])
     return QuestionAnswers(question, missing, answers, answerer.engine, answerer.note)
 
 
+def end_with_parent() -> None:
+    """Let this process, one of a pool, end as soon as the one that started it does, however that ends.
+
+    A pool's processes hold both ends of its queues, so that none of them notices by itself that nobody is left.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
 def _open_in_process(setup: Setup) -> None:
     global _ANSWERER
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    end_with_parent()
     try:
         _ANSWERER = open_answerer(setup)
     except FrameFusionError as error:  # an initializer that raises breaks the pool and does not say why

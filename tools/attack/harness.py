@@ -125,10 +125,10 @@ def in_child(call: Callable[[], Any], seconds: float = SECONDS, *, group: bool =
         content += piece
     os.close(reading)
     _, status, usage = os.wait4(child, 0)
-    try:
+    inherited = 0
+    value = None
+    with contextlib.suppress(ValueError):
         inherited, value = json.loads(content)
-    except ValueError:
-        inherited, value = 0, None
     code = os.waitstatus_to_exitcode(status) if timely else None
     return End(code, value, time.monotonic() - start, usage.ru_maxrss * 1024 - inherited)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from framefusion.errors import (
@@ -38,6 +39,7 @@ from framefusion.reducers import REDUCERS
 from framefusion.runtime.pipeline import Pipeline, Request
 from tests.bundles import COST
 from tests.commands import assert_refused, export
+from tests.patience import PATIENCE
 from tests.wheel import NEVER_AT_RUN_TIME, ROOT
 
 TRAINED = ROOT / "tests" / "models" / "tiny_qwen2_vl"
@@ -246,8 +248,11 @@ def test_a_killed_process_leaves_what_it_answered(setup: Setup, questions: Path,
     while not (partial.exists() and partial.read_bytes().count(b"\n") > 5):
         assert process.poll() is None
         time.sleep(0.01)
+    answering = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert len(answering) >= 2
+    assert psutil.wait_procs(answering, PATIENCE)[1] == []
     assert not output.exists()
     there = partial.read_bytes().count(b"\n") - 1
     counts: list[int] = []
