@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +47,7 @@ logging.getLogger("torch.__trace").propagate = False
 gc.disable()
 
 
+ENDING_SECONDS = 60  # of what ends by itself once the last test has
 USER_CACHE = pytest.StashKey[str]()
 
 
@@ -60,6 +62,33 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XDG_CACHE_HOME"] = config.stash[USER_CACHE]
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a process outlives the tests: behind a user's command it would stay as well."""
+    if USER_CACHE not in session.config.stash:
+        return
+    end = time.monotonic() + ENDING_SECONDS
+    while (left := processes_left(session.config.stash[USER_CACHE])) and time.monotonic() < end:
+        time.sleep(0.1)
+    for line in left:
+        session.config.get_terminal_writer().line(f"\nleft behind: {line}", red=True)
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def processes_left(cache: str) -> list[str]:
+    """Number, command and test of each process that was started with this cache of the user, where /proc tells."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # another's, or gone meanwhile
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if f"XDG_CACHE_HOME={cache}".encode() in environment and folder.name != str(os.getpid()):
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                test = next((line for line in environment if line.startswith(b"PYTEST_CURRENT_TEST")), b"")
+                found.append(f"{folder.name} {command.decode(errors='replace')} {test.decode(errors='replace')}")
+    return found
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
