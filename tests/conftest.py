@@ -86,6 +86,9 @@ def processes_left(cache: str) -> list[str]:
             environment = (folder / "environ").read_bytes().split(b"\0")
             if f"XDG_CACHE_HOME={cache}".encode() in environment and folder.name != str(os.getpid()):
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                if parent == str(os.getpid()) and b"from multiprocessing." in command:
+                    continue  # what this process forks its children from, which ends with it
                 test = next((line for line in environment if line.startswith(b"PYTEST_CURRENT_TEST")), b"")
                 found.append(f"{folder.name} {command.decode(errors='replace')} {test.decode(errors='replace')}")
     return found
