@@ -12,19 +12,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from framefusion.runtime.machine.control_groups import PROC, groups_above
+
 TRACING_PROCESS = 650_000_000
 """Bytes of a process that traces, without a tensor in it, measured: torch, its exporter and onnx_ir."""
 CHECKING_PROCESS = 900_000_000
 """Bytes of a process that checks, without a tensor in it, measured: ONNX Runtime and transformers beside torch."""
-PROC = Path("/proc")
-GROUPS = Path("/sys/fs/cgroup")
 MADV_PAGEOUT = 21  # of Linux 5.4 and newer: unlike MADV_DONTNEED it never loses what was written
 
 
 class _GroupFiles(NamedTuple):
     """Where a version of control groups has what it says of memory."""
 
-    root: str  # below GROUPS
     limit: str
     used: str
     cached: str  # prefix of what is counted with the groups below
@@ -32,8 +31,8 @@ class _GroupFiles(NamedTuple):
 
 GROUP_FILES: Mapping[int, _GroupFiles] = MappingProxyType(
     {
-        1: _GroupFiles("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-        2: _GroupFiles("", "memory.max", "memory.current", ""),
+        1: _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        2: _GroupFiles("memory.max", "memory.current", ""),
     }
 )
 """Version of control groups -> its files."""
@@ -60,22 +59,8 @@ def _free_memory() -> int:
 
 def _left_of_groups() -> Iterator[int]:
     """What each control group above this process leaves it; files in the system's cache are given back."""
-    try:
-        lines = (PROC / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        kind = GROUP_FILES[1 if controllers else 2]
-        root = GROUPS / kind.root
-        folder = root / path.lstrip("/")
-        if not folder.is_dir():
-            folder = root  # a container sees its own group as the root, under the name that the host has for it
-        for group in (folder, *folder.parents):
-            if group.is_relative_to(root):
-                yield from _left_of_group(group, kind)
+    for group, version in groups_above("memory"):
+        yield from _left_of_group(group, GROUP_FILES[version])
 
 
 def _left_of_group(group: Path, kind: _GroupFiles) -> Iterator[int]:

@@ -6,6 +6,8 @@ help, `inspect` and `families` run without.
 
 from __future__ import annotations
 
+import os
+
 import click
 
 import framefusion
@@ -14,6 +16,7 @@ from framefusion.export.commands.build import build_command, compile_command, pl
 from framefusion.export.commands.check import check_command, inputs_command, sign_command
 from framefusion.export.commands.evaluate import compare_command, evaluate_command, view_command
 from framefusion.export.commands.report import families_command, inspect_command
+from framefusion.runtime.machine.cpu import default_threads
 
 
 @click.group(
@@ -39,4 +42,6 @@ for _command in (
 
 def main() -> None:
     """Entry point."""
+    if threads := default_threads():
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is loaded, here or in a child
     ff_export(prog_name="ff-export")

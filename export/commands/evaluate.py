@@ -5,7 +5,6 @@ Builds library objects of the flags and prints reports. A checkpoint runs in eag
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from framefusion.runtime.commands.flags import (
     VisualCommand,
     question_options,
 )
+from framefusion.runtime.machine.cpu import available_cores
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -162,7 +162,7 @@ def compare_command(
             fps=fps,
             max_frames=max_frames,
             max_new_tokens=options["max_new_tokens"],
-            threads=threads or os.cpu_count() or 1,
+            threads=threads or available_cores(),
         )
         with CountLines("answers") as count:
             report = compare(ways, task, rounds, count)

@@ -26,6 +26,7 @@ from framefusion.runtime.backends.table import backend, engine_traits
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.engine_record import EngineKind
 from framefusion.runtime.format.manifest import Manifest
+from framefusion.runtime.machine.cpu import available_cores
 from framefusion.storage.records import to_json
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def admitted(jobs: Sequence[Job], limit: int | None, free: int) -> tuple[int, st
     Raises:
         BackendError: not even the largest alone fits.
     """
-    wanted = max((os.cpu_count() or 1) // CORES_PER_JOB, 1) if limit is None else limit
+    wanted = max(available_cores() // CORES_PER_JOB, 1) if limit is None else limit
     largest = sorted(jobs, key=lambda job: -job.memory)
     room = _MEMORY_SHARE * free
     if largest and largest[0].memory > room:

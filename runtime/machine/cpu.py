@@ -1,10 +1,16 @@
-"""Which processor this is, its vector instructions as the kernel lists them, and its cores. Knows no engine."""
+"""Which processor this is, its vector instructions as the kernel lists them, and the cores that this process has.
+
+Knows no engine.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 from pathlib import Path
+
+from framefusion.runtime.machine.control_groups import cores_of_quota
 
 # What a compiler emits by itself when it compiles for the machine at hand; timers and virtualisation do not matter.
 _X86 = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "movbe", "popcnt", "abm", "adx", "amx")
@@ -52,6 +58,37 @@ def model_name(cpuinfo: Path = _CPUINFO) -> str:
 
 
 def available_cores() -> int:
-    """Logical cores that this process may run on."""
+    """Logical cores that this process may use at once: those it may run on, as many as its container's quota pays for.
+
+    A quota of 1.5 cores counts as 2.
+    """
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    quota = cores_of_quota()
+    return cores if quota is None else min(cores, math.ceil(quota))
+
+
+def physical_cores(cpuinfo: Path = _CPUINFO) -> int:
+    """Cores of the whole machine, however many threads each runs; where the system does not say, its logical ones."""
+    try:
+        blocks = cpuinfo.read_text().strip().split("\n\n")
+    except OSError:
+        blocks = []
+    fields = [dict(_field(line) for line in block.splitlines()) for block in blocks]
+    cores = {(block.get("physical id"), block["core id"]) for block in fields if "core id" in block}
+    return len(cores) or os.cpu_count() or 1
+
+
+def _field(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(":")
+    return name.strip(), value.strip()
+
+
+def default_threads() -> int:
+    """Threads of one operator where nobody says how many; 0 leaves it to the library, which takes the physical cores.
+
+    Libraries count the cores of the machine. In a container that has fewer, or pinned to fewer, their threads would
+    wait for each other.
+    """
+    available = available_cores()
+    return available if available < physical_cores() else 0

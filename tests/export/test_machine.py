@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from framefusion.export import machine
+from framefusion.runtime.machine import control_groups
 
 resource = pytest.importorskip("resource")  # not on every system
 MB = 1 << 20
@@ -17,7 +18,8 @@ MB = 1 << 20
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with 800 MB, whose kernel's files are in a folder."""
     monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(machine, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(control_groups, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(control_groups, "GROUPS", tmp_path / "groups")
     write(tmp_path / "proc" / "meminfo", f"MemTotal: 9999 kB\nMemAvailable:   {800 * 1024} kB\nHugePages_Total: 0\n")
     return tmp_path
 

@@ -46,6 +46,7 @@ from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.bundle_files import place
 from framefusion.runtime.format.engine_record import EngineKind, EngineRecord
 from framefusion.runtime.format.manifest import SegmentRecord
+from framefusion.runtime.machine.cpu import default_threads
 from framefusion.runtime.trust.engines import require_vouched
 from framefusion.storage.bounded_json import parse_json
 
@@ -67,7 +68,7 @@ class InductorBackend(HostBackend):
     Args:
         bundle: what holds them.
         device: what they were compiled for, "cpu" or "cuda".
-        threads: of the CPU; 0 leaves torch's own number.
+        threads: of the CPU; 0 leaves torch's number, or takes as many as this process has.
 
     Raises:
         BackendError: torch or an engine is missing, or an engine is of another torch, processor or device.
@@ -85,6 +86,7 @@ class InductorBackend(HostBackend):
         self._graphs: CheckedGraphs | None
         if device == _CPU:
             super().__init__()
+            threads = threads or default_threads()
             self.host_threads = threads
             self._graphs = None
         else:

@@ -29,6 +29,7 @@ from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest
 from framefusion.runtime.format.manifest_checks import WEIGHTS
+from framefusion.runtime.machine.cpu import default_threads
 from framefusion.runtime.machine.pages import give_back
 from framefusion.runtime.trust.graph_check import check_graph
 
@@ -55,7 +56,7 @@ class OnnxRuntimeBackend(HostBackend):
 
     Args:
         folder: the bundle.
-        threads: of one operator; 0 lets ONNX Runtime take the physical cores.
+        threads: of one operator; 0 lets ONNX Runtime take the physical cores, or as many as this process has.
         decode_width: see `HostBackend`.
         mapped: weights stay in their files, which are mapped, and are converted when an operator wants them: slow, and
             memory holds one matrix. Else they are packed once, in fp32 on the CPU, and stay.
@@ -75,8 +76,8 @@ class OnnxRuntimeBackend(HostBackend):
     ) -> None:
         super().__init__(decode_width)
         self._folder = folder
-        self._threads = threads
-        self.host_threads = threads
+        self._threads = threads or default_threads()
+        self.host_threads = self._threads
         self._manifest = manifest
         self._mapped = mapped
         self._sessions: dict[str, Any] = {}
@@ -230,7 +231,7 @@ def open_backend(bundle: Bundle, name: str, device: str, threads: int) -> Backen
         bundle: read and verified.
         name: of the row of the table.
         device: "cpu" or "cuda", which takes the first GPU.
-        threads: of one operator on the CPU; 0 takes the physical cores.
+        threads: of one operator on the CPU; 0 takes the physical cores, or as many as this process has.
 
     Raises:
         BackendError: there is no such device after all.

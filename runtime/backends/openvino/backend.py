@@ -33,6 +33,7 @@ from framefusion.runtime.backends.kv_cache import SegmentCache
 from framefusion.runtime.backends.openvino.operators import BLOCK, read_model, writes_in_place
 from framefusion.runtime.bundle import Bundle
 from framefusion.runtime.format.manifest import Manifest, SegmentRecord
+from framefusion.runtime.machine.cpu import default_threads
 from framefusion.runtime.trust.graph_check import check_graph
 
 IN_BF16 = "openvino-bf16"
@@ -61,7 +62,7 @@ class OpenVinoBackend(HostBackend):
     Args:
         folder: the bundle.
         dtype: of its graphs.
-        threads: of one operator; 0 lets OpenVINO take the physical cores.
+        threads: of one operator; 0 lets OpenVINO take the physical cores, or as many as this process has.
         in_bf16: compute in bf16 what is in another type.
         coded_caches: caches are in 8 bits, a code for each number and scales for each token of a head.
         in_place: write into caches where OpenVINO can; without it they are copied, as where it cannot.
@@ -86,8 +87,8 @@ class OpenVinoBackend(HostBackend):
         stored = "bfloat16" if in_bf16 else dtype
         self._stored = "uint8" if coded_caches else stored  # type of the caches that are written in place
         self._beside = PARAMETERS if coded_caches else 0
-        self._threads = threads
-        self.host_threads = threads
+        self._threads = threads or default_threads()
+        self.host_threads = self._threads
         self._in_place = in_place
         self._manifest = manifest
         self._graphs: dict[str, CompiledGraph] = {}
@@ -198,7 +199,7 @@ def open_backend(bundle: Bundle, name: str, device: str, threads: int) -> Backen
         bundle: read and verified.
         name: of the row of the table: it says in which type products are computed, and caches are.
         device: "cpu".
-        threads: of one operator; 0 takes the physical cores.
+        threads: of one operator; 0 takes the physical cores, or as many as this process has.
     """
     manifest = bundle.manifest
     kind = {"in_bf16": name == IN_BF16, "coded_caches": name == WITH_CODES}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ from framefusion.runtime.commands.flags import (
     running_options,
 )
 from framefusion.runtime.commands.question.prompt_text import read_prompt
+from framefusion.runtime.machine.cpu import available_cores
 
 if TYPE_CHECKING:
     from framefusion.runtime.batch.run import Totals
@@ -82,7 +82,7 @@ LOG_SECONDS = 30.0
     "--decoders",
     section="Load",
     type=COUNT,
-    default=max((os.cpu_count() or 2) // 2, 1),
+    default=max(available_cores() // 2, 1),
     help="Processes that decode films ahead; default: half of the cores.",
 )
 @option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from framefusion.runtime.commands.flags import (
     running_flags,
     running_options,
 )
+from framefusion.runtime.machine.cpu import available_cores
 
 if TYPE_CHECKING:
     from framefusion.runtime.pipeline import Pipeline
@@ -199,7 +199,7 @@ def _service(pipeline: Pipeline, name: str, policy: Any, flags: dict[str, Any]) 
         policy,
         pipeline.manifest.preprocessing,
         pipeline.manifest.sampling.overridden(flags["fps"], flags["max_frames"]),
-        decoders=max((os.cpu_count() or 2) // 2, 1),
+        decoders=max(available_cores() // 2, 1),
     )
     settings = ServiceSettings(
         name,

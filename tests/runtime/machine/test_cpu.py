@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,18 @@ def test_products(
     found = cpu.features(path)
     monkeypatch.setattr(cpu, "features", lambda: found)
     assert (cpu.products(), cpu.has_dot_products()) == (products, has_dot_products)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "cores"),
+    [
+        (["physical id\t: 0\ncore id\t\t: 0", "physical id\t: 0\ncore id\t\t: 0"], 1),  # two threads of one core
+        (["physical id\t: 0\ncore id\t\t: 0", "physical id\t: 1\ncore id\t\t: 0"], 2),  # two sockets
+        (["CPU part\t: 0xd0c", "CPU part\t: 0xd0c"], None),  # ARM tells of none
+    ],
+)
+def test_physical_cores(blocks: list[str], cores: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("".join(f"processor\t: {number}\n{block}\n\n" for number, block in enumerate(blocks)))
+    assert cpu.physical_cores(path) == (cores or os.cpu_count())
+    assert cpu.physical_cores(tmp_path / "none") == os.cpu_count()
