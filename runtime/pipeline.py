@@ -53,7 +53,7 @@ class Pipeline(Stages):
     Args:
         bundle: read and verified, or its folder, which is opened as `Bundle` does.
         backend: what executes the graphs; None opens what `choice` says.
-        threads: of one operator on the CPU; 0 takes the physical cores.
+        threads: of one operator on the CPU; 0 takes the physical cores it has.
         choice: among the backends; None takes the best that is right on this device: see runtime/proof.
         limits: of the files that are read; None takes `MediaLimits()`.
         overlap: decode the next film of a request while the tower has the one before it; None does where graphs run on

@@ -27,7 +27,7 @@ from framefusion.runtime.commands.flags import (
     VisualCommand,
     question_options,
 )
-from framefusion.runtime.machine.cpu import available_cores
+from framefusion.runtime.machine.cpu import default_threads, physical_cores
 
 if TYPE_CHECKING:
     from framefusion.export.checkpoints.checkpoint import Checkpoint
@@ -162,7 +162,7 @@ def compare_command(
             fps=fps,
             max_frames=max_frames,
             max_new_tokens=options["max_new_tokens"],
-            threads=threads or available_cores(),
+            threads=threads or default_threads() or physical_cores(),
         )
         with CountLines("answers") as count:
             report = compare(ways, task, rounds, count)

@@ -63,7 +63,7 @@ class Setup:
         fps, max_frames: of the sampling of frames; None leaves them to the bundle or the checkpoint.
         system: system prompt; None leaves it to the family.
         seed: of reducers that draw.
-        threads: of one process; 0 takes the physical cores.
+        threads: of one process; 0 takes the physical cores it has.
     """
 
     model: str

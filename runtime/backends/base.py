@@ -187,8 +187,7 @@ class Backend(Protocol):
         decode_width: tokens of a decode step; those behind the first are padding.
         chunk: most tokens at a time in the last segment's prefill, where it takes any number; None runs all at once.
         continues: a prefill may follow tokens that are in the caches.
-        host_threads: of this machine's CPU that an operator takes; 0 takes the physical cores, None none: a device
-            computes.
+        host_threads: of the CPU that an operator takes; 0 takes the physical cores, None none: a device computes.
         batch_sizes: the numbers of rows that a step of several may have, ascending; None takes any number. Where they
             are given, slabs have the most rows and all slots from the beginning, and a step of fewer rows is padded.
     """

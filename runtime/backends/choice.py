@@ -90,7 +90,7 @@ class Choice:
 
         Args:
             bundle: what was chosen for.
-            threads: of one operator on the CPU; 0 takes the physical cores.
+            threads: of one operator on the CPU; 0 takes the physical cores it has.
 
         Raises:
             BackendError: it cannot run after all: too little free memory, say.

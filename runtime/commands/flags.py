@@ -51,7 +51,7 @@ THREADS = _running(
     "--threads",
     type=click.IntRange(min=0, max=MOST_THREADS),
     default=0,
-    help="Threads of one operator on the CPU; default: 0, one for each physical core, or as many as a container has.",
+    help="Threads of one operator on the CPU; default: 0, one for each physical core that the process has.",
 )
 BACKEND = _running(
     "--backend",

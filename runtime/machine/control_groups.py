@@ -5,6 +5,7 @@ Knows the two versions of their files; where there are none, nothing is limited.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,15 +21,18 @@ def groups_above(controller: str) -> Iterator[tuple[Path, int]]:
     """
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
-    except OSError:
+    except (OSError, ValueError):
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, named = line.partition(":")
+        controllers, _, path = named.partition(":")
         if controllers and controller not in controllers.split(","):
             continue
-        root = GROUPS / (controller if controllers else "")
+        # Version 2 is mounted below where version 1 has the root; some mount what version 1 groups under all its names.
+        names = (controller, controllers) if controllers else ("unified", "")
+        root = next((GROUPS / name for name in names if os.path.isdir(GROUPS / name)), GROUPS / controller)
         folder = root / path.lstrip("/")
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # pathlib raises where a folder above may not be read
             folder = root  # a container sees its own group as the root, under the name that the host has for it
         for group in (folder, *folder.parents):
             if group.is_relative_to(root):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -62,21 +63,30 @@ def available_cores() -> int:
 
     A quota of 1.5 cores counts as 2.
     """
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     quota = cores_of_quota()
-    return cores if quota is None else min(cores, math.ceil(quota))
+    return len(_affinity()) if quota is None else min(len(_affinity()), math.ceil(quota))
+
+
+def _affinity() -> Collection[int]:
+    """Numbers of the logical cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        return os.sched_getaffinity(0)
+    return range(os.cpu_count() or 1)
 
 
 def physical_cores(cpuinfo: Path = _CPUINFO) -> int:
-    """Cores of the whole machine, however many threads each runs; where the system does not say, its logical ones."""
+    """Cores that this process may run on, however many threads each runs; where no list says, the logical ones."""
+    allowed = _affinity()
     try:
         blocks = cpuinfo.read_text().strip().split("\n\n")
     except OSError:
         blocks = []
-    fields = [dict(_field(line) for line in block.splitlines()) for block in blocks]
-    cores = {(block.get("physical id"), block["core id"]) for block in fields if "core id" in block}
-    return len(cores) or os.cpu_count() or 1
+    cores = set()
+    for block in blocks:
+        fields = dict(_field(line) for line in block.splitlines())
+        if "core id" in fields and int(fields["processor"]) in allowed:
+            cores.add((fields.get("physical id"), fields["core id"]))
+    return len(cores) or len(allowed)
 
 
 def _field(line: str) -> tuple[str, str]:
@@ -91,4 +101,4 @@ def default_threads() -> int:
     wait for each other.
     """
     available = available_cores()
-    return available if available < physical_cores() else 0
+    return 0 if available == os.cpu_count() else min(available, physical_cores())

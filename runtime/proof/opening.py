@@ -60,7 +60,7 @@ def open_proven(
         bundle: read and verified.
         name: the backend to take; None takes the best that is right.
         device: where it is to run; None takes the best.
-        threads: of one operator on the CPU; 0 takes the physical cores.
+        threads: of one operator on the CPU; 0 takes the physical cores it has.
         check: prove what was not proven here yet. Without, only what is remembered counts.
         say: gets a line where something was proven now.
         machine: None takes this one.

@@ -33,7 +33,7 @@ def server_deployment(
         policy: what clients may show; None opens nothing.
         api_key: that requests carry; None asks for none.
         max_running, max_waiting, cache_budget: of one replica; see `ServiceSettings`.
-        threads: of one operator on the CPU; 0 takes the physical cores.
+        threads: of one operator on the CPU; 0 takes the physical cores it has.
         options: of `ray.serve.deployment`: num_replicas, ray_actor_options, autoscaling_config.
 
     Raises:

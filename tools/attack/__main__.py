@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import framefusion
+from framefusion.runtime.machine.cpu import available_cores
 from tools.attack.harness import FAULTS, Kind, Tally, World, attack, in_child
 from tools.attack.kinds import KINDS
 from tools.attack.world import world_in
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=10_000, help="of all kinds together (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of all that is drawn (%(default)s)")
     parser.add_argument("--minutes", type=float, help="after which no trial begins")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=min(2, available_cores()), help="processes (%(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=[kind.name for kind in KINDS], help="these only")
     parser.add_argument("--json", help="file for all that was counted")
     parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")

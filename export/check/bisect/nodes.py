@@ -26,6 +26,7 @@ from framefusion.export.graphs.graph_plan import GraphModule, GraphPlan
 from framefusion.export.graphs.tracing.dialects import Dialect
 from framefusion.export.graphs.tracing.trace import trace
 from framefusion.runtime.backends.buffer import Array
+from framefusion.runtime.machine.cpu import default_threads
 
 PROBES = 7  # values marked at a time
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -78,6 +79,7 @@ class ProbedGraph:
         values = {value.name: value for node in model.graph for value in node.outputs}
         model.graph.outputs[:] = [values[name] for name in wanted]
         options = ort.SessionOptions()
+        options.intra_op_num_threads = default_threads()
         options.log_severity_level = 3
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(self.path.parent))
         try:

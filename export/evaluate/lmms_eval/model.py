@@ -38,7 +38,7 @@ class FrameFusionModel(lmms):  # type: ignore[misc]  # lmms-eval brings no types
         max_new_tokens: where a task does not say.
         system_prompt: in place of the task's or the family's.
         seed: of reducers that draw.
-        threads: 0 takes the physical cores.
+        threads: 0 takes the physical cores it has.
         device, dtype: of a live checkpoint; by default the CPU and float32. `--device` says the same.
         batch_size, max_batch_size: what lmms-eval gives to every model; requests are answered one by one.
 

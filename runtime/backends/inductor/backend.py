@@ -68,7 +68,7 @@ class InductorBackend(HostBackend):
     Args:
         bundle: what holds them.
         device: what they were compiled for, "cpu" or "cuda".
-        threads: of the CPU; 0 leaves torch's number, or takes as many as this process has.
+        threads: of the CPU; 0 leaves torch's number, or as many as this process has cores.
 
     Raises:
         BackendError: torch or an engine is missing, or an engine is of another torch, processor or device.
@@ -86,7 +86,9 @@ class InductorBackend(HostBackend):
         self._graphs: CheckedGraphs | None
         if device == _CPU:
             super().__init__()
-            threads = threads or default_threads()
+            most = 0 if threads else default_threads()
+            if most:
+                threads = min(most, self._torch.get_num_threads())  # whoever asked torch for fewer gets fewer
             self.host_threads = threads
             self._graphs = None
         else:

@@ -56,7 +56,7 @@ class OnnxRuntimeBackend(HostBackend):
 
     Args:
         folder: the bundle.
-        threads: of one operator; 0 lets ONNX Runtime take the physical cores, or as many as this process has.
+        threads: of one operator; 0 takes the physical cores that this process has.
         decode_width: see `HostBackend`.
         mapped: weights stay in their files, which are mapped, and are converted when an operator wants them: slow, and
             memory holds one matrix. Else they are packed once, in fp32 on the CPU, and stay.
@@ -231,7 +231,7 @@ def open_backend(bundle: Bundle, name: str, device: str, threads: int) -> Backen
         bundle: read and verified.
         name: of the row of the table.
         device: "cpu" or "cuda", which takes the first GPU.
-        threads: of one operator on the CPU; 0 takes the physical cores, or as many as this process has.
+        threads: of one operator on the CPU; 0 takes the physical cores that this process has.
 
     Raises:
         BackendError: there is no such device after all.

@@ -62,7 +62,7 @@ class OpenVinoBackend(HostBackend):
     Args:
         folder: the bundle.
         dtype: of its graphs.
-        threads: of one operator; 0 lets OpenVINO take the physical cores, or as many as this process has.
+        threads: of one operator; 0 takes the physical cores that this process has.
         in_bf16: compute in bf16 what is in another type.
         coded_caches: caches are in 8 bits, a code for each number and scales for each token of a head.
         in_place: write into caches where OpenVINO can; without it they are copied, as where it cannot.
@@ -199,7 +199,7 @@ def open_backend(bundle: Bundle, name: str, device: str, threads: int) -> Backen
         bundle: read and verified.
         name: of the row of the table: it says in which type products are computed, and caches are.
         device: "cpu".
-        threads: of one operator; 0 takes the physical cores, or as many as this process has.
+        threads: of one operator; 0 takes the physical cores that this process has.
     """
     manifest = bundle.manifest
     kind = {"in_bf16": name == IN_BF16, "coded_caches": name == WITH_CODES}

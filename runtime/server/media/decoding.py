@@ -92,6 +92,8 @@ def decode_apart(
         arrays = [receiver.array(about) for about in facts["arrays"]]
         return Decoded(_media(facts, [*arrays, *receiver.kept]), tuple(map(str, facts["warnings"])))
     except _SENT_WRONGLY as error:
+        if isinstance(error, EOFError) or "end of file" in str(error):  # an OSError within a message
+            watch.join(_GONE)
         watch.end()
         raise _failure(error, process, watch, job) from error
     finally:
@@ -133,6 +135,12 @@ class _Watch:
             if self.is_cancelled or self.is_late:
                 self._process.kill()
                 return
+
+    def join(self, seconds: float) -> None:
+        """Wait for the end of a child that has closed its pipe, and look at whether anybody waits meanwhile."""
+        end = time.monotonic() + seconds
+        while self._process.exitcode is None and time.monotonic() < end:
+            self._process.join(_LOOK)
 
     def end(self) -> None:
         """Look no more; may be called again. Behind it no process is killed, which may be no more then."""
@@ -206,11 +214,8 @@ def _failure(error: Exception, process: BaseProcess, watch: _Watch, job: Decodin
         return RequestError(f"{job.name} is not wanted any more", param=job.name)
     if watch.is_late:
         return VideoError(f"{job.name} was not decoded in time: send a shorter or smaller one")
-    if isinstance(error, (EOFError, OSError)):
-        # One that has closed its pipe is gone in a moment; of another one a length may have been out of all bounds.
-        process.join(_GONE if isinstance(error, EOFError) or "end of file" in str(error) else 0)
-        if process.exitcode is not None:
-            return VideoError(_death(process, job))
+    if isinstance(error, (EOFError, OSError)) and process.exitcode is not None:
+        return VideoError(_death(process, job))
     return VideoError(f"{job.name} was decoded into something else ({type(error).__name__}): send another")
 
 

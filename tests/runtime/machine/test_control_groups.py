@@ -16,7 +16,8 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(control_groups, "PROC", tmp_path / "proc")
     monkeypatch.setattr(control_groups, "GROUPS", tmp_path / "groups")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    monkeypatch.setattr(cpu, "physical_cores", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(cpu, "physical_cores", lambda: min(8, len(os.sched_getaffinity(0))))
     return tmp_path
 
 
@@ -40,10 +41,11 @@ def test_without_limits_cores_are_those_of_the_machine(system: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quota", "cores", "threads"), [("50000", 1, 1), ("150000", 2, 2), ("200000", 2, 2), ("1200000", 12, 0)]
+    ("quota", "cores", "threads"),
+    [("50000", 1, 1), ("150000", 2, 2), ("200000", 2, 2), ("1200000", 12, 8), ("1600000", 16, 0)],
 )
 def test_a_quota_counts_in_whole_cores(system: Path, quota: str, cores: int, threads: int) -> None:
-    """One of more than the physical cores leaves the number of threads to the library."""
+    """A thread for each, and no more than for each physical core; one of the whole machine leaves it to the library."""
     write(system / "proc/self/cgroup", "0::/ours\n")
     write(system / "groups/ours/cpu.max", f"{quota} 100000\n")
     assert (cpu.available_cores(), cpu.default_threads()) == (cores, threads)
@@ -54,6 +56,20 @@ def test_the_least_of_a_group_and_those_above_it_counts(system: Path) -> None:
     version_1(system / "groups/cpu/above/ours", 400_000)
     version_1(system / "groups/cpu/above", 150_000, 50_000)
     assert control_groups.cores_of_quota() == 3
+
+
+def test_version_2_beside_version_1_and_controllers_under_all_their_names(system: Path) -> None:
+    write(system / "proc/self/cgroup", "2:cpu,cpuacct:/ours\n0::/ours\n")
+    write(system / "groups/unified/ours/cpu.max", "300000 100000\n")
+    assert cpu.available_cores() == 3
+    version_1(system / "groups/cpu,cpuacct/ours", 200_000)
+    assert cpu.available_cores() == 2
+
+
+@pytest.mark.parametrize("lines", ["", "nothing\n", "0::\n", ":::\n"])
+def test_lines_that_say_nothing_limit_nothing(system: Path, lines: str) -> None:
+    write(system / "proc/self/cgroup", lines)
+    assert cpu.available_cores() == 16
 
 
 def test_a_container_is_the_root_that_it_sees(system: Path) -> None:

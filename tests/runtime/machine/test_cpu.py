@@ -36,11 +36,14 @@ def test_products(
     [
         (["physical id\t: 0\ncore id\t\t: 0", "physical id\t: 0\ncore id\t\t: 0"], 1),  # two threads of one core
         (["physical id\t: 0\ncore id\t\t: 0", "physical id\t: 1\ncore id\t\t: 0"], 2),  # two sockets
-        (["CPU part\t: 0xd0c", "CPU part\t: 0xd0c"], None),  # ARM tells of none
+        (["CPU part\t: 0xd0c", "CPU part\t: 0xd0c"], 2),  # ARM tells of none
     ],
 )
-def test_physical_cores(blocks: list[str], cores: int | None, tmp_path: Path) -> None:
+def test_physical_cores(blocks: list[str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text("".join(f"processor\t: {number}\n{block}\n\n" for number, block in enumerate(blocks)))
-    assert cpu.physical_cores(path) == (cores or os.cpu_count())
-    assert cpu.physical_cores(tmp_path / "none") == os.cpu_count()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert cpu.physical_cores(path) == cores
+    assert cpu.physical_cores(tmp_path / "none") == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1}, raising=False)
+    assert cpu.physical_cores(path) == 1

@@ -5,6 +5,7 @@ Decodes nothing. PyAV is imported on first use; what FFmpeg reports becomes a Vi
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ DEMUXERS = (
     "rm,wtv,dv,ivf,h264,hevc,vvc,av1,obu,m4v,h263,h261,vc1,cavsvideo,avs2,avs3,dirac,mjpeg,yuv4mpegpipe,swf,dhav,nsv,"
     "nuv,pva,ty,amv,flic,roq,smk,bink,jpegxl_anim,mp3,aac,flac,wav,aiff,caf,ape,tak,tta,wv,ac3,eac3,dts,amr"
 )
+MOST_THREADS = 16  # of FFmpeg's own number
 THREADS_WITHIN_A_LIMIT = 4
 """Of a decoder where the address space is limited, as in a child of the server's: each takes up to 136 MiB of it for
 its stack and its heap, and with FFmpeg's one a core there is no room for a film from 14 cores on."""
@@ -69,8 +71,8 @@ def open_video(source: Path) -> Iterator[InputContainer]:
             yield container
     except av.BlockingIOError as error:
         raise VideoError(
-            f"{source} cannot be decoded, for no thread can be started here ({_reason(error)}): "
-            "raise this process's limits of threads and of memory (ulimit -u, ulimit -v)"
+            f"{source} cannot be decoded ({_reason(error)}): where other films cannot either, raise this process's "
+            "limits of threads and of memory (ulimit -u, ulimit -v); else it is damaged, download it again"
         ) from error
     except (av.FFmpegError, IndexError) as error:
         lost = Ending.of_mp4(source).reason
@@ -81,10 +83,16 @@ def open_video(source: Path) -> Iterator[InputContainer]:
 
 
 def _share_work(track: VideoStream) -> None:
-    """Let FFmpeg decode with a thread a core, or with few where they would take the room of the film."""
+    """Let FFmpeg decode with a thread a core, or with few where they would take the room of the film.
+
+    By itself it counts the cores that it may run on, whatever a container's quota pays for.
+    """
     track.thread_type = "AUTO"
+    cores = available_cores()
     if _has_limited_addresses():
-        track.codec_context.thread_count = min(available_cores(), THREADS_WITHIN_A_LIMIT)
+        track.codec_context.thread_count = min(cores, THREADS_WITHIN_A_LIMIT)
+    elif cores < (os.cpu_count() or 1):
+        track.codec_context.thread_count = min(cores, MOST_THREADS)
 
 
 def _has_limited_addresses() -> bool:
