@@ -120,7 +120,7 @@ def facts(kinds: list[Kind], tallies: dict[str, Tally], arguments: argparse.Name
 
 def table(result: dict[str, Any]) -> str:
     """In Markdown."""
-    titles = {"lost": "files lost", "traceback": "tracebacks", "hang": "over 20 s", "memory": "over 2 GB"}
+    titles = {"lost": "files lost", "traceback": "tracebacks", "hang": "hung", "memory": "over 2 GB"}
     heads = ["attack", "tried", *(titles.get(fault, fault) for fault in FAULTS), "slowest", "most memory"]
     lines = [
         f"`{result['command']}`, {result['date']}, version {result['version']}, Python {result['python']}, "

@@ -14,7 +14,7 @@ from tools.attack import pictures as picture_attack
 from tools.attack.harness import Fault, World
 
 BATCH = 50
-SECONDS = 200.0
+SECONDS = 1200.0
 """Of a batch; each trial has its own limit."""
 
 

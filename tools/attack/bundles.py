@@ -41,7 +41,7 @@ from framefusion.runtime.trust.origin import Trust
 from framefusion.runtime.trust.signatures import SIGNATURES, Signature, message, write_signatures
 from tools.attack.alone import run_alone
 
-SECONDS = 20
+SECONDS = 120
 """Of one trial; the target of the whole attack."""
 MODEL = Path("tests/models/tiny_qwen2_vl")
 TURNS = (Turn("user", (Visual.VIDEO, "What happens?")),)

@@ -30,7 +30,7 @@ from framefusion.export.plan.build_plan import BuildPlan
 from framefusion.export.writing.parts import Builder
 from tools.attack.alone import run_alone
 
-SECONDS = 20
+SECONDS = 120
 """That a plan of a tiny checkpoint may take, whatever is in its files."""
 VALUES: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 3, 7, 10**6, 10**9, 10**18, 10**400, -(10**18), 0.5, 1.5, -0.0, 1e308, float("nan"),

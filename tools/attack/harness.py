@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SECONDS = 20.0
+SECONDS = 120.0
 """Of one trial."""
 MEMORY = 2 << 30
 """Bytes of one trial, resident."""

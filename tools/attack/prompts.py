@@ -18,7 +18,7 @@ from framefusion.runtime.text.tokenizer import Tokenizer
 from tools.attack.harness import Fault, World
 
 BATCH = 200
-SECONDS = 2.0
+SECONDS = 10.0
 """Of the processor that the longest text may take, whatever else the machine does."""
 LIMITS = (512, 4096, 32768)
 """Tokens of a prompt that bundles take; what surely has more is refused from its beginning."""
