@@ -105,12 +105,12 @@ def attack(trials: int, seed: int) -> dict[str, Any]:
             slowest = max(slowest, spent)
             if spent > SECONDS:
                 failed.append({"trial": index, "error": f"took {spent:.1f} seconds of the processor"})
-    grown = _peak() - begun
-    if grown > MEMORY:
-        failed.append({"trial": None, "error": f"{grown} bytes of memory, the limit is {MEMORY}"})
+    peak = _peak()
+    if peak - begun > MEMORY:
+        failed.append({"trial": None, "error": f"{peak - begun} bytes of memory, the limit is {MEMORY}"})
     return {
         "attack": "films", "seed": seed, "trials": trials, **counts, "failed": failed, "slowest_s": slowest,
-        "peak_mb": grown >> 20,
+        "peak_mb": peak >> 20,
     }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 SECONDS = 120.0
 """Of one trial."""
 MEMORY = 2 << 30
-"""Bytes of one trial, resident."""
+"""Bytes that one trial may take, resident."""
 FAULTS = ("lost", "traceback", "hang", "memory", "wrong")
 _KEPT = 20  # faults of a kind that are kept in full
 
@@ -93,7 +93,8 @@ class End(NamedTuple):
     status: int | None  # exit code, or the negative signal; None where it was ended for its time
     result: Any  # what the function returned; None where it did not come to that
     seconds: float
-    memory: int  # bytes resident at the peak, beyond what the process had that it was forked from
+    memory: int  # bytes resident at the peak
+    inherited: int  # of them, those of the process that it was forked from
 
 
 def in_child(call: Callable[[], Any], seconds: float = SECONDS, *, group: bool = True) -> End:
@@ -130,7 +131,7 @@ def in_child(call: Callable[[], Any], seconds: float = SECONDS, *, group: bool =
     with contextlib.suppress(ValueError):
         inherited, value = json.loads(content)
     code = os.waitstatus_to_exitcode(status) if timely else None
-    return End(code, value, time.monotonic() - start, usage.ru_maxrss * 1024 - inherited)
+    return End(code, value, time.monotonic() - start, usage.ru_maxrss * 1024, inherited)
 
 
 def _resident() -> int:
@@ -179,7 +180,7 @@ def run_trial(kind: Kind, seed: int, trial: int, world: World, place: Path) -> t
     if end.status != 0:
         return [Fault("traceback", f"the process ended with {end.status}: {end.result}")], end
     faults = [Fault(*fault) for fault in end.result]
-    if end.memory > MEMORY:
+    if end.memory - end.inherited > MEMORY:
         faults.append(Fault("memory", f"{end.memory / 1e9:.1f} GB"))
     return faults, end
 

@@ -25,7 +25,7 @@ from framefusion.runtime.media.media_file import MediaLimits
 from tools.attack.alone import run_alone
 
 SECONDS = 60.0
-"""Of one trial; the target of the whole attack."""
+"""Of the processor, of one trial; the target of the whole attack."""
 LIMITS = MediaLimits(image_pixels=1 << 22)
 LARGEST = 4 << 20
 """Bytes that a mutation adds, at most."""
