@@ -92,7 +92,7 @@ def decode_apart(
         arrays = [receiver.array(about) for about in facts["arrays"]]
         return Decoded(_media(facts, [*arrays, *receiver.kept]), tuple(map(str, facts["warnings"])))
     except _SENT_WRONGLY as error:
-        if isinstance(error, EOFError) or "end of file" in str(error):  # an OSError within a message
+        if isinstance(error, (EOFError, OSError)) and not ours.closed:  # which a length out of all bounds closes
             watch.join(_GONE)
         watch.end()
         raise _failure(error, process, watch, job) from error
