@@ -76,7 +76,7 @@ def _affinity() -> Collection[int]:
 
 def physical_cores(cpuinfo: Path = _CPUINFO) -> int:
     """Cores that this process may run on, however many threads each runs; where no list says, the logical ones."""
-    allowed = _affinity()
+    allowed = {str(number) for number in _affinity()}
     try:
         blocks = cpuinfo.read_text().strip().split("\n\n")
     except OSError:
@@ -84,7 +84,7 @@ def physical_cores(cpuinfo: Path = _CPUINFO) -> int:
     cores = set()
     for block in blocks:
         fields = dict(_field(line) for line in block.splitlines())
-        if "core id" in fields and int(fields["processor"]) in allowed:
+        if "core id" in fields and fields.get("processor") in allowed:
             cores.add((fields.get("physical id"), fields["core id"]))
     return len(cores) or len(allowed)
 
