@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -84,6 +85,28 @@ except SystemExit as done:
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=PATIENCE, check=True)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) == 1, reason="no process can be pinned to fewer cores"
+)
+@pytest.mark.parametrize(("chosen", "threads"), [(None, "1"), ("7", "7")])
+def test_torch_hears_of_the_cores_that_there_are_before_it_is_loaded(chosen: str | None, threads: str) -> None:
+    """Unless whoever starts the command has said how many threads there are to be."""
+    code = """
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+from framefusion.export.commands.cli import main
+sys.argv = ["ff-export", "--version"]
+try:
+    main()
+finally:
+    print(os.environ["OMP_NUM_THREADS"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": chosen} if chosen else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == threads
 
 
 def test_every_build_option_has_its_flag() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from framefusion.errors import VideoError
 from framefusion.runtime.commands.cli import ff_run
 from framefusion.runtime.media.frame_sampling import FrameSampling
 from framefusion.runtime.media.media_file import MediaLimits
+from framefusion.runtime.media.video.container import opening
 from framefusion.runtime.media.video.frames import read_video
 from tests.patience import PATIENCE
 from tests.wheel import ROOT
@@ -44,6 +46,17 @@ def test_a_small_gif_cannot_cost_gigabytes(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"decodes to 20000 frames of 25000000 pixels, the limit is .*--max-decoded-"):
         read_video(path, SAMPLING)
     assert time.monotonic() - start < PATIENCE  # to decode it takes a quarter of an hour
+
+
+def test_ffmpeg_hears_of_a_quota_and_counts_cores_by_itself_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    for available in (2, 40, 64):
+        monkeypatch.setattr(opening, "available_cores", lambda available=available: available)
+        monkeypatch.setattr(os, "cpu_count", lambda: 64)
+        with opening.open_video(FILMS / "n.mp4") as container:
+            threads.append(container.streams.video[0].codec_context.thread_count)
+    assert threads[:2] == [2, 16]
+    assert threads[2] == 0  # FFmpeg's word for as many as it finds
 
 
 @pytest.mark.parametrize(
