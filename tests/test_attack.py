@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -103,6 +104,27 @@ def test_the_harness_sees_what_goes_wrong(world: World, tmp_path: Path) -> None:
     assert hanging.seconds < PATIENCE
     assert in_child(lambda: len(bytearray(b"x" * (64 << 20)))).memory > 64 << 20
     assert harness.FAULTS[0] == "lost"
+
+
+class EndsAnotherProcess:
+    """Garbage that only the process that made it can collect, as a film's scaler with its threads."""
+
+    def __init__(self) -> None:
+        self.itself = self
+        self.process = os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            os._exit(7)
+
+
+def test_a_forked_trial_leaves_its_parents_garbage_alone() -> None:
+    gc.disable()
+    try:
+        EndsAnotherProcess()
+        assert in_child(gc.collect).status == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ crashes, hangs or eats memory is one that failed, and no other notices. The same
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -143,6 +144,8 @@ def _resident() -> int:
 
 def _end_with(call: Callable[[], Any], writing: int, group: bool) -> None:
     """The child's part: sends the bytes that it began with, and what the call returns; never returns."""
+    # What the parent has left to its collector stays: a film's scaler would wait for its threads, which no child has.
+    gc.freeze()
     inherited = _resident()
     try:
         if group:
